@@ -1,0 +1,1 @@
+"""The Prefect layer: the only place that imports prefect."""
