@@ -18,7 +18,6 @@ VnpError
 
 from __future__ import annotations
 
-import errno
 import re
 import signal
 from dataclasses import asdict, dataclass
@@ -183,7 +182,6 @@ def _kind_of(error: BaseException) -> FailureKind:
         return FailureKind.POISON_INPUT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return FailureKind.OOM
-        return FailureKind.TRANSIENT
     for pattern, kind in _MESSAGE_PATTERNS:
         if pattern.search(str(error)):
             return kind

@@ -1,0 +1,198 @@
+"""The settings of a run: one model behind the flow's parameters, the command line and the `VNP_*` variables.
+
+The environment is read in this module and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliImplicitFlag,
+    CliSettingsSource,
+    NoDecode,
+    SettingsConfigDict,
+)
+from pydantic_settings.exceptions import SettingsError
+
+from vnp_lib.failures import ConfigError
+
+ModelName = Literal[
+    "esm2_t6_8M_UR50D",
+    "esm2_t12_35M_UR50D",
+    "esm2_t30_150M_UR50D",
+    "esm2_t33_650M_UR50D",
+    "esm2_t36_3B_UR50D",
+    "esm2_t48_15B_UR50D",
+]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _split_at_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
+
+
+class RuntimeConfig(BaseModel):
+    """How a run behaves when things go wrong or take long. The defaults suit days on preemptible GPUs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Runtime")
+
+    checkpoint_seq_threshold: int = Field(10_000, gt=0, description="Write a checkpoint after this many sequences.")
+    checkpoint_time_threshold: float = Field(
+        300.0, gt=0, lt=600, description="Write a checkpoint after this many seconds, however few sequences there are."
+    )
+    max_retries_transient: int = Field(3, ge=0, description="Retries of a shard after a passing failure.")
+    max_retries_oom: int = Field(3, ge=0, description="Retries of a shard that ran out of memory.")
+    max_retries_poison: int = Field(2, ge=1, description="How often one batch may fail before it is not tried again.")
+    spot_retry_poll_interval: float = Field(60.0, ge=0, description="Seconds to wait after a preemption.")
+    backoff_base_s: float = Field(
+        1.0, ge=0, description="Delay of the first retry after a passing failure; it doubles."
+    )
+    backoff_max_s: float = Field(60.0, ge=0, description="Longest delay of a retry after a passing failure.")
+    grace_s: float = Field(30.0, gt=0, description="Seconds a child has to save its work when it is told to stop.")
+    startup_limit_s: float = Field(900.0, gt=0, description="Seconds a child may take to load the model.")
+    silence_limit_s: float = Field(600.0, gt=0, description="Seconds without progress after which a child is stopped.")
+    artifact_interval_s: float = Field(5.0, gt=0, description="Least seconds between two updates in the Prefect UI.")
+    log_interval_s: float = Field(30.0, gt=0, description="Seconds between progress lines where there is no terminal.")
+
+
+class EmbedConfig(BaseModel):
+    """Embed the proteins of FASTA files with ESM-2: one vector a protein, resumable at any moment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Embed")
+
+    fasta: Paths = Field(
+        min_length=1, description="FASTA files, plain or compressed (gz, bz2, xz, zst); several with commas between."
+    )
+    output_dir: Path = Field(description="Run directory: made where missing, continued where it holds a run begun.")
+    model: ModelName = Field("esm2_t36_3B_UR50D", description="ESM-2 model, by fair-esm's name.")
+    weights: str = Field(
+        "auto",
+        description="A fair-esm .pt file; 'auto': fair-esm's cache or download; 'random': seeded, for trying things out.",
+    )
+    devices: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$",
+        description="'auto': every GPU, or the CPU where there is none; 'cpu' ('cpu,cpu' shares its cores); '0,1': GPUs.",
+    )
+    shards: int | None = Field(None, ge=1, description="Tasks to divide the input into; one per device if not given.")
+    token_budget: int | None = Field(
+        None, ge=1, description="Most tokens in one forward pass; if not given, 16384 on a GPU, 2048 on the CPU."
+    )
+    dtype: DType = Field("auto", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU.")
+    force_restart: CliImplicitFlag[bool] = Field(
+        False, description="Begin anew: what the run directory holds is moved aside, not continued."
+    )
+    verbose: CliImplicitFlag[bool] = Field(False, description="Show Prefect's own log lines on the console too.")
+    runtime: RuntimeConfig = Field(RuntimeConfig(), description="Checkpoints, retries and patience.")
+
+
+class _EmbedCli(EmbedConfig, BaseSettings):
+    __doc__ = f"""{EmbedConfig.__doc__} Each option can also be given as an environment variable: --token-budget is
+VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
+
+    model_config = SettingsConfigDict(
+        title="Embed",
+        env_prefix="VNP_",
+        env_nested_delimiter="__",
+        cli_prog_name="python flows/embed.py",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        frozen=True,
+        extra="forbid",
+    )
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Leaves out what only a programmer reads: Python's type names, defaults that are None, a page of usage."""
+
+    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"}
+
+    def add_usage(self, usage: str | None, *args: Any, **kwargs: Any) -> None:
+        super().add_usage("%(prog)s --fasta FILES --output-dir DIR [options]", *args, **kwargs)
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        if isinstance(action.metavar, str):
+            action.metavar = self._METAVARS.get(action.metavar, action.metavar)
+        return super()._metavar_formatter(action, default_metavar)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (action.help or "").replace(" (default: None)", "").replace(" (required)", "")
+
+
+def parse_command_line(arguments: Sequence[str]) -> EmbedConfig:
+    """Read the settings from a command line, and what it leaves open from `VNP_*`.
+
+    Raises:
+        ConfigError: A value that does not fit; one line for each.
+        SystemExit: After `--help` (0), and for an option that does not exist (2).
+    """
+    try:
+        source = CliSettingsSource[Any](_EmbedCli, formatter_class=_HelpFormatter)
+        given = CliApp.run(_EmbedCli, cli_args=list(arguments), cli_settings_source=source)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
+    return EmbedConfig.model_validate(given.model_dump())
+
+
+def _explain(detail: Mapping[str, object]) -> str:
+    location = detail["loc"]
+    assert isinstance(location, tuple)
+    option = "--" + ".".join(str(part).replace("_", "-") for part in location if not isinstance(part, int))
+    if detail["type"] == "missing":
+        return f"{option} is needed (see --help)"
+    message = str(detail["msg"])
+    return f"{option}: {message[:1].lower()}{message[1:]}; it was {detail['input']!r}"
+
+
+def resolve_devices(devices: str) -> tuple[str, ...]:
+    """Name the devices of a run: `("0", "1")` for GPUs, `("cpu",)` without one.
+
+    Raises:
+        ConfigError: A GPU that is not there.
+    """
+    if devices.startswith("cpu"):
+        return tuple(devices.split(","))
+    import torch  # here, not above: the command line answers --help without it
+
+    count = torch.cuda.device_count()
+    if devices == "auto":
+        return tuple(str(index) for index in range(count)) or ("cpu",)
+    wanted = tuple(devices.split(","))
+    absent = [index for index in wanted if int(index) >= count]
+    if absent:
+        raise ConfigError(
+            f"--devices {devices}: there is no GPU {', '.join(absent)}; this machine shows {count}. "
+            "Use --devices auto, or cpu."
+        )
+    return wanted
+
+
+def child_environment(device: str) -> dict[str, str]:
+    """Give a child this process's environment and, where `device` is a GPU, sight of that GPU alone.
+
+    A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it.
+    """
+    environment = dict(os.environ)
+    if device == "cpu":
+        return environment | {"CUDA_VISIBLE_DEVICES": ""}
+    visible = [entry.strip() for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return environment | {"CUDA_VISIBLE_DEVICES": visible[int(device)] if visible else device}
+
+
+def viral_checkpoint_mode() -> bool:
+    """Whether checkpoints are to be written more often, as VirNucPro's users ask by an environment variable."""
+    return os.environ.get("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "").strip().lower() in {"1", "true", "yes", "on"}
