@@ -1,0 +1,490 @@
+"""Durable files: what is written here survives a crash whole, or is not there at all.
+
+A file is written under a temporary name in its own directory, synced, published under its name and the directory synced.
+A `.done` marker beside it, written the same way afterwards, holds its size and sha256: a reader believes the marker, and
+the file only as far as the marker bears it out. Locks are files that are never unlinked.
+
+Every system call that decides what a crash leaves behind goes through `ops`, so that a fault harness can put its own
+`DurableOps` there and count, deny, cut or kill at any of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vnp_lib.failures import LockTimeoutError, StorageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+MARKER_SCHEMA = 1
+MAX_JSON_BYTES = 32 * 1024**2
+FOREIGN_TEMPORARY_AGE_S = 3600.0
+
+_READ_BLOCK_BYTES = 1024**2
+_FILE_MODE = 0o640
+_LOCK_POLL_S = 0.005
+
+
+class DurableOps:
+    """The system calls that decide what a crash leaves behind. `ops` is the instance in use."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, _FILE_MODE)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target, follow_symlinks=False)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def fsync_directory(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def flock(self, fd: int, operation: int) -> None:
+        fcntl.flock(fd, operation)
+
+
+ops = DurableOps()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileDigest:
+    """What a whole file is known by."""
+
+    size_bytes: int
+    sha256: str  # hexadecimal
+
+
+class DurableFile(io.RawIOBase):
+    """A file being written: append-only, and hashed on the way. Made by `durable_file`."""
+
+    def __init__(self, fd: int) -> None:
+        self.error: OSError | None = None  # the first failed write: libraries wrap it in errors of their own
+        self._fd = fd
+        self._size_bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def digest(self) -> FileDigest:
+        """Size and sha256 of all that has been written so far."""
+        return FileDigest(size_bytes=self._size_bytes, sha256=self._sha256.hexdigest())
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write all of `data`, however little the system takes at a time. After one error every write raises it."""
+        if self.error is not None:
+            raise self.error
+        view = memoryview(data).cast("B")
+        try:
+            self._write_all(view)
+        except OSError as error:
+            self.error = error
+            raise
+        return len(view)
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size_bytes
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            written = ops.write(self._fd, view)
+            if written <= 0:
+                raise OSError(errno.EIO, "the system took none of the bytes")
+            self._sha256.update(view[:written])
+            self._size_bytes += written
+            view = view[written:]
+
+
+@contextmanager
+def durable_file(path: Path, *, replace: bool = False) -> Iterator[DurableFile]:
+    """Write `path` as a whole or not at all.
+
+    When the block ends well the file is synced, published under its name, and its directory synced; `.digest` of the
+    yielded file then is the file's. When anything fails, the temporary file is removed and `path` is as before (with
+    `replace`, a failed sync of the directory leaves it open which of the two files a power cut would show).
+
+    Args:
+        path: Where the file is to be; its directory exists.
+        replace: Put the file in the place of one that is there.
+
+    Raises:
+        FileExistsError: `path` is there, and `replace` is not set. It is untouched.
+        OSError: What the system said, also where a library that wrote to the file raised something else for it.
+    """
+    temporary = _temporary_path(path)
+    fd = ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    file = DurableFile(fd)
+    try:
+        try:
+            yield file
+            if file.error is not None:
+                raise file.error
+            ops.fsync(fd)
+            written = os.fstat(fd)
+        finally:
+            ops.close(fd)
+        _publish(temporary, path, written, replace=replace)
+    except BaseException as error:
+        with suppress(OSError):
+            ops.unlink(temporary)
+        if file.error is not None and error is not file.error:
+            raise file.error from error
+        raise
+
+
+def write_file(path: Path, data: bytes, *, replace: bool = False) -> FileDigest:
+    """Write `data` to `path` as `durable_file` does."""
+    with durable_file(path, replace=replace) as file:
+        file.write(data)
+    return file.digest
+
+
+def write_json(path: Path, value: Any, *, replace: bool = False) -> FileDigest:
+    """Write `value` as canonical JSON to `path` as `durable_file` does. ValueError or TypeError if it is not JSON."""
+    return write_file(path, canonical_json(value), replace=replace)
+
+
+def write_sealed_json(path: Path, fields: dict[str, Any], *, replace: bool = False) -> FileDigest:
+    """Write an object with a `seal`, the sha256 of its other fields: a flipped bit that is still JSON does not pass."""
+    return write_json(path, {**fields, "seal": _seal(fields)}, replace=replace)
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed_json` wrote, without its seal.
+
+    Raises:
+        StorageError: It is missing, unreadable, larger than 32 MiB, not a JSON object, or its seal does not fit.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise StorageError(f"{path} is missing") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise StorageError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file")
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is torn or damaged: not JSON ({error})") from error
+    if not isinstance(fields, dict) or fields.pop("seal", None) != _seal(fields):
+        raise StorageError(f"{path} is damaged: its seal does not fit its content")
+    return fields
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way to write `value` as JSON: keys sorted, no white space, ASCII, a newline at the end."""
+    return (json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
+
+
+def marker_path(path: Path) -> Path:
+    """The marker of `path`: `batch_00000.pt.done` beside `batch_00000.pt`."""
+    return path.with_name(path.name + ".done")
+
+
+def write_marker(path: Path, digest: FileDigest, **fields: Any) -> FileDigest:
+    """Say durably that `path` is whole: a sealed JSON object of schema, size_bytes, sha256 and `fields`.
+
+    Raises:
+        FileExistsError: `path` has a marker.
+        OSError: As `durable_file`.
+    """
+    return write_sealed_json(marker_path(path), {**fields, "schema": MARKER_SCHEMA, **asdict(digest)})
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Read the marker of `path`: size_bytes, sha256, and what its writer added.
+
+    Raises:
+        StorageError: There is none, it is damaged, or another version of this software wrote it.
+    """
+    marker = marker_path(path)
+    fields = read_sealed_json(marker)
+    if fields.get("schema") != MARKER_SCHEMA:
+        raise StorageError(f"{marker} has schema {fields.get('schema')!r}; this version reads {MARKER_SCHEMA}")
+    return fields
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Read all of `path`, a MiB at a time. OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return digest_stream(file)
+
+
+def digest_stream(file: io.BufferedIOBase) -> FileDigest:
+    """Read an open file from where it stands to its end, a MiB at a time."""
+    sha256 = hashlib.sha256()
+    size_bytes = 0
+    while block := file.read(_READ_BLOCK_BYTES):
+        sha256.update(block)
+        size_bytes += len(block)
+    return FileDigest(size_bytes=size_bytes, sha256=sha256.hexdigest())
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and what is missing above it, durably.
+
+    The directory above `path` is synced even where `path` is there: whoever made it may have died before doing so.
+    """
+    if not path.parent.is_dir():
+        make_directory(path.parent)
+    try:
+        ops.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in `path` durable. File systems that know no such thing answer EINVAL, which is accepted."""
+    try:
+        ops.fsync_directory(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def require_free_space(directory: Path, size_bytes: int) -> None:
+    """Raise StorageError unless `directory` has room for `size_bytes` more."""
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < size_bytes:
+        raise StorageError(
+            f"{directory} has {free_bytes:,} bytes free and {size_bytes:,} are needed: make room, or choose another directory"
+        )
+
+
+def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] = time.time) -> list[Path]:
+    """Remove the temporary files in `directory` whose writers are gone, and say which.
+
+    A writer of this host is gone when its process is. Of another host's processes nothing can be known: their files
+    count as orphaned when nobody has written to them for an hour. Nothing else is ever touched.
+    """
+    removed = []
+    for path in sorted(directory.glob(".tmp-*")):
+        if _is_orphaned(path, now_s=clock()):
+            with suppress(FileNotFoundError):
+                ops.unlink(path)
+                removed.append(path)
+    return removed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockHolder:
+    """Who holds a lock."""
+
+    host: str
+    pid: int
+    since: str  # ISO 8601, UTC
+    purpose: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}, to {self.purpose}"
+
+
+class FileLock:
+    """An exclusive lock between processes, and between the threads of one.
+
+    It is `flock` on a file that stays for ever: were it unlinked, two processes could each lock a file of that name. The
+    kernel frees the lock when its holder dies, however it dies. It is not reentrant. The descriptor is closed on exec but
+    shared by a fork: a process that holds a lock starts others by spawn only.
+
+    On NFS the lock is a lease of the client (about 90 s on v4) that a paused host loses without being told, and v3 may
+    keep a dead host's lock. So no result depends on it: it saves double work, and keeps the manifest's counts right.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        purpose: str,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`purpose` completes "held by process 7 to ..." in the message that others get."""
+        self.path = path
+        self._purpose = purpose
+        self._clock = clock
+        self._sleep = sleep
+        self._between_threads = threading.Lock()
+        self._fd: int | None = None
+
+    @contextmanager
+    def held(self, *, timeout_s: float) -> Iterator[None]:
+        """Hold the lock for a block. Raises as `acquire`."""
+        self.acquire(timeout_s)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def acquire(self, timeout_s: float) -> None:
+        """Take the lock, waiting up to `timeout_s`; 0 tries once.
+
+        Raises:
+            LockTimeoutError: Somebody else held it all the time; names host, pid, since when and what for.
+            StorageError: The file system has no locks.
+            OSError: The lock file cannot be opened.
+        """
+        deadline_s = self._clock() + timeout_s
+        if not self._between_threads.acquire(timeout=timeout_s):
+            raise self._timed_out(timeout_s)
+        try:
+            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)
+            try:
+                self._wait_for_lock(fd, deadline_s, timeout_s)
+                self._sign(fd)
+            except BaseException:
+                ops.close(fd)
+                raise
+        except BaseException:
+            self._between_threads.release()
+            raise
+        self._fd = fd
+
+    def release(self) -> None:
+        """Give the lock back."""
+        fd, self._fd = self._fd, None
+        if fd is None:
+            raise RuntimeError(f"{self.path} is not held")
+        try:
+            with suppress(OSError):
+                os.ftruncate(fd, 0)
+            ops.flock(fd, fcntl.LOCK_UN)
+        finally:
+            try:
+                ops.close(fd)
+            finally:
+                self._between_threads.release()
+
+    def holder(self) -> LockHolder | None:
+        """Who holds the lock, from the lock file: a holder that died leaves its name there, though not the lock."""
+        try:
+            return LockHolder(**json.loads(self.path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _wait_for_lock(self, fd: int, deadline_s: float, timeout_s: float) -> None:
+        while True:
+            try:
+                return ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self._clock() >= deadline_s:
+                    raise self._timed_out(timeout_s) from None
+            except OSError as error:
+                raise StorageError(
+                    f"{self.path} cannot be locked ({error}): choose a file system with locks"
+                ) from error
+            self._sleep(_LOCK_POLL_S)
+
+    def _sign(self, fd: int) -> None:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = LockHolder(host=socket.gethostname(), pid=os.getpid(), since=since, purpose=self._purpose)
+        with suppress(OSError):  # a full disk takes no name, but the lock is ours all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, canonical_json(asdict(holder)), 0)
+
+    def _timed_out(self, timeout_s: float) -> LockTimeoutError:
+        who = self.holder() or "a process that left no name"
+        return LockTimeoutError(f"{self.path} is held by {who}; waited {timeout_s:g} s for it")
+
+
+def _publish(temporary: Path, path: Path, written: os.stat_result, *, replace: bool) -> None:
+    if replace:
+        ops.replace(temporary, path)
+        fsync_directory(path.parent)
+        return
+    try:
+        ops.link(temporary, path)
+    except FileExistsError:
+        if not _is_same_file(path, written):  # over NFS a link that succeeded can be told as one that did not
+            raise
+    try:
+        ops.unlink(temporary)
+        fsync_directory(path.parent)
+    except BaseException:
+        if _is_same_file(path, written):
+            with suppress(OSError):
+                ops.unlink(path)
+        raise
+
+
+def _is_same_file(path: Path, written: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), written)
+    except OSError:
+        return False
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    try:
+        return hashlib.sha256(canonical_json(fields)).hexdigest()
+    except ValueError:  # NaN, which no writer of ours leaves
+        return ""
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _is_orphaned(path: Path, *, now_s: float) -> bool:
+    if not re.fullmatch(r"\.tmp-.+-[1-9]\d{0,6}-[0-9a-f]{8}", path.name):
+        return False
+    _, writer_host_pid = path.name.split("-", 1)
+    before_pid, pid, _ = writer_host_pid.rsplit("-", 2)
+    if before_pid.endswith(f"-{socket.gethostname()}"):
+        return not _is_alive(int(pid))
+    try:
+        return now_s - path.lstat().st_mtime > FOREIGN_TEMPORARY_AGE_S
+    except FileNotFoundError:
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
