@@ -1,0 +1,191 @@
+"""Reading proteins: FASTA files, plain or compressed, checked and normalised chunk by chunk.
+
+What the model cannot take is an error that names file, line and id. Four things are mended, the same way everywhere:
+lower case is raised, white space is taken out, one `*` at the end (a stop codon) is dropped, and J, which fair-esm's
+alphabet lacks, is read as X.
+"""
+
+from __future__ import annotations
+
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import dnaio
+from backports.zstd import ZstdError
+from isal.igzip_lib import IsalError
+from xopen import xopen
+
+from vnp_lib.failures import FastaError
+
+LETTERS = "ACDEFGHIKLMNPQRSTVWYBUXZO"
+
+_NORMAL = bytes.maketrans(b"acdefghiklmnpqrstvwybuxzojJ", LETTERS.encode() + b"XX")
+_WHITE_SPACE = b" \t\v\f"
+_NUCLEOTIDES = "ACGTUN"
+_NUCLEOTIDE_SHARE = 0.95
+_NUCLEOTIDE_SAMPLE = 1000  # records
+# Decompressors share no base class; isal's stub takes its class for an instance.
+_DAMAGE: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError, IsalError, ZstdError)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceChunk:
+    """Consecutive records of one file, normalised; the lists run in parallel."""
+
+    ids: list[str]  # the header up to the first white space
+    descriptions: list[str]  # the rest of the header, or ""
+    sequences: list[str]  # upper case, `LETTERS` only, never empty
+
+
+def read_fasta(paths: Sequence[Path], *, chunk_size: int = 8192) -> Iterator[SequenceChunk]:
+    """Read every record of every file, in order. A chunk never spans two files.
+
+    Plain, gz, bz2, xz and zst files are told apart by their content. Ids that occur twice are the plan's affair.
+
+    Raises:
+        FastaError: A file that is missing, unreadable, cut short, empty or no protein FASTA, or a record without id,
+            without residues or with a letter that the model does not know.
+    """
+    for path in paths:
+        yield from _read_file(path, chunk_size)
+
+
+def _read_file(path: Path, chunk_size: int) -> Iterator[SequenceChunk]:
+    num_read = 0
+    for headers, sequences in _read_records(path, chunk_size):
+        chunk = _normalise(headers, sequences)
+        if chunk is None:
+            raise _refusal(path, headers, sequences, num_read)
+        if num_read == 0:
+            _refuse_nucleotides(path, chunk.sequences[:_NUCLEOTIDE_SAMPLE])
+        yield chunk
+        num_read += len(headers)
+    if num_read == 0:
+        raise FastaError(f"{path}: there is no sequence in it; give a FASTA file with at least one record")
+
+
+def _read_records(path: Path, chunk_size: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Headers without ">" and sequences as they stand in the file, a chunk at a time."""
+    try:
+        with xopen(path, "rb", threads=0) as file, dnaio.FastaReader(file, sequence_class=_as_two_lines) as reader:
+            records = iter(reader)
+            while chunk := "\n".join(islice(records, chunk_size)):
+                lines = chunk.split("\n")
+                yield lines[0::2], lines[1::2]
+    except (dnaio.FileFormatError, UnicodeDecodeError) as error:
+        raise FastaError(_what_is_wrong(path)) from error
+    except _DAMAGE as error:
+        raise FastaError(f"{path}: the compressed file is cut short or damaged ({error}); copy it again") from error
+    except FileNotFoundError as error:
+        raise FastaError(f"{path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise FastaError(f"{path}: this is a directory; give the FASTA files in it") from error
+    except OSError as error:
+        raise FastaError(f"{path}: the file cannot be read ({error.strerror or error})") from error
+
+
+def _as_two_lines(header: str, sequence: str, _qualities: None) -> str:
+    return f"{header}\n{sequence}"  # one string: an object per record would keep the garbage collector busy
+
+
+def _normalise(headers: list[str], sequences: list[str]) -> SequenceChunk | None:
+    """Normalise and check a chunk in a few passes over its joined bytes; None where a record is at fault."""
+    if not all(map(_has_id, headers)):
+        return None
+    residues = _normal_bytes("\n".join(sequences))
+    if _strange_bytes(residues):
+        return None
+    sequences = residues.decode("ascii").split("\n")
+    if "" in sequences:
+        return None
+    ids = [header.split(None, 1)[0] for header in headers]
+    descriptions = [header[len(sequence_id) :].lstrip() for header, sequence_id in zip(headers, ids, strict=True)]
+    return SequenceChunk(ids=ids, descriptions=descriptions, sequences=sequences)
+
+
+def _has_id(header: str) -> bool:
+    return header != "" and not header[0].isspace()
+
+
+def _normal_bytes(lines: str) -> bytes:
+    text = lines.encode().translate(_NORMAL, delete=_WHITE_SPACE)
+    return (text + b"\n").replace(b"*\n", b"\n")[:-1] if b"*" in text else text
+
+
+def _strange_bytes(text: bytes) -> bytes:
+    return text.translate(None, delete=LETTERS.encode() + b"\n")
+
+
+def _refuse_nucleotides(path: Path, sequences: list[str]) -> None:
+    residues = "".join(sequences)
+    share = sum(map(residues.count, _NUCLEOTIDES)) / len(residues)
+    if share >= _NUCLEOTIDE_SHARE:
+        raise FastaError(
+            f"{path}: this looks like nucleotides ({share:.0%} of the letters in the first {len(sequences)} records "
+            f"are A, C, G, T, U or N); ESM-2 takes proteins: translate it first, for example with `prodigal -a` "
+            f"or `seqkit translate`"
+        )
+
+
+def _refusal(path: Path, headers: list[str], sequences: list[str], num_before: int) -> FastaError:
+    """Find the first record at fault in a chunk that was not normalised, and its line in the file."""
+    faults = map(_fault_of, headers, sequences)
+    index, fault = next((index, fault) for index, fault in enumerate(faults) if fault)
+    return FastaError(f"{path}, line {_header_line(path, num_before + index)}: {fault}")
+
+
+def _fault_of(header: str, sequence: str) -> str | None:
+    if not _has_id(header):
+        return f"a record has no id (its header is {f'>{header}'!r}); write one right after the '>'"
+    sequence_id = header.split(None, 1)[0]
+    residues = _normal_bytes(sequence).decode()
+    if not residues:
+        return f"sequence {sequence_id!r} has no residues; take the record out"
+    for position, letter in enumerate(residues, start=1):
+        if letter not in LETTERS:
+            return f"sequence {sequence_id!r} has {letter!r} at position {position}; {_advice(letter)}"
+    return None
+
+
+def _advice(letter: str) -> str:
+    if letter == "*":
+        return "a stop codon inside a protein: cut the sequence there, or write X"
+    if letter in "-.":
+        return "gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`"
+    return f"allowed are the letters {''.join(sorted(LETTERS + 'J'))}: write X for an unknown residue"
+
+
+def _header_line(path: Path, record: int) -> int:
+    """The line number, from 1, of a record's header; `record` counts from 0."""
+    headers = (number for number, line in _numbered_lines(path) if line.lstrip().startswith(">"))
+    return next(islice(headers, record, None))
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with xopen(path, "rt", threads=0, encoding="utf-8", errors="replace") as file:
+        yield from enumerate(file, start=1)
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Say why a file cannot be read as FASTA text at all."""
+    start = next((line.strip() for _, line in _numbered_lines(path) if line.strip()), "")
+    if not start.startswith(">"):
+        return f"{path}: this is not FASTA but {_kind_of_file(start)}; its first line must start with '>'"
+    number = next(number for number, line in _numbered_lines(path) if "\ufffd" in line)
+    return (
+        f"{path}, line {number}: this is not UTF-8 text; convert it first, for example with `iconv -f latin1 -t utf8`"
+    )
+
+
+def _kind_of_file(start: str) -> str:
+    if not start[:80].isprintable() or "\ufffd" in start[:80]:
+        return "a binary file"
+    if start.startswith("@"):
+        return "FASTQ, by its looks"
+    if start.startswith(("LOCUS", "ID  ")):
+        return "a GenBank, EMBL or UniProt flat file, by its looks"
+    return f"text that starts with {start[:40]!r}"

@@ -1,0 +1,37 @@
+"""Packing: which sequences, in a given order, share one forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
+    """Cut a row of sequences into contiguous batches of at most `token_budget` tokens, each as full as it can be.
+
+    A sequence longer than the budget is a batch of its own.
+
+    Args:
+        token_lengths: Tokens of each sequence, BOS and EOS included, (N,), in the order in which they are computed.
+        token_budget: Most tokens of a batch.
+
+    Returns:
+        Boundaries, int64, (B + 1,): batch `b` is `[boundaries[b], boundaries[b + 1])`; the first is 0, the last N.
+        Lengths 5 3 4 under a budget of 8 give 0 2 3; no sequences give 0.
+
+    Raises:
+        ValueError: A budget or a length below 1.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget is {token_budget}; it must be at least 1")
+    if token_lengths.size and token_lengths.min() < 1:
+        raise ValueError(f"token_lengths holds {token_lengths.min()}; a sequence has at least 1 token")
+    ends = np.cumsum(token_lengths, dtype=np.int64)
+    boundaries = [0]
+    while (start := boundaries[-1]) < ends.size:
+        tokens_before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, tokens_before + token_budget, side="right"))
+        boundaries.append(max(stop, start + 1))
+    return np.array(boundaries, dtype=np.int64)

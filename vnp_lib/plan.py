@@ -1,0 +1,438 @@
+"""The plan of a run: its sequences, its order, shards and batches, and the fingerprint of its content.
+
+A plan is made once, before anything is computed, and is three files under `plan/`: `sequences.arrow` (what was read),
+`representatives.npy` (which sequences are identical) and, written last, `plan.json`, which holds the digests of the other
+two. Everything else follows from them by arithmetic: any process that loads a plan finds the same shards and batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
+from vnp_lib.fasta import SequenceChunk, read_fasta
+from vnp_lib.files import (
+    FileDigest,
+    canonical_json,
+    digest_file,
+    durable_file,
+    make_directory,
+    read_sealed_json,
+    remove_orphaned_temporaries,
+    require_free_space,
+    write_sealed_json,
+)
+from vnp_lib.packing import pack
+
+PLAN_SCHEMA = 1
+SEQUENCES_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("description", pa.string(), nullable=False),
+        pa.field("sequence", pa.string(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+    ]
+)
+
+_NUM_SPECIAL_TOKENS = 2  # BOS and EOS
+_EMPTY_DIGEST = hashlib.blake2b(digest_size=16)
+_NUM_SHOWN = 10
+_ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
+_WORKSPACE_BYTES = 256 * 1024**2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Every path of a run."""
+
+    run_dir: Path
+
+    @property
+    def plan_dir(self) -> Path:
+        return self.run_dir / "plan"
+
+    @property
+    def plan_json(self) -> Path:
+        return self.plan_dir / "plan.json"
+
+    @property
+    def sequences(self) -> Path:
+        return self.plan_dir / "sequences.arrow"
+
+    @property
+    def representatives(self) -> Path:
+        return self.plan_dir / "representatives.npy"
+
+    @property
+    def run_lock(self) -> Path:
+        return self.run_dir / "run.lock"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    @property
+    def manifest(self) -> Path:
+        return self.checkpoints_dir / "manifest.json"
+
+    def shard_dir(self, rank: int) -> Path:
+        return shard_dir(self.checkpoints_dir, rank)
+
+    def shard_lock(self, rank: int) -> Path:
+        return self.shard_dir(rank) / "shard.lock"
+
+    def job(self, rank: int) -> Path:
+        return self.shard_dir(rank) / "job.json"
+
+    def worker_log(self, rank: int) -> Path:
+        return self.shard_dir(rank) / "worker.log"
+
+    def checkpoint(self, rank: int, batch_idx: int) -> Path:
+        return checkpoint_path(self.checkpoints_dir, rank, batch_idx)
+
+    @property
+    def results_dir(self) -> Path:
+        return self.run_dir / "results"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.run_dir / "quarantine.jsonl"
+
+    @property
+    def embeddings_dir(self) -> Path:
+        return self.run_dir / "embeddings"
+
+    @property
+    def success(self) -> Path:
+        return self.embeddings_dir / "_SUCCESS.json"
+
+    @property
+    def assembly_dir(self) -> Path:
+        return self.run_dir / ".assembly"
+
+    @property
+    def report(self) -> Path:
+        return self.run_dir / "report.html"
+
+
+def shard_dir(checkpoints_dir: Path, rank: int) -> Path:
+    return checkpoints_dir / f"shard_{rank}"
+
+
+def checkpoint_path(checkpoints_dir: Path, rank: int, batch_idx: int) -> Path:
+    return shard_dir(checkpoints_dir, rank) / f"batch_{batch_idx:05d}.pt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What, besides the sequences, decides the numbers of a run."""
+
+    model: str
+    weights_digest: str
+    layer: int
+    pooling: str = "mean"
+    dtype: str
+    long_policy: str = "whole"  # long sequences are neither cut nor split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunPlan:
+    """A plan in memory. The texts stay on disk, memory-mapped; what is held is about 20 bytes a sequence."""
+
+    num_shards: int
+    token_budget: int
+    identity: dict[str, Any]
+    fingerprint: str  # sha256 of the identity's canonical JSON
+    num_residues: int
+    lengths: NDArray[np.int32]  # residues, (N,)
+    representatives: NDArray[np.int64]  # ordinal of the first identical sequence, (N,)
+    order: NDArray[np.int64]  # ordinals that are computed, longest first, then by ordinal, (num_computed,)
+    table: pa.Table  # SEQUENCES_SCHEMA, by ordinal
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths.size
+
+    @property
+    def num_computed(self) -> int:
+        """Sequences that differ from all before them: only these go through the model."""
+        return self.order.size
+
+    def shard_ordinals(self, rank: int) -> NDArray[np.int64]:
+        """What shard `rank` computes, longest first: every num_shards-th of `order`, so that shards weigh the same."""
+        return self.order[rank :: self.num_shards]
+
+    def shard_batches(self, rank: int) -> list[NDArray[np.int64]]:
+        """The ordinals of each batch of shard `rank`. A batch's index is its position; both last as long as the plan."""
+        ordinals = self.shard_ordinals(rank)
+        boundaries = pack(self.lengths[ordinals] + _NUM_SPECIAL_TOKENS, self.token_budget)
+        return np.split(ordinals, boundaries[1:-1]) if ordinals.size else []
+
+    def fetch(self, ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
+        """Ids and sequences of `ordinals`, in their order; only these rows are read."""
+        return self._texts("id", ordinals), self._texts("sequence", ordinals)
+
+    def ids(self, ordinals: NDArray[np.int64]) -> list[str]:
+        """Ids of `ordinals`, in their order; only these rows are read."""
+        return self._texts("id", ordinals)
+
+    def records(self, start: int, stop: int) -> pa.Table:
+        """The rows of ordinals `start` to `stop`, the latter left out: id, description, sequence, length."""
+        return self.table.slice(start, stop - start)
+
+    def _texts(self, column: str, ordinals: NDArray[np.int64]) -> list[str]:
+        chunks = self.table.column(column).chunks
+        starts = np.cumsum([0, *map(len, chunks)])
+        of_chunk = np.searchsorted(starts, ordinals, side="right") - 1
+        rows = (ordinals - starts[of_chunk]).tolist()
+        return [chunks[chunk][row].as_py() for chunk, row in zip(of_chunk.tolist(), rows, strict=True)]
+
+
+def make_plan(
+    paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity, *, num_shards: int, token_budget: int
+) -> RunPlan:
+    """Read the input, check it, and write its plan; or find that the run directory holds this very plan.
+
+    Afterwards `paths.plan_dir` is complete on disk. Where a plan of the same identity is there it is kept, but for
+    `plan.json` if `num_shards` or `token_budget` is another, and for files that do not fit their digests, which are
+    written anew. There are never more shards than sequences to compute.
+
+    Raises:
+        FastaError: An input file that cannot be used, or an id that occurs twice.
+        FingerprintMismatchError: The directory belongs to another run. It is left as it was.
+        ConfigError: The directory cannot be made or written.
+    """
+    try:
+        content = _kept_content(paths, fasta, model) or _write_content(paths, fasta, model)
+        division = {"num_shards": min(num_shards, content["num_computed"]), "token_budget": token_budget}
+        if content != content | division:
+            write_sealed_json(paths.plan_json, content | division, replace=True)
+    except OSError as error:
+        reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
+        raise ConfigError(f"the run directory {paths.run_dir} cannot be made or written ({reason})") from error
+    return load_plan(paths)
+
+
+def load_plan(paths: RunPaths) -> RunPlan:
+    """Load the plan of a run, its files checked against their digests.
+
+    Raises:
+        StorageError: A file of the plan is missing, damaged or of another version.
+    """
+    fields = read_sealed_json(paths.plan_json)
+    if fields["schema"] != PLAN_SCHEMA:
+        raise StorageError(f"{paths.plan_json} has schema {fields['schema']}; this version reads {PLAN_SCHEMA}")
+    if damage := _damage(paths, fields):
+        raise StorageError(f"{damage}; start the run again with its input: the plan is then written anew")
+    table = pa.ipc.open_file(pa.memory_map(str(paths.sequences))).read_all()
+    lengths = table.column("length").to_numpy()
+    representatives = np.load(paths.representatives)
+    return RunPlan(
+        num_shards=fields["num_shards"],
+        token_budget=fields["token_budget"],
+        identity=fields["identity"],
+        fingerprint=fields["fingerprint"],
+        num_residues=fields["num_residues"],
+        lengths=lengths,
+        representatives=representatives,
+        order=_longest_first(lengths, representatives),
+        table=table,
+    )
+
+
+def required_bytes(plan: RunPlan, embed_dim: int) -> int:
+    """Bytes that a whole run takes on disk at its peak: checkpoints, the dataset, and what assembly needs beside them."""
+    row_bytes = embed_dim * np.dtype(np.float32).itemsize + _ROW_OVERHEAD_BYTES
+    return (plan.num_computed + plan.num_sequences) * row_bytes + _WORKSPACE_BYTES
+
+
+def check_free_space(paths: RunPaths, plan: RunPlan, embed_dim: int) -> None:
+    """Raise ConfigError, with both figures, where the run directory's disk has no room for the rest of the run."""
+    present_bytes = sum(_tree_bytes(tree) for tree in (paths.checkpoints_dir, paths.embeddings_dir))
+    try:
+        require_free_space(paths.run_dir, required_bytes(plan, embed_dim) - present_bytes)
+    except StorageError as error:
+        raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Survey:
+    """What a pass over the input finds."""
+
+    sequences_sha256: str  # of ">header\nSEQUENCE\n" of every record, normalised, in order
+    num_residues: int
+    representatives: NDArray[np.int64]
+
+
+class _Surveyor:
+    """Takes the measure of the input chunk by chunk, in about 40 bytes a sequence."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._num_residues = 0
+        self._id_digests = bytearray()
+        self._sequence_digests = bytearray()
+
+    def add(self, chunk: SequenceChunk) -> None:
+        self._sha256.update("".join(map(_as_fasta, chunk.ids, chunk.descriptions, chunk.sequences)).encode())
+        self._num_residues += sum(map(len, chunk.sequences))
+        self._id_digests += b"".join(map(_digest, chunk.ids))
+        self._sequence_digests += b"".join(map(_digest, chunk.sequences))
+
+    def finish(self, fasta: Sequence[Path]) -> _Survey:
+        """Raises FastaError where an id occurs twice; then, and only then, `fasta` is read again for the message."""
+        first_of_id = _first_occurrences(self._id_digests)
+        repeats = np.flatnonzero(first_of_id != np.arange(first_of_id.size))
+        if repeats.size:
+            raise _duplicate_ids(fasta, repeats, first_of_id[repeats])
+        return _Survey(
+            sequences_sha256=self._sha256.hexdigest(),
+            num_residues=self._num_residues,
+            representatives=_first_occurrences(self._sequence_digests),
+        )
+
+
+def _as_fasta(sequence_id: str, description: str, sequence: str) -> str:
+    return f">{sequence_id} {description}\n{sequence}\n" if description else f">{sequence_id}\n{sequence}\n"
+
+
+def _digest(text: str) -> bytes:
+    digest = _EMPTY_DIGEST.copy()  # half the price of a new one
+    digest.update(text.encode())
+    return digest.digest()
+
+
+def _first_occurrences(digests: bytearray) -> NDArray[np.int64]:
+    """The ordinal of the first equal digest, for each of the 16-byte `digests`: A B A gives 0 1 0."""
+    halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+    by_digest = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: within equal digests by ordinal
+    in_order = halves[by_digest]
+    starts_group = np.ones(by_digest.size, dtype=bool)
+    starts_group[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
+    first = np.empty(by_digest.size, dtype=np.int64)
+    first[by_digest] = by_digest[starts_group][np.cumsum(starts_group) - 1]
+    return first
+
+
+def _duplicate_ids(fasta: Sequence[Path], repeats: NDArray[np.int64], firsts: NDArray[np.int64]) -> FastaError:
+    pairs = list(zip(firsts[:_NUM_SHOWN].tolist(), repeats[:_NUM_SHOWN].tolist(), strict=True))
+    places = _places_of(fasta, {ordinal for pair in pairs for ordinal in pair})
+    listed = "; ".join(f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs)
+    more = f"; and {repeats.size - _NUM_SHOWN:,} more" if repeats.size > _NUM_SHOWN else ""
+    return FastaError(f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records")
+
+
+def _places_of(fasta: Sequence[Path], ordinals: set[int]) -> dict[int, tuple[str, str]]:
+    """Id and place in the input, for people, of each of `ordinals`."""
+    places = {}
+    ordinal = 0
+    for path in fasta:
+        ids = (sequence_id for chunk in read_fasta([path]) for sequence_id in chunk.ids)
+        for record, sequence_id in enumerate(ids, start=1):
+            if ordinal in ordinals:
+                places[ordinal] = (sequence_id, f"record {record:,} of {path}")
+            ordinal += 1
+    return places
+
+
+def _kept_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity) -> dict[str, Any] | None:
+    """What `plan.json` says, if it is there, is of the same run, and its files are whole."""
+    if not paths.plan_json.exists():
+        return None
+    try:
+        fields = read_sealed_json(paths.plan_json)
+    except StorageError as error:
+        _log.warning("The plan is written anew: %s", error)
+        return None
+    surveyor = _Surveyor()
+    for chunk in read_fasta(fasta):
+        surveyor.add(chunk)
+    survey = surveyor.finish(fasta)
+    _require_same_identity(paths, fields["identity"], _identity(survey, model))
+    if damage := _damage(paths, fields):
+        _log.warning("The plan is written anew: %s", damage)
+        return None
+    return fields
+
+
+def _write_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity) -> dict[str, Any]:
+    """Write what `plan.json` will vouch for, and return what it says of it."""
+    make_directory(paths.plan_dir)
+    remove_orphaned_temporaries(paths.plan_dir)
+    surveyor = _Surveyor()
+    with durable_file(paths.sequences, replace=True) as file:
+        with pa.ipc.new_file(file, SEQUENCES_SCHEMA) as writer:
+            for chunk in read_fasta(fasta):
+                surveyor.add(chunk)
+                writer.write_batch(_record_batch(chunk))
+        survey = surveyor.finish(fasta)
+    with durable_file(paths.representatives, replace=True) as representatives_file:
+        np.lib.format.write_array(representatives_file, survey.representatives, allow_pickle=False)
+    identity = _identity(survey, model)
+    return {
+        "schema": PLAN_SCHEMA,
+        "identity": identity,
+        "fingerprint": hashlib.sha256(canonical_json(identity)).hexdigest(),
+        "num_sequences": survey.representatives.size,
+        "num_computed": np.unique(survey.representatives).size,
+        "num_residues": survey.num_residues,
+        "files": {
+            paths.sequences.name: asdict(file.digest),
+            paths.representatives.name: asdict(representatives_file.digest),
+        },
+    }
+
+
+def _record_batch(chunk: SequenceChunk) -> pa.RecordBatch:
+    lengths = list(map(len, chunk.sequences))
+    return pa.record_batch([chunk.ids, chunk.descriptions, chunk.sequences, lengths], schema=SEQUENCES_SCHEMA)
+
+
+def _identity(survey: _Survey, model: ModelIdentity) -> dict[str, Any]:
+    return asdict(model) | {
+        "schema": PLAN_SCHEMA,
+        "sequences_sha256": survey.sequences_sha256,
+        "num_sequences": survey.representatives.size,
+    }
+
+
+def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = [name for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)]
+    if differing:
+        listed = "; ".join(f"{name} is {stored.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
+        raise FingerprintMismatchError(
+            f"{paths.run_dir} belongs to another run ({listed}); choose another output directory, or --force-restart, "
+            f"which moves what is there aside"
+        )
+
+
+def _damage(paths: RunPaths, fields: dict[str, Any]) -> str | None:
+    """What is wrong with the files that `plan.json` vouches for."""
+    for name, digest in fields["files"].items():
+        path = paths.plan_dir / name
+        try:
+            if digest_file(path) != FileDigest(**digest):
+                return f"{path} is damaged: its size and sha256 are not those in {paths.plan_json.name}"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+    return None
+
+
+def _longest_first(lengths: NDArray[np.int32], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
+    computed = np.flatnonzero(representatives == np.arange(representatives.size))
+    return computed[np.argsort(-lengths[computed], kind="stable")]
+
+
+def _tree_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
