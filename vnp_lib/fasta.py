@@ -94,21 +94,15 @@ def _as_two_lines(header: str, sequence: str, _qualities: None) -> str:
 
 def _normalise(headers: list[str], sequences: list[str]) -> SequenceChunk | None:
     """Normalise and check a chunk in a few passes over its joined bytes; None where a record is at fault."""
-    if not all(map(_has_id, headers)):
-        return None
     residues = _normal_bytes("\n".join(sequences))
     if _strange_bytes(residues):
         return None
     sequences = residues.decode("ascii").split("\n")
-    if "" in sequences:
+    ids = [header.split(None, 1)[0] if header else "" for header in headers]
+    if "" in sequences or "" in ids or not all(map(str.startswith, headers, ids)):
         return None
-    ids = [header.split(None, 1)[0] for header in headers]
     descriptions = [header[len(sequence_id) :].lstrip() for header, sequence_id in zip(headers, ids, strict=True)]
     return SequenceChunk(ids=ids, descriptions=descriptions, sequences=sequences)
-
-
-def _has_id(header: str) -> bool:
-    return header != "" and not header[0].isspace()
 
 
 def _normal_bytes(lines: str) -> bytes:
@@ -139,7 +133,7 @@ def _refusal(path: Path, headers: list[str], sequences: list[str], num_before: i
 
 
 def _fault_of(header: str, sequence: str) -> str | None:
-    if not _has_id(header):
+    if not header or header[0].isspace():
         return f"a record has no id (its header is {f'>{header}'!r}); write one right after the '>'"
     sequence_id = header.split(None, 1)[0]
     residues = _normal_bytes(sequence).decode()
