@@ -1,0 +1,164 @@
+"""ESM-2's alphabet, and batches of sequences laid end to end without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BOS = 0
+PAD = 1
+EOS = 2
+UNK = 3
+FIRST_LETTER = 4
+LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"  # tokens 4, 5, 6, ...
+MASK = 32
+ALPHABET_SIZE = 33
+TOKENS_AROUND = 2  # BOS before the residues, EOS after them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedBatch:
+    """Sequences laid end to end, without padding."""
+
+    batch_idx: int
+    ordinals: NDArray[np.int64]  # (B,), positions in the input
+    sequence_ids: tuple[str, ...]  # B, in packing order
+    input_ids: Tensor  # int64 (T,), BOS and EOS around every sequence
+    cu_seqlens: Tensor  # int32 (B + 1,), first 0, last T
+    max_seqlen: int  # tokens, BOS and EOS included
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, batch_idx: int, first_ordinal: int) -> PackedBatch:
+        """Take a batch from a loader's dictionary.
+
+        Args:
+            mapping: `input_ids` and `sequence_ids`. Packed `input_ids` come with `cu_seqlens`; without it, a row of 2-D
+                `input_ids` is one sequence, padded with `PAD` at the right. `ordinals` is optional.
+            batch_idx: The batch's number.
+            first_ordinal: The ordinals start here and count up, where the mapping has none.
+
+        Raises:
+            ValueError: The ids, ordinals and sequences are not equally many, or a sequence has no residue.
+        """
+        sequence_ids = tuple(mapping["sequence_ids"])
+        input_ids, cu_seqlens = _pack_ids(torch.as_tensor(mapping["input_ids"]), mapping.get("cu_seqlens"))
+        ordinals = mapping.get("ordinals")
+        if ordinals is None:
+            ordinals = range(first_ordinal, first_ordinal + len(sequence_ids))
+        return _checked_batch(batch_idx, ordinals, sequence_ids, input_ids, cu_seqlens)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequence_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def select(self, keep: NDArray[np.bool_]) -> PackedBatch:
+        """Leave out the sequences whose `keep`, bool (B,), is False; at least one stays."""
+        seqlens = np.diff(self.cu_seqlens.numpy())
+        return _checked_batch(
+            self.batch_idx,
+            self.ordinals[keep],
+            tuple(compress(self.sequence_ids, keep)),
+            self.input_ids[torch.from_numpy(np.repeat(keep, seqlens))],
+            _boundaries(seqlens[keep]),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        return replace(self, input_ids=self.input_ids.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+def pack_batch(
+    sequences: Sequence[str], sequence_ids: Sequence[str], ordinals: Sequence[int] | NDArray[np.int64], batch_idx: int
+) -> PackedBatch:
+    """Turn sequences into tokens: BOS, one token a letter, EOS.
+
+    A letter that ESM-2 does not know becomes `UNK`; so do lower-case letters: `fasta.py` normalises before.
+
+    Raises:
+        ValueError: The ids, ordinals and sequences are not equally many, or a sequence has no residue.
+    """
+    seqlens = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + TOKENS_AROUND
+    cu_seqlens = _boundaries(seqlens)
+    is_residue = np.ones(cu_seqlens[-1], dtype=np.bool_)
+    is_residue[cu_seqlens[:-1]] = is_residue[cu_seqlens[1:] - 1] = False
+
+    letters = "".join(sequences).encode("latin-1", errors="replace")  # one byte a letter, whatever the letter
+    input_ids = np.empty(cu_seqlens[-1], dtype=np.int64)
+    input_ids[is_residue] = _TOKEN_OF_BYTE[np.frombuffer(letters, dtype=np.uint8)]
+    input_ids[cu_seqlens[:-1]] = BOS
+    input_ids[cu_seqlens[1:] - 1] = EOS
+    return _checked_batch(batch_idx, ordinals, tuple(sequence_ids), torch.from_numpy(input_ids), cu_seqlens)
+
+
+def _token_of_byte() -> NDArray[np.int64]:
+    table = np.full(256, UNK, dtype=np.int64)
+    table[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = np.arange(FIRST_LETTER, FIRST_LETTER + len(LETTERS))
+    return table
+
+
+_TOKEN_OF_BYTE = _token_of_byte()
+
+
+def _boundaries(seqlens: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(seqlens)])
+
+
+def _pack_ids(input_ids: Tensor, cu_seqlens: Any) -> tuple[Tensor, NDArray[np.int64]]:
+    if cu_seqlens is not None:
+        return input_ids.flatten(), np.asarray(cu_seqlens, dtype=np.int64)
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"input_ids has {input_ids.ndim} dimensions and comes without cu_seqlens; give it as (sequences, tokens), or give cu_seqlens"
+        )
+    num_pads = (input_ids == PAD).flip(1).cumprod(dim=1).sum(dim=1)
+    seqlens = input_ids.shape[1] - num_pads
+    is_token = torch.arange(input_ids.shape[1]) < seqlens[:, None]
+    return input_ids[is_token], _boundaries(seqlens.numpy())
+
+
+def _checked_batch(
+    batch_idx: int,
+    ordinals: Sequence[int] | NDArray[np.int64],
+    sequence_ids: tuple[str, ...],
+    input_ids: Tensor,
+    cu_seqlens: NDArray[np.int64],
+) -> PackedBatch:
+    seqlens = np.diff(cu_seqlens)
+    if not 0 < len(sequence_ids) == len(ordinals) == len(seqlens):
+        raise ValueError(
+            f"batch {batch_idx} has {len(sequence_ids)} ids, {len(ordinals)} ordinals and {len(seqlens)} sequences; each sequence needs one of both"
+        )
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel():
+        raise ValueError(
+            f"batch {batch_idx} has {input_ids.numel()} tokens, but cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}"
+        )
+    shortest = int(seqlens.argmin())
+    if seqlens[shortest] <= TOKENS_AROUND:
+        raise ValueError(
+            f"sequence {sequence_ids[shortest]!r} of batch {batch_idx} has no residue: {seqlens[shortest]} tokens, BOS and EOS included"
+        )
+    return PackedBatch(
+        batch_idx=batch_idx,
+        ordinals=np.asarray(ordinals, dtype=np.int64),
+        sequence_ids=sequence_ids,
+        input_ids=input_ids.to(torch.int64),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(seqlens.max()),
+    )
