@@ -1,0 +1,87 @@
+"""Tokens attend to their own sequence, from positions that count exactly."""
+
+import pytest
+import torch
+from esm.rotary_embedding import RotaryEmbedding
+
+from vnp_lib import attention
+from vnp_lib.attention import PackedLayout, rotary_tables, rotate, varlen_attention
+
+HEADS, HEAD_DIM = 3, 8
+
+
+def layout_of(seqlens: list[int], dtype: torch.dtype = torch.float32) -> PackedLayout:
+    cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0, dtype=torch.int32)
+    return PackedLayout.of(cu_seqlens, max(seqlens), dtype)
+
+
+def random_states(num_tokens: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(num_tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3)]
+
+
+def attention_by_the_book(q, k, v, seqlens):
+    pieces = []
+    for one_q, one_k, one_v in zip(*(x.double().split(seqlens) for x in (q, k, v)), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", one_q, one_k) / HEAD_DIM**0.5
+        pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), one_v))
+    return torch.cat(pieces).float()
+
+
+@pytest.mark.parametrize("seqlens", [[1], [40], [9, 9, 9], [31, 7, 7, 3, 1, 1], [2, 50, 2]])
+def test_packed_attention_is_attention_of_each_sequence_alone(seqlens):
+    q, k, v = random_states(sum(seqlens))
+    attended = varlen_attention(q, k, v, layout_of(seqlens))
+    torch.testing.assert_close(attended, attention_by_the_book(q, k, v, seqlens), rtol=0, atol=2e-6)
+
+
+def test_neighbours_of_equal_length_share_one_call():
+    assert layout_of([31, 7, 7, 3, 3, 3]).runs == ((1, 31), (2, 7), (3, 3))
+
+
+def test_varlen_kernel_is_for_cuda_half_precision_alone():
+    """Whatever else is missing, the CPU and float32 never meet a kernel that cannot take them."""
+    assert not attention._has_varlen_kernel(torch.device("cpu"), torch.bfloat16)
+    assert not attention._has_varlen_kernel(torch.device("cuda"), torch.float32)
+
+
+def test_missing_varlen_module_leaves_the_runs(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", None)
+    assert not attention._has_varlen_kernel(torch.device("cuda"), torch.bfloat16)
+
+
+def test_varlen_kernel_gets_the_arguments_that_all_versions_share(monkeypatch):
+    """A stand-in with the parameters of torch 2.10 and 2.13 in common; the kernel itself needs a GPU."""
+    seqlens = [5, 2]
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, /):
+        assert cu_seq_q is cu_seq_k
+        assert cu_seq_q.tolist() == [0, 5, 7]
+        assert (max_q, max_k) == (5, 5)
+        return attention_by_the_book(query, key, value, seqlens)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda device, dtype: True)
+    q, k, v = random_states(7)
+    attended = varlen_attention(q, k, v, layout_of(seqlens))
+    torch.testing.assert_close(attended, attention_by_the_book(q, k, v, seqlens))
+
+
+@pytest.mark.parametrize("seqlens", [[6, 4, 4, 1], [3000, 2]])
+def test_rotation_is_fair_esms_and_starts_anew_at_each_sequence(seqlens):
+    q, k, _ = random_states(sum(seqlens))
+    cos, sin = rotary_tables(layout_of(seqlens), sum(seqlens), HEAD_DIM, torch.float32)
+    fair_esm = RotaryEmbedding(dim=HEAD_DIM)
+    for ours, given, which in ((rotate(q, cos, sin), q, 0), (rotate(k, cos, sin), k, 1)):
+        pieces = [one.transpose(0, 1) for one in given.split(seqlens)]
+        expected = torch.cat([fair_esm(one, one)[which].transpose(0, 1) for one in pieces])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tables_are_float32_tables_rounded_once(dtype):
+    """Angles made in bfloat16 are wrong by whole turns past position 256, in float16 past 2048."""
+    seqlens = [5000]
+    exact = rotary_tables(layout_of(seqlens), 5000, HEAD_DIM, torch.float32)
+    half = rotary_tables(layout_of(seqlens, dtype), 5000, HEAD_DIM, dtype)
+    assert all(torch.equal(ours, expected.to(dtype)) for ours, expected in zip(half, exact, strict=True))

@@ -1,0 +1,107 @@
+"""Attention within each sequence of a packed batch, and the rotary positions it works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch build without flash attention
+    varlen_attn = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLayout:
+    """Where the sequences of a packed batch lie. Made once per forward pass, used by every layer."""
+
+    cu_seqlens: Tensor  # int32 (B + 1,), on the states' device
+    max_seqlen: int  # tokens
+    runs: tuple[
+        tuple[int, int], ...
+    ]  # (sequences, tokens of each) of neighbours of equal length; () for a kernel that takes cu_seqlens
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype) -> PackedLayout:
+        """Choose the backend for states of `dtype` on the device of `cu_seqlens`."""
+        runs = () if _has_varlen_kernel(cu_seqlens.device, dtype) else _runs_of_equal_length(cu_seqlens)
+        return cls(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, runs=runs)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    """Let each token attend to all tokens of its own sequence, softmax(q k^T / sqrt(D)) v.
+
+    Args:
+        q, k, v: Queries, keys and values, (T, H, D), contiguous.
+        layout: Where the sequences lie.
+
+    Returns:
+        The attended values, (T, H, D).
+    """
+    if layout.runs:
+        return _attend_by_runs(q, k, v, layout.runs)
+    boundaries, longest = layout.cu_seqlens, layout.max_seqlen
+    # In this form, by position, torch 2.10 to 2.13 agree on the arguments.
+    attended = varlen_attn(q, k, v, boundaries, boundaries, longest, longest)
+    assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return attended
+
+
+def rotary_tables(layout: PackedLayout, num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Look up the rotary factors of every token; positions count from 0 at each sequence's BOS.
+
+    Angles are float32 whatever `dtype` is: bfloat16 counts exactly only to 256, float16 only to 2048.
+
+    Returns:
+        The cosine and the signed sine that `rotate` takes, both (T, 1, D), in `dtype`.
+    """
+    starts = layout.cu_seqlens[:-1]
+    first_token = torch.repeat_interleave(starts, layout.cu_seqlens.diff(), output_size=num_tokens)
+    positions = torch.arange(num_tokens, device=starts.device) - first_token
+    table_rows = max(1024, 1 << (layout.max_seqlen - 1).bit_length())
+    cos, sin = _rotary_table(head_dim, table_rows, dtype, starts.device)
+    return cos[positions, None], sin[positions, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of queries or keys, (T, H, D), by their token's angles (RoFormer, arXiv:2104.09864)."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    return (
+        varlen_attn is not None
+        and device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention begins with Ampere
+    )
+
+
+def _runs_of_equal_length(cu_seqlens: Tensor) -> tuple[tuple[int, int], ...]:
+    seqlens, counts = torch.unique_consecutive(cu_seqlens.cpu().diff(), return_counts=True)
+    return tuple(zip(counts.tolist(), seqlens.tolist(), strict=True))
+
+
+def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    tokens = [count * seqlen for count, seqlen in runs]
+    states_of_runs = zip(*(x.split_with_sizes(tokens) for x in (q, k, v)), strict=True)
+    return torch.cat([_attend_one_run(states, *run) for states, run in zip(states_of_runs, runs, strict=True)])
+
+
+def _attend_one_run(states: tuple[Tensor, ...], count: int, seqlen: int) -> Tensor:
+    q, k, v = (x.view(count, seqlen, *x.shape[1:]).transpose(1, 2) for x in states)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+@lru_cache(maxsize=4)
+def _rotary_table(head_dim: int, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    # On the CPU, as fair-esm's are: powers differ in the last bits between devices, and the angles grow with the position.
+    frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), 1).to(device, dtype), torch.cat((-sin, sin), 1).to(device, dtype)
