@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vnp_lib.failures import LockTimeoutError, StorageError
 
@@ -192,15 +192,14 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """Read what `write_sealed_json` wrote, without its seal.
 
     Raises:
-        StorageError: It is missing, unreadable, larger than 32 MiB, not a JSON object, or its seal does not fit.
+        StorageError: It is missing, larger than 32 MiB, not a JSON object, or its seal does not fit.
+        OSError: The system could not read it.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise StorageError(f"{path} is missing") from None
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
     if len(data) > MAX_JSON_BYTES:
         raise StorageError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file")
     try:
@@ -237,6 +236,7 @@ def read_marker(path: Path) -> dict[str, Any]:
 
     Raises:
         StorageError: There is none, it is damaged, or another version of this software wrote it.
+        OSError: The system could not read it.
     """
     marker = marker_path(path)
     fields = read_sealed_json(marker)
@@ -251,7 +251,7 @@ def digest_file(path: Path) -> FileDigest:
         return digest_stream(file)
 
 
-def digest_stream(file: io.BufferedIOBase) -> FileDigest:
+def digest_stream(file: BinaryIO) -> FileDigest:
     """Read an open file from where it stands to its end, a MiB at a time."""
     sha256 = hashlib.sha256()
     size_bytes = 0
@@ -272,7 +272,7 @@ def make_directory(path: Path) -> None:
         ops.mkdir(path)
     except FileExistsError:
         if not path.is_dir():
-            raise
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file where a directory has to be", str(path)) from None
     fsync_directory(path.parent)
 
 
@@ -283,6 +283,13 @@ def fsync_directory(path: Path) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename durably, within one file system; `target` is a name that nobody else uses, or is replaced."""
+    ops.replace(source, target)
+    fsync_directory(target.parent)
+    fsync_directory(source.parent)
 
 
 def require_free_space(directory: Path, size_bytes: int) -> None:
