@@ -161,7 +161,7 @@ class AsyncCheckpointWriter:
         self._sleep = sleep
         self._executor = ThreadPoolExecutor(max_workers, thread_name_prefix="checkpoint-writer")
         self._in_flight = _InFlight(max_checkpoints=MAX_IN_FLIGHT, max_bytes=MAX_IN_FLIGHT_BYTES)
-        self._futures: list[Future[FileDigest]] = []
+        self._futures: list[Future[None]] = []
         self._are_failures_told = False
 
     def write_checkpoint_async(
@@ -170,7 +170,7 @@ class AsyncCheckpointWriter:
         embeddings: Tensor | np.ndarray[Any, Any],
         sequence_ids: Sequence[str],
         metadata: dict[str, Any],
-    ) -> Future[FileDigest]:
+    ) -> Future[None]:
         """Take a copy of what is given and write it in the background; waits while too much is in flight.
 
         Args:
@@ -182,7 +182,7 @@ class AsyncCheckpointWriter:
                 `fingerprint` (str) go into the marker too.
 
         Returns:
-            Resolves to the digest of the file when it is committed.
+            Resolves when the checkpoint is committed.
 
         Raises:
             CheckpointWriteError: An earlier checkpoint could not be written.
@@ -247,7 +247,7 @@ class AsyncCheckpointWriter:
 
     def _write_checkpoint_sync(
         self, checkpoint_path: Path, embeddings: Tensor, sequence_ids: list[str], metadata: dict[str, Any]
-    ) -> FileDigest:
+    ) -> None:
         path = checkpoint_path
         content = _Content(embeddings, sequence_ids, metadata)
         self._persist(path, lambda: make_directory(path.parent))
@@ -255,7 +255,6 @@ class AsyncCheckpointWriter:
         digest = self._persist(path, lambda: _save(path, content))
         self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))
         self._record(path, rows=len(sequence_ids))
-        return digest
 
     def _persist(self, path: Path, act: Callable[[], T]) -> T:
         """Do `act`; again after a while where the disk is full, and once more after an I/O error, on a new file."""
@@ -293,9 +292,7 @@ class ResumedRows(NamedTuple):
     ids: list[str]
     embeddings: np.ndarray[Any, Any] | None  # (len(ids), D), in the order of the ids; bfloat16 comes as float32
     resume_batch_idx: int  # the number of the next checkpoint
-    corrupted_ids: list[
-        str
-    ]  # what checkpoints that are not used say they held; all that is not in `ids` is to be computed
+    corrupted_ids: list[str]  # what unused checkpoints say they held; all that is not in `ids` is to be computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,11 +327,17 @@ class Survey:
     valid: tuple[CheckpointRecord, ...]
     damaged: tuple[Damage, ...]
 
+    def done_mask(self, num_sequences: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of a run's ordinals are in valid checkpoints, bool (num_sequences,)."""
+        is_done = np.zeros(num_sequences, dtype=bool)
+        for record in self.valid:
+            is_done[record.ordinals] = True
+        return is_done
+
     def require_sound_storage(self) -> None:
         """Raise StorageError where more than 3 checkpoints and more than 1 % were finished and are damaged now."""
         lost = [damage for damage in self.damaged if not damage.is_unfinished]
-        total = len(self.valid) + len(lost)
-        _require_sound_storage(lost, total)
+        _require_sound_storage(lost, total=len(self.valid) + len(lost))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,17 +362,30 @@ def survey_checkpoints(checkpoints_dir: Path, fingerprint: str, *, verify_digest
     Raises:
         StorageError: A file cannot be read for a reason that is not damage (permission, too many open files).
     """
-    valid: list[CheckpointRecord] = []
-    damaged: list[Damage] = []
-    for rank, shard_dir in _shard_directories(checkpoints_dir):
-        fsync_directory(shard_dir)
-        for path in _checkpoint_paths(shard_dir):
-            try:
-                valid.append(_survey_one(path, rank, fingerprint, verify_digest=verify_digests))
-            except CheckpointError as error:
-                is_unfinished = not marker_path(path).exists()
-                damaged.append(Damage(path=path, reason=str(error), is_unfinished=is_unfinished))
-    return Survey(valid=tuple(valid), damaged=tuple(damaged))
+    surveys = [
+        _survey_shard(shard_dir, rank, fingerprint, verify_digests=verify_digests)
+        for rank, shard_dir in _shard_directories(checkpoints_dir)
+    ]
+    return Survey(
+        valid=tuple(record for survey in surveys for record in survey.valid),
+        damaged=tuple(damage for survey in surveys for damage in survey.damaged),
+    )
+
+
+def heal_shard(checkpoints_dir: Path, rank: int, fingerprint: str) -> int:
+    """Read one shard's checkpoints whole, move the damaged ones aside, and return the number of the next one.
+
+    Only for who holds the shard's lock: another's checkpoint between its file and its marker looks damaged.
+
+    Raises:
+        StorageError: So many are damaged that the storage is failing. Nothing has been moved.
+    """
+    survey = _survey_shard(checkpoints_dir / f"shard_{rank}", rank, fingerprint, verify_digests=True)
+    survey.require_sound_storage()
+    for damage in survey.damaged:
+        logger.warning("%s cannot be used: %s", damage.path, damage.reason)
+        set_aside(damage.path)
+    return survey.valid[-1].batch_idx + 1 if survey.valid else 0
 
 
 def load_checkpoint(path: Path, *, fingerprint: str | None) -> Checkpoint:
@@ -433,18 +449,19 @@ def resume_from_checkpoints(
     paths = _checkpoint_paths(shard_dir)
     usable, damaged = ([], []) if force_restart else _usable_checkpoints(paths, fingerprint, on_damage)
     if on_damage == "skip":
-        _require_sound_storage([each for each in damaged if not each.is_unfinished], len(paths))
-    used = [path for path, _ in usable]
+        _require_sound_storage([each for each in damaged if not each.is_unfinished], total=len(paths))
+    used = {path for path, _ in usable}
     unused = [path for path in paths if path not in used]
     corrupted_ids = [] if force_restart else [id_ for path in unused for id_ in _readable_ids(path)]
+    damaged_paths = {each.path for each in damaged}
     for path in unused:
-        set_aside(path, under="damaged" if path in {each.path for each in damaged} else "superseded")
+        set_aside(path, under="damaged" if path in damaged_paths else "superseded")
     if manifest is not None:
         _reconcile(manifest, rank, usable)
     return ResumedRows(
         ids=[id_ for _, content in usable for id_ in content.sequence_ids],
         embeddings=_to_numpy(torch.cat([content.embeddings for _, content in usable])) if usable else None,
-        resume_batch_idx=_next_batch_idx(used if on_damage == "stop" else paths),
+        resume_batch_idx=_next_batch_idx([path for path, _ in usable] if on_damage == "stop" else paths),
         corrupted_ids=corrupted_ids,
     )
 
@@ -604,7 +621,7 @@ def _what_to_do(path: Path, error: OSError) -> str:
     return f"{path}: {error}: see to the storage and start the same run again; all that has been committed stays valid"
 
 
-def _failure_of(future: Future[FileDigest]) -> BaseException | None:
+def _failure_of(future: Future[None]) -> BaseException | None:
     return CancelledError("cancelled before it was written") if future.cancelled() else future.exception()
 
 
@@ -621,6 +638,325 @@ def _checkpoint_paths(shard_dir: Path) -> list[Path]:
         return []
     names = {path.name.removesuffix(".done") for path in shard_dir.iterdir()}
     return sorted((shard_dir / name for name in names if _CHECKPOINT_FILE.fullmatch(name)), key=batch_idx_of)
+
+
+def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:
+    surveys = [
+        _survey_shard(shard_dir, rank, fingerprint, verify_digests=verify_digests)
+        for rank, shard_dir in _shard_directories(checkpoints_dir)
+    ]
+    return Survey(
+        valid=tuple(record for survey in surveys for record in survey.valid),
+        damaged=tuple(damage for survey in surveys for damage in survey.damaged),
+    )
+
+
+def heal_shard(checkpoints_dir: Path, rank: int, fingerprint: str) -> int:
+    """Read one shard's checkpoints whole, move the damaged ones aside, and return the number of its next one.
+
+    Raises:
+        StorageError: More than 3 and more than 1 % are damaged: the storage is failing. Nothing has been moved.
+    """
+    shard_dir = checkpoints_dir / f"shard_{rank}"
+    paths = _checkpoint_paths(shard_dir)
+    if not paths:
+        return 0
+    survey = _survey_shard(shard_dir, rank, fingerprint, verify_digests=True)
+    survey.require_sound_storage()
+    for damage in survey.damaged:
+        logger.warning("%s cannot be used: %s", damage.path, damage.reason)
+        set_aside(damage.path)
+    return _next_batch_idx(paths)
+
+
+def load_checkpoint(path: Path, *, fingerprint: str | None) -> Checkpoint:
+    """Read a checkpoint that proves itself: by its marker first, then by what is in it.
+
+    Args:
+        fingerprint: The run that it has to be of; None takes any.
+
+    Raises:
+        CheckpointError: It does not; says why.
+        StorageError: It cannot be read for a reason that is not damage.
+    """
+    try:
+        content = _read(path, fingerprint=fingerprint, may_be_bare=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Checkpoint(
+        embeddings=_to_numpy(content.embeddings), sequence_ids=content.sequence_ids, metadata=content.metadata
+    )
+
+
+def validate_checkpoint_pt(path: Path) -> tuple[bool, str]:
+    """Say whether a checkpoint can be used, and if not, why.
+
+    An empty marker, as `touch` makes it, proves nothing; it is let pass beside a checkpoint that names no run, as other
+    tools leave them, when its content is right in itself.
+    """
+    try:
+        _read(Path(path), fingerprint=None, may_be_bare=True)
+    except StorageError as error:
+        return False, str(error)
+    return True, ""
+
+
+def resume_from_checkpoints(
+    checkpoint_dir: Path,
+    rank: int,
+    force_restart: bool = False,
+    manifest: CheckpointManifest | None = None,
+    *,
+    on_damage: Literal["stop", "skip"] = "stop",
+    fingerprint: str | None = None,
+) -> ResumedRows:
+    """Load the checkpoints of one shard, in order, all at once.
+
+    What is not used is moved aside, so that its number and its rows are free to be written again: damaged checkpoints to
+    `damaged/`, good ones that come after them or before a forced restart to `superseded/`, in the shard's directory.
+
+    Args:
+        checkpoint_dir: Holds `shard_{rank}`.
+        force_restart: Use none.
+        manifest: Its counts for this shard are set from what is used.
+        on_damage: "stop" uses what comes before the first damaged checkpoint; "skip" uses all but the damaged ones.
+        fingerprint: The run that they have to be of; None takes any.
+
+    Raises:
+        FingerprintMismatchError: They are of another run. Nothing has been moved.
+        StorageError: With "skip", more than 3 and more than 1 % are damaged: the storage is failing. Nothing has been moved.
+    """
+    shard_dir = Path(checkpoint_dir) / f"shard_{rank}"
+    paths = _checkpoint_paths(shard_dir)
+    usable, damaged = ([], []) if force_restart else _usable_checkpoints(paths, fingerprint, on_damage)
+    if on_damage == "skip":
+        _require_sound_storage([each for each in damaged if not each.is_unfinished], total=len(paths))
+    used = [path for path, _ in usable]
+    unused = [path for path in paths if path not in used]
+    corrupted_ids = [] if force_restart else [id_ for path in unused for id_ in _readable_ids(path)]
+    damaged_paths = {each.path for each in damaged}
+    for path in unused:
+        set_aside(path, under="damaged" if path in damaged_paths else "superseded")
+    if manifest is not None:
+        _reconcile(manifest, rank, usable)
+    return ResumedRows(
+        ids=[id_ for _, content in usable for id_ in content.sequence_ids],
+        embeddings=_to_numpy(torch.cat([content.embeddings for _, content in usable])) if usable else None,
+        resume_batch_idx=_next_batch_idx([path for path, _ in usable] if on_damage == "stop" else paths),
+        corrupted_ids=corrupted_ids,
+    )
+
+
+def set_aside(path: Path, *, under: str = "damaged") -> Path:
+    """Move a checkpoint and its marker, whichever are there, to a directory beside it, under a name that is not taken.
+
+    Returns:
+        Where the checkpoint is now: evidence, which nothing here reads again.
+    """
+    make_directory(path.parent / under)
+    target = path.parent / under / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    for source, destination in ((marker_path(path), marker_path(target)), (path, target)):  # never a marker alone
+        if source.exists():
+            move_file(source, destination)
+    logger.warning("%s is moved aside, to %s", path, target)
+    return target
+
+
+def batch_idx_of(path: Path) -> int:
+    """The number in a checkpoint's name: 12 in `batch_00012.pt`. ValueError if it is no such name."""
+    match = _CHECKPOINT_FILE.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name!r} is no name of a checkpoint, such as batch_00012.pt")
+    return int(match[1])
+
+
+class _Content(NamedTuple):
+    """A checkpoint in memory, as it is saved."""
+
+    embeddings: Tensor
+    sequence_ids: list[str]
+    metadata: dict[str, Any]
+
+
+class _Committed(NamedTuple):
+    path: Path
+    rank: int
+    batch_idx: int
+    rows: int
+
+
+class _InFlight:
+    """How much is being written: `enter` waits for room, and one checkpoint always has room when there is no other."""
+
+    def __init__(self, *, max_checkpoints: int, max_bytes: int) -> None:
+        self._max_checkpoints = max_checkpoints
+        self._max_bytes = max_bytes
+        self._checkpoints = 0
+        self._bytes = 0
+        self._changed = threading.Condition()
+
+    def enter(self, size_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(size_bytes))
+            self._checkpoints += 1
+            self._bytes += size_bytes
+
+    def leave(self, size_bytes: int) -> None:
+        with self._changed:
+            self._checkpoints -= 1
+            self._bytes -= size_bytes
+            self._changed.notify_all()
+
+    def _has_room(self, size_bytes: int) -> bool:
+        if self._checkpoints == 0:
+            return True
+        return self._checkpoints < self._max_checkpoints and self._bytes + size_bytes <= self._max_bytes
+
+
+def _require_array(embeddings: object) -> None:
+    if not isinstance(embeddings, Tensor | np.ndarray):
+        raise TypeError(f"embeddings is a {type(embeddings).__name__}; it must be a tensor or a NumPy array")
+
+
+def _snapshot(embeddings: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    if isinstance(embeddings, Tensor):
+        return embeddings.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return torch.from_numpy(np.array(embeddings, dtype=embeddings.dtype.newbyteorder("="), order="C"))
+
+
+def _plain_copy(value: Any, name: str = "metadata") -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if type(value) is list:
+        return [_plain_copy(each, name) for each in value]
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {key: _plain_copy(value[key], f"{name}[{key!r}]") for key in sorted(value)}
+    raise TypeError(
+        f"{name} holds a {type(value).__name__}; only str, int, float, bool, None, lists and dicts are kept"
+    )
+
+
+def _require_committable(content: _Content) -> None:
+    try:
+        _check_content(content)
+    except CheckpointError as error:
+        raise ValueError(f"this is no checkpoint: {error}") from None
+    if not torch.isfinite(content.embeddings).all():
+        raise NumericalInstabilityError(f"not finite: {', '.join(_ids_of_bad_rows(content)[:10])}")
+
+
+def _ids_of_bad_rows(content: _Content) -> list[str]:
+    is_bad = ~torch.isfinite(content.embeddings).all(dim=1)
+    return [content.sequence_ids[row] for row in is_bad.nonzero().flatten().tolist()]
+
+
+def _make_way(path: Path) -> None:
+    """Move aside what a crash has left under this name; a checkpoint that proves itself is somebody's work."""
+    if not path.exists() and not marker_path(path).exists():
+        return
+    try:
+        _read(path, fingerprint=None, may_be_bare=True)
+    except CheckpointError as error:
+        logger.warning("%s cannot be used: %s", path, error)
+        set_aside(path)
+    else:
+        raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", str(path))
+
+
+def _save(path: Path, content: _Content) -> FileDigest:
+    with durable_file(path) as file:
+        torch.save(_canonical(content._asdict(), {}), cast(IO[bytes], file))
+    return file.digest
+
+
+def _canonical(value: Any, strings: dict[str, str]) -> Any:
+    """Copy `value` so that equal strings are one object: pickle writes an object once and then refers to it.
+
+    The copies are new objects, or a string that torch happens to use itself would be a reference to that.
+    """
+    if isinstance(value, str):
+        return strings.setdefault(value, value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass"))
+    if isinstance(value, list):
+        return [_canonical(each, strings) for each in value]
+    if isinstance(value, dict):
+        return {_canonical(key, strings): _canonical(each, strings) for key, each in value.items()}
+    if isinstance(value, Tensor):
+        return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    return value
+
+
+def _marker_fields(content: _Content) -> dict[str, Any]:
+    rows, width = content.embeddings.shape
+    repeated: dict[str, Any] = {
+        key: content.metadata[key] for key in ("ordinals", "fingerprint") if key in content.metadata
+    }
+    return {"rows": rows, "width": width, "dtype": _dtype_name(content.embeddings), **repeated}
+
+
+def _what_to_do(path: Path, error: OSError) -> str:
+    if error.errno in _DISK_FULL:
+        return (
+            f"{path}: the disk is full or the quota reached ({error}): make room and start the same run again; "
+            f"all that has been committed stays valid"
+        )
+    return f"{path}: {error}: see to the storage and start the same run again; all that has been committed stays valid"
+
+
+def _failure_of(future: Future[None]) -> BaseException | None:
+    return CancelledError("cancelled before it was written") if future.cancelled() else future.exception()
+
+
+def _shard_directories(checkpoints_dir: Path) -> list[tuple[int, Path]]:
+    if not checkpoints_dir.is_dir():
+        return []
+    found = [(match, path) for path in checkpoints_dir.iterdir() if (match := _SHARD_DIRECTORY.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found if path.is_dir())
+
+
+def _checkpoint_paths(shard_dir: Path) -> list[Path]:
+    """Checkpoints by number, also those of which only the marker is there."""
+    if not shard_dir.is_dir():
+        return []
+    names = {path.name.removesuffix(".done") for path in shard_dir.iterdir()}
+    return sorted((shard_dir / name for name in names if _CHECKPOINT_FILE.fullmatch(name)), key=batch_idx_of)
+
+
+def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:
+    valid: list[CheckpointRecord] = []
+    damaged: list[Damage] = []
+    for path in _checkpoint_paths(shard_dir):
+        try:
+            valid.append(_survey_one(path, rank, fingerprint, verify_digest=verify_digests))
+        except CheckpointError as error:
+            is_unfinished = not marker_path(path).exists()
+            damaged.append(Damage(path=path, reason=str(error), is_unfinished=is_unfinished))
+    if valid or damaged:
+        fsync_directory(shard_dir)
+    return Survey(valid=tuple(valid), damaged=tuple(damaged))
+
+
+def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:
+    _sync_names(shard_dir)
+    valid: list[CheckpointRecord] = []
+    damaged: list[Damage] = []
+    for path in _checkpoint_paths(shard_dir):
+        try:
+            valid.append(_survey_one(path, rank, fingerprint, verify_digest=verify_digests))
+        except CheckpointError as error:
+            damaged.append(_damage(path, error))
+    return Survey(valid=tuple(valid), damaged=tuple(damaged))
+
+
+def _sync_names(shard_dir: Path) -> None:
+    try:
+        fsync_directory(shard_dir)
+    except OSError as error:
+        if error.errno != errno.EROFS:  # what cannot be written to is looked at as it is
+            raise StorageError(f"{shard_dir} cannot be synced: {error}") from error
+
+
+def _damage(path: Path, error: CheckpointError) -> Damage:
+    return Damage(path=path, reason=str(error), is_unfinished=not marker_path(path).exists())
 
 
 def _survey_one(path: Path, rank: int, fingerprint: str, *, verify_digest: bool) -> CheckpointRecord:
@@ -657,7 +993,7 @@ def _usable_checkpoints(
             content = _read(path, fingerprint=None, may_be_bare=True)
             _require_alike(content, usable[0][1] if usable else content)
         except CheckpointError as error:
-            damaged.append(Damage(path=path, reason=str(error), is_unfinished=not marker_path(path).exists()))
+            damaged.append(_damage(path, error))
             logger.warning("%s cannot be used: %s", path, error)
             if on_damage == "stop":
                 break
@@ -683,7 +1019,7 @@ def _require_same_run(path: Path, content: _Content, fingerprint: str | None) ->
         )
 
 
-def _require_sound_storage(lost: Sequence[Damage], total: int) -> None:
+def _require_sound_storage(lost: Sequence[Damage], *, total: int) -> None:
     if len(lost) > 3 and len(lost) * 100 > total:
         reasons = "; ".join(f"{each.path}: {each.reason}" for each in lost[:3])
         raise StorageError(

@@ -277,11 +277,11 @@ def make_directory(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in `path` durable. File systems that know no such thing answer EINVAL, which is accepted."""
+    """Make the names in `path` durable. That a file system knows no such thing (EINVAL, ENOTSUP) is accepted."""
     try:
         ops.fsync_directory(path)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
 
 
