@@ -98,11 +98,12 @@ class FailureKind(StrEnum):
 
 
 class ExitCode(IntEnum):
-    """How `python -m vnp_lib.worker` leaves. What else happened is in its last event."""
+    """How our processes leave."""
 
     DONE = 0
     FAILED = 1
     UNUSABLE_INPUT = 2
+    INTERRUPTED = 128 + signal.SIGINT
     STOPPED = 128 + signal.SIGTERM
 
 

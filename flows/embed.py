@@ -1,0 +1,175 @@
+"""The flow: plan, embed the shards, put the dataset together. `python flows/embed.py --help` runs it on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.states import Completed, Failed, State
+from vnp_lib.dataset import DatasetSummary, assemble
+
+from flows.hooks import make_retry_hook
+from flows.shard import DevicePool, embed_shard
+from vnp_lib.config import EmbedConfig, parse_command_line
+from vnp_lib.failures import CheckpointError, ExitCode, InputError
+from vnp_lib.plan import RunPaths
+from vnp_lib.progress import RunProgress, format_duration
+from vnp_lib.run import RANDOM_WEIGHTS, Run, check_at_the_door, open_run
+
+_MOST_ROUNDS = 3
+
+
+@flow(name="vnp-embed")
+async def embed(config: EmbedConfig) -> State[Any]:
+    """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
+    with sigterm_cancels_the_flow(), open_run(config) as run:
+        for _ in range(_MOST_ROUNDS):
+            states = await embed_shards(run)
+            if not all(state.is_completed() for state in states):
+                return Failed(message=describe(states))
+            try:
+                summary = assemble_dataset(run)
+            except CheckpointError as error:
+                get_run_logger().warning("%s: it is computed again", error)
+                run.set_damaged_aside()
+            else:
+                return Completed(message=f"{summary.num_sequences} sequences embedded, {describe(states)}")
+        return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
+
+
+async def embed_shards(run: Run) -> list[State[Any]]:
+    """Run every shard's task, as many at a time as there are devices, and return how each ended."""
+    shards = run.shard_states()
+    devices = DevicePool(run.devices)
+    with RunProgress(
+        total_sequences=run.plan.num_computed,
+        total_tokens=run.num_tokens,
+        log_interval_s=run.config.runtime.log_interval_s,
+    ) as progress:
+        progress.resume(sequences=sum(s.num_done for s in shards), tokens=sum(s.tokens_done for s in shards))
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(
+                    embed_shard.with_options(
+                        retry_condition_fn=make_retry_hook(run, shard.rank),
+                        result_storage=run.paths.results_dir,
+                        refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
+                    )(run, shard.rank, devices, progress, return_state=True)
+                )
+                for shard in shards
+            ]
+    return [task.result() for task in tasks]
+
+
+def assemble_dataset(run: Run) -> DatasetSummary:
+    """Put the dataset together from the checkpoints, every digest verified."""
+    get_run_logger().info("all shards are embedded: putting the dataset together")
+    return assemble(run.plan, run.paths, run.checkpoints())
+
+
+def describe(states: Sequence[State[Any]]) -> str:
+    """Say how the shards ended: `2 Completed, 1 Cached`; and which have not been embedded."""
+    counts = Counter(state.name for state in states)
+    described = "shards: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=str))
+    failed = [rank for rank, state in enumerate(states) if not state.is_completed()]
+    if not failed:
+        return described
+    reasons = "; ".join(f"shard {rank}: {states[rank].message}" for rank in failed[:5])
+    return f"{described}; not embedded: {failed} ({reasons})"
+
+
+@contextmanager
+def sigterm_cancels_the_flow() -> Iterator[None]:
+    """Make SIGTERM one thing, a cancellation of the flow, wherever in the event loop it strikes.
+
+    Prefect's handler raises TerminationSignal in whatever code is running. Out of the selector it ends asyncio.run. Out of
+    a callback asyncio only logs it, and the flow would run on; out of a task it is that task's own failure.
+    """
+    loop, flow_task = asyncio.get_running_loop(), asyncio.current_task()
+    assert flow_task is not None
+
+    def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception"), TerminationSignal):
+            flow_task.cancel()
+        else:
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(on_loop_error)
+    try:
+        yield
+    except (TerminationSignal, BaseExceptionGroup) as error:
+        if isinstance(error, BaseExceptionGroup) and not error.subgroup(TerminationSignal):
+            raise
+        raise asyncio.CancelledError("SIGTERM") from error
+    finally:
+        loop.set_exception_handler(None)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the flow on this machine and return the exit code: 0, 1 failed, 2 unusable input, 130 and 143 stopped."""
+    started_at = time.monotonic()
+    try:
+        config = parse_command_line(arguments)
+        check_at_the_door(config)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.UNUSABLE_INPUT
+    if not config.verbose:
+        logging.getLogger("prefect").propagate = False  # off the console; its lines still reach the API
+    if config.weights == RANDOM_WEIGHTS:
+        print("warning: --weights random: an untrained model, the vectors mean nothing", file=sys.stderr)
+    start_temporary_server()
+    try:
+        outcome = asyncio.run(embed(config, return_state=True))
+    except (TerminationSignal, asyncio.CancelledError):
+        print("stopped by SIGTERM. What was computed is kept: the same command goes on from there", file=sys.stderr)
+        return ExitCode.STOPPED
+    except KeyboardInterrupt:
+        print("interrupted. What was computed is kept: the same command goes on from there", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    return report_outcome(config, outcome, time.monotonic() - started_at)
+
+
+def start_temporary_server() -> None:
+    """Without PREFECT_API_URL, start Prefect's own server, deaf to Ctrl-C so that it can record the end of the run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a blocked signal stays blocked in a child
+    try:
+        with get_client(sync_client=True):
+            pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -> int:
+    """Print how the run ended, and what to do next."""
+    error = outcome.data if isinstance(outcome.data, BaseException) else None
+    if isinstance(error, InputError):
+        print(error, file=sys.stderr)
+        return ExitCode.UNUSABLE_INPUT
+    if not outcome.is_completed():
+        print(f"failed after {format_duration(elapsed_s)}: {outcome.message}", file=sys.stderr)
+        print("What was computed is kept: the same command goes on from there", file=sys.stderr)
+        return ExitCode.FAILED
+    print(
+        f"{outcome.message} in {format_duration(elapsed_s)}\n"
+        f"dataset: {RunPaths(config.output_dir).embeddings_dir}\n"
+        "read it back:\n"
+        "    from vnp_lib.dataset import open_dataset\n"
+        f'    dataset = open_dataset("{config.output_dir}")\n'
+        "    print(len(dataset), dataset.ids[0], dataset[dataset.ids[0]])"
+    )
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

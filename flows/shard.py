@@ -1,0 +1,125 @@
+"""The Prefect task of one shard: one attempt is one child process on one device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+
+from flows.artifacts import ShardArtifact
+from vnp_lib.files import make_directory, write_file
+from vnp_lib.progress import RunProgress
+from vnp_lib.run import Run
+from vnp_lib.supervisor import Event, run_child
+
+_NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
+
+
+class DevicePool:
+    """The devices of a run. Each has one child at a time."""
+
+    def __init__(self, devices: Iterable[str]) -> None:
+        self._free: asyncio.Queue[str] = asyncio.Queue()
+        for device in devices:
+            self._free.put_nowait(device)
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[str]:
+        """Wait for a free device and hold it for a block."""
+        device = await self._free.get()
+        try:
+            yield device
+        finally:
+            self._free.put_nowait(device)
+
+
+def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Name a shard's persisted result: the same run, divided in the same way."""
+    plan = parameters["run"].plan
+    return f"{plan.fingerprint}-{parameters['rank']:05d}-of-{plan.num_shards:05d}"
+
+
+@task(
+    name="embed-shard",
+    task_run_name="shard-{rank:03d}",
+    retries=_NEVER_BY_COUNT,
+    persist_result=True,
+    result_serializer="json",
+    cache_policy=CacheKeyFnPolicy(cache_key_fn=result_key),
+)
+async def embed_shard(run: Run, rank: int, devices: DevicePool, progress: RunProgress) -> dict[str, Any]:
+    """Make one attempt on a shard, and return what it holds when all of it is in checkpoints.
+
+    Raises:
+        ShardFailedError: The attempt ended badly; the retry hook judges it.
+    """
+    before = run.shard_state(rank)
+    attempt = 0
+    if not before.is_complete:
+        async with devices.one() as device:
+            attempt = run.manifest.start_attempt(rank)
+            await _attempt(run, rank, device, attempt, progress)
+    run.manifest.mark_shard_complete(rank)
+    return {"rank": rank, "sequences": before.num_sequences, "attempts": attempt}
+
+
+async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: RunProgress) -> None:
+    runtime = run.config.runtime
+    make_directory(run.paths.shard_dir(rank))
+    write_file(run.paths.job(rank), run.shard_job(rank, device).model_dump_json(indent=1).encode(), replace=True)
+    artifact = ShardArtifact(rank, interval_s=runtime.artifact_interval_s)
+    follower = _Follower(rank, attempt, device, progress, artifact)
+    await run_child(
+        run.paths.job(rank),
+        device=device,
+        log_path=run.paths.worker_log(rank),
+        on_event=follower.on_event,
+        startup_limit_s=runtime.startup_limit_s,
+        silence_limit_s=runtime.silence_limit_s,
+        grace_s=runtime.grace_s,
+    )
+    await artifact.show(100.0, f"complete after attempt {attempt}", now=True)
+
+
+class _Follower:
+    """Passes on what a child says: to the task run's log, to the progress bar and to the shard's artifact."""
+
+    def __init__(self, rank: int, attempt: int, device: str, progress: RunProgress, artifact: ShardArtifact) -> None:
+        self._attempt = attempt
+        self._device = device
+        self._progress = progress
+        self._artifact = artifact
+        self._logger = get_run_logger()
+        self._sequences = self._total = 0
+
+    async def on_event(self, event: Event) -> None:
+        match event:
+            case {"event": "log", "level": int(level), "message": str(message)}:
+                self._logger.log(level, message)
+            case {"event": "waiting", "message": str(message)}:
+                self._logger.info("waiting for an earlier attempt: %s", message)
+            case {"event": "started", "pending": int(pending), "done": int(done)}:
+                self._sequences, self._total = done, done + pending
+                self._logger.info(
+                    "attempt %d on device %s: %d sequences to embed, %d in checkpoints",
+                    self._attempt,
+                    self._device,
+                    pending,
+                    done,
+                )
+            case {"event": "batch", "sequences": int(sequences), "tokens": int(tokens)}:
+                self._sequences += sequences
+                self._progress.advance(sequences=sequences, tokens=tokens)
+                await self._show()
+            case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
+                self._logger.info("checkpoint %d is on disk: %d rows", number, rows)
+
+    async def _show(self) -> None:
+        percent = 100.0 * self._sequences / max(self._total, 1)
+        described = f"{self._sequences} of {self._total} sequences, attempt {self._attempt} on {self._device}"
+        await self._artifact.show(percent, described)

@@ -1,0 +1,176 @@
+"""The whole way, from FASTA to dataset, held against fair-esm itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import dnaio
+import numpy as np
+import pytest
+import torch
+from esm.data import Alphabet
+from esm.model.esm2 import ESM2 as FairESM2
+from prefect.client.orchestration import get_client
+
+from flows.embed import embed
+from tests.conftest import EXAMPLE
+from vnp_lib.config import EmbedConfig
+from vnp_lib.dataset import open_dataset
+from vnp_lib.esm2 import MODELS, random_tensors
+from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
+from vnp_lib.files import FileLock
+from vnp_lib.plan import RunPaths
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+MODEL = "esm2_t6_8M_UR50D"
+
+
+def run_flow(fasta, output_dir, **settings):
+    config = EmbedConfig(
+        fasta=(fasta,), output_dir=output_dir, model=MODEL, weights="random", devices="cpu", **settings
+    )
+    return asyncio.run(embed(config, return_state=True))
+
+
+def task_states(outcome) -> dict[str, str]:
+    """Name and state of every task run of a flow run, as the server has them."""
+
+    async def read():
+        async with get_client() as client:
+            runs = await client.read_task_runs(
+                flow_run_filter={"id": {"any_": [str(outcome.state_details.flow_run_id)]}}
+            )
+            return {run.name: run.state_name for run in runs}
+
+    return asyncio.run(read())
+
+
+@pytest.fixture(scope="module")
+def example_run(tmp_path_factory, prefect_server):
+    """The example file, embedded once by three shards on one CPU."""
+    run_dir = tmp_path_factory.mktemp("example") / "run"
+    outcome = run_flow(EXAMPLE, run_dir, shards=3)
+    assert outcome.is_completed(), outcome.message
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def records():
+    with dnaio.open(EXAMPLE) as file:
+        return [(record.id, record.sequence) for record in file]
+
+
+@pytest.fixture(scope="module")
+def fair_esm():
+    """fair-esm's own model with the same seeded weights."""
+    architecture = MODELS[MODEL]
+    model = FairESM2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads)
+    incompatible = model.load_state_dict(dict(random_tensors(architecture)), strict=False)
+    assert incompatible.unexpected_keys == []
+    return model.eval()
+
+
+def test_every_row_is_what_fair_esm_gives_for_that_sequence(example_run, records, fair_esm):
+    """Every row, held by its id and by its place against fair-esm's mean over that very sequence."""
+    dataset = open_dataset(example_run)
+    assert list(dataset.ids) == [sequence_id for sequence_id, _ in records]
+    to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    last = MODELS[MODEL].num_layers
+    for ordinal, (sequence_id, sequence) in enumerate(records):
+        with torch.inference_mode():
+            states = fair_esm(to_tokens([("", sequence)])[2], repr_layers=[last])["representations"][last]
+        expected = states[0, 1:-1].mean(dim=0).numpy()
+        np.testing.assert_allclose(dataset[sequence_id], expected, atol=1e-4, rtol=0, err_msg=sequence_id)
+        np.testing.assert_array_equal(dataset.row(ordinal), dataset[sequence_id])
+
+
+def test_success_file_counts_what_is_there(example_run, records):
+    success = json.loads((example_run / "embeddings" / "_SUCCESS.json").read_text())
+    assert success["num_sequences"] == len(records)
+
+
+def test_a_finished_run_started_again_computes_nothing(example_run):
+    """Prefect knows the shards' results, and the disk bears them out."""
+    before = (example_run / "embeddings" / "_SUCCESS.json").read_bytes()
+    outcome = run_flow(EXAMPLE, example_run, shards=3)
+    assert outcome.is_completed()
+    assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Cached", "shard-002": "Cached"}
+    assert (example_run / "embeddings" / "_SUCCESS.json").read_bytes() == before
+
+
+def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(tmp_path, tiny_fasta):
+    """A persisted result counts for no more than the checkpoints on disk."""
+    assert run_flow(tiny_fasta, tmp_path / "whole").is_completed()
+    assert run_flow(tiny_fasta, tmp_path / "run", shards=2).is_completed()
+    for path in RunPaths(tmp_path / "run").shard_dir(1).glob("batch_*"):
+        path.unlink()
+    outcome = run_flow(tiny_fasta, tmp_path / "run", shards=2)
+    assert outcome.is_completed(), outcome.message
+    assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Completed"}
+    assert_same_rows(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(tmp_path, tiny_fasta):
+    """Markers and sizes still fit, so that assembly is the first to see it; the same flow run mends it."""
+    assert run_flow(tiny_fasta, tmp_path / "whole").is_completed()
+    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+    paths = RunPaths(tmp_path / "run")
+    paths.success.unlink()
+    content = bytearray(paths.checkpoint(0, 0).read_bytes())
+    content[len(content) // 2] ^= 1
+    paths.checkpoint(0, 0).write_bytes(content)
+    outcome = run_flow(tiny_fasta, tmp_path / "run")
+    assert outcome.is_completed(), outcome.message
+    assert_same_rows(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [{"shards": 5}, {"shards": 1, "token_budget": 100}])
+def test_another_division_keeps_what_is_done(tmp_path, tiny_fasta, settings):
+    """More or fewer shards, another token budget: no sequence is computed a second time."""
+    assert run_flow(tiny_fasta, tmp_path / "run", shards=2).is_completed()
+    paths = RunPaths(tmp_path / "run")
+    paths.success.unlink()
+    files = {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")}
+    outcome = run_flow(tiny_fasta, tmp_path / "run", **settings)
+    assert outcome.is_completed(), outcome.message
+    assert {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")} == files
+
+
+def test_another_model_is_refused_and_nothing_is_touched(tmp_path, tiny_fasta):
+    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    outcome = run_flow(tiny_fasta, tmp_path / "run", dtype="bfloat16")
+    assert outcome.is_failed()
+    error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
+    assert isinstance(error, FingerprintMismatchError)
+    assert "float32" in str(error)
+    assert "bfloat16" in str(error)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert after == before
+
+
+def test_force_restart_moves_the_old_run_aside(tmp_path, tiny_fasta):
+    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+    outcome = run_flow(tiny_fasta, tmp_path / "run", dtype="bfloat16", force_restart=True)
+    assert outcome.is_completed(), outcome.message
+    assert open_dataset(tmp_path / "run").metadata["identity"]["dtype"] == "bfloat16"
+    assert open_dataset(tmp_path / "run" / "superseded_1").metadata["identity"]["dtype"] == "float32"
+
+
+def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
+    (tmp_path / "run").mkdir()
+    lock = FileLock(RunPaths(tmp_path / "run").run_lock, purpose="test")
+    with lock.held(timeout_s=1):
+        outcome = run_flow(tiny_fasta, tmp_path / "run")
+    error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
+    assert isinstance(error, RunDirectoryBusyError)
+    assert "in use" in str(error)
+
+
+def assert_same_rows(run_dir, oracle_dir):
+    ours, oracle = open_dataset(run_dir), open_dataset(oracle_dir)
+    assert list(ours.ids) == list(oracle.ids)
+    for sequence_id in oracle.ids:
+        np.testing.assert_allclose(ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id)

@@ -1,0 +1,138 @@
+"""One model behind the command line, the variables and the flow's parameter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from vnp_lib.config import (
+    EmbedConfig,
+    child_environment,
+    parse_command_line,
+    resolve_devices,
+    viral_checkpoint_mode,
+)
+from vnp_lib.failures import ConfigError
+
+NEEDED = ("--fasta", "in.fasta", "--output-dir", "out")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("VNP_")]:
+        monkeypatch.delenv(name)
+
+
+def test_the_default_model_is_the_one_of_a_real_run():
+    config = parse_command_line(NEEDED)
+    assert (config.model, config.weights, config.devices) == ("esm2_t36_3B_UR50D", "auto", "auto")
+
+
+def test_options_variables_and_flow_parameters_give_the_same_settings(monkeypatch):
+    by_options = parse_command_line(
+        [*NEEDED, "--token-budget", "512", "--shards", "3", "--force-restart", "--runtime.grace-s", "5"]
+    )
+    for name, value in {
+        "FASTA": "in.fasta",
+        "OUTPUT_DIR": "out",
+        "TOKEN_BUDGET": "512",
+        "SHARDS": "3",
+        "FORCE_RESTART": "true",
+        "RUNTIME__GRACE_S": "5",
+    }.items():
+        monkeypatch.setenv(f"VNP_{name}", value)
+    by_variables = parse_command_line([])
+    by_parameter = EmbedConfig.model_validate(
+        {
+            "fasta": ["in.fasta"],
+            "output_dir": "out",
+            "token_budget": 512,
+            "shards": 3,
+            "force_restart": True,
+            "runtime": {"grace_s": 5},
+        }
+    )
+    assert by_options == by_variables == by_parameter
+
+
+def test_an_option_wins_over_a_variable(monkeypatch):
+    monkeypatch.setenv("VNP_SHARDS", "7")
+    assert parse_command_line([*NEEDED, "--shards", "2"]).shards == 2
+
+
+def test_the_flows_parameter_does_not_read_the_environment(monkeypatch):
+    """Else a worker's environment would quietly fill in what the person left open in the UI."""
+    monkeypatch.setenv("VNP_SHARDS", "7")
+    assert EmbedConfig(fasta=(Path("a"),), output_dir=Path("b")).shards is None
+
+
+def test_several_fasta_files_by_comma_or_by_repeating_the_option():
+    expected = (Path("a.fa"), Path("b.fa.gz"))
+    assert parse_command_line(["--fasta", "a.fa,b.fa.gz", "--output-dir", "out"]).fasta == expected
+    assert parse_command_line(["--fasta", "a.fa", "--fasta", "b.fa.gz", "--output-dir", "out"]).fasta == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--fasta is needed", "--output-dir is needed"]),
+        ([*NEEDED, "--model", "esm3"], ["--model", "esm2_t6_8M_UR50D", "esm3"]),
+        ([*NEEDED, "--token-budget", "-3"], ["--token-budget", "-3"]),
+        ([*NEEDED, "--shards", "many"], ["--shards", "many"]),
+        ([*NEEDED, "--devices", "gpu0"], ["--devices", "gpu0"]),
+        ([*NEEDED, "--runtime.checkpoint-time-threshold", "600"], ["--runtime.checkpoint-time-threshold", "600"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_option(arguments, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(arguments)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "--fasta FILES" in text
+    assert "VNP_TOKEN_BUDGET" in text
+    assert "tuple[" not in text
+    assert "None" not in text
+
+
+def test_settings_are_frozen_and_know_all_their_fields():
+    config = parse_command_line(NEEDED)
+    with pytest.raises(ValidationError):
+        config.shards = 3
+    with pytest.raises(ValidationError, match="typo"):
+        EmbedConfig(fasta=(Path("a"),), output_dir=Path("b"), typo=1)
+
+
+def test_devices_by_name():
+    assert resolve_devices("cpu") == ("cpu",)
+    assert resolve_devices("cpu,cpu") == ("cpu", "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"there is no GPU 98, 99"):
+        resolve_devices("98,99")
+
+
+@pytest.mark.parametrize(
+    ("mask", "device", "seen"),
+    [(None, "1", "1"), ("2,3", "1", "3"), ("GPU-abc, GPU-def", "0", "GPU-abc"), ("0,1", "cpu", "")],
+)
+def test_a_child_sees_one_gpu_within_the_mask_of_its_parent(monkeypatch, mask, device, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert child_environment(device)["CUDA_VISIBLE_DEVICES"] == seen
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("1", True), ("false", False), ("", False)])
+def test_viral_checkpoint_mode_is_a_switch(monkeypatch, value, expected):
+    monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", value)
+    assert viral_checkpoint_mode() is expected

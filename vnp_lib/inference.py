@@ -1,0 +1,324 @@
+"""The loop on one device: batches in, rows out, checkpoints on the way.
+
+Reading and tokenising run ahead in a thread, a GPU computes one batch while the rows of the one before come back,
+and checkpoints are written by a thread of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointTrigger, resume_from_checkpoints
+from vnp_lib.esm2 import mean_pool
+from vnp_lib.failures import NumericalInstabilityError
+from vnp_lib.files import FileDigest
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import checkpoint_path
+from vnp_lib.tokens import PackedBatch
+
+RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
+
+_BATCHES_AHEAD = 4
+_END = object()
+T = TypeVar("T")
+
+
+class PackedModel(Protocol):
+    """What the runner needs of a model."""
+
+    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+        """Give `{"representations": {layer: states}}`, the states (T, D); the highest layer is taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceResult:
+    """The rows of one batch, or, under `RESUMED`, those that checkpoints held already."""
+
+    sequence_ids: tuple[str, ...]  # B
+    embeddings: Tensor  # float32 (B, D), on the CPU; row i belongs to sequence_ids[i]
+    batch_idx: int
+    num_tokens: int = 0  # that went through the model
+
+
+class AsyncInferenceRunner:
+    """Embeds batches on one device and keeps what it has computed in `checkpoint_dir/shard_{rank}/`.
+
+    Args:
+        model: A model on `device`, in eval mode.
+        device: Where it is.
+        enable_streams: On a GPU, fetch the rows of a batch while the next one is computed.
+        checkpoint_dir: Folder of all shards' checkpoints; None keeps nothing.
+        rank: Which shard this is.
+        checkpoint_seq_threshold: Sequences after which a checkpoint is written.
+        checkpoint_time_threshold: Seconds after which a checkpoint is written.
+        manifest: Where finished checkpoints are recorded.
+        input_fingerprint: Fingerprint of the run; in every checkpoint, and asked of those that are resumed.
+        model_config_hash: Digest of the weights; in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        device: torch.device | str,
+        enable_streams: bool = True,
+        checkpoint_dir: Path | None = None,
+        rank: int = 0,
+        checkpoint_seq_threshold: int = 10_000,
+        checkpoint_time_threshold: float = 300.0,
+        manifest: CheckpointManifest | None = None,
+        input_fingerprint: str = "",
+        model_config_hash: str = "",
+    ) -> None:
+        self._model = model
+        self._device = torch.device(device)
+        self._batches_in_flight = 1 if enable_streams and self._device.type == "cuda" else 0
+        self._checkpoint_dir = checkpoint_dir
+        self._rank = rank
+        self._trigger = CheckpointTrigger(checkpoint_seq_threshold, checkpoint_time_threshold)
+        self._manifest = manifest
+        self._metadata = {"fingerprint": input_fingerprint, "model_config_hash": model_config_hash}
+        self.current_batch: PackedBatch | None = None  # the one in the model: the suspect when it fails
+
+    def run(
+        self,
+        dataloader: Iterable[PackedBatch | Mapping[str, Any]],
+        progress_callback: Callable[[int, int], None] | None = None,
+        force_restart: bool = False,
+    ) -> Iterator[InferenceResult]:
+        """Embed what a loader gives, less what the checkpoints of this rank hold already.
+
+        Args:
+            dataloader: Packed batches, or dicts with `input_ids` and `sequence_ids` and, where they are packed,
+                `cu_seqlens` and `max_seqlen`. The same rows in the same order at every run.
+            progress_callback: Called with (batch_idx, number of sequences) after each batch.
+            force_restart: Move earlier checkpoints aside and compute everything.
+
+        Yields:
+            First what was resumed, if anything, in one result with batch_idx `RESUMED`; then each batch.
+
+        Raises:
+            NumericalInstabilityError: A row that is not finite. What was computed before it is kept.
+            StorageError: A checkpoint that could not be written.
+        """
+        resumed_ids: list[str] = []
+        next_checkpoint = 0
+        if self._checkpoint_dir is not None:
+            resumed_ids, rows, next_checkpoint, _ = resume_from_checkpoints(
+                self._checkpoint_dir,
+                self._rank,
+                force_restart=force_restart,
+                manifest=self._manifest,
+                fingerprint=self._metadata["fingerprint"] or None,
+            )
+            if rows is not None:
+                yield InferenceResult(
+                    sequence_ids=tuple(resumed_ids), embeddings=torch.from_numpy(rows), batch_idx=RESUMED
+                )
+        batches = without_done(numbered_batches(dataloader), resumed_ids)
+        for result in self.embed(batches, next_checkpoint=next_checkpoint):
+            if progress_callback is not None:
+                progress_callback(result.batch_idx, len(result.sequence_ids))
+            yield result
+
+    def embed(
+        self,
+        batches: Iterable[PackedBatch],
+        *,
+        next_checkpoint: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_checkpoint: Callable[[int, int], None] | None = None,
+    ) -> Iterator[InferenceResult]:
+        """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
+
+        `should_stop` is asked after every batch. `on_checkpoint` is called with (number, rows) once a checkpoint is
+        durable, from the writer's thread. However the loop ends, what was computed is durable when it has ended.
+        """
+        with self._keeping(next_checkpoint, on_checkpoint) as keep, torch.inference_mode():
+            for batch, rows in self._computed(batches):
+                keep(batch, rows)
+                yield InferenceResult(
+                    sequence_ids=batch.sequence_ids,
+                    embeddings=rows,
+                    batch_idx=batch.batch_idx,
+                    num_tokens=batch.num_tokens,
+                )
+                if should_stop():
+                    return
+
+    def _computed(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Tensor]]:
+        in_flight: deque[_Launched] = deque()
+        for batch in run_ahead(batches, _BATCHES_AHEAD):
+            in_flight.append(self._launch(batch))
+            while len(in_flight) > self._batches_in_flight:
+                yield in_flight.popleft().collect()
+        while in_flight:
+            yield in_flight.popleft().collect()
+
+    def _launch(self, batch: PackedBatch) -> _Launched:
+        self.current_batch = batch
+        on_device = batch.to(self._device)
+        output = self._model.forward_packed(on_device.input_ids, on_device.cu_seqlens, on_device.max_seqlen)
+        representations = output["representations"]
+        rows = mean_pool(representations[max(representations)], on_device.cu_seqlens)
+        return _Launched.fetch(batch, rows)
+
+    @contextmanager
+    def _keeping(
+        self, next_checkpoint: int, on_checkpoint: Callable[[int, int], None] | None
+    ) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
+        """Give a function that keeps a batch's rows; on the way out, for whatever reason, write what is left."""
+        if self._checkpoint_dir is None:
+            yield lambda batch, rows: None
+            return
+        with AsyncCheckpointWriter(manifest=self._manifest, rank=self._rank) as writer:
+            unsaved = _Unsaved(
+                writer=writer,
+                directory=self._checkpoint_dir,
+                rank=self._rank,
+                next_checkpoint=next_checkpoint,
+                metadata=self._metadata,
+                on_checkpoint=on_checkpoint,
+            )
+
+            def keep(batch: PackedBatch, rows: Tensor) -> None:
+                unsaved.add(batch, rows)
+                is_due, reason = self._trigger.should_checkpoint(batch.num_sequences)
+                if is_due:
+                    unsaved.write(reason or "")
+                    self._trigger.reset()
+
+            self._trigger.reset()
+            reason = "interrupted"
+            try:
+                yield keep
+                reason = "final"
+            finally:
+                unsaved.write(reason)
+                writer.wait_all()
+
+
+def numbered_batches(loader: Iterable[PackedBatch | Mapping[str, Any]]) -> Iterator[PackedBatch]:
+    """Give each batch of a loader its number, and each row its position, where the loader does not say them."""
+    first_ordinal = 0
+    for batch_idx, item in enumerate(loader):
+        batch = (
+            item
+            if isinstance(item, PackedBatch)
+            else PackedBatch.from_mapping(item, batch_idx=batch_idx, first_ordinal=first_ordinal)
+        )
+        first_ordinal += batch.num_sequences
+        yield batch
+
+
+def without_done(batches: Iterable[PackedBatch], done_ids: Iterable[str]) -> Iterator[PackedBatch]:
+    """Leave out the rows that are done, an id that is done twice at its first two places."""
+    left = Counter(done_ids)
+    for batch in batches:
+        keep = np.ones(batch.num_sequences, dtype=bool)
+        for row, sequence_id in enumerate(batch.sequence_ids):
+            if left[sequence_id] > 0:
+                left[sequence_id] -= 1
+                keep[row] = False
+        if keep.any():
+            yield batch if keep.all() else batch.select(keep)
+
+
+def run_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Give the items in order, while a thread makes the next `count`. An error comes at its place."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="run-ahead") as pool:
+        ahead: deque[Future[Any]] = deque(pool.submit(next, iterator, _END) for _ in range(count))
+        while (item := ahead.popleft().result()) is not _END:
+            ahead.append(pool.submit(next, iterator, _END))
+            yield item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
+    """A batch whose rows are on their way to the CPU."""
+
+    batch: PackedBatch
+    rows: Tensor  # on the CPU, float32 (B, D); complete once `arrived`
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def fetch(cls, batch: PackedBatch, rows: Tensor) -> _Launched:
+        if rows.device.type != "cuda":
+            return cls(batch=batch, rows=rows, arrived=None)
+        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        on_host.copy_(rows, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        arrived.record()
+        return cls(batch=batch, rows=on_host, arrived=arrived)
+
+    def collect(self) -> tuple[PackedBatch, Tensor]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        bad = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            ids = ", ".join(self.batch.sequence_ids[row] for row in bad[:10])
+            raise NumericalInstabilityError(
+                f"numerical instability: {len(bad)} of {self.batch.num_sequences} rows of batch "
+                f"{self.batch.batch_idx} are not finite: {ids}"
+            )
+        return self.batch, self.rows
+
+
+class _Unsaved:
+    """Rows that are in no checkpoint yet."""
+
+    def __init__(
+        self,
+        *,
+        writer: AsyncCheckpointWriter,
+        directory: Path,
+        rank: int,
+        next_checkpoint: int,
+        metadata: Mapping[str, Any],
+        on_checkpoint: Callable[[int, int], None] | None,
+    ) -> None:
+        self._writer = writer
+        self._directory = directory
+        self._rank = rank
+        self._next_checkpoint = next_checkpoint
+        self._metadata = metadata
+        self._on_checkpoint = on_checkpoint
+        self._batches: list[PackedBatch] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, batch: PackedBatch, rows: Tensor) -> None:
+        self._batches.append(batch)
+        self._rows.append(rows)
+
+    def write(self, reason: str) -> None:
+        """Hand what there is to the writer, as one checkpoint."""
+        if not self._batches:
+            return
+        number, batches, rows = self._next_checkpoint, self._batches, torch.cat(self._rows)
+        self._next_checkpoint, self._batches, self._rows = number + 1, [], []
+        written = self._writer.write_checkpoint_async(
+            checkpoint_path(self._directory, self._rank, number),
+            rows,
+            [sequence_id for batch in batches for sequence_id in batch.sequence_ids],
+            {
+                **self._metadata,
+                "ordinals": np.concatenate([batch.ordinals for batch in batches]).tolist(),
+                "batches": [batch.batch_idx for batch in batches],
+                "reason": reason,
+            },
+        )
+        written.add_done_callback(lambda future: self._announce(future, number, len(rows)))
+
+    def _announce(self, written: Future[FileDigest], number: int, num_rows: int) -> None:
+        if self._on_checkpoint is not None and not written.cancelled() and written.exception() is None:
+            self._on_checkpoint(number, num_rows)

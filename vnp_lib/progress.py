@@ -1,0 +1,95 @@
+"""How far a run is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+class RunProgress:
+    """Counts what has been embedded and shows it on standard error.
+
+    The bar and the time left go by tokens, since the longest sequences come first; people are told sequences.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_sequences: int,
+        total_tokens: int,
+        log_interval_s: float = 30.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_sequences = total_sequences
+        self._total_tokens = total_tokens
+        self._log_interval_s = log_interval_s
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._sequences = self._tokens = 0
+        self._resumed_tokens = 0
+        self._started_at: float | None = None  # when the first batch came: loading is no measure of speed
+        self._next_line_at = clock() + log_interval_s
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def __enter__(self) -> RunProgress:
+        if self._console.is_terminal:
+            bar = Progress(TextColumn("{task.description}"), BarColumn(), console=self._console, transient=True)
+            self._bar = bar, bar.add_task(self.describe(), total=self._total_tokens)
+            bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar[0].stop()
+
+    def resume(self, *, sequences: int, tokens: int) -> None:
+        """Count what an earlier run has done: it shortens the way but says nothing of the speed."""
+        self._resumed_tokens += tokens
+        self._count(sequences, tokens)
+
+    def advance(self, *, sequences: int, tokens: int) -> None:
+        """Count a batch, and show it if it is time."""
+        if self._started_at is None:
+            self._started_at = self._clock()
+            self._resumed_tokens += tokens  # its seconds were not measured
+        self._count(sequences, tokens)
+        if self._bar is None and self._clock() >= self._next_line_at:
+            self._next_line_at = self._clock() + self._log_interval_s
+            self._console.print(self.describe(), highlight=False)
+
+    def describe(self) -> str:
+        """Say it in a line: `600 of 1,200 sequences (50 %), 5,400 tokens/s, 0:00:12 left`."""
+        share = self._tokens / self._total_tokens if self._total_tokens else 1.0
+        line = f"{self._sequences:,} of {self._total_sequences:,} sequences ({share:.0%})"
+        rate = self.tokens_per_s()
+        if not rate:
+            return line
+        return f"{line}, {rate:,.0f} tokens/s, {format_duration((self._total_tokens - self._tokens) / rate)} left"
+
+    def tokens_per_s(self) -> float:
+        """Mean rate since the first batch of this run; 0 before it can be told."""
+        if self._started_at is None:
+            return 0.0
+        elapsed_s = self._clock() - self._started_at
+        return (self._tokens - self._resumed_tokens) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def _count(self, sequences: int, tokens: int) -> None:
+        self._sequences += sequences
+        self._tokens += tokens
+        if self._bar:
+            bar, task = self._bar
+            bar.update(task, completed=self._tokens, description=self.describe())
+
+
+def format_duration(seconds: float) -> str:
+    """Write 3,725 seconds as `1:02:05`."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole_seconds:02}"

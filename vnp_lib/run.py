@@ -1,0 +1,213 @@
+"""A run in its directory: opened under a lock, planned, and asked what is left of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vnp_lib.checkpoint import Survey, set_aside, survey_checkpoints
+from vnp_lib.config import EmbedConfig, resolve_devices
+from vnp_lib.esm2 import MODELS, Weights, resolve_weights
+from vnp_lib.failures import ConfigError, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.fasta import read_fasta
+from vnp_lib.files import FileLock, make_directory
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, make_plan
+from vnp_lib.worker import ShardJob
+
+logger = logging.getLogger(__name__)
+
+RANDOM_WEIGHTS = "random"
+
+_TOKEN_BUDGET = {"cpu": 2048, "cuda": 16_384}
+_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardState:
+    """How much of a shard is done."""
+
+    rank: int
+    num_sequences: int
+    num_done: int
+    tokens_done: int
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_done == self.num_sequences
+
+
+class Run:
+    """A run directory that is ours for as long as `open_run` says."""
+
+    def __init__(self, *, config: EmbedConfig, devices: tuple[str, ...], weights: Weights, plan: RunPlan) -> None:
+        self.config = config
+        self.devices = devices
+        self.plan = plan
+        self.paths = RunPaths(config.output_dir)
+        self.manifest = CheckpointManifest(self.paths.manifest)
+        self._weights = weights
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model has to read, BOS and EOS included."""
+        return int(self._tokens(self.plan.order).sum())
+
+    def checkpoints(self, *, verify_digests: bool = False) -> Survey:
+        """Look into the markers of all checkpoints, and into the files themselves if asked to."""
+        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=verify_digests)
+
+    def shard_states(self) -> list[ShardState]:
+        """Say how much of each shard is in checkpoints, by their markers."""
+        is_done = self.checkpoints().done_mask(self.plan.num_sequences)
+        return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
+
+    def shard_state(self, rank: int) -> ShardState:
+        """Say how much of one shard is in checkpoints, by their markers."""
+        return self.shard_states()[rank]
+
+    def set_damaged_aside(self) -> None:
+        """Read all checkpoints whole and move the damaged ones aside, so that their rows are computed again."""
+        for damage in self.checkpoints(verify_digests=True).damaged:
+            logger.warning("%s is moved aside: %s", damage.path, damage.reason)
+            set_aside(damage.path)
+
+    def shard_job(self, rank: int, device: str) -> ShardJob:
+        """Describe an attempt on a shard to its child."""
+        identity, runtime = self.plan.identity, self.config.runtime
+        return ShardJob(
+            run_dir=self.paths.run_dir.resolve(),
+            rank=rank,
+            fingerprint=self.plan.fingerprint,
+            model=identity["model"],
+            weights=RANDOM_WEIGHTS if self._weights.path is None else str(self._weights.path.resolve()),
+            weights_digest=self._weights.digest,
+            dtype=identity["dtype"],
+            device=kind_of(device),
+            num_threads=self._threads_per_child(),
+            checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,
+            checkpoint_time_threshold=runtime.checkpoint_time_threshold,
+        )
+
+    def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
+        ordinals = self.plan.shard_ordinals(rank)
+        done = ordinals[is_done[ordinals]]
+        return ShardState(
+            rank=rank, num_sequences=ordinals.size, num_done=done.size, tokens_done=int(self._tokens(done).sum())
+        )
+
+    def _tokens(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.plan.lengths[ordinals].astype(np.int64) + 2
+
+    def _threads_per_child(self) -> int | None:
+        children = sum(device == "cpu" for device in self.devices)
+        return max(1, len(os.sched_getaffinity(0)) // children) if children > 1 else None
+
+
+def check_at_the_door(config: EmbedConfig) -> None:
+    """Look at what a run is given, before anything is started or made: what can be seen quickly, that is.
+
+    Raises:
+        InputError: A file, a device or a directory that cannot be used.
+    """
+    for path in config.fasta:
+        next(iter(read_fasta([path])))
+    if config.weights not in ("auto", RANDOM_WEIGHTS) and not Path(config.weights).is_file():
+        raise ConfigError(f"--weights {config.weights}: there is no such file; give a path, 'auto' or 'random'")
+    resolve_devices(config.devices)
+    existing = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output-dir {config.output_dir}: {existing} is not a directory that can be written")
+
+
+def kind_of(device: str) -> str:
+    """`"cuda"` for a GPU's number, `"cpu"` for the CPU."""
+    return "cpu" if device == "cpu" else "cuda"
+
+
+@contextmanager
+def open_run(config: EmbedConfig) -> Iterator[Run]:
+    """Take the run directory, plan the run or find the plan that is there, and give the directory back at the end.
+
+    Raises:
+        InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
+            afterwards either; one that was is untouched.
+    """
+    paths = RunPaths(config.output_dir)
+    devices = resolve_devices(config.devices)
+    weights = resolve_weights(config.model, config.weights)
+    is_new = not paths.run_dir.exists()
+    with _locked(paths):
+        try:
+            if config.force_restart:
+                _move_aside(paths)
+            plan = _plan(config, paths, kind_of(devices[0]), weights)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(paths.run_dir)  # ours alone: it was not there a moment ago, and we hold its lock
+            raise
+        run = Run(config=config, devices=devices, weights=weights, plan=plan)
+        make_directory(paths.checkpoints_dir)
+        run.manifest.open_or_rebuild(
+            world_size=plan.num_shards,
+            input_fingerprint=plan.fingerprint,
+            model_config_hash=weights.digest,
+            records=run.checkpoints().valid,
+        )
+        yield run
+
+
+def _plan(config: EmbedConfig, paths: RunPaths, device_kind: str, weights: Weights) -> RunPlan:
+    architecture = MODELS[config.model]
+    plan = make_plan(
+        paths,
+        config.fasta,
+        ModelIdentity(
+            model=config.model,
+            weights_digest=weights.digest,
+            layer=architecture.num_layers,
+            dtype=_DTYPE[device_kind] if config.dtype == "auto" else config.dtype,
+        ),
+        num_shards=config.shards or len(resolve_devices(config.devices)),
+        token_budget=config.token_budget or _TOKEN_BUDGET[device_kind],
+    )
+    check_free_space(paths, plan, architecture.embed_dim)
+    return plan
+
+
+@contextmanager
+def _locked(paths: RunPaths) -> Iterator[None]:
+    try:
+        make_directory(paths.run_dir)
+        lock = FileLock(paths.run_lock, purpose="run on this directory")
+        lock.acquire(timeout_s=0)
+    except LockTimeoutError as error:
+        raise RunDirectoryBusyError(f"{paths.run_dir} is in use: {error}. Wait for it, or stop it first.") from None
+    except OSError as error:
+        raise ConfigError(f"--output-dir {paths.run_dir} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _move_aside(paths: RunPaths) -> None:
+    """Keep what the directory holds under `superseded_N`, the lock file excepted: whoever waits for it waits on."""
+    number = 1 + sum(1 for _ in paths.run_dir.glob("superseded_*"))
+    keep = {paths.run_lock.name} | {path.name for path in paths.run_dir.glob("superseded_*")}
+    held = [path for path in sorted(paths.run_dir.iterdir()) if path.name not in keep]
+    if not held:
+        return
+    aside = paths.run_dir / f"superseded_{number}"
+    make_directory(aside)
+    for path in held:
+        path.rename(aside / path.name)
+    logger.warning("--force-restart: what %s held is in %s now", paths.run_dir, aside)

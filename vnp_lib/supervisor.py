@@ -1,0 +1,118 @@
+"""One child process: started, followed line by line, stopped in time, and its end judged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vnp_lib.config import child_environment
+from vnp_lib.failures import Failure, FailureKind, ShardFailedError, classify_exit
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], Awaitable[None]]
+T = TypeVar("T")
+
+_LONGEST_EVENT_BYTES = 2**20
+
+
+async def run_child(
+    job_path: Path,
+    *,
+    device: str,
+    log_path: Path,
+    on_event: OnEvent,
+    startup_limit_s: float,
+    silence_limit_s: float,
+    grace_s: float,
+) -> Event:
+    """Follow one attempt on a shard to its end and return its last event.
+
+    However this ends, by return, error or cancellation, the child is gone by then. Its standard error is appended
+    to `log_path`.
+
+    Raises:
+        ShardFailedError: The child failed, died, or was silent for too long.
+    """
+    with log_path.open("ab") as log:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "vnp_lib.worker",
+            str(job_path),
+            stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the child that we are gone
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,  # a Ctrl-C is for us; we decide when the child stops
+            limit=_LONGEST_EVENT_BYTES,
+            env=child_environment(device),
+        )
+    last: Event = {}
+    limit_s = startup_limit_s
+    try:
+        assert child.stdout is not None
+        while (line := await _within(limit_s, child.stdout.readline())).endswith(b"\n"):  # else: the end, or cut by it
+            last = json.loads(line)
+            limit_s = startup_limit_s if last["event"] in ("waiting", "started") else silence_limit_s
+            await on_event(last)
+        await _within(grace_s, child.wait())
+    except TimeoutError:
+        raise ShardFailedError(_silence(limit_s, last)) from None
+    finally:
+        await stop_child(child, grace_s)
+    if child.returncode:
+        raise ShardFailedError(failure_of(child.returncode, last))
+    return last
+
+
+def failure_of(exit_code: int, last: Event) -> Failure:
+    """Judge a child that left with a code other than 0: by its own last word where it had one."""
+    if last.get("event") == "failed":
+        return Failure.from_json(last["failure"] | {"exit_code": exit_code})
+    return classify_exit(exit_code, last_event=last.get("event", ""), batch_idx=last.get("batch_idx"))
+
+
+async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
+    """End a child and wait for it, through any number of cancellations: SIGTERM, and after the grace SIGKILL.
+
+    asyncio delivers a cancellation more than once on the way out of a program. Were the wait to end at the first,
+    the child would lose its pipe while it saves.
+    """
+    deadline = time.monotonic() + grace_s
+    cancelled: asyncio.CancelledError | None = None
+    with suppress(ProcessLookupError):
+        child.terminate()
+    while child.returncode is None:
+        if time.monotonic() >= deadline:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        try:
+            await _within(max(0.1, deadline - time.monotonic()), child.wait())
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled:
+        raise cancelled
+
+
+def _silence(limit_s: float, last: Event) -> Failure:
+    after = last.get("event", "its start")
+    return Failure(
+        kind=FailureKind.TRANSIENT,
+        message=f"no progress for {limit_s:g} s after {after}; the child was stopped",
+        batch_idx=last.get("batch_idx"),
+    )
+
+
+async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
+    """Unlike asyncio.wait_for before Python 3.12, never lose a cancellation that meets the result."""
+    async with asyncio.timeout(seconds):
+        return await awaitable

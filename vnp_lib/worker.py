@@ -1,0 +1,234 @@
+"""The child process of one attempt on one shard: `python -m vnp_lib.worker job.json`.
+
+It says what it does as JSON lines on standard output and logs to standard error. It stops at the next batch boundary
+when it gets SIGTERM or when its parent is gone, with everything that it computed on disk. Before the first batch
+there is nothing to save, and SIGTERM simply ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from vnp_lib.failures import ExitCode, InputError, LockTimeoutError, classify_exception
+from vnp_lib.files import FileLock
+from vnp_lib.plan import RunPaths, RunPlan, load_plan
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
+    from vnp_lib.inference import AsyncInferenceRunner
+    from vnp_lib.tokens import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+_LOCK_POLL_S = 5.0
+
+
+class ShardJob(BaseModel):
+    """One attempt on one shard, as the parent writes it for the child."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_dir: Path
+    rank: int
+    fingerprint: str
+    model: str
+    weights: str  # a path, or "random"
+    weights_digest: str
+    dtype: str
+    device: str  # "cpu" or "cuda": a child sees one GPU at most
+    num_threads: int | None  # None: as many as torch thinks right
+    checkpoint_seq_threshold: int
+    checkpoint_time_threshold: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingWork:
+    """What is left to do of a shard."""
+
+    batches: list[tuple[int, NDArray[Any]]]  # (batch_idx, ordinals), in the plan's order
+    num_done: int
+    next_checkpoint: int
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(ordinals) for _, ordinals in self.batches)
+
+
+class StopFlag:
+    """Set by SIGTERM, from where the loop asks for it. A second SIGTERM means: leave at once."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._is_set:
+            os._exit(ExitCode.STOPPED)
+        self._is_set = True
+
+
+class EventStream:
+    """JSON lines to the parent, on what was standard output; stray prints go to the log instead."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.dup(1)
+        os.dup2(2, 1)
+
+    def send(self, event: str, **fields: object) -> None:
+        """Write one line. A parent that no longer reads must not keep us from saving."""
+        with suppress(OSError):
+            os.write(self._descriptor, json.dumps({"event": event, **fields}).encode() + b"\n")
+
+
+class ShardAttempt:
+    """Embeds what is left of one shard, into checkpoints."""
+
+    def __init__(self, job: ShardJob, events: EventStream, stop: StopFlag) -> None:
+        self._job = job
+        self._events = events
+        self._stop = stop
+        self._paths = RunPaths(job.run_dir)
+        self._runner: AsyncInferenceRunner | None = None
+
+    @property
+    def batch_idx(self) -> int | None:
+        """Number of the batch that is in the model, if any."""
+        batch = self._runner and self._runner.current_batch
+        return batch.batch_idx if batch else None
+
+    def run(self) -> ExitCode:
+        """Do it. The shard's lock is held until this process ends: another attempt may have to wait for our saving."""
+        self._wait_for_lock()
+        plan = load_plan(self._paths)
+        if plan.fingerprint != self._job.fingerprint:
+            raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
+        work = find_pending_work(plan, self._paths, self._job.rank)
+        self._events.send("started", pending=work.num_sequences, done=work.num_done)
+        if work.batches:
+            self._runner = self._load_runner()
+            self._events.send("loaded")
+            self._stop.install()
+            self._embed(self._runner, plan, work)
+            if self._stop.is_set():
+                self._events.send("stopped")
+                return ExitCode.STOPPED
+        self._events.send("done")
+        return ExitCode.DONE
+
+    def _wait_for_lock(self) -> None:
+        lock = FileLock(self._paths.shard_lock(self._job.rank), purpose=f"attempt on shard {self._job.rank}")
+        while True:
+            try:
+                return lock.acquire(timeout_s=_LOCK_POLL_S)
+            except LockTimeoutError as error:
+                logger.info("%s", error)
+                self._events.send("waiting", message=str(error))
+
+    def _load_runner(self) -> AsyncInferenceRunner:
+        import torch
+
+        from vnp_lib.esm2 import load_model, resolve_weights
+        from vnp_lib.inference import AsyncInferenceRunner
+        from vnp_lib.manifest import CheckpointManifest
+
+        job = self._job
+        if job.num_threads is not None:
+            torch.set_num_threads(job.num_threads)
+        weights = resolve_weights(job.model, job.weights)
+        if weights.digest != job.weights_digest:
+            raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
+        device = torch.device(job.device)
+        return AsyncInferenceRunner(
+            load_model(job.model, weights, dtype=getattr(torch, job.dtype), device=device),
+            device,
+            checkpoint_dir=self._paths.checkpoints_dir,
+            rank=job.rank,
+            checkpoint_seq_threshold=job.checkpoint_seq_threshold,
+            checkpoint_time_threshold=job.checkpoint_time_threshold,
+            manifest=CheckpointManifest(self._paths.manifest),
+            input_fingerprint=job.fingerprint,
+            model_config_hash=job.weights_digest,
+        )
+
+    def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
+        results = runner.embed(
+            read_batches(plan, work.batches),
+            next_checkpoint=work.next_checkpoint,
+            should_stop=self._stop.is_set,
+            on_checkpoint=lambda number, rows: self._events.send("checkpoint", number=number, rows=rows),
+        )
+        for result in results:
+            self._events.send(
+                "batch", batch_idx=result.batch_idx, sequences=len(result.sequence_ids), tokens=result.num_tokens
+            )
+
+
+def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int) -> PendingWork:
+    """Subtract from a shard's sequences those that valid checkpoints hold, in whatever shard's folder they are.
+
+    This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only.
+    """
+    from vnp_lib.checkpoint import heal_shard, survey_checkpoints
+
+    next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
+    survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
+    is_done = survey.done_mask(plan.num_sequences)
+    numbered = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(plan.shard_batches(rank))]
+    return PendingWork(
+        batches=[(batch_idx, ordinals) for batch_idx, ordinals in numbered if len(ordinals)],
+        num_done=int(is_done[plan.shard_ordinals(rank)].sum()),
+        next_checkpoint=next_checkpoint,
+    )
+
+
+def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:
+    """Read and tokenise batch after batch."""
+    from vnp_lib.tokens import pack_batch
+
+    for batch_idx, ordinals in batches:
+        ids, sequences = plan.fetch(ordinals)
+        yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the attempt that a job file describes; what went wrong is in the last event."""
+    events = EventStream()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    threading.Thread(target=_stop_when_the_parent_is_gone, daemon=True).start()
+    attempt: ShardAttempt | None = None
+    try:
+        job = ShardJob.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+        attempt = ShardAttempt(job, events, StopFlag())
+        return attempt.run()
+    except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
+        logger.exception("the attempt failed")
+        failure = classify_exception(error, batch_idx=attempt.batch_idx if attempt else None)
+        events.send("failed", failure=failure.to_json())
+        return ExitCode.FAILED
+
+
+def _stop_when_the_parent_is_gone() -> None:
+    os.read(0, 1)  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
