@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from vnp_lib.failures import LockTimeoutError, StorageError
 
@@ -204,11 +204,12 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file")
     try:
         fields = json.loads(data)
+        is_sealed = isinstance(fields, dict) and fields.pop("seal", None) == _seal(fields)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is torn or damaged: not JSON ({error})") from error
-    if not isinstance(fields, dict) or fields.pop("seal", None) != _seal(fields):
+    if not is_sealed:
         raise StorageError(f"{path} is damaged: its seal does not fit its content")
-    return fields
+    return cast(dict[str, Any], fields)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -464,10 +465,7 @@ def _is_same_file(path: Path, written: os.stat_result) -> bool:
 
 
 def _seal(fields: dict[str, Any]) -> str:
-    try:
-        return hashlib.sha256(canonical_json(fields)).hexdigest()
-    except ValueError:  # NaN, which no writer of ours leaves
-        return ""
+    return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
 def _temporary_path(path: Path) -> Path:
