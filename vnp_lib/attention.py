@@ -15,15 +15,16 @@ except ImportError:  # a torch build without flash attention
     varlen_attn = None  # type: ignore[assignment]
 
 
+Run = tuple[int, int]  # neighbours of equal length: how many sequences, and how many tokens each
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLayout:
     """Where the sequences of a packed batch lie. Made once per forward pass, used by every layer."""
 
     cu_seqlens: Tensor  # int32 (B + 1,), on the states' device
     max_seqlen: int  # tokens
-    runs: tuple[
-        tuple[int, int], ...
-    ]  # (sequences, tokens of each) of neighbours of equal length; () for a kernel that takes cu_seqlens
+    runs: tuple[Run, ...]  # empty for a kernel that takes cu_seqlens itself
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype) -> PackedLayout:
@@ -82,12 +83,12 @@ def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def _runs_of_equal_length(cu_seqlens: Tensor) -> tuple[tuple[int, int], ...]:
+def _runs_of_equal_length(cu_seqlens: Tensor) -> tuple[Run, ...]:
     seqlens, counts = torch.unique_consecutive(cu_seqlens.cpu().diff(), return_counts=True)
     return tuple(zip(counts.tolist(), seqlens.tolist(), strict=True))
 
 
-def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
     tokens = [count * seqlen for count, seqlen in runs]
     states_of_runs = zip(*(x.split_with_sizes(tokens) for x in (q, k, v)), strict=True)
     return torch.cat([_attend_one_run(states, *run) for states, run in zip(states_of_runs, runs, strict=True)])

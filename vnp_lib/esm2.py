@@ -26,7 +26,6 @@ from vnp_lib.files import digest_file
 from vnp_lib.tokens import ALPHABET_SIZE, PAD
 
 RANDOM_SEED = 0
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +136,9 @@ class _SelfAttention(nn.Module):
         return out
 
 
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
 class _Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply tokens, (T, in_features); on a CPU in float32 as a 1 x 1 convolution over them.
@@ -171,7 +173,7 @@ def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Which weights a run uses."""
+    """Which parameters a run uses."""
 
     source: Literal["file", "random"]
     path: Path | None = None  # where source is "file"
@@ -198,7 +200,13 @@ def resolve_weights(model: str, weights: str) -> Weights:
 
 
 def load_model(model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device) -> ESM2:
-    """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice."""
+    """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice.
+
+    Random ones give vectors that mean nothing; it is for the caller to say so.
+
+    Raises:
+        WeightsError: The file has gone, is damaged, or is of another model.
+    """
     architecture = architecture_of(model)
     tensors: Iterable[tuple[str, Tensor]]
     if weights.path is None:
@@ -331,7 +339,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         }
     except OSError as error:
         raise WeightsError(
-            f"cannot read the weights at {path} ({error.strerror}): give the path of fair-esm's .pt file"
+            f"cannot read the weights at {path} ({error.strerror or error}): give the path of fair-esm's .pt file"
         ) from error
     except _DAMAGE as error:
         raise WeightsError(
