@@ -8,23 +8,24 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
-from prefect.states import Completed, Failed, State
-from vnp_lib.dataset import DatasetSummary, assemble
+from prefect.states import Completed, Failed
 
 from flows.hooks import make_retry_hook
 from flows.shard import DevicePool, embed_shard
 from vnp_lib.config import EmbedConfig, parse_command_line
+from vnp_lib.dataset import DatasetSummary, assemble
 from vnp_lib.failures import CheckpointError, ExitCode, InputError
 from vnp_lib.plan import RunPaths
 from vnp_lib.progress import RunProgress, format_duration
-from vnp_lib.run import RANDOM_WEIGHTS, Run, check_at_the_door, open_run
+from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open_run
 
 _MOST_ROUNDS = 3
 
@@ -43,7 +44,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
                 get_run_logger().warning("%s: it is computed again", error)
                 run.set_damaged_aside()
             else:
-                return Completed(message=f"{summary.num_sequences} sequences embedded, {describe(states)}")
+                return Completed(message=f"{summary.num_rows:,} sequences embedded, {describe(states)}")
         return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
 
 
@@ -58,23 +59,25 @@ async def embed_shards(run: Run) -> list[State[Any]]:
     ) as progress:
         progress.resume(sequences=sum(s.num_done for s in shards), tokens=sum(s.tokens_done for s in shards))
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(
-                    embed_shard.with_options(
-                        retry_condition_fn=make_retry_hook(run, shard.rank),
-                        result_storage=run.paths.results_dir,
-                        refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
-                    )(run, shard.rank, devices, progress, return_state=True)
-                )
-                for shard in shards
-            ]
+            tasks = [group.create_task(embed_one(run, shard, devices, progress)) for shard in shards]
     return [task.result() for task in tasks]
+
+
+async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> State[Any]:
+    """Run a shard's task, with a retry hook of its own, until it has completed or failed for good."""
+    task = embed_shard.with_options(
+        retry_condition_fn=make_retry_hook(run, shard.rank),
+        result_storage=run.paths.results_dir,
+        refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
+    )
+    state = task(run, shard.rank, devices, progress, return_state=True)
+    return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
 
 
 def assemble_dataset(run: Run) -> DatasetSummary:
     """Put the dataset together from the checkpoints, every digest verified."""
     get_run_logger().info("all shards are embedded: putting the dataset together")
-    return assemble(run.plan, run.paths, run.checkpoints())
+    return assemble(run.plan, run.paths, run.checkpoints().valid)
 
 
 def describe(states: Sequence[State[Any]]) -> str:
@@ -130,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
         print("warning: --weights random: an untrained model, the vectors mean nothing", file=sys.stderr)
     start_temporary_server()
     try:
-        outcome = asyncio.run(embed(config, return_state=True))
+        outcome = asyncio.run(embed_to_its_end(config))
     except (TerminationSignal, asyncio.CancelledError):
         print("stopped by SIGTERM. What was computed is kept: the same command goes on from there", file=sys.stderr)
         return ExitCode.STOPPED
@@ -138,6 +141,11 @@ def main(arguments: Sequence[str]) -> int:
         print("interrupted. What was computed is kept: the same command goes on from there", file=sys.stderr)
         return ExitCode.INTERRUPTED
     return report_outcome(config, outcome, time.monotonic() - started_at)
+
+
+async def embed_to_its_end(config: EmbedConfig) -> State[Any]:
+    """Run the flow and return how it ended, whatever that is; a failure is a state here, not an exception."""
+    return await cast(Awaitable[State[Any]], embed(config, return_state=True))
 
 
 def start_temporary_server() -> None:

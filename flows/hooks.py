@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from prefect import Task, get_run_logger
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import State
+from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import ShardArtifact
 from vnp_lib.failures import Failure, FailureKind, ShardFailedError, classify_exception
@@ -34,7 +33,7 @@ def make_retry_hook(run: Run, rank: int) -> RetryHook:
             rank,
             failure.to_json() | {"session": session, "reason": decision.reason, "at": datetime.now(UTC).isoformat()},
         )
-        task.retry_delay_seconds = decision.delay_s
+        task.retry_delay_seconds = [decision.delay_s]
         get_run_logger().warning("shard %d: %s", rank, decision.reason)
         if not decision.retry:
             run.manifest.mark_shard_failed(rank, error=decision.reason)

@@ -21,7 +21,6 @@ from torch import Tensor
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointTrigger, resume_from_checkpoints
 from vnp_lib.esm2 import mean_pool
 from vnp_lib.failures import NumericalInstabilityError
-from vnp_lib.files import FileDigest
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.tokens import PackedBatch
@@ -319,6 +318,6 @@ class _Unsaved:
         )
         written.add_done_callback(lambda future: self._announce(future, number, len(rows)))
 
-    def _announce(self, written: Future[FileDigest], number: int, num_rows: int) -> None:
+    def _announce(self, written: Future[None], number: int, num_rows: int) -> None:
         if self._on_checkpoint is not None and not written.cancelled() and written.exception() is None:
             self._on_checkpoint(number, num_rows)
