@@ -358,7 +358,8 @@ class _Buckets:
     def append(self, ordinals: NDArray[np.int64], embeddings: NDArray[Any], rows: NDArray[np.int64]) -> None:
         """Give each of the ascending `ordinals` the row of `embeddings` that stands at its place in `rows`."""
         parts, starts = np.unique(ordinals // self.rows_per_part, return_index=True)
-        for part, start, stop in zip(parts.tolist(), starts, [*starts[1:], ordinals.size], strict=True):
+        stops = np.append(starts, ordinals.size)[1:]
+        for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
             records = np.empty(stop - start, dtype=self._dtype)
             records["ordinal"] = ordinals[start:stop]
             records["row"] = embeddings[rows[start:stop]]

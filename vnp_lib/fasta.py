@@ -44,7 +44,8 @@ class SequenceChunk:
 def read_fasta(paths: Sequence[Path], *, chunk_size: int = 8192) -> Iterator[SequenceChunk]:
     """Read every record of every file, in order. A chunk never spans two files.
 
-    Plain, gz, bz2, xz and zst files are told apart by their content. Ids that occur twice are the plan's affair.
+    Plain, gz, bz2, xz and zst files are told apart by their content; lines that begin with `#` are comments.
+    Ids that occur twice are the plan's affair.
 
     Raises:
         FastaError: A file that is missing, unreadable, cut short, empty or no protein FASTA, or a record without id,

@@ -1,0 +1,460 @@
+"""The dataset: every sequence's own row, once, in input order; and nothing that only looks like a dataset."""
+
+import json
+import re
+import tracemalloc
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+import vnp_lib.dataset
+from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
+from vnp_lib.dataset import DatasetSummary, assemble, open_dataset, verify_dataset
+from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+
+MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+DIM = 8
+CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+
+
+class Run(NamedTuple):
+    """A run whose every checkpoint is written."""
+
+    plan: RunPlan
+    paths: RunPaths
+    ids: list[str]
+    descriptions: list[str]
+    sequences: list[str]
+
+    def records(self) -> tuple[CheckpointRecord, ...]:
+        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False).valid
+
+    def assemble(self, *, quarantined: Sequence[int] = (), part_bytes: int = 40 * DIM * 4) -> DatasetSummary:
+        return assemble(
+            self.plan,
+            self.paths,
+            self.records(),
+            quarantined=frozenset(quarantined),
+            clock=lambda: CREATED,
+            part_bytes=part_bytes,
+        )
+
+    def expected_rows(self) -> NDArray[np.float32]:
+        return np.stack([embed(sequence) for sequence in self.sequences])
+
+
+def embed(sequence: str) -> NDArray[np.float32]:
+    """A row that only this sequence has."""
+    return np.random.default_rng(list(sequence.encode())).standard_normal(DIM, dtype=np.float32)
+
+
+def write_checkpoint(
+    plan: RunPlan,
+    path: Path,
+    ordinals: NDArray[np.int64],
+    *,
+    ids: list[str] | None = None,
+    rows: NDArray[np.float32] | None = None,
+) -> None:
+    """Write what a shard would; or other ids or rows in its place."""
+    planned_ids, sequences = plan.fetch(ordinals)
+    if rows is None:
+        rows = np.stack([embed(sequence) for sequence in sequences])
+    metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(path, rows, ids or planned_ids, metadata)
+
+
+def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0) -> Run:
+    rng = np.random.default_rng(seed)
+    pool = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(5, 60))) for _ in range(num_sequences)]
+    sequences = [pool[pick] for pick in rng.integers(0, num_sequences, size=num_sequences)]
+    ids = [f"p{number}" for number in rng.permutation(num_sequences)]
+    descriptions = [f"protein {sequence_id}" if i % 2 else "" for i, sequence_id in enumerate(ids)]
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(ids, descriptions, sequences, strict=True)))
+    paths = RunPaths(tmp_path / "run")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=3, token_budget=200)
+    return Run(plan, paths, ids, descriptions, sequences)
+
+
+def finish_run(run: Run, *, without: Sequence[int] = ()) -> Run:
+    for rank in range(run.plan.num_shards):
+        ordinals = run.plan.shard_ordinals(rank)
+        ordinals = ordinals[~np.isin(ordinals, without)]
+        for batch_idx, batch in enumerate(np.array_split(ordinals, 4)):
+            write_checkpoint(run.plan, run.paths.checkpoint(rank, batch_idx), batch)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return finish_run(start_run(tmp_path))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("part_bytes", [1, 40 * DIM * 4, 10**9])
+def test_every_row_is_that_of_its_own_sequence_in_input_order(run: Run, part_bytes: int) -> None:
+    """Copies of identical sequences included; read back by pyarrow, which knows nothing of us."""
+    run.assemble(part_bytes=part_bytes)
+    parts = sorted(run.paths.embeddings_dir.glob("part-*.parquet"))
+    table = pa.concat_tables([pq.read_table(part) for part in parts])
+
+    assert len(parts) == {1: 150, 40 * DIM * 4: 4, 10**9: 1}[part_bytes]
+    assert table.column("ordinal").to_pylist() == list(range(150))
+    assert table.column("id").to_pylist() == run.ids
+    assert table.column("description").to_pylist() == run.descriptions
+    assert table.column("length").to_pylist() == [len(sequence) for sequence in run.sequences]
+    assert np.array_equal(np.array(table.column("embedding").to_pylist(), dtype=np.float32), run.expected_rows())
+    assert not run.paths.assembly_dir.exists()
+
+
+def test_a_part_says_what_it_is_and_is_written_to_be_read(run: Run) -> None:
+    run.assemble()
+    part = pq.ParquetFile(run.paths.embeddings_dir / "part-00000.parquet")
+    schema = part.schema_arrow
+    assert schema.names == ["ordinal", "id", "description", "length", "embedding"]
+    assert schema.field("embedding").type.list_size == DIM
+    assert schema.field("embedding").type.value_type == pa.float32()
+    assert {key.decode(): value.decode() for key, value in schema.metadata.items()} == {
+        "model": "esm2_t6_8M_UR50D",
+        "layer": "6",
+        "pooling": "mean",
+        "dtype": "float32",
+        "fingerprint": run.plan.fingerprint,
+    }
+    embedding = part.metadata.row_group(0).column(4)
+    assert embedding.compression == "UNCOMPRESSED"
+    assert "PLAIN_DICTIONARY" not in embedding.encodings
+    assert "RLE_DICTIONARY" not in embedding.encodings
+
+
+def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
+    summary = run.assemble()
+    success = json.loads(run.paths.success.read_bytes())
+    sizes = [(run.paths.embeddings_dir / part["name"]).stat().st_size for part in success["parts"]]
+
+    assert [part["rows"] for part in success["parts"]] == [40, 40, 40, 30]
+    assert [part["size_bytes"] for part in success["parts"]] == sizes
+    assert success["fingerprint"] == run.plan.fingerprint
+    assert success["identity"] == run.plan.identity
+    assert (success["num_sequences"], success["num_computed"]) == (150, run.plan.num_computed)
+    assert success["created_at"] == CREATED.isoformat()
+    assert summary == DatasetSummary(
+        path=run.paths.embeddings_dir,
+        num_rows=150,
+        num_quarantined=0,
+        num_parts=4,
+        dim=DIM,
+        size_bytes=sum(sizes),
+    )
+    assert verify_dataset(run.paths.run_dir) == []
+
+
+def test_the_same_checkpoints_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        finish_run(start_run(tmp_path / name)).assemble()
+    assert files_of(tmp_path / "1/run/embeddings") == files_of(tmp_path / "2/run/embeddings")
+
+
+def test_a_sequence_in_quarantine_and_its_copies_have_no_row(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    originals, counts = np.unique(run.plan.representatives, return_counts=True)
+    quarantined = [int(originals[counts.argmax()]), int(originals[counts.argmin()])]
+    finish_run(run, without=quarantined).assemble(quarantined=quarantined)
+    kept = [ordinal for ordinal in range(150) if run.plan.representatives[ordinal] not in quarantined]
+    dataset = open_dataset(run.paths.run_dir)
+
+    assert counts.max() > 1
+    assert len(dataset) == len(kept) == 150 - counts.max() - 1
+    assert dataset.ids == [run.ids[ordinal] for ordinal in kept]
+    for ordinal in kept:
+        assert np.array_equal(dataset.row(ordinal), embed(run.sequences[ordinal]))
+    for ordinal in quarantined:
+        assert run.ids[ordinal] not in dataset
+        with pytest.raises(KeyError, match=f"ordinal {ordinal} is not in"):
+            dataset.row(ordinal)
+
+
+def test_a_part_whose_sequences_are_all_in_quarantine_is_empty(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    computed = run.plan.order[run.plan.order < 40]
+    finish_run(run, without=computed.tolist()).assemble(quarantined=computed.tolist())
+    dataset = open_dataset(run.paths.run_dir)
+    assert dataset.metadata["parts"][0]["rows"] == 0
+    assert next(dataset.batches(1000))[0] == dataset.ids[: dataset.metadata["parts"][1]["rows"]]
+
+
+def test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts(run: Run) -> None:
+    """Two writers that computed the same differ in the last bits; the order in which they are listed says nothing."""
+    ordinals = run.plan.shard_ordinals(0)[:5]
+    write_checkpoint(run.plan, run.paths.checkpoint(2, 9), ordinals, rows=np.zeros((5, DIM), np.float32))
+    assemble(run.plan, run.paths, run.records()[::-1])
+    dataset = open_dataset(run.paths.run_dir)
+    assert np.array_equal(np.stack([dataset.row(ordinal) for ordinal in range(150)]), run.expected_rows())
+
+
+def test_missing_sequences_are_counted_and_ten_are_named(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    missing = np.flatnonzero(np.isin(run.plan.representatives, run.plan.order[:30]))
+    finish_run(run, without=run.plan.order[:30].tolist())
+    named = ", ".join(f"{ordinal} ('{run.ids[ordinal]}')" for ordinal in missing[:10])
+    message = re.escape(f"{missing.size} of 150 sequences are in no checkpoint; start the run again")
+    with pytest.raises(IncompleteDatasetError, match=f"{message}.*{re.escape(named)}, \\.\\.\\.$"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_a_sequence_both_computed_and_in_quarantine_is_refused(run: Run) -> None:
+    ordinal = int(run.plan.order[0])
+    with pytest.raises(IncompleteDatasetError, match=f"in quarantine and yet in a checkpoint: ordinals.* {ordinal} "):
+        run.assemble(quarantined=[ordinal])
+
+
+def test_a_run_with_every_sequence_in_quarantine_has_no_dataset(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    with pytest.raises(IncompleteDatasetError, match="every sequence is in quarantine"):
+        run.assemble(quarantined=run.plan.order.tolist())
+
+
+def test_a_checkpoint_with_a_flipped_bit_makes_no_dataset(run: Run) -> None:
+    path = run.paths.checkpoint(1, 2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=str(path)):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_a_checkpoint_that_gives_rows_other_ids_makes_no_dataset(run: Run) -> None:
+    ordinals = run.plan.shard_ordinals(0)[:5]
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 9), ordinals, ids=run.plan.ids(ordinals)[::-1])
+    with pytest.raises(StorageError, match=r"batch_00009\.pt gives its rows other ids than the plan"):
+        run.assemble()
+
+
+def test_a_checkpoint_of_another_width_makes_no_dataset(run: Run) -> None:
+    ordinals = run.plan.shard_ordinals(0)[:5]
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 9), ordinals, rows=np.zeros((5, DIM + 1), np.float32))
+    with pytest.raises(StorageError, match=r"batch_00009\.pt has rows of shape \(5, 9\); \(5, 8\) is wanted"):
+        run.assemble()
+
+
+@pytest.mark.parametrize(
+    ("pick", "what"),
+    [
+        pytest.param(lambda plan: np.array([plan.num_sequences]), "does not compute", id="beyond the input"),
+        pytest.param(lambda plan: np.array([-1]), "does not compute", id="negative"),
+        pytest.param(
+            lambda plan: np.setdiff1d(np.arange(plan.num_sequences), plan.order)[:1], "does not compute", id="a copy"
+        ),
+        pytest.param(lambda plan: plan.order[[0, 0]], "holds an ordinal twice", id="twice"),
+    ],
+)
+def test_a_record_with_ordinals_that_were_not_planned_is_refused(
+    run: Run, pick: Callable[[RunPlan], NDArray[np.int64]], what: str
+) -> None:
+    ordinals = pick(run.plan)
+    record = CheckpointRecord(
+        path=run.paths.checkpoint(0, 9),
+        rank=0,
+        batch_idx=9,
+        rows=ordinals.size,
+        width=DIM,
+        dtype="float32",
+        ordinals=ordinals,
+        fingerprint=run.plan.fingerprint,
+        size_bytes=0,
+        sha256="",
+    )
+    with pytest.raises(StorageError, match=what):
+        assemble(run.plan, run.paths, [*run.records(), record])
+
+
+def test_a_row_that_is_not_finite_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints refuse such rows; were one to come through, the dataset does too."""
+    load = vnp_lib.checkpoint.load_checkpoint
+
+    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint.Checkpoint:
+        checkpoint = load(path, fingerprint=fingerprint)
+        if path == run.paths.checkpoint(0, 0):
+            checkpoint.embeddings[0, 3] = np.inf
+        return checkpoint
+
+    monkeypatch.setattr(vnp_lib.checkpoint, "load_checkpoint", load_with_a_bad_row)
+    with pytest.raises(NumericalInstabilityError, match=r"not finite, the first of 'p\d+'"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_a_whole_dataset_is_left_as_it_is(run: Run) -> None:
+    first = run.assemble()
+    before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
+    assert assemble(run.plan, run.paths, run.records()) == first
+    assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
+
+
+def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
+    run.assemble()
+    whole = files_of(run.paths.embeddings_dir)
+    part = run.paths.embeddings_dir / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-10] + bytes(10))
+    assert verify_dataset(run.paths.embeddings_dir) == [
+        f"{part} is damaged: its sha256 is not the one of _SUCCESS.json"
+    ]
+    run.assemble()
+    assert files_of(run.paths.embeddings_dir) == whole
+
+
+def test_an_interrupted_assembly_is_invisible_and_starts_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.assemble()
+    whole = files_of(run.paths.embeddings_dir)
+    write_part = vnp_lib.dataset._write_part
+
+    def write_two_parts(*arguments: object) -> dict[str, object]:
+        if (run.paths.embeddings_dir / "part-00001.parquet").exists():
+            raise KeyboardInterrupt
+        return write_part(*arguments)  # type: ignore[arg-type]
+
+    (run.paths.embeddings_dir / "part-00000.parquet").unlink()
+    (run.paths.embeddings_dir / "part-00077.parquet").write_bytes(b"of an earlier assembly")
+    monkeypatch.setattr(vnp_lib.dataset, "_write_part", write_two_parts)
+    with pytest.raises(KeyboardInterrupt):
+        run.assemble()
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="there is no complete dataset here"):
+        open_dataset(run.paths.run_dir)
+
+    run.assemble()
+    assert files_of(run.paths.embeddings_dir) == whole
+    assert not run.paths.assembly_dir.exists()
+
+
+def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribute = vnp_lib.dataset._distribute
+
+    def distribute_and_damage(*arguments: object) -> None:
+        distribute(*arguments)  # type: ignore[arg-type]
+        bucket = run.paths.assembly_dir / "bucket-00002"
+        data = bytearray(bucket.read_bytes())
+        data[20] ^= 1
+        bucket.write_bytes(data)
+
+    monkeypatch.setattr(vnp_lib.dataset, "_distribute", distribute_and_damage)
+    with pytest.raises(StorageError, match="bucket-00002 does not give back what was written to it"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path: Path) -> None:
+    """Also where one sequence has thousands of copies: they are written a part at a time."""
+    dim, num_sequences = 2048, 20_000
+    sequences = ["MKVLW" if i % 2 else "MKVLW" + "AGL" * (i % 1000) for i in range(num_sequences)]
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text("".join(f">p{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
+    paths = RunPaths(tmp_path / "run")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=10**6)
+    rows = np.repeat(plan.lengths[plan.order].astype(np.float32)[:, np.newaxis], dim, axis=1)
+    write_checkpoint(plan, paths.checkpoint(0, 0), plan.order, rows=rows)
+    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+
+    tracemalloc.start()
+    assemble(plan, paths, records, part_bytes=4 * 1024**2)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < num_sequences * dim * 4 / 3
+    first_values = np.concatenate([rows[:, 0] for _, rows in open_dataset(tmp_path / "run").batches(1000)])
+    assert first_values.tolist() == [len(sequence) for sequence in sequences]
+
+
+def test_rows_are_found_by_id_and_by_ordinal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the embeddings directory and by the run directory; in parts of several row groups."""
+    monkeypatch.setattr(vnp_lib.dataset, "_ROW_GROUP_BYTES", 7 * DIM * 4)
+    run.assemble()
+    dataset = open_dataset(str(run.paths.embeddings_dir))
+    expected = run.expected_rows()
+    assert pq.ParquetFile(run.paths.embeddings_dir / "part-00000.parquet").num_row_groups == 6
+    assert (len(dataset), dataset.dim, dataset.ids) == (150, DIM, run.ids)
+    for ordinal in np.random.default_rng(0).permutation(150).tolist():
+        by_id = dataset[run.ids[ordinal]]
+        assert by_id.dtype == np.float32
+        assert np.array_equal(by_id, expected[ordinal])
+        assert np.array_equal(dataset.row(ordinal), expected[ordinal])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40, 64, 1000])
+def test_batches_give_every_row_once_in_input_order(run: Run, batch_size: int) -> None:
+    run.assemble()
+    batches = list(open_dataset(run.paths.run_dir).batches(batch_size))
+    assert all(len(ids) == len(rows) <= batch_size for ids, rows in batches)
+    assert [sequence_id for ids, _ in batches for sequence_id in ids] == run.ids
+    assert np.array_equal(np.concatenate([rows for _, rows in batches]), run.expected_rows())
+
+
+def test_what_is_given_out_is_the_callers_own(run: Run) -> None:
+    run.assemble()
+    dataset = open_dataset(run.paths.run_dir)
+    dataset.row(0)[:] = 0
+    assert np.array_equal(dataset.row(0), embed(run.sequences[0]))
+    assert next(dataset.batches(4))[1].flags.writeable
+
+
+def test_what_the_dataset_does_not_have_is_a_key_error_that_names_it(run: Run) -> None:
+    run.assemble()
+    dataset = open_dataset(run.paths.run_dir)
+    assert "nobody" not in dataset
+    with pytest.raises(KeyError, match="'nobody' is not in"):
+        dataset["nobody"]
+    for ordinal in (-1, 150):
+        with pytest.raises(KeyError, match=f"ordinal {ordinal} is not in"):
+            dataset.row(ordinal)
+
+
+def test_a_run_that_is_not_complete_has_no_dataset_and_the_reader_is_told_how_to_go_on(run: Run) -> None:
+    with pytest.raises(StorageError, match=r"no complete dataset here .*start the run again"):
+        open_dataset(run.paths.run_dir)
+    with pytest.raises(StorageError, match="there is no such directory"):
+        open_dataset(run.paths.run_dir / "nowhere")
+    assert len(verify_dataset(run.paths.run_dir)) == 1
+
+
+@pytest.mark.parametrize("change", [b"grown", None])
+def test_a_part_of_another_size_or_missing_is_refused(run: Run, change: bytes | None) -> None:
+    run.assemble()
+    part = run.paths.embeddings_dir / "part-00002.parquet"
+    if change is None:
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes() + change)
+    with pytest.raises(StorageError, match=r"part-00002\.parquet has .* bytes, and .* were written"):
+        open_dataset(run.paths.run_dir)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row(run: Run, seed: int) -> None:
+    run.assemble()
+    rng = np.random.default_rng(seed)
+    path = sorted(run.paths.embeddings_dir.iterdir())[rng.integers(5)]
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+
+    assert any(path.name in damage for damage in verify_dataset(run.paths.run_dir))
+    try:
+        rows = np.concatenate([rows for _, rows in open_dataset(run.paths.run_dir).batches(50)])
+    except StorageError:
+        return
+    assert np.array_equal(rows, run.expected_rows())

@@ -1,0 +1,316 @@
+"""The plan: what is written, that it follows from the content alone, and that a damaged one is noticed."""
+
+import gzip
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
+from vnp_lib.packing import pack
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan, required_bytes
+
+MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+
+Record = tuple[str, str]  # header, sequence
+
+
+def random_records(seed: int, num_records: int) -> list[Record]:
+    """Distinct ids; about a third of the sequences repeat another's."""
+    rng = np.random.default_rng(seed)
+    pool = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 300))) for _ in range(num_records)]
+    picks = rng.integers(0, num_records, size=num_records)
+    return [(f"p{i}" + (f" protein {i}" if i % 2 else ""), pool[pick]) for i, pick in enumerate(picks)]
+
+
+def write_fasta(path: Path, records: list[Record]) -> Path:
+    path.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
+    return path
+
+
+def plan_of(run_dir: Path, *fasta: Path, model: ModelIdentity = MODEL, num_shards: int = 3) -> RunPlan:
+    return make_plan(RunPaths(run_dir), fasta, model, num_shards=num_shards, token_budget=500)
+
+
+def snapshot(directory: Path) -> dict[Path, tuple[int, int, bytes]]:
+    return {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes())
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def first_occurrences(records: list[Record]) -> list[int]:
+    sequences = [sequence for _, sequence in records]
+    return [sequences.index(sequence) for sequence in sequences]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plan_holds_every_sequence_once_in_input_order(tmp_path: Path, seed: int) -> None:
+    records = random_records(seed, num_records=200)
+    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records))
+
+    rows = pa.ipc.open_file(tmp_path / "run/plan/sequences.arrow").read_all().to_pylist()
+    assert rows == [
+        {
+            "id": header.partition(" ")[0],
+            "description": header.partition(" ")[2],
+            "sequence": sequence,
+            "length": len(sequence),
+        }
+        for header, sequence in records
+    ]
+    assert plan.records(3, 9).to_pylist() == rows[3:9]
+    assert plan.representatives.tolist() == np.load(tmp_path / "run/plan/representatives.npy").tolist()
+    assert plan.representatives.tolist() == first_occurrences(records)
+    assert plan.lengths.tolist() == [len(sequence) for _, sequence in records]
+    assert plan.num_sequences == 200
+    assert plan.num_computed == len({sequence for _, sequence in records})
+    assert plan.num_residues == sum(len(sequence) for _, sequence in records)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 7])
+def test_every_distinct_sequence_is_in_one_batch_of_one_shard_longest_first(tmp_path: Path, num_shards: int) -> None:
+    records = random_records(seed=1, num_records=200)
+    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), num_shards=num_shards)
+    distinct = sorted(set(first_occurrences(records)), key=lambda ordinal: (-len(records[ordinal][1]), ordinal))
+    assert plan.order.tolist() == distinct
+
+    for rank in range(num_shards):
+        ordinals = distinct[rank::num_shards]
+        boundaries = pack(np.array([len(records[ordinal][1]) + 2 for ordinal in ordinals]), 500)
+        batches = plan.shard_batches(rank)
+        assert plan.shard_ordinals(rank).tolist() == ordinals
+        assert [batch.tolist() for batch in batches] == [ordinals[start:stop] for start, stop in pairwise(boundaries)]
+
+
+def test_fetch_reads_ids_and_sequences_in_the_order_asked_for(tmp_path: Path) -> None:
+    """Over several record batches too: a chunk of the input is 8,192 records, and ends with its file."""
+    parts = [random_records(seed=seed, num_records=num_records) for seed, num_records in ((1, 9000), (2, 10))]
+    parts[1] = [(f"second-{header}", sequence) for header, sequence in parts[1]]
+    files = [write_fasta(tmp_path / f"{number}.fasta", part) for number, part in enumerate(parts)]
+    plan = plan_of(tmp_path / "run", *files)
+    records = [*parts[0], *parts[1]]
+    ordinals = np.random.default_rng(0).permutation(len(records))[:3000]
+
+    ids, sequences = plan.fetch(ordinals)
+    assert ids == plan.ids(ordinals) == [records[ordinal][0].partition(" ")[0] for ordinal in ordinals]
+    assert sequences == [records[ordinal][1] for ordinal in ordinals]
+    assert plan.fetch(np.empty(0, dtype=np.int64)) == ([], [])
+
+
+def test_a_loaded_plan_is_the_one_that_was_made(tmp_path: Path) -> None:
+    made = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100)))
+    loaded = load_plan(RunPaths(tmp_path / "run"))
+    assert loaded.fingerprint == made.fingerprint
+    assert loaded.identity == made.identity
+    assert loaded.table.equals(made.table)
+    assert (loaded.num_shards, loaded.token_budget, loaded.num_residues) == (3, 500, made.num_residues)
+    assert loaded.order.tolist() == made.order.tolist()
+
+
+def test_the_fingerprint_is_the_sha256_of_the_identity_and_of_the_sequences_content(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a one", "mkv"), ("b", "MJ*")]))
+    assert plan.identity == {
+        "schema": 1,
+        "model": "esm2_t6_8M_UR50D",
+        "weights_digest": "random:seed=0",
+        "layer": 6,
+        "pooling": "mean",
+        "dtype": "float32",
+        "long_policy": "whole",
+        "num_sequences": 2,
+        "sequences_sha256": hashlib.sha256(b">a one\nMKV\n>b\nMX\n").hexdigest(),
+    }
+    canonical = json.dumps(plan.identity, sort_keys=True, separators=(",", ":")) + "\n"
+    assert plan.fingerprint == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_the_fingerprint_depends_on_content_and_not_on_files(tmp_path: Path) -> None:
+    records = random_records(seed=4, num_records=50)
+    whole = write_fasta(tmp_path / "whole.fasta", records)
+    halves = [write_fasta(tmp_path / f"{half}.fasta", part) for half, part in enumerate((records[:20], records[20:]))]
+    packed = tmp_path / "whole.fasta.gz"
+    packed.write_bytes(gzip.compress(whole.read_bytes().replace(b"\n", b"\r\n")))
+    swapped = write_fasta(tmp_path / "swapped.fasta", [records[1], records[0], *records[2:]])
+
+    fingerprint = plan_of(tmp_path / "1", whole).fingerprint
+    assert plan_of(tmp_path / "2", *halves).fingerprint == fingerprint
+    assert plan_of(tmp_path / "3", packed).fingerprint == fingerprint
+    assert plan_of(tmp_path / "4", whole, num_shards=5).fingerprint == fingerprint
+    assert plan_of(tmp_path / "5", swapped).fingerprint != fingerprint
+
+
+def test_the_same_run_again_leaves_the_plan_untouched(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=5, num_records=50))
+    plan_of(tmp_path / "run", fasta)
+    before = snapshot(tmp_path / "run")
+    plan_of(tmp_path / "run", fasta)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_another_division_into_shards_replaces_only_plan_json(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=5, num_records=50))
+    first = plan_of(tmp_path / "run", fasta)
+    before = snapshot(tmp_path / "run")
+    second = make_plan(RunPaths(tmp_path / "run"), [fasta], MODEL, num_shards=2, token_budget=800)
+    after = snapshot(tmp_path / "run")
+    assert {path.name for path in before if after[path] != before[path]} == {"plan.json"}
+    assert (second.num_shards, second.token_budget, second.fingerprint) == (2, 800, first.fingerprint)
+
+
+def test_there_are_never_more_shards_than_sequences_to_compute(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKV"), ("c", "MKL")])
+    assert plan_of(tmp_path / "run", fasta, num_shards=8).num_shards == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": "esm2_t12_35M_UR50D"}, "model is 'esm2_t6_8M_UR50D' there and 'esm2_t12_35M_UR50D' here"),
+        ({"weights_digest": "abc"}, "weights_digest is 'random:seed=0' there and 'abc' here"),
+        ({"layer": 5}, "layer is 6 there and 5 here"),
+        ({"pooling": "cls"}, "pooling is 'mean' there and 'cls' here"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' there and 'bfloat16' here"),
+        ({"long_policy": "cut"}, "long_policy is 'whole' there and 'cut' here"),
+    ],
+)
+def test_a_directory_of_another_model_is_refused_and_untouched(
+    tmp_path: Path, change: dict[str, str | int], told: str
+) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=6, num_records=20))
+    plan_of(tmp_path / "run", fasta)
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(FingerprintMismatchError) as caught:
+        plan_of(tmp_path / "run", fasta, model=replace(MODEL, **change))  # type: ignore[arg-type]
+    assert told in str(caught.value)
+    assert "--force-restart" in str(caught.value)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_directory_of_other_sequences_is_refused_and_untouched(tmp_path: Path) -> None:
+    """Under the same file name, too."""
+    records = random_records(seed=7, num_records=20)
+    fasta = write_fasta(tmp_path / "x.fasta", records)
+    plan_of(tmp_path / "run", fasta)
+    before = snapshot(tmp_path / "run")
+    write_fasta(fasta, [*records[:-1], (records[-1][0], records[-1][1] + "W")])
+    with pytest.raises(FingerprintMismatchError, match="sequences_sha256 is"):
+        plan_of(tmp_path / "run", fasta)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_an_id_that_occurs_twice_is_refused_with_both_places(tmp_path: Path) -> None:
+    first = write_fasta(tmp_path / "1.fasta", [("a", "MKV"), ("b", "MKL"), ("a again", "MKW")])
+    second = write_fasta(tmp_path / "2.fasta", [("c", "MKV"), ("b", "MKL")])
+    with pytest.raises(FastaError) as caught:
+        plan_of(tmp_path / "run", first, second)
+    assert f"'a': record 1 of {first} and record 3 of {first}" in str(caught.value)
+    assert f"'b': record 2 of {first} and record 2 of {second}" in str(caught.value)
+    assert not snapshot(tmp_path / "run")
+
+
+def test_ten_ids_that_occur_twice_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [(f"p{i % 25}", "MKV") for i in range(50)])
+    with pytest.raises(FastaError, match=r"'p9': .*; and 15 more\); rename") as caught:
+        plan_of(tmp_path / "run", fasta)
+    assert str(caught.value).count("record") == 2 * 10 + 1
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "M-V")])
+    with pytest.raises(FastaError, match="'b' has '-'"):
+        plan_of(tmp_path / "run", fasta)
+    assert not snapshot(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "sequences.arrow", "representatives.npy"])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_flipped_bit_in_the_plan_is_noticed_and_mended_from_the_input(tmp_path: Path, name: str, seed: int) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=8, num_records=30))
+    plan_of(tmp_path / "run", fasta)
+    whole = {path: content for path, (_, _, content) in snapshot(tmp_path / "run").items()}
+    path = tmp_path / "run" / "plan" / name
+    data = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+
+    with pytest.raises(StorageError, match=name):
+        load_plan(RunPaths(tmp_path / "run"))
+    plan_of(tmp_path / "run", fasta)
+    assert {path: content for path, (_, _, content) in snapshot(tmp_path / "run").items()} == whole
+
+
+@pytest.mark.parametrize("name", ["plan.json", "sequences.arrow", "representatives.npy"])
+def test_a_missing_file_of_the_plan_is_named(tmp_path: Path, name: str) -> None:
+    plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
+    (tmp_path / "run" / "plan" / name).unlink()
+    with pytest.raises(StorageError, match=name):
+        load_plan(RunPaths(tmp_path / "run"))
+
+
+def test_a_damaged_plan_of_another_run_is_not_mended(tmp_path: Path) -> None:
+    plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
+    (tmp_path / "run/plan/sequences.arrow").write_bytes(b"")
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(FingerprintMismatchError):
+        plan_of(tmp_path / "run", write_fasta(tmp_path / "y.fasta", [("a", "MKL")]))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV")])
+    with pytest.raises(ConfigError, match=r"x\.fasta/run cannot be made or written \(.*x\.fasta: "):
+        plan_of(fasta / "run", fasta)
+
+
+def test_the_space_a_run_takes_is_that_of_checkpoints_and_dataset(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=9, num_records=100)))
+    rows = plan.num_computed + plan.num_sequences
+    assert required_bytes(plan, 2560) - required_bytes(plan, 0) == rows * 2560 * 4
+
+
+def test_a_disk_without_room_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the run has written already counts as there: a resumed run needs room only for the rest."""
+    paths = RunPaths(tmp_path / "run")
+    plan = plan_of(paths.run_dir, write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
+    needed = required_bytes(plan, 320)
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    with pytest.raises(ConfigError, match=f"{needed - 1000:,} bytes free and {needed:,} are needed"):
+        check_free_space(paths, plan, 320)
+    paths.shard_dir(0).mkdir(parents=True)
+    paths.checkpoint(0, 0).write_bytes(bytes(1000))
+    check_free_space(paths, plan, 320)
+
+
+def test_every_path_of_a_run_is_where_the_readme_says() -> None:
+    paths = RunPaths(Path("run"))
+    assert [
+        str(path.relative_to("run"))
+        for path in (paths.plan_json, paths.sequences, paths.manifest, paths.job(3), paths.worker_log(3))
+    ] == [
+        "plan/plan.json",
+        "plan/sequences.arrow",
+        "checkpoints/manifest.json",
+        "checkpoints/shard_3/job.json",
+        "checkpoints/shard_3/worker.log",
+    ]
+    assert [
+        str(path.relative_to("run"))
+        for path in (paths.checkpoint(3, 12), paths.quarantine, paths.success, paths.report, paths.run_lock)
+    ] == [
+        "checkpoints/shard_3/batch_00012.pt",
+        "quarantine.jsonl",
+        "embeddings/_SUCCESS.json",
+        "report.html",
+        "run.lock",
+    ]
