@@ -26,7 +26,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, NamedTuple, TypeVar, cast
+from typing import IO, Any, BinaryIO, Literal, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ class AsyncCheckpointWriter:
         if not self._are_failures_told:
             self._raise_failures()
 
-    def __enter__(self) -> AsyncCheckpointWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -667,9 +667,9 @@ def _damage(path: Path, error: CheckpointError) -> Damage:
 
 
 def _survey_one(path: Path, rank: int, fingerprint: str, *, verify_digest: bool) -> CheckpointRecord:
-    marker = _read_marker(path)
-    _require_fingerprint(marker, fingerprint)
     with _opened(path) as file:
+        marker = _read_marker(path)
+        _require_fingerprint(marker, fingerprint)
         if verify_digest:
             _verify_digest(file, marker)
         else:

@@ -258,7 +258,7 @@ class CheckpointManifest:
             return None
         try:
             state = self._read()
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             logger.warning("%s; it is made anew from the checkpoints", error)
             return None
         if (state["input_fingerprint"], state["model_config_hash"]) != (input_fingerprint, model_config_hash):
@@ -269,7 +269,7 @@ class CheckpointManifest:
     def _keep_history(self, state: dict[str, Any]) -> None:
         try:
             old_shards = _shards_by_rank(self._read())
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             logger.warning("%s; attempts and failures are counted from none", error)
             return
         for rank, old in old_shards.items():
