@@ -11,6 +11,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,39 @@ class DenyingOps(DurableOps):
             return denied(*args)
 
         setattr(self, operation, deny)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class UnsyncedOps(DurableOps):
+    """For what no power cut is to befall."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+    def fsync_directory(self, path: Path) -> None:
+        pass
+
+
+class DyingOps(UnsyncedOps):
+    """Ends the process, as far as the disk can tell, before its n-th operation: nothing happens any more."""
+
+    def __init__(self, kill_at: int) -> None:
+        self._operations_left = kill_at
+        self.is_dead = False
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return value if name.startswith("_") or name in ("is_dead", "perform") else partial(self.perform, value)
+
+    def perform(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        self._operations_left -= 1
+        self.is_dead = self._operations_left < 0
+        if self.is_dead:
+            raise Killed
+        return call(*arguments)
 
 
 @pytest.fixture
@@ -628,6 +662,45 @@ def test_what_a_crash_left_under_the_name_is_moved_aside(tmp_path: Path, remaind
     write(path, [2, 3])
     assert load_checkpoint(path, fingerprint=RUN).sequence_ids == ids_of([2, 3])
     assert len(list((tmp_path / "shard_0" / "damaged").iterdir())) == (2 if remainder == "damaged" else 1)
+
+
+@pytest.mark.parametrize("remainder", [None, "file", "marker"])
+def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remainder: str | None
+) -> None:
+    """Also where an earlier crash has left half a checkpoint under the name."""
+    kill_at, is_over = 0, False
+    while not is_over:
+        monkeypatch.setattr(files, "ops", UnsyncedOps())
+        run = tmp_path / str(kill_at)
+        write(checkpoint_file(run, 0), [0, 1])
+        if remainder is not None:
+            write(checkpoint_file(run, 1), [2, 3])
+            (checkpoint_file(run, 1) if remainder == "marker" else marker_path(checkpoint_file(run, 1))).unlink()
+        dying = DyingOps(kill_at)
+        monkeypatch.setattr(files, "ops", dying)
+        try:
+            write(checkpoint_file(run, 1), [2, 3])
+        except (Killed, CheckpointWriteError):
+            assert dying.is_dead
+        is_over = not dying.is_dead
+        monkeypatch.setattr(files, "ops", UnsyncedOps())
+
+        next_batch_idx = heal_shard(run, 0, RUN)
+        is_done = survey_checkpoints(run, RUN, verify_digests=True).done_mask(5)
+        assert is_done[:2].all()
+        assert is_done[2] == is_done[3]
+        write(checkpoint_file(run, next_batch_idx), [ordinal for ordinal in range(5) if not is_done[ordinal]])
+        loaded = [
+            load_checkpoint(record.path, fingerprint=RUN)
+            for record in survey_checkpoints(run, RUN, verify_digests=True).valid
+        ]
+        ordinals = [ordinal for each in loaded for ordinal in each.metadata["ordinals"]]
+        assert sorted(ordinals) == list(range(5))
+        assert [id_ for each in loaded for id_ in each.sequence_ids] == ids_of(ordinals)
+        assert np.array_equal(np.concatenate([each.embeddings for each in loaded]), rows_of(ordinals))
+        kill_at += 1
+    assert kill_at > 15
 
 
 def test_hostile_ids_are_data(tmp_path: Path) -> None:
