@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import zlib
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -352,33 +353,32 @@ class _Buckets:
         self.dim = dim
         self.rows_per_part = rows_per_part
         self._directory = directory
-        self._dtype = np.dtype([("ordinal", "<i8"), ("row", "<f4", (dim,))])
-        self._crc32: dict[int, int] = {}
+        self._ordinals: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # in the order of the rows
+        self._crc32: defaultdict[int, int] = defaultdict(int)
 
     def append(self, ordinals: NDArray[np.int64], embeddings: NDArray[Any], rows: NDArray[np.int64]) -> None:
         """Give each of the ascending `ordinals` the row of `embeddings` that stands at its place in `rows`."""
         parts, starts = np.unique(ordinals // self.rows_per_part, return_index=True)
         stops = np.append(starts, ordinals.size)[1:]
         for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
-            records = np.empty(stop - start, dtype=self._dtype)
-            records["ordinal"] = ordinals[start:stop]
-            records["row"] = embeddings[rows[start:stop]]
-            data = records.view(np.uint8).data
+            data = embeddings[rows[start:stop]].astype("<f4", copy=False).data
             with self._path(part).open("ab") as file:
                 file.write(data)
-            self._crc32[part] = zlib.crc32(data, self._crc32.get(part, 0))
+            self._ordinals[part].append(ordinals[start:stop])
+            self._crc32[part] = zlib.crc32(data, self._crc32[part])
 
     def take(self, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ordinals, ascending, and rows of a part. Its bucket is gone then."""
-        if part not in self._crc32:
+        if part not in self._ordinals:
             return np.empty(0, dtype=np.int64), np.empty((0, self.dim), dtype=np.float32)
         path = self._path(part)
-        records = np.fromfile(path, dtype=self._dtype)
-        if zlib.crc32(records.view(np.uint8).data) != self._crc32[part]:
+        values = np.fromfile(path, dtype="<f4")
+        if zlib.crc32(values.data) != self._crc32[part]:
             raise StorageError(f"{path} does not give back what was written to it; check the disk")
         path.unlink()
-        ascending = np.argsort(records["ordinal"])
-        return records["ordinal"][ascending], records["row"][ascending]
+        ordinals = np.concatenate(self._ordinals.pop(part))
+        ascending = np.argsort(ordinals)
+        return ordinals[ascending], values.reshape(-1, self.dim)[ascending]
 
     def _path(self, part: int) -> Path:
         return self._directory / f"bucket-{part:05d}"

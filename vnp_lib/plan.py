@@ -292,14 +292,17 @@ class _Surveyor:
 
     def finish(self, fasta: Sequence[Path]) -> _Survey:
         """Raises FastaError where an id occurs twice; then, and only then, `fasta` is read again for the message."""
-        first_of_id = _first_occurrences(self._id_digests)
-        repeats = np.flatnonzero(~_is_first(first_of_id))
+        repeats, firsts = _repeats(self._id_digests)
         if repeats.size:
-            raise _duplicate_ids(fasta, repeats, first_of_id[repeats])
+            raise _duplicate_ids(fasta, repeats, firsts)
+        self._id_digests.clear()
+        representatives = np.arange(len(self._sequence_digests) // _EMPTY_DIGEST.digest_size)
+        repeats, firsts = _repeats(self._sequence_digests)
+        representatives[repeats] = firsts
         return _Survey(
             sequences_sha256=self._sha256.hexdigest(),
             num_residues=self._num_residues,
-            representatives=_first_occurrences(self._sequence_digests),
+            representatives=representatives,
         )
 
 
@@ -313,18 +316,23 @@ def _digest(text: str) -> bytes:
     return digest.digest()
 
 
-def _first_occurrences(digests: bytearray) -> NDArray[np.int64]:
-    """The ordinal of the first equal digest, for each of the 16-byte `digests`: A B A gives 0 1 0."""
+def _repeats(digests: bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ordinals whose 16-byte digest occurred before, ascending, and where it first did: A B A A gives 2 3 and 0 0."""
     halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
     # Stable: equal digests end up together, by ordinal. Different ones with equal halves (1 in 10**19 pairs) could at
     # worst stand between two equal ones and hide that they are; nothing can make different ones look equal.
     by_digest = np.argsort(halves[:, 0], kind="stable")
-    in_order = halves[by_digest]
-    starts_group = np.ones(by_digest.size, dtype=bool)
-    starts_group[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
-    first = np.empty(by_digest.size, dtype=np.int64)
-    first[by_digest] = by_digest[starts_group][np.cumsum(starts_group) - 1]
-    return first
+    is_new = np.zeros(by_digest.size, dtype=bool)
+    is_new[:1] = True
+    for half in halves.T:
+        in_order = half[by_digest]
+        is_new[1:] |= in_order[1:] != in_order[:-1]
+    starts = np.flatnonzero(is_new)
+    places = np.flatnonzero(~is_new)
+    repeats = by_digest[places]
+    firsts = by_digest[starts[np.searchsorted(starts, places) - 1]]
+    ascending = np.argsort(repeats)
+    return repeats[ascending], firsts[ascending]
 
 
 def _duplicate_ids(fasta: Sequence[Path], repeats: NDArray[np.int64], firsts: NDArray[np.int64]) -> FastaError:
@@ -387,7 +395,7 @@ def _write_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity)
         "identity": identity,
         "fingerprint": hashlib.sha256(canonical_json(identity)).hexdigest(),
         "num_sequences": survey.representatives.size,
-        "num_computed": _is_first(survey.representatives).sum().item(),
+        "num_computed": _is_computed(survey.representatives).sum().item(),
         "num_residues": survey.num_residues,
         "files": {
             paths.sequences.name: asdict(file.digest),
@@ -432,12 +440,12 @@ def _damage(paths: RunPaths, fields: dict[str, Any]) -> str | None:
 
 
 def _longest_first(lengths: NDArray[np.int32], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
-    computed = np.flatnonzero(_is_first(representatives))
+    computed = np.flatnonzero(_is_computed(representatives))
     return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
-def _is_first(first_occurrences: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.equal(first_occurrences, np.arange(first_occurrences.size))
+def _is_computed(representatives: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.equal(representatives, np.arange(representatives.size))
 
 
 def _tree_bytes(directory: Path) -> int:
