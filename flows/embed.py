@@ -133,19 +133,23 @@ def main(arguments: Sequence[str]) -> int:
         print("warning: --weights random: an untrained model, the vectors mean nothing", file=sys.stderr)
     start_temporary_server()
     try:
-        outcome = asyncio.run(embed_to_its_end(config))
+        outcome, result = asyncio.run(embed_to_its_end(config))
     except (TerminationSignal, asyncio.CancelledError):
         print("stopped by SIGTERM. What was computed is kept: the same command goes on from there", file=sys.stderr)
         return ExitCode.STOPPED
     except KeyboardInterrupt:
         print("interrupted. What was computed is kept: the same command goes on from there", file=sys.stderr)
         return ExitCode.INTERRUPTED
+    if isinstance(result, InputError):
+        print(result, file=sys.stderr)
+        return ExitCode.UNUSABLE_INPUT
     return report_outcome(config, outcome, time.monotonic() - started_at)
 
 
-async def embed_to_its_end(config: EmbedConfig) -> State[Any]:
-    """Run the flow and return how it ended, whatever that is; a failure is a state here, not an exception."""
-    return await cast(Awaitable[State[Any]], embed(config, return_state=True))
+async def embed_to_its_end(config: EmbedConfig) -> tuple[State[Any], Any]:
+    """Run the flow and return how it ended, and its result: where it failed by an exception, that."""
+    outcome = await cast(Awaitable[State[Any]], embed(config, return_state=True))
+    return outcome, await outcome.aresult(raise_on_failure=False)
 
 
 def start_temporary_server() -> None:
@@ -160,10 +164,6 @@ def start_temporary_server() -> None:
 
 def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -> int:
     """Print how the run ended, and what to do next."""
-    error = outcome.data if isinstance(outcome.data, BaseException) else None
-    if isinstance(error, InputError):
-        print(error, file=sys.stderr)
-        return ExitCode.UNUSABLE_INPUT
     if not outcome.is_completed():
         print(f"failed after {format_duration(elapsed_s)}: {outcome.message}", file=sys.stderr)
         print("What was computed is kept: the same command goes on from there", file=sys.stderr)

@@ -1,20 +1,17 @@
-"""What several test modules share."""
+"""Input that several test modules share."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import random
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "viral_proteins.fasta"
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 
 
 @pytest.fixture
 def tiny_fasta(tmp_path):
     """Forty proteins of 5 to 60 residues."""
-    import random
-
     draw = random.Random(7)
     path = tmp_path / "tiny.fasta"
     records = (

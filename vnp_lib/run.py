@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint import Survey, set_aside, survey_checkpoints
 from vnp_lib.config import EmbedConfig, resolve_devices
-from vnp_lib.esm2 import MODELS, Weights, resolve_weights
 from vnp_lib.failures import ConfigError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, make_plan
 from vnp_lib.worker import ShardJob
+
+if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
+    from vnp_lib.checkpoint import Survey
+    from vnp_lib.esm2 import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class Run:
 
     def checkpoints(self, *, verify_digests: bool = False) -> Survey:
         """Look into the markers of all checkpoints, and into the files themselves if asked to."""
+        from vnp_lib.checkpoint import survey_checkpoints
+
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=verify_digests)
 
     def shard_states(self) -> list[ShardState]:
@@ -76,6 +81,8 @@ class Run:
 
     def set_damaged_aside(self) -> None:
         """Read all checkpoints whole and move the damaged ones aside, so that their rows are computed again."""
+        from vnp_lib.checkpoint import set_aside
+
         for damage in self.checkpoints(verify_digests=True).damaged:
             logger.warning("%s is moved aside: %s", damage.path, damage.reason)
             set_aside(damage.path)
@@ -141,6 +148,8 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
             afterwards either; one that was is untouched.
     """
+    from vnp_lib.esm2 import resolve_weights
+
     paths = RunPaths(config.output_dir)
     devices = resolve_devices(config.devices)
     weights = resolve_weights(config.model, config.weights)
@@ -166,6 +175,8 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, device_kind: str, weights: Weights) -> RunPlan:
+    from vnp_lib.esm2 import MODELS
+
     architecture = MODELS[config.model]
     plan = make_plan(
         paths,

@@ -12,9 +12,10 @@ import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2 as FairESM2
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from flows.embed import embed
-from tests.conftest import EXAMPLE
+from tests.support import EXAMPLE, assert_same_rows
 from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS, random_tensors
@@ -40,7 +41,7 @@ def task_states(outcome) -> dict[str, str]:
     async def read():
         async with get_client() as client:
             runs = await client.read_task_runs(
-                flow_run_filter={"id": {"any_": [str(outcome.state_details.flow_run_id)]}}
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[outcome.state_details.flow_run_id]))
             )
             return {run.name: run.state_name for run in runs}
 
@@ -167,10 +168,3 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
     error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
     assert isinstance(error, RunDirectoryBusyError)
     assert "in use" in str(error)
-
-
-def assert_same_rows(run_dir, oracle_dir):
-    ours, oracle = open_dataset(run_dir), open_dataset(oracle_dir)
-    assert list(ours.ids) == list(oracle.ids)
-    for sequence_id in oracle.ids:
-        np.testing.assert_allclose(ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id)

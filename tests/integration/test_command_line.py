@@ -1,0 +1,171 @@
+"""`python flows/embed.py` as a person uses it, and as machines treat it."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support import EXAMPLE, assert_same_rows, wait_until
+from vnp_lib.files import read_marker
+from vnp_lib.plan import RunPaths
+
+pytestmark = pytest.mark.slow
+
+MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
+SMALL_CHECKPOINTS = ("--shards", 3, "--runtime.checkpoint-seq-threshold", 8)
+PROTEIN = ">a\nMKVLATTWQERS\n"
+
+
+def finished_checkpoints(run_dir: Path) -> dict[Path, bytes]:
+    """Every checkpoint that has its marker, with the marker's bytes."""
+    markers = RunPaths(run_dir).checkpoints_dir.glob("shard_*/batch_*.pt.done")
+    return {path.with_name(path.name.removesuffix(".done")): path.read_bytes() for path in markers}
+
+
+def computed_ordinals(run_dir: Path) -> list[int]:
+    return [ordinal for path in finished_checkpoints(run_dir) for ordinal in read_marker(path)["ordinals"]]
+
+
+def workers_of(run_dir: Path) -> list[int]:
+    """Process ids of the children that embed into a run directory."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            command = (process / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, ValueError):
+            continue
+        if "vnp_lib.worker" in command and any(part.startswith(str(run_dir)) for part in command):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command_line, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    ended = command_line.run("--fasta", EXAMPLE, "--output-dir", run_dir, *MODEL)
+    assert ended.returncode == 0, ended.stderr
+    return run_dir, ended
+
+
+def test_a_run_ends_with_the_dataset_and_how_to_read_it(uninterrupted):
+    run_dir, ended = uninterrupted
+    assert f"dataset: {run_dir}/embeddings" in ended.stdout
+    assert "122 sequences embedded" in ended.stdout
+    assert ended.stderr.count("vectors mean nothing") == 1
+    assert "prefect" not in (ended.stdout + ended.stderr).lower()
+    snippet = ended.stdout.split("read it back:\n")[1].replace("\n    ", "\n").strip()
+    exec(snippet, {})
+
+
+def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(command_line, tmp_path, uninterrupted):
+    """SIGKILL to the flow, its server and its children at once; then the same command again."""
+    run_dir = tmp_path / "run"
+    arguments = ("--fasta", EXAMPLE, "--output-dir", run_dir, *MODEL, *SMALL_CHECKPOINTS)
+    process = command_line.start(*arguments)
+    wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 8)
+    for worker in workers_of(run_dir):
+        os.kill(worker, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    before = finished_checkpoints(run_dir)
+    assert not RunPaths(run_dir).success.exists()
+
+    ended = command_line.run(*arguments)
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Cached" in ended.stdout  # the shards that were finished
+    assert "Completed" in ended.stdout  # and those that were not
+    after = finished_checkpoints(run_dir)
+    assert {path: after[path] for path in before} == before
+    assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
+    assert_same_rows(run_dir, uninterrupted[0])
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(command_line, tmp_path, uninterrupted, signum, code):
+    """SIGTERM to the process, Ctrl-C to its group: the children save what they have, and the next run goes on."""
+    run_dir = tmp_path / "run"
+    arguments = ("--fasta", EXAMPLE, "--output-dir", run_dir, *MODEL, *SMALL_CHECKPOINTS)
+    process = command_line.start(*arguments)
+    wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 2)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "the same command goes on" in err
+    assert workers_of(run_dir) == []
+    num_done = len(computed_ordinals(run_dir))
+    assert 16 <= num_done < 119
+
+    ended = command_line.run(*arguments)
+
+    assert ended.returncode == 0, ended.stderr
+    assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
+    assert_same_rows(run_dir, uninterrupted[0])
+
+
+def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
+    """Arguments that cannot be used, and words that the sentence about them has to contain."""
+    good = tmp_path / "good.fasta"
+    good.write_text(PROTEIN)
+    out = tmp_path / "out"
+    match name:
+        case "no arguments":
+            return (), "--fasta is needed"
+        case "missing file":
+            return ("--fasta", tmp_path / "none.fasta", "--output-dir", out), "there is no such file"
+        case "empty file":
+            (tmp_path / "empty.fasta").touch()
+            return ("--fasta", tmp_path / "empty.fasta", "--output-dir", out), "there is no sequence in it"
+        case "nucleotides":
+            (tmp_path / "dna.fasta").write_text(">a\nACGTACGTNACGGTCA\n")
+            return ("--fasta", tmp_path / "dna.fasta", "--output-dir", out), "nucleotides"
+        case "unknown model":
+            return ("--fasta", good, "--output-dir", out, "--model", "esm3"), "esm2_t36_3B_UR50D"
+        case "wrong value":
+            return ("--fasta", good, "--output-dir", out, "--token-budget", "none"), "--token-budget"
+        case "missing weights":
+            return ("--fasta", good, "--output-dir", out, "--weights", tmp_path / "w.pt"), "w.pt"
+        case "directory that is a file":
+            return ("--fasta", good, "--output-dir", good / "out", "--weights", "random"), "--output-dir"
+        case "duplicate id far down":
+            (tmp_path / "twice.fasta").write_text(PROTEIN + ">b\nMKV\n" + PROTEIN)
+            return ("--fasta", tmp_path / "twice.fasta", "--output-dir", out, *MODEL), "'a'"
+        case "cut gz":
+            (tmp_path / "cut.fasta.gz").write_bytes(gzip.compress(PROTEIN.encode() * 100)[:-20])
+            return ("--fasta", tmp_path / "cut.fasta.gz", "--output-dir", out), "cut short"
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no arguments",
+        "missing file",
+        "empty file",
+        "nucleotides",
+        "unknown model",
+        "wrong value",
+        "missing weights",
+        "directory that is a file",
+        "duplicate id far down",
+        "cut gz",
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_sentence(command_line, tmp_path, name):
+    """On standard error, with exit code 2, without a traceback, and without a run directory left behind."""
+    arguments, words = unusable(name, tmp_path)
+    ended = command_line.run(*arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert not (tmp_path / "out").exists()

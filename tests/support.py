@@ -1,0 +1,65 @@
+"""What several test modules share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vnp_lib.dataset import open_dataset
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "viral_proteins.fasta"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandLine:
+    """`python flows/embed.py` with its own Prefect home, so that nothing of this machine's is touched."""
+
+    prefect_home: Path
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        """Start it as the leader of a process group of its own."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
+        return subprocess.Popen(
+            [sys.executable, "flows/embed.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment | {"PREFECT_HOME": str(self.prefect_home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: object, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+        """Run it to its end, whatever that is."""
+        process = self.start(*arguments)
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:
+    """Compare two datasets row by row, each row by its id and by its place."""
+    ours, oracle = open_dataset(run_dir), open_dataset(oracle_dir)
+    assert list(ours.ids) == list(oracle.ids)
+    for ordinal, sequence_id in enumerate(oracle.ids):
+        np.testing.assert_allclose(ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id)
+        np.testing.assert_array_equal(ours.row(ordinal), ours[sequence_id])
