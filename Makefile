@@ -1,9 +1,10 @@
-# make embed: set up and embed the example. make test: run the tests. make check: format, lint, types.
+# make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
+# make check: format, lint, types.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test check format clean
+.PHONY: embed test faults check format clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -11,6 +12,9 @@ embed: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest
+
+faults: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest tests/faults --faults=full --timeout=3600
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
