@@ -973,6 +973,14 @@ def test_an_archive_whose_members_claim_more_than_it_holds_is_refused(tmp_path: 
     assert reason == "failed to load: the members of the archive claim more than the file holds"
 
 
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch.load makes of the bytes."""
+    path = tmp_path / "batch_00000.pt"
+    write_by_hand(path, content_by_hand())
+    monkeypatch.setattr(torch, "load", lambda *_, **__: content_by_hand(rows=1000))
+    assert validate_checkpoint_pt(path) == (False, "embeddings claims more than the file holds")
+
+
 def test_random_damage_to_an_unproven_file_is_always_a_reason_never_a_crash(tmp_path: Path) -> None:
     """An empty marker leaves the content to speak for itself: whatever it holds, the answer is a pair."""
     path = tmp_path / "batch_00000.pt"

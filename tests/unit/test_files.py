@@ -430,16 +430,24 @@ sys.stdin.readline()
             with FileLock(tmp_path / "a.lock", purpose="go on").held(timeout_s=0):
                 pass
 
-    def test_a_child_that_is_started_meanwhile_does_not_inherit_it(self, tmp_path: Path) -> None:
-        lock = FileLock(tmp_path / "a.lock", purpose="start a child")
-        with lock.held(timeout_s=0):
-            child = subprocess.Popen(["sleep", "60"], close_fds=False)
-        try:
-            with FileLock(tmp_path / "a.lock", purpose="go on").held(timeout_s=0):
-                pass
-        finally:
-            child.kill()
-            child.wait()
+    def test_a_child_that_outlives_its_holder_does_not_keep_it(self, tmp_path: Path) -> None:
+        code = """
+import subprocess
+FileLock(Path(sys.argv[1]), purpose="start a child").acquire(timeout_s=0)
+print(subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL).pid, flush=True)
+time.sleep(60)
+"""
+        with python(code, tmp_path / "a.lock") as holder:
+            assert holder.stdout is not None
+            child_pid = int(holder.stdout.readline())
+            holder.kill()
+            holder.wait(timeout=10)
+            os.kill(child_pid, 0)
+            try:
+                with FileLock(tmp_path / "a.lock", purpose="go on").held(timeout_s=0):
+                    pass
+            finally:
+                os.kill(child_pid, signal.SIGKILL)
 
     @pytest.mark.parametrize("is_shared", [True, False])
     def test_threads_exclude_each_other(self, tmp_path: Path, is_shared: bool) -> None:
