@@ -15,12 +15,14 @@ import errno
 import logging
 import os
 import pickle
+import pickletools
 import re
 import struct
 import threading
 import time
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -33,7 +35,13 @@ import torch
 from torch import Tensor
 
 from vnp_lib.config import viral_checkpoint_mode
-from vnp_lib.failures import CheckpointError, FingerprintMismatchError, NumericalInstabilityError, StorageError
+from vnp_lib.failures import (
+    CheckpointError,
+    CheckpointWriteError,
+    FingerprintMismatchError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.files import (
     FileDigest,
     digest_stream,
@@ -66,14 +74,22 @@ _NOT_A_CHECKPOINT = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
 )
+# What torch.save makes of a checkpoint. A pickle of no more than this builds plain values and one tensor, and costs no more
+# memory than its own size: torch itself would also take `bytearray(10**11)`.
+_OPCODES = frozenset(
+    "APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE GLOBAL "
+    "LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS STOP TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+)
+_GLOBALS = frozenset(
+    ("collections OrderedDict", "torch._utils _rebuild_tensor_v2")
+    + tuple(f"torch {name}Storage" for name in ("Half", "BFloat16", "Float", "Double", "Int", "Long"))
+)
+_MAX_CALLS = 2  # of _rebuild_tensor_v2, and of OrderedDict for its hooks
+_MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class CheckpointWriteError(StorageError, RuntimeError):
-    """Checkpoints that could not be written: their rows are on no disk."""
 
 
 class CheckpointTrigger:
@@ -839,12 +855,49 @@ def _parse(file: BinaryIO, *, may_be_integers: bool) -> _Content:
 
 
 def _check_archive(file: BinaryIO, size_bytes: int) -> None:
+    """Refuse what torch.load could make more of than the file holds; ValueError says why."""
+    _require_plain_directory(file, size_bytes)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("a member of the archive is compressed")
-    if sum(member.file_size for member in members) > size_bytes:
-        raise ValueError("the members of the archive claim more than the file holds")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("a member of the archive is compressed")
+        if sum(member.file_size for member in members) > size_bytes:
+            raise ValueError("the members of the archive claim more than the file holds")
+        names = {member.filename.casefold() for member in members}
+        if len(names) < len(members):
+            raise ValueError("two members of the archive have one name")
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise ValueError("it is a program (TorchScript)")
+        _check_pickle(archive.read(members[0].filename.split("/")[0] + "/data.pkl"))
+
+
+def _require_plain_directory(file: BinaryIO, size_bytes: int) -> None:
+    """The archive starts where the file does and its directory ends it: torch and zipfile then see the same members."""
+    file.seek(max(0, size_bytes - 98))
+    tail = file.read().rjust(98, b"\0")
+    directory64, locator, end = tail[:56], tail[56:76], tail[76:]
+    if end[:4] != b"PK\5\6":
+        raise ValueError("it is no zip archive, or is followed by other bytes")
+    length, start, stop = *struct.unpack("<II", end[12:20]), size_bytes - len(end)
+    if locator[:4] == b"PK\6\7":
+        length, start, stop = *struct.unpack("<QQ", directory64[40:]), size_bytes - len(tail)
+        if directory64[:4] != b"PK\6\6" or struct.unpack("<Q", locator[8:16])[0] != stop:
+            raise ValueError("the directory of the archive is not where it says")
+    if start + length != stop:
+        raise ValueError("the directory of the archive is not where it says")
+
+
+def _check_pickle(data: bytes) -> None:
+    counts: Counter[str] = Counter()
+    for opcode, argument, _ in pickletools.genops(data):
+        counts[opcode.name] += 1
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle has the operation {opcode.name}, which no checkpoint needs")
+        if opcode.name == "GLOBAL" and argument not in _GLOBALS:
+            raise ValueError(f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs")
+    num_tuples = sum(counts[name] for name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))
+    if counts["REDUCE"] > _MAX_CALLS or counts["BINPERSID"] > 1 or num_tuples > _MAX_TUPLES:
+        raise ValueError("its pickle builds more than one tensor and plain values")
 
 
 def _as_content(loaded: Any) -> _Content:

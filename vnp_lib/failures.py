@@ -9,6 +9,7 @@ VnpError
 │   └── RunDirectoryBusyError   a run directory that another process is using
 ├── StorageError                the disk does not give back what was written to it, or takes no more
 │   ├── CheckpointError         a checkpoint that does not prove itself
+│   ├── CheckpointWriteError    checkpoints that could not be written; a RuntimeError too
 │   ├── LockTimeoutError        a lock that its holder does not give up
 │   └── IncompleteDatasetError  sequences that are in no checkpoint
 ├── NumericalInstabilityError   a row that is not finite
@@ -59,6 +60,10 @@ class StorageError(VnpError):
 
 class CheckpointError(StorageError):
     """A checkpoint that does not prove itself."""
+
+
+class CheckpointWriteError(StorageError, RuntimeError):
+    """Checkpoints that could not be written: their rows are on no disk."""
 
 
 class LockTimeoutError(StorageError):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vnp_lib.config import EmbedConfig, resolve_devices
 from vnp_lib.failures import ConfigError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.fasta import read_fasta
-from vnp_lib.files import FileLock, make_directory
+from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, make_plan
 from vnp_lib.worker import ShardJob
@@ -80,10 +80,16 @@ class Run:
         return self.shard_states()[rank]
 
     def set_damaged_aside(self) -> None:
-        """Read all checkpoints whole and move the damaged ones aside, so that their rows are computed again."""
+        """Read all checkpoints whole and move the damaged ones aside, so that their rows are computed again.
+
+        Raises:
+            StorageError: So many are damaged that the storage is failing. Nothing has been moved.
+        """
         from vnp_lib.checkpoint import set_aside
 
-        for damage in self.checkpoints(verify_digests=True).damaged:
+        survey = self.checkpoints(verify_digests=True)
+        survey.require_sound_storage()
+        for damage in survey.damaged:
             logger.warning("%s is moved aside: %s", damage.path, damage.reason)
             set_aside(damage.path)
 
@@ -158,6 +164,8 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         try:
             if config.force_restart:
                 _move_aside(paths)
+            for directory in (paths.plan_dir, paths.checkpoints_dir, paths.embeddings_dir):
+                remove_orphaned_temporaries(directory)
             plan = _plan(config, paths, kind_of(devices[0]), weights)
         except BaseException:
             if is_new:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from vnp_lib.failures import ExitCode, InputError, LockTimeoutError, classify_exception
-from vnp_lib.files import FileLock
+from vnp_lib.files import FileLock, remove_orphaned_temporaries
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
@@ -120,6 +120,7 @@ class ShardAttempt:
         plan = load_plan(self._paths)
         if plan.fingerprint != self._job.fingerprint:
             raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
+        remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
         work = find_pending_work(plan, self._paths, self._job.rank)
         self._events.send("started", pending=work.num_sequences, done=work.num_done)
         if work.batches:
