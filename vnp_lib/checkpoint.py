@@ -76,13 +76,12 @@ _NOT_A_CHECKPOINT = (
 )
 # What torch.save makes of a checkpoint. A pickle of no more than this builds plain values and one tensor, and costs no more
 # memory than its own size: torch itself would also take `bytearray(10**11)`.
-_OPCODES = frozenset(
-    "APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE GLOBAL "
-    "LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS STOP TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+_OPCODES = re.compile(
+    r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|(LONG_)?BIN(PUT|GET)|"
+    r"EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|SETITEMS?"
 )
-_GLOBALS = frozenset(
-    ("collections OrderedDict", "torch._utils _rebuild_tensor_v2")
-    + tuple(f"torch {name}Storage" for name in ("Half", "BFloat16", "Float", "Double", "Int", "Long"))
+_GLOBALS = re.compile(
+    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Half|BFloat16|Float|Double|Int|Long)Storage"
 )
 _MAX_CALLS = 2  # of _rebuild_tensor_v2, and of OrderedDict for its hooks
 _MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
@@ -891,9 +890,9 @@ def _check_pickle(data: bytes) -> None:
     counts: Counter[str] = Counter()
     for opcode, argument, _ in pickletools.genops(data):
         counts[opcode.name] += 1
-        if opcode.name not in _OPCODES:
+        if not _OPCODES.fullmatch(opcode.name):
             raise ValueError(f"its pickle has the operation {opcode.name}, which no checkpoint needs")
-        if opcode.name == "GLOBAL" and argument not in _GLOBALS:
+        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
             raise ValueError(f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs")
     num_tuples = sum(counts[name] for name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))
     if counts["REDUCE"] > _MAX_CALLS or counts["BINPERSID"] > 1 or num_tuples > _MAX_TUPLES:
