@@ -74,8 +74,8 @@ _NOT_A_CHECKPOINT = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
 )
-# What torch.save makes of a checkpoint. A pickle of no more than this builds plain values and one tensor, and costs no more
-# memory than its own size: torch itself would also take `bytearray(10**11)`.
+# What torch.save makes of a checkpoint. A pickle of no more than this builds plain values and one tensor, in memory for
+# a hundred times its size at the very most: torch itself would also take `bytearray(10**11)`.
 _OPCODES = re.compile(
     r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|(LONG_)?BIN(PUT|GET)|"
     r"EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|SETITEMS?"

@@ -1,0 +1,228 @@
+"""Malice: files that are forged, ids that would be paths, links that lead elsewhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.faults.figures import record_figure
+from tests.faults.forgery import archive, forgeries, good_content
+from tests.faults.trials import scratch_directory
+from vnp_lib.checkpoint import (
+    AsyncCheckpointWriter,
+    heal_shard,
+    load_checkpoint,
+    resume_from_checkpoints,
+    survey_checkpoints,
+    validate_checkpoint_pt,
+)
+from vnp_lib.dataset import assemble, open_dataset, verify_dataset
+from vnp_lib.failures import CheckpointError
+from vnp_lib.files import digest_file, marker_path, write_marker
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+
+RUN = "f1" * 32
+ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+MEMORY_BYTES = 64 * 1024**2
+MEMORY_PER_BYTE = 128  # `]` is a list of 56 bytes, and a place in the list around it
+ALL = list(forgeries(Path("/nowhere/canary")))
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory in memory, as nothing here is about syncing."""
+    directory = scratch_directory()
+    yield directory
+    shutil.rmtree(directory)
+
+
+def vouch_for(path: Path) -> None:
+    """Write the marker that the file would have if it were a checkpoint of one row."""
+    write_marker(path, digest_file(path), rows=1, width=4, dtype="float32", ordinals=[0], fingerprint=RUN)
+
+
+def peak_growth_bytes(act) -> int:
+    """How much more memory the process has had while `act` ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    before = _memory("VmRSS")
+    act()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def test_the_forger_can_forge(tmp_path):
+    """A forged file whose content is right is believed: what refuses the others is what is in them."""
+    path = tmp_path / "batch_00000.pt"
+    path.write_bytes(archive(good_content()))
+    vouch_for(path)
+    assert load_checkpoint(path, fingerprint=RUN).sequence_ids == ["a"]
+
+
+@pytest.mark.parametrize("has_marker", [True, False])
+def test_no_forged_checkpoint_is_believed_and_none_runs_code(scratch, has_marker):
+    """Neither by its marker, which the forger writes as well, nor in the memory it takes to find out."""
+    canary = scratch / "canary"
+    for number, (name, data) in enumerate(forgeries(canary)):
+        run = scratch / f"{number}"
+        path = run / "shard_0" / "batch_00000.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+        if has_marker:
+            vouch_for(path)
+
+        growth_bytes = peak_growth_bytes(lambda run=run, path=path, name=name: _require_refusal(run, path, name))
+
+        assert growth_bytes < MEMORY_BYTES + MEMORY_PER_BYTE * len(data), (
+            f"{name}: reading {len(data):,} bytes took {growth_bytes:,}"
+        )
+        assert not canary.exists(), name
+    record_figure(
+        f"forged .pt, {'with' if has_marker else 'without'} a marker that fits",
+        len(ALL),
+        "0 executed, 0 believed, 64 MiB or 128 times the file at most",
+    )
+
+
+def _require_refusal(run: Path, path: Path, name: str) -> None:
+    has_marker = marker_path(path).exists()
+    assert not _is_believed(path), name
+    is_valid, reason = validate_checkpoint_pt(path)
+    assert not is_valid, name
+    assert reason, name
+    survey = survey_checkpoints(run, RUN, verify_digests=True)
+    assert len(survey.damaged) == (not has_marker), name  # a survey reads markers and digests, and no content
+    heal_shard(run, 0, RUN)
+    assert path.exists() == has_marker, name
+    resumed = resume_from_checkpoints(run, 0)
+    assert resumed.embeddings is None, name
+    assert not path.exists(), name
+
+
+def _is_believed(path: Path) -> bool:
+    try:
+        load_checkpoint(path, fingerprint=RUN)
+    except CheckpointError:
+        return False
+    return True
+
+
+def test_there_are_enough_forgeries():
+    assert len(ALL) >= 40
+    assert len({name for name, _ in ALL}) == len(ALL)
+
+
+# --- ids ---
+
+
+def hostile_ids(seed: int) -> list[str]:
+    """Ids that are trouble where an id becomes a path, a line, a command, a number or a pickle."""
+    named = [
+        "../../escape", "..", ".", "...", "/etc/passwd", "/tmp/escape", "~", "~root/x", "$HOME", "${HOME}", "`id`", "$(id)",
+        ";rm -rf .", "|touch x", "&", "&&true", ">out", "<in", "*", "?", "[a-z]", "{a,b}", "!", "#", "%s%n", "%00", "\\", "\\\\host\\x",
+        "C:\\x", "CON", "NUL", "PRN", "AUX", "COM1", "LPT1", "con.txt", "'", '"', "'; DROP TABLE x;--", '"""', "a,b", "a=b", "a:b",
+        "-", "--help", "-rf", "+1", "=1+1", "@x", "x" * 300, "é" * 300, "\u202egpj.exe", "\u200b", "\u00a0x", "\ufeffx", "\u2028x",
+        "e\u0301", "\u00e9", "\U0001f9ec", "\u4e2d\u6587", "\u0000", "a\0b", "a\nb", "a\r\nb", "a\tb", "\x1b[31m", "\x7f", "\b", "",
+        " ", " x", "x ", "None", "null", "true", "NaN", "Infinity", "0", "-1", "1e999", "0x10", "1_000", "{}", "[]", '{"a":1}', "<a>",
+        "&lt;", "http://x/?a=b", "file:///etc/passwd", "batch_00000.pt", "batch_00000.pt.done", "manifest.json", "_SUCCESS.json",
+        "part-00000.parquet", ".tmp-x-host-1-00000000", "shard_0/batch_00001.pt", "cos\nsystem\n(S'true'\ntR.", "\x80\x02}q\x00.",
+        "gASVHwAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOU", "ordinal", "id", "embedding", "sequence_ids", "storage", "cpu", "little", "archive",
+        "sp|P12345|NAME_HUMAN", "gi|1|ref|x|", "a" * 10_000, "\ud800"[:0] + "A\u030a", "İ", "ß", "ǅ",
+    ]  # fmt: skip
+    draw = random.Random(seed)
+    planes = (
+        range(0x20, 0x7F),
+        range(0xA1, 0x250),
+        range(0x590, 0x700),
+        range(0x2000, 0x2070),
+        range(0x4E00, 0x4F00),
+        range(0x1F300, 0x1F600),
+    )
+    while len(named) < 260:
+        plane = draw.choice(planes)
+        named.append("".join(chr(draw.choice(plane)) for _ in range(draw.randint(1, 40))))
+    return list(dict.fromkeys(named))
+
+
+@pytest.fixture
+def walled_in(tmp_path) -> Iterator[Path]:
+    """A run directory whose surroundings must not change."""
+    outside = tmp_path / "outside"
+    (outside / "a" / "run").mkdir(parents=True)
+    before = _tree(tmp_path, but=outside / "a" / "run")
+    yield outside / "a" / "run"
+    assert _tree(tmp_path, but=outside / "a" / "run") == before
+    assert not Path("/tmp/escape").exists()
+
+
+def test_hostile_ids_given_to_the_writer_come_back_exactly(walled_in, seeds):
+    (seed,) = seeds(1)
+    ids = [*hostile_ids(seed), "\udc80", "\ud800"]  # no text that a file could hold, but Python strings nevertheless
+    path = RunPaths(walled_in).checkpoint(0, 0)
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(
+            path, torch.arange(len(ids) * 2.0).reshape(-1, 2), ids, {"ordinals": list(range(len(ids)))}
+        )
+    checkpoint = load_checkpoint(path, fingerprint=None)
+    assert checkpoint.sequence_ids == ids, f"seed {seed}"
+    assert sorted(each.name for each in walled_in.rglob("*") if each.is_file()) == [path.name, marker_path(path).name]
+    assert resume_from_checkpoints(RunPaths(walled_in).checkpoints_dir, 0).ids == ids
+    record_figure("hostile ids, given to the writer", len(ids), "0 written outside, all come back")
+
+
+def test_hostile_ids_in_a_fasta_come_back_exactly_from_the_dataset(walled_in, seeds, tmp_path_factory):
+    """All that a header can hold: the id ends at the first white space, and is not empty."""
+    (seed,) = seeds(1)
+    ids = [each for each in hostile_ids(seed) if each.split() == [each] and "\0" not in each]
+    fasta = tmp_path_factory.mktemp("input") / "hostile.fasta"
+    draw = random.Random(seed)
+    fasta.write_text(
+        "".join(f">{each} ../{each}\n{''.join(draw.choices(ALPHABET, k=30))}\n" for each in ids), newline=""
+    )
+    paths = RunPaths(walled_in)
+    model = ModelIdentity(model="m", weights_digest="w", layer=1, dtype="float32")
+    plan = make_plan(paths, [fasta], model, num_shards=2, token_budget=512)
+
+    for rank in range(plan.num_shards):
+        _embed_by_id(plan, paths, rank)
+    assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
+
+    assert verify_dataset(walled_in) == []
+    dataset = open_dataset(walled_in)
+    assert dataset.ids == ids, f"seed {seed}"
+    assert all(dataset[each][0] == np.float32(zlib.crc32(each.encode())) for each in ids), f"seed {seed}"
+    names = {each.relative_to(walled_in).parts[0] for each in walled_in.rglob("*")}
+    assert names == {"plan", "checkpoints", "embeddings"}
+    assert len(ids) >= 200
+    record_figure("hostile ids, through a FASTA to the dataset", len(ids), "0 written outside, all come back")
+
+
+def _embed_by_id(plan: RunPlan, paths: RunPaths, rank: int) -> None:
+    ordinals = plan.shard_ordinals(rank)
+    ids, _ = plan.fetch(ordinals)
+    rows = torch.tensor([[float(np.float32(zlib.crc32(each.encode())))] * 2 for each in ids])
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(
+            paths.checkpoint(rank, 0), rows, ids, {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+        )
+
+
+def _tree(directory: Path, *, but: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [each for each in folders if Path(folder, each) != but]
+        for name in (*names, *folders):
+            status = Path(folder, name).lstat()
+            found[os.path.join(folder, name)] = (status.st_mode, 0 if name in folders else status.st_size)
+    return found
