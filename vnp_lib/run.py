@@ -164,7 +164,8 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         try:
             if config.force_restart:
                 _move_aside(paths)
-            for directory in (paths.plan_dir, paths.checkpoints_dir, paths.embeddings_dir):
+            shard_dirs = sorted(paths.checkpoints_dir.glob("shard_*"))  # those of an earlier division into shards too
+            for directory in (paths.plan_dir, paths.checkpoints_dir, *shard_dirs, paths.embeddings_dir):
                 remove_orphaned_temporaries(directory)
             plan = _plan(config, paths, kind_of(devices[0]), weights)
         except BaseException:
