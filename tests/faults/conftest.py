@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.faults.compare import Outcome, uninterrupted_run
 from tests.faults.figures import table
+from tests.faults.trials import Trials, scratch_directory
+from tests.faults.workload import expected_rows
 
 
 def pytest_addoption(parser):
@@ -37,8 +41,25 @@ def scale(request) -> Callable[[int, int], int]:
 
 
 @pytest.fixture(scope="session")
-def seeds(request) -> Callable[[int], list[int]]:
-    """`seeds(50)` is a seed for each of 50 trials, or the one given by `--fault-seed`."""
-    given = request.config.getoption("--fault-seed", default=None)
+def seeds() -> Callable[[int], list[int]]:
+    """`seeds(50)` is a seed for each of 50 trials, the same at every session."""
     draw = random.Random(20_260_101)
-    return lambda count: [given] if given is not None else [draw.getrandbits(32) for _ in range(count)]
+    return lambda count: [draw.getrandbits(32) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def trials(request) -> Iterator[Trials]:
+    """Runs trials, each in a process and a directory of its own."""
+    scratch = scratch_directory()
+    trials = Trials(scratch, only_seed=request.config.getoption("--fault-seed", default=None))
+    yield trials
+    trials.close()
+    shutil.rmtree(scratch)
+
+
+@pytest.fixture(scope="session")
+def oracle(trials) -> Outcome:
+    """What a run leaves that nobody interrupts. Its rows are those that can be worked out by hand."""
+    outcome = trials.once(uninterrupted_run)
+    assert outcome.rows == expected_rows()
+    return outcome

@@ -1,0 +1,140 @@
+"""Replacements of `vnp_lib.files.ops`: they count the durable operations, and kill, deny or record at any of them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vnp_lib import files
+from vnp_lib.files import DurableOps
+
+
+class WatchedOps(DurableOps):
+    """Passes every operation through `perform`, one at a time."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.RLock()
+
+    def perform(self, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Do the operation `name`, which is `act(*arguments)`, or something else."""
+        return act(*arguments)
+
+
+def _watch(name: str) -> None:
+    real = getattr(DurableOps, name)
+
+    def watched(self: WatchedOps, *arguments: Any) -> Any:
+        with self._one_at_a_time:
+            return self.perform(name, lambda *given: real(self, *given), arguments)
+
+    setattr(WatchedOps, name, watched)
+
+
+for _name in (name for name in vars(DurableOps) if not name.startswith("_")):
+    _watch(_name)
+
+
+class CountingOps(WatchedOps):
+    """Counts the operations, from 1. `names` lists them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def perform(self, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        self.names.append(name)
+        return self.at(len(self.names), name, act, arguments)
+
+    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Do the operation with this number."""
+        return act(*arguments)
+
+
+class KillingOps(CountingOps):
+    """SIGKILL in the place of operation `kill_at`, after half of the bytes if that is a write."""
+
+    def __init__(self, kill_at: int) -> None:
+        super().__init__()
+        self._kill_at = kill_at
+
+    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if number == self._kill_at:
+            if name == "write":
+                fd, data = arguments
+                act(fd, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().at(number, name, act, arguments)
+
+
+class DenyingOps(CountingOps):
+    """Fails operation `deny_at` with an errno, and, if it is `for_good`, everything after it.
+
+    `close` gives its descriptor back before it fails, as Linux does. `synced_again` tells of a descriptor that was
+    synced after a sync of it had failed.
+    """
+
+    def __init__(self, deny_at: int, code: int, *, for_good: bool) -> None:
+        super().__init__()
+        self.synced_again = False
+        self._deny_at = deny_at
+        self._code = code
+        self._for_good = for_good
+        self._failed_fds: set[int] = set()
+
+    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        is_denied = number >= self._deny_at if self._for_good else number == self._deny_at
+        if name == "fsync":
+            self.synced_again |= arguments[0] in self._failed_fds
+            self._failed_fds |= {arguments[0]} if is_denied else set()
+        if name == "close":
+            self._failed_fds.discard(arguments[0])
+            act(*arguments)
+        if is_denied:
+            raise OSError(self._code, os.strerror(self._code), f"injected at operation {number}, {name}")
+        return None if name == "close" else act(*arguments)
+
+
+class ShortWritingOps(CountingOps):
+    """Takes one byte only at operation `cut_at`, if that is a write, and, if it is `for_good`, half at each one after it."""
+
+    def __init__(self, cut_at: int, *, for_good: bool) -> None:
+        super().__init__()
+        self._cut_at = cut_at
+        self._for_good = for_good
+
+    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if name != "write" or number < self._cut_at or (number > self._cut_at and not self._for_good):
+            return act(*arguments)
+        fd, data = arguments
+        return act(fd, data[: 1 if number == self._cut_at else (len(data) + 1) // 2])
+
+
+class RecordingOps(CountingOps):
+    """Appends every operation that succeeded to a file, with its data and result; and may kill like `KillingOps`."""
+
+    def __init__(self, record: Path, kill_at: int | None = None) -> None:
+        super().__init__()
+        self._record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._kill_at = kill_at
+
+    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if number == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = act(*arguments)
+        self.note(name, *(bytes(each) if isinstance(each, memoryview) else each for each in arguments), result)
+        return result
+
+    def note(self, *event: Any) -> None:
+        """Record an event among the operations."""
+        with self._one_at_a_time:
+            os.write(self._record, pickle.dumps(event))
+
+
+def install(ops: DurableOps) -> None:
+    """Make `ops` what the library uses, for the rest of this process's life."""
+    files.ops = ops

@@ -1,0 +1,108 @@
+"""The states that a run can find its directory in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from tests.faults.ops import CountingOps, install
+from tests.faults.trials import call
+from tests.faults.workload import run_to_the_end, write_fasta
+from vnp_lib.plan import RunPaths
+
+
+def new_directory(run_dir: Path) -> None:
+    """Nothing."""
+    run_dir.mkdir()
+
+
+def half_a_run(run_dir: Path) -> None:
+    """What a run leaves that was killed when it had called its third checkpoint durable."""
+    acknowledged: list[list[int]] = []
+
+    def acknowledge(ordinals: list[int]) -> None:
+        acknowledged.append(ordinals)
+        if len(acknowledged) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert call(run_to_the_end, run_dir, acknowledge=acknowledge).was_killed
+
+
+def damage_in_the_middle(run_dir: Path) -> None:
+    """Half a run with a bit flipped in its middle checkpoint."""
+    half_a_run(run_dir)
+    _flip_a_bit(RunPaths(run_dir).checkpoint(0, 1))
+
+
+def damage_in_the_end(run_dir: Path) -> None:
+    """A run that lacks only its dataset, with a bit flipped in a checkpoint."""
+    all_but_the_dataset(run_dir)
+    _flip_a_bit(RunPaths(run_dir).checkpoint(0, 1))
+
+
+def no_manifest(run_dir: Path) -> None:
+    """Half a run without its manifest."""
+    half_a_run(run_dir)
+    RunPaths(run_dir).manifest.unlink()
+
+
+def torn_manifest(run_dir: Path) -> None:
+    """Half a run with half of its manifest."""
+    half_a_run(run_dir)
+    manifest = RunPaths(run_dir).manifest
+    os.truncate(manifest, manifest.stat().st_size // 2)
+
+
+def all_but_the_dataset(run_dir: Path) -> None:
+    """A run that has only its dataset left to put together."""
+    _whole_run(run_dir)
+    shutil.rmtree(RunPaths(run_dir).embeddings_dir)
+
+
+def damaged_dataset(run_dir: Path) -> None:
+    """A whole run with a bit flipped in a part of its dataset."""
+    _whole_run(run_dir)
+    _flip_a_bit(RunPaths(run_dir).embeddings_dir / "part-00001.parquet")
+
+
+SCENARIOS = (
+    new_directory,
+    half_a_run,
+    damage_in_the_middle,
+    damage_in_the_end,
+    no_manifest,
+    torn_manifest,
+    all_but_the_dataset,
+    damaged_dataset,
+)
+
+
+def prepare(directory: Path, scenario, template: Path) -> int:
+    """Bring about `scenario` in `template`, and count the operations of a run that finds a directory like it."""
+    write_fasta(directory)
+    write_fasta(template.parent)
+    scenario(template)
+    shutil.copytree(template, directory / "run")
+    ended = call(_count, directory / "run")
+    assert not ended.error, ended.error
+    return ended.value
+
+
+def _count(run_dir: Path) -> int:
+    ops = CountingOps()
+    install(ops)
+    run_to_the_end(run_dir)
+    return len(ops.names)
+
+
+def _whole_run(run_dir: Path) -> None:
+    ended = call(run_to_the_end, run_dir)
+    assert ended.value, ended.error
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

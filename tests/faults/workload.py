@@ -1,0 +1,159 @@
+"""The mini run: all that a run does to its directory, with the cheapest model there is, in one process.
+
+Everything but the model is the real thing. A run takes some 30 ms, and writes several checkpoints for each shard.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vnp_lib import esm2, inference
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.config import EmbedConfig, RuntimeConfig
+from vnp_lib.dataset import assemble
+from vnp_lib.failures import CheckpointError, ExitCode
+from vnp_lib.files import make_directory, read_marker, write_file
+from vnp_lib.plan import RunPaths
+from vnp_lib.run import Run, open_run
+from vnp_lib.tokens import FIRST_LETTER, LETTERS
+from vnp_lib.worker import ShardAttempt, StopFlag
+
+WIDTH = 8
+PART_BYTES = 10 * WIDTH * 4  # ten rows: the dataset has several parts
+FASTA = Path("proteins.fasta")
+
+_NUM_PROTEINS = 42
+ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+_WEIGHTS = torch.randint(1, 200, (33, WIDTH), generator=torch.Generator().manual_seed(1)).float()
+
+
+def proteins() -> dict[str, str]:
+    """Forty-two proteins by id; every seventh repeats the sequence of the third before it."""
+    draw = random.Random(3)
+    sequences: list[str] = []
+    for number in range(_NUM_PROTEINS):
+        is_copy = number % 7 == 6
+        sequences.append(sequences[number - 3] if is_copy else "".join(draw.choices(ALPHABET, k=draw.randint(5, 40))))
+    return {f"protein_{number}": sequence for number, sequence in enumerate(sequences)}
+
+
+def expected_rows() -> list[tuple[str, bytes]]:
+    """Id and row of every protein in input order, without any code of the library's but its alphabet."""
+    return [(sequence_id, _expected_row(sequence).tobytes()) for sequence_id, sequence in proteins().items()]
+
+
+def write_fasta(directory: Path) -> None:
+    records = (f">{sequence_id} a description\n{sequence}\n" for sequence_id, sequence in proteins().items())
+    (directory / FASTA).write_text("".join(records))
+
+
+class Events:
+    """Takes what a shard's attempt says, and tells `acknowledge` which ordinals it has called safe."""
+
+    def __init__(self, paths: RunPaths, rank: int, acknowledge: Callable[[list[int]], None]) -> None:
+        self._paths = paths
+        self._rank = rank
+        self._acknowledge = acknowledge
+
+    def send(self, event: str, **fields: Any) -> None:
+        if event == "checkpoint":
+            self._acknowledge(read_marker(self._paths.checkpoint(self._rank, fields["number"]))["ordinals"])
+        if event == "started":  # what it found is called done
+            for path in self._paths.shard_dir(self._rank).glob("batch_*.pt"):
+                self._acknowledge(read_marker(path)["ordinals"])
+
+
+class StubModel:
+    """States that are whole numbers, so that their sums are exact: a row does not depend on its batch."""
+
+    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+        positions = torch.arange(input_ids.numel()) - starts
+        return {"representations": {6: _WEIGHTS[input_ids] * (positions[:, None] % 5 + 1)}}
+
+
+def config_for(directory: Path, *, shards: int = 2) -> EmbedConfig:
+    """The run whose directory is `directory`; the input lies beside it."""
+    return EmbedConfig(
+        fasta=(directory.parent / FASTA,),
+        output_dir=directory,
+        model="esm2_t6_8M_UR50D",
+        weights="random",
+        devices="cpu",
+        shards=shards,
+        token_budget=64,
+        runtime=RuntimeConfig(checkpoint_seq_threshold=5),
+    )
+
+
+def run_to_the_end(
+    directory: Path,
+    *,
+    shards: int = 2,
+    acknowledge: Callable[[list[int]], None] = lambda ordinals: None,
+) -> bool:
+    """Do what the flow does: plan, embed the shards one after the other, put the dataset together.
+
+    Called once in the life of a process: like a child of the flow, an attempt holds its shard's lock until that ends.
+
+    Args:
+        directory: The run's.
+        shards: How many; another number than the last run's is allowed.
+        acknowledge: Called with the ordinals of every checkpoint that is called durable, from any thread.
+
+    Returns:
+        Whether the dataset is complete. If not, damaged checkpoints have been moved aside, and another run is needed.
+    """
+    with open_run(config_for(directory, shards=shards)) as run:
+        for rank in range(run.plan.num_shards):
+            if not run.shard_state(rank).is_complete:
+                _attempt(run, rank, acknowledge)
+            run.manifest.mark_shard_complete(rank)
+        try:
+            assemble(run.plan, run.paths, run.checkpoints().valid, part_bytes=PART_BYTES)
+        except CheckpointError:
+            run.set_damaged_aside()
+            return False
+    return True
+
+
+def modules_of_a_run() -> list[str]:
+    """Make a run and say what it has imported. For a process of its own."""
+    from tests.faults.compare import outcome_of
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_fasta(Path(directory))
+        run_to_the_end(Path(directory) / "run")
+        outcome_of(Path(directory) / "run")
+    return sorted(sys.modules.keys() - {"__main__"})
+
+
+def put_doubles_in_place() -> None:
+    """Replace the model by the stub, and the writer's patience with a full disk by none. For processes of trials only."""
+    esm2.load_model = lambda *args, **kwargs: StubModel()
+    inference.AsyncCheckpointWriter = partial(AsyncCheckpointWriter, sleep=lambda delay_s: None)
+
+
+def _attempt(run: Run, rank: int, acknowledge: Callable[[list[int]], None]) -> None:
+    run.manifest.start_attempt(rank)
+    make_directory(run.paths.shard_dir(rank))
+    job = run.shard_job(rank, "cpu")
+    write_file(run.paths.job(rank), job.model_dump_json(indent=1).encode(), replace=True)
+    attempt = ShardAttempt(job, Events(run.paths, rank, acknowledge), StopFlag())
+    assert attempt.run() == ExitCode.DONE
+
+
+def _expected_row(sequence: str) -> np.ndarray[Any, Any]:
+    tokens = [FIRST_LETTER + LETTERS.index(letter) for letter in sequence]
+    states = [_WEIGHTS[token].numpy() * (position % 5 + 1) for position, token in enumerate(tokens, start=1)]
+    return (np.sum(states, axis=0, dtype=np.float64) / len(states)).astype(np.float32)
