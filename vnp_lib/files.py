@@ -204,7 +204,8 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file")
     try:
         fields = json.loads(data)
-        is_sealed = isinstance(fields, dict) and fields.pop("seal", None) == _seal(fields)
+        is_as_written = isinstance(fields, dict) and canonical_json(fields) == data
+        is_sealed = is_as_written and fields.pop("seal", None) == _seal(fields)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is torn or damaged: not JSON ({error})") from error
     if not is_sealed:
