@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import uuid
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
@@ -298,7 +299,7 @@ def _write_dataset(
         "parts": [_write_part(plan, paths, buckets, start, is_quarantined) for start in starts],
         "created_at": created_at,
     }
-    files.write_sealed_json(paths.success, success)
+    files.write_sealed_json(paths.success, success, replace=True)
 
 
 def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets) -> None:
@@ -347,12 +348,17 @@ class _Copies:
 
 
 class _Buckets:
-    """Temporary files, one for each part, that take its rows in whatever order they come."""
+    """Temporary files, one for each part, that take its rows in whatever order they come.
+
+    Their names are ours alone: where locks do not work, two assemblies may be at it, and the later one removes the
+    buckets of the earlier, which then fails. They never write to the same file.
+    """
 
     def __init__(self, directory: Path, dim: int, rows_per_part: int) -> None:
         self.dim = dim
         self.rows_per_part = rows_per_part
         self._directory = directory
+        self._name = uuid.uuid4().hex[:8]
         self._ordinals: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # in the order of the rows
         self._crc32: defaultdict[int, int] = defaultdict(int)
 
@@ -381,7 +387,7 @@ class _Buckets:
         return ordinals[ascending], values.reshape(-1, self.dim)[ascending]
 
     def _path(self, part: int) -> Path:
-        return self._directory / f"bucket-{part:05d}"
+        return self._directory / f"bucket-{part:05d}-{self._name}"
 
 
 def _write_part(

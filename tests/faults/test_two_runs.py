@@ -1,0 +1,164 @@
+"""Two runs on one directory: the lock keeps the second out; and where locks do not work, the dataset is right all the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.compare import Outcome, assert_recovers, committed_files, outcome_of
+from tests.faults.figures import record_figure
+from tests.faults.ops import WatchedOps, install
+from tests.faults.trials import Child, call
+from tests.faults.workload import config_for, run_to_the_end, write_fasta
+from vnp_lib.checkpoint import validate_checkpoint_pt
+from vnp_lib.failures import RunDirectoryBusyError, VnpError
+from vnp_lib.files import FileLock, marker_path
+from vnp_lib.run import open_run
+
+pytestmark = pytest.mark.slow
+
+LONGEST_OFFSET_S = 0.15
+MOST_ATTEMPTS = 25
+
+
+def test_two_runs_without_working_locks_make_the_one_dataset(trials, oracle, seeds, scale) -> None:
+    """As on a network file system that lets two have a lock: of the run, of a shard, of the manifest."""
+    counts = sum(trials.run(run_twice_without_locks, seeds(scale(16, 200)), oracle), Counter())
+    num_trials = counts.pop("trials")
+    assert counts["committed files replaced"] == 0
+    record_figure(
+        "two runs on one directory, locks bypassed, random offsets",
+        num_trials,
+        f"identical; {', '.join(f'{count:,} {what}' for what, count in sorted(counts.items()))}",
+    )
+
+
+def test_a_second_run_is_refused_at_once_and_told_by_whom(trials, oracle, scale) -> None:
+    """And the lock is free the moment its holder is killed."""
+    waited_s = trials.run(refuse_the_second, range(scale(3, 30)), oracle)
+    record_figure(
+        "a second run while the first holds the lock", len(waited_s), f"refused within {max(waited_s) * 1000:.0f} ms"
+    )
+
+
+def run_twice_without_locks(directory: Path, seed: int, oracle: Outcome) -> Counter[str]:
+    draw = random.Random(seed)
+    run_dir = directory / "run"
+    write_fasta(directory)
+    told = directory / "told"
+    children = [Child(run_until_done, run_dir, draw.getrandbits(32), told) for _ in range(2)]
+    failures: Counter[str] = Counter()
+    for child in children:
+        ended = child.wait()
+        assert not ended.error, ended.error
+        failures += Counter(ended.value)
+    ended = call(outcome_of, run_dir)
+    assert ended.value == oracle, ended.error
+
+    before = committed_files(run_dir, oracle)
+    assert_finishes(run_dir, oracle)
+    assert {path for path in before if path.exists()} == set(before)
+    events = Counter(told.read_text().splitlines() if told.exists() else ())
+    return (
+        Counter(
+            {"trials": 1, "committed files replaced": 0, "attempts that failed and were made again": failures.total()}
+        )
+        + events
+    )
+
+
+def assert_finishes(run_dir: Path, oracle: Outcome) -> None:
+    """A run that comes after the two ends as if there had been one; rows may have been computed twice."""
+    ended = call(run_to_the_end, run_dir)
+    assert not ended.error, ended.error
+    ended = call(outcome_of, run_dir)
+    assert ended.value == oracle, ended.error
+
+
+def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
+    """Do what the flow does, and begin again when it fails; say by what errors it did."""
+    FileLock.acquire = lambda self, timeout_s: None
+    FileLock.release = lambda self: None
+    install(CommitWatchingOps(told))
+    draw = random.Random(seed)
+    shards = draw.randint(1, 3)
+    time.sleep(draw.uniform(0, LONGEST_OFFSET_S))
+    errors = []
+    for _ in range(MOST_ATTEMPTS):
+        try:
+            if run_to_the_end(run_dir, shards=shards):
+                return errors
+        except (VnpError, OSError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+            time.sleep(draw.uniform(0, LONGEST_OFFSET_S))
+    raise AssertionError(f"no dataset after {MOST_ATTEMPTS} attempts: {errors[-3:]}")
+
+
+class CommitWatchingOps(WatchedOps):
+    """Tells, in a file, of every operation that would put something in the place of a committed checkpoint."""
+
+    def __init__(self, told: Path) -> None:
+        super().__init__()
+        self._told = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def perform(self, name: str, act: Any, arguments: tuple[Any, ...]) -> Any:
+        if name == "replace":
+            source, target = arguments
+            if _is_committed(target):
+                self._tell("committed files replaced")
+            if _is_committed(source):
+                self._tell("committed checkpoints moved aside")
+        if name == "unlink" and _is_committed(arguments[0]):
+            self._tell("committed files removed")
+        return act(*arguments)
+
+    def _tell(self, event: str) -> None:
+        os.write(self._told, f"{event}\n".encode())
+
+
+def _is_committed(path: Path) -> bool:
+    if not re.fullmatch(r"batch_\d{5}\.pt(\.done)?", path.name):
+        return False
+    checkpoint = path.with_name(path.name.removesuffix(".done"))
+    return path.exists() and marker_path(checkpoint).exists() and validate_checkpoint_pt(checkpoint)[0]
+
+
+def refuse_the_second(directory: Path, seed: int, oracle: Outcome) -> float:
+    run_dir = directory / "run"
+    write_fasta(directory)
+    holder = Child(hold, run_dir)
+    while not (directory / "held").exists():
+        time.sleep(0.005)
+    ended = call(try_to_open, run_dir)
+    assert not ended.error, ended.error
+    waited_s, message = ended.value
+    assert f"process {holder.pid} on {socket.gethostname()} since " in message
+    assert re.search(r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", message)
+    os.kill(holder.pid, signal.SIGKILL)
+    assert holder.wait().was_killed
+    assert_recovers(run_dir, oracle)
+    return waited_s
+
+
+def hold(run_dir: Path) -> None:
+    with open_run(config_for(run_dir)):
+        (run_dir.parent / "held").touch()
+        time.sleep(600)
+
+
+def try_to_open(run_dir: Path) -> tuple[float, str]:
+    begun_s = time.monotonic()
+    try:
+        with open_run(config_for(run_dir)):
+            raise AssertionError("two runs are in one directory")
+    except RunDirectoryBusyError as error:
+        return time.monotonic() - begun_s, str(error)
