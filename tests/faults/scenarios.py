@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.ops import CountingOps, install
@@ -19,7 +20,7 @@ def new_directory(run_dir: Path) -> None:
 
 
 def half_a_run(run_dir: Path) -> None:
-    """What a run leaves that was killed when it had called its third checkpoint durable."""
+    """What a run of one shard leaves that was killed when it had called its third checkpoint durable."""
     acknowledged: list[list[int]] = []
 
     def acknowledge(ordinals: list[int]) -> None:
@@ -27,7 +28,7 @@ def half_a_run(run_dir: Path) -> None:
         if len(acknowledged) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert call(run_to_the_end, run_dir, acknowledge=acknowledge).was_killed
+    assert call(run_to_the_end, run_dir, shards=1, acknowledge=acknowledge).was_killed
 
 
 def damage_in_the_middle(run_dir: Path) -> None:
@@ -79,22 +80,29 @@ SCENARIOS = (
 )
 
 
-def prepare(directory: Path, scenario, template: Path) -> int:
-    """Bring about `scenario` in `template`, and count the operations of a run that finds a directory like it."""
+def prepare(directory: Path, scenario: Callable[[Path], None], template: Path) -> list[str]:
+    """Bring about `scenario` in `template`, and name the operations of a run that finds a directory like it."""
     write_fasta(directory)
     write_fasta(template.parent)
     scenario(template)
     shutil.copytree(template, directory / "run")
-    ended = call(_count, directory / "run")
+    ended = call(_operations, directory / "run")
     assert not ended.error, ended.error
     return ended.value
 
 
-def _count(run_dir: Path) -> int:
+def _operations(run_dir: Path) -> list[str]:
     ops = CountingOps()
     install(ops)
     run_to_the_end(run_dir)
-    return len(ops.names)
+    return ops.names
+
+
+def copy_of(template: Path, directory: Path) -> Path:
+    """A run directory in `directory` that is like `template`, with its input beside it."""
+    write_fasta(directory)
+    shutil.copytree(template, directory / "run")
+    return directory / "run"
 
 
 def _whole_run(run_dir: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from tests.faults.compare import Outcome, assert_recovers, assert_untouched, committed_files
 from tests.faults.figures import record_figure
 from tests.faults.ops import CountingOps, KillingOps, install
-from tests.faults.scenarios import SCENARIOS, prepare
+from tests.faults.scenarios import SCENARIOS, copy_of, prepare
 from tests.faults.trials import Child, call
 from tests.faults.workload import run_to_the_end, write_fasta
 
@@ -28,16 +27,16 @@ def test_a_run_killed_at_any_operation_is_finished_by_the_next(trials, oracle, s
     num_trials = 0
     for scenario in SCENARIOS:
         template = trials.scratch / scenario.__name__
-        num_operations = trials.once(prepare, scenario, template)
+        num_operations = len(trials.once(prepare, scenario, template))
         every = range(1, num_operations + 1)
-        chosen = random.Random(1).sample(every, min(num_operations, scale(30, num_operations)))
+        chosen = random.Random(1).sample(every, min(num_operations, scale(15, num_operations)))
         num_trials += len(trials.run(kill_once, chosen, template, oracle))
     record_figure("SIGKILL at every durable operation", num_trials, "100 % identical")
 
 
 def test_a_run_killed_again_and_again_is_finished_by_the_last(trials, oracle, seeds, scale) -> None:
     """At up to twenty operations and moments in a row, with another number of shards each time."""
-    num_kills = trials.run(kill_again_and_again, seeds(scale(60, 2_000)), oracle)
+    num_kills = trials.run(kill_again_and_again, seeds(scale(30, 2_000)), oracle)
     record_figure(
         "random multi-kill, 1 to 20 kills a run", len(num_kills), f"0 mismatches after {sum(num_kills):,} kills"
     )
@@ -45,9 +44,7 @@ def test_a_run_killed_again_and_again_is_finished_by_the_last(trials, oracle, se
 
 def kill_once(directory: Path, seed: int, template: Path, oracle: Outcome) -> None:
     """Kill the run at operation `seed`."""
-    run_dir = directory / "run"
-    write_fasta(directory)
-    shutil.copytree(template, run_dir)
+    run_dir = copy_of(template, directory)
     assert call(run_with, KillingOps(seed), run_dir).was_killed
     assert_recovers(run_dir, oracle)
 

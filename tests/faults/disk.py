@@ -1,0 +1,189 @@
+"""What a power cut may leave of a directory: a model of a disk that keeps only what it was told to keep.
+
+A file's bytes are safe once the file is synced, a name once its directory is. Of everything else any part may have
+reached the disk, in any order: of the writes some, in full, in sectors or as a length without content; of the changes to
+a directory some, though each of them whole. A rename between two directories is a change to either.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Event = tuple[Any, ...]
+
+_SECTOR_BYTES = 512
+
+
+class File:
+    """A file's content, as a base that is safe and the writes since."""
+
+    def __init__(self) -> None:
+        self._safe = b""
+        self._unsynced: list[bytes] = []
+
+    def append(self, data: bytes) -> None:
+        self._unsynced.append(data)
+
+    def sync(self) -> None:
+        self._safe, self._unsynced = self._whole(), []
+
+    def flip_a_bit(self, offset: int) -> None:
+        """The disk's own doing: safe at once."""
+        data = bytearray(self._whole())
+        data[offset] ^= 1
+        self._safe, self._unsynced = bytes(data), []
+
+    def after_power_loss(self, draw: random.Random) -> bytes:
+        """Its bytes, one of the ways that are possible."""
+        if not self._unsynced:
+            return self._safe
+        whole = self._whole()
+        start = len(self._safe)
+        match draw.choice(["nothing", "everything", "cut", "zeros", "holes", "writes"]):
+            case "nothing":
+                return self._safe
+            case "cut":
+                return whole[: draw.randint(start, len(whole))]
+            case "zeros":
+                return self._safe + bytes(draw.randint(0, len(whole) - start))
+            case "holes":
+                return _with_holes(whole, start, draw)
+            case "writes":
+                return self._safe + b"".join(draw.choice([data, bytes(len(data))]) for data in self._unsynced)
+        return whole
+
+    def _whole(self) -> bytes:
+        return self._safe + b"".join(self._unsynced)
+
+
+class Directory:
+    """The names in a directory, as they are safe, and the changes since."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, File | Directory] = {}  # what a process sees
+        self._safe: dict[str, File | Directory] = {}
+        self._unsynced: list[dict[str, File | Directory | None]] = []  # each makes some names and takes some away
+
+    def change(self, **names: File | Directory | None) -> None:
+        """Make names and, where there is None for one, take it away; all at once."""
+        self._unsynced.append(names)
+        self.names = _applied(self.names, names)
+
+    def sync(self) -> None:
+        self._safe, self._unsynced = self.names, []
+
+    def after_power_loss(self, draw: random.Random) -> dict[str, File | Directory]:
+        names = self._safe
+        share = draw.choice([0.0, 0.5, 0.9, 1.0])
+        for change in self._unsynced:
+            if draw.random() < share:
+                names = _applied(names, change)
+        return names
+
+
+class Disk:
+    """A disk below `root`, brought by a record of operations to any point of it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._top = Directory()
+        self._open_files: dict[int, File] = {}
+
+    def apply(self, event: Event) -> None:
+        """Do one operation of a record, as `RecordingOps` writes it: its name, its arguments and its result."""
+        name, *arguments, result = event
+        getattr(self, f"_{name}", self._do_nothing)(*arguments, result)
+
+    def write_after_power_loss(self, target: Path, draw: random.Random) -> None:
+        """Make `target` what the root may be afterwards."""
+        _write_directory(self._top, target, draw, contents={})
+
+    def _open(self, path: Path, flags: int, fd: int) -> None:
+        directory, name = self._place(path)
+        if name not in directory.names:
+            directory.change(**{name: File()})
+        self._open_files[fd] = directory.names[name]
+
+    def _write(self, fd: int, data: bytes, num_written: int) -> None:
+        self._open_files[fd].append(data[:num_written])
+
+    def _fsync(self, fd: int, _: None) -> None:
+        self._open_files[fd].sync()
+
+    def _link(self, source: Path, target: Path, _: None) -> None:
+        directory, name = self._place(target)
+        directory.change(**{name: self._find(source)})
+
+    def _replace(self, source: Path, target: Path, _: None) -> None:
+        moved = self._find(source)
+        (from_directory, old_name), (to_directory, new_name) = self._place(source), self._place(target)
+        if from_directory is to_directory:
+            return from_directory.change(**{new_name: moved, old_name: None})
+        to_directory.change(**{new_name: moved})
+        from_directory.change(**{old_name: None})
+
+    def _unlink(self, path: Path, _: None) -> None:
+        directory, name = self._place(path)
+        directory.change(**{name: None})
+
+    def _mkdir(self, path: Path, _: None) -> None:
+        directory, name = self._place(path)
+        directory.change(**{name: Directory()})
+
+    def _fsync_directory(self, path: Path, _: None) -> None:
+        self._find(path).sync()
+
+    def _flip_a_bit(self, path: Path, offset: int, _: None) -> None:
+        self._find(path).flip_a_bit(offset)
+
+    def _do_nothing(self, *_: Any) -> None:
+        """A flock, a close, or an event that is no operation."""
+
+    def _place(self, path: Path) -> tuple[Directory, str]:
+        return self._find(path.parent), path.name
+
+    def _find(self, path: Path) -> Any:
+        found: Any = self._top
+        for name in path.relative_to(self._root).parts:
+            found = found.names[name]
+        return found
+
+
+def read_record(path: Path) -> Iterator[Event]:
+    """The events of a record, up to where its writer was killed."""
+    with path.open("rb") as file:
+        while True:
+            try:
+                yield pickle.load(file)
+            except EOFError:
+                return
+
+
+def _applied(
+    names: dict[str, File | Directory], change: dict[str, File | Directory | None]
+) -> dict[str, File | Directory]:
+    return {name: entry for name, entry in (names | change).items() if entry is not None}
+
+
+def _with_holes(whole: bytes, start: int, draw: random.Random) -> bytes:
+    data = bytearray(whole)
+    for sector in range(start // _SECTOR_BYTES * _SECTOR_BYTES, len(data), _SECTOR_BYTES):
+        if draw.random() < 0.3:
+            hole = slice(max(sector, start), min(sector + _SECTOR_BYTES, len(data)))
+            data[hole] = bytes(hole.stop - hole.start)
+    return bytes(data)
+
+
+def _write_directory(directory: Directory, target: Path, draw: random.Random, contents: dict[File, bytes]) -> None:
+    target.mkdir()
+    for name, entry in directory.after_power_loss(draw).items():
+        if isinstance(entry, Directory):
+            _write_directory(entry, target / name, draw, contents)
+        else:
+            if entry not in contents:
+                contents[entry] = entry.after_power_loss(draw)
+            (target / name).write_bytes(contents[entry])

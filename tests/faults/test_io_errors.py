@@ -1,0 +1,106 @@
+"""The system refuses an operation, once or from then on: a clear error, nothing lost, and the next run finishes."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.faults.compare import Outcome, assert_as_uninterrupted, assert_recovers, assert_untouched, committed_files
+from tests.faults.figures import record_figure
+from tests.faults.ops import DenyingOps, ShortWritingOps, install
+from tests.faults.scenarios import copy_of, damage_in_the_middle, new_directory, prepare
+from tests.faults.trials import call
+from tests.faults.workload import run_to_the_end, write_fasta
+from vnp_lib.failures import ConfigError, StorageError
+
+pytestmark = pytest.mark.slow
+
+CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EACCES)
+
+
+class Refusal(NamedTuple):
+    """What fails, from which operation on."""
+
+    operation: int  # from 1
+    code: int
+    for_good: bool
+
+
+@pytest.mark.parametrize("scenario", [new_directory, damage_in_the_middle])
+def test_a_refused_operation_is_a_clear_error_at_worst(trials, oracle, scale, scenario) -> None:
+    """Each errno at each operation; at writes, of which a file takes dozens, they take turns."""
+    template = trials.scratch / f"refused-{scenario.__name__}"
+    refusals = list(all_refusals(trials.once(prepare, scenario, template)))
+    chosen = random.Random(2).sample(range(len(refusals)), min(len(refusals), scale(50, len(refusals))))
+    num_ended_well = sum(trials.run(refuse, chosen, refusals, template, oracle))
+    assert num_ended_well
+    names = ", ".join(errno.errorcode[code] for code in CODES)
+    record_figure(
+        f"{names}, once and for good ({scenario.__name__})",
+        len(chosen),
+        f"never wrong, never rows missing; {num_ended_well:,} runs ended well",
+    )
+
+
+def test_short_writes_are_completed(trials, oracle, scale) -> None:
+    """One byte of a write, and half of each write from then on."""
+    operations = trials.once(prepare, new_directory, trials.scratch / "short")
+    writes = [number for number, name in enumerate(operations, start=1) if name == "write"]
+    chosen = random.Random(3).sample(writes, min(len(writes), scale(15, len(writes))))
+    for for_good in (False, True):
+        trials.run(write_short, chosen, for_good, oracle)
+    record_figure("short write, once and for good", 2 * len(chosen), "100 % identical")
+
+
+def all_refusals(operations: list[str]) -> Iterator[Refusal]:
+    for number, name in enumerate(operations, start=1):
+        codes = (CODES[number % len(CODES)],) if name == "write" else CODES
+        for code, for_good in product(codes, (False, True)):
+            yield Refusal(number, code, for_good)
+
+
+def refuse(directory: Path, seed: int, refusals: list[Refusal], template: Path, oracle: Outcome) -> bool:
+    """Refuse `refusals[seed]`. Say whether the run ended well all the same."""
+    run_dir = copy_of(template, directory)
+    committed = committed_files(run_dir, oracle)
+    ended = call(run_refused, run_dir, refusals[seed], oracle)
+    assert not ended.error, f"{refusals[seed]}: {ended.error}"
+    assert_untouched(committed)
+    assert_recovers(run_dir, oracle)
+    return ended.value
+
+
+def run_refused(run_dir: Path, refusal: Refusal, oracle: Outcome) -> bool:
+    ops = DenyingOps(refusal.operation, refusal.code, for_good=refusal.for_good)
+    install(ops)
+    is_complete = False
+    try:
+        is_complete = run_to_the_end(run_dir)
+    except (StorageError, ConfigError):
+        pass
+    except OSError as error:
+        if error.errno != refusal.code:
+            raise
+    assert not ops.synced_again, "a descriptor was synced again after a sync of it had failed"
+    if is_complete:
+        assert_as_uninterrupted(run_dir, oracle)
+    return is_complete
+
+
+def write_short(directory: Path, seed: int, for_good: bool, oracle: Outcome) -> None:
+    """Cut the write that is operation `seed`."""
+    write_fasta(directory)
+    ended = call(run_short, directory / "run", ShortWritingOps(seed, for_good=for_good), oracle)
+    assert not ended.error, ended.error
+
+
+def run_short(run_dir: Path, ops: ShortWritingOps, oracle: Outcome) -> None:
+    install(ops)
+    assert run_to_the_end(run_dir)
+    assert_as_uninterrupted(run_dir, oracle)

@@ -1,0 +1,75 @@
+"""The power fails: what was called durable is there, and what is there is believed only where it is right."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.compare import Outcome, assert_recovers, committed_ordinals
+from tests.faults.disk import Disk, Event, read_record
+from tests.faults.figures import record_figure
+from tests.faults.ops import RecordingOps, install
+from tests.faults.trials import call
+from tests.faults.workload import run_to_the_end, write_fasta
+from vnp_lib.dataset import verify_dataset
+
+pytestmark = pytest.mark.slow
+
+STATES_PER_HISTORY = 20
+ACKNOWLEDGED = "acknowledged"
+ASSEMBLED = "assembled"
+
+
+def test_a_power_cut_loses_nothing_that_was_called_durable(trials, oracle, seeds, scale) -> None:
+    """At any operation of runs in a row, each killed before the next; every state is run to its end."""
+    num_states = sum(trials.run(cut_the_power, seeds(scale(8, 1_000)), oracle))
+    record_figure("power loss", num_states, "0 acknowledged rows lost, 0 wrong accepted")
+
+
+def cut_the_power(directory: Path, seed: int, oracle: Outcome) -> int:
+    """Make up a history of runs, and cut the power at several points of it, in several ways. Count the states."""
+    draw = random.Random(seed)
+    history = record_history(directory / "lived", draw)
+    for state in range(STATES_PER_HISTORY):
+        after = directory / f"state-{state}"
+        events = history[: draw.randint(1, len(history))]
+        disk = Disk(directory / "lived")
+        for event in events:
+            disk.apply(event)
+        disk.write_after_power_loss(after, draw)
+        write_fasta(after)
+        assert_nothing_lost(after / "run", events, oracle)
+        assert_recovers(after / "run", oracle, shards=draw.randint(1, 3))
+    return STATES_PER_HISTORY
+
+
+def record_history(directory: Path, draw: random.Random) -> list[Event]:
+    """Up to two runs that are killed, and one that is not."""
+    directory.mkdir()
+    write_fasta(directory)
+    record = directory.parent / "record"
+    for _ in range(draw.randint(0, 2)):
+        call(record_run, directory / "run", record, draw.randint(1, 3), draw.randint(1, 650))
+    ended = call(record_run, directory / "run", record, draw.randint(1, 3), None)
+    assert not ended.error, ended.error
+    return [*read_record(record)]
+
+
+def record_run(run_dir: Path, record: Path, shards: int, kill_at: int | None) -> None:
+    ops = RecordingOps(record, kill_at)
+    install(ops)
+    is_complete = run_to_the_end(
+        run_dir, shards=shards, acknowledge=lambda ordinals: ops.note(ACKNOWLEDGED, ordinals, None)
+    )
+    if is_complete:
+        ops.note(ASSEMBLED, None)
+
+
+def assert_nothing_lost(run_dir: Path, events: list[Event], oracle: Outcome) -> None:
+    acknowledged = {ordinal for name, *details in events if name == ACKNOWLEDGED for ordinal in details[0]}
+    lost = acknowledged - committed_ordinals(run_dir, oracle)
+    assert not lost, f"ordinals {sorted(lost)} were called durable"
+    if any(event[0] == ASSEMBLED for event in events):
+        assert not verify_dataset(run_dir)
