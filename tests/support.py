@@ -49,6 +49,27 @@ class CommandLine:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
+def workers_of(run_dir: Path) -> list[int]:
+    """Process ids of the children that work in a run directory or below."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            command = (process / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, ValueError):
+            continue
+        if "vnp_lib.worker" in command and any(part.startswith(str(run_dir)) for part in command):
+            found.append(int(process.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
 
+from flows.embed import embed
 from vnp_lib.checkpoint import load_checkpoint
+from vnp_lib.config import EmbedConfig, RuntimeConfig
+from vnp_lib.dataset import open_dataset
+from vnp_lib.failures import NumericalInstabilityError, StorageError
 from vnp_lib.files import marker_path
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import RunPaths
 
 pytestmark = pytest.mark.slow
 
@@ -183,8 +191,82 @@ def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
             output["representations"][36][LENGTH + 1, 0] = torch.nan
             return output
 
-    from vnp_lib.failures import NumericalInstabilityError
-
     with pytest.raises(NumericalInstabilityError, match=r"1 of 10 rows of batch 0.*seq_1$"):
         run(tmp_path, padded_loader(1), threshold=100, model=Broken())
     assert checkpoints(tmp_path) == []
+
+
+@pytest.fixture
+def failing_children(tmp_path, monkeypatch):
+    """Make the first children of chosen shards die, by a `sitecustomize` that real children import as they start."""
+
+    def make(attempts_to_fail: dict[int, int]) -> None:
+        directory = tmp_path / "sabotage"
+        directory.mkdir()
+        (directory / "sitecustomize.py").write_text(
+            f"""
+import os, pathlib, sys
+for rank, attempts in {attempts_to_fail!r}.items():
+    if sys.orig_argv[-1].endswith(f"shard_{{rank}}/job.json"):
+        tally = pathlib.Path({str(directory)!r}, f"shard_{{rank}}")
+        with tally.open("a") as file:
+            file.write("x")
+        if len(tally.read_text()) <= attempts:
+            os._exit(9)
+"""
+        )
+        monkeypatch.setenv("PYTHONPATH", str(directory))
+
+    return make
+
+
+def run_flow(fasta, run_dir, **runtime):
+    config = EmbedConfig(
+        fasta=(fasta,),
+        output_dir=run_dir,
+        model="esm2_t6_8M_UR50D",
+        weights="random",
+        devices="cpu,cpu",
+        shards=2,
+        runtime=RuntimeConfig(backoff_base_s=0.01, **runtime),
+    )
+    return asyncio.run(embed(config, return_state=True))
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_coordinator_retries_failed_worker(tmp_path, tiny_fasta, failing_children):
+    """Rank 1's real child fails on its first attempt and succeeds on its second: both shards complete."""
+    failing_children({1: 1})
+    outcome = run_flow(tiny_fasta, tmp_path / "run")
+    assert outcome.is_completed(), outcome.message
+    manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
+    assert manifest.get_completed_shards() == [0, 1]
+    assert [manifest.get_shard_status(rank)["attempts"] for rank in (0, 1)] == [1, 2]
+    assert len(open_dataset(tmp_path / "run")) == 40
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_coordinator_gives_up_after_max_retries(tmp_path, tiny_fasta, failing_children):
+    """A child that always fails, two retries: its shard fails, the other one completes, the flow says which."""
+    failing_children({1: 1000})
+    outcome = run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=2)
+    assert outcome.is_failed()
+    assert "not embedded: [1]" in outcome.message
+    manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
+    assert manifest.get_completed_shards() == [0]
+    assert manifest.get_shard_status(1)["attempts"] == 3
+    with pytest.raises(StorageError, match="not complete|no complete dataset"):
+        open_dataset(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_manifest_updated_on_completion(tmp_path, tiny_fasta, failing_children):
+    """After a flow run the manifest says which shard is complete and which has failed, and why."""
+    failing_children({1: 1000})
+    run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=0)
+    manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
+    complete, failed = manifest.get_shard_status(0), manifest.get_shard_status(1)
+    assert (complete["status"], complete["error"], complete["total_sequences"]) == ("complete", None, 20)
+    assert failed["status"] == "failed"
+    assert "exit code 9" in failed["error"]
+    assert failed["failures"][0]["kind"] == "transient"

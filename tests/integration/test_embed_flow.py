@@ -30,7 +30,7 @@ MODEL = "esm2_t6_8M_UR50D"
 
 def run_flow(fasta, output_dir, **settings):
     config = EmbedConfig(
-        fasta=(fasta,), output_dir=output_dir, model=MODEL, weights="random", devices="cpu", **settings
+        fasta=(fasta,), output_dir=output_dir, model=MODEL, weights="random", devices="cpu,cpu", **settings
     )
     return asyncio.run(embed(config, return_state=True))
 

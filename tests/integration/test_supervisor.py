@@ -1,0 +1,178 @@
+"""A real child under its supervisor: followed to the end, stopped, killed, frozen, and left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support import is_alive, wait_until, workers_of
+from vnp_lib.checkpoint import survey_checkpoints
+from vnp_lib.config import EmbedConfig, RuntimeConfig
+from vnp_lib.failures import FailureKind, ShardFailedError
+from vnp_lib.files import make_directory, write_file
+from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.run import open_run
+from vnp_lib.supervisor import run_child
+
+pytestmark = pytest.mark.slow
+
+NUM_COMPUTED = 66
+
+
+@pytest.fixture
+def job(tmp_path, short_fasta) -> Path:
+    """The job of the only shard of a run: some 60 batches, a checkpoint every ten sequences."""
+    config = EmbedConfig(
+        fasta=(short_fasta,),
+        output_dir=tmp_path / "run",
+        model="esm2_t6_8M_UR50D",
+        weights="random",
+        devices="cpu,cpu",  # one thread for each child
+        token_budget=128,
+        runtime=RuntimeConfig(checkpoint_seq_threshold=10),
+    )
+    with open_run(config) as run:
+        make_directory(run.paths.shard_dir(0))
+        write_file(run.paths.job(0), run.shard_job(0, "cpu").model_dump_json().encode())
+        return run.paths.job(0)
+
+
+async def follow(job: Path, on_event, *, silence_limit_s: float = 60.0, grace_s: float = 20.0):
+    return await run_child(
+        job,
+        device="cpu",
+        log_path=job.with_name("worker.log"),
+        on_event=on_event,
+        startup_limit_s=120.0,
+        silence_limit_s=silence_limit_s,
+        grace_s=grace_s,
+    )
+
+
+def at_batch(count: int, act):
+    """An event handler that does `act` once, when `count` batches have been computed."""
+    seen = Counter()
+
+    async def on_event(event):
+        seen[event["event"]] += 1
+        if event["event"] == "batch" and seen["batch"] == count:
+            act()
+
+    return on_event
+
+
+def the_worker(job: Path) -> int:
+    (pid,) = workers_of(job.parent)
+    return pid
+
+
+def signal_the_worker(job: Path, signum: int):
+    return lambda: os.kill(the_worker(job), signum)
+
+
+def rows_on_disk(job: Path) -> int:
+    paths = RunPaths(job.parents[2])
+    survey = survey_checkpoints(paths.checkpoints_dir, load_plan(paths).fingerprint, verify_digests=True)
+    return sum(record.rows for record in survey.valid)
+
+
+def failure_of(job: Path, on_event, **limits):
+    with pytest.raises(ShardFailedError) as caught:
+        asyncio.run(follow(job, on_event, **limits))
+    assert workers_of(job.parent) == []
+    return caught.value.failure
+
+
+def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
+    events = []
+
+    async def on_event(event):
+        events.append(event)
+
+    last = asyncio.run(follow(job, on_event))
+    names = [event["event"] for event in events if event["event"] != "log"]
+    assert names[:2] == ["started", "loaded"]
+    assert last["event"] == names[-1] == "done"
+    assert sum(event["sequences"] for event in events if event["event"] == "batch") == NUM_COMPUTED
+    assert sum(event["rows"] for event in events if event["event"] == "checkpoint") == NUM_COMPUTED == rows_on_disk(job)
+
+
+def test_a_job_that_cannot_be_done_is_reported_in_words(job):
+    write_file(job, job.read_bytes().replace(b"random:seed=0", b"another"), replace=True)
+    failure = failure_of(job, at_batch(1, lambda: None))
+    assert failure.is_permanent
+    assert "weights of esm2_t6_8M_UR50D" in failure.message
+
+
+def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
+    computed = 12
+    failure = failure_of(job, at_batch(computed, signal_the_worker(job, signal.SIGTERM)))
+    assert (failure.kind, failure.exit_code) == (FailureKind.SPOT_PREEMPTION, 143)
+    assert computed <= rows_on_disk(job) < NUM_COMPUTED
+
+
+def test_a_killed_child_is_named_by_its_signal(job):
+    failure = failure_of(job, at_batch(12, signal_the_worker(job, signal.SIGKILL)))
+    assert failure.kind == FailureKind.TRANSIENT
+    assert "SIGKILL" in failure.message
+    assert rows_on_disk(job) >= 0
+
+
+def test_a_frozen_child_is_noticed_and_killed(job):
+    failure = failure_of(job, at_batch(3, signal_the_worker(job, signal.SIGSTOP)), silence_limit_s=1.0, grace_s=1.0)
+    assert failure.kind == FailureKind.TRANSIENT
+    assert failure.message.startswith("no progress for 1 s")
+
+
+def test_a_supervisor_that_is_cancelled_twice_still_waits_for_the_child(job):
+    """asyncio cancels more than once on the way out; the child has its rows on disk before it is left."""
+
+    async def cancel_twice():
+        reached = asyncio.Event()
+        task = asyncio.create_task(follow(job, at_batch(12, reached.set)))
+        await reached.wait()
+        task.cancel()
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+
+    asyncio.run(cancel_twice())
+    assert workers_of(job.parent) == []
+    assert 12 <= rows_on_disk(job) < NUM_COMPUTED
+
+
+def _follow_until_killed(job: Path) -> None:
+    asyncio.run(follow(job, at_batch(12, lambda: os.kill(os.getpid(), signal.SIGKILL))))
+
+
+def test_a_child_whose_supervisor_is_killed_saves_and_leaves(job):
+    supervisor = multiprocessing.get_context("spawn").Process(target=_follow_until_killed, args=(job,))
+    supervisor.start()
+    wait_until(lambda: bool(workers_of(job.parent)) or not supervisor.is_alive())
+    pid = the_worker(job)
+    supervisor.join(timeout=120)
+    assert supervisor.exitcode == -signal.SIGKILL
+    wait_until(lambda: not is_alive(pid), timeout_s=12)
+    assert 12 <= rows_on_disk(job) < NUM_COMPUTED
+
+
+def test_a_second_child_waits_for_the_first_one_to_leave_the_shard(job):
+    """Two attempts on one shard, as after a reschedule: no sequence is computed twice."""
+    waited = Counter()
+
+    async def both():
+        async def on_event(event):
+            waited[event["event"]] += 1
+
+        await asyncio.gather(follow(job, on_event), follow(job, on_event))
+
+    asyncio.run(both())
+    assert waited["done"] == 2
+    assert rows_on_disk(job) == NUM_COMPUTED
