@@ -169,8 +169,8 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
                 remove_orphaned_temporaries(directory)
             plan = _plan(config, paths, kind_of(devices[0]), weights)
         except BaseException:
-            if is_new:
-                shutil.rmtree(paths.run_dir)  # ours alone: it was not there a moment ago, and we hold its lock
+            if is_new and not paths.checkpoints_dir.exists():  # else another run is in it: locks do not work here
+                shutil.rmtree(paths.run_dir)
             raise
         run = Run(config=config, devices=devices, weights=weights, plan=plan)
         make_directory(paths.checkpoints_dir)

@@ -18,7 +18,8 @@ from tests.faults.compare import Outcome, assert_recovers, committed_files, outc
 from tests.faults.figures import record_figure
 from tests.faults.ops import WatchedOps, install
 from tests.faults.trials import Child, call
-from tests.faults.workload import config_for, run_to_the_end, write_fasta
+from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
+from vnp_lib import run
 from vnp_lib.checkpoint import validate_checkpoint_pt
 from vnp_lib.failures import RunDirectoryBusyError, VnpError
 from vnp_lib.files import FileLock, marker_path
@@ -48,6 +49,35 @@ def test_a_second_run_is_refused_at_once_and_told_by_whom(trials, oracle, scale)
     record_figure(
         "a second run while the first holds the lock", len(waited_s), f"refused within {max(waited_s) * 1000:.0f} ms"
     )
+
+
+def test_a_run_that_fails_at_once_removes_nothing_of_another_run(trials, oracle) -> None:
+    """Both found no directory, neither was kept out by a lock, and one has other input."""
+    trials.once(fail_beside_another, oracle)
+
+
+def fail_beside_another(directory: Path, oracle: Outcome) -> None:
+    run_dir = directory / "run"
+    ended = call(open_while_another_runs, run_dir)
+    assert "FingerprintMismatchError" in ended.error
+    ended = call(outcome_of, run_dir)
+    assert ended.value == oracle, ended.error
+
+
+def open_while_another_runs(run_dir: Path) -> None:
+    bypass_locks()
+    plan_run = run._plan
+
+    def plan_late(*arguments: Any) -> Any:
+        run._plan = plan_run
+        write_fasta(run_dir.parent)
+        assert call(run_to_the_end, run_dir).value
+        (run_dir.parent / FASTA).write_text(">another\nMKV\n")
+        return plan_run(*arguments)
+
+    run._plan = plan_late
+    with open_run(config_for(run_dir)):
+        pass
 
 
 def run_twice_without_locks(directory: Path, seed: int, oracle: Outcome) -> Counter[str]:
@@ -86,8 +116,7 @@ def assert_finishes(run_dir: Path, oracle: Outcome) -> None:
 
 def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
     """Do what the flow does, and begin again when it fails; say by what errors it did."""
-    FileLock.acquire = lambda self, timeout_s: None
-    FileLock.release = lambda self: None
+    bypass_locks()
     install(CommitWatchingOps(told))
     draw = random.Random(seed)
     shards = draw.randint(1, 3)
@@ -97,10 +126,18 @@ def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
         try:
             if run_to_the_end(run_dir, shards=shards):
                 return errors
-        except (VnpError, OSError) as error:
+        except (VnpError, OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "there is no shard" not in str(error):  # in the other's manifest
+                raise
             errors.append(f"{type(error).__name__}: {error}")
             time.sleep(draw.uniform(0, LONGEST_OFFSET_S))
     raise AssertionError(f"no dataset after {MOST_ATTEMPTS} attempts: {errors[-3:]}")
+
+
+def bypass_locks() -> None:
+    """For the rest of this process's life everybody has every lock."""
+    FileLock.acquire = lambda self, timeout_s: None
+    FileLock.release = lambda self: None
 
 
 class CommitWatchingOps(WatchedOps):
