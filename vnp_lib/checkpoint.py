@@ -41,6 +41,7 @@ from vnp_lib.failures import (
     FingerprintMismatchError,
     NumericalInstabilityError,
     StorageError,
+    StorageFailingError,
 )
 from vnp_lib.files import (
     FileDigest,
@@ -350,7 +351,7 @@ class Survey:
         return is_done
 
     def require_sound_storage(self) -> None:
-        """Raise StorageError where more than 3 checkpoints and more than 1 % were finished and are damaged now."""
+        """Raise StorageFailingError where more than 3 checkpoints and more than 1 % were finished and are damaged now."""
         lost = [damage for damage in self.damaged if not damage.is_unfinished]
         _require_sound_storage(lost, total=len(self.valid) + len(lost))
 
@@ -393,7 +394,7 @@ def heal_shard(checkpoints_dir: Path, rank: int, fingerprint: str) -> int:
     Only for who holds the shard's lock: another's checkpoint between its file and its marker looks damaged.
 
     Raises:
-        StorageError: So many are damaged that the storage is failing. Nothing has been moved.
+        StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
     """
     survey = _survey_shard(checkpoints_dir / f"shard_{rank}", rank, fingerprint, verify_digests=True)
     survey.require_sound_storage()
@@ -458,7 +459,7 @@ def resume_from_checkpoints(
 
     Raises:
         FingerprintMismatchError: They are of another run. Nothing has been moved.
-        StorageError: With "skip", more than 3 and more than 1 % are damaged: the storage is failing. Nothing has been moved.
+        StorageFailingError: With "skip", more than 3 and more than 1 % are damaged: the storage is failing. Nothing has been moved.
     """
     shard_dir = Path(checkpoint_dir) / f"shard_{rank}"
     paths = _checkpoint_paths(shard_dir)
@@ -490,7 +491,7 @@ def set_aside(path: Path, *, under: str = "damaged") -> Path:
     make_directory(path.parent / under)
     target = path.parent / under / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
     for source, destination in ((marker_path(path), marker_path(target)), (path, target)):  # never a marker alone
-        if source.exists():
+        if os.path.lexists(source):  # also a link to nowhere: its name is not free
             move_file(source, destination)
     logger.warning("%s is moved aside, to %s", path, target)
     return target
@@ -586,7 +587,7 @@ def _ids_of_bad_rows(content: _Content) -> list[str]:
 
 def _make_way(path: Path) -> None:
     """Move aside what a crash has left under this name; a checkpoint that proves itself is somebody's work."""
-    if not path.exists() and not marker_path(path).exists():
+    if not os.path.lexists(path) and not os.path.lexists(marker_path(path)):
         return
     try:
         _read(path, fingerprint=None, may_be_bare=True)
@@ -744,7 +745,7 @@ def _require_same_run(path: Path, content: _Content, fingerprint: str | None) ->
 def _require_sound_storage(lost: Sequence[Damage], *, total: int) -> None:
     if len(lost) > 3 and len(lost) * 100 > total:
         reasons = "; ".join(f"{each.path}: {each.reason}" for each in lost[:3])
-        raise StorageError(
+        raise StorageFailingError(
             f"{len(lost)} of {total} checkpoints are damaged: the storage is failing. See to it before anything is computed "
             f"again; the first are: {reasons}"
         )

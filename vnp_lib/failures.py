@@ -10,6 +10,7 @@ VnpError
 ├── StorageError                the disk does not give back what was written to it, or takes no more
 │   ├── CheckpointError         a checkpoint that does not prove itself
 │   ├── CheckpointWriteError    checkpoints that could not be written; a RuntimeError too
+│   ├── StorageFailingError     so many checkpoints are damaged that the disk cannot be trusted
 │   ├── LockTimeoutError        a lock that its holder does not give up
 │   └── IncompleteDatasetError  sequences that are in no checkpoint
 ├── NumericalInstabilityError   a row that is not finite
@@ -64,6 +65,10 @@ class CheckpointError(StorageError):
 
 class CheckpointWriteError(StorageError, RuntimeError):
     """Checkpoints that could not be written: their rows are on no disk."""
+
+
+class StorageFailingError(StorageError):
+    """So many checkpoints are damaged that the disk cannot be trusted: a person has to look at it first."""
 
 
 class LockTimeoutError(StorageError):
@@ -147,7 +152,16 @@ _MESSAGE_PATTERNS: tuple[tuple[re.Pattern[str], FailureKind], ...] = tuple(
     )
 )
 _PREEMPTION_EXITS = frozenset({ExitCode.STOPPED, -signal.SIGTERM})
-_PERMANENT_ERRORS = (InputError, ImportError, TypeError, ValueError, KeyError, AttributeError, AssertionError)
+_PERMANENT_ERRORS = (
+    InputError,
+    StorageFailingError,
+    ImportError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+)
 
 
 def classify_exception(error: BaseException, *, batch_idx: int | None = None) -> Failure:

@@ -83,7 +83,7 @@ class Run:
         """Read all checkpoints whole and move the damaged ones aside, so that their rows are computed again.
 
         Raises:
-            StorageError: So many are damaged that the storage is failing. Nothing has been moved.
+            StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
         from vnp_lib.checkpoint import set_aside
 
@@ -164,8 +164,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         try:
             if config.force_restart:
                 _move_aside(paths)
-            shard_dirs = sorted(paths.checkpoints_dir.glob("shard_*"))  # those of an earlier division into shards too
-            for directory in (paths.plan_dir, paths.checkpoints_dir, *shard_dirs, paths.embeddings_dir):
+            for directory in _directories(paths):
                 remove_orphaned_temporaries(directory)
             plan = _plan(config, paths, kind_of(devices[0]), weights)
         except BaseException:
@@ -201,6 +200,22 @@ def _plan(config: EmbedConfig, paths: RunPaths, device_kind: str, weights: Weigh
     )
     check_free_space(paths, plan, architecture.embed_dim)
     return plan
+
+
+def _directories(paths: RunPaths) -> list[Path]:
+    """All directories that a run writes to; those of an earlier division into shards too.
+
+    Raises:
+        ConfigError: One is a link: through it we would write outside of the run directory.
+    """
+    shard_dirs = sorted(paths.checkpoints_dir.glob("shard_*"))
+    directories = [paths.plan_dir, paths.checkpoints_dir, *shard_dirs, paths.embeddings_dir, paths.assembly_dir]
+    for directory in directories:
+        if directory.is_symlink():
+            raise ConfigError(
+                f"{directory} is a link, and a run writes to its own directory only: put what it leads to there"
+            )
+    return directories
 
 
 @contextmanager

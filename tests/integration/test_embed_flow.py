@@ -16,7 +16,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from flows.embed import embed
 from tests.support import EXAMPLE, assert_same_rows
-from vnp_lib.config import EmbedConfig
+from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS, random_tensors
 from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
@@ -168,3 +168,19 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
     error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
     assert isinstance(error, RunDirectoryBusyError)
     assert "in use" in str(error)
+
+
+def test_failing_storage_stops_the_run_and_moves_nothing(tmp_path, tiny_fasta):
+    """Four checkpoints of five have rotted: no attempt is made again, and the evidence stays where it is."""
+    settings = {"shards": 1, "token_budget": 250, "runtime": RuntimeConfig(checkpoint_seq_threshold=5)}
+    assert run_flow(tiny_fasta, tmp_path / "run", **settings).is_completed()
+    paths = RunPaths(tmp_path / "run")
+    checkpoints = sorted(paths.shard_dir(0).glob("batch_*.pt"))
+    assert len(checkpoints) >= 5
+    for path in checkpoints[:4]:
+        path.write_bytes(path.read_bytes()[:-1])
+    paths.success.unlink()
+    outcome = run_flow(tiny_fasta, tmp_path / "run", **settings)
+    assert outcome.is_failed()
+    assert "the storage is failing" in outcome.message
+    assert sorted(paths.shard_dir(0).glob("batch_*.pt")) == checkpoints

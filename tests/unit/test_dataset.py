@@ -354,7 +354,7 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeyp
         bucket.write_bytes(data)
 
     monkeypatch.setattr(vnp_lib.dataset, "_distribute", distribute_and_damage)
-    with pytest.raises(StorageError, match="bucket-00002-.* does not give back what was written to it"):
+    with pytest.raises(StorageError, match=r"bucket-00002-.* does not give back what was written to it"):
         run.assemble()
     assert not run.paths.success.exists()
 
