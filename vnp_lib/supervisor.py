@@ -41,7 +41,7 @@ async def run_child(
     Raises:
         ShardFailedError: The child failed, died, or was silent for too long.
     """
-    with log_path.open("ab") as log:
+    with open(log_path, "ab", opener=_open_no_link) as log:
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -116,3 +116,7 @@ async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
     """Unlike asyncio.wait_for before Python 3.12, never lose a cancellation that meets the result."""
     async with asyncio.timeout(seconds):
         return await awaitable
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o640)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 from tests.faults.figures import record_figure
 from tests.faults.forgery import archive, forgeries, good_content
 from tests.faults.trials import scratch_directory
+from tests.faults.workload import FASTA, config_for, write_fasta
+from vnp_lib import files
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
     heal_shard,
@@ -25,9 +29,12 @@ from vnp_lib.checkpoint import (
     validate_checkpoint_pt,
 )
 from vnp_lib.dataset import assemble, open_dataset, verify_dataset
-from vnp_lib.failures import CheckpointError
-from vnp_lib.files import digest_file, marker_path, write_marker
+from vnp_lib.failures import CheckpointError, ConfigError, StorageError
+from vnp_lib.files import FileLock, digest_file, marker_path, write_marker
+from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.run import open_run
+from vnp_lib.supervisor import run_child
 
 RUN = "f1" * 32
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
@@ -226,3 +233,84 @@ def _tree(directory: Path, *, but: Path) -> dict[str, tuple[int, int]]:
             status = Path(folder, name).lstat()
             found[os.path.join(folder, name)] = (status.st_mode, 0 if name in folders else status.st_size)
     return found
+
+
+# --- links ---
+
+
+@pytest.fixture
+def elsewhere(walled_in) -> Path:
+    """A file and a directory outside of the run directory, where links lead."""
+    outside = walled_in.parent.parent / "linked"
+    outside.mkdir()
+    (outside / "file").write_text("precious")
+    yield outside
+    assert [each.name for each in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "precious"
+    shutil.rmtree(outside)
+
+
+def write_row(path: Path) -> None:
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(path, torch.ones(1, 2), ["a"], {"ordinals": [0], "fingerprint": RUN})
+
+
+@pytest.mark.parametrize("leads_to", ["file", "nowhere"])
+def test_a_link_under_the_temporary_name_is_not_followed(walled_in, elsewhere, monkeypatch, leads_to):
+    """However well its name was guessed."""
+    monkeypatch.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=7))
+    path = RunPaths(walled_in).checkpoint(0, 0)
+    path.parent.mkdir(parents=True)
+    files._temporary_path(path).symlink_to(elsewhere / leads_to)
+    with pytest.raises(StorageError):
+        write_row(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("leads_to", ["file", "nowhere"])
+@pytest.mark.parametrize("link", ["checkpoint", "marker"])
+def test_a_link_in_the_place_of_a_checkpoint_is_moved_aside_and_not_followed(walled_in, elsewhere, link, leads_to):
+    path = RunPaths(walled_in).checkpoint(0, 0)
+    path.parent.mkdir(parents=True)
+    (path if link == "checkpoint" else marker_path(path)).symlink_to(elsewhere / leads_to)
+    heal_shard(RunPaths(walled_in).checkpoints_dir, 0, RUN)
+    write_row(path)
+    assert load_checkpoint(path, fingerprint=RUN).sequence_ids == ["a"]
+    assert not path.is_symlink()
+    assert not marker_path(path).is_symlink()
+
+
+@pytest.mark.parametrize("leads_to", ["file", "nowhere"])
+def test_a_link_in_the_place_of_a_lock_the_manifest_or_the_plan_is_not_followed(walled_in, elsewhere, leads_to):
+    paths = RunPaths(walled_in)
+    paths.plan_dir.mkdir()
+    paths.checkpoints_dir.mkdir()
+    for link in (paths.run_lock, paths.manifest, paths.manifest.with_suffix(".lock"), paths.plan_json, paths.sequences):
+        link.symlink_to(elsewhere / leads_to)
+    with pytest.raises(OSError, match="symbolic"):
+        FileLock(paths.run_lock, purpose="test").acquire(timeout_s=0)
+    with pytest.raises(OSError, match="symbolic"):
+        CheckpointManifest(paths.manifest).initialize(1, "", "")
+    write_fasta(walled_in.parent.parent)
+    model = ModelIdentity(model="m", weights_digest="w", layer=1, dtype="float32")
+    make_plan(paths, [walled_in.parent.parent / FASTA], model, num_shards=1, token_budget=512)
+    (walled_in.parent.parent / FASTA).unlink()
+    assert not paths.plan_json.is_symlink()
+    assert not paths.sequences.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["plan", "checkpoints", "checkpoints/shard_0", "embeddings", ".assembly"])
+def test_a_run_does_not_write_through_a_link_to_a_directory(walled_in, elsewhere, name):
+    link = walled_in / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(ConfigError, match="is a link"), open_run(config_for(walled_in)):
+        pass
+
+
+def test_a_child_does_not_log_through_a_link(walled_in, elsewhere):
+    log = walled_in / "worker.log"
+    log.symlink_to(elsewhere / "file")
+    limits = {"startup_limit_s": 1.0, "silence_limit_s": 1.0, "grace_s": 1.0}
+    with pytest.raises(OSError, match="symbolic"):
+        asyncio.run(run_child(Path("job.json"), device="cpu", log_path=log, on_event=None, **limits))
