@@ -114,17 +114,23 @@ class ShortWritingOps(CountingOps):
         return act(fd, data[: 1 if number == self._cut_at else (len(data) + 1) // 2])
 
 
-class RecordingOps(CountingOps):
-    """Appends every operation that succeeded to a file, with its data and result; and may kill like `KillingOps`."""
+class RecordingOps(WatchedOps):
+    """Appends every operation that succeeded to a file, with its data and result.
 
-    def __init__(self, record: Path, kill_at: int | None = None) -> None:
+    SIGKILL in the place of operation `kill_at` of those called `kill_name`, or of all, where that is None.
+    """
+
+    def __init__(self, record: Path, *, kill_at: int | None = None, kill_name: str | None = None) -> None:
         super().__init__()
         self._record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._kill_at = kill_at
+        self._until_kill = kill_at
+        self._kill_name = kill_name
 
-    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        if number == self._kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def perform(self, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if self._until_kill is not None and self._kill_name in (None, name):
+            self._until_kill -= 1
+            if self._until_kill == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         result = act(*arguments)
         self.note(name, *(bytes(each) if isinstance(each, memoryview) else each for each in arguments), result)
         return result

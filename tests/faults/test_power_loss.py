@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,14 +52,21 @@ def record_history(directory: Path, draw: random.Random) -> list[Event]:
     write_fasta(directory)
     record = directory.parent / "record"
     for _ in range(draw.randint(0, 2)):
-        call(record_run, directory / "run", record, draw.randint(1, 3), draw.randint(1, 650))
-    ended = call(record_run, directory / "run", record, draw.randint(1, 3), None)
+        call(record_run, directory / "run", record, draw.randint(1, 3), **draw_kill(draw))
+    ended = call(record_run, directory / "run", record, draw.randint(1, 3))
     assert not ended.error, ended.error
     return [*read_record(record)]
 
 
-def record_run(run_dir: Path, record: Path, shards: int, kill_at: int | None) -> None:
-    ops = RecordingOps(record, kill_at)
+def draw_kill(draw: random.Random) -> dict[str, Any]:
+    """At any operation, or, since much hangs on what it does not do, in the place of a directory's sync."""
+    if draw.random() < 0.5:
+        return {"kill_at": draw.randint(1, 600)}
+    return {"kill_at": draw.randint(1, 60), "kill_name": "fsync_directory"}
+
+
+def record_run(run_dir: Path, record: Path, shards: int, **kill: Any) -> None:
+    ops = RecordingOps(record, **kill)
     install(ops)
     is_complete = run_to_the_end(
         run_dir, shards=shards, acknowledge=lambda ordinals: ops.note(ACKNOWLEDGED, ordinals, None)

@@ -109,7 +109,8 @@ def run_to_the_end(
     Args:
         directory: The run's.
         shards: How many; another number than the last run's is allowed.
-        acknowledge: Called with the ordinals of every checkpoint that is called durable, from any thread.
+        acknowledge: Called with the ordinals of every checkpoint, and then of every shard, that is called durable, from
+            any thread.
 
     Returns:
         Whether the dataset is complete. If not, damaged checkpoints have been moved aside, and another run is needed.
@@ -119,6 +120,7 @@ def run_to_the_end(
             if not run.shard_state(rank).is_complete:
                 _attempt(run, rank, acknowledge)
             run.manifest.mark_shard_complete(rank)
+            acknowledge(run.plan.shard_ordinals(rank).tolist())
         try:
             assemble(run.plan, run.paths, run.checkpoints().valid, part_bytes=PART_BYTES)
         except CheckpointError:
