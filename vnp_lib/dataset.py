@@ -123,6 +123,20 @@ def verify_dataset(path: Path | str) -> list[str]:
     return [damage for part in success["parts"] if (damage := _damage(directory, part))]
 
 
+def load_planned(plan: RunPlan, record: CheckpointRecord, *, dim: int) -> Checkpoint:
+    """Read a checkpoint whole, and check that it holds what its marker and the plan say.
+
+    Raises:
+        StorageError: It does not prove itself (CheckpointError), or does not fit; says what to do.
+    """
+    from vnp_lib.checkpoint import load_checkpoint
+
+    _require_planned(plan, record)
+    checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)
+    _require_as_recorded(plan, record, checkpoint, dim)
+    return checkpoint
+
+
 class EmbeddingDataset:
     """Read access to a dataset. Rows are in input order; a sequence in quarantine has none.
 
@@ -303,13 +317,10 @@ def _write_dataset(
 
 
 def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets) -> None:
-    from vnp_lib.checkpoint import load_checkpoint
-
     copies = _Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
     for record in records:
-        checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)
-        _require_as_recorded(plan, record, checkpoint, buckets.dim)
+        checkpoint = load_planned(plan, record, dim=buckets.dim)
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
         ordinals, sources = copies.fan_out(record.ordinals[rows])

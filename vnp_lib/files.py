@@ -413,6 +413,13 @@ class FileLock:
         except (OSError, ValueError, TypeError):
             return None
 
+    def presumed_holder(self) -> LockHolder | None:
+        """Who holds the lock, as far as can be told without trying it: who is dead, on this host, does not."""
+        holder = self.holder()
+        if holder is None or (holder.host == socket.gethostname() and not _is_alive(holder.pid)):
+            return None
+        return holder
+
     def _wait_for_lock(self, fd: int, deadline_s: float, timeout_s: float) -> None:
         while True:
             try:

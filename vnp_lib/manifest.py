@@ -190,6 +190,10 @@ class CheckpointManifest:
         """All that is recorded of a shard, or None where there is no such shard."""
         return _shards_by_rank(self._read()).get(rank)
 
+    def shards(self) -> dict[int, dict[str, Any]]:
+        """All that is recorded, by rank, also of shards that only an earlier run had."""
+        return _shards_by_rank(self._read())
+
     def get_resumable_shards(self) -> list[int]:
         """Ranks of this run's shards that are not complete, in order."""
         return [rank for rank, shard in self._current_shards() if shard["status"] != ShardStatus.COMPLETE]

@@ -44,7 +44,7 @@ def test_a_manifest_is_whole_and_knows_what_was_acknowledged_wherever_a_writer_i
 
 def test_no_update_is_lost_among_processes_that_are_killed(trials, seeds, scale) -> None:
     """Eight processes that update and are killed at any moment, and started again."""
-    counts = trials.run(kill_updaters, seeds(scale(2, 60)))
+    counts = trials.run(kill_updaters, seeds(scale(2, 20)))
     record_figure("manifest: 8 processes killed at random", sum(counts), "JSON valid, nothing acknowledged lost")
 
 

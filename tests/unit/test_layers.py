@@ -18,8 +18,10 @@ LAYERS = (
     {"manifest", "esm2"},
     {"checkpoint", "supervisor"},
     {"inference", "dataset"},
-    {"worker"},
+    {"worker", "verify"},
     {"run"},
+    {"cli"},
+    {"__main__"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(path.stem for path in (ROOT / "vnp_lib").glob("*.py") if path.stem != "__init__")

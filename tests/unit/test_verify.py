@@ -1,0 +1,247 @@
+"""`vnp verify`: what is damaged is said, what the next run would compute is counted, and nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.cli import main
+from vnp_lib.dataset import assemble
+from vnp_lib.failures import ConfigError
+from vnp_lib.files import FileLock, digest_file, marker_path, write_marker, write_sealed_json
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, load_plan, make_plan
+from vnp_lib.verify import verify_run
+
+MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
+NUM_CHECKPOINTS = 3  # of each of the two shards, with 6 or 7 sequences each
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A complete run of 40 sequences, no two alike, in two shards."""
+    directory = tmp_path_factory.mktemp("verify")
+    fasta = directory / "in.fasta"
+    fasta.write_text("".join(f">p{number}\n{'MKVLA' * (number % 5 + 1)}{'A' * number}\n" for number in range(40)))
+    paths = RunPaths(directory / "run")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=2, token_budget=200)
+    manifest = CheckpointManifest(paths.manifest)
+    manifest.initialize(2, plan.fingerprint, "w")
+    for rank in range(2):
+        write_shard(plan, paths, manifest, rank)
+    assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
+    return paths.run_dir
+
+
+def write_shard(plan: RunPlan, paths: RunPaths, manifest: CheckpointManifest, rank: int) -> None:
+    ordinals = plan.shard_ordinals(rank)
+    with AsyncCheckpointWriter(manifest=manifest, rank=rank) as writer:
+        for number in range(NUM_CHECKPOINTS):
+            own = ordinals[number::NUM_CHECKPOINTS]
+            writer.write_checkpoint_async(
+                paths.checkpoint(rank, number),
+                torch.from_numpy(own).float()[:, None] + torch.arange(4),
+                plan.ids(own),
+                {"ordinals": own.tolist(), "fingerprint": plan.fingerprint},
+            )
+
+
+@pytest.fixture
+def paths(template, tmp_path) -> RunPaths:
+    shutil.copytree(template, tmp_path / "run")
+    return RunPaths(tmp_path / "run")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def test_a_whole_run_is_well(paths, capsys):
+    before = tree(paths.run_dir)
+    report = verify_run(paths.run_dir)
+    assert report.is_well
+    assert (report.num_checkpoints, report.num_sequences, report.to_compute) == (6, 40, {})
+    assert report.has_dataset
+    assert report.running is None
+    assert main(["verify", str(paths.run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "the dataset has 40 rows",
+        "the dataset is complete: the next run computes none of 40 sequences",
+        "all is well",
+    ]
+    assert tree(paths.run_dir) == before
+
+
+DAMAGE: list[tuple[str, Callable[[RunPaths], object], str, dict[int, int]]] = [
+    ("a flipped bit in a checkpoint", lambda paths: flip(paths.checkpoint(0, 1)), "batch_00001.pt: its sha256", {0: 7}),
+    ("a cut checkpoint", lambda paths: os.truncate(paths.checkpoint(1, 2), 99), "batch_00002.pt: the file has 99 bytes", {1: 6}),
+    ("a checkpoint that is gone", lambda paths: paths.checkpoint(0, 0).unlink(), "batch_00000.pt: the file is missing", {0: 7}),
+    ("a flipped bit in a marker", lambda paths: flip(marker_path(paths.checkpoint(0, 0))), "00000.pt.done is", {0: 7}),
+    ("an empty marker", lambda paths: os.truncate(marker_path(paths.checkpoint(0, 0)), 0), "torn or damaged", {0: 7}),
+    ("a manifest that is torn", lambda paths: os.truncate(paths.manifest, 9), "torn or damaged", {}),
+    ("a manifest that is gone", lambda paths: paths.manifest.unlink(), "manifest.json is missing", {}),
+    ("a manifest that is behind", lambda paths: forget(paths), "records 0 checkpoints of shard 1 with 0 sequences, and", {}),
+    ("a flipped bit in the dataset", lambda paths: flip(paths.embeddings_dir / "part-00000.parquet"), "is damaged: its sha256", {}),
+    ("a part that is gone", lambda paths: (paths.embeddings_dir / "part-00000.parquet").unlink(), "has 0 bytes", {}),
+    ("a flipped bit in _SUCCESS.json", lambda paths: flip(paths.success), "_SUCCESS.json is", {}),
+    ("a dataset of another run", lambda paths: replace_fingerprint(paths), "is of another run", {}),
+    ("rows with other ids", lambda paths: rewrite(paths, ids=True), "gives its rows other ids than the plan", {0: 7}),
+    ("rows that the plan has not", lambda paths: rewrite(paths, ids=False), "ordinals that the plan does not compute", {0: 7}),
+    ("a forged checkpoint", lambda paths: forge(paths), "batch_00000.pt: failed to load", {0: 7}),
+]  # fmt: skip
+
+
+def forget(paths: RunPaths) -> None:
+    CheckpointManifest(paths.manifest).reconcile([], rank=1)
+
+
+def replace_fingerprint(paths: RunPaths) -> None:
+    success = json.loads(paths.success.read_bytes())
+    success.pop("seal")
+    write_sealed_json(paths.success, success | {"fingerprint": "0" * 64}, replace=True)
+
+
+def rewrite(paths: RunPaths, *, ids: bool) -> None:
+    """Put another checkpoint, that proves itself, in the place of the first."""
+    plan, path = load_plan(paths), paths.checkpoint(0, 0)
+    own = plan.shard_ordinals(0)[0::NUM_CHECKPOINTS]
+    path.unlink()
+    marker_path(path).unlink()
+    ordinals = own.tolist() if ids else (own + 1000).tolist()
+    with AsyncCheckpointWriter() as writer:
+        content = {"ordinals": ordinals, "fingerprint": plan.fingerprint}
+        writer.write_checkpoint_async(path, torch.ones(len(own), 4), [f"x{each}" for each in ordinals], content)
+
+
+def forge(paths: RunPaths) -> None:
+    """Put a file that is no checkpoint, with a marker that fits it, in the place of the first."""
+    plan, path = load_plan(paths), paths.checkpoint(0, 0)
+    own = plan.shard_ordinals(0)[0::NUM_CHECKPOINTS].tolist()
+    path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    marker_path(path).unlink()
+    fields = {"ordinals": own, "fingerprint": plan.fingerprint}
+    write_marker(path, digest_file(path), rows=len(own), width=4, dtype="float32", **fields)
+
+
+@pytest.mark.parametrize(("do", "said", "to_compute"), [each[1:] for each in DAMAGE], ids=[each[0] for each in DAMAGE])
+def test_damage_is_said_and_what_it_costs(paths, capsys, do, said, to_compute):
+    do(paths)
+    before = tree(paths.run_dir)
+    report = verify_run(paths.run_dir)
+    assert any(said in line for line in report.damage), report.damage
+    assert not report.is_well
+    assert report.to_compute == to_compute
+    assert main(["verify", str(paths.run_dir)]) == 1
+    out = capsys.readouterr().out
+    assert said in out
+    if to_compute:
+        ((rank, count),) = to_compute.items()
+        assert f"the next run computes {count} of 40 sequences (shard {rank}: {count})" in out
+    assert tree(paths.run_dir) == before
+
+
+@pytest.mark.parametrize("name", ["plan.json", "sequences.arrow", "representatives.npy"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_damaged_plan_is_said_and_checkpoints_are_looked_at_without_it(paths, name, is_gone):
+    path = paths.plan_dir / name
+    path.unlink() if is_gone else flip(path)
+    flip(paths.checkpoint(1, 0))
+    report = verify_run(paths.run_dir)
+    assert len(report.damage) == 2
+    assert name in report.damage[0]
+    assert "batch_00000.pt" in report.damage[1]
+    assert (report.num_checkpoints, report.num_sequences) == (5, None)
+    assert "writes the plan anew" in list(report.lines())[-2]
+
+
+def test_a_failing_storage_is_said(paths):
+    for number in range(NUM_CHECKPOINTS):
+        flip(paths.checkpoint(0, number))
+        flip(paths.checkpoint(1, number))
+    report = verify_run(paths.run_dir)
+    assert any("the storage is failing; the next run will refuse to go on" in line for line in report.damage)
+    assert report.to_compute == {0: 20, 1: 20}
+
+
+def test_a_run_that_was_stopped_is_well_and_what_is_left_is_counted(paths, capsys):
+    """A checkpoint without a marker is what a kill leaves: the disk has lost nothing."""
+    shutil.rmtree(paths.embeddings_dir)
+    marker_path(paths.checkpoint(1, 2)).unlink()
+    plan = load_plan(paths)
+    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+    CheckpointManifest(paths.manifest).reconcile(records)
+    report = verify_run(paths.run_dir)
+    assert report.is_well
+    assert report.to_compute == {1: 6}
+    assert not report.has_dataset
+    assert main(["verify", str(paths.run_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "its writer was stopped before it was finished" in out
+    assert "there is no dataset yet" in out
+
+
+def test_a_run_that_is_going_on_is_said_and_not_disturbed(paths, capsys):
+    """The counts of its manifest are not compared: they are behind its checkpoints for a moment each time."""
+    forget(paths)
+    lock = FileLock(paths.run_lock, purpose="run on this directory")
+    with lock.held(timeout_s=0):
+        report = verify_run(paths.run_dir)
+        assert report.running is not None
+        assert report.running.pid == os.getpid()
+        assert report.is_well
+        assert main(["verify", str(paths.run_dir)]) == 0
+        assert f"a run is going on here: process {os.getpid()} on" in capsys.readouterr().out
+    assert verify_run(paths.run_dir).running is None
+
+
+def test_a_dead_holder_of_the_lock_is_no_run(paths):
+    code = "import sys, os; from pathlib import Path; from vnp_lib.files import FileLock\n"
+    code += "FileLock(Path(sys.argv[1]), purpose='die').acquire(0); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(paths.run_lock)], check=True, timeout=60)
+    assert FileLock(paths.run_lock, purpose="look").holder() is not None
+    assert verify_run(paths.run_dir).running is None
+
+
+def test_json_says_the_same(paths, capsys):
+    flip(paths.checkpoint(0, 1))
+    assert main(["verify", "--json", str(paths.run_dir)]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["run_dir"] == str(paths.run_dir)
+    assert told["is_well"] is False
+    assert told["to_compute"] == {"0": 7}
+    assert "batch_00001.pt" in told["damage"][0]
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "file"])
+def test_what_is_no_run_directory_is_refused_in_a_sentence(tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError):
+        verify_run(tmp_path / name)
+    assert main(["verify", str(tmp_path / name)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_the_module_is_a_command(paths):
+    ended = subprocess.run(
+        [sys.executable, "-m", "vnp_lib", "verify", str(paths.run_dir)], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "all is well")

@@ -1,0 +1,10 @@
+"""`python -m vnp_lib`: the `vnp` command."""
+
+from __future__ import annotations
+
+import sys
+
+from vnp_lib.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
