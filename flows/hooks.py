@@ -10,7 +10,7 @@ from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import ShardArtifact
-from vnp_lib.failures import Failure, FailureKind, ShardFailedError, classify_exception
+from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
 from vnp_lib.retry import RetryPolicy
 from vnp_lib.run import Run
 
@@ -51,7 +51,7 @@ def failure_of(error: object) -> Failure:
         return error.failure
     if isinstance(error, BaseException):
         return classify_exception(error)
-    return Failure(kind=FailureKind.TRANSIENT, message=f"the attempt ended in an unknown way: {error!r}")
+    return Failure(cause=FailureCause.UNKNOWN, message=f"the attempt ended in an unknown way: {error!r}")
 
 
 def counted_failures(records: list[dict[str, Any]], session: str) -> list[Failure]:
@@ -60,10 +60,6 @@ def counted_failures(records: list[dict[str, Any]], session: str) -> list[Failur
     A batch's strikes and preemptions count for ever. Other failures count within one flow run: a person who starts the
     run again may have mended the cause.
     """
-    fields = Failure.__dataclass_fields__
-    failures = [
-        (record.get("session"), Failure.from_json({k: v for k, v in record.items() if k in fields}))
-        for record in records
-    ]
+    failures = [(record["session"], Failure.from_json(record)) for record in records]
     lasting = {FailureKind.POISON_INPUT, FailureKind.SPOT_PREEMPTION}
     return [failure for their_session, failure in failures if failure.kind in lasting or their_session == session]

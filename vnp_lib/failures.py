@@ -15,13 +15,16 @@ VnpError
 │   └── IncompleteDatasetError  sequences that are in no checkpoint
 ├── NumericalInstabilityError   a row that is not finite
 ├── CircuitBreakerOpenError     a batch that has failed too often
+├── BatchFailedError            an exception while a batch was in the model; that exception is its cause
 └── ShardFailedError            an attempt on a shard ended badly; carries a `Failure`
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -87,6 +90,18 @@ class CircuitBreakerOpenError(VnpError):
     """A batch that has failed too often to be tried again."""
 
 
+class BatchFailedError(VnpError):
+    """An exception while a batch was in the model; that exception is its `__cause__`."""
+
+    def __init__(self, batch_idx: int, sequence_ids: tuple[str, ...]) -> None:
+        super().__init__(batch_idx, sequence_ids)
+        self.batch_idx = batch_idx
+        self.sequence_ids = sequence_ids
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_idx} ({len(self.sequence_ids)} sequences) failed: {self.__cause__!r}"
+
+
 class ShardFailedError(VnpError):
     """An attempt on a shard ended badly."""
 
@@ -107,6 +122,47 @@ class FailureKind(StrEnum):
     TRANSIENT = "transient"
 
 
+class FailureCause(StrEnum):
+    """What happened, as finely as it can be told."""
+
+    PREEMPTED = "preempted"
+    GPU_OOM = "gpu_oom"
+    HOST_OOM = "host_oom"
+    DEVICE_ASSERT = "device_assert"
+    ILLEGAL_ADDRESS = "illegal_address"
+    LAUNCH_FAILURE = "launch_failure"
+    NUMERICAL_INSTABILITY = "numerical_instability"
+    CIRCUIT_OPEN = "circuit_open"
+    COMPUTE_ERROR = "compute_error"  # an exception of no special kind while a batch was in the model
+    NATIVE_CRASH = "native_crash"  # SIGSEGV and its like
+    SILENT_EXIT = "silent_exit"  # an exit code, and no word why
+    HANG = "hang"
+    KILLED = "killed"  # SIGKILL, by whomever
+    HARDWARE = "hardware"
+    DISK_FULL = "disk_full"
+    STORAGE = "storage"
+    STORAGE_FAILING = "storage_failing"
+    CONFIGURATION = "configuration"
+    BUG = "bug"
+    UNKNOWN = "unknown"
+
+
+_KINDS = {
+    FailureCause.PREEMPTED: FailureKind.SPOT_PREEMPTION,
+    FailureCause.GPU_OOM: FailureKind.OOM,
+    FailureCause.HOST_OOM: FailureKind.OOM,
+    FailureCause.DEVICE_ASSERT: FailureKind.POISON_INPUT,
+    FailureCause.ILLEGAL_ADDRESS: FailureKind.POISON_INPUT,
+    FailureCause.LAUNCH_FAILURE: FailureKind.POISON_INPUT,
+    FailureCause.NUMERICAL_INSTABILITY: FailureKind.POISON_INPUT,
+    FailureCause.CIRCUIT_OPEN: FailureKind.POISON_INPUT,
+    FailureCause.COMPUTE_ERROR: FailureKind.POISON_INPUT,
+}  # all others are transient
+_PERMANENT = frozenset({FailureCause.CONFIGURATION, FailureCause.BUG, FailureCause.STORAGE_FAILING})
+_MOST_IDS = 10
+_SUSPICIOUS = frozenset({FailureCause.NATIVE_CRASH, FailureCause.SILENT_EXIT, FailureCause.HANG})
+
+
 class ExitCode(IntEnum):
     """How our processes leave."""
 
@@ -121,66 +177,77 @@ class ExitCode(IntEnum):
 class Failure:
     """One failed attempt: what the retry policy needs to know and a person wants to read."""
 
-    kind: FailureKind
+    cause: FailureCause
     message: str
-    batch_idx: int | None = None
-    sequence_ids: tuple[str, ...] = ()
-    exit_code: int | None = None
-    is_permanent: bool = False  # the same attempt can only fail again: wrong input, wrong set-up, a bug
+    batch_idx: int | None = None  # the batch that was in the model
+    sequence_ids: tuple[str, ...] = ()  # the first of that batch, ten at most
+    exit_code: int | None = None  # negative: the signal that ended the child
+
+    @property
+    def kind(self) -> FailureKind:
+        return _KINDS.get(self.cause, FailureKind.TRANSIENT)
+
+    @property
+    def is_permanent(self) -> bool:
+        """Whether the same attempt can only fail again: a wrong set-up, or a bug."""
+        return self.cause in _PERMANENT
+
+    @property
+    def accuses_batch(self) -> bool:
+        """Whether the batch that was in the model may be what did it. Never so for hardware, host or disk."""
+        is_suspicious = self.kind == FailureKind.POISON_INPUT or self.cause in _SUSPICIOUS
+        return is_suspicious and self.batch_idx is not None
 
     def __str__(self) -> str:
         where = "" if self.batch_idx is None else f" at batch {self.batch_idx}"
-        return f"{self.kind}{where}: {self.message}"
+        return f"{self.kind} ({self.cause}){where}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
+        """Write it down; the kind, which follows from the cause, stands there for people."""
         return asdict(self) | {"kind": str(self.kind), "sequence_ids": list(self.sequence_ids)}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Failure:
-        return cls(**fields | {"kind": FailureKind(fields["kind"]), "sequence_ids": tuple(fields["sequence_ids"])})
+    def from_json(cls, record: dict[str, Any]) -> Failure:
+        """Read what `to_json` wrote, whatever else has been added to it."""
+        return cls(
+            cause=FailureCause(record["cause"]),
+            message=record["message"],
+            batch_idx=record["batch_idx"],
+            sequence_ids=tuple(record["sequence_ids"]),
+            exit_code=record["exit_code"],
+        )
 
 
-# In this order: what a message says of the device comes before the words that it shares with bad input.
-_MESSAGE_PATTERNS: tuple[tuple[re.Pattern[str], FailureKind], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), kind)
-    for pattern, kind in (
-        (r"received sigterm|termination notice|preempt", FailureKind.SPOT_PREEMPTION),
-        (r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|can't allocate memory", FailureKind.OOM),
-        (r"uncorrectable ecc|gpu is lost|fallen off the bus|nvlink|no cuda-capable device", FailureKind.TRANSIENT),
-        (r"device-side assert|illegal memory access|illegal address|misaligned address", FailureKind.POISON_INPUT),
-        (r"numerical instability|not finite|circuit breaker", FailureKind.POISON_INPUT),
-    )
-)
-_PREEMPTION_EXITS = frozenset({ExitCode.STOPPED, -signal.SIGTERM})
-_PERMANENT_ERRORS = (
-    InputError,
-    StorageFailingError,
-    ImportError,
-    TypeError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-)
-
-
-def classify_exception(error: BaseException, *, batch_idx: int | None = None) -> Failure:
-    """Judge an exception from inside an attempt, by its type and then by what it says."""
-    message = f"{type(error).__name__}: {error}"
+def classify_exception(error: BaseException) -> Failure:
+    """Judge an exception from inside an attempt: by its type, its code, its errno, and only then by what it says."""
+    batch = next((e for e in _chain(error) if isinstance(e, BatchFailedError)), None)
+    root = error if batch is None or batch.__cause__ is None else batch.__cause__
     return Failure(
-        kind=_kind_of(error),
-        message=message,
-        batch_idx=batch_idx,
-        is_permanent=isinstance(error, _PERMANENT_ERRORS),
+        cause=_cause_of(root, in_batch=batch is not None),
+        message=f"{type(root).__name__}: {root}",
+        batch_idx=batch.batch_idx if batch else None,
+        sequence_ids=batch.sequence_ids[:_MOST_IDS] if batch else (),
     )
 
 
-def classify_exit(exit_code: int, *, last_event: str = "", batch_idx: int | None = None) -> Failure:
-    """Judge a child that left without a word, by its exit code (negative: the signal that ended it)."""
-    kind = FailureKind.SPOT_PREEMPTION if exit_code in _PREEMPTION_EXITS else FailureKind.TRANSIENT
-    after = f" after {last_event}" if last_event else ""
+def classify_exit(
+    exit_code: int, *, batch_idx: int | None = None, ran_out_of_host_memory: bool = False, last_event: str = ""
+) -> Failure:
+    """Judge a child that left without a word.
+
+    Args:
+        exit_code: Negative for a signal; a shell's 128 + signal means the same.
+        batch_idx: The batch that was in the model, by what the child had said before.
+        ran_out_of_host_memory: Whether the kernel's OOM killer has struck since the child was started.
+        last_event: What it said last.
+    """
+    signum = -exit_code if exit_code < 0 else exit_code - 128
+    cause = _SIGNAL_CAUSES.get(signum, FailureCause.SILENT_EXIT)
+    if cause == FailureCause.KILLED and ran_out_of_host_memory:
+        cause = FailureCause.HOST_OOM
+    after = f" after {last_event!r}" if last_event else ""
     return Failure(
-        kind=kind,
+        cause=cause,
         message=f"the child left with {describe_exit(exit_code)}{after}",
         batch_idx=batch_idx,
         exit_code=exit_code,
@@ -188,21 +255,126 @@ def classify_exit(exit_code: int, *, last_event: str = "", batch_idx: int | None
 
 
 def describe_exit(exit_code: int) -> str:
-    """Name an exit code: `143` is "exit code 143", `-9` is "SIGKILL"."""
-    if exit_code >= 0:
-        return f"exit code {exit_code}"
-    try:
-        return signal.Signals(-exit_code).name
-    except ValueError:
-        return f"signal {-exit_code}"
+    """Name an exit code: 1 is "exit code 1", -9 and 137 are "SIGKILL"."""
+    signum = -exit_code if exit_code < 0 else exit_code - 128
+    if signum in _SIGNAL_CAUSES:
+        return signal.Signals(signum).name
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
-def _kind_of(error: BaseException) -> FailureKind:
-    if isinstance(error, NumericalInstabilityError | CircuitBreakerOpenError):
-        return FailureKind.POISON_INPUT
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return FailureKind.OOM
-    for pattern, kind in _MESSAGE_PATTERNS:
+_SIGNAL_CAUSES: dict[int, FailureCause] = {
+    signal.SIGTERM: FailureCause.PREEMPTED,
+    signal.SIGKILL: FailureCause.KILLED,
+    signal.SIGBUS: FailureCause.STORAGE,  # a memory-mapped file that was cut, or /dev/shm is full
+    signal.SIGSEGV: FailureCause.NATIVE_CRASH,
+    signal.SIGABRT: FailureCause.NATIVE_CRASH,
+    signal.SIGILL: FailureCause.NATIVE_CRASH,
+    signal.SIGFPE: FailureCause.NATIVE_CRASH,
+}
+
+# By the numbers of cudaError_t: AcceleratorError.error_code.
+_CUDA_CAUSES: dict[int, FailureCause] = {
+    2: FailureCause.GPU_OOM,
+    3: FailureCause.HARDWARE,  # the driver could not be initialised
+    46: FailureCause.HARDWARE,  # devices unavailable
+    100: FailureCause.HARDWARE,  # no device
+    101: FailureCause.HARDWARE,  # no such device
+    214: FailureCause.HARDWARE,  # uncorrectable ECC error
+    220: FailureCause.HARDWARE,  # NVLink
+    226: FailureCause.HARDWARE,  # contained ECC error
+    700: FailureCause.ILLEGAL_ADDRESS,
+    702: FailureCause.HANG,  # launch timeout
+    710: FailureCause.DEVICE_ASSERT,
+    714: FailureCause.LAUNCH_FAILURE,  # hardware stack error
+    715: FailureCause.LAUNCH_FAILURE,  # illegal instruction
+    716: FailureCause.ILLEGAL_ADDRESS,  # misaligned address
+    717: FailureCause.ILLEGAL_ADDRESS,  # invalid address space
+    718: FailureCause.LAUNCH_FAILURE,  # invalid program counter
+    719: FailureCause.LAUNCH_FAILURE,
+    802: FailureCause.HARDWARE,  # system not ready
+    803: FailureCause.HARDWARE,  # driver mismatch
+    999: FailureCause.HARDWARE,  # unknown, as a card that is going gives it
+}
+
+_ERRNO_CAUSES: dict[int, FailureCause] = {
+    errno.ENOSPC: FailureCause.DISK_FULL,
+    errno.EDQUOT: FailureCause.DISK_FULL,
+    errno.ENOMEM: FailureCause.HOST_OOM,
+    errno.EIO: FailureCause.STORAGE,
+    errno.EROFS: FailureCause.STORAGE,
+    errno.ESTALE: FailureCause.STORAGE,
+    errno.ENOTCONN: FailureCause.STORAGE,
+    errno.ENODEV: FailureCause.STORAGE,
+    errno.EREMOTEIO: FailureCause.STORAGE,
+    errno.EACCES: FailureCause.CONFIGURATION,
+    errno.EPERM: FailureCause.CONFIGURATION,
+}
+
+# Most specific first: what tells of the device or the host comes before the words that it shares with bad input.
+_MESSAGE_CAUSES = tuple(
+    (re.compile(pattern, re.IGNORECASE), cause)
+    for pattern, cause in (
+        (r"received sigterm|termination notice|preempted|spot interruption", FailureCause.PREEMPTED),
+        (
+            r"uncorrectable ecc|ecc error|gpu is lost|fallen off the bus|nvlink|unable to determine the device handle",
+            FailureCause.HARDWARE,
+        ),
+        (
+            r"no cuda-capable device|invalid device ordinal|all cuda-capable devices are busy|driver.*(mismatch|insufficient)",
+            FailureCause.HARDWARE,
+        ),
+        (r"system not yet initialized|unknown error", FailureCause.HARDWARE),
+        (r"defaultcpuallocator|cannot allocate memory|can't allocate memory", FailureCause.HOST_OOM),
+        (r"out of memory|cublas_status_alloc_failed|cudnn_status_alloc_failed", FailureCause.GPU_OOM),
+        (r"device-side assert", FailureCause.DEVICE_ASSERT),
+        (r"illegal memory access|illegal address|misaligned address", FailureCause.ILLEGAL_ADDRESS),
+        (r"launch timed out", FailureCause.HANG),
+        (
+            r"launch failure|illegal instruction|cublas_status_execution_failed|cublas_status_not_initialized",
+            FailureCause.LAUNCH_FAILURE,
+        ),
+        (r"numerical instability|not finite", FailureCause.NUMERICAL_INSTABILITY),
+        (r"circuit breaker", FailureCause.CIRCUIT_OPEN),
+        (r"no space left on device|disk quota exceeded", FailureCause.DISK_FULL),
+        (r"input/output error|stale file handle|read-only file system", FailureCause.STORAGE),
+    )
+)
+
+_TYPE_CAUSES: tuple[tuple[type[BaseException], FailureCause], ...] = (
+    (NumericalInstabilityError, FailureCause.NUMERICAL_INSTABILITY),
+    (CircuitBreakerOpenError, FailureCause.CIRCUIT_OPEN),
+    (StorageFailingError, FailureCause.STORAGE_FAILING),
+    (InputError, FailureCause.CONFIGURATION),
+    (ImportError, FailureCause.CONFIGURATION),
+    (MemoryError, FailureCause.HOST_OOM),
+)
+_BUGS = (TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError, NotImplementedError)
+
+
+def _cause_of(error: BaseException, *, in_batch: bool) -> FailureCause:
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does without
+        return FailureCause.GPU_OOM
+    for type_, cause in _TYPE_CAUSES:
+        if isinstance(error, type_):
+            return cause
+    code = getattr(error, "error_code", None)
+    if isinstance(code, int) and code in _CUDA_CAUSES:
+        return _CUDA_CAUSES[code]
+    system_error = next((e for e in _chain(error) if isinstance(e, OSError)), None)
+    if system_error is not None and system_error.errno in _ERRNO_CAUSES:
+        return _ERRNO_CAUSES[system_error.errno]
+    if isinstance(error, StorageError):
+        return FailureCause.STORAGE
+    for pattern, cause in _MESSAGE_CAUSES:
         if pattern.search(str(error)):
-            return kind
-    return FailureKind.TRANSIENT
+            return cause
+    if in_batch:
+        return FailureCause.COMPUTE_ERROR
+    return FailureCause.BUG if isinstance(error, _BUGS) else FailureCause.UNKNOWN
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointTrigger, resume_from_checkpoints
 from vnp_lib.esm2 import mean_pool
-from vnp_lib.failures import NumericalInstabilityError
+from vnp_lib.failures import BatchFailedError, NumericalInstabilityError
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.tokens import PackedBatch
@@ -86,7 +86,6 @@ class AsyncInferenceRunner:
         self._trigger = CheckpointTrigger(checkpoint_seq_threshold, checkpoint_time_threshold)
         self._manifest = manifest
         self._metadata = {"fingerprint": input_fingerprint, "model_config_hash": model_config_hash}
-        self.current_batch: PackedBatch | None = None  # the one in the model: the suspect when it fails
 
     def run(
         self,
@@ -106,7 +105,8 @@ class AsyncInferenceRunner:
             First what was resumed, if anything, in one result with batch_idx `RESUMED`; then each batch.
 
         Raises:
-            NumericalInstabilityError: A row that is not finite. What was computed before it is kept.
+            BatchFailedError: A batch that the model failed at; also a NumericalInstabilityError, for a row that is not
+                finite, is its cause. What was computed before it is kept.
             StorageError: A checkpoint that could not be written.
         """
         resumed_ids: list[str] = []
@@ -135,15 +135,17 @@ class AsyncInferenceRunner:
         *,
         next_checkpoint: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
+        on_batch: Callable[[PackedBatch], None] = lambda batch: None,
         on_checkpoint: Callable[[int, int], None] | None = None,
     ) -> Iterator[InferenceResult]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
-        `should_stop` is asked after every batch. `on_checkpoint` is called with (number, rows) once a checkpoint is
+        `should_stop` is asked after every batch. `on_batch` is called before a batch goes into the model: should the
+        process die of it, that was the last word. `on_checkpoint` is called with (number, rows) once a checkpoint is
         durable, from the writer's thread. However the loop ends, what was computed is durable when it has ended.
         """
         with self._keeping(next_checkpoint, on_checkpoint) as keep, torch.inference_mode():
-            for batch, rows in self._computed(batches):
+            for batch, rows in self._computed(batches, on_batch):
                 keep(batch, rows)
                 yield InferenceResult(
                     sequence_ids=batch.sequence_ids,
@@ -154,9 +156,12 @@ class AsyncInferenceRunner:
                 if should_stop():
                     return
 
-    def _computed(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Tensor]]:
+    def _computed(
+        self, batches: Iterable[PackedBatch], on_batch: Callable[[PackedBatch], None]
+    ) -> Iterator[tuple[PackedBatch, Tensor]]:
         in_flight: deque[_Launched] = deque()
         for batch in run_ahead(batches, _BATCHES_AHEAD):
+            on_batch(batch)
             in_flight.append(self._launch(batch))
             while len(in_flight) > self._batches_in_flight:
                 yield in_flight.popleft().collect()
@@ -164,12 +169,12 @@ class AsyncInferenceRunner:
             yield in_flight.popleft().collect()
 
     def _launch(self, batch: PackedBatch) -> _Launched:
-        self.current_batch = batch
-        on_device = batch.to(self._device)
-        output = self._model.forward_packed(on_device.input_ids, on_device.cu_seqlens, on_device.max_seqlen)
-        representations = output["representations"]
-        rows = mean_pool(representations[max(representations)], on_device.cu_seqlens)
-        return _Launched.fetch(batch, rows)
+        with blaming(batch):
+            on_device = batch.to(self._device)
+            output = self._model.forward_packed(on_device.input_ids, on_device.cu_seqlens, on_device.max_seqlen)
+            representations = output["representations"]
+            rows = mean_pool(representations[max(representations)], on_device.cu_seqlens)
+            return _Launched.fetch(batch, rows)
 
     @contextmanager
     def _keeping(
@@ -242,6 +247,15 @@ def run_ahead(items: Iterable[T], count: int) -> Iterator[T]:
             yield item
 
 
+@contextmanager
+def blaming(batch: PackedBatch) -> Iterator[None]:
+    """Raise BatchFailedError from whatever goes wrong in the block."""
+    try:
+        yield
+    except Exception as error:
+        raise BatchFailedError(batch.batch_idx, batch.sequence_ids) from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     """A batch whose rows are on their way to the CPU."""
@@ -261,15 +275,16 @@ class _Launched:
         return cls(batch=batch, rows=on_host, arrived=arrived)
 
     def collect(self) -> tuple[PackedBatch, Tensor]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        bad = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            ids = ", ".join(self.batch.sequence_ids[row] for row in bad[:10])
-            raise NumericalInstabilityError(
-                f"numerical instability: {len(bad)} of {self.batch.num_sequences} rows of batch "
-                f"{self.batch.batch_idx} are not finite: {ids}"
-            )
+        with blaming(self.batch):
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            bad = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
+            if bad:
+                ids = ", ".join(self.batch.sequence_ids[row] for row in bad[:10])
+                raise NumericalInstabilityError(
+                    f"numerical instability: {len(bad)} of {self.batch.num_sequences} rows of batch "
+                    f"{self.batch.batch_idx} are not finite: {ids}"
+                )
         return self.batch, self.rows
 
 

@@ -63,7 +63,9 @@ class RetryPolicy:
         """Judge a failure by the earlier ones of the same shard that still count (`history` does not hold it yet)."""
         if failure.is_permanent:
             return RetryDecision(retry=False, delay_s=0.0, reason=f"{failure.message}: another attempt would not help")
-        same_kind = [past for past in history if past.kind == failure.kind]
+        if failure.accuses_batch:
+            return self._decide_accused(failure, history)
+        same_kind = [past for past in history if past.kind == failure.kind and not past.accuses_batch]
         match failure.kind:
             case FailureKind.SPOT_PREEMPTION:
                 return RetryDecision(
@@ -72,7 +74,7 @@ class RetryPolicy:
                     reason=f"spot preemption #{len(same_kind) + 1}, capacity will return",
                 )
             case FailureKind.POISON_INPUT:
-                return self._decide_poison(failure, same_kind)
+                return self._decide_counted(failure, len(same_kind), self.max_retries_poison)
             case FailureKind.OOM:
                 return self._decide_counted(failure, len(same_kind), self.max_retries_oom, token_budget_scale=0.5)
             case FailureKind.TRANSIENT:
@@ -95,14 +97,14 @@ class RetryPolicy:
             token_budget_scale=token_budget_scale,
         )
 
-    def _decide_poison(self, failure: Failure, earlier: Sequence[Failure]) -> RetryDecision:
-        if failure.batch_idx is None:
-            return self._decide_counted(failure, len(earlier), self.max_retries_poison)
-        strikes = [(0, past.batch_idx) for past in earlier if past.batch_idx is not None]
+    def _decide_accused(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
+        batch_idx = failure.batch_idx
+        assert batch_idx is not None
+        strikes = [(0, past.batch_idx) for past in history if past.accuses_batch and past.batch_idx is not None]
         breaker = CircuitBreaker(limit=self.max_retries_poison, strikes=strikes)
-        count = breaker.record(0, failure.batch_idx)
-        if breaker.is_open(0, failure.batch_idx):
-            reason = f"circuit breaker: batch {failure.batch_idx} failed {count} times ({failure.message})"
+        count = breaker.record(0, batch_idx)
+        if breaker.is_open(0, batch_idx):
+            reason = f"circuit breaker: batch {batch_idx} failed {count} times ({failure.message})"
             return RetryDecision(retry=False, delay_s=0.0, reason=reason)
-        reason = f"batch {failure.batch_idx} failed {count} of {self.max_retries_poison} times ({failure.message})"
+        reason = f"batch {batch_idx} failed {count} of {self.max_retries_poison} times ({failure.message})"
         return RetryDecision(retry=True, delay_s=self.backoff_base_s, reason=reason)

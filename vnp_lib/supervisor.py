@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vnp_lib.config import child_environment
-from vnp_lib.failures import Failure, FailureKind, ShardFailedError, classify_exit
+from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], Awaitable[None]]
@@ -54,29 +54,76 @@ async def run_child(
             limit=_LONGEST_EVENT_BYTES,
             env=child_environment(device),
         )
-    last: Event = {}
-    limit_s = startup_limit_s
+    attempt = _Followed(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)
     try:
         assert child.stdout is not None
-        while (line := await _within(limit_s, child.stdout.readline())).endswith(b"\n"):  # else: the end, or cut by it
-            last = json.loads(line)
-            limit_s = startup_limit_s if last["event"] in ("waiting", "started") else silence_limit_s
-            await on_event(last)
+        while (line := await _within(attempt.limit_s, child.stdout.readline())).endswith(
+            b"\n"
+        ):  # else: the end, or cut
+            attempt.hear(json.loads(line))
+            await on_event(attempt.last)
         await _within(grace_s, child.wait())
     except TimeoutError:
-        raise ShardFailedError(_silence(limit_s, last)) from None
+        raise ShardFailedError(attempt.silence()) from None
     finally:
         await stop_child(child, grace_s)
     if child.returncode:
-        raise ShardFailedError(failure_of(child.returncode, last))
-    return last
+        raise ShardFailedError(attempt.failure(child.returncode))
+    return attempt.last
 
 
-def failure_of(exit_code: int, last: Event) -> Failure:
-    """Judge a child that left with a code other than 0: by its own last word where it had one."""
-    if last.get("event") == "failed":
-        return Failure.from_json(last["failure"] | {"exit_code": exit_code})
-    return classify_exit(exit_code, last_event=last.get("event", ""), batch_idx=last.get("batch_idx"))
+class _Followed:
+    """What a child has said so far, and what that tells when it stops talking."""
+
+    def __init__(self, *, startup_limit_s: float, silence_limit_s: float) -> None:
+        self.last: Event = {}
+        self.limit_s = startup_limit_s
+        self._startup_limit_s = startup_limit_s
+        self._silence_limit_s = silence_limit_s
+        self._in_model: list[int] = []  # batches, oldest first
+        self._oom_kills_before = host_oom_kills()
+
+    def hear(self, event: Event) -> None:
+        self.last = event
+        match event:
+            case {"event": "waiting" | "started"}:
+                self.limit_s = self._startup_limit_s
+            case {"event": "computing", "batch_idx": int(batch_idx)}:
+                self.limit_s = self._silence_limit_s
+                self._in_model.append(batch_idx)
+            case {"event": "batch", "batch_idx": int(batch_idx)}:
+                self._in_model.remove(batch_idx)
+
+    def failure(self, exit_code: int) -> Failure:
+        """Judge a child that left with a code other than 0: by its own last word where it had one."""
+        if self.last.get("event") == "failed":
+            return Failure.from_json(self.last["failure"] | {"exit_code": exit_code})
+        return classify_exit(
+            exit_code,
+            batch_idx=self._suspect(),
+            ran_out_of_host_memory=host_oom_kills() > self._oom_kills_before,
+            last_event=self.last.get("event", ""),
+        )
+
+    def silence(self) -> Failure:
+        return Failure(
+            cause=FailureCause.HANG,
+            message=f"no progress for {self.limit_s:g} s after {self.last.get('event', 'its start')!r}; it was stopped",
+            batch_idx=self._suspect(),
+        )
+
+    def _suspect(self) -> int | None:
+        return self._in_model[0] if self._in_model else None
+
+
+def host_oom_kills(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """How often the kernel's OOM killer has struck in this process's control group; 0 where that cannot be told."""
+    try:
+        own = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::")).removeprefix("0::")
+        events = (root / own.lstrip("/") / "memory.events").read_text().splitlines()
+        return int(next(line for line in events if line.startswith("oom_kill ")).split()[1])
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
@@ -101,15 +148,6 @@ async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
             cancelled = error
     if cancelled:
         raise cancelled
-
-
-def _silence(limit_s: float, last: Event) -> Failure:
-    after = last.get("event", "its start")
-    return Failure(
-        kind=FailureKind.TRANSIENT,
-        message=f"no progress for {limit_s:g} s after {after}; the child was stopped",
-        batch_idx=last.get("batch_idx"),
-    )
 
 
 async def _within(seconds: float, awaitable: Awaitable[T]) -> T:

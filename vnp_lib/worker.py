@@ -106,13 +106,7 @@ class ShardAttempt:
         self._events = events
         self._stop = stop
         self._paths = RunPaths(job.run_dir)
-        self._runner: AsyncInferenceRunner | None = None
-
-    @property
-    def batch_idx(self) -> int | None:
-        """Number of the batch that is in the model, if any."""
-        batch = self._runner and self._runner.current_batch
-        return batch.batch_idx if batch else None
+        self._lock = FileLock(self._paths.shard_lock(job.rank), purpose=f"embed shard {job.rank}")
 
     def run(self) -> ExitCode:
         """Do it. The shard's lock is held until this process ends: another attempt may have to wait for our saving."""
@@ -124,10 +118,10 @@ class ShardAttempt:
         work = find_pending_work(plan, self._paths, self._job.rank)
         self._events.send("started", pending=work.num_sequences, done=work.num_done)
         if work.batches:
-            self._runner = self._load_runner()
+            runner = self._load_runner()
             self._events.send("loaded")
             self._stop.install()
-            self._embed(self._runner, plan, work)
+            self._embed(runner, plan, work)
             if self._stop.is_set():
                 self._events.send("stopped")
                 return ExitCode.STOPPED
@@ -135,10 +129,9 @@ class ShardAttempt:
         return ExitCode.DONE
 
     def _wait_for_lock(self) -> None:
-        lock = FileLock(self._paths.shard_lock(self._job.rank), purpose=f"attempt on shard {self._job.rank}")
         while True:
             try:
-                return lock.acquire(timeout_s=_LOCK_POLL_S)
+                return self._lock.acquire(timeout_s=_LOCK_POLL_S)
             except LockTimeoutError as error:
                 logger.info("%s", error)
                 self._events.send("waiting", message=str(error))
@@ -174,6 +167,7 @@ class ShardAttempt:
             read_batches(plan, work.batches),
             next_checkpoint=work.next_checkpoint,
             should_stop=self._stop.is_set,
+            on_batch=lambda batch: self._events.send("computing", batch_idx=batch.batch_idx),
             on_checkpoint=lambda number, rows: self._events.send("checkpoint", number=number, rows=rows),
         )
         for result in results:
@@ -214,15 +208,12 @@ def main(arguments: Sequence[str]) -> int:
     events = EventStream()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.Thread(target=_stop_when_the_parent_is_gone, daemon=True).start()
-    attempt: ShardAttempt | None = None
     try:
         job = ShardJob.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
-        attempt = ShardAttempt(job, events, StopFlag())
-        return attempt.run()
+        return ShardAttempt(job, events, StopFlag()).run()
     except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
         logger.exception("the attempt failed")
-        failure = classify_exception(error, batch_idx=attempt.batch_idx if attempt else None)
-        events.send("failed", failure=failure.to_json())
+        events.send("failed", failure=classify_exception(error).to_json())
         return ExitCode.FAILED
 
 

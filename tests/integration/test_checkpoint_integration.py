@@ -12,7 +12,7 @@ from flows.embed import embed
 from vnp_lib.checkpoint import load_checkpoint
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
-from vnp_lib.failures import NumericalInstabilityError, StorageError
+from vnp_lib.failures import BatchFailedError, NumericalInstabilityError, StorageError
 from vnp_lib.files import marker_path
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest
@@ -191,8 +191,10 @@ def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
             output["representations"][36][LENGTH + 1, 0] = torch.nan
             return output
 
-    with pytest.raises(NumericalInstabilityError, match=r"1 of 10 rows of batch 0.*seq_1$"):
+    with pytest.raises(BatchFailedError) as caught:
         run(tmp_path, padded_loader(1), threshold=100, model=Broken())
+    assert isinstance(caught.value.__cause__, NumericalInstabilityError)
+    assert str(caught.value.__cause__).endswith("1 of 10 rows of batch 0 are not finite: seq_1")
     assert checkpoints(tmp_path) == []
 
 

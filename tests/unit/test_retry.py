@@ -5,47 +5,47 @@ from __future__ import annotations
 import pytest
 
 from vnp_lib.config import RuntimeConfig
-from vnp_lib.failures import Failure, FailureKind
+from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.retry import CircuitBreaker, RetryPolicy
 
 POLICY = RetryPolicy.from_config(RuntimeConfig())
 
 
-def failure(kind: FailureKind, *, batch_idx: int | None = None, is_permanent: bool = False) -> Failure:
-    return Failure(kind=kind, message="it broke", batch_idx=batch_idx, is_permanent=is_permanent)
+def failure(cause: FailureCause, *, batch_idx: int | None = None) -> Failure:
+    return Failure(cause=cause, message="it broke", batch_idx=batch_idx)
 
 
 def test_preemption_is_retried_for_ever():
-    past = [failure(FailureKind.SPOT_PREEMPTION)] * 10
+    past = [failure(FailureCause.PREEMPTED)] * 10
     decision = POLICY.decide(past[0], past)
     assert (decision.retry, decision.delay_s) == (True, 60.0)
     assert decision.reason == "spot preemption #11, capacity will return"
 
 
-@pytest.mark.parametrize("kind", [FailureKind.OOM, FailureKind.TRANSIENT])
-def test_counted_failures_are_retried_with_growing_delays_and_then_given_up(kind):
+@pytest.mark.parametrize("cause", [FailureCause.GPU_OOM, FailureCause.HARDWARE])
+def test_counted_failures_are_retried_with_growing_delays_and_then_given_up(cause):
     past: list[Failure] = []
     decisions = []
     for _ in range(4):
-        decisions.append(POLICY.decide(failure(kind), past))
-        past.append(failure(kind))
+        decisions.append(POLICY.decide(failure(cause), past))
+        past.append(failure(cause))
     assert [(d.retry, d.delay_s) for d in decisions] == [(True, 1.0), (True, 2.0), (True, 4.0), (False, 0.0)]
     assert "attempt 3/3" in decisions[2].reason
     assert "exhausted 3 retries" in decisions[3].reason
 
 
 def test_only_failures_of_the_same_kind_count():
-    past = [failure(FailureKind.TRANSIENT)] * 3 + [failure(FailureKind.SPOT_PREEMPTION)] * 5
-    assert POLICY.decide(failure(FailureKind.OOM), past).retry
+    past = [failure(FailureCause.UNKNOWN)] * 3 + [failure(FailureCause.PREEMPTED)] * 5
+    assert POLICY.decide(failure(FailureCause.GPU_OOM), past).retry
 
 
 def test_oom_halves_the_token_budget():
-    assert POLICY.decide(failure(FailureKind.OOM), []).token_budget_scale == 0.5
-    assert POLICY.decide(failure(FailureKind.TRANSIENT), []).token_budget_scale == 1.0
+    assert POLICY.decide(failure(FailureCause.GPU_OOM), []).token_budget_scale == 0.5
+    assert POLICY.decide(failure(FailureCause.UNKNOWN), []).token_budget_scale == 1.0
 
 
 def test_the_same_batch_twice_opens_the_circuit():
-    first, other = failure(FailureKind.POISON_INPUT, batch_idx=42), failure(FailureKind.POISON_INPUT, batch_idx=7)
+    first, other = failure(FailureCause.DEVICE_ASSERT, batch_idx=42), failure(FailureCause.DEVICE_ASSERT, batch_idx=7)
     assert POLICY.decide(first, []).retry
     assert POLICY.decide(other, [first]).retry
     second = POLICY.decide(first, [first, other])
@@ -53,8 +53,20 @@ def test_the_same_batch_twice_opens_the_circuit():
     assert second.reason.startswith("circuit breaker: batch 42 failed 2 times")
 
 
+def test_a_batch_at_which_the_process_dies_has_strikes_too():
+    """A segmentation fault, a hang, an exit without a word: twice at the same batch is enough, whichever they were."""
+    crash = failure(FailureCause.NATIVE_CRASH, batch_idx=3)
+    assert POLICY.decide(crash, []).retry
+    assert not POLICY.decide(failure(FailureCause.HANG, batch_idx=3), [crash]).retry
+
+
+def test_hardware_never_strikes_a_batch():
+    past = [failure(FailureCause.HARDWARE, batch_idx=3), failure(FailureCause.KILLED, batch_idx=3)]
+    assert POLICY.decide(failure(FailureCause.DEVICE_ASSERT, batch_idx=3), past).retry
+
+
 def test_what_can_only_fail_again_is_not_tried_again():
-    decision = POLICY.decide(failure(FailureKind.TRANSIENT, is_permanent=True), [])
+    decision = POLICY.decide(failure(FailureCause.BUG), [])
     assert not decision.retry
     assert "it broke" in decision.reason
 
