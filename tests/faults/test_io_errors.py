@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.faults.compare import Outcome, assert_as_uninterrupted, assert_recovers, assert_untouched, committed_files
+from tests.faults.compare import (
+    Outcome,
+    assert_as_uninterrupted,
+    assert_recovers,
+    assert_untouched,
+    committed_files,
+    committed_ordinals,
+)
 from tests.faults.figures import record_figure
 from tests.faults.ops import DenyingOps, ShortWritingOps, install
 from tests.faults.scenarios import copy_of, damage_in_the_middle, new_directory, prepare
@@ -71,17 +78,21 @@ def refuse(directory: Path, seed: int, refusals: list[Refusal], template: Path, 
     committed = committed_files(run_dir, oracle)
     ended = call(run_refused, run_dir, refusals[seed], oracle)
     assert not ended.error, f"{refusals[seed]}: {ended.error}"
+    is_complete, acknowledged = ended.value
     assert_untouched(committed)
+    assert acknowledged <= committed_ordinals(run_dir, oracle), refusals[seed]
     assert_recovers(run_dir, oracle)
-    return ended.value
+    return is_complete
 
 
-def run_refused(run_dir: Path, refusal: Refusal, oracle: Outcome) -> bool:
+def run_refused(run_dir: Path, refusal: Refusal, oracle: Outcome) -> tuple[bool, set[int]]:
+    """Whether the run ended well, and what it has called durable."""
     ops = DenyingOps(refusal.operation, refusal.code, for_good=refusal.for_good)
     install(ops)
+    acknowledged: set[int] = set()
     is_complete = False
     try:
-        is_complete = run_to_the_end(run_dir)
+        is_complete = run_to_the_end(run_dir, acknowledge=acknowledged.update)
     except (StorageError, ConfigError):
         pass
     except OSError as error:
@@ -90,7 +101,7 @@ def run_refused(run_dir: Path, refusal: Refusal, oracle: Outcome) -> bool:
     assert not ops.synced_again, "a descriptor was synced again after a sync of it had failed"
     if is_complete:
         assert_as_uninterrupted(run_dir, oracle)
-    return is_complete
+    return is_complete, acknowledged
 
 
 def write_short(directory: Path, seed: int, for_good: bool, oracle: Outcome) -> None:
