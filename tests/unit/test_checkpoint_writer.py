@@ -840,6 +840,40 @@ def test_two_files_that_changed_places_are_not_believed(tmp_path: Path) -> None:
     assert survey_checkpoints(tmp_path, RUN, verify_digests=True).valid == ()
 
 
+def test_a_quick_survey_sees_a_file_of_another_size(tmp_path: Path) -> None:
+    """It reads the markers only, and asks the file system for the sizes."""
+    first, second = write_shard(tmp_path, 2)
+    with first.open("ab") as file:
+        file.write(b"\0")
+    survey = survey_checkpoints(tmp_path, RUN, verify_digests=False)
+    assert [record.path for record in survey.valid] == [second]
+    assert [damage.path for damage in survey.damaged] == [first]
+
+
+def test_a_file_that_does_not_fit_its_marker_never_reaches_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint_file(tmp_path, 0)
+    write(path, [0, 1, 2])
+    flip_bit(path, 9000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has been given the bytes"))
+    with pytest.raises(CheckpointError, match="bytes have changed"):
+        load_checkpoint(path, fingerprint=RUN)
+
+
+def test_what_a_killed_writer_left_unpublished_is_not_read(tmp_path: Path) -> None:
+    """Another file and another marker, each whole, under their temporary names."""
+    path = checkpoint_file(tmp_path, 0)
+    write(path, [3, 4])
+    for source in (path, marker_path(path)):
+        source.rename(source.with_name(f".tmp-{source.name}-host-7-0123abcd"))
+    assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
+    write(path, [0, 1, 2])
+    (record,) = survey_checkpoints(tmp_path, RUN, verify_digests=True).valid
+    assert record.ordinals.tolist() == [0, 1, 2]
+    assert resume_from_checkpoints(tmp_path, 0).ids == ids_of([0, 1, 2])
+
+
 @pytest.mark.parametrize("fingerprint", ["ee" * 32, None])
 def test_a_checkpoint_of_another_run_is_not_believed(tmp_path: Path, fingerprint: str | None) -> None:
     path = checkpoint_file(tmp_path, 0)
@@ -941,6 +975,15 @@ def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(tmp_path: Path, pl
         load_checkpoint(path, fingerprint=None)
     assert resume_from_checkpoints(tmp_path, 0).ids == []
     assert not proof.exists()
+
+
+def test_torch_by_itself_would_run_no_code_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were our look at the pickle to miss something."""
+    path = tmp_path / "batch_00000.pt"
+    write_by_hand(path, content_by_hand(metadata=RunsCode(os.mkdir, str(tmp_path / "proof"))))
+    monkeypatch.setattr(checkpoint, "_check_archive", lambda *_: None)
+    assert "Weights only load failed" in validate_checkpoint_pt(path)[1]
+    assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize("member", ["archive/data/0", "archive/data.pkl"])

@@ -6,7 +6,7 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -355,6 +355,22 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeyp
 
     monkeypatch.setattr(vnp_lib.dataset, "_distribute", distribute_and_damage)
     with pytest.raises(StorageError, match=r"bucket-00002-.* does not give back what was written to it"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = vnp_lib.dataset._Buckets.take
+
+    def take_twice(buckets: Any, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        ordinals, rows = take(buckets, part)
+        ordinals[1] = ordinals[0]
+        return ordinals, rows
+
+    monkeypatch.setattr(vnp_lib.dataset._Buckets, "take", take_twice)
+    with pytest.raises(StorageError, match="came back from disk incomplete"):
         run.assemble()
     assert not run.paths.success.exists()
 

@@ -232,6 +232,15 @@ except FileExistsError:
         assert sorted(outcomes.values()) == ["lost", "lost", "lost", "won"]
         assert os.listdir(tmp_path) == ["a"]
 
+    def test_two_writers_of_one_name_do_not_meet_before_they_publish(self, tmp_path: Path) -> None:
+        """Not even in one process: each has a temporary file of its own."""
+        with durable_file(tmp_path / "a", replace=True) as later:
+            later.write(b"of the ")
+            write_file(tmp_path / "a", b"of the earlier")
+            later.write(b"later")
+        assert (tmp_path / "a").read_bytes() == b"of the later"
+        assert os.listdir(tmp_path) == ["a"]
+
     def test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death(self, tmp_path: Path) -> None:
         code = """
 with durable_file(Path(sys.argv[1])) as file:
@@ -519,6 +528,14 @@ for _ in range(50):
         use_ops(RecordingOps(1, errno.ENOLCK))
         with pytest.raises(StorageError, match="choose a file system with locks"):
             FileLock(tmp_path / "a.lock", purpose="try").acquire(timeout_s=0)
+
+    def test_a_link_in_the_place_of_the_lock_file_is_not_followed(self, tmp_path: Path) -> None:
+        """Who holds a lock empties its file and writes a name there: nobody's own file may be meant."""
+        (tmp_path / "precious").write_text("content")
+        (tmp_path / "a.lock").symlink_to(tmp_path / "precious")
+        with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
+            FileLock(tmp_path / "a.lock", purpose="try").acquire(timeout_s=0)
+        assert (tmp_path / "precious").read_text() == "content"
 
     @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"host": "h"}), "\x00"])
     def test_a_lock_file_that_names_nobody_is_no_obstacle(self, tmp_path: Path, content: str) -> None:

@@ -1,0 +1,124 @@
+"""An attempt on a shard, without its model: what is left to do, whose turn it is, and how it is stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from vnp_lib import worker
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.failures import ExitCode, InputError
+from vnp_lib.files import FileLock, make_directory
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.worker import ShardAttempt, ShardJob, StopFlag, find_pending_work
+
+MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    paths = RunPaths(tmp_path / "run")
+    for rank in (0, 1, 7):
+        make_directory(paths.shard_dir(rank))
+    return paths
+
+
+@pytest.fixture
+def plan(paths: RunPaths, tiny_fasta: Path) -> RunPlan:
+    return make_plan(paths, [tiny_fasta], MODEL, num_shards=2, token_budget=100)
+
+
+def commit(plan: RunPlan, path: Path, ordinals: NDArray[np.int64]) -> None:
+    metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(path, torch.ones(ordinals.size, 4), plan.ids(ordinals), metadata)
+
+
+def job_of(plan: RunPlan, paths: RunPaths, **changes: Any) -> ShardJob:
+    fields: dict[str, Any] = {
+        "run_dir": paths.run_dir,
+        "rank": 0,
+        "fingerprint": plan.fingerprint,
+        "model": MODEL.model,
+        "weights": "random",
+        "weights_digest": MODEL.weights_digest,
+        "dtype": "float32",
+        "device": "cpu",
+        "num_threads": 1,
+        "checkpoint_seq_threshold": 10,
+        "checkpoint_time_threshold": 300.0,
+    }
+    return ShardJob(**fields | changes)
+
+
+class Events:
+    """Keeps the names of what it is told."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def send(self, event: str, **fields: Any) -> None:
+        self.names.append(event)
+
+
+def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(plan: RunPlan, paths: RunPaths) -> None:
+    """In the order of the plan; a damaged checkpoint costs its own rows, and its number is not used again."""
+    ours = plan.shard_ordinals(0)
+    commit(plan, paths.checkpoint(0, 0), ours[:3])
+    commit(plan, paths.checkpoint(0, 1), ours[3:6])
+    commit(plan, paths.checkpoint(7, 0), ours[8:10])  # of an earlier division into more shards
+    paths.checkpoint(0, 0).write_bytes(b"damaged")
+    work = find_pending_work(plan, paths, 0)
+    left = np.concatenate([ordinals for _, ordinals in work.batches])
+    assert left.tolist() == [*ours[:3], *ours[6:8], *ours[10:]]
+    assert (work.num_sequences, work.num_done) == (ours.size - 5, 5)
+    assert work.next_checkpoint == 2
+
+
+def test_a_job_of_another_run_than_the_plan_is_refused(plan: RunPlan, paths: RunPaths) -> None:
+    attempt = ShardAttempt(job_of(plan, paths, fingerprint="0" * 64), Events(), StopFlag())
+    with pytest.raises(InputError, match="is of another run by now"):
+        attempt.run()
+
+
+def test_an_attempt_waits_while_another_has_the_shard(
+    plan: RunPlan, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before it may still be saving: what is left is looked at only afterwards."""
+    commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
+    monkeypatch.setattr(worker, "_LOCK_POLL_S", 0.01)
+    other = FileLock(paths.shard_lock(0), purpose="save")
+    other.acquire(timeout_s=0)
+
+    class ReleasingEvents(Events):
+        def send(self, event: str, **fields: Any) -> None:
+            super().send(event, **fields)
+            if event == "waiting":
+                other.release()
+
+    events = ReleasingEvents()
+    assert ShardAttempt(job_of(plan, paths), events, StopFlag()).run() == ExitCode.DONE
+    assert events.names == ["waiting", "started", "done"]
+
+
+def test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once() -> None:
+    code = """
+import os, signal
+from vnp_lib.worker import StopFlag
+stop = StopFlag()
+stop.install()
+print(stop.is_set())
+os.kill(os.getpid(), signal.SIGTERM)
+print(stop.is_set(), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here", flush=True)
+"""
+    process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (process.stdout, process.returncode) == ("False\nTrue\n", ExitCode.STOPPED)
