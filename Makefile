@@ -1,10 +1,10 @@
 # make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
-# make check: format, lint, types.
+# make mutants: break it on purpose, and see that the tests notice. make check: format, lint, types.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults check format clean
+.PHONY: embed test faults mutants check format clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -15,6 +15,9 @@ test: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest tests/faults --faults=full --timeout=3600
+
+mutants: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.mutants
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

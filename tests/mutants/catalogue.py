@@ -1,0 +1,742 @@
+"""The mutants: the library with one thing that matters left out or done wrong, and the test that has to notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_FILES = "tests/unit/test_files.py"
+_CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
+_MANIFEST = "tests/unit/test_checkpoint_manifest.py"
+_PLAN = "tests/unit/test_plan.py"
+_DATASET = "tests/unit/test_dataset.py"
+_INFERENCE = "tests/unit/test_inference.py"
+_WORKER = "tests/unit/test_worker.py"
+_RUN = "tests/unit/test_run.py"
+_RUNNER = "tests/integration/test_checkpoint_integration.py"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """A change to one module, told apart by its name."""
+
+    name: str
+    module: str  # of vnp_lib
+    before: str  # occurs exactly once
+    after: str
+    caught_by: tuple[str, ...]  # node ids of pytest
+
+    @property
+    def path(self) -> Path:
+        """The module's file, below the root of the repository."""
+        return Path("vnp_lib", f"{self.module}.py")
+
+    def occurrences(self, root: Path) -> int:
+        """How often `before` is in the module; with anything but 1 this is no mutant any more."""
+        return (root / self.path).read_text(encoding="utf-8").count(self.before)
+
+    def apply(self, root: Path) -> None:
+        path = root / self.path
+        path.write_text(path.read_text(encoding="utf-8").replace(self.before, self.after), encoding="utf-8")
+
+
+_DURABLE_FILES = (
+    Mutant(
+        name="file-not-synced",
+        module="files",
+        before="            ops.fsync(fd)\n",
+        after="",
+        caught_by=(f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",),
+    ),
+    Mutant(
+        name="directory-not-synced",
+        module="files",
+        before="        ops.unlink(temporary)\n        fsync_directory(path.parent)\n",
+        after="        ops.unlink(temporary)\n",
+        caught_by=(f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",),
+    ),
+    Mutant(
+        name="directory-not-synced-after-replace",
+        module="files",
+        before="        ops.replace(temporary, path)\n        fsync_directory(path.parent)\n",
+        after="        ops.replace(temporary, path)\n",
+        caught_by=(f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",),
+    ),
+    Mutant(
+        name="new-directory-not-synced",
+        module="files",
+        before="    fsync_directory(path.parent)\n\n\ndef fsync_directory",
+        after="\n\ndef fsync_directory",
+        caught_by=(f"{_FILES}::TestDirectories::test_what_is_missing_is_made_and_every_parent_synced",),
+    ),
+    Mutant(
+        name="fsync-retried-on-its-descriptor",
+        module="files",
+        before="            ops.fsync(fd)\n",
+        after=(
+            "            try:\n"
+            "                ops.fsync(fd)\n"
+            "            except OSError:\n"
+            "                ops.fsync(fd)\n"
+        ),
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_failed_fsync_is_not_tried_again",),
+    ),
+    Mutant(
+        name="short-write-taken-for-whole",
+        module="files",
+        before="        while view:\n            written = ops.write",
+        after="        if view:\n            written = ops.write",
+        caught_by=(f"{_FILES}::TestDurableFile::test_short_writes_are_completed",),
+    ),
+    Mutant(
+        name="digest-of-memory-instead-of-what-was-written",
+        module="files",
+        before="self._sha256.update(view[:written])",
+        after="self._sha256.update(view)",
+        caught_by=(f"{_FILES}::TestDurableFile::test_short_writes_are_completed",),
+    ),
+    Mutant(
+        name="failed-write-forgotten",
+        module="files",
+        before="            if file.error is not None:\n                raise file.error\n            ops",
+        after="            ops",
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_failed_write_comes_out_though_a_library_hides_it",),
+    ),
+    Mutant(
+        name="temporary-left-after-an-error",
+        module="files",
+        before="        with suppress(OSError):\n            ops.unlink(temporary)\n        if file.error",
+        after="        if file.error",
+        caught_by=(f"{_FILES}::TestDurableFile::test_an_error_in_the_block_leaves_nothing",),
+    ),
+    Mutant(
+        name="failed-publication-left-in-place",
+        module="files",
+        before="            with suppress(OSError):\n                ops.unlink(path)\n        raise",
+        after="            pass\n        raise",
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_publication_that_fails_anywhere_leaves_no_file",),
+    ),
+    Mutant(
+        name="rename-over-anothers-file",
+        module="files",
+        before="    if replace:\n        ops.replace",
+        after="    if True:\n        ops.replace",
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_file_that_is_there_is_never_overwritten",),
+    ),
+    Mutant(
+        name="shared-temporary-name",
+        module="files",
+        before='f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"',
+        after='f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}-00000000"',
+        caught_by=(f"{_FILES}::TestDurableFile::test_two_writers_of_one_name_do_not_meet_before_they_publish",),
+    ),
+    Mutant(
+        name="links-followed",
+        module="files",
+        before=" | os.O_NOFOLLOW",
+        after="",
+        caught_by=(f"{_FILES}::TestFileLock::test_a_link_in_the_place_of_the_lock_file_is_not_followed",),
+    ),
+    Mutant(
+        name="temporaries-removed-blindly",
+        module="files",
+        before="        if _is_orphaned(path, now_s=clock()):\n",
+        after="        if True:\n",
+        caught_by=(f"{_FILES}::TestOrphanedTemporaries::test_only_our_own_and_only_those_of_the_dead_go",),
+    ),
+    Mutant(
+        name="temporaries-of-the-living-removed",
+        module="files",
+        before="return not _is_alive(int(pid))",
+        after="return True",
+        caught_by=(
+            f"{_FILES}::TestDurableFile::test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death",
+        ),
+    ),
+    Mutant(
+        name="seal-not-compared",
+        module="files",
+        before='fields.pop("seal", None) == _seal(fields)',
+        after='fields.pop("seal", None) is not None',
+        caught_by=(f"{_FILES}::TestSealedJson::test_no_flipped_bit_passes",),
+    ),
+    Mutant(
+        name="free-space-not-compared",
+        module="files",
+        before="    if free_bytes < size_bytes:\n",
+        after="    if False:\n",
+        caught_by=(f"{_PLAN}::test_a_disk_without_room_is_refused_with_both_figures",),
+    ),
+)
+
+_LOCKS = (
+    Mutant(
+        name="lock-not-taken",
+        module="files",
+        before="return ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        after="return None",
+        caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
+    ),
+    Mutant(
+        name="lock-file-unlinked",
+        module="files",
+        before="            ops.flock(fd, fcntl.LOCK_UN)\n",
+        after="            ops.unlink(self.path)\n            ops.flock(fd, fcntl.LOCK_UN)\n",
+        caught_by=(f"{_MANIFEST}::test_the_lock_file_is_never_removed",),
+    ),
+    Mutant(
+        name="lock-kept-after-release",
+        module="files",
+        before="            ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                ops.close(fd)\n",
+        after="            pass\n        finally:\n            try:\n                pass\n",
+        caught_by=(f"{_MANIFEST}::test_manifest_cumulative_sequence_count",),
+    ),
+    Mutant(
+        name="lock-waited-for-without-limit",
+        module="files",
+        before="                if self._clock() >= deadline_s:\n",
+        after="                if self._clock() >= deadline_s + 3600:\n",
+        caught_by=(f"{_FILES}::TestFileLock::test_waiting_ends_at_the_time_limit",),
+    ),
+    Mutant(
+        name="lock-without-a-holders-name",
+        module="files",
+        before="                self._sign(fd)\n",
+        after="",
+        caught_by=(
+            f"{_FILES}::TestFileLock::test_another_process_is_named_while_it_holds_and_not_in_the_way_afterwards",
+        ),
+    ),
+    Mutant(
+        name="manifest-changed-without-its-lock",
+        module="manifest",
+        before="        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n            state = self._read()\n",
+        after="        if True:\n            state = self._read()\n",
+        caught_by=(f"{_MANIFEST}::test_manifest_concurrent_same_shard_updates",),
+    ),
+    Mutant(
+        name="run-directory-not-locked",
+        module="run",
+        before="        lock.acquire(timeout_s=0)\n",
+        after="        lock.release = lambda: None\n",
+        caught_by=(f"{_RUN}::test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder",),
+    ),
+    Mutant(
+        name="shard-not-locked",
+        module="worker",
+        before="        self._wait_for_lock()\n",
+        after="",
+        caught_by=(f"{_WORKER}::test_an_attempt_waits_while_another_has_the_shard",),
+    ),
+)
+
+_WRITER = (
+    Mutant(
+        name="marker-before-the-file",
+        module="checkpoint",
+        before=(
+            "        digest = self._persist(path, lambda: _save(path, content))\n"
+            "        self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))\n"
+        ),
+        after=(
+            "        import io\n\n"
+            "        data = io.BytesIO()\n"
+            "        torch.save(_canonical(content._asdict(), {}), data)\n"
+            "        data.seek(0)\n"
+            "        digest = digest_stream(data)\n"
+            "        self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))\n"
+            "        self._persist(path, lambda: _save(path, content))\n"
+        ),
+        caught_by=(f"{_CHECKPOINT}::test_the_marker_is_written_after_the_file_is_durable",),
+    ),
+    Mutant(
+        name="marker-by-touch",
+        module="checkpoint",
+        before="self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))",
+        after="marker_path(path).touch()",
+        caught_by=(f"{_CHECKPOINT}::test_writer_creates_pt_with_done_marker",),
+    ),
+    Mutant(
+        name="manifest-before-the-checkpoint",
+        module="checkpoint",
+        before="        digest = self._persist(path, lambda: _save(path, content))\n",
+        after=(
+            "        self._record(path, rows=len(sequence_ids))\n"
+            "        digest = self._persist(path, lambda: _save(path, content))\n"
+        ),
+        caught_by=(f"{_CHECKPOINT}::test_the_marker_is_written_after_the_file_is_durable",),
+    ),
+    Mutant(
+        name="writer-error-swallowed",
+        module="checkpoint",
+        before="                else:\n                    raise StorageError(_what_to_do(path, error)) from error\n",
+        after="                else:\n                    return None\n",
+        caught_by=(f"{_CHECKPOINT}::test_writer_async_failure_propagates",),
+    ),
+    Mutant(
+        name="writer-error-not-told-at-the-next-checkpoint",
+        module="checkpoint",
+        before="            self._raise_failures()\n            content",
+        after="            content",
+        caught_by=(f"{_CHECKPOINT}::test_an_error_surfaces_at_the_next_checkpoint_and_stays",),
+    ),
+    Mutant(
+        name="writer-error-not-told-at-the-end",
+        module="checkpoint",
+        before="        if not self._are_failures_told:\n            self._raise_failures()\n",
+        after="",
+        caught_by=(f"{_CHECKPOINT}::test_leaving_the_block_raises_an_error_that_nobody_has_heard_of",),
+    ),
+    Mutant(
+        name="full-disk-not-waited-for",
+        module="checkpoint",
+        before="                    self._sleep(delay_s)\n",
+        after="                    raise\n",
+        caught_by=(f"{_CHECKPOINT}::test_a_full_disk_is_waited_for",),
+    ),
+    Mutant(
+        name="queue-without-a-count",
+        module="checkpoint",
+        before="return self._checkpoints < self._max_checkpoints and ",
+        after="return ",
+        caught_by=(f"{_CHECKPOINT}::test_a_full_queue_holds_the_caller_back",),
+    ),
+    Mutant(
+        name="queue-without-a-size",
+        module="checkpoint",
+        before=" and self._bytes + size_bytes <= self._max_bytes",
+        after="",
+        caught_by=(f"{_CHECKPOINT}::test_a_full_queue_holds_the_caller_back",),
+    ),
+    Mutant(
+        name="tensor-of-the-caller-not-copied",
+        module="checkpoint",
+        before='embeddings.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)',
+        after='embeddings.detach().to("cpu").contiguous()',
+        caught_by=(f"{_CHECKPOINT}::test_writer_copies_numpy_data_safely[tensor]",),
+    ),
+    Mutant(
+        name="array-of-the-caller-not-copied",
+        module="checkpoint",
+        before="np.array(embeddings, dtype=",
+        after="np.asarray(embeddings, dtype=",
+        caught_by=(f"{_CHECKPOINT}::test_writer_copies_numpy_data_safely[numpy]",),
+    ),
+    Mutant(
+        name="bytes-depend-on-who-made-the-strings",
+        module="checkpoint",
+        before="torch.save(_canonical(content._asdict(), {}), ",
+        after="torch.save(content._asdict(), ",
+        caught_by=(f"{_CHECKPOINT}::test_the_same_content_gives_the_same_bytes",),
+    ),
+    Mutant(
+        name="valid-checkpoint-moved-out-of-the-way",
+        module="checkpoint",
+        before='        raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", str(path))\n',
+        after="        set_aside(path)\n",
+        caught_by=(f"{_CHECKPOINT}::test_another_writers_checkpoint_is_never_overwritten",),
+    ),
+    Mutant(
+        name="rows-that-are-not-finite-written",
+        module="checkpoint",
+        before="    if not torch.isfinite(content.embeddings).all():\n        raise NumericalInstabilityError",
+        after="    if False:\n        raise NumericalInstabilityError",
+        caught_by=(f"{_CHECKPOINT}::test_what_no_reader_would_take_is_refused_at_the_door",),
+    ),
+)
+
+_READER = (
+    Mutant(
+        name="digest-not-compared",
+        module="checkpoint",
+        before='    if digest_stream(file).sha256 != marker["sha256"]:\n',
+        after="    if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_two_files_that_changed_places_are_not_believed",),
+    ),
+    Mutant(
+        name="size-not-compared",
+        module="checkpoint",
+        before='    if size_bytes != marker["size_bytes"]:\n',
+        after="    if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_a_quick_survey_sees_a_file_of_another_size",),
+    ),
+    Mutant(
+        name="content-read-before-its-digest",
+        module="checkpoint",
+        before=(
+            "            _verify_digest(file, marker)\n        content = _parse(file, may_be_integers=marker is None)\n"
+        ),
+        after=(
+            "            pass\n"
+            "        content = _parse(file, may_be_integers=marker is None)\n"
+            "        if marker is not None:\n"
+            "            file.seek(0)\n"
+            "            _verify_digest(file, marker)\n"
+        ),
+        caught_by=(f"{_CHECKPOINT}::test_a_file_that_does_not_fit_its_marker_never_reaches_torch",),
+    ),
+    Mutant(
+        name="pickles-that-run-code-loaded",
+        module="checkpoint",
+        before="weights_only=True)\n",
+        after="weights_only=False)\n",
+        caught_by=(f"{_CHECKPOINT}::test_torch_by_itself_would_run_no_code_either",),
+    ),
+    Mutant(
+        name="pickle-not-looked-at",
+        module="checkpoint",
+        before="        _check_pickle(archive.read",
+        after="        len(archive.read",
+        caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+    ),
+    Mutant(
+        name="compressed-members-unpacked",
+        module="checkpoint",
+        before="        if any(member.compress_type != zipfile.ZIP_STORED for member in members):\n",
+        after="        if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_an_archive_with_compressed_members_is_refused",),
+    ),
+    Mutant(
+        name="strides-that-claim-more-than-the-file-believed",
+        module="checkpoint",
+        before="    if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):\n",
+        after="    if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+    ),
+    Mutant(
+        name="empty-marker-believed",
+        module="checkpoint",
+        before='    elif "fingerprint" in content.metadata:\n',
+        after="    elif False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch",),
+    ),
+    Mutant(
+        name="empty-marker-believed-in-the-flow",
+        module="checkpoint",
+        before="may_be_bare=False)",
+        after="may_be_bare=True)",
+        caught_by=(f"{_CHECKPOINT}::test_an_empty_marker_is_never_enough_for_the_flow",),
+    ),
+    Mutant(
+        name="marker-and-content-not-compared",
+        module="checkpoint",
+        before="        _require_agreement(content, marker)\n",
+        after="        pass\n",
+        caught_by=(f"{_CHECKPOINT}::test_a_marker_that_says_otherwise_is_not_believed",),
+    ),
+    Mutant(
+        name="rows-that-are-not-finite-read",
+        module="checkpoint",
+        before="    if not torch.isfinite(content.embeddings).all():\n        raise CheckpointError",
+        after="    if False:\n        raise CheckpointError",
+        caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+    ),
+    Mutant(
+        name="temporary-marker-trusted",
+        module="files",
+        before="    marker = marker_path(path)\n    fields = read_sealed_json(marker)\n",
+        after=(
+            "    marker = next(path.parent.glob(f'.tmp-{path.name}.done-*'), marker_path(path))\n"
+            "    fields = read_sealed_json(marker)\n"
+        ),
+        caught_by=(f"{_CHECKPOINT}::test_what_a_killed_writer_left_unpublished_is_not_read",),
+    ),
+    Mutant(
+        name="temporary-manifest-trusted",
+        module="manifest",
+        before="        state = read_sealed_json(self.path)\n",
+        after='        state = read_sealed_json(next(self.path.parent.glob(".tmp-*"), self.path))\n',
+        caught_by=(f"{_MANIFEST}::test_a_writer_killed_at_any_operation_leaves_a_valid_manifest",),
+    ),
+)
+
+_RESUME = (
+    Mutant(
+        name="fingerprint-of-a-checkpoint-not-compared",
+        module="checkpoint",
+        before='    if fingerprint is not None and marker.get("fingerprint") != fingerprint:\n',
+        after="    if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_a_checkpoint_of_another_run_is_not_believed",),
+    ),
+    Mutant(
+        name="fingerprint-not-compared-on-resume",
+        module="checkpoint",
+        before="    if fingerprint is not None and found != fingerprint:\n",
+        after="    if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_resuming_another_run_is_refused_and_touches_nothing",),
+    ),
+    Mutant(
+        name="fingerprint-of-a-run-not-compared",
+        module="plan",
+        before="    if differing:\n",
+        after="    if False:\n",
+        caught_by=(f"{_PLAN}::test_a_directory_of_another_model_is_refused_and_untouched",),
+    ),
+    Mutant(
+        name="fingerprint-of-the-path",
+        module="plan",
+        before="sequences_sha256=self._sha256.hexdigest()",
+        after='sequences_sha256=hashlib.sha256(" ".join(map(str, fasta)).encode()).hexdigest()',
+        caught_by=(
+            f"{_PLAN}::test_the_fingerprint_depends_on_content_and_not_on_files",
+            f"{_PLAN}::test_a_directory_of_other_sequences_is_refused_and_untouched",
+        ),
+    ),
+    Mutant(
+        name="survey-stops-at-the-first-damage",
+        module="checkpoint",
+        before="            damaged.append(_damage(path, error))\n    return Survey(",
+        after="            damaged.append(_damage(path, error))\n            break\n    return Survey(",
+        caught_by=(f"{_CHECKPOINT}::test_a_damaged_checkpoint_in_the_middle_costs_that_one",),
+    ),
+    Mutant(
+        name="shard-healed-without-reading-it",
+        module="checkpoint",
+        before='f"shard_{rank}", rank, fingerprint, verify_digests=True)',
+        after='f"shard_{rank}", rank, fingerprint, verify_digests=False)',
+        caught_by=(f"{_CHECKPOINT}::test_healing_a_shard_frees_the_damaged_and_touches_no_other",),
+    ),
+    Mutant(
+        name="names-that-nobody-synced-believed",
+        module="checkpoint",
+        before="        _sync_names(shard_dir)\n",
+        after="        pass\n",
+        caught_by=(f"{_CHECKPOINT}::test_a_name_that_no_writer_synced_is_synced_before_it_is_believed",),
+    ),
+    Mutant(
+        name="failing-storage-worked-on",
+        module="checkpoint",
+        before="    if len(lost) > 3 and len(lost) * 100 > total:\n",
+        after="    if False:\n",
+        caught_by=(f"{_CHECKPOINT}::test_much_damage_means_that_the_storage_is_failing",),
+    ),
+    Mutant(
+        name="resumed-ids-through-a-set",
+        module="checkpoint",
+        before="        ids=[id_ for _, content in usable for id_ in content.sequence_ids],\n",
+        after="        ids=list({id_ for _, content in usable for id_ in content.sequence_ids}),\n",
+        caught_by=(f"{_CHECKPOINT}::test_resume_data_integrity_no_corruption",),
+    ),
+    Mutant(
+        name="unread-ids-counted-as-done",
+        module="inference",
+        before="batch_idx=RESUMED\n                )\n        batches = without_done(numbered_batches(dataloader), resumed_ids)\n",
+        after=(
+            "batch_idx=RESUMED\n                )\n"
+            "            resumed_ids = resumed_ids + _\n"
+            "        batches = without_done(numbered_batches(dataloader), resumed_ids)\n"
+        ),
+        caught_by=(f"{_RUNNER}::test_resume_skips_corrupted_checkpoint",),
+    ),
+    Mutant(
+        name="resumed-rows-computed-again-by-the-runner",
+        module="inference",
+        before="        batches = without_done(numbered_batches(dataloader), resumed_ids)\n",
+        after="        batches = numbered_batches(dataloader)\n",
+        caught_by=(f"{_RUNNER}::test_five_resumes_write_every_row_once",),
+    ),
+    Mutant(
+        name="resumed-rows-computed-again-by-the-worker",
+        module="worker",
+        before="batch[~is_done[batch]]",
+        after="batch",
+        caught_by=(f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",),
+    ),
+    Mutant(
+        name="another-runs-plan-followed",
+        module="worker",
+        before="        if plan.fingerprint != self._job.fingerprint:\n",
+        after="        if False:\n",
+        caught_by=(f"{_WORKER}::test_a_job_of_another_run_than_the_plan_is_refused",),
+    ),
+    Mutant(
+        name="checkpoint-counted-twice-in-the-manifest",
+        module="manifest",
+        before='    shard["num_checkpoints"] += 1 - len(replaced)\n',
+        after='    shard["num_checkpoints"] += 1\n',
+        caught_by=(f"{_MANIFEST}::test_the_same_checkpoint_again_counts_once",),
+    ),
+    Mutant(
+        name="manifest-grows-with-the-run",
+        module="manifest",
+        before="[*others, entry][-MAX_CHECKPOINTS_LISTED:]",
+        after="[*others, entry]",
+        caught_by=(f"{_MANIFEST}::test_an_update_costs_the_same_however_many_there_were",),
+    ),
+    Mutant(
+        name="damaged-manifest-fatal",
+        module="manifest",
+        before=(
+            '            logger.warning("%s; it is made anew from the checkpoints", error)\n            return None\n'
+        ),
+        after="            raise\n",
+        caught_by=(f"{_MANIFEST}::test_a_damaged_manifest_is_made_anew_from_the_checkpoints",),
+    ),
+)
+
+_LOOP = (
+    Mutant(
+        name="ids-through-a-set",
+        module="inference",
+        before="            [sequence_id for batch in batches for sequence_id in batch.sequence_ids],\n",
+        after="            list({sequence_id for batch in batches for sequence_id in batch.sequence_ids}),\n",
+        caught_by=(f"{_RUNNER}::test_runner_final_checkpoint_captures_remaining",),
+    ),
+    Mutant(
+        name="last-batches-in-no-checkpoint",
+        module="inference",
+        before="                unsaved.write(reason)\n",
+        after="                pass\n",
+        caught_by=(f"{_RUNNER}::test_runner_final_checkpoint_captures_remaining",),
+    ),
+    Mutant(
+        name="rows-before-a-failure-lost",
+        module="inference",
+        before="                unsaved.write(reason)\n",
+        after='                if reason == "final":\n                    unsaved.write(reason)\n',
+        caught_by=(f"{_RUNNER}::test_what_was_computed_before_a_failure_is_kept",),
+    ),
+    Mutant(
+        name="batch-split-over-two-checkpoints",
+        module="inference",
+        before="                unsaved.add(batch, rows)\n",
+        after=(
+            "                is_first = np.arange(batch.num_sequences) < batch.num_sequences // 2\n"
+            "                unsaved.add(batch.select(is_first), rows[is_first])\n"
+            '                unsaved.write("")\n'
+            "                unsaved.add(batch.select(~is_first), rows[~is_first])\n"
+        ),
+        caught_by=(f"{_RUNNER}::test_runner_checkpoint_at_batch_boundary_only",),
+    ),
+    Mutant(
+        name="checkpoint-announced-before-it-is-durable",
+        module="inference",
+        before="        written.add_done_callback(lambda future: self._announce(future, number, len(rows)))\n",
+        after=("        if self._on_checkpoint is not None:\n            self._on_checkpoint(number, len(rows))\n"),
+        caught_by=(f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",),
+    ),
+    Mutant(
+        name="failed-checkpoint-announced",
+        module="inference",
+        before=" and not written.cancelled() and written.exception() is None",
+        after="",
+        caught_by=(f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",),
+    ),
+    Mutant(
+        name="rows-that-are-not-finite-accepted",
+        module="inference",
+        before="        if bad:\n",
+        after="        if False:\n",
+        caught_by=(f"{_RUNNER}::test_a_row_that_is_not_finite_is_an_error_that_names_it",),
+    ),
+    Mutant(
+        name="stop-ignored-by-the-loop",
+        module="inference",
+        before="                if should_stop():\n",
+        after="                if False:\n",
+        caught_by=(f"{_INFERENCE}::test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept",),
+    ),
+    Mutant(
+        name="sigterm-ignored-by-the-worker",
+        module="worker",
+        before="            os._exit(ExitCode.STOPPED)\n        self._is_set = True\n",
+        after="            os._exit(ExitCode.STOPPED)\n",
+        caught_by=(f"{_WORKER}::test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once",),
+    ),
+    Mutant(
+        name="second-sigterm-ignored-by-the-worker",
+        module="worker",
+        before="        if self._is_set:\n            os._exit(ExitCode.STOPPED)\n",
+        after="",
+        caught_by=(f"{_WORKER}::test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once",),
+    ),
+)
+
+_ASSEMBLY = (
+    Mutant(
+        name="rows-placed-by-arrival",
+        module="dataset",
+        before="return ordinals[ascending], values.reshape(-1, self.dim)[ascending]",
+        after="return ordinals[ascending], values.reshape(-1, self.dim)",
+        caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+    ),
+    Mutant(
+        name="copies-not-fanned-out",
+        module="dataset",
+        before="ordinals, sources = copies.fan_out(record.ordinals[rows])",
+        after="ordinals, sources = record.ordinals[rows], np.arange(rows.size)",
+        caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+    ),
+    Mutant(
+        name="copies-given-a-neighbours-row",
+        module="dataset",
+        before="        sources = np.repeat(np.arange(ordinals.size), counts)\n",
+        after="        sources = np.roll(np.repeat(np.arange(ordinals.size), counts), 1)\n",
+        caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+    ),
+    Mutant(
+        name="ordinal-of-two-checkpoints-taken-twice",
+        module="dataset",
+        before="rows = np.flatnonzero(~is_placed[record.ordinals])",
+        after="rows = np.arange(record.ordinals.size)",
+        caught_by=(f"{_DATASET}::test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts",),
+    ),
+    Mutant(
+        name="missing-ordinals-accepted",
+        module="dataset",
+        before="    is_covered = is_computed[plan.representatives]\n",
+        after="    is_covered = is_computed[plan.representatives] | ~is_quarantined\n",
+        caught_by=(f"{_DATASET}::test_missing_sequences_are_counted_and_ten_are_named",),
+    ),
+    Mutant(
+        name="ordinals-of-a-part-not-counted",
+        module="dataset",
+        before="    if not np.array_equal(ordinals, expected):\n",
+        after="    if False:\n",
+        caught_by=(f"{_DATASET}::test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset",),
+    ),
+    Mutant(
+        name="ids-of-a-checkpoint-not-compared-with-the-plan",
+        module="dataset",
+        before="    if checkpoint.sequence_ids != plan.ids(record.ordinals):\n",
+        after="    if False:\n",
+        caught_by=(f"{_DATASET}::test_a_checkpoint_that_gives_rows_other_ids_makes_no_dataset",),
+    ),
+    Mutant(
+        name="quarantined-and-computed-accepted",
+        module="dataset",
+        before='    _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")\n',
+        after="",
+        caught_by=(f"{_DATASET}::test_a_sequence_both_computed_and_in_quarantine_is_refused",),
+    ),
+    Mutant(
+        name="rows-that-are-not-finite-assembled",
+        module="dataset",
+        before="    _require_finite(plan, ordinals, rows)\n",
+        after="",
+        caught_by=(f"{_DATASET}::test_a_row_that_is_not_finite_is_named",),
+    ),
+    Mutant(
+        name="success-left-while-parts-are-rewritten",
+        module="dataset",
+        before="    if paths.success.exists():\n",
+        after="    if False:\n",
+        caught_by=(f"{_DATASET}::test_an_interrupted_assembly_is_invisible_and_starts_over",),
+    ),
+    Mutant(
+        name="bucket-not-compared-with-what-was-written",
+        module="dataset",
+        before="        if zlib.crc32(values.data) != self._crc32[part]:\n",
+        after="        if False:\n",
+        caught_by=(f"{_DATASET}::test_a_bucket_that_does_not_give_back_its_bytes_is_noticed",),
+    ),
+    Mutant(
+        name="parts-not-compared-with-success",
+        module="dataset",
+        before='digest.sha256 == part["sha256"]',
+        after="digest.sha256",
+        caught_by=(f"{_DATASET}::test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row",),
+    ),
+)
+
+MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY)
