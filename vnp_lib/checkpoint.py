@@ -347,7 +347,7 @@ class Survey:
         """Which of a run's ordinals are in valid checkpoints, bool (num_sequences,)."""
         is_done = np.zeros(num_sequences, dtype=bool)
         for record in self.valid:
-            is_done[record.ordinals] = True
+            is_done[record.ordinals[record.ordinals < num_sequences]] = True  # assembly refuses what has others
         return is_done
 
     def require_sound_storage(self) -> None:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vnp_lib import files
-from vnp_lib.failures import IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.plan import RunPaths, RunPlan
 
 if TYPE_CHECKING:  # torch takes seconds to import, and readers of a dataset do without
@@ -84,7 +84,8 @@ def assemble(
     Raises:
         IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, or in both.
         NumericalInstabilityError: A row is not finite.
-        StorageError: A checkpoint does not prove itself or does not fit the plan, or the dataset cannot be written.
+        CheckpointError: A checkpoint does not prove itself or does not fit the plan.
+        StorageError: The dataset cannot be written.
     """
     is_quarantined = _with_copies(plan, quarantined)
     content = {"fingerprint": plan.fingerprint, "quarantined_sha256": _ordinals_sha256(is_quarantined)}
@@ -127,7 +128,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, *, dim: int) -> Checkp
     """Read a checkpoint whole, and check that it holds what its marker and the plan say.
 
     Raises:
-        StorageError: It does not prove itself (CheckpointError), or does not fit; says what to do.
+        CheckpointError: It does not prove itself, or does not fit; says what to do.
     """
     from vnp_lib.checkpoint import load_checkpoint
 
@@ -261,9 +262,11 @@ def _require_planned(plan: RunPlan, record: CheckpointRecord) -> None:
     ordinals = record.ordinals
     is_known = (ordinals >= 0) & (ordinals < plan.num_sequences)
     if not is_known.all() or (plan.representatives[ordinals] != ordinals).any():
-        raise StorageError(f"{record.path} holds ordinals that the plan does not compute; move it and its marker away")
+        raise CheckpointError(
+            f"{record.path} holds ordinals that the plan does not compute; move it and its marker away"
+        )
     if np.unique(ordinals).size != ordinals.size:
-        raise StorageError(f"{record.path} holds an ordinal twice; move it and its marker away")
+        raise CheckpointError(f"{record.path} holds an ordinal twice; move it and its marker away")
 
 
 def _refuse_ordinals(plan: RunPlan, mask: NDArray[np.bool_], what: str) -> None:
@@ -329,13 +332,13 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
 
 def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, dim: int) -> None:
     if checkpoint.embeddings.shape != (record.ordinals.size, dim):
-        raise StorageError(
+        raise CheckpointError(
             f"{record.path} has rows of shape {checkpoint.embeddings.shape}; ({record.ordinals.size}, {dim}) is wanted"
         )
     if checkpoint.metadata.get("ordinals") != record.ordinals.tolist():
-        raise StorageError(f"{record.path} and its marker differ in their ordinals; move both away")
+        raise CheckpointError(f"{record.path} and its marker differ in their ordinals; move both away")
     if checkpoint.sequence_ids != plan.ids(record.ordinals):
-        raise StorageError(f"{record.path} gives its rows other ids than the plan; move it and its marker away")
+        raise CheckpointError(f"{record.path} gives its rows other ids than the plan; move it and its marker away")
 
 
 class _Copies:

@@ -20,6 +20,7 @@ from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, make_plan
+from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
@@ -80,14 +81,14 @@ class Run:
         return self.shard_states()[rank]
 
     def set_damaged_aside(self) -> None:
-        """Read all checkpoints whole and move the damaged ones aside, so that their rows are computed again.
+        """Read all checkpoints whole and move aside those that assembly would not take: their rows are computed again.
 
         Raises:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
         from vnp_lib.checkpoint import set_aside
 
-        survey = self.checkpoints(verify_digests=True)
+        survey = read_checkpoints(self.plan, self.paths)
         survey.require_sound_storage()
         for damage in survey.damaged:
             logger.warning("%s is moved aside: %s", damage.path, damage.reason)

@@ -17,7 +17,7 @@ from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is no run directory is said before
-    from vnp_lib.checkpoint import CheckpointRecord, Damage
+    from vnp_lib.checkpoint import CheckpointRecord, Damage, Survey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +85,29 @@ def verify_run(run_dir: Path) -> RunReport:
     return _with_plan(paths, running, plan)
 
 
-def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> RunReport:
-    from vnp_lib.checkpoint import Survey, survey_checkpoints
+def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
+    """Read all checkpoints whole, and hold their content, not only their bytes, against their markers and the plan."""
+    from vnp_lib.checkpoint import Damage, Survey, survey_checkpoints
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
-    valid, damaged = _read_all(plan, survey.valid)
-    whole = Survey(valid=valid, damaged=(*survey.damaged, *damaged))
-    is_done = whole.done_mask(plan.num_sequences)
+    reasons = [_reason(load_planned, plan, record, dim=survey.valid[0].width) for record in survey.valid]
+    read = list(zip(survey.valid, reasons, strict=True))
+    return Survey(
+        valid=tuple(record for record, reason in read if reason is None),
+        damaged=(
+            *survey.damaged,
+            *(
+                Damage(path=record.path, reason=_without_path(reason, record.path), is_unfinished=False)
+                for record, reason in read
+                if reason is not None
+            ),
+        ),
+    )
+
+
+def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> RunReport:
+    survey = read_checkpoints(plan, paths)
+    is_done = survey.done_mask(plan.num_sequences)
     shards = {rank: plan.shard_ordinals(rank) for rank in range(plan.num_shards)}
     left = {rank: int((~is_done[ordinals]).sum()) for rank, ordinals in shards.items()}
     dataset_damage, dataset_notes = _dataset(paths, plan)
@@ -100,16 +116,16 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
         run_dir=paths.run_dir,
         running=running,
         damage=(
-            *(f"{damage.path}: {damage.reason}" for damage in whole.damaged if not damage.is_unfinished),
-            *_refusal(whole),
-            *(_manifest(paths, valid) if running is None else ()),
+            *(f"{damage.path}: {damage.reason}" for damage in survey.damaged if not damage.is_unfinished),
+            *_refusal(survey),
+            *(_manifest(paths, survey.valid) if running is None else ()),
             *dataset_damage,
         ),
         notes=(
-            *(_unfinished(damage, running) for damage in whole.damaged if damage.is_unfinished),
+            *(_unfinished(damage, running) for damage in survey.damaged if damage.is_unfinished),
             *dataset_notes,
         ),
-        num_checkpoints=len(valid),
+        num_checkpoints=len(survey.valid),
         num_sequences=plan.num_computed,
         to_compute={rank: count for rank, count in left.items() if count},
         has_dataset=has_dataset,
@@ -130,22 +146,6 @@ def _without_plan(paths: RunPaths, running: LockHolder | None, damage: str) -> R
     )
 
 
-def _read_all(
-    plan: RunPlan, records: tuple[CheckpointRecord, ...]
-) -> tuple[tuple[CheckpointRecord, ...], tuple[Damage, ...]]:
-    from vnp_lib.checkpoint import Damage
-
-    valid, damaged = [], []
-    for record in records:
-        reason = _reason(load_planned, plan, record, dim=records[0].width)
-        if reason is None:
-            valid.append(record)
-        else:
-            reason = reason.removeprefix(f"{record.path}: ").removeprefix(f"{record.path} ")
-            damaged.append(Damage(path=record.path, reason=reason, is_unfinished=False))
-    return tuple(valid), tuple(damaged)
-
-
 def _reason(read: Any, *arguments: Any, **options: Any) -> str | None:
     try:
         read(*arguments, **options)
@@ -154,7 +154,11 @@ def _reason(read: Any, *arguments: Any, **options: Any) -> str | None:
     return None
 
 
-def _refusal(survey: Any) -> Iterator[str]:
+def _without_path(reason: str, path: Path) -> str:
+    return reason.removeprefix(f"{path}: ").removeprefix(f"{path} ")
+
+
+def _refusal(survey: Survey) -> Iterator[str]:
     try:
         survey.require_sound_storage()
     except StorageError as error:

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.faults.compare import Outcome, assert_untouched, committed_files, outcome_of
+from tests.faults.damage import copy_of, whole_run
 from tests.faults.figures import record_figure
 from tests.faults.forgery import archive, forgeries, good_content
-from tests.faults.trials import scratch_directory
-from tests.faults.workload import FASTA, config_for, write_fasta
+from tests.faults.trials import call, scratch_directory
+from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import files
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
@@ -123,6 +125,53 @@ def _is_believed(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+FORGED_INTO_A_RUN = ["reduce to os.system, protocol 2, as a zip archive", "bytearray", "stride 0", "TorchScript"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FORGED_INTO_A_RUN, "other ids", "ordinals of nobody", "ordinals in another order"])
+def test_a_run_gets_rid_of_a_forged_checkpoint_and_computes_its_rows(trials, oracle, name):
+    """Though its marker fits, and a resume, which reads digests only, takes it for good."""
+    template = trials.scratch / "forged" / "run"
+    if not template.exists():
+        trials.once(whole_run, template)
+    trials.once(recover_from_forgery, template, name, oracle)
+
+
+def recover_from_forgery(directory: Path, template: Path, name: str, oracle: Outcome) -> None:
+    run_dir = copy_of(template, directory, with_dataset=False)
+    path = RunPaths(run_dir).checkpoint(0, 1)
+    ended = call(forge, path, name, directory / "canary")
+    assert not ended.error, ended.error
+    good = {path_: digest for path_, digest in committed_files(run_dir, oracle).items() if path.name not in path_.name}
+    for _ in range(3):
+        ended = call(run_to_the_end, run_dir)
+        if ended.value:
+            break
+    assert ended.value, ended.error
+    assert call(outcome_of, run_dir).value == oracle
+    assert_untouched(good)
+    assert not (directory / "canary").exists()
+
+
+def forge(path: Path, name: str, canary: Path) -> None:
+    """Put something else in the place of a checkpoint, with a marker that fits it."""
+    held = load_checkpoint(path, fingerprint=None)
+    ordinals = held.metadata["ordinals"]
+    path.unlink()
+    marker_path(path).unlink()
+    if name in FORGED_INTO_A_RUN:
+        path.write_bytes(dict(forgeries(canary))[name])
+        fields = {"ordinals": ordinals, "fingerprint": held.metadata["fingerprint"]}
+        write_marker(path, digest_file(path), rows=len(ordinals), width=8, dtype="float32", **fields)
+        return
+    changed = {"ordinals of nobody": [each + 10_000 for each in ordinals], "ordinals in another order": ordinals[::-1]}
+    ids = [f"x{id_}" for id_ in held.sequence_ids] if name == "other ids" else held.sequence_ids
+    with AsyncCheckpointWriter() as writer:
+        metadata = held.metadata | {"ordinals": changed.get(name, ordinals)}
+        writer.write_checkpoint_async(path, held.embeddings, ids, metadata)
 
 
 def test_there_are_enough_forgeries():
