@@ -31,12 +31,6 @@ class File:
     def sync(self) -> None:
         self._safe, self._unsynced = self._whole(), []
 
-    def flip_a_bit(self, offset: int) -> None:
-        """The disk's own doing: safe at once."""
-        data = bytearray(self._whole())
-        data[offset] ^= 1
-        self._safe, self._unsynced = bytes(data), []
-
     def after_power_loss(self, draw: random.Random) -> bytes:
         """Its bytes, one of the ways that are possible."""
         if not self._unsynced:
@@ -136,9 +130,6 @@ class Disk:
 
     def _fsync_directory(self, path: Path, _: None) -> None:
         self._find(path).sync()
-
-    def _flip_a_bit(self, path: Path, offset: int, _: None) -> None:
-        self._find(path).flip_a_bit(offset)
 
     def _do_nothing(self, *_: Any) -> None:
         """A flock, a close, or an event that is no operation."""

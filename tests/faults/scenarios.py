@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.faults.ops import CountingOps, install
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
+from vnp_lib.checkpoint import load_checkpoint
 from vnp_lib.plan import RunPaths
 
 
@@ -34,13 +35,13 @@ def half_a_run(run_dir: Path) -> None:
 def damage_in_the_middle(run_dir: Path) -> None:
     """Half a run with a bit flipped in its middle checkpoint."""
     half_a_run(run_dir)
-    _flip_a_bit(RunPaths(run_dir).checkpoint(0, 1))
+    _damage_a_row(RunPaths(run_dir).checkpoint(0, 1))
 
 
 def damage_in_the_end(run_dir: Path) -> None:
     """A run that lacks only its dataset, with a bit flipped in a checkpoint."""
     all_but_the_dataset(run_dir)
-    _flip_a_bit(RunPaths(run_dir).checkpoint(0, 1))
+    _damage_a_row(RunPaths(run_dir).checkpoint(0, 1))
 
 
 def no_manifest(run_dir: Path) -> None:
@@ -65,7 +66,8 @@ def all_but_the_dataset(run_dir: Path) -> None:
 def damaged_dataset(run_dir: Path) -> None:
     """A whole run with a bit flipped in a part of its dataset."""
     _whole_run(run_dir)
-    _flip_a_bit(RunPaths(run_dir).embeddings_dir / "part-00001.parquet")
+    part = RunPaths(run_dir).embeddings_dir / "part-00001.parquet"
+    _flip_a_bit(part, part.stat().st_size // 2)
 
 
 SCENARIOS = (
@@ -110,7 +112,13 @@ def _whole_run(run_dir: Path) -> None:
     assert ended.value, ended.error
 
 
-def _flip_a_bit(path: Path) -> None:
+def _damage_a_row(checkpoint: Path) -> None:
+    """Where only the digest can tell: the file still loads, and all of its values are finite."""
+    rows = load_checkpoint(checkpoint, fingerprint=None).embeddings.tobytes()
+    _flip_a_bit(checkpoint, checkpoint.read_bytes().index(rows))
+
+
+def _flip_a_bit(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
