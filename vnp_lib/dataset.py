@@ -8,6 +8,7 @@ is put in order, checked against the plan, and written. `open_dataset` reads it,
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import uuid
 import zlib
@@ -40,6 +41,7 @@ _PART_BYTES = 128 * 1024**2  # of embeddings
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
 _NUM_SHOWN = 10
 _SUCCESS_NAME = "_SUCCESS.json"
+_FOOTER_TAIL_BYTES = 8  # its length and "PAR1" end a Parquet file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +216,7 @@ class EmbeddingDataset:
 
     def _open_part(self, part: int) -> pq.ParquetFile:
         with _damage_is_storage_error(self._path(part)):
+            _require_footer(self._path(part), self.metadata["parts"][part])
             return pq.ParquetFile(self._path(part), memory_map=True, page_checksum_verification=True)
 
     def _column(self, part: int, name: str) -> pa.ChunkedArray:
@@ -428,7 +431,27 @@ def _write_part(
             write_statistics=["ordinal", "id"],
             write_page_checksum=True,
         )
-    return {"name": path.name, "rows": ordinals.size} | asdict(file.digest)
+    return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | _footer(path)
+
+
+def _footer(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a part's end, which says what is where in it: pages have checksums of their own, this has none."""
+    with path.open("rb") as file:
+        file.seek(-_FOOTER_TAIL_BYTES, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+    size_bytes = length + _FOOTER_TAIL_BYTES
+    return {"footer_bytes": size_bytes, "footer_sha256": _sha256_of_end(path, size_bytes)}
+
+
+def _require_footer(path: Path, part: dict[str, Any]) -> None:
+    if _sha256_of_end(path, part["footer_bytes"]) != part["footer_sha256"]:
+        raise StorageError(f"{path} is damaged: its footer is not the one that was written")
+
+
+def _sha256_of_end(path: Path, size_bytes: int) -> str:
+    with path.open("rb") as file:
+        file.seek(-size_bytes, os.SEEK_END)
+        return files.digest_stream(file).sha256
 
 
 def _require_finite(plan: RunPlan, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:

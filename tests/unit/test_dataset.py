@@ -474,3 +474,18 @@ def test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row(run: Run, seed
     except StorageError:
         return
     assert np.array_equal(rows, run.expected_rows())
+
+
+def test_no_flipped_bit_of_a_footer_passes_a_reader(run: Run) -> None:
+    """It says what is where in a part, and Parquet has no checksum for it."""
+    run.assemble()
+    path = run.paths.embeddings_dir / "part-00001.parquet"
+    whole = path.read_bytes()
+    footer_bytes = open_dataset(run.paths.run_dir).metadata["parts"][1]["footer_bytes"]
+    assert int.from_bytes(whole[-8:-4], "little") == footer_bytes - 8
+    for position in range(0, footer_bytes * 8, 13):
+        data = bytearray(whole)
+        data[-1 - position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(StorageError, match="footer"):
+            open_dataset(run.paths.run_dir).ids
