@@ -12,7 +12,7 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 
 from flows.artifacts import ShardArtifact
-from vnp_lib.files import make_directory, write_file
+from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run
 from vnp_lib.supervisor import Event, run_child
@@ -70,7 +70,7 @@ async def embed_shard(run: Run, rank: int, devices: DevicePool, progress: RunPro
 
 async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: RunProgress) -> None:
     runtime = run.config.runtime
-    make_directory(run.paths.shard_dir(rank))
+    run.prepare_shard(rank)
     write_file(run.paths.job(rank), run.shard_job(rank, device).model_dump_json(indent=1).encode(), replace=True)
     artifact = ShardArtifact(rank, interval_s=runtime.artifact_interval_s)
     follower = _Follower(rank, attempt, device, progress, artifact)

@@ -1,13 +1,15 @@
-"""Input that several test modules share."""
+"""Input that several test modules share, and a Prefect of the tests' own."""
 
 from __future__ import annotations
 
 import random
+import textwrap
+from collections.abc import Iterator
 
 import dnaio
 import pytest
 
-from tests.support import EXAMPLE
+from tests.support import EXAMPLE, CommandLine
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -33,3 +35,43 @@ def short_fasta(tmp_path_factory):
             if len(record) <= 200:
                 short.write(record)
     return path
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A server with an empty database, for flows that run in the test's own process."""
+    from prefect.testing.utilities import prefect_test_harness  # seconds to import: for those who ask for it
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def command_line(tmp_path_factory) -> CommandLine:
+    return CommandLine(prefect_home=tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.fixture
+def sabotage(tmp_path, monkeypatch):
+    """Give code to be run by the children of this test as they start, as a `sitecustomize` that Python imports.
+
+    The code sees `rank`, the child's shard, and `attempt`, the number of children this shard has had, from 1.
+    """
+
+    def make(code: str) -> None:
+        directory = tmp_path / "sabotage"
+        directory.mkdir()
+        preamble = f"""
+import os, pathlib, re, sys
+job = re.search(r"shard_([0-9]+)/job.json$", sys.orig_argv[-1])
+if job:
+    rank = int(job[1])
+    tally = pathlib.Path({str(directory)!r}, f"shard_{{rank}}")
+    with tally.open("a") as file:
+        file.write("x")
+    attempt = len(tally.read_text())
+"""
+        (directory / "sitecustomize.py").write_text(preamble + textwrap.indent(textwrap.dedent(code), "    "))
+        monkeypatch.setenv("PYTHONPATH", str(directory))
+
+    return make

@@ -94,6 +94,20 @@ class Run:
             logger.warning("%s is moved aside: %s", damage.path, damage.reason)
             set_aside(damage.path)
 
+    def prepare_shard(self, rank: int) -> None:
+        """See that a shard's directory can take an attempt, before a child is started for it.
+
+        Raises:
+            ConfigError: It is no directory, or cannot be written.
+        """
+        directory = self.paths.shard_dir(rank)
+        try:
+            make_directory(directory)
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be made: {error.strerror}; move away what is there") from None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ConfigError(f"{directory} cannot be written; mend its permissions")
+
     def shard_job(self, rank: int, device: str) -> ShardJob:
         """Describe an attempt on a shard to its child."""
         identity, runtime = self.plan.identity, self.config.runtime

@@ -198,30 +198,6 @@ def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
-@pytest.fixture
-def failing_children(tmp_path, monkeypatch):
-    """Make the first children of chosen shards die, by a `sitecustomize` that real children import as they start."""
-
-    def make(attempts_to_fail: dict[int, int]) -> None:
-        directory = tmp_path / "sabotage"
-        directory.mkdir()
-        (directory / "sitecustomize.py").write_text(
-            f"""
-import os, pathlib, sys
-for rank, attempts in {attempts_to_fail!r}.items():
-    if sys.orig_argv[-1].endswith(f"shard_{{rank}}/job.json"):
-        tally = pathlib.Path({str(directory)!r}, f"shard_{{rank}}")
-        with tally.open("a") as file:
-            file.write("x")
-        if len(tally.read_text()) <= attempts:
-            os._exit(9)
-"""
-        )
-        monkeypatch.setenv("PYTHONPATH", str(directory))
-
-    return make
-
-
 def run_flow(fasta, run_dir, **runtime):
     config = EmbedConfig(
         fasta=(fasta,),
@@ -236,9 +212,9 @@ def run_flow(fasta, run_dir, **runtime):
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_coordinator_retries_failed_worker(tmp_path, tiny_fasta, failing_children):
+def test_coordinator_retries_failed_worker(tmp_path, tiny_fasta, sabotage):
     """Rank 1's real child fails on its first attempt and succeeds on its second: both shards complete."""
-    failing_children({1: 1})
+    sabotage("if rank == 1 and attempt == 1: os._exit(9)")
     outcome = run_flow(tiny_fasta, tmp_path / "run")
     assert outcome.is_completed(), outcome.message
     manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
@@ -248,9 +224,9 @@ def test_coordinator_retries_failed_worker(tmp_path, tiny_fasta, failing_childre
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_coordinator_gives_up_after_max_retries(tmp_path, tiny_fasta, failing_children):
+def test_coordinator_gives_up_after_max_retries(tmp_path, tiny_fasta, sabotage):
     """A child that always fails, two retries: its shard fails, the other one completes, the flow says which."""
-    failing_children({1: 1000})
+    sabotage("if rank == 1: os._exit(9)")
     outcome = run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=2)
     assert outcome.is_failed()
     assert "not embedded: [1]" in outcome.message
@@ -262,9 +238,9 @@ def test_coordinator_gives_up_after_max_retries(tmp_path, tiny_fasta, failing_ch
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_manifest_updated_on_completion(tmp_path, tiny_fasta, failing_children):
+def test_manifest_updated_on_completion(tmp_path, tiny_fasta, sabotage):
     """After a flow run the manifest says which shard is complete and which has failed, and why."""
-    failing_children({1: 1000})
+    sabotage("if rank == 1: os._exit(9)")
     run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=0)
     manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
     complete, failed = manifest.get_shard_status(0), manifest.get_shard_status(1)
