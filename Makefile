@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest
 
 faults: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest tests/faults --faults=full --timeout=3600
+	$(VENV)/bin/pytest tests/faults --faults=full --timeout=14400
 
 mutants: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.mutants
