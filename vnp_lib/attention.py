@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch build without flash attention
-    varlen_attn = None  # type: ignore[assignment]
-
 
 Run = tuple[int, int]  # neighbours of equal length: how many sequences, and how many tokens each
 
@@ -47,9 +42,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
         return _attend_by_runs(q, k, v, layout.runs)
     boundaries, longest = layout.cu_seqlens, layout.max_seqlen
     # In this form, by position, torch 2.10 to 2.13 agree on the arguments.
-    attended = varlen_attn(q, k, v, boundaries, boundaries, longest, longest)
-    assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
-    return attended
+    kernel = _varlen_kernel()
+    assert kernel is not None  # or the layout has runs
+    return kernel(q, k, v, boundaries, boundaries, longest, longest)
 
 
 def rotary_tables(layout: PackedLayout, num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,12 +70,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return (
-        varlen_attn is not None
-        and device.type == "cuda"
+        device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
+        and _varlen_kernel() is not None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention begins with Ampere
     )
+
+
+@cache
+def _varlen_kernel() -> Callable[..., Tensor] | None:
+    """torch's own kernel for packed sequences, if this build has it. Its import takes half a second: for GPUs alone."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn  # type: ignore[return-value]  # a tuple only where auxiliary outputs are asked for
 
 
 def _runs_of_equal_length(cu_seqlens: Tensor) -> tuple[Run, ...]:

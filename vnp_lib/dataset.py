@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from vnp_lib import files
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
-from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths, RunPlan
 
 if TYPE_CHECKING:  # torch takes seconds to import, and readers of a dataset do without
     from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
@@ -81,7 +81,7 @@ def assemble(
         records: Checkpoints. Where two hold the same ordinal, the first by rank and batch_idx counts.
         quarantined: Ordinals that have no embedding; a sequence's copies share its fate.
         clock: Gives the time that goes into `_SUCCESS.json`.
-        part_bytes: Bytes of embeddings in a part.
+        part_bytes: Bytes of rows in a part, their ids and descriptions included.
 
     Raises:
         IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, or in both.
@@ -304,7 +304,7 @@ def _write_dataset(
     part_bytes: int,
 ) -> None:
     dim = records[0].width
-    rows_per_part = max(1, part_bytes // (dim * np.dtype(np.float32).itemsize))
+    rows_per_part = max(1, part_bytes // (dim * np.dtype(np.float32).itemsize + ROW_OVERHEAD_BYTES))
     buckets = _Buckets(paths.assembly_dir, dim, rows_per_part)
     _distribute(plan, records, buckets)
     starts = range(0, plan.num_sequences, rows_per_part)

@@ -46,7 +46,7 @@ SEQUENCES_SCHEMA = pa.schema(
 _NUM_SPECIAL_TOKENS = 2  # BOS and EOS
 _EMPTY_DIGEST = hashlib.blake2b(digest_size=16)
 _NUM_SHOWN = 10
-_ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
+ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
 _WORKSPACE_BYTES = 256 * 1024**2
 
 _log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def load_plan(paths: RunPaths) -> RunPlan:
 
 def required_bytes(plan: RunPlan, embed_dim: int) -> int:
     """Bytes that a whole run takes on disk at its peak: checkpoints, the dataset, and what assembly needs beside them."""
-    row_bytes = embed_dim * np.dtype(np.float32).itemsize + _ROW_OVERHEAD_BYTES
+    row_bytes = embed_dim * np.dtype(np.float32).itemsize + ROW_OVERHEAD_BYTES
     return (plan.num_computed + plan.num_sequences) * row_bytes + _WORKSPACE_BYTES
 
 

@@ -23,13 +23,13 @@ from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import assemble
 from vnp_lib.failures import CheckpointError, ExitCode
 from vnp_lib.files import make_directory, read_marker, write_file
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths
 from vnp_lib.run import Run, open_run
 from vnp_lib.tokens import FIRST_LETTER, LETTERS
 from vnp_lib.worker import ShardAttempt, StopFlag
 
 WIDTH = 8
-PART_BYTES = 10 * WIDTH * 4  # ten rows: the dataset has several parts
+PART_BYTES = 10 * (WIDTH * 4 + ROW_OVERHEAD_BYTES)  # ten rows: the dataset has several parts
 FASTA = Path("proteins.fasta")
 
 _NUM_PROTEINS = 28

@@ -46,8 +46,13 @@ def test_varlen_kernel_is_for_cuda_half_precision_alone():
 
 
 def test_missing_varlen_module_leaves_the_runs(monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", None)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: None)
     assert not attention._has_varlen_kernel(torch.device("cuda"), torch.bfloat16)
+
+
+def test_torch_has_the_varlen_kernel():
+    """The torch that is tested here has it, under the name that is asked for."""
+    assert attention._varlen_kernel() is not None
 
 
 def test_varlen_kernel_gets_the_arguments_that_all_versions_share(monkeypatch):
@@ -60,7 +65,7 @@ def test_varlen_kernel_gets_the_arguments_that_all_versions_share(monkeypatch):
         assert (max_q, max_k) == (5, 5)
         return attention_by_the_book(query, key, value, seqlens)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: varlen_attn)
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda device, dtype: True)
     q, k, v = random_states(7)
     attended = varlen_attention(q, k, v, layout_of(seqlens))

@@ -18,10 +18,11 @@ import vnp_lib.dataset
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
 from vnp_lib.dataset import DatasetSummary, assemble, open_dataset, verify_dataset
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 DIM = 8
+FORTY_ROWS = 40 * (DIM * 4 + ROW_OVERHEAD_BYTES)  # bytes
 CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
 
@@ -37,7 +38,7 @@ class Run(NamedTuple):
     def records(self) -> tuple[CheckpointRecord, ...]:
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False).valid
 
-    def assemble(self, *, quarantined: Sequence[int] = (), part_bytes: int = 40 * DIM * 4) -> DatasetSummary:
+    def assemble(self, *, quarantined: Sequence[int] = (), part_bytes: int = FORTY_ROWS) -> DatasetSummary:
         return assemble(
             self.plan,
             self.paths,
@@ -104,14 +105,14 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("part_bytes", [1, 40 * DIM * 4, 10**9])
+@pytest.mark.parametrize("part_bytes", [1, FORTY_ROWS, 10**9])
 def test_every_row_is_that_of_its_own_sequence_in_input_order(run: Run, part_bytes: int) -> None:
     """Copies of identical sequences included; read back by pyarrow, which knows nothing of us."""
     run.assemble(part_bytes=part_bytes)
     parts = sorted(run.paths.embeddings_dir.glob("part-*.parquet"))
     table = pa.concat_tables([pq.read_table(part) for part in parts])
 
-    assert len(parts) == {1: 150, 40 * DIM * 4: 4, 10**9: 1}[part_bytes]
+    assert len(parts) == {1: 150, FORTY_ROWS: 4, 10**9: 1}[part_bytes]
     assert table.column("ordinal").to_pylist() == list(range(150))
     assert table.column("id").to_pylist() == run.ids
     assert table.column("description").to_pylist() == run.descriptions
