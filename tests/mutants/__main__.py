@@ -131,7 +131,9 @@ def run_tests(tree: Path, tests: Sequence[str]) -> PytestRun:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    """With the order of sets fixed: a mutant that goes through one is caught every time or never."""
+    settings = {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | settings
 
 
 def why_not(exit_code: int) -> str:

@@ -189,7 +189,16 @@ _LOCKS = (
         module="files",
         before="            ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                ops.close(fd)\n",
         after="            pass\n        finally:\n            try:\n                pass\n",
-        caught_by=(f"{_MANIFEST}::test_manifest_cumulative_sequence_count",),
+        caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
+    ),
+    Mutant(
+        name="lock-inherited-by-children",
+        module="files",
+        before="            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)\n",
+        after=(
+            "            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)\n            os.set_inheritable(fd, True)\n"
+        ),
+        caught_by=(f"{_FILES}::TestFileLock::test_a_child_that_outlives_its_holder_does_not_keep_it",),
     ),
     Mutant(
         name="lock-waited-for-without-limit",
@@ -269,8 +278,13 @@ _WRITER = (
     Mutant(
         name="writer-error-swallowed",
         module="checkpoint",
-        before="                else:\n                    raise StorageError(_what_to_do(path, error)) from error\n",
-        after="                else:\n                    return None\n",
+        before="        digest = self._persist(path, lambda: _save(path, content))\n",
+        after=(
+            "        try:\n"
+            "            digest = self._persist(path, lambda: _save(path, content))\n"
+            "        except StorageError as error:\n"
+            '            return logger.error("continuing without a checkpoint: %s", error)\n'
+        ),
         caught_by=(f"{_CHECKPOINT}::test_writer_async_failure_propagates",),
     ),
     Mutant(
@@ -515,7 +529,7 @@ _RESUME = (
         module="checkpoint",
         before="        ids=[id_ for _, content in usable for id_ in content.sequence_ids],\n",
         after="        ids=list({id_ for _, content in usable for id_ in content.sequence_ids}),\n",
-        caught_by=(f"{_CHECKPOINT}::test_resume_data_integrity_no_corruption",),
+        caught_by=(f"{_CHECKPOINT}::test_resume_loads_valid_pt_checkpoints_in_order",),
     ),
     Mutant(
         name="unread-ids-counted-as-done",
@@ -540,6 +554,13 @@ _RESUME = (
         module="worker",
         before="batch[~is_done[batch]]",
         after="batch",
+        caught_by=(f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",),
+    ),
+    Mutant(
+        name="resumed-by-the-number-of-checkpoints",
+        module="worker",
+        before="        batches=[(batch_idx, ordinals) for batch_idx, ordinals in numbered if len(ordinals)],\n",
+        after="        batches=numbered[next_checkpoint:],\n",
         caught_by=(f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",),
     ),
     Mutant(
@@ -609,6 +630,13 @@ _LOOP = (
         caught_by=(f"{_RUNNER}::test_runner_checkpoint_at_batch_boundary_only",),
     ),
     Mutant(
+        name="rows-of-one-checkpoint-in-the-next-again",
+        module="inference",
+        before="        self._next_checkpoint, self._batches, self._rows = number + 1, [], []\n",
+        after="        self._next_checkpoint = number + 1\n",
+        caught_by=(f"{_RUNNER}::test_runner_checkpoint_at_batch_boundary_only",),
+    ),
+    Mutant(
         name="checkpoint-announced-before-it-is-durable",
         module="inference",
         before="        written.add_done_callback(lambda future: self._announce(future, number, len(rows)))\n",
@@ -668,10 +696,10 @@ _ASSEMBLY = (
         caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
-        name="copies-given-a-neighbours-row",
+        name="copies-given-anothers-row",
         module="dataset",
-        before="        sources = np.repeat(np.arange(ordinals.size), counts)\n",
-        after="        sources = np.roll(np.repeat(np.arange(ordinals.size), counts), 1)\n",
+        before="return targets[ascending], sources[ascending]",
+        after="return targets[ascending], sources",
         caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
