@@ -1143,6 +1143,29 @@ def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
     assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
 
 
+def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, a file without a marker is left, which is no damage; and both names are synced each time."""
+    path = checkpoint_file(tmp_path, 0)
+    write(path, [0])
+    steps: list[str] = []
+
+    class Recording(DurableOps):
+        def replace(self, source: Path, target: Path) -> None:
+            steps.append(source.suffix)
+            super().replace(source, target)
+
+        def fsync_directory(self, path: Path) -> None:
+            steps.append(path.name)
+            super().fsync_directory(path)
+
+    monkeypatch.setattr(files, "ops", Recording())
+    set_aside(path)
+    made_directory = ["shard_0"]
+    assert steps == [*made_directory, ".done", "damaged", "shard_0", ".pt", "damaged", "shard_0"]
+
+
 def test_healing_a_shard_frees_the_damaged_and_touches_no_other(tmp_path: Path) -> None:
     paths = write_shard(tmp_path, 3)
     write_shard(tmp_path, 1, rank=1)

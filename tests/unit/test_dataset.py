@@ -15,9 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 import vnp_lib.dataset
+import vnp_lib.files
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
 from vnp_lib.dataset import DatasetSummary, assemble, open_dataset, verify_dataset
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.files import DurableOps
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
@@ -342,6 +344,27 @@ def test_an_interrupted_assembly_is_invisible_and_starts_over(run: Run, monkeypa
     run.assemble()
     assert files_of(run.paths.embeddings_dir) == whole
     assert not run.paths.assembly_dir.exists()
+
+
+def test_success_json_is_gone_for_good_before_any_part_is_touched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.assemble()
+    (run.paths.embeddings_dir / "part-00001.parquet").write_bytes(b"damaged")
+    steps: list[str] = []
+
+    class Recording(DurableOps):
+        def unlink(self, path: Path) -> None:
+            steps.append(path.name)
+            super().unlink(path)
+
+        def fsync_directory(self, path: Path) -> None:
+            steps.append(f"{path.name}/")
+            super().fsync_directory(path)
+
+    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    run.assemble()
+    removed = steps.index("_SUCCESS.json")
+    assert steps[removed + 1] == "embeddings/"
+    assert not [step for step in steps[:removed] if step.startswith("part-")]
 
 
 def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,18 @@ except FileExistsError:
             later.write(b"later")
         assert (tmp_path / "a").read_bytes() == b"of the later"
         assert os.listdir(tmp_path) == ["a"]
+
+    def test_a_temporary_name_that_is_taken_is_never_written_to(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Should two writers ever draw the same one: the second hears of it, the first does not notice."""
+        monkeypatch.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=7))
+        with durable_file(tmp_path / "a") as first:
+            first.write(b"fir")
+            with pytest.raises(FileExistsError):
+                write_file(tmp_path / "a", b"second")
+            first.write(b"st")
+        assert (tmp_path / "a").read_bytes() == b"first"
 
     def test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death(self, tmp_path: Path) -> None:
         code = """
@@ -488,6 +502,21 @@ time.sleep(60)
         for thread in threads:
             thread.join()
         assert most == 1
+
+    def test_threads_that_share_a_lock_exclude_each_other_where_the_system_locks_by_process(
+        self, tmp_path: Path, use_ops: Any
+    ) -> None:
+        """As over NFS, where flock is a lock of the whole process."""
+
+        class LocksByProcess(DurableOps):
+            def flock(self, fd: int, operation: int) -> None:
+                pass
+
+        use_ops(LocksByProcess())
+        lock = FileLock(tmp_path / "a.lock", purpose="stay")
+        with lock.held(timeout_s=0), ThreadPoolExecutor(1) as pool:
+            refused = pool.submit(lock.acquire, 0.01).exception(timeout=30)
+        assert isinstance(refused, LockTimeoutError)
 
     def test_processes_lose_no_update(self, tmp_path: Path) -> None:
         code = """
