@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +67,7 @@ def require_sound(mutants: Sequence[Mutant], scratch: Path) -> None:
         raise CatalogueError(f"stale: {', '.join(stale)}: what they replace is not in the library exactly once")
     tree = copy_of_the_tree(scratch / "original")
     require_own_library(tree)
-    passed = run_tests(tree, unique(test for mutant in mutants for test in mutant.caught_by))
+    passed = run_tests(tree, list(dict.fromkeys(test for mutant in mutants for test in mutant.caught_by)))
     if passed.exit_code != _PASSED:
         raise CatalogueError(f"{passed.output}\nthe tests do not pass on the library as it is")
 
@@ -118,15 +118,18 @@ def require_own_library(tree: Path) -> None:
 def run_tests(tree: Path, tests: Sequence[str]) -> PytestRun:
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={_TEST_LIMIT_S}", f"--basetemp={tree / 'tmp'}"]
     started_s = time.monotonic()
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *tests],
-        cwd=tree,
-        env=environment(tree),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_LIMIT_S,
-    )
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=tree,
+            env=environment(tree),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise CatalogueError(f"pytest had not ended after {_LIMIT_S} s in {tree.name}: {' '.join(tests)}") from None
     return PytestRun(exit_code=finished.returncode, output=finished.stdout, elapsed_s=time.monotonic() - started_s)
 
 
@@ -142,10 +145,6 @@ def why_not(exit_code: int) -> str:
 
 def shown(test: str) -> str:
     return test.removeprefix("tests/")
-
-
-def unique(tests: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(tests))
 
 
 if __name__ == "__main__":

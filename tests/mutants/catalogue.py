@@ -131,6 +131,13 @@ _DURABLE_FILES = (
         caught_by=(f"{_FILES}::TestDurableFile::test_two_writers_of_one_name_do_not_meet_before_they_publish",),
     ),
     Mutant(
+        name="temporary-of-another-written-to",
+        module="files",
+        before="os.O_CREAT | os.O_EXCL | os.O_WRONLY",
+        after="os.O_CREAT | os.O_WRONLY",
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_temporary_name_that_is_taken_is_never_written_to",),
+    ),
+    Mutant(
         name="links-followed",
         module="files",
         before=" | os.O_NOFOLLOW",
@@ -190,6 +197,15 @@ _LOCKS = (
         before="            ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                ops.close(fd)\n",
         after="            pass\n        finally:\n            try:\n                pass\n",
         caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
+    ),
+    Mutant(
+        name="threads-not-kept-apart",
+        module="files",
+        before="self._between_threads = threading.Lock()",
+        after="self._between_threads = threading.Semaphore(99)",
+        caught_by=(
+            f"{_FILES}::TestFileLock::test_threads_that_share_a_lock_exclude_each_other_where_the_system_locks_by_process",
+        ),
     ),
     Mutant(
         name="lock-inherited-by-children",
@@ -518,6 +534,20 @@ _RESUME = (
         caught_by=(f"{_CHECKPOINT}::test_a_name_that_no_writer_synced_is_synced_before_it_is_believed",),
     ),
     Mutant(
+        name="file-moved-before-its-marker",
+        module="checkpoint",
+        before="((marker_path(path), marker_path(target)), (path, target))",
+        after="((path, target), (marker_path(path), marker_path(target)))",
+        caught_by=(f"{_CHECKPOINT}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
+    ),
+    Mutant(
+        name="move-not-synced",
+        module="files",
+        before="    fsync_directory(target.parent)\n    fsync_directory(source.parent)\n",
+        after="    fsync_directory(target.parent)\n",
+        caught_by=(f"{_CHECKPOINT}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
+    ),
+    Mutant(
         name="failing-storage-worked-on",
         module="checkpoint",
         before="    if len(lost) > 3 and len(lost) * 100 > total:\n",
@@ -750,6 +780,13 @@ _ASSEMBLY = (
         before="    if paths.success.exists():\n",
         after="    if False:\n",
         caught_by=(f"{_DATASET}::test_an_interrupted_assembly_is_invisible_and_starts_over",),
+    ),
+    Mutant(
+        name="removal-of-success-not-synced",
+        module="dataset",
+        before="        files.ops.unlink(paths.success)\n        files.fsync_directory(paths.embeddings_dir)\n",
+        after="        files.ops.unlink(paths.success)\n",
+        caught_by=(f"{_DATASET}::test_success_json_is_gone_for_good_before_any_part_is_touched",),
     ),
     Mutant(
         name="bucket-not-compared-with-what-was-written",
