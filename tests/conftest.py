@@ -14,11 +14,11 @@ from tests.support import EXAMPLE, CommandLine
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 
 
-@pytest.fixture
-def tiny_fasta(tmp_path):
+@pytest.fixture(scope="session")
+def tiny_fasta(tmp_path_factory):
     """Forty proteins of 5 to 60 residues."""
     draw = random.Random(7)
-    path = tmp_path / "tiny.fasta"
+    path = tmp_path_factory.mktemp("tiny") / "tiny.fasta"
     records = (
         f">protein_{i} of no importance\n{''.join(draw.choices(ALPHABET, k=draw.randint(5, 60)))}\n" for i in range(40)
     )
@@ -48,7 +48,16 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def command_line(tmp_path_factory) -> CommandLine:
+    """The command line with Prefect's embedded server, as a person has it who has set up nothing."""
     return CommandLine(prefect_home=tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.fixture(scope="session")
+def served_command_line(tmp_path_factory, prefect_server) -> CommandLine:
+    """The command line with a standing server, which starts seconds sooner."""
+    from prefect.settings import PREFECT_API_URL
+
+    return CommandLine(prefect_home=tmp_path_factory.mktemp("prefect"), api_url=PREFECT_API_URL.value())
 
 
 @pytest.fixture

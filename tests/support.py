@@ -24,10 +24,13 @@ class CommandLine:
     """`python flows/embed.py` with its own Prefect home, so that nothing of this machine's is touched."""
 
     prefect_home: Path
+    api_url: str | None = None  # of a standing server; without one, each run starts its own
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
         """Start it as the leader of a process group of its own."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
+        if self.api_url is not None:
+            environment["PREFECT_API_URL"] = self.api_url
         return subprocess.Popen(
             [sys.executable, "flows/embed.py", *map(str, arguments)],
             cwd=ROOT,

@@ -16,8 +16,8 @@ from vnp_lib.plan import RunPaths
 
 pytestmark = pytest.mark.slow
 
-MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu,cpu")
-SMALL_CHECKPOINTS = ("--shards", 4, "--token-budget", 128, "--runtime.checkpoint-seq-threshold", 5)
+MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
+SMALL_CHECKPOINTS = ("--shards", 2, "--token-budget", 128, "--runtime.checkpoint-seq-threshold", 5)
 PROTEIN = ">a\nMKVLATTWQERS\n"
 
 
@@ -49,12 +49,14 @@ def test_a_run_ends_with_the_dataset_and_how_to_read_it(uninterrupted):
     exec(snippet, {})
 
 
-def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(command_line, tmp_path, short_fasta, uninterrupted):
+def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(
+    command_line, served_command_line, tmp_path, short_fasta, uninterrupted
+):
     """SIGKILL to the flow, its server and its children at once; then the same command again."""
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *MODEL, *SMALL_CHECKPOINTS)
     process = command_line.start(*arguments)
-    wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 7)
+    wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 9)
     for worker in workers_of(run_dir):
         os.kill(worker, signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
@@ -63,25 +65,27 @@ def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(command_line, 
     before = finished_checkpoints(run_dir)
     assert not RunPaths(run_dir).success.exists()
 
-    ended = command_line.run(*arguments)
+    ended = served_command_line.run(*arguments)
 
     assert ended.returncode == 0, ended.stderr
-    assert "Cached" in ended.stdout  # the shards that were finished
-    assert "Completed" in ended.stdout  # and those that were not
+    assert "1 Cached, 1 Completed" in ended.stdout
     after = finished_checkpoints(run_dir)
     assert {path: after[path] for path in before} == before
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
     assert_same_rows(run_dir, uninterrupted[0])
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("server", "signum", "code"),
+    [("served_command_line", signal.SIGTERM, 143), ("command_line", signal.SIGINT, 130)],
+)
 def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
-    command_line, tmp_path, short_fasta, uninterrupted, signum, code
+    request, served_command_line, tmp_path, short_fasta, uninterrupted, server, signum, code
 ):
     """SIGTERM to the process, Ctrl-C to its group: the children save what they have, and the next run goes on."""
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *MODEL, *SMALL_CHECKPOINTS)
-    process = command_line.start(*arguments)
+    process = request.getfixturevalue(server).start(*arguments)
     wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 2)
     if signum == signal.SIGINT:
         os.killpg(process.pid, signum)
@@ -94,7 +98,7 @@ def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
     num_done = len(computed_ordinals(run_dir))
     assert 10 <= num_done < 66
 
-    ended = command_line.run(*arguments)
+    ended = served_command_line.run(*arguments)
 
     assert ended.returncode == 0, ended.stderr
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
@@ -149,10 +153,10 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
         "cut gz",
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_sentence(command_line, tmp_path, name):
+def test_what_cannot_be_used_is_said_in_a_sentence(served_command_line, tmp_path, name):
     """On standard error, with exit code 2, without a traceback, and without a run directory left behind."""
     arguments, words = unusable(name, tmp_path)
-    ended = command_line.run(*arguments)
+    ended = served_command_line.run(*arguments)
     assert ended.returncode == 2, ended.stderr
     assert words in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -36,14 +36,16 @@ def run_flow(fasta, output_dir, **settings):
 
 
 def task_states(outcome) -> dict[str, str]:
-    """Name and state of every task run of a flow run, as the server has them."""
+    """Name and state of every task run of a flow run, as the server has them once its events have arrived."""
 
     async def read():
-        async with get_client() as client:
-            runs = await client.read_task_runs(
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[outcome.state_details.flow_run_id]))
-            )
-            return {run.name: run.state_name for run in runs}
+        of_the_run = FlowRunFilter(id=FlowRunFilterId(any_=[outcome.state_details.flow_run_id]))
+        async with get_client() as client, asyncio.timeout(30):
+            while True:
+                runs = await client.read_task_runs(flow_run_filter=of_the_run)
+                if runs and all(run.state and run.state.is_final() for run in runs):
+                    return {run.name: run.state_name for run in runs}
+                await asyncio.sleep(0.1)
 
     return asyncio.run(read())
 
@@ -54,6 +56,14 @@ def example_run(tmp_path_factory, prefect_server):
     run_dir = tmp_path_factory.mktemp("example") / "run"
     outcome = run_flow(EXAMPLE, run_dir, shards=3)
     assert outcome.is_completed(), outcome.message
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, prefect_server, tiny_fasta):
+    """The tiny input, embedded without anything going wrong."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert run_flow(tiny_fasta, run_dir).is_completed()
     return run_dir
 
 
@@ -101,21 +111,19 @@ def test_a_finished_run_started_again_computes_nothing(example_run):
     assert (example_run / "embeddings" / "_SUCCESS.json").read_bytes() == before
 
 
-def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(tmp_path, tiny_fasta):
+def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(tmp_path, tiny_fasta, whole):
     """A persisted result counts for no more than the checkpoints on disk."""
-    assert run_flow(tiny_fasta, tmp_path / "whole").is_completed()
     assert run_flow(tiny_fasta, tmp_path / "run", shards=2).is_completed()
     for path in RunPaths(tmp_path / "run").shard_dir(1).glob("batch_*"):
         path.unlink()
     outcome = run_flow(tiny_fasta, tmp_path / "run", shards=2)
     assert outcome.is_completed(), outcome.message
     assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Completed"}
-    assert_same_rows(tmp_path / "run", tmp_path / "whole")
+    assert_same_rows(tmp_path / "run", whole)
 
 
-def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(tmp_path, tiny_fasta):
+def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(tmp_path, tiny_fasta, whole):
     """Markers and sizes still fit, so that assembly is the first to see it; the same flow run mends it."""
-    assert run_flow(tiny_fasta, tmp_path / "whole").is_completed()
     assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
     paths = RunPaths(tmp_path / "run")
     paths.success.unlink()
@@ -124,7 +132,7 @@ def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(tmp_path, tiny_f
     paths.checkpoint(0, 0).write_bytes(content)
     outcome = run_flow(tiny_fasta, tmp_path / "run")
     assert outcome.is_completed(), outcome.message
-    assert_same_rows(tmp_path / "run", tmp_path / "whole")
+    assert_same_rows(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("settings", [{"shards": 5}, {"shards": 1, "token_budget": 100}])

@@ -33,7 +33,7 @@ def job(tmp_path, short_fasta) -> Path:
         output_dir=tmp_path / "run",
         model="esm2_t6_8M_UR50D",
         weights="random",
-        devices="cpu,cpu",  # one thread for each child
+        devices="cpu",
         token_budget=128,
         runtime=RuntimeConfig(checkpoint_seq_threshold=10),
     )
