@@ -54,10 +54,11 @@ async def embed_shards(run: Run) -> list[State[Any]]:
     devices = DevicePool(run.devices)
     with RunProgress(
         total_sequences=run.plan.num_computed,
-        total_tokens=run.num_tokens,
+        total_tokens=run.plan.num_tokens(run.plan.order),
         log_interval_s=run.config.runtime.log_interval_s,
     ) as progress:
-        progress.resume(sequences=sum(s.num_done for s in shards), tokens=sum(s.tokens_done for s in shards))
+        for shard in shards:
+            progress.begin(shard.rank, sequences=shard.num_done, tokens=shard.tokens_done)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(embed_one(run, shard, devices, progress)) for shard in shards]
     return [task.result() for task in tasks]
@@ -70,7 +71,7 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
         result_storage=run.paths.results_dir,
         refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
     )
-    state = task(run, shard.rank, devices, progress, return_state=True)
+    state = task(run, shard, devices, progress, return_state=True)
     return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
 
 

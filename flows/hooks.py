@@ -37,12 +37,16 @@ def make_retry_hook(run: Run, rank: int) -> RetryHook:
         get_run_logger().warning("shard %d: %s", rank, decision.reason)
         if not decision.retry:
             run.manifest.mark_shard_failed(rank, error=decision.reason)
-        shard = run.shard_state(rank)
-        percent = 100.0 * shard.num_done / max(shard.num_sequences, 1)
-        await ShardArtifact(rank, interval_s=0.0).show(percent, decision.reason)
+        await ShardArtifact(rank, interval_s=0.0).show(percent_done(run, rank), decision.reason)
         return decision.retry
 
     return retry_hook
+
+
+def percent_done(run: Run, rank: int) -> float:
+    """How much of a shard is in checkpoints of its own, as the manifest has it."""
+    recorded = run.manifest.get_shard_status(rank) or {"total_sequences": 0}
+    return float(min(100.0, 100.0 * recorded["total_sequences"] / max(run.plan.shard_ordinals(rank).size, 1)))
 
 
 def failure_of(error: object) -> Failure:
@@ -61,5 +65,8 @@ def counted_failures(records: list[dict[str, Any]], session: str) -> list[Failur
     run again may have mended the cause.
     """
     failures = [(record["session"], Failure.from_json(record)) for record in records]
-    lasting = {FailureKind.POISON_INPUT, FailureKind.SPOT_PREEMPTION}
-    return [failure for their_session, failure in failures if failure.kind in lasting or their_session == session]
+    return [
+        failure
+        for their_session, failure in failures
+        if failure.accuses_batch or failure.kind == FailureKind.SPOT_PREEMPTION or their_session == session
+    ]

@@ -14,7 +14,7 @@ from prefect.context import TaskRunContext
 from flows.artifacts import ShardArtifact
 from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import Run
+from vnp_lib.run import Run, ShardState
 from vnp_lib.supervisor import Event, run_child
 
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
@@ -41,31 +41,32 @@ class DevicePool:
 def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """Name a shard's persisted result: the same run, divided in the same way."""
     plan = parameters["run"].plan
-    return f"{plan.fingerprint}-{parameters['rank']:05d}-of-{plan.num_shards:05d}"
+    return f"{plan.fingerprint}-{parameters['shard'].rank:05d}-of-{plan.num_shards:05d}"
 
 
 @task(
     name="embed-shard",
-    task_run_name="shard-{rank:03d}",
+    task_run_name="shard-{shard.rank:03d}",
     retries=_NEVER_BY_COUNT,
     persist_result=True,
     result_serializer="json",
     cache_policy=CacheKeyFnPolicy(cache_key_fn=result_key),
 )
-async def embed_shard(run: Run, rank: int, devices: DevicePool, progress: RunProgress) -> dict[str, Any]:
+async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> dict[str, Any]:
     """Make one attempt on a shard, and return what it holds when all of it is in checkpoints.
+
+    `shard` is how it stood when the flow looked; an attempt looks again.
 
     Raises:
         ShardFailedError: The attempt ended badly; the retry hook judges it.
     """
-    before = run.shard_state(rank)
     attempt = 0
-    if not before.is_complete:
+    if not shard.is_complete:
         async with devices.one() as device:
-            attempt = run.manifest.start_attempt(rank)
-            await _attempt(run, rank, device, attempt, progress)
-    run.manifest.mark_shard_complete(rank)
-    return {"rank": rank, "sequences": before.num_sequences, "attempts": attempt}
+            attempt = run.manifest.start_attempt(shard.rank)
+            await _attempt(run, shard.rank, device, attempt, progress)
+    run.manifest.mark_shard_complete(shard.rank)
+    return {"rank": shard.rank, "sequences": shard.num_sequences, "attempts": attempt}
 
 
 async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: RunProgress) -> None:
@@ -90,6 +91,7 @@ class _Follower:
     """Passes on what a child says: to the task run's log, to the progress bar and to the shard's artifact."""
 
     def __init__(self, rank: int, attempt: int, device: str, progress: RunProgress, artifact: ShardArtifact) -> None:
+        self._rank = rank
         self._attempt = attempt
         self._device = device
         self._progress = progress
@@ -103,8 +105,9 @@ class _Follower:
                 self._logger.log(level, message)
             case {"event": "waiting", "message": str(message)}:
                 self._logger.info("waiting for an earlier attempt: %s", message)
-            case {"event": "started", "pending": int(pending), "done": int(done)}:
+            case {"event": "started", "pending": int(pending), "done": int(done), "tokens_done": int(tokens)}:
                 self._sequences, self._total = done, done + pending
+                self._progress.begin(self._rank, sequences=done, tokens=tokens)
                 self._logger.info(
                     "attempt %d on device %s: %d sequences to embed, %d in checkpoints",
                     self._attempt,
@@ -114,7 +117,7 @@ class _Follower:
                 )
             case {"event": "batch", "sequences": int(sequences), "tokens": int(tokens)}:
                 self._sequences += sequences
-                self._progress.advance(sequences=sequences, tokens=tokens)
+                self._progress.advance(self._rank, sequences=sequences, tokens=tokens)
                 await self._show()
             case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
                 self._logger.info("checkpoint %d is on disk: %d rows", number, rows)

@@ -10,13 +10,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "viral_proteins.fasta"
+
+
+def small_config(
+    fasta: Path, output_dir: Path, *, runtime: dict[str, Any] | None = None, **settings: Any
+) -> EmbedConfig:
+    """A run of the smallest model with random weights, on two single-threaded children where it has two shards."""
+    defaults = {"model": "esm2_t6_8M_UR50D", "weights": "random", "devices": "cpu,cpu", "shards": 2}
+    quick = RuntimeConfig(**{"backoff_base_s": 0.01, **(runtime or {})})
+    return EmbedConfig(fasta=(fasta,), output_dir=output_dir, runtime=quick, **{**defaults, **settings})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,6 +169,10 @@ class RunPlan:
         """Sequences that differ from all before them: only these go through the model."""
         return self.order.size
 
+    def num_tokens(self, ordinals: NDArray[np.int64]) -> int:
+        """Tokens of `ordinals`, BOS and EOS included."""
+        return int(self.lengths[ordinals].sum(dtype=np.int64)) + _NUM_SPECIAL_TOKENS * ordinals.size
+
     def shard_ordinals(self, rank: int) -> NDArray[np.int64]:
         """What shard `rank` computes, longest first: every num_shards-th of `order`, so that shards weigh the same."""
         return self.order[rank :: self.num_shards]

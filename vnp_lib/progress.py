@@ -30,8 +30,8 @@ class RunProgress:
         self._log_interval_s = log_interval_s
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._sequences = self._tokens = 0
-        self._resumed_tokens = 0
+        self._done: dict[int, tuple[int, int]] = {}  # sequences and tokens, by shard
+        self._measured_tokens = 0
         self._started_at: float | None = None  # when the first batch came: loading is no measure of speed
         self._next_line_at = clock() + log_interval_s
         self._bar: tuple[Progress, TaskID] | None = None
@@ -49,43 +49,48 @@ class RunProgress:
         if self._bar:
             self._bar[0].stop()
 
-    def resume(self, *, sequences: int, tokens: int) -> None:
-        """Count what an earlier run has done: it shortens the way but says nothing of the speed."""
-        self._resumed_tokens += tokens
-        self._count(sequences, tokens)
+    def begin(self, rank: int, *, sequences: int, tokens: int) -> None:
+        """Set what is done of a shard as an attempt on it begins; what an earlier one lost counts no more."""
+        self._done[rank] = sequences, tokens
+        self._show()
 
-    def advance(self, *, sequences: int, tokens: int) -> None:
-        """Count a batch, and show it if it is time."""
+    def advance(self, rank: int, *, sequences: int, tokens: int) -> None:
+        """Count a batch of a shard, and show it if it is time."""
         if self._started_at is None:
             self._started_at = self._clock()
-            self._resumed_tokens += tokens  # its seconds were not measured
-        self._count(sequences, tokens)
+        else:
+            self._measured_tokens += tokens  # those of the first batch took time before the measuring began
+        done_sequences, done_tokens = self._done.get(rank, (0, 0))
+        self._done[rank] = done_sequences + sequences, done_tokens + tokens
+        self._show()
         if self._bar is None and self._clock() >= self._next_line_at:
             self._next_line_at = self._clock() + self._log_interval_s
             self._console.print(self.describe(), highlight=False)
 
     def describe(self) -> str:
         """Say it in a line: `600 of 1,200 sequences (50 %), 5,400 tokens/s, 0:00:12 left`."""
-        share = self._tokens / self._total_tokens if self._total_tokens else 1.0
-        line = f"{self._sequences:,} of {self._total_sequences:,} sequences ({share:.0%})"
+        sequences, tokens = self._totals()
+        share = tokens / self._total_tokens if self._total_tokens else 1.0
+        line = f"{sequences:,} of {self._total_sequences:,} sequences ({share:.0%})"
         rate = self.tokens_per_s()
         if not rate:
             return line
-        return f"{line}, {rate:,.0f} tokens/s, {format_duration((self._total_tokens - self._tokens) / rate)} left"
+        return f"{line}, {rate:,.0f} tokens/s, {format_duration((self._total_tokens - tokens) / rate)} left"
 
     def tokens_per_s(self) -> float:
         """Mean rate since the first batch of this run; 0 before it can be told."""
         if self._started_at is None:
             return 0.0
         elapsed_s = self._clock() - self._started_at
-        return (self._tokens - self._resumed_tokens) / elapsed_s if elapsed_s > 0 else 0.0
+        return self._measured_tokens / elapsed_s if elapsed_s > 0 else 0.0
 
-    def _count(self, sequences: int, tokens: int) -> None:
-        self._sequences += sequences
-        self._tokens += tokens
+    def _totals(self) -> tuple[int, int]:
+        return sum(done[0] for done in self._done.values()), sum(done[1] for done in self._done.values())
+
+    def _show(self) -> None:
         if self._bar:
             bar, task = self._bar
-            bar.update(task, completed=self._tokens, description=self.describe())
+            bar.update(task, completed=self._totals()[1], description=self.describe())
 
 
 def format_duration(seconds: float) -> str:

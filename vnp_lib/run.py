@@ -60,11 +60,6 @@ class Run:
         self.manifest = CheckpointManifest(self.paths.manifest)
         self._weights = weights
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the model has to read, BOS and EOS included."""
-        return int(self._tokens(self.plan.order).sum())
-
     def checkpoints(self, *, verify_digests: bool = False) -> Survey:
         """Look into the markers of all checkpoints, and into the files themselves if asked to."""
         from vnp_lib.checkpoint import survey_checkpoints
@@ -75,10 +70,6 @@ class Run:
         """Say how much of each shard is in checkpoints, by their markers."""
         is_done = self.checkpoints().done_mask(self.plan.num_sequences)
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
-
-    def shard_state(self, rank: int) -> ShardState:
-        """Say how much of one shard is in checkpoints, by their markers."""
-        return self.shard_states()[rank]
 
     def set_damaged_aside(self) -> None:
         """Read all checkpoints whole and move aside those that assembly would not take: their rows are computed again.
@@ -129,11 +120,8 @@ class Run:
         ordinals = self.plan.shard_ordinals(rank)
         done = ordinals[is_done[ordinals]]
         return ShardState(
-            rank=rank, num_sequences=ordinals.size, num_done=done.size, tokens_done=int(self._tokens(done).sum())
+            rank=rank, num_sequences=ordinals.size, num_done=done.size, tokens_done=self.plan.num_tokens(done)
         )
-
-    def _tokens(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.plan.lengths[ordinals].astype(np.int64) + 2
 
     def _threads_per_child(self) -> int | None:
         children = sum(device == "cpu" for device in self.devices)

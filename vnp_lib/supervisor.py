@@ -57,9 +57,7 @@ async def run_child(
     attempt = _Followed(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)
     try:
         assert child.stdout is not None
-        while (line := await _within(attempt.limit_s, child.stdout.readline())).endswith(
-            b"\n"
-        ):  # else: the end, or cut
+        while line := await _within(attempt.limit_s, _read_line(child.stdout)):
             attempt.hear(json.loads(line))
             await on_event(attempt.last)
         await _within(grace_s, child.wait())
@@ -148,6 +146,12 @@ async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
             cancelled = error
     if cancelled:
         raise cancelled
+
+
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    """Read one line; empty at the end of the stream, also where a killed writer left half a line."""
+    line = await stream.readline()
+    return line if line.endswith(b"\n") else b""
 
 
 async def _within(seconds: float, awaitable: Awaitable[T]) -> T:

@@ -60,6 +60,7 @@ class PendingWork:
 
     batches: list[tuple[int, NDArray[Any]]]  # (batch_idx, ordinals), in the plan's order
     num_done: int
+    tokens_done: int
     next_checkpoint: int
 
     @property
@@ -98,6 +99,17 @@ class EventStream:
             os.write(self._descriptor, json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
+class _EventHandler(logging.Handler):
+    """Sends log records to the parent, which shows them under the task run."""
+
+    def __init__(self, events: EventStream) -> None:
+        super().__init__()
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._events.send("log", level=record.levelno, message=record.getMessage())
+
+
 class ShardAttempt:
     """Embeds what is left of one shard, into checkpoints."""
 
@@ -116,7 +128,7 @@ class ShardAttempt:
             raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
         remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
         work = find_pending_work(plan, self._paths, self._job.rank)
-        self._events.send("started", pending=work.num_sequences, done=work.num_done)
+        self._events.send("started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done)
         if work.batches:
             runner = self._load_runner()
             self._events.send("loaded")
@@ -186,10 +198,13 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int) -> PendingWork:
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     is_done = survey.done_mask(plan.num_sequences)
+    ordinals_of_shard = plan.shard_ordinals(rank)
+    done = ordinals_of_shard[is_done[ordinals_of_shard]]
     numbered = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(plan.shard_batches(rank))]
     return PendingWork(
         batches=[(batch_idx, ordinals) for batch_idx, ordinals in numbered if len(ordinals)],
-        num_done=int(is_done[plan.shard_ordinals(rank)].sum()),
+        num_done=done.size,
+        tokens_done=plan.num_tokens(done),
         next_checkpoint=next_checkpoint,
     )
 
@@ -207,6 +222,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the attempt that a job file describes; what went wrong is in the last event."""
     events = EventStream()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vnp_lib").addHandler(_EventHandler(events))
     threading.Thread(target=_stop_when_the_parent_is_gone, daemon=True).start()
     try:
         job = ShardJob.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flows.embed import embed
+from tests.support import small_config
 from vnp_lib.checkpoint import load_checkpoint
-from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import BatchFailedError, NumericalInstabilityError, StorageError
 from vnp_lib.files import marker_path
@@ -199,16 +199,7 @@ def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
 
 
 def run_flow(fasta, run_dir, **runtime):
-    config = EmbedConfig(
-        fasta=(fasta,),
-        output_dir=run_dir,
-        model="esm2_t6_8M_UR50D",
-        weights="random",
-        devices="cpu,cpu",
-        shards=2,
-        runtime=RuntimeConfig(backoff_base_s=0.01, **runtime),
-    )
-    return asyncio.run(embed(config, return_state=True))
+    return asyncio.run(embed(small_config(fasta, run_dir, runtime=runtime), return_state=True))
 
 
 @pytest.mark.usefixtures("prefect_server")

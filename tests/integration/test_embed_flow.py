@@ -15,8 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from flows.embed import embed
-from tests.support import EXAMPLE, assert_same_rows
-from vnp_lib.config import EmbedConfig, RuntimeConfig
+from tests.support import EXAMPLE, assert_same_rows, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS, random_tensors
 from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
@@ -29,10 +28,7 @@ MODEL = "esm2_t6_8M_UR50D"
 
 
 def run_flow(fasta, output_dir, **settings):
-    config = EmbedConfig(
-        fasta=(fasta,), output_dir=output_dir, model=MODEL, weights="random", devices="cpu,cpu", **settings
-    )
-    return asyncio.run(embed(config, return_state=True))
+    return asyncio.run(embed(small_config(fasta, output_dir, **settings), return_state=True))
 
 
 def task_states(outcome) -> dict[str, str]:
@@ -180,7 +176,7 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
 
 def test_failing_storage_stops_the_run_and_moves_nothing(tmp_path, tiny_fasta):
     """Four checkpoints of five have rotted: no attempt is made again, and the evidence stays where it is."""
-    settings = {"shards": 1, "token_budget": 250, "runtime": RuntimeConfig(checkpoint_seq_threshold=5)}
+    settings = {"shards": 1, "token_budget": 250, "runtime": {"checkpoint_seq_threshold": 5}}
     assert run_flow(tiny_fasta, tmp_path / "run", **settings).is_completed()
     paths = RunPaths(tmp_path / "run")
     checkpoints = sorted(paths.shard_dir(0).glob("batch_*.pt"))

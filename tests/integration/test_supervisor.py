@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import is_alive, wait_until, workers_of
+from tests.support import is_alive, small_config, wait_until, workers_of
 from vnp_lib.checkpoint import survey_checkpoints
-from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.failures import FailureKind, ShardFailedError
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan
@@ -28,14 +27,13 @@ NUM_COMPUTED = 66
 @pytest.fixture
 def job(tmp_path, short_fasta) -> Path:
     """The job of the only shard of a run: some 60 batches, a checkpoint every ten sequences."""
-    config = EmbedConfig(
-        fasta=(short_fasta,),
-        output_dir=tmp_path / "run",
-        model="esm2_t6_8M_UR50D",
-        weights="random",
+    config = small_config(
+        short_fasta,
+        tmp_path / "run",
         devices="cpu",
+        shards=1,
         token_budget=128,
-        runtime=RuntimeConfig(checkpoint_seq_threshold=10),
+        runtime={"checkpoint_seq_threshold": 10},
     )
     with open_run(config) as run:
         make_directory(run.paths.shard_dir(0))

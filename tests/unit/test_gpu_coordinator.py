@@ -14,9 +14,9 @@ import torch
 
 from flows.embed import embed
 from flows.hooks import counted_failures, failure_of
-from tests.support import workers_of
+from tests.support import small_config, workers_of
 from vnp_lib.checkpoint import AsyncCheckpointWriter, heal_shard
-from vnp_lib.config import EmbedConfig, RuntimeConfig
+from vnp_lib.config import RuntimeConfig
 from vnp_lib.failures import (
     CircuitBreakerOpenError,
     Failure,
@@ -167,17 +167,9 @@ def test_retry_worker_oom_exponential_backoff():
     assert POLICY.decide(failure(FailureCause.DEVICE_ASSERT, batch_idx=1), []).delay_s == 1.0
 
 
-def settings(fasta, run_dir, **runtime):
-    return EmbedConfig(
-        fasta=(fasta,),
-        output_dir=run_dir,
-        model="esm2_t6_8M_UR50D",
-        weights="random",
-        devices="cpu,cpu",
-        shards=2,
-        token_budget=128,
-        runtime=RuntimeConfig(checkpoint_seq_threshold=5, backoff_base_s=0.01, **runtime),
-    )
+def settings(fasta, run_dir):
+    """Many small batches and checkpoints."""
+    return small_config(fasta, run_dir, token_budget=128, runtime={"checkpoint_seq_threshold": 5})
 
 
 @pytest.mark.slow
