@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.checkpoint import survey_checkpoints
+from vnp_lib.checkpoint import load_checkpoint, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.plan import RunPaths
 
@@ -78,6 +78,15 @@ def committed_files(directory: Path, oracle: Outcome) -> dict[Path, str]:
 def committed_ordinals(directory: Path, oracle: Outcome) -> set[int]:
     """What is in checkpoints that prove themselves."""
     return {ordinal for record in _valid_records(directory, oracle) for ordinal in record.ordinals.tolist()}
+
+
+def assert_rows_are_right(directory: Path, oracle: Outcome) -> None:
+    """Every row of every checkpoint that proves itself is the oracle's for its ordinal, under the oracle's id."""
+    for record in _valid_records(directory, oracle):
+        checkpoint = load_checkpoint(record.path, fingerprint=oracle.fingerprint)
+        rows = [row.tobytes() for row in checkpoint.embeddings]
+        held = list(zip(checkpoint.sequence_ids, rows, strict=True))
+        assert held == [oracle.rows[ordinal] for ordinal in record.ordinals.tolist()], record.path
 
 
 def assert_untouched(committed: dict[Path, str]) -> None:

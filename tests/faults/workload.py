@@ -117,7 +117,7 @@ def run_to_the_end(
     """
     with open_run(config_for(directory, shards=shards)) as run:
         for rank in range(run.plan.num_shards):
-            if not run.shard_state(rank).is_complete:
+            if not run.shard_states()[rank].is_complete:
                 _attempt(run, rank, acknowledge)
             run.manifest.mark_shard_complete(rank)
             acknowledge(run.plan.shard_ordinals(rank).tolist())
