@@ -50,6 +50,7 @@ class CommandLine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_hear_sigint,
         )
 
     def run(self, *arguments: object, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
@@ -82,6 +83,11 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def _hear_sigint() -> None:
+    """A shell that starts the tests in the background has made them, and all that they start, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
