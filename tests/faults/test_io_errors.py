@@ -44,7 +44,7 @@ def test_a_refused_operation_is_a_clear_error_at_worst(trials, oracle, scale, sc
     """Each errno at each operation; at writes, of which a file takes dozens, they take turns."""
     template = trials.scratch / f"refused-{scenario.__name__}"
     refusals = list(all_refusals(trials.once(prepare, scenario, template)))
-    chosen = random.Random(2).sample(range(len(refusals)), min(len(refusals), scale(50, len(refusals))))
+    chosen = random.Random(2).sample(range(len(refusals)), min(len(refusals), scale(35, len(refusals))))
     ended_well = trials.run(refuse, chosen, refusals, template, oracle)
     assert any(ended_well) or len(ended_well) == 1, "no run ever got over an error"
     names = ", ".join(errno.errorcode[code] for code in CODES)

@@ -29,14 +29,14 @@ def test_a_run_killed_at_any_operation_is_finished_by_the_next(trials, oracle, s
         template = trials.scratch / scenario.__name__
         num_operations = len(trials.once(prepare, scenario, template))
         every = range(1, num_operations + 1)
-        chosen = random.Random(1).sample(every, min(num_operations, scale(15, num_operations)))
+        chosen = random.Random(1).sample(every, min(num_operations, scale(10, num_operations)))
         num_trials += len(trials.run(kill_once, chosen, template, oracle))
     record_figure("SIGKILL at every durable operation", num_trials, "100 % identical")
 
 
 def test_a_run_killed_again_and_again_is_finished_by_the_last(trials, oracle, seeds, scale) -> None:
     """At up to twenty operations and moments in a row, with another number of shards each time."""
-    num_kills = trials.run(kill_again_and_again, seeds(scale(30, 2_000)), oracle)
+    num_kills = trials.run(kill_again_and_again, seeds(scale(20, 2_000)), oracle)
     record_figure(
         "random multi-kill, 1 to 20 kills a run", len(num_kills), f"0 mismatches after {sum(num_kills):,} kills"
     )

@@ -29,7 +29,7 @@ def test_a_power_cut_loses_nothing_that_was_called_durable(trials, oracle, seeds
     Every state is read as a run would read it; all of them, in the long run one in ten, are then run to the end.
     """
     run_every = scale(1, 10)
-    num_states = sum(trials.run(cut_the_power, seeds(scale(8, 1_000)), run_every, oracle))
+    num_states = sum(trials.run(cut_the_power, seeds(scale(5, 1_000)), run_every, oracle))
     record_figure(
         "power loss",
         num_states,
