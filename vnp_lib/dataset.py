@@ -331,6 +331,7 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
         is_placed[record.ordinals] = True
         ordinals, sources = copies.fan_out(record.ordinals[rows])
         buckets.append(ordinals, checkpoint.embeddings, rows[sources])
+        plan.forget_pages()
 
 
 def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, dim: int) -> None:
@@ -431,6 +432,7 @@ def _write_part(
             write_statistics=["ordinal", "id"],
             write_page_checksum=True,
         )
+    plan.forget_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | _footer(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import mmap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,7 +159,8 @@ class RunPlan:
     lengths: NDArray[np.int32]  # residues, (N,)
     representatives: NDArray[np.int64]  # ordinal of the first identical sequence, (N,)
     order: NDArray[np.int64]  # ordinals that are computed, longest first, then by ordinal, (num_computed,)
-    table: pa.Table  # SEQUENCES_SCHEMA, by ordinal
+    table: pa.Table  # SEQUENCES_SCHEMA, by ordinal; it lies in `mapped`
+    mapped: mmap.mmap  # `sequences.arrow`
 
     @property
     def num_sequences(self) -> int:
@@ -194,6 +196,10 @@ class RunPlan:
     def records(self, start: int, stop: int) -> pa.Table:
         """The rows of ordinals `start` to `stop`, the latter left out: id, description, sequence, length."""
         return self.table.slice(start, stop - start)
+
+    def forget_pages(self) -> None:
+        """Give the pages of the texts that have been read back to the system. They come again when they are asked for."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _texts(self, column: str, ordinals: NDArray[np.int64]) -> list[str]:
         chunks = self.table.column(column).chunks
@@ -239,7 +245,9 @@ def load_plan(paths: RunPaths) -> RunPlan:
         raise StorageError(f"{paths.plan_json} has schema {fields['schema']}; this version reads {PLAN_SCHEMA}")
     if damage := _damage(paths, fields):
         raise StorageError(f"{damage}; start the run again with its input: the plan is then written anew")
-    table = pa.ipc.open_file(pa.memory_map(str(paths.sequences))).read_all()
+    with paths.sequences.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
     lengths = table.column("length").to_numpy()
     representatives = np.load(paths.representatives)
     return RunPlan(
@@ -252,6 +260,7 @@ def load_plan(paths: RunPaths) -> RunPlan:
         representatives=representatives,
         order=_longest_first(lengths, representatives),
         table=table,
+        mapped=mapped,
     )
 
 
