@@ -169,7 +169,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
                 _move_aside(paths)
             for directory in _directories(paths):
                 remove_orphaned_temporaries(directory)
-            plan = _plan(config, paths, kind_of(devices[0]), weights)
+            plan = _plan(config, paths, devices, weights)
         except BaseException:
             if is_new and not paths.checkpoints_dir.exists():  # else another run is in it: locks do not work here
                 shutil.rmtree(paths.run_dir)
@@ -185,10 +185,10 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         yield run
 
 
-def _plan(config: EmbedConfig, paths: RunPaths, device_kind: str, weights: Weights) -> RunPlan:
+def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
     from vnp_lib.esm2 import MODELS
 
-    architecture = MODELS[config.model]
+    architecture, device_kind = MODELS[config.model], kind_of(devices[0])
     plan = make_plan(
         paths,
         config.fasta,
@@ -198,7 +198,7 @@ def _plan(config: EmbedConfig, paths: RunPaths, device_kind: str, weights: Weigh
             layer=architecture.num_layers,
             dtype=_DTYPE[device_kind] if config.dtype == "auto" else config.dtype,
         ),
-        num_shards=config.shards or len(resolve_devices(config.devices)),
+        num_shards=config.shards or len(devices),
         token_budget=config.token_budget or _TOKEN_BUDGET[device_kind],
     )
     check_free_space(paths, plan, architecture.embed_dim)
@@ -239,12 +239,11 @@ def _locked(paths: RunPaths) -> Iterator[None]:
 
 def _move_aside(paths: RunPaths) -> None:
     """Keep what the directory holds under `superseded_N`, the lock file excepted: whoever waits for it waits on."""
-    number = 1 + sum(1 for _ in paths.run_dir.glob("superseded_*"))
-    keep = {paths.run_lock.name} | {path.name for path in paths.run_dir.glob("superseded_*")}
-    held = [path for path in sorted(paths.run_dir.iterdir()) if path.name not in keep]
+    earlier = {*paths.run_dir.glob("superseded_*")}
+    held = sorted({*paths.run_dir.iterdir()} - earlier - {paths.run_lock})
     if not held:
         return
-    aside = paths.run_dir / f"superseded_{number}"
+    aside = paths.run_dir / f"superseded_{len(earlier) + 1}"
     make_directory(aside)
     for path in held:
         path.rename(aside / path.name)
