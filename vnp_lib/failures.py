@@ -15,6 +15,8 @@ VnpError
 │   └── IncompleteDatasetError  sequences that are in no checkpoint
 ├── NumericalInstabilityError   a row that is not finite
 ├── CircuitBreakerOpenError     a batch that has failed too often
+├── QuarantineFullError         so many sequences fail that it cannot be their fault
+├── DeviceFailedError           a device that fails at what is known to be good
 ├── BatchFailedError            an exception while a batch was in the model; that exception is its cause
 └── ShardFailedError            an attempt on a shard ended badly; carries a `Failure`
 """
@@ -90,13 +92,22 @@ class CircuitBreakerOpenError(VnpError):
     """A batch that has failed too often to be tried again."""
 
 
+class QuarantineFullError(VnpError):
+    """So many sequences fail that it cannot be their fault: the set-up is broken, and a person has to look at it."""
+
+
+class DeviceFailedError(VnpError):
+    """A device that fails at what is known to be good."""
+
+
 class BatchFailedError(VnpError):
     """An exception while a batch was in the model; that exception is its `__cause__`."""
 
-    def __init__(self, batch_idx: int, sequence_ids: tuple[str, ...]) -> None:
-        super().__init__(batch_idx, sequence_ids)
+    def __init__(self, batch_idx: int, sequence_ids: tuple[str, ...], ordinal: int | None = None) -> None:
+        super().__init__(batch_idx, sequence_ids, ordinal)
         self.batch_idx = batch_idx
         self.sequence_ids = sequence_ids
+        self.ordinal = ordinal  # of its sequence, where that was alone in it
 
     def __str__(self) -> str:
         return f"batch {self.batch_idx} ({len(self.sequence_ids)} sequences) failed: {self.__cause__!r}"
@@ -133,6 +144,7 @@ class FailureCause(StrEnum):
     LAUNCH_FAILURE = "launch_failure"
     NUMERICAL_INSTABILITY = "numerical_instability"
     CIRCUIT_OPEN = "circuit_open"
+    QUARANTINE_FULL = "quarantine_full"
     COMPUTE_ERROR = "compute_error"  # an exception of no special kind while a batch was in the model
     NATIVE_CRASH = "native_crash"  # SIGSEGV and its like
     SILENT_EXIT = "silent_exit"  # an exit code, and no word why
@@ -156,9 +168,12 @@ _KINDS = {
     FailureCause.LAUNCH_FAILURE: FailureKind.POISON_INPUT,
     FailureCause.NUMERICAL_INSTABILITY: FailureKind.POISON_INPUT,
     FailureCause.CIRCUIT_OPEN: FailureKind.POISON_INPUT,
+    FailureCause.QUARANTINE_FULL: FailureKind.POISON_INPUT,
     FailureCause.COMPUTE_ERROR: FailureKind.POISON_INPUT,
 }  # all others are transient
-_PERMANENT = frozenset({FailureCause.CONFIGURATION, FailureCause.BUG, FailureCause.STORAGE_FAILING})
+_PERMANENT = frozenset(
+    {FailureCause.CONFIGURATION, FailureCause.BUG, FailureCause.STORAGE_FAILING, FailureCause.QUARANTINE_FULL}
+)
 _MOST_IDS = 10
 _SUSPICIOUS = frozenset({FailureCause.NATIVE_CRASH, FailureCause.SILENT_EXIT, FailureCause.HANG})
 
@@ -180,6 +195,7 @@ class Failure:
     cause: FailureCause
     message: str
     batch_idx: int | None = None  # the batch that was in the model
+    ordinal: int | None = None  # the sequence that was in it alone
     sequence_ids: tuple[str, ...] = ()  # the first of that batch, ten at most
     exit_code: int | None = None  # negative: the signal that ended the child
 
@@ -200,11 +216,13 @@ class Failure:
 
     def __str__(self) -> str:
         where = "" if self.batch_idx is None else f" at batch {self.batch_idx}"
+        where = where if self.ordinal is None else f" at sequence {self.ordinal}"
         return f"{self.kind} ({self.cause}){where}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
-        """Write it down; the kind, which follows from the cause, stands there for people."""
-        return asdict(self) | {"kind": str(self.kind), "sequence_ids": list(self.sequence_ids)}
+        """Write it down, with what follows from the cause."""
+        told = {"kind": str(self.kind), "accuses_batch": self.accuses_batch}
+        return asdict(self) | told | {"sequence_ids": list(self.sequence_ids)}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Failure:
@@ -213,6 +231,7 @@ class Failure:
             cause=FailureCause(record["cause"]),
             message=record["message"],
             batch_idx=record["batch_idx"],
+            ordinal=record.get("ordinal"),
             sequence_ids=tuple(record["sequence_ids"]),
             exit_code=record["exit_code"],
         )
@@ -226,18 +245,25 @@ def classify_exception(error: BaseException) -> Failure:
         cause=_cause_of(root, in_batch=batch is not None),
         message=f"{type(root).__name__}: {root}",
         batch_idx=batch.batch_idx if batch else None,
+        ordinal=batch.ordinal if batch else None,
         sequence_ids=batch.sequence_ids[:_MOST_IDS] if batch else (),
     )
 
 
 def classify_exit(
-    exit_code: int, *, batch_idx: int | None = None, ran_out_of_host_memory: bool = False, last_event: str = ""
+    exit_code: int,
+    *,
+    batch_idx: int | None = None,
+    ordinal: int | None = None,
+    ran_out_of_host_memory: bool = False,
+    last_event: str = "",
 ) -> Failure:
     """Judge a child that left without a word.
 
     Args:
         exit_code: Negative for a signal; a shell's 128 + signal means the same.
         batch_idx: The batch that was in the model, by what the child had said before.
+        ordinal: Its sequence, where that was alone in it.
         ran_out_of_host_memory: Whether the kernel's OOM killer has struck since the child was started.
         last_event: What it said last.
     """
@@ -250,6 +276,7 @@ def classify_exit(
         cause=cause,
         message=f"the child left with {describe_exit(exit_code)}{after}",
         batch_idx=batch_idx,
+        ordinal=ordinal,
         exit_code=exit_code,
     )
 
@@ -343,6 +370,8 @@ _MESSAGE_CAUSES = tuple(
 _TYPE_CAUSES: tuple[tuple[type[BaseException], FailureCause], ...] = (
     (NumericalInstabilityError, FailureCause.NUMERICAL_INSTABILITY),
     (CircuitBreakerOpenError, FailureCause.CIRCUIT_OPEN),
+    (QuarantineFullError, FailureCause.QUARANTINE_FULL),
+    (DeviceFailedError, FailureCause.HARDWARE),
     (StorageFailingError, FailureCause.STORAGE_FAILING),
     (InputError, FailureCause.CONFIGURATION),
     (ImportError, FailureCause.CONFIGURATION),
