@@ -227,7 +227,7 @@ def test_hardware_host_and_disk_never_accuse_a_batch():
 
 def test_only_what_a_person_must_mend_is_permanent():
     permanent = {cause for cause in C if Failure(cause=cause, message="").is_permanent}
-    assert permanent == {C.CONFIGURATION, C.BUG, C.STORAGE_FAILING}
+    assert permanent == {C.CONFIGURATION, C.BUG, C.STORAGE_FAILING, C.QUARANTINE_FULL}
 
 
 def test_every_cause_has_one_of_the_four_kinds():
@@ -238,7 +238,7 @@ def test_every_cause_has_one_of_the_four_kinds():
 
 
 def test_a_failure_survives_being_written_down_with_more_beside_it():
-    failure = Failure(cause=C.DEVICE_ASSERT, message="x", batch_idx=3, sequence_ids=("a",), exit_code=1)
+    failure = Failure(cause=C.DEVICE_ASSERT, message="x", batch_idx=3, ordinal=5, sequence_ids=("a",), exit_code=1)
     assert Failure.from_json(failure.to_json() | {"session": "s", "at": "now"}) == failure
     assert failure.to_json()["kind"] == "poison_input"
 
