@@ -15,7 +15,7 @@ LAYERS = (
     {"files"},
     {"config", "fasta", "packing", "progress"},
     {"plan", "retry", "tokens", "attention"},
-    {"manifest", "esm2"},
+    {"manifest", "quarantine", "esm2"},
     {"checkpoint", "supervisor"},
     {"inference", "dataset"},
     {"worker", "verify"},
