@@ -14,7 +14,7 @@ import uuid
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ _PART_BYTES = 128 * 1024**2  # of embeddings
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
 _NUM_SHOWN = 10
 _SUCCESS_NAME = "_SUCCESS.json"
+_NONE_SHA256 = hashlib.sha256().hexdigest()  # of no ordinals
 _FOOTER_TAIL_BYTES = 8  # its length and "PAR1" end a Parquet file
 
 
@@ -51,6 +52,7 @@ class DatasetSummary:
     path: Path
     num_rows: int
     num_quarantined: int
+    num_missing: int  # 0 unless the dataset is partial
     num_parts: int
     dim: int
     size_bytes: int
@@ -66,6 +68,7 @@ def assemble(
     records: Sequence[CheckpointRecord],
     *,
     quarantined: frozenset[int] = frozenset(),
+    allow_missing: bool = False,
     clock: Callable[[], datetime] = _utc_now,
     part_bytes: int = _PART_BYTES,
 ) -> DatasetSummary:
@@ -73,30 +76,35 @@ def assemble(
 
     Afterwards `paths.embeddings_dir` holds `part-*.parquet` and, written last, `_SUCCESS.json`; all is durable. An assembly
     that is interrupted leaves no `_SUCCESS.json`, and the next one starts over. A whole dataset of the same content is
-    left as it is.
+    left as it is; so is one from which nothing is missing, though by now a checkpoint is gone.
 
     Args:
         plan: The plan that the checkpoints follow.
         paths: Of the run.
         records: Checkpoints. Where two hold the same ordinal, the first by rank and batch_idx counts.
         quarantined: Ordinals that have no embedding; a sequence's copies share its fate.
+        allow_missing: Leave out the rows of ordinals that are in no checkpoint and not in quarantine; they are counted in
+            `_SUCCESS.json`. A later assembly that finds other ordinals missing, or none, starts over.
         clock: Gives the time that goes into `_SUCCESS.json`.
         part_bytes: Bytes of rows in a part, their ids and descriptions included.
 
     Raises:
-        IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, or in both.
+        IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, and may not be missing; or it is in
+            both; or nothing at all is computed.
         NumericalInstabilityError: A row is not finite.
         CheckpointError: A checkpoint does not prove itself or does not fit the plan.
         StorageError: The dataset cannot be written.
     """
-    is_quarantined = _with_copies(plan, quarantined)
-    content = {"fingerprint": plan.fingerprint, "quarantined_sha256": _ordinals_sha256(is_quarantined)}
+    is_quarantined = with_copies(plan, quarantined)
     try:
-        if not _is_whole(paths, content):
+        if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):
             records = sorted(records, key=lambda record: (record.rank, record.batch_idx))
-            _require_complete(plan, records, is_quarantined)
-            _start_over(paths)
-            _write_dataset(plan, paths, records, is_quarantined, content, clock().isoformat(), part_bytes)
+            is_missing = _find_missing(plan, records, is_quarantined, allow_missing=allow_missing)
+            content = _content(plan, is_quarantined, is_missing)
+            if not (is_missing.any() and _is_whole(paths, content)):
+                _start_over(paths)
+                has_row = ~is_quarantined & ~is_missing
+                _write_dataset(plan, paths, records, has_row, content, clock().isoformat(), part_bytes)
         shutil.rmtree(paths.assembly_dir, ignore_errors=True)
     except OSError as error:
         raise StorageError(
@@ -109,8 +117,10 @@ def assemble(
 def open_dataset(path: Path | str) -> EmbeddingDataset:
     """Open the dataset of a run, by its run directory or the `embeddings` directory in it.
 
+    Of a partial dataset, which only a run that was asked for one makes, `metadata["num_missing"]` is not 0.
+
     Raises:
-        StorageError: There is no complete dataset, or a part of it is missing or has another size.
+        StorageError: There is no dataset, or a part of it is missing or has another size.
     """
     directory = _find_dataset(Path(path))
     return EmbeddingDataset(directory, _read_success(directory))
@@ -140,8 +150,18 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, *, dim: int) -> Checkp
     return checkpoint
 
 
+def with_copies(plan: RunPlan, ordinals: Collection[int]) -> NDArray[np.bool_]:
+    """Which sequences are among `ordinals` or a copy of one that is, (N,)."""
+    is_meant = np.zeros(plan.num_sequences, dtype=bool)
+    is_meant[list(ordinals)] = True
+    return is_meant | is_meant[plan.representatives]
+
+
 class EmbeddingDataset:
     """Read access to a dataset. Rows are in input order; a sequence in quarantine has none.
+
+    Nor has one that had not been computed when a partial dataset was put together: `metadata["num_missing"]` counts these,
+    and is 0 in a dataset that is complete; `metadata["num_quarantined"]` counts the others. Both include copies.
 
     Nothing is read before it is asked for. Looking up by id makes a dictionary of all ids first, about 150 bytes each.
     Whatever reads raises StorageError where a part is damaged.
@@ -187,7 +207,10 @@ class EmbeddingDataset:
             row = int(np.searchsorted(ordinals, ordinal))
             if row < ordinals.size and ordinals[row] == ordinal:
                 return self._vector(part, row)
-        raise KeyError(f"ordinal {ordinal} is not in {self._directory}: it is not in the input, or in quarantine")
+        raise KeyError(
+            f"ordinal {ordinal} is not in {self._directory}: it is not in the input, or in quarantine"
+            + (", or not computed yet: the dataset is partial" if self.metadata["num_missing"] else "")
+        )
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
         """Ids and embeddings, (n, dim), of all rows in input order, at most `batch_size` at a time."""
@@ -233,32 +256,46 @@ class EmbeddingDataset:
         return _as_rows(column.combine_chunks(), self.dim)
 
 
-def _with_copies(plan: RunPlan, quarantined: frozenset[int]) -> NDArray[np.bool_]:
-    is_quarantined = np.zeros(plan.num_sequences, dtype=bool)
-    is_quarantined[list(quarantined)] = True
-    return is_quarantined | is_quarantined[plan.representatives]
+def _content(plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArray[np.bool_]) -> dict[str, Any]:
+    """What tells one run's datasets apart, as it stands in `_SUCCESS.json`."""
+    return {
+        "fingerprint": plan.fingerprint,
+        "num_quarantined": int(is_quarantined.sum()),
+        "quarantined_sha256": _ordinals_sha256(is_quarantined),
+        "num_missing": int(is_missing.sum()),
+        "missing_sha256": _ordinals_sha256(is_missing),
+    }
 
 
 def _ordinals_sha256(mask: NDArray[np.bool_]) -> str:
     return hashlib.sha256(np.flatnonzero(mask).astype("<i8").tobytes()).hexdigest()
 
 
-def _is_whole(paths: RunPaths, content: dict[str, str]) -> bool:
-    if verify_dataset(paths.embeddings_dir):
+def _is_whole(paths: RunPaths, content: dict[str, Any]) -> bool:
+    """Whether there is a dataset of this content. Every byte of it is read, but not of one of another content."""
+    try:
+        is_same = content.items() <= _read_success(paths.embeddings_dir).items()
+    except StorageError:
         return False
-    return content.items() <= _read_success(paths.embeddings_dir).items()
+    return is_same and not verify_dataset(paths.embeddings_dir)
 
 
-def _require_complete(plan: RunPlan, records: Sequence[CheckpointRecord], is_quarantined: NDArray[np.bool_]) -> None:
+def _find_missing(
+    plan: RunPlan, records: Sequence[CheckpointRecord], is_quarantined: NDArray[np.bool_], *, allow_missing: bool
+) -> NDArray[np.bool_]:
+    """Which ordinals are in no checkpoint and not in quarantine, (N,). Raises as `assemble`."""
     is_computed = np.zeros(plan.num_sequences, dtype=bool)
     for record in records:
         _require_planned(plan, record)
         is_computed[record.ordinals] = True
     is_covered = is_computed[plan.representatives]
-    _refuse_ordinals(plan, ~is_covered & ~is_quarantined, "are in no checkpoint; start the run again: it computes them")
+    is_missing: NDArray[np.bool_] = ~is_covered & ~is_quarantined
+    if not (allow_missing and is_computed.any()):
+        _refuse_ordinals(plan, is_missing, "are in no checkpoint; start the run again: it computes them")
     _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")
     if not is_computed.any():
         raise IncompleteDatasetError("every sequence is in quarantine: there is no dataset to put together")
+    return is_missing
 
 
 def _require_planned(plan: RunPlan, record: CheckpointRecord) -> None:
@@ -298,8 +335,8 @@ def _write_dataset(
     plan: RunPlan,
     paths: RunPaths,
     records: Sequence[CheckpointRecord],
-    is_quarantined: NDArray[np.bool_],
-    content: dict[str, str],
+    has_row: NDArray[np.bool_],
+    content: dict[str, Any],
     created_at: str,
     part_bytes: int,
 ) -> None:
@@ -313,10 +350,9 @@ def _write_dataset(
         "identity": plan.identity,
         "num_sequences": plan.num_sequences,
         "num_computed": plan.num_computed,
-        "num_quarantined": int(is_quarantined.sum()),
         "dim": dim,
         "ordinals_per_part": rows_per_part,
-        "parts": [_write_part(plan, paths, buckets, start, is_quarantined) for start in starts],
+        "parts": [_write_part(plan, paths, buckets, start, has_row) for start in starts],
         "created_at": created_at,
     }
     files.write_sealed_json(paths.success, success, replace=True)
@@ -409,12 +445,12 @@ class _Buckets:
 
 
 def _write_part(
-    plan: RunPlan, paths: RunPaths, buckets: _Buckets, start: int, is_quarantined: NDArray[np.bool_]
+    plan: RunPlan, paths: RunPaths, buckets: _Buckets, start: int, has_row: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Check and write the part whose ordinals begin at `start`, and return what `_SUCCESS.json` says of it."""
     stop = min(start + buckets.rows_per_part, plan.num_sequences)
     part = start // buckets.rows_per_part
-    expected = start + np.flatnonzero(~is_quarantined[start:stop])
+    expected = start + np.flatnonzero(has_row[start:stop])
     ordinals, rows = buckets.take(part)
     if not np.array_equal(ordinals, expected):
         raise StorageError(f"ordinals {start} to {stop} came back from disk incomplete; start the run again")
@@ -505,7 +541,10 @@ def _find_dataset(path: Path) -> Path:
 
 
 def _read_success(directory: Path) -> dict[str, Any]:
-    """Raises StorageError where it is damaged, or a part is missing or of another size."""
+    """Raises StorageError where it is damaged, or a part is missing or of another size.
+
+    One that says nothing of missing rows was written when there could be none.
+    """
     success = files.read_sealed_json(directory / _SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
         raise StorageError(f"{directory} has schema {success['schema']}; this version reads {DATASET_SCHEMA}")
@@ -517,7 +556,7 @@ def _read_success(directory: Path) -> dict[str, Any]:
                 f"{path} has {size_bytes:,} bytes, and {part['size_bytes']:,} were written; start the run again: the "
                 f"dataset is then put together anew"
             )
-    return success
+    return {"num_missing": 0, "missing_sha256": _NONE_SHA256} | success
 
 
 def _damage(directory: Path, part: dict[str, Any]) -> str | None:
@@ -537,6 +576,7 @@ def _summary(paths: RunPaths) -> DatasetSummary:
         path=paths.embeddings_dir,
         num_rows=sum(part["rows"] for part in success["parts"]),
         num_quarantined=success["num_quarantined"],
+        num_missing=success["num_missing"],
         num_parts=len(success["parts"]),
         dim=success["dim"],
         size_bytes=sum(part["size_bytes"] for part in success["parts"]),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -40,12 +41,15 @@ class Run(NamedTuple):
     def records(self) -> tuple[CheckpointRecord, ...]:
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False).valid
 
-    def assemble(self, *, quarantined: Sequence[int] = (), part_bytes: int = FORTY_ROWS) -> DatasetSummary:
+    def assemble(
+        self, *, quarantined: Sequence[int] = (), allow_missing: bool = False, part_bytes: int = FORTY_ROWS
+    ) -> DatasetSummary:
         return assemble(
             self.plan,
             self.paths,
             self.records(),
             quarantined=frozenset(quarantined),
+            allow_missing=allow_missing,
             clock=lambda: CREATED,
             part_bytes=part_bytes,
         )
@@ -96,6 +100,35 @@ def finish_run(run: Run, *, without: Sequence[int] = ()) -> Run:
         for batch_idx, batch in enumerate(np.array_split(ordinals, 4)):
             write_checkpoint(run.plan, run.paths.checkpoint(rank, batch_idx), batch)
     return run
+
+
+def go_on(run: Run, ordinals: Sequence[int]) -> None:
+    """Compute what had been left out."""
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 4), np.array(ordinals))
+
+
+def some_with_copies_and_without(plan: RunPlan) -> list[int]:
+    """Three ordinals that are computed: that of the most copies, and two of none."""
+    originals, counts = np.unique(plan.representatives, return_counts=True)
+    by_count = originals[np.argsort(counts, kind="stable")]
+    assert counts.max() > 1
+    return [int(by_count[-1]), int(by_count[0]), int(by_count[1])]
+
+
+def assert_rows(run: Run, *, without: Sequence[int]) -> None:
+    """Every sequence has its own row under its id and its ordinal, but for those of `without` and their copies."""
+    dataset = open_dataset(run.paths.run_dir)
+    is_left_out = np.isin(run.plan.representatives, without)
+    assert dataset.ids == [run.ids[ordinal] for ordinal in np.flatnonzero(~is_left_out)]
+    for ordinal, (sequence_id, sequence) in enumerate(zip(run.ids, run.sequences, strict=True)):
+        if is_left_out[ordinal]:
+            assert sequence_id not in dataset
+            with pytest.raises(KeyError, match=f"ordinal {ordinal} is not in"):
+                dataset.row(ordinal)
+        else:
+            assert np.array_equal(dataset[sequence_id], embed(sequence))
+            assert np.array_equal(dataset.row(ordinal), embed(sequence))
+    assert verify_dataset(run.paths.run_dir) == []
 
 
 @pytest.fixture
@@ -158,6 +191,7 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
         path=run.paths.embeddings_dir,
         num_rows=150,
         num_quarantined=0,
+        num_missing=0,
         num_parts=4,
         dim=DIM,
         size_bytes=sum(sizes),
@@ -230,6 +264,133 @@ def test_a_run_with_every_sequence_in_quarantine_has_no_dataset(tmp_path: Path) 
     run = start_run(tmp_path)
     with pytest.raises(IncompleteDatasetError, match="every sequence is in quarantine"):
         run.assemble(quarantined=run.plan.order.tolist())
+
+
+@pytest.mark.parametrize("part_bytes", [1, FORTY_ROWS, 10**9])
+def test_a_partial_dataset_lacks_what_is_missing_with_its_copies_and_nothing_else(
+    tmp_path: Path, part_bytes: int
+) -> None:
+    run = start_run(tmp_path)
+    missing = some_with_copies_and_without(run.plan)
+    summary = finish_run(run, without=missing).assemble(allow_missing=True, part_bytes=part_bytes)
+    num_missing = int(np.isin(run.plan.representatives, missing).sum())
+
+    assert_rows(run, without=missing)
+    assert num_missing > 3
+    assert (summary.num_missing, summary.num_quarantined, summary.num_rows) == (num_missing, 0, 150 - num_missing)
+    assert json.loads(run.paths.success.read_bytes())["num_missing"] == num_missing
+    with pytest.raises(KeyError, match="or not computed yet: the dataset is partial"):
+        open_dataset(run.paths.run_dir).row(missing[0])
+
+
+def test_missing_and_quarantined_rows_are_told_apart(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    *quarantined, missing = some_with_copies_and_without(run.plan)
+    finish_run(run, without=[*quarantined, missing])
+    with pytest.raises(IncompleteDatasetError, match=f"1 of 150 sequences are in no checkpoint.* {missing} "):
+        run.assemble(quarantined=quarantined)
+    summary = run.assemble(quarantined=quarantined, allow_missing=True)
+    assert_rows(run, without=[*quarantined, missing])
+    assert (summary.num_missing, summary.num_quarantined) == (1, 149 - summary.num_rows)
+
+
+def test_a_part_of_which_nothing_is_computed_is_empty(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    missing = np.unique(run.plan.representatives[40:80]).tolist()
+    finish_run(run, without=missing).assemble(allow_missing=True)
+    dataset = open_dataset(run.paths.run_dir)
+    assert dataset.metadata["parts"][1]["rows"] == 0
+    assert 0 < len(dataset) == sum(len(ids) for ids, _ in dataset.batches(7))
+    assert_rows(run, without=missing)
+
+
+def test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made(tmp_path: Path) -> None:
+    """Row by row, and byte by byte: nothing of the partial one is left."""
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    finish_run(start_run(tmp_path / "whole")).assemble()
+    run = start_run(tmp_path / "run")
+    missing = some_with_copies_and_without(run.plan)
+    finish_run(run, without=missing).assemble(allow_missing=True)
+    with pytest.raises(IncompleteDatasetError, match="are in no checkpoint"):
+        run.assemble()
+    assert open_dataset(run.paths.run_dir).metadata["num_missing"] > 0
+
+    go_on(run, missing)
+    assert run.assemble().num_missing == 0
+    assert_rows(run, without=[])
+    assert files_of(run.paths.embeddings_dir) == files_of(tmp_path / "whole/run/embeddings")
+
+
+def test_a_dataset_is_complete_where_rows_may_be_missing_and_none_is(run: Run) -> None:
+    run.assemble()
+    complete = files_of(run.paths.embeddings_dir)
+    shutil.rmtree(run.paths.embeddings_dir)
+    assert run.assemble(allow_missing=True).num_missing == 0
+    assert files_of(run.paths.embeddings_dir) == complete
+
+
+def test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing(tmp_path: Path) -> None:
+    """Also where they are as many as before."""
+    run = start_run(tmp_path)
+    _, missing, other = some_with_copies_and_without(run.plan)
+    finish_run(run, without=[missing])
+    run.assemble(allow_missing=True)
+    before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
+    assert run.assemble(allow_missing=True).num_missing == 1
+    assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
+
+    shutil.rmtree(run.paths.checkpoints_dir)
+    finish_run(run, without=[other])
+    assert run.assemble(allow_missing=True).num_missing == 1
+    assert_rows(run, without=[other])
+
+
+def test_a_partial_dataset_that_is_damaged_is_put_together_anew(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    missing = some_with_copies_and_without(run.plan)
+    finish_run(run, without=missing).assemble(allow_missing=True)
+    part = run.paths.embeddings_dir / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-10] + bytes(10))
+    run.assemble(allow_missing=True)
+    assert_rows(run, without=missing)
+
+
+def test_a_partial_dataset_never_takes_the_place_of_a_complete_one(run: Run) -> None:
+    """Where a checkpoint is gone since, its rows are in the dataset alone."""
+    complete = run.assemble()
+    before = files_of(run.paths.embeddings_dir)
+    shutil.rmtree(run.paths.checkpoints_dir / "shard_0")
+    assert run.assemble(allow_missing=True) == complete
+    assert files_of(run.paths.embeddings_dir) == before
+
+
+def test_where_nothing_is_computed_there_is_no_partial_dataset(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    with pytest.raises(IncompleteDatasetError, match="149 of 150 sequences are in no checkpoint"):
+        run.assemble(quarantined=some_with_copies_and_without(run.plan)[1:2], allow_missing=True)
+    with pytest.raises(IncompleteDatasetError, match="every sequence is in quarantine"):
+        run.assemble(quarantined=run.plan.order.tolist(), allow_missing=True)
+    assert not run.paths.embeddings_dir.exists()
+
+
+def test_a_partial_dataset_too_has_no_sequence_both_computed_and_in_quarantine(run: Run) -> None:
+    with pytest.raises(IncompleteDatasetError, match="in quarantine and yet in a checkpoint"):
+        run.assemble(quarantined=[int(run.plan.order[0])], allow_missing=True)
+
+
+def test_a_dataset_from_before_there_were_partial_ones_is_complete_and_stays(run: Run) -> None:
+    run.assemble()
+    success = json.loads(run.paths.success.read_bytes())
+    for name in ("seal", "num_missing", "missing_sha256"):
+        success.pop(name)
+    vnp_lib.files.write_sealed_json(run.paths.success, success, replace=True)
+    before = files_of(run.paths.embeddings_dir)
+
+    assert open_dataset(run.paths.run_dir).metadata["num_missing"] == 0
+    assert run.assemble().num_missing == 0
+    assert files_of(run.paths.embeddings_dir) == before
+    assert_rows(run, without=[])
 
 
 def test_a_checkpoint_with_a_flipped_bit_makes_no_dataset(run: Run) -> None:
