@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vnp_lib.dataset import load_planned, open_dataset, verify_dataset
+import numpy as np
+from numpy.typing import NDArray
+
+from vnp_lib.dataset import EmbeddingDataset, load_planned, open_dataset, verify_dataset, with_copies
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.quarantine import Quarantine
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is no run directory is said before
     from vnp_lib.checkpoint import CheckpointRecord, Damage, Survey
@@ -31,7 +35,7 @@ class RunReport:
     num_checkpoints: int = 0  # that are whole
     num_sequences: int | None = None  # to compute, each distinct one once; None: the plan cannot be read
     to_compute: dict[int, int] = field(default_factory=dict)  # sequences that the next run computes, by shard
-    has_dataset: bool = False  # complete and whole
+    has_dataset: bool = False  # whole, with a row for every sequence that is not in quarantine
 
     @property
     def is_well(self) -> bool:
@@ -108,10 +112,11 @@ def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
 def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> RunReport:
     survey = read_checkpoints(plan, paths)
     is_done = survey.done_mask(plan.num_sequences)
+    quarantined, quarantine_damage = _quarantined(paths, plan)
+    is_set_aside = with_copies(plan, [ordinal for ordinal in quarantined if not is_done[ordinal]])
     shards = {rank: plan.shard_ordinals(rank) for rank in range(plan.num_shards)}
-    left = {rank: int((~is_done[ordinals]).sum()) for rank, ordinals in shards.items()}
-    dataset_damage, dataset_notes = _dataset(paths, plan)
-    has_dataset = paths.success.exists() and not dataset_damage
+    left = {rank: int((~is_done & ~is_set_aside)[ordinals].sum()) for rank, ordinals in shards.items()}
+    dataset = _dataset(paths, plan, is_set_aside)
     return RunReport(
         run_dir=paths.run_dir,
         running=running,
@@ -119,16 +124,18 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
             *(f"{damage.path}: {damage.reason}" for damage in survey.damaged if not damage.is_unfinished),
             *_refusal(survey),
             *(_manifest(paths, survey.valid) if running is None else ()),
-            *dataset_damage,
+            *quarantine_damage,
+            *dataset.damage,
         ),
         notes=(
             *(_unfinished(damage, running) for damage in survey.damaged if damage.is_unfinished),
-            *dataset_notes,
+            *_quarantine_notes(paths, quarantined, is_done, is_set_aside),
+            *dataset.notes,
         ),
         num_checkpoints=len(survey.valid),
         num_sequences=plan.num_computed,
         to_compute={rank: count for rank, count in left.items() if count},
-        has_dataset=has_dataset,
+        has_dataset=dataset.is_complete,
     )
 
 
@@ -195,14 +202,50 @@ def _manifest(paths: RunPaths, valid: tuple[CheckpointRecord, ...]) -> Iterator[
             )
 
 
-def _dataset(paths: RunPaths, plan: RunPlan) -> tuple[list[str], list[str]]:
-    """Damage and notes."""
+def _quarantined(paths: RunPaths, plan: RunPlan) -> tuple[frozenset[int], list[str]]:
+    """Ordinals, and damage: where the file is damaged its sequences count as not set aside, for they are tried again."""
+    try:
+        return Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals(), []
+    except (StorageError, OSError) as error:
+        return frozenset(), [str(error)]
+
+
+def _quarantine_notes(
+    paths: RunPaths, quarantined: frozenset[int], is_done: NDArray[np.bool_], is_set_aside: NDArray[np.bool_]
+) -> Iterator[str]:
+    num_done = int(is_done[list(quarantined)].sum())
+    if num_set_aside := len(quarantined) - num_done:
+        with_their_copies = int(is_set_aside.sum())
+        yield f"{paths.quarantine}: sequences in quarantine: {num_set_aside:,} ({with_their_copies:,} with their copies)"
+    if num_done:
+        yield f"{paths.quarantine}: sequences in quarantine and yet in a checkpoint: {num_done:,}; the next run releases them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DatasetState:
+    damage: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_complete: bool = False
+
+
+def _dataset(paths: RunPaths, plan: RunPlan, is_set_aside: NDArray[np.bool_]) -> _DatasetState:
     if not paths.success.exists():
-        return [], ["there is no dataset yet"]
+        return _DatasetState(notes=("there is no dataset yet",))
     damage = verify_dataset(paths.run_dir)
     if damage:
-        return [*damage, f"{paths.embeddings_dir} is damaged; the next run puts it together anew"], []
+        anew = f"{paths.embeddings_dir} is damaged; the next run puts it together anew"
+        return _DatasetState(damage=(*damage, anew))
     dataset = open_dataset(paths.run_dir)
     if dataset.metadata["fingerprint"] != plan.fingerprint:
-        return [f"{paths.embeddings_dir} is of another run; the next run puts it together anew"], []
-    return [], [f"the dataset has {len(dataset):,} rows"]
+        return _DatasetState(damage=(f"{paths.embeddings_dir} is of another run; the next run puts it together anew",))
+    lack = _lack(dataset, num_set_aside=int(is_set_aside.sum()))
+    return _DatasetState(notes=(f"the dataset has {len(dataset):,} rows{lack}",), is_complete=not lack)
+
+
+def _lack(dataset: EmbeddingDataset, *, num_set_aside: int) -> str:
+    """What a dataset that is whole lacks to be complete, as the end of a sentence."""
+    if num_missing := dataset.metadata["num_missing"]:
+        return f" and lacks {num_missing:,}; the next run completes it"
+    if dataset.metadata["num_quarantined"] != num_set_aside:
+        return ", but the quarantine is another now; the next run puts it together anew"
+    return ""

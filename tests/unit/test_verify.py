@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from vnp_lib.failures import ConfigError
 from vnp_lib.files import FileLock, digest_file, marker_path, write_marker, write_sealed_json
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, load_plan, make_plan
+from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.verify import verify_run
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
@@ -105,6 +107,7 @@ DAMAGE: list[tuple[str, Callable[[RunPaths], object], str, dict[int, int]]] = [
     ("a dataset of another run", lambda paths: replace_fingerprint(paths), "is of another run", {}),
     ("rows with other ids", lambda paths: rewrite(paths, ids=True), "gives its rows other ids than the plan", {0: 7}),
     ("rows that the plan has not", lambda paths: rewrite(paths, ids=False), "ordinals that the plan does not compute", {0: 7}),
+    ("a quarantine that is torn", lambda paths: paths.quarantine.write_bytes(b"{"), "quarantine.jsonl is damaged in line 1", {}),
     ("a forged checkpoint", lambda paths: forge(paths), "batch_00000.pt: failed to load", {0: 7}),
 ]  # fmt: skip
 
@@ -228,6 +231,110 @@ def test_json_says_the_same(paths, capsys):
     assert told["is_well"] is False
     assert told["to_compute"] == {"0": 7}
     assert "batch_00001.pt" in told["damage"][0]
+
+
+@pytest.fixture
+def unfinished(tmp_path) -> RunPaths:
+    """A run of 12 sequences, in which 0 and 4 are not computed yet; the odd ones are copies of 0."""
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">p{number}\nMKVLA{'' if number % 2 else 'L' * number}\n" for number in range(12)))
+    paths = RunPaths(tmp_path / "unfinished")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200)
+    assert sorted(plan.order.tolist()) == [0, 2, 4, 6, 8, 10]
+    CheckpointManifest(paths.manifest).initialize(1, plan.fingerprint, "w")
+    compute(paths, 0, [2, 6, 8, 10])
+    return paths
+
+
+def compute(paths: RunPaths, batch_idx: int, ordinals: list[int]) -> None:
+    plan = load_plan(paths)
+    with AsyncCheckpointWriter(manifest=CheckpointManifest(paths.manifest), rank=0) as writer:
+        content = {"ordinals": ordinals, "fingerprint": plan.fingerprint}
+        rows = torch.tensor(ordinals).float()[:, None] + torch.arange(4)
+        writer.write_checkpoint_async(paths.checkpoint(0, batch_idx), rows, plan.ids(np.array(ordinals)), content)
+
+
+def assemble_unfinished(paths: RunPaths, *, allow_missing: bool = False) -> None:
+    plan = load_plan(paths)
+    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid
+    quarantined = Quarantine(paths.quarantine, num_sequences=12).ordinals()
+    assemble(plan, paths, records, quarantined=quarantined, allow_missing=allow_missing)
+
+
+def set_aside(paths: RunPaths, *ordinals: int) -> None:
+    for ordinal in ordinals:
+        sequence = QuarantinedSequence(
+            ordinal=ordinal, id=f"p{ordinal}", length=9, kind="k", cause="c", message="m", attempts=3, at="now"
+        )
+        Quarantine(paths.quarantine, num_sequences=12).add(sequence)
+
+
+def said(paths: RunPaths) -> list[str]:
+    report = verify_run(paths.run_dir)
+    assert report.is_well, report.damage
+    return list(report.lines())
+
+
+def test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies(unfinished):
+    set_aside(unfinished, 0, 4)
+    note = f"{unfinished.quarantine}: sequences in quarantine: 2 (8 with their copies)"
+    assert said(unfinished) == [
+        note,
+        "there is no dataset yet",
+        "the next run computes none of 6 sequences; it puts the dataset together",
+        "all is well",
+    ]
+    assemble_unfinished(unfinished)
+    assert said(unfinished) == [
+        note,
+        "the dataset has 4 rows",
+        "the dataset is complete: the next run computes none of 6 sequences",
+        "all is well",
+    ]
+
+
+def test_sequences_of_a_damaged_quarantine_are_to_compute_and_the_dataset_is_not_complete(unfinished):
+    set_aside(unfinished, 0, 4)
+    assemble_unfinished(unfinished)
+    flip(unfinished.quarantine)
+    before = tree(unfinished.run_dir)
+    report = verify_run(unfinished.run_dir)
+    assert [line for line in report.damage if "damaged in line" in line and "move the file away" in line]
+    assert report.to_compute == {0: 2}
+    assert not report.has_dataset
+    assert tree(unfinished.run_dir) == before
+
+
+def test_a_sequence_in_quarantine_and_in_a_checkpoint_is_released_by_the_next_run(unfinished):
+    compute(unfinished, 1, [0])
+    set_aside(unfinished, 2, 4)
+    lines = said(unfinished)
+    assert lines[0].endswith("sequences in quarantine: 1 (1 with their copies)")
+    assert lines[1].endswith("sequences in quarantine and yet in a checkpoint: 1; the next run releases them")
+
+
+def test_a_partial_dataset_is_well_and_what_it_lacks_is_counted(unfinished):
+    set_aside(unfinished, 4)
+    assemble_unfinished(unfinished, allow_missing=True)
+    assert said(unfinished)[1:] == [
+        "the dataset has 4 rows and lacks 7; the next run completes it",
+        "the next run computes 1 of 6 sequences (shard 0: 1)",
+        "all is well",
+    ]
+    compute(unfinished, 1, [0])
+    report = verify_run(unfinished.run_dir)
+    assert (report.to_compute, report.has_dataset) == ({}, False)
+    assert "it puts the dataset together" in said(unfinished)[2]
+
+
+def test_a_dataset_of_an_earlier_quarantine_is_not_complete(unfinished):
+    set_aside(unfinished, 0, 4)
+    assemble_unfinished(unfinished)
+    compute(unfinished, 1, [4])
+    assert "the dataset has 4 rows, but the quarantine is another now; the next run puts it together anew" in said(
+        unfinished
+    )
+    assert not verify_run(unfinished.run_dir).has_dataset
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "file"])
