@@ -10,6 +10,8 @@ _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
 _PLAN = "tests/unit/test_plan.py"
 _DATASET = "tests/unit/test_dataset.py"
+_QUARANTINE = "tests/unit/test_quarantine.py"
+_VERIFY = "tests/unit/test_verify.py"
 _INFERENCE = "tests/unit/test_inference.py"
 _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
@@ -804,4 +806,63 @@ _ASSEMBLY = (
     ),
 )
 
-MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY)
+_SET_ASIDE = (
+    Mutant(
+        name="set-aside-twice",
+        module="quarantine",
+        before="if any(each.ordinal == sequence.ordinal for each in sequences):",
+        after="if sequence in sequences:",
+        caught_by=(f"{_QUARANTINE}::test_the_first_entry_of_an_ordinal_stays",),
+    ),
+    Mutant(
+        name="quarantine-without-a-limit",
+        module="quarantine",
+        before="            self._require_room(len(sequences))\n",
+        after="",
+        caught_by=(f"{_QUARANTINE}::test_one_more_than_may_be_is_refused_and_nothing_is_written",),
+    ),
+    Mutant(
+        name="set-aside-without-the-lock",
+        module="quarantine",
+        before="        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n            sequences = self.read()\n            if any",
+        after="        if True:\n            sequences = self.read()\n            if any",
+        caught_by=(f"{_QUARANTINE}::test_nothing_changes_while_another_holds_the_lock",),
+    ),
+    Mutant(
+        name="quarantine-seal-not-compared",
+        module="quarantine",
+        before="return sequence if _sealed(sequence) == line else None",
+        after="return sequence",
+        caught_by=(f"{_QUARANTINE}::test_no_flipped_bit_passes",),
+    ),
+    Mutant(
+        name="missing-rows-not-told-apart",
+        module="dataset",
+        before='"missing_sha256": _ordinals_sha256(is_missing),',
+        after='"missing_sha256": _NONE_SHA256,',
+        caught_by=(f"{_DATASET}::test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing",),
+    ),
+    Mutant(
+        name="partial-dataset-taken-for-complete",
+        module="dataset",
+        before="        is_same = content.items() <= _read_success(paths.embeddings_dir).items()\n",
+        after='        is_same = content["fingerprint"] == _read_success(paths.embeddings_dir)["fingerprint"]\n',
+        caught_by=(f"{_DATASET}::test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made",),
+    ),
+    Mutant(
+        name="complete-dataset-replaced-by-a-partial-one",
+        module="dataset",
+        before="if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):",
+        after="if True:",
+        caught_by=(f"{_DATASET}::test_a_partial_dataset_never_takes_the_place_of_a_complete_one",),
+    ),
+    Mutant(
+        name="quarantined-counted-as-to-compute",
+        module="verify",
+        before="(~is_done & ~is_set_aside)[ordinals]",
+        after="(~is_done)[ordinals]",
+        caught_by=(f"{_VERIFY}::test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies",),
+    ),
+)
+
+MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY, *_SET_ASIDE)
