@@ -18,8 +18,9 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.states import Completed, Failed
 
+from flows.devices import DevicePool
 from flows.hooks import make_retry_hook
-from flows.shard import DevicePool, embed_shard
+from flows.shard import embed_shard
 from vnp_lib.config import EmbedConfig, parse_command_line
 from vnp_lib.dataset import DatasetSummary, assemble
 from vnp_lib.failures import CheckpointError, ExitCode, InputError
@@ -36,15 +37,15 @@ async def embed(config: EmbedConfig) -> State[Any]:
     with sigterm_cancels_the_flow(), open_run(config) as run:
         for _ in range(_MOST_ROUNDS):
             states = await embed_shards(run)
-            if not all(state.is_completed() for state in states):
-                return Failed(message=describe(states))
+            if not config.allow_partial and not all(state.is_completed() for state in states):
+                return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
             try:
                 summary = assemble_dataset(run)
             except CheckpointError as error:
                 get_run_logger().warning("%s: it is computed again", error)
                 run.set_damaged_aside()
             else:
-                return Completed(message=f"{summary.num_rows:,} sequences embedded, {describe(states)}")
+                return Completed(message=f"{describe_dataset(summary)}, {describe(run, states)}")
         return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
 
 
@@ -67,7 +68,7 @@ async def embed_shards(run: Run) -> list[State[Any]]:
 async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> State[Any]:
     """Run a shard's task, with a retry hook of its own, until it has completed or failed for good."""
     task = embed_shard.with_options(
-        retry_condition_fn=make_retry_hook(run, shard.rank),
+        retry_condition_fn=make_retry_hook(run, shard.rank, devices),
         result_storage=run.paths.results_dir,
         refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
     )
@@ -78,17 +79,32 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
 def assemble_dataset(run: Run) -> DatasetSummary:
     """Put the dataset together from the checkpoints, every digest verified."""
     get_run_logger().info("all shards are embedded: putting the dataset together")
-    return assemble(run.plan, run.paths, run.checkpoints().valid)
+    return assemble(
+        run.plan,
+        run.paths,
+        run.checkpoints().valid,
+        quarantined=run.quarantine.ordinals(),
+        allow_missing=run.config.allow_partial,
+    )
 
 
-def describe(states: Sequence[State[Any]]) -> str:
-    """Say how the shards ended: `2 Completed, 1 Cached`; and which have not been embedded."""
+def describe_dataset(summary: DatasetSummary) -> str:
+    """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
+    lacking = ((summary.num_quarantined, "in quarantine"), (summary.num_missing, "missing"))
+    return ", ".join(
+        [f"{summary.num_rows:,} sequences embedded", *(f"{count:,} {what}" for count, what in lacking if count)]
+    )
+
+
+def describe(run: Run, states: Sequence[State[Any]]) -> str:
+    """Say how the shards ended: `2 Completed, 1 Cached`; and which have not been embedded, and why."""
     counts = Counter(state.name for state in states)
     described = "shards: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=str))
     failed = [rank for rank, state in enumerate(states) if not state.is_completed()]
     if not failed:
         return described
-    reasons = "; ".join(f"shard {rank}: {states[rank].message}" for rank in failed[:5])
+    recorded = run.manifest.shards()
+    reasons = "; ".join(f"shard {rank}: {recorded[rank]['error'] or states[rank].message}" for rank in failed[:5])
     return f"{described}; not embedded: {failed} ({reasons})"
 
 

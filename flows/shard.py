@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -12,30 +9,13 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 
 from flows.artifacts import ShardArtifact
+from flows.devices import DevicePool
 from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run, ShardState
 from vnp_lib.supervisor import Event, run_child
 
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
-
-
-class DevicePool:
-    """The devices of a run. Each has one child at a time."""
-
-    def __init__(self, devices: Iterable[str]) -> None:
-        self._free: asyncio.Queue[str] = asyncio.Queue()
-        for device in devices:
-            self._free.put_nowait(device)
-
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[str]:
-        """Wait for a free device and hold it for a block."""
-        device = await self._free.get()
-        try:
-            yield device
-        finally:
-            self._free.put_nowait(device)
 
 
 def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -53,7 +33,7 @@ def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     cache_policy=CacheKeyFnPolicy(cache_key_fn=result_key),
 )
 async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> dict[str, Any]:
-    """Make one attempt on a shard, and return what it holds when all of it is in checkpoints.
+    """Make one attempt on a shard, and return what it holds when all of it is in checkpoints, or in quarantine.
 
     `shard` is how it stood when the flow looked; an attempt looks again.
 
@@ -62,9 +42,12 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
     """
     attempt = 0
     if not shard.is_complete:
-        async with devices.one() as device:
-            attempt = run.manifest.start_attempt(shard.rank)
-            await _attempt(run, shard.rank, device, attempt, progress)
+        must_move = devices.left_broken(shard.rank)
+        async with devices.one(shard.rank) as device:
+            if must_move:
+                run.manifest.record_redistribution(shard.rank, device.index)
+            attempt = run.manifest.start_attempt(shard.rank, device=device.name)
+            await _attempt(run, shard.rank, device.name, attempt, progress)
     run.manifest.mark_shard_complete(shard.rank)
     return {"rank": shard.rank, "sequences": shard.num_sequences, "attempts": attempt}
 
@@ -74,7 +57,7 @@ async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: Run
     run.prepare_shard(rank)
     write_file(run.paths.job(rank), run.shard_job(rank, device).model_dump_json(indent=1).encode(), replace=True)
     artifact = ShardArtifact(rank, interval_s=runtime.artifact_interval_s)
-    follower = _Follower(rank, attempt, device, progress, artifact)
+    follower = _Follower(run, rank, attempt, device, progress, artifact)
     await run_child(
         run.paths.job(rank),
         device=device,
@@ -90,7 +73,10 @@ async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: Run
 class _Follower:
     """Passes on what a child says: to the task run's log, to the progress bar and to the shard's artifact."""
 
-    def __init__(self, rank: int, attempt: int, device: str, progress: RunProgress, artifact: ShardArtifact) -> None:
+    def __init__(
+        self, run: Run, rank: int, attempt: int, device: str, progress: RunProgress, artifact: ShardArtifact
+    ) -> None:
+        self._run = run
         self._rank = rank
         self._attempt = attempt
         self._device = device
@@ -119,6 +105,11 @@ class _Follower:
                 self._sequences += sequences
                 self._progress.advance(self._rank, sequences=sequences, tokens=tokens)
                 await self._show()
+            case {"event": "token_budget", "tokens": int(tokens)}:
+                self._run.manifest.remember_token_budget(self._rank, self._device, tokens)
+                self._logger.warning("%d tokens in one forward pass from now on", tokens)
+            case {"event": "quarantined", "id": str(sequence_id), "message": str(message)}:
+                self._logger.warning("%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message)
             case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
                 self._logger.info("checkpoint %d is on disk: %d rows", number, rows)
 

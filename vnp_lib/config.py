@@ -90,6 +90,14 @@ class EmbedConfig(BaseModel):
         None, ge=1, description="Most tokens in one forward pass; if not given, 16384 on a GPU, 2048 on the CPU."
     )
     dtype: DType = Field("auto", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU.")
+    on_poison: Literal["quarantine", "fail"] = Field(
+        "quarantine",
+        description="What becomes of a protein that the model dies of or gives no finite row for. 'quarantine': it is set "
+        "aside, named, and all others are embedded; 'fail': its shard fails.",
+    )
+    allow_partial: CliImplicitFlag[bool] = Field(
+        False, description="Put the dataset together even where shards have failed; without their missing rows."
+    )
     force_restart: CliImplicitFlag[bool] = Field(
         False, description="Begin anew: what the run directory holds is moved aside, not continued."
     )

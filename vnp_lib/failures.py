@@ -16,6 +16,7 @@ VnpError
 ├── NumericalInstabilityError   a row that is not finite
 ├── CircuitBreakerOpenError     a batch that has failed too often
 ├── QuarantineFullError         so many sequences fail that it cannot be their fault
+├── SequenceTooLargeError       sequences that do not fit into memory, even alone
 ├── DeviceFailedError           a device that fails at what is known to be good
 ├── BatchFailedError            an exception while a batch was in the model; that exception is its cause
 └── ShardFailedError            an attempt on a shard ended badly; carries a `Failure`
@@ -96,6 +97,10 @@ class QuarantineFullError(VnpError):
     """So many sequences fail that it cannot be their fault: the set-up is broken, and a person has to look at it."""
 
 
+class SequenceTooLargeError(VnpError):
+    """Sequences that do not fit into memory, even alone; the message names them and their lengths."""
+
+
 class DeviceFailedError(VnpError):
     """A device that fails at what is known to be good."""
 
@@ -139,6 +144,7 @@ class FailureCause(StrEnum):
     PREEMPTED = "preempted"
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
+    SEQUENCE_TOO_LARGE = "sequence_too_large"
     DEVICE_ASSERT = "device_assert"
     ILLEGAL_ADDRESS = "illegal_address"
     LAUNCH_FAILURE = "launch_failure"
@@ -163,6 +169,7 @@ _KINDS = {
     FailureCause.PREEMPTED: FailureKind.SPOT_PREEMPTION,
     FailureCause.GPU_OOM: FailureKind.OOM,
     FailureCause.HOST_OOM: FailureKind.OOM,
+    FailureCause.SEQUENCE_TOO_LARGE: FailureKind.OOM,
     FailureCause.DEVICE_ASSERT: FailureKind.POISON_INPUT,
     FailureCause.ILLEGAL_ADDRESS: FailureKind.POISON_INPUT,
     FailureCause.LAUNCH_FAILURE: FailureKind.POISON_INPUT,
@@ -255,6 +262,7 @@ def classify_exit(
     *,
     batch_idx: int | None = None,
     ordinal: int | None = None,
+    is_probing: bool = False,
     ran_out_of_host_memory: bool = False,
     last_event: str = "",
 ) -> Failure:
@@ -264,6 +272,7 @@ def classify_exit(
         exit_code: Negative for a signal; a shell's 128 + signal means the same.
         batch_idx: The batch that was in the model, by what the child had said before.
         ordinal: Its sequence, where that was alone in it.
+        is_probing: Whether the device was at a sequence known to be harmless: then it is the device.
         ran_out_of_host_memory: Whether the kernel's OOM killer has struck since the child was started.
         last_event: What it said last.
     """
@@ -271,6 +280,8 @@ def classify_exit(
     cause = _SIGNAL_CAUSES.get(signum, FailureCause.SILENT_EXIT)
     if cause == FailureCause.KILLED and ran_out_of_host_memory:
         cause = FailureCause.HOST_OOM
+    if cause in _SUSPICIOUS and is_probing:
+        cause = FailureCause.HARDWARE
     after = f" after {last_event!r}" if last_event else ""
     return Failure(
         cause=cause,
@@ -371,6 +382,7 @@ _TYPE_CAUSES: tuple[tuple[type[BaseException], FailureCause], ...] = (
     (NumericalInstabilityError, FailureCause.NUMERICAL_INSTABILITY),
     (CircuitBreakerOpenError, FailureCause.CIRCUIT_OPEN),
     (QuarantineFullError, FailureCause.QUARANTINE_FULL),
+    (SequenceTooLargeError, FailureCause.SEQUENCE_TOO_LARGE),
     (DeviceFailedError, FailureCause.HARDWARE),
     (StorageFailingError, FailureCause.STORAGE_FAILING),
     (InputError, FailureCause.CONFIGURATION),

@@ -12,31 +12,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointTrigger, resume_from_checkpoints
-from vnp_lib.esm2 import mean_pool
-from vnp_lib.failures import BatchFailedError, NumericalInstabilityError
+from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
+from vnp_lib.failures import SequenceTooLargeError
+from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import checkpoint_path
-from vnp_lib.tokens import PackedBatch
+from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
 
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
 
 _BATCHES_AHEAD = 4
+_MOST_SHOWN = 10
 _END = object()
 T = TypeVar("T")
-
-
-class PackedModel(Protocol):
-    """What the runner needs of a model."""
-
-    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
-        """Give `{"representations": {layer: states}}`, the states (T, D); the highest layer is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +59,8 @@ class AsyncInferenceRunner:
         manifest: Where finished checkpoints are recorded.
         input_fingerprint: Fingerprint of the run; in every checkpoint, and asked of those that are resumed.
         model_config_hash: Digest of the weights; in every checkpoint.
+        budget: Most tokens of a forward pass. A batch that does not fit into memory is computed in pieces.
+        exactly: Gives the row, (1, D), of a single sequence whose row was not finite, with more care.
     """
 
     def __init__(
@@ -77,10 +75,13 @@ class AsyncInferenceRunner:
         manifest: CheckpointManifest | None = None,
         input_fingerprint: str = "",
         model_config_hash: str = "",
+        *,
+        budget: TokenBudget | None = None,
+        exactly: Callable[[PackedBatch], Tensor] | None = None,
     ) -> None:
-        self._model = model
-        self._device = torch.device(device)
-        self._batches_in_flight = 1 if enable_streams and self._device.type == "cuda" else 0
+        device = torch.device(device)
+        self._embedder = Embedder(model, device, budget=budget or TokenBudget(), exactly=exactly)
+        self._batches_in_flight = 1 if enable_streams and device.type == "cuda" else 0
         self._checkpoint_dir = checkpoint_dir
         self._rank = rank
         self._trigger = CheckpointTrigger(checkpoint_seq_threshold, checkpoint_time_threshold)
@@ -107,6 +108,7 @@ class AsyncInferenceRunner:
         Raises:
             BatchFailedError: A batch that the model failed at; also a NumericalInstabilityError, for a row that is not
                 finite, is its cause. What was computed before it is kept.
+            SequenceTooLargeError: Sequences that do not fit into memory. All others are computed and kept.
             StorageError: A checkpoint that could not be written.
         """
         resumed_ids: list[str] = []
@@ -130,56 +132,52 @@ class AsyncInferenceRunner:
             yield result
 
     def embed(
-        self,
-        batches: Iterable[PackedBatch],
-        *,
-        next_checkpoint: int = 0,
-        should_stop: Callable[[], bool] = lambda: False,
-        on_batch: Callable[[PackedBatch], None] = lambda batch: None,
-        on_checkpoint: Callable[[int, int], None] | None = None,
+        self, batches: Iterable[PackedBatch], *, next_checkpoint: int = 0, listener: Listener | None = None
     ) -> Iterator[InferenceResult]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
-        `should_stop` is asked after every batch. `on_batch` is called before a batch goes into the model: should the
-        process die of it, that was the last word. `on_checkpoint` is called with (number, rows) once a checkpoint is
-        durable, from the writer's thread. However the loop ends, what was computed is durable when it has ended.
+        However the loop ends, what was computed is durable when it has ended.
+
+        Raises:
+            BatchFailedError, SequenceTooLargeError, StorageError: As `run` does.
         """
-        with self._keeping(next_checkpoint, on_checkpoint) as keep, torch.inference_mode():
-            for batch, rows in self._computed(batches, on_batch):
-                keep(batch, rows)
+        listener = listener or Listener()
+        too_large: list[PackedBatch] = []
+        with self._keeping(next_checkpoint, listener) as keep:
+            for embedded in self._embedded(batches, listener):
+                if embedded.too_large is not None:
+                    too_large.append(embedded.too_large)
+                if embedded.not_finite is not None:
+                    with blaming(embedded.not_finite):
+                        listener.on_not_finite(embedded.not_finite)
+                if embedded.batch is not None:
+                    keep(embedded.batch, embedded.rows)
                 yield InferenceResult(
-                    sequence_ids=batch.sequence_ids,
-                    embeddings=rows,
-                    batch_idx=batch.batch_idx,
-                    num_tokens=batch.num_tokens,
+                    sequence_ids=embedded.batch.sequence_ids if embedded.batch else (),
+                    embeddings=embedded.rows,
+                    batch_idx=embedded.batch_idx,
+                    num_tokens=embedded.batch.num_tokens if embedded.batch else 0,
                 )
-                if should_stop():
+                if listener.should_stop():
                     return
+        _refuse(too_large)
 
-    def _computed(
-        self, batches: Iterable[PackedBatch], on_batch: Callable[[PackedBatch], None]
-    ) -> Iterator[tuple[PackedBatch, Tensor]]:
-        in_flight: deque[_Launched] = deque()
+    def probe(self) -> None:
+        """Raise DeviceFailedError where the device fails at a harmless sequence."""
+        self._embedder.probe()
+
+    def _embedded(self, batches: Iterable[PackedBatch], listener: Listener) -> Iterator[EmbeddedBatch]:
+        in_flight: deque[LaunchedBatch] = deque()
         for batch in run_ahead(batches, _BATCHES_AHEAD):
-            on_batch(batch)
-            in_flight.append(self._launch(batch))
+            listener.on_batch(batch)
+            in_flight.append(self._embedder.launch(batch))
             while len(in_flight) > self._batches_in_flight:
-                yield in_flight.popleft().collect()
+                yield self._embedder.collect(in_flight.popleft())
         while in_flight:
-            yield in_flight.popleft().collect()
-
-    def _launch(self, batch: PackedBatch) -> _Launched:
-        with blaming(batch):
-            on_device = batch.to(self._device)
-            output = self._model.forward_packed(on_device.input_ids, on_device.cu_seqlens, on_device.max_seqlen)
-            representations = output["representations"]
-            rows = mean_pool(representations[max(representations)], on_device.cu_seqlens)
-            return _Launched.fetch(batch, rows)
+            yield self._embedder.collect(in_flight.popleft())
 
     @contextmanager
-    def _keeping(
-        self, next_checkpoint: int, on_checkpoint: Callable[[int, int], None] | None
-    ) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
+    def _keeping(self, next_checkpoint: int, listener: Listener) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
         """Give a function that keeps a batch's rows; on the way out, for whatever reason, write what is left."""
         if self._checkpoint_dir is None:
             yield lambda batch, rows: None
@@ -191,7 +189,7 @@ class AsyncInferenceRunner:
                 rank=self._rank,
                 next_checkpoint=next_checkpoint,
                 metadata=self._metadata,
-                on_checkpoint=on_checkpoint,
+                on_checkpoint=listener.on_checkpoint,
             )
 
             def keep(batch: PackedBatch, rows: Tensor) -> None:
@@ -247,45 +245,19 @@ def run_ahead(items: Iterable[T], count: int) -> Iterator[T]:
             yield item
 
 
-@contextmanager
-def blaming(batch: PackedBatch) -> Iterator[None]:
-    """Raise BatchFailedError from whatever goes wrong in the block."""
-    try:
-        yield
-    except Exception as error:
-        raise BatchFailedError(batch.batch_idx, batch.sequence_ids) from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Launched:
-    """A batch whose rows are on their way to the CPU."""
-
-    batch: PackedBatch
-    rows: Tensor  # on the CPU, float32 (B, D); complete once `arrived`
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def fetch(cls, batch: PackedBatch, rows: Tensor) -> _Launched:
-        if rows.device.type != "cuda":
-            return cls(batch=batch, rows=rows, arrived=None)
-        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        on_host.copy_(rows, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        arrived.record()
-        return cls(batch=batch, rows=on_host, arrived=arrived)
-
-    def collect(self) -> tuple[PackedBatch, Tensor]:
-        with blaming(self.batch):
-            if self.arrived is not None:
-                self.arrived.synchronize()
-            bad = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
-            if bad:
-                ids = ", ".join(self.batch.sequence_ids[row] for row in bad[:10])
-                raise NumericalInstabilityError(
-                    f"numerical instability: {len(bad)} of {self.batch.num_sequences} rows of batch "
-                    f"{self.batch.batch_idx} are not finite: {ids}"
-                )
-        return self.batch, self.rows
+def _refuse(too_large: list[PackedBatch]) -> None:
+    """Raise SequenceTooLargeError where there is a sequence that did not fit into memory."""
+    told = [
+        f"{sequence_id!r} ({tokens - TOKENS_AROUND:,} residues)"
+        for batch in too_large
+        for sequence_id, tokens in zip(batch.sequence_ids, np.diff(batch.cu_seqlens.numpy()), strict=True)
+    ]
+    if told:
+        more = ", ..." if len(told) > _MOST_SHOWN else ""
+        raise SequenceTooLargeError(
+            f"{len(told)} sequences do not fit into the device's memory, each alone: {', '.join(told[:_MOST_SHOWN])}{more}; "
+            f"use a device with more memory, or take them out"
+        )
 
 
 class _Unsaved:
@@ -299,7 +271,7 @@ class _Unsaved:
         rank: int,
         next_checkpoint: int,
         metadata: Mapping[str, Any],
-        on_checkpoint: Callable[[int, int], None] | None,
+        on_checkpoint: Callable[[int, int], None],
     ) -> None:
         self._writer = writer
         self._directory = directory
@@ -334,5 +306,5 @@ class _Unsaved:
         written.add_done_callback(lambda future: self._announce(future, number, len(rows)))
 
     def _announce(self, written: Future[None], number: int, num_rows: int) -> None:
-        if self._on_checkpoint is not None and not written.cancelled() and written.exception() is None:
+        if not written.cancelled() and written.exception() is None:
             self._on_checkpoint(number, num_rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -23,6 +23,8 @@ VERSION = "1.0"
 MAX_CHECKPOINTS_LISTED = 256
 MAX_FAILURES_KEPT = 200
 LOCK_TIMEOUT_S = 30.0
+
+_HISTORY = ("attempts", "failures", "retry_count", "suspects", "token_budgets")  # lives nowhere else
 
 logger = logging.getLogger(__name__)
 
@@ -154,23 +156,48 @@ class CheckpointManifest:
             shard.update(status=ShardStatus.FAILED, failed_at=self._now(), error=error)
             shard["retry_count"] += 1
 
-    def start_attempt(self, rank: int) -> int:
+    def start_attempt(self, rank: int, *, device: str | None = None) -> int:
         """Count an attempt on a shard, put it in progress, and return which attempt it is, from 1."""
         with self._changing() as state:
             shard = _shard(state, rank)
-            shard.update(status=ShardStatus.IN_PROGRESS, attempt_started_at=self._now())
+            shard.update(status=ShardStatus.IN_PROGRESS, attempt_started_at=self._now(), device=device)
             shard["attempts"] += 1
             return int(shard["attempts"])
 
     def record_failure(self, rank: int, record: dict[str, Any]) -> None:
-        """Add `record`, anything that is JSON, to the failures of a shard; the newest 200 are kept."""
+        """Add `record`, anything that is JSON, to the failures of a shard.
+
+        The newest 200 are kept, and the newest 200 with a true `accuses_batch`: a thousand preemptions push no strike out.
+        """
         with self._changing() as state:
             shard = _shard(state, rank)
-            shard["failures"] = [*shard["failures"], record][-MAX_FAILURES_KEPT:]
+            shard["failures"] = _newest_failures([*shard["failures"], record])
 
     def failures(self, rank: int) -> list[dict[str, Any]]:
         """What `record_failure` recorded for a shard, oldest first, over all runs on this directory."""
         return list(_shard(self._read(), rank)["failures"])
+
+    def add_suspects(self, rank: int, ordinals: Sequence[int]) -> None:
+        """Record that one of these sequences may be what a child dies of: from now on each is computed alone."""
+        with self._changing() as state:
+            shard = _shard(state, rank)
+            shard["suspects"] = list(dict.fromkeys([*shard.get("suspects", []), *ordinals]))
+
+    def suspects(self) -> list[int]:
+        """Ordinals of all shards' suspects, also of shards that only an earlier run had."""
+        return [ordinal for shard in self.shards().values() for ordinal in shard.get("suspects", [])]
+
+    def remember_token_budget(self, rank: int, device: str, tokens: int) -> None:
+        """Record how many tokens fit into a device's memory with a shard's sequences."""
+        with self._changing() as state:
+            shard = _shard(state, rank)
+            shard["token_budgets"] = shard.get("token_budgets", {}) | {device: tokens}
+
+    def token_budget(self, rank: int, device: str) -> int | None:
+        """What is remembered for a shard on a device, else the least of other shards on it; None where nothing is."""
+        budgets = {other: shard.get("token_budgets", {}).get(device) for other, shard in self.shards().items()}
+        known = [tokens for tokens in budgets.values() if tokens is not None]
+        return budgets.get(rank) or min(known, default=None)
 
     def record_redistribution(self, failed_rank: int, new_rank: int) -> None:
         """Record that the shard of `failed_rank` is `new_rank`'s work now."""
@@ -278,7 +305,7 @@ class CheckpointManifest:
             return
         for rank, old in old_shards.items():
             shard = state["shards"].setdefault(str(rank), _new_shard(rank))
-            shard.update({key: old[key] for key in ("attempts", "failures", "retry_count")})
+            shard.update({key: old[key] for key in _HISTORY if key in old})
 
     def _new_state(self, world_size: int, input_fingerprint: str, model_config_hash: str) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -326,8 +353,11 @@ def _new_shard(rank: int) -> dict[str, Any]:
         "checkpoints": [],
         "attempts": 0,
         "attempt_started_at": None,
+        "device": None,
         "retry_count": 0,
         "failures": [],
+        "suspects": [],
+        "token_budgets": {},
         "error": None,
         "completed_at": None,
         "failed_at": None,
@@ -353,6 +383,12 @@ def _record_checkpoint(shard: dict[str, Any], entry: dict[str, Any]) -> None:
     shard["checkpoints"] = [*others, entry][-MAX_CHECKPOINTS_LISTED:]
     shard["last_checkpoint_batch"] = max(shard["last_checkpoint_batch"], entry["batch_idx"])
     shard["last_checkpoint_time"] = entry["timestamp"]
+
+
+def _newest_failures(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    strikes = [place for place, record in enumerate(records) if record.get("accuses_batch")]
+    others = [place for place, record in enumerate(records) if not record.get("accuses_batch")]
+    return [records[place] for place in sorted(strikes[-MAX_FAILURES_KEPT:] + others[-MAX_FAILURES_KEPT:])]
 
 
 def _identity(entry: dict[str, Any]) -> tuple[int, str]:

@@ -18,23 +18,24 @@ class RetryDecision:
     delay_s: float
     reason: str
     token_budget_scale: float = 1.0  # factor on the next attempt's token budget
+    is_circuit_open: bool = False  # the accused batch, or sequence, has failed so often that it is not tried again
 
 
 class CircuitBreaker:
-    """Counts how often a batch of a shard has failed, and says when that is enough."""
+    """Counts how often a batch of a shard, or a sequence, has failed, and says when that is enough."""
 
-    def __init__(self, *, limit: int, strikes: Iterable[tuple[int, int]] = ()) -> None:
-        """`strikes` are the earlier failures, each as (rank, batch_idx)."""
+    def __init__(self, *, limit: int, strikes: Iterable[tuple[object, ...]] = ()) -> None:
+        """`strikes` are the earlier failures, each by its key: for a batch (rank, batch_idx)."""
         self._limit = limit
         self._strikes = Counter(strikes)
 
-    def record(self, rank: int, batch_idx: int) -> int:
-        """Count one more failure of a batch and return their number."""
-        self._strikes[rank, batch_idx] += 1
-        return self._strikes[rank, batch_idx]
+    def record(self, *key: object) -> int:
+        """Count one more failure and return their number."""
+        self._strikes[key] += 1
+        return self._strikes[key]
 
-    def is_open(self, rank: int, batch_idx: int) -> bool:
-        return self._strikes[rank, batch_idx] >= self._limit
+    def is_open(self, *key: object) -> bool:
+        return self._strikes[key] >= self._limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +99,19 @@ class RetryPolicy:
         )
 
     def _decide_accused(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
-        batch_idx = failure.batch_idx
-        assert batch_idx is not None
-        strikes = [(0, past.batch_idx) for past in history if past.accuses_batch and past.batch_idx is not None]
-        breaker = CircuitBreaker(limit=self.max_retries_poison, strikes=strikes)
-        count = breaker.record(0, batch_idx)
-        if breaker.is_open(0, batch_idx):
-            reason = f"circuit breaker: batch {batch_idx} failed {count} times ({failure.message})"
-            return RetryDecision(retry=False, delay_s=0.0, reason=reason)
-        reason = f"batch {batch_idx} failed {count} of {self.max_retries_poison} times ({failure.message})"
+        accused = _accused(failure)
+        breaker = CircuitBreaker(
+            limit=self.max_retries_poison, strikes=[_accused(past) for past in history if past.accuses_batch]
+        )
+        count = breaker.record(*accused)
+        name = f"{accused[0]} {accused[1]}"
+        if breaker.is_open(*accused):
+            reason = f"circuit breaker: {name} failed {count} times ({failure.message})"
+            return RetryDecision(retry=False, delay_s=self.backoff_base_s, reason=reason, is_circuit_open=True)
+        reason = f"{name} failed {count} of {self.max_retries_poison} times ({failure.message})"
         return RetryDecision(retry=True, delay_s=self.backoff_base_s, reason=reason)
+
+
+def _accused(failure: Failure) -> tuple[str, int | None]:
+    """What a failure is blamed on: the sequence that was alone in the model, else the batch."""
+    return ("batch", failure.batch_idx) if failure.ordinal is None else ("sequence", failure.ordinal)

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.config import EmbedConfig, resolve_devices
-from vnp_lib.failures import ConfigError, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.failures import ConfigError, Failure, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, make_plan
+from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob
 
@@ -58,6 +59,7 @@ class Run:
         self.plan = plan
         self.paths = RunPaths(config.output_dir)
         self.manifest = CheckpointManifest(self.paths.manifest)
+        self.quarantine = Quarantine(self.paths.quarantine, num_sequences=plan.num_sequences)
         self._weights = weights
 
     def checkpoints(self, *, verify_digests: bool = False) -> Survey:
@@ -67,9 +69,15 @@ class Run:
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=verify_digests)
 
     def shard_states(self) -> list[ShardState]:
-        """Say how much of each shard is in checkpoints, by their markers."""
+        """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
         is_done = self.checkpoints().done_mask(self.plan.num_sequences)
+        is_done[list(self.quarantine.ordinals())] = True
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
+
+    def describe_progress(self) -> str:
+        """Say how much there is: `9,000 of 10,000 sequences are embedded`."""
+        num_done = sum(shard.num_done for shard in self.shard_states())
+        return f"{num_done:,} of {self.plan.num_computed:,} distinct sequences are embedded"
 
     def set_damaged_aside(self) -> None:
         """Read all checkpoints whole and move aside those that assembly would not take: their rows are computed again.
@@ -102,6 +110,7 @@ class Run:
     def shard_job(self, rank: int, device: str) -> ShardJob:
         """Describe an attempt on a shard to its child."""
         identity, runtime = self.plan.identity, self.config.runtime
+        failures = [Failure.from_json(record) for record in self.manifest.failures(rank)]
         return ShardJob(
             run_dir=self.paths.run_dir.resolve(),
             rank=rank,
@@ -114,7 +123,24 @@ class Run:
             num_threads=self._threads_per_child(),
             checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
+            token_budget=self.manifest.token_budget(rank, device) or self.plan.token_budget,
+            suspects=self._suspects(failures),
+            is_careful=bool(failures) and failures[-1].accuses_batch,
+            quarantines=self.config.on_poison == "quarantine",
         )
+
+    def scale_token_budget(self, rank: int, device: str, scale: float) -> None:
+        """Have the next attempts on a shard on a device take smaller batches, or larger ones."""
+        tokens = self.manifest.token_budget(rank, device) or self.plan.token_budget
+        self.manifest.remember_token_budget(rank, device, max(1, int(tokens * scale)))
+
+    def _suspects(self, failures: list[Failure]) -> tuple[int, ...]:
+        """Who is to be computed alone: first those at which a child has died already, then the rest of their batches."""
+        if self.config.on_poison != "quarantine":
+            return ()
+        accused = [failure.ordinal for failure in reversed(failures) if failure.accuses_batch]
+        ordinals = [ordinal for ordinal in accused if ordinal is not None] + self.manifest.suspects()
+        return tuple(dict.fromkeys(ordinals))
 
     def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
         ordinals = self.plan.shard_ordinals(rank)
@@ -176,12 +202,16 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             raise
         run = Run(config=config, devices=devices, weights=weights, plan=plan)
         make_directory(paths.checkpoints_dir)
+        survey = run.checkpoints()
         run.manifest.open_or_rebuild(
             world_size=plan.num_shards,
             input_fingerprint=plan.fingerprint,
             model_config_hash=weights.digest,
-            records=run.checkpoints().valid,
+            records=survey.valid,
         )
+        if held := run.quarantine.ordinals():  # where locks do not work, two runs may have come to different ends
+            is_done = survey.done_mask(plan.num_sequences)
+            run.quarantine.release(ordinal for ordinal in held if is_done[ordinal])
         yield run
 
 

@@ -78,7 +78,8 @@ class _Followed:
         self.limit_s = startup_limit_s
         self._startup_limit_s = startup_limit_s
         self._silence_limit_s = silence_limit_s
-        self._in_model: list[int] = []  # batches, oldest first
+        self._in_model: list[tuple[int, int | None]] = []  # batch_idx, and ordinal of a single sequence; oldest first
+        self._is_probing = False
         self._oom_kills_before = host_oom_kills()
 
     def hear(self, event: Event) -> None:
@@ -86,32 +87,40 @@ class _Followed:
         match event:
             case {"event": "waiting" | "started"}:
                 self.limit_s = self._startup_limit_s
-            case {"event": "computing", "batch_idx": int(batch_idx)}:
+            case {"event": "probing"}:
+                self._is_probing = True
+            case {"event": "computing", "batch_idx": int(batch_idx), "ordinal": ordinal}:
                 self.limit_s = self._silence_limit_s
-                self._in_model.append(batch_idx)
-            case {"event": "batch", "batch_idx": int(batch_idx)}:
-                self._in_model.remove(batch_idx)
+                self._is_probing = False
+                self._in_model.append((batch_idx, ordinal))
+            case {"event": "batch"}:
+                self._in_model.pop(0)
 
     def failure(self, exit_code: int) -> Failure:
         """Judge a child that left with a code other than 0: by its own last word where it had one."""
         if self.last.get("event") == "failed":
             return Failure.from_json(self.last["failure"] | {"exit_code": exit_code})
+        batch_idx, ordinal = self._suspect()
         return classify_exit(
             exit_code,
-            batch_idx=self._suspect(),
+            batch_idx=batch_idx,
+            ordinal=ordinal,
+            is_probing=self._is_probing,
             ran_out_of_host_memory=host_oom_kills() > self._oom_kills_before,
             last_event=self.last.get("event", ""),
         )
 
     def silence(self) -> Failure:
+        batch_idx, ordinal = self._suspect()
         return Failure(
-            cause=FailureCause.HANG,
+            cause=FailureCause.HARDWARE if self._is_probing else FailureCause.HANG,
             message=f"no progress for {self.limit_s:g} s after {self.last.get('event', 'its start')!r}; it was stopped",
-            batch_idx=self._suspect(),
+            batch_idx=batch_idx,
+            ordinal=ordinal,
         )
 
-    def _suspect(self) -> int | None:
-        return self._in_model[0] if self._in_model else None
+    def _suspect(self) -> tuple[int | None, int | None]:
+        return self._in_model[0] if self._in_model else (None, None)
 
 
 def host_oom_kills(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from vnp_lib.packing import pack
 
 BOS = 0
 PAD = 1
@@ -73,15 +75,18 @@ class PackedBatch:
             _boundaries(seqlens[keep]),
         )
 
+    def split(self, token_budget: int) -> list[PackedBatch]:
+        """Cut it into batches of at most `token_budget` tokens, in order; a longer sequence is one of its own."""
+        boundaries = pack(np.diff(self.cu_seqlens.numpy()), token_budget)
+        places = np.arange(self.num_sequences)
+        return [self.select((start <= places) & (places < stop)) for start, stop in pairwise(boundaries)]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
         )
-
-    def pin_memory(self) -> PackedBatch:
-        return replace(self, input_ids=self.input_ids.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
 
 
 def pack_batch(

@@ -16,16 +16,22 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from vnp_lib.failures import ExitCode, InputError, LockTimeoutError, classify_exception
+from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, LockTimeoutError, classify_exception
 from vnp_lib.files import FileLock, remove_orphaned_temporaries
+from vnp_lib.listener import Listener
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.inference import AsyncInferenceRunner
@@ -50,6 +56,10 @@ class ShardJob(BaseModel):
     dtype: str
     device: str  # "cpu" or "cuda": a child sees one GPU at most
     num_threads: int | None  # None: as many as torch thinks right
+    token_budget: int  # of a forward pass, where memory did not suffice for the plan's
+    suspects: tuple[int, ...] = ()  # ordinals to run alone and first, in this order
+    is_careful: bool = False  # one batch at a time, so that a failure is its own
+    quarantines: bool = True  # sets aside what has no finite row; else that ends the attempt
     checkpoint_seq_threshold: int
     checkpoint_time_threshold: float
 
@@ -127,12 +137,15 @@ class ShardAttempt:
         if plan.fingerprint != self._job.fingerprint:
             raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
         remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
-        work = find_pending_work(plan, self._paths, self._job.rank)
+        work = find_pending_work(plan, self._paths, self._job.rank, suspects=self._job.suspects)
         self._events.send("started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done)
         if work.batches:
-            runner = self._load_runner()
+            runner = self._load_runner(plan)
             self._events.send("loaded")
             self._stop.install()
+            if self._job.suspects:
+                self._events.send("probing")
+                runner.probe()
             self._embed(runner, plan, work)
             if self._stop.is_set():
                 self._events.send("stopped")
@@ -148,12 +161,12 @@ class ShardAttempt:
                 logger.info("%s", error)
                 self._events.send("waiting", message=str(error))
 
-    def _load_runner(self) -> AsyncInferenceRunner:
+    def _load_runner(self, plan: RunPlan) -> AsyncInferenceRunner:
         import torch
 
+        from vnp_lib.embedder import ExactModel
         from vnp_lib.esm2 import load_model, resolve_weights
         from vnp_lib.inference import AsyncInferenceRunner
-        from vnp_lib.manifest import CheckpointManifest
 
         job = self._job
         if job.num_threads is not None:
@@ -162,9 +175,11 @@ class ShardAttempt:
         if weights.digest != job.weights_digest:
             raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
         device = torch.device(job.device)
+        model = load_model(job.model, weights, dtype=getattr(torch, job.dtype), device=device)
         return AsyncInferenceRunner(
-            load_model(job.model, weights, dtype=getattr(torch, job.dtype), device=device),
+            model,
             device,
+            enable_streams=not job.is_careful,
             checkpoint_dir=self._paths.checkpoints_dir,
             rank=job.rank,
             checkpoint_seq_threshold=job.checkpoint_seq_threshold,
@@ -172,41 +187,101 @@ class ShardAttempt:
             manifest=CheckpointManifest(self._paths.manifest),
             input_fingerprint=job.fingerprint,
             model_config_hash=job.weights_digest,
+            budget=TokenBudget(
+                plan.token_budget,
+                job.token_budget,
+                on_change=lambda tokens: self._events.send("token_budget", tokens=tokens),
+            ),
+            exactly=None if job.dtype == "float32" else ExactModel(job.model, weights),
         )
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
-        results = runner.embed(
-            read_batches(plan, work.batches),
-            next_checkpoint=work.next_checkpoint,
-            should_stop=self._stop.is_set,
-            on_batch=lambda batch: self._events.send("computing", batch_idx=batch.batch_idx),
-            on_checkpoint=lambda number, rows: self._events.send("checkpoint", number=number, rows=rows),
-        )
-        for result in results:
+        listener = _Reporter(self._job, plan, self._events, self._stop)
+        batches = read_batches(plan, work.batches)
+        for result in runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener):
             self._events.send(
                 "batch", batch_idx=result.batch_idx, sequences=len(result.sequence_ids), tokens=result.num_tokens
             )
 
 
-def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int) -> PendingWork:
-    """Subtract from a shard's sequences those that valid checkpoints hold, in whatever shard's folder they are.
+class _Reporter(Listener):
+    """Tells the parent, and sets aside what cannot be embedded."""
 
-    This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only.
+    def __init__(self, job: ShardJob, plan: RunPlan, events: EventStream, stop: StopFlag) -> None:
+        self._job = job
+        self._plan = plan
+        self._events = events
+        self._stop = stop
+        self._quarantine = Quarantine(RunPaths(job.run_dir).quarantine, num_sequences=plan.num_sequences)
+
+    def should_stop(self) -> bool:
+        return self._stop.is_set()
+
+    def on_batch(self, batch: PackedBatch) -> None:
+        alone = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
+        self._events.send("computing", batch_idx=batch.batch_idx, ordinal=alone)
+
+    def on_checkpoint(self, number: int, rows: int) -> None:
+        self._events.send("checkpoint", number=number, rows=rows)
+
+    def on_not_finite(self, batch: PackedBatch) -> None:
+        if not self._job.quarantines:
+            super().on_not_finite(batch)
+        cause = FailureCause.NUMERICAL_INSTABILITY
+        failure = Failure(cause=cause, message="its embedding is not finite, computed alone in float32 too")
+        for ordinal in batch.ordinals.tolist():
+            sequence = quarantined(self._plan, ordinal, failure, attempts=2)
+            self._quarantine.add(sequence)
+            self._events.send("quarantined", id=sequence.id, message=failure.message)
+
+
+def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int) -> QuarantinedSequence:
+    """Describe a sequence to be set aside, for the failure that it caused `attempts` times when it was alone."""
+    return QuarantinedSequence(
+        ordinal=ordinal,
+        id=plan.ids(np.array([ordinal]))[0],
+        length=int(plan.lengths[ordinal]),
+        kind=failure.kind,
+        cause=failure.cause,
+        message=failure.message,
+        attempts=attempts,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Sequence[int] = ()) -> PendingWork:
+    """Subtract from a shard's sequences those that valid checkpoints hold, in whatever shard's folder, or the quarantine.
+
+    This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
+    left, suspects come first, in their order, each as a batch of its own.
     """
     from vnp_lib.checkpoint import heal_shard, survey_checkpoints
 
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     is_done = survey.done_mask(plan.num_sequences)
+    is_done[list(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals())] = True
     ordinals_of_shard = plan.shard_ordinals(rank)
     done = ordinals_of_shard[is_done[ordinals_of_shard]]
-    numbered = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(plan.shard_batches(rank))]
     return PendingWork(
-        batches=[(batch_idx, ordinals) for batch_idx, ordinals in numbered if len(ordinals)],
+        batches=_left(plan.shard_batches(rank), is_done, suspects),
         num_done=done.size,
         tokens_done=plan.num_tokens(done),
         next_checkpoint=next_checkpoint,
     )
+
+
+def _left(
+    batches: Sequence[NDArray[np.int64]], is_done: NDArray[np.bool_], suspects: Sequence[int]
+) -> list[tuple[int, NDArray[np.int64]]]:
+    """What is not done, as (batch_idx, ordinals): the suspects one by one, then whole batches without them."""
+    is_suspect = np.zeros_like(is_done)
+    is_suspect[list(suspects)] = True
+    left = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(batches)]
+    batch_of = {ordinal: batch_idx for batch_idx, batch in left for ordinal in batch[is_suspect[batch]].tolist()}
+    alone = [(batch_of[ordinal], np.array([ordinal])) for ordinal in suspects if ordinal in batch_of]
+    rest = [(batch_idx, batch[~is_suspect[batch]]) for batch_idx, batch in left]
+    return alone + [(batch_idx, batch) for batch_idx, batch in rest if batch.size]
 
 
 def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:

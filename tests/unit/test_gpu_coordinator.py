@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flows.embed import embed
-from flows.hooks import counted_failures, failure_of
+from flows.hooks import failure_of
 from tests.support import small_config, workers_of
 from vnp_lib.checkpoint import AsyncCheckpointWriter, heal_shard
 from vnp_lib.config import RuntimeConfig
@@ -27,6 +27,7 @@ from vnp_lib.failures import (
     classify_exit,
 )
 from vnp_lib.files import make_directory, marker_path, remove_orphaned_temporaries
+from vnp_lib.judgement import counted_failures
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths
 from vnp_lib.retry import RetryPolicy
@@ -91,7 +92,7 @@ def test_should_retry_poison_input_circuit_breaker(tmp_path):
     for session in ("first process", "second process"):
         manifest = CheckpointManifest(tmp_path / "manifest.json")
         strike = failure(FailureCause.DEVICE_ASSERT, batch_idx=42)
-        decisions.append(POLICY.decide(strike, counted_failures(manifest.failures(0), session)))
+        decisions.append(POLICY.decide(strike, counted_failures(manifest.failures(0), session, num_done=0)))
         manifest.record_failure(0, strike.to_json() | {"session": session})
     assert [decision.retry for decision in decisions] == [True, False]
     assert decisions[1].reason.startswith("circuit breaker: batch 42 failed 2 times")

@@ -14,6 +14,7 @@ from vnp_lib import checkpoint
 from vnp_lib.checkpoint import load_checkpoint, validate_checkpoint_pt
 from vnp_lib.failures import CheckpointWriteError
 from vnp_lib.inference import AsyncInferenceRunner
+from vnp_lib.listener import Listener
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.tokens import PackedBatch, pack_batch
 
@@ -35,7 +36,12 @@ def batches(count: int) -> list[PackedBatch]:
 def test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept(tmp_path: Path) -> None:
     runner = AsyncInferenceRunner(StubModel(), "cpu", checkpoint_dir=tmp_path)
     computed: list[int] = []
-    for result in runner.embed(batches(5), should_stop=lambda: len(computed) == 2):
+
+    class Stopping(Listener):
+        def should_stop(self) -> bool:
+            return len(computed) == 2
+
+    for result in runner.embed(batches(5), listener=Stopping()):
         computed.append(result.batch_idx)
     assert computed == [0, 1]
     kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
@@ -54,11 +60,12 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
             raise OSError(errno.EROFS, "Read-only file system")
         return write_marker(path, *arguments, **fields)
 
-    def on_checkpoint(number: int, rows: int) -> None:
-        announced.append((number, rows, validate_checkpoint_pt(checkpoint_path(tmp_path, 0, number))[0]))
+    class Hearing(Listener):
+        def on_checkpoint(self, number: int, rows: int) -> None:
+            announced.append((number, rows, validate_checkpoint_pt(checkpoint_path(tmp_path, 0, number))[0]))
 
     monkeypatch.setattr(checkpoint, "write_marker", write_first_marker)
     runner = AsyncInferenceRunner(StubModel(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=2)
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
-        list(runner.embed(batches(2), on_checkpoint=on_checkpoint))
+        list(runner.embed(batches(2), listener=Hearing()))
     assert announced == [(0, 2, True)]

@@ -52,6 +52,7 @@ def job_of(plan: RunPlan, paths: RunPaths, **changes: Any) -> ShardJob:
         "dtype": "float32",
         "device": "cpu",
         "num_threads": 1,
+        "token_budget": 100,
         "checkpoint_seq_threshold": 10,
         "checkpoint_time_threshold": 300.0,
     }

@@ -1,0 +1,155 @@
+"""Each failure and its cure, with real children under a real Prefect: what is lost is what cannot be had, and it is named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.embed import embed
+from tests.poison import PATCH, Way, write_proteins
+from tests.support import assert_same_rows, small_config, workers_of
+from vnp_lib.dataset import open_dataset
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.quarantine import Quarantine
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+ONE_SHARD = {"devices": "cpu", "shards": 1}
+QUICK = {"backoff_base_s": 0.01, "spot_retry_poll_interval": 0.01, "checkpoint_seq_threshold": 5}
+
+
+def run_flow(fasta: Path, run_dir: Path, *, runtime: dict | None = None, **settings):
+    config = small_config(fasta, run_dir, runtime=QUICK | (runtime or {}), **settings)
+    return asyncio.run(embed(config, return_state=True))
+
+
+def quarantined(run_dir: Path) -> list[str]:
+    paths = RunPaths(run_dir)
+    held = Quarantine(paths.quarantine, num_sequences=load_plan(paths).num_sequences).read()
+    return sorted(sequence.id for sequence in held)
+
+
+def failures(run_dir: Path, rank: int = 0) -> list[dict]:
+    return CheckpointManifest(RunPaths(run_dir).manifest).failures(rank)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory, prefect_server):
+    """The same proteins embedded by a model that none of them harms."""
+
+    def embed_unharmed(fasta: Path) -> Path:
+        run_dir = tmp_path_factory.mktemp("oracle") / "run"
+        assert run_flow(fasta, run_dir, **ONE_SHARD).is_completed()
+        return run_dir
+
+    return embed_unharmed
+
+
+def assert_all_but(run_dir: Path, oracle_dir: Path, bad: list[str]) -> None:
+    """Every row but those of the bad ones is there, under its id and in its place, and right."""
+    ours, whole = open_dataset(run_dir), open_dataset(oracle_dir)
+    assert ours.ids == [sequence_id for sequence_id in whole.ids if sequence_id not in bad]
+    for ordinal, sequence_id in enumerate(whole.ids):
+        if sequence_id not in bad:
+            assert abs(ours[sequence_id] - whole[sequence_id]).max() < 1e-5
+            assert (ours.row(ordinal) == ours[sequence_id]).all()
+
+
+@pytest.mark.parametrize("way", [Way.EXIT, Way.NAN])
+def test_a_bad_protein_costs_itself_and_nothing_else(tmp_path, sabotage, oracle, way):
+    """Two in one batch and one in another: exactly they are set aside, and it is said everywhere."""
+    ways: list[Way | None] = [None] * 24
+    ways[3] = ways[4] = ways[17] = way
+    bad = write_proteins(tmp_path / "in.fasta", ways)
+    whole = oracle(tmp_path / "in.fasta")
+    sabotage(PATCH)
+    outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run", token_budget=300, **ONE_SHARD)
+    assert outcome.is_completed(), outcome.message
+    assert quarantined(tmp_path / "run") == sorted(bad)
+    assert_all_but(tmp_path / "run", whole, bad)
+    assert outcome.message.startswith("21 sequences embedded, 3 in quarantine")
+    success = json.loads((tmp_path / "run" / "embeddings" / "_SUCCESS.json").read_text())
+    assert success["num_quarantined"] == 3
+    assert workers_of(tmp_path) == []
+
+
+def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(tmp_path, sabotage, oracle):
+    """No attempt is lost, no row is, and what was learned is remembered."""
+    ways: list[Way | None] = [None] * 24
+    ways[5] = ways[20] = Way.MEMORY
+    write_proteins(tmp_path / "in.fasta", ways)
+    whole = oracle(tmp_path / "in.fasta")
+    sabotage(PATCH)
+    outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run", token_budget=300, **ONE_SHARD)
+    assert outcome.is_completed(), outcome.message
+    assert_same_rows(tmp_path / "run", whole)
+    manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
+    assert failures(tmp_path / "run") == []
+    assert manifest.token_budget(0, "cpu") < 80
+
+
+def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(tmp_path, sabotage):
+    ways: list[Way | None] = [None] * 23 + [Way.TOO_LARGE]
+    (name,) = write_proteins(tmp_path / "in.fasta", ways)
+    sabotage(PATCH)
+    outcome = run_flow(
+        tmp_path / "in.fasta", tmp_path / "run", token_budget=300, runtime={"max_retries_oom": 1}, **ONE_SHARD
+    )
+    assert outcome.is_failed()
+    assert {record["kind"] for record in failures(tmp_path / "run")} == {"oom"}
+    assert repr(name) in outcome.message
+    assert "residues" in outcome.message
+    assert outcome.message.startswith("23 of 24 distinct sequences are embedded")
+
+
+def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(tmp_path, sabotage, oracle):
+    """Then a partial dataset for whoever asks for it, and a later run that needs only what failed."""
+    ways: list[Way | None] = [None] * 24
+    ways[3] = Way.EXCEPTION
+    bad = write_proteins(tmp_path / "in.fasta", ways)
+    whole = oracle(tmp_path / "in.fasta")
+    paths = RunPaths(tmp_path / "run")
+    sabotage(PATCH)
+    outcome = run_flow(tmp_path / "in.fasta", paths.run_dir, on_poison="fail", shards=2)
+    assert outcome.is_failed()
+    assert "1 Completed, 1 Failed" in outcome.message
+    assert "circuit breaker" in outcome.message
+    assert not paths.success.exists()
+    assert quarantined(paths.run_dir) == []
+
+    outcome = run_flow(tmp_path / "in.fasta", paths.run_dir, on_poison="fail", shards=2, allow_partial=True)
+    assert outcome.is_completed(), outcome.message
+    missing = json.loads(paths.success.read_text())["num_missing"]
+    assert f"{24 - missing} sequences embedded, {missing} missing" in outcome.message
+    lacking = set(open_dataset(whole).ids) - set(open_dataset(paths.run_dir).ids)
+    assert len(lacking) == missing >= 1
+    assert_all_but(paths.run_dir, whole, list(lacking))
+
+    before = {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")}
+    outcome = run_flow(tmp_path / "in.fasta", paths.run_dir, shards=2)
+    assert outcome.is_completed(), outcome.message
+    assert "1 Cached, 1 Completed" in outcome.message
+    assert quarantined(paths.run_dir) == bad
+    assert_all_but(paths.run_dir, whole, bad)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_broken_device_is_set_aside_and_its_shard_goes_to_another(tmp_path, tiny_fasta, sabotage):
+    sabotage(
+        """
+        if rank == 0 and attempt == 1:
+            import vnp_lib.worker
+            def broken(self, plan):
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            vnp_lib.worker.ShardAttempt._load_runner = broken
+        """
+    )
+    outcome = run_flow(tiny_fasta, tmp_path / "run", shards=3)
+    assert outcome.is_completed(), outcome.message
+    manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
+    assert [record["cause"] for record in failures(tmp_path / "run", 0)] == ["hardware"]
+    assert manifest.get_redistributed_shards() == {0: 1}

@@ -1,0 +1,72 @@
+"""Proteins of which a child dies. The mark is a head of `WWWW` and a letter that says how."""
+
+from __future__ import annotations
+
+import random
+from enum import StrEnum
+from pathlib import Path
+
+_MARK = "WWWW"
+_ALPHABET = "ACDEFGHIKLMNPQRSTVY"  # no W: nobody is marked by chance
+
+# Run by a child as it starts. `vnp_lib.esm2` has to be imported for it, so torch as well.
+PATCH = """
+import os, signal, time
+import torch
+from vnp_lib.esm2 import ESM2
+from vnp_lib.tokens import FIRST_LETTER, LETTERS
+
+def ways(input_ids, cu_seqlens):
+    heads = [input_ids[start + 1 : start + 6].tolist() for start in cu_seqlens[:-1].tolist()]
+    texts = ["".join(LETTERS[token - FIRST_LETTER] for token in head if token >= FIRST_LETTER) for head in heads]
+    return [text[4:] if text.startswith("WWWW") else "" for text in texts]
+
+def forward_packed(self, input_ids, cu_seqlens, max_seqlen, repr_layers=None):
+    marked = ways(input_ids, cu_seqlens)
+    if "E" in marked:
+        raise IndexError("index out of range in self")
+    if "Q" in marked:
+        os._exit(1)
+    if "S" in marked:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "H" in marked:
+        time.sleep(3600)
+    if "M" in marked and input_ids.numel() > 40:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if "L" in marked:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    output = original(self, input_ids, cu_seqlens, max_seqlen, repr_layers)
+    for way, start in zip(marked, cu_seqlens.tolist()):
+        if way == "N":
+            for states in output["representations"].values():
+                states[start + 2] = float("nan")
+    return output
+
+original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
+"""
+
+
+class Way(StrEnum):
+    """How a child ends that is given such a protein; its letter."""
+
+    EXCEPTION = "E"
+    EXIT = "Q"
+    SEGFAULT = "S"
+    HANG = "H"
+    NAN = "N"  # ends nothing: the row is not finite
+    MEMORY = "M"  # runs out together with others; alone it fits
+    TOO_LARGE = "L"  # runs out alone too
+
+
+def write_proteins(path: Path, ways: list[Way | None], *, seed: int = 0) -> list[str]:
+    """Write a protein of some 30 residues for each, None being a good one, and return the ids of the bad."""
+    draw = random.Random(seed)
+    bad = []
+    with path.open("w") as file:
+        for number, way in enumerate(ways):
+            body = "".join(draw.choices(_ALPHABET, k=draw.randint(24, 30)))
+            sequence_id = f"{way.name.lower()}_{number}" if way else f"good_{number}"
+            file.write(f">{sequence_id}\n{'' if way is None else _MARK + way}{body}\n")
+            if way is not None:
+                bad.append(sequence_id)
+    return bad

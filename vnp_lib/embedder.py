@@ -1,0 +1,218 @@
+"""The rows of a batch from a model on a device: in pieces where memory runs out, once more where a row is not finite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vnp_lib.esm2 import ESM2, Weights, load_model, mean_pool
+from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
+from vnp_lib.packing import TokenBudget
+from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
+
+_NUM_AMINO_ACIDS = 20  # the first of the letters
+
+logger = logging.getLogger(__name__)
+
+
+class PackedModel(Protocol):
+    """What is needed of a model."""
+
+    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+        """Give `{"representations": {layer: states}}`, the states (T, D); the highest layer is taken."""
+
+
+def embed_batch(model: PackedModel, batch: PackedBatch) -> Tensor:
+    """The mean over the residues of each sequence, float32 (B, D). Model and batch are on one device."""
+    output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
+    representations = output["representations"]
+    return mean_pool(representations[max(representations)], batch.cu_seqlens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedBatch:
+    """A batch whose rows are on their way to the CPU."""
+
+    batch: PackedBatch
+    fits: NDArray[np.bool_]  # (B,): False for a sequence that does not fit into memory, even alone
+    rows: Tensor  # of those that fit, on the CPU, float32 (fits.sum(), D); complete once `arrived`
+    arrived: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedBatch:
+    """What a batch has come to: each of its sequences is in one of three. None stands for no sequence."""
+
+    batch_idx: int
+    batch: PackedBatch | None  # those that have a row
+    rows: Tensor  # on the CPU, float32 (B, D), finite; row i belongs to the i-th sequence of `batch`
+    not_finite: PackedBatch | None
+    too_large: PackedBatch | None
+
+
+class ExactModel:
+    """A model in float32 on the CPU, loaded when it is first asked for a row."""
+
+    def __init__(self, model: str, weights: Weights) -> None:
+        self._model = model
+        self._weights = weights
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        return embed_batch(self._loaded, batch)
+
+    @cached_property
+    def _loaded(self) -> ESM2:
+        return load_model(self._model, self._weights, dtype=torch.float32, device=torch.device("cpu"))
+
+
+class Embedder:
+    """A model on a device.
+
+    Args:
+        model: In eval mode.
+        device: Where it is.
+        budget: Most tokens of a forward pass; what is learned about memory is kept there.
+        exactly: Gives the row, float32 (1, D) on the CPU, of a single sequence whose row was not finite, with more care; by
+            default the same model computes it alone.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        device: torch.device,
+        *,
+        budget: TokenBudget,
+        exactly: Callable[[PackedBatch], Tensor] | None = None,
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._budget = budget
+        self._exactly = exactly or (lambda alone: embed_batch(model, alone.to(device)).cpu())
+
+    @torch.inference_mode()
+    def launch(self, batch: PackedBatch) -> LaunchedBatch:
+        """Begin with a batch. On a GPU its rows are still on their way when this returns.
+
+        Raises:
+            BatchFailedError: From whatever goes wrong, except that memory runs out.
+        """
+        with blaming(batch):
+            pieces = list(self._pieces(batch))
+            fits = [np.full(piece.num_sequences, rows is not None) for piece, rows in pieces]
+            rows, arrived = _fetch([rows for _, rows in pieces if rows is not None])
+            return LaunchedBatch(batch=batch, fits=np.concatenate(fits), rows=rows, arrived=arrived)
+
+    @torch.inference_mode()
+    def collect(self, launched: LaunchedBatch) -> EmbeddedBatch:
+        """Wait for a batch's rows. Those that are not finite are computed once more, each alone.
+
+        Raises:
+            BatchFailedError: From whatever goes wrong.
+        """
+        batch, fits, rows = launched.batch, launched.fits, launched.rows
+        with blaming(batch):
+            if launched.arrived is not None:
+                launched.arrived.synchronize()
+            fitting = _those(batch, fits)
+            is_finite = self._mend(fitting, rows) if fitting is not None else np.ones(0, dtype=bool)
+            return EmbeddedBatch(
+                batch_idx=batch.batch_idx,
+                batch=fitting if is_finite.all() else _those(batch, _within(fits, is_finite)),
+                rows=rows if is_finite.all() else rows[torch.from_numpy(is_finite)],
+                not_finite=_those(batch, _within(fits, ~is_finite)),
+                too_large=_those(batch, ~fits),
+            )
+
+    def probe(self) -> None:
+        """Compute a harmless sequence, before one that may be is blamed for what the device does.
+
+        Raises:
+            DeviceFailedError: The device fails at that too.
+        """
+        harmless = pack_batch([LETTERS[:_NUM_AMINO_ACIDS]], sequence_ids=["harmless"], ordinals=[0], batch_idx=0)
+        try:
+            embedded = self.collect(self.launch(harmless))
+        except BatchFailedError as error:
+            raise DeviceFailedError(f"{self._device} fails at a harmless sequence: {error}") from error
+        if embedded.batch is None:
+            raise DeviceFailedError(f"{self._device} has no finite row, or no memory, for a harmless sequence")
+
+    def _mend(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
+        """Compute rows that are not finite once more, in place, and say which are finite now, (B,)."""
+        bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            logger.warning("%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx)
+        for row in bad:
+            rows[row] = self._exactly(batch.select(np.arange(batch.num_sequences) == row))[0]
+        is_finite: NDArray[np.bool_] = torch.isfinite(rows).all(dim=1).numpy()
+        return is_finite
+
+    def _pieces(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+        """The batch in pieces that fit, with their rows on the device; a single sequence that does not fit has None."""
+        if batch.num_sequences > 1 and batch.num_tokens > self._budget.tokens:
+            for piece in batch.split(self._budget.tokens):
+                yield from self._pieces(piece)
+            return
+        rows = self._rows_if_they_fit(batch)
+        if rows is None and batch.num_sequences > 1:
+            self._budget.shrink(batch.num_tokens)
+            yield from self._pieces(batch)
+            return
+        if rows is not None:
+            self._budget.grow()
+        yield batch, rows
+
+    def _rows_if_they_fit(self, batch: PackedBatch) -> Tensor | None:
+        try:
+            return embed_batch(self._model, batch.to(self._device))
+        except (RuntimeError, MemoryError) as error:
+            if classify_exception(error).kind != FailureKind.OOM:
+                raise
+            logger.warning("%d tokens do not fit into memory: %s", batch.num_tokens, error)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # only here: the error's traceback held what did not fit
+        return None
+
+
+def _those(batch: PackedBatch, mask: NDArray[np.bool_]) -> PackedBatch | None:
+    if mask.all():
+        return batch
+    return batch.select(mask) if mask.any() else None
+
+
+def _within(outer: NDArray[np.bool_], inner: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask of those that `inner` picks out of what `outer` picks: 1 0 1 1 and 0 1 1 give 0 0 1 1."""
+    mask = np.zeros_like(outer)
+    mask[outer] = inner
+    return mask
+
+
+@contextmanager
+def blaming(batch: PackedBatch) -> Iterator[None]:
+    """Raise BatchFailedError from whatever goes wrong in the block."""
+    try:
+        yield
+    except Exception as error:
+        ordinal = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
+        raise BatchFailedError(batch.batch_idx, batch.sequence_ids, ordinal) from error
+
+
+def _fetch(pieces: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Bring rows to the CPU, on a GPU without waiting for them."""
+    rows = torch.cat(pieces) if pieces else torch.empty(0, 0)
+    if rows.device.type != "cuda":
+        return rows, None
+    on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    on_host.copy_(rows, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    arrived.record()
+    return on_host, arrived

@@ -1,0 +1,77 @@
+"""What is done about a failed attempt: judged by the policy, acted upon, and recorded for whoever comes later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from vnp_lib.failures import Failure, FailureKind, QuarantineFullError
+from vnp_lib.retry import RetryDecision, RetryPolicy
+from vnp_lib.run import Run
+from vnp_lib.worker import quarantined
+
+
+def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecision:
+    """Decide what becomes of a shard after a failed attempt.
+
+    Afterwards the manifest has the failure and what follows from it: sequences to be computed alone, a smaller token
+    budget, or a shard that has failed for good. A sequence that failed alone too often is in quarantine.
+
+    Args:
+        session: Of this flow run: what a person may have mended since the last one does not count any more.
+    """
+    recorded = run.manifest.get_shard_status(rank) or {}
+    history = counted_failures(recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0))
+    decision = RetryPolicy.from_config(run.config.runtime).decide(failure, history)
+    if decision.is_circuit_open and run.config.on_poison == "quarantine":
+        decision = _isolate(run, rank, failure, decision)
+    if decision.token_budget_scale < 1.0:
+        run.scale_token_budget(rank, recorded["device"], decision.token_budget_scale)
+    about = {
+        "session": session,
+        "reason": decision.reason,
+        "at": datetime.now(UTC).isoformat(),
+        "device": recorded.get("device"),
+        "num_done": recorded.get("total_sequences", 0),
+    }
+    run.manifest.record_failure(rank, failure.to_json() | about)
+    if not decision.retry:
+        run.manifest.mark_shard_failed(rank, error=decision.reason)
+    return decision
+
+
+def counted_failures(records: Sequence[dict[str, Any]], session: str, *, num_done: int) -> list[Failure]:
+    """Pick the failures of a shard that still count.
+
+    Strikes and preemptions count for ever. Other failures count within one flow run, for a person who starts the run
+    again may have mended the cause, and until a new checkpoint, for a shard that comes on is not stuck.
+
+    Args:
+        num_done: Sequences of the shard that are in checkpoints now.
+    """
+    return [
+        failure
+        for record in records
+        if (failure := Failure.from_json(record)).accuses_batch
+        or failure.kind == FailureKind.SPOT_PREEMPTION
+        or (record["session"] == session and record.get("num_done", num_done) == num_done)
+    ]
+
+
+def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> RetryDecision:
+    """Take an accused batch apart, or set an accused sequence aside; the shard then goes on."""
+    if failure.ordinal is None:
+        assert failure.batch_idx is not None
+        ordinals = run.plan.shard_batches(rank)[failure.batch_idx].tolist()
+        run.manifest.add_suspects(rank, ordinals)
+        taken_apart = f"{decision.reason}: its sequences are computed one by one"
+        return replace(decision, retry=True, reason=taken_apart)
+    sequence = quarantined(run.plan, failure.ordinal, failure, attempts=run.config.runtime.max_retries_poison)
+    try:
+        run.quarantine.add(sequence)
+    except QuarantineFullError as error:
+        return replace(decision, retry=False, reason=str(error))
+    set_aside = f"{sequence.id!r} is set aside in {run.paths.quarantine}, the others go on: {decision.reason}"
+    return replace(decision, retry=True, reason=set_aside)

@@ -1,0 +1,33 @@
+"""What hears of the loop on a device while it works."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vnp_lib.failures import NumericalInstabilityError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from vnp_lib.tokens import PackedBatch
+
+_MOST_SHOWN = 10
+
+
+class Listener:
+    """What the loop tells, and asks. As it stands, it wants nothing and forgives nothing."""
+
+    def should_stop(self) -> bool:
+        """Asked after every batch."""
+        return False
+
+    def on_batch(self, batch: PackedBatch) -> None:
+        """A batch goes into the model: should the process die of it, that was the last word."""
+
+    def on_checkpoint(self, number: int, rows: int) -> None:
+        """A checkpoint is durable. Called from the writer's thread."""
+
+    def on_not_finite(self, batch: PackedBatch) -> None:
+        """Sequences have no finite row, also when each is computed alone. The loop goes on without them."""
+        ids = ", ".join(batch.sequence_ids[:_MOST_SHOWN])
+        raise NumericalInstabilityError(
+            f"numerical instability: {batch.num_sequences} rows of batch {batch.batch_idx} are not finite: {ids}"
+        )
