@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
 _MARK = "WWWW"
 _ALPHABET = "ACDEFGHIKLMNPQRSTVY"  # no W: nobody is marked by chance
 
-# Run by a child as it starts. `vnp_lib.esm2` has to be imported for it, so torch as well.
-PATCH = """
+# Run by a child as it starts; only the ways in `ACTIVE` have an effect.
+_PATCH = """
 import os, signal, time
 import torch
 from vnp_lib.esm2 import ESM2
@@ -19,7 +20,7 @@ from vnp_lib.tokens import FIRST_LETTER, LETTERS
 def ways(input_ids, cu_seqlens):
     heads = [input_ids[start + 1 : start + 6].tolist() for start in cu_seqlens[:-1].tolist()]
     texts = ["".join(LETTERS[token - FIRST_LETTER] for token in head if token >= FIRST_LETTER) for head in heads]
-    return [text[4:] if text.startswith("WWWW") else "" for text in texts]
+    return [text[4:] if text.startswith("WWWW") and text[4] in ACTIVE else "" for text in texts]
 
 def forward_packed(self, input_ids, cu_seqlens, max_seqlen, repr_layers=None):
     marked = ways(input_ids, cu_seqlens)
@@ -46,6 +47,11 @@ original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
 """
 
 
+def patch(*ways: Way) -> str:
+    """Code for a child's start that makes it suffer from the proteins that are marked with one of these ways."""
+    return f"ACTIVE = {''.join(ways)!r}\n{_PATCH}"
+
+
 class Way(StrEnum):
     """How a child ends that is given such a protein; its letter."""
 
@@ -58,15 +64,12 @@ class Way(StrEnum):
     TOO_LARGE = "L"  # runs out alone too
 
 
-def write_proteins(path: Path, ways: list[Way | None], *, seed: int = 0) -> list[str]:
-    """Write a protein of some 30 residues for each, None being a good one, and return the ids of the bad."""
+def write_proteins(path: Path, count: int, marked: Mapping[int, Way], *, seed: int = 0) -> None:
+    """Write proteins of some 30 residues. Those at the places in `marked` are bad, and have ids that say so: `exit_4`."""
     draw = random.Random(seed)
-    bad = []
     with path.open("w") as file:
-        for number, way in enumerate(ways):
+        for number in range(count):
             body = "".join(draw.choices(_ALPHABET, k=draw.randint(24, 30)))
-            sequence_id = f"{way.name.lower()}_{number}" if way else f"good_{number}"
-            file.write(f">{sequence_id}\n{'' if way is None else _MARK + way}{body}\n")
-            if way is not None:
-                bad.append(sequence_id)
-    return bad
+            way = marked.get(number)
+            name, head = ("good", "") if way is None else (way.name.lower(), _MARK + way)
+            file.write(f">{name}_{number}\n{head}{body}\n")

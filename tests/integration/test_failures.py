@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.embed import embed
-from tests.poison import PATCH, Way, write_proteins
+from tests.poison import Way, patch, write_proteins
 from tests.support import assert_same_rows, small_config, workers_of
 from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
@@ -37,16 +37,31 @@ def failures(run_dir: Path, rank: int = 0) -> list[dict]:
     return CheckpointManifest(RunPaths(run_dir).manifest).failures(rank)
 
 
+MARKED = {
+    3: Way.EXCEPTION,
+    4: Way.EXIT,
+    17: Way.NAN,
+    18: Way.NAN,
+    5: Way.MEMORY,
+    20: Way.MEMORY,
+    23: Way.TOO_LARGE,
+}
+
+
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory, prefect_server):
+def proteins(tmp_path_factory) -> Path:
+    """Twenty-four proteins, some of which a child suffers from that has been patched so."""
+    path = tmp_path_factory.mktemp("proteins") / "in.fasta"
+    write_proteins(path, 24, MARKED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory, prefect_server, proteins) -> Path:
     """The same proteins embedded by a model that none of them harms."""
-
-    def embed_unharmed(fasta: Path) -> Path:
-        run_dir = tmp_path_factory.mktemp("oracle") / "run"
-        assert run_flow(fasta, run_dir, **ONE_SHARD).is_completed()
-        return run_dir
-
-    return embed_unharmed
+    run_dir = tmp_path_factory.mktemp("oracle") / "run"
+    assert run_flow(proteins, run_dir, **ONE_SHARD).is_completed()
+    return run_dir
 
 
 def assert_all_but(run_dir: Path, oracle_dir: Path, bad: list[str]) -> None:
@@ -59,82 +74,67 @@ def assert_all_but(run_dir: Path, oracle_dir: Path, bad: list[str]) -> None:
             assert (ours.row(ordinal) == ours[sequence_id]).all()
 
 
-@pytest.mark.parametrize("way", [Way.EXIT, Way.NAN])
-def test_a_bad_protein_costs_itself_and_nothing_else(tmp_path, sabotage, oracle, way):
-    """Two in one batch and one in another: exactly they are set aside, and it is said everywhere."""
-    ways: list[Way | None] = [None] * 24
-    ways[3] = ways[4] = ways[17] = way
-    bad = write_proteins(tmp_path / "in.fasta", ways)
-    whole = oracle(tmp_path / "in.fasta")
-    sabotage(PATCH)
-    outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run", token_budget=300, **ONE_SHARD)
+def test_a_bad_protein_costs_itself_and_nothing_else(tmp_path, sabotage, proteins, oracle):
+    """One that ends the process and two without a finite row: exactly they are set aside, and it is said everywhere."""
+    sabotage(patch(Way.EXIT, Way.NAN))
+    outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
     assert outcome.is_completed(), outcome.message
-    assert quarantined(tmp_path / "run") == sorted(bad)
-    assert_all_but(tmp_path / "run", whole, bad)
+    assert quarantined(tmp_path / "run") == ["exit_4", "nan_17", "nan_18"]
+    assert_all_but(tmp_path / "run", oracle, ["exit_4", "nan_17", "nan_18"])
     assert outcome.message.startswith("21 sequences embedded, 3 in quarantine")
-    success = json.loads((tmp_path / "run" / "embeddings" / "_SUCCESS.json").read_text())
-    assert success["num_quarantined"] == 3
+    success = json.loads(RunPaths(tmp_path / "run").success.read_text())
+    assert (success["num_quarantined"], success["num_missing"]) == (3, 0)
+    assert [record["ordinal"] for record in failures(tmp_path / "run")] == [None, None, 4, 4]
     assert workers_of(tmp_path) == []
 
 
-def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(tmp_path, sabotage, oracle):
+def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(tmp_path, sabotage, proteins, oracle):
     """No attempt is lost, no row is, and what was learned is remembered."""
-    ways: list[Way | None] = [None] * 24
-    ways[5] = ways[20] = Way.MEMORY
-    write_proteins(tmp_path / "in.fasta", ways)
-    whole = oracle(tmp_path / "in.fasta")
-    sabotage(PATCH)
-    outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run", token_budget=300, **ONE_SHARD)
+    sabotage(patch(Way.MEMORY))
+    outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
     assert outcome.is_completed(), outcome.message
-    assert_same_rows(tmp_path / "run", whole)
+    assert_same_rows(tmp_path / "run", oracle)
     manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
     assert failures(tmp_path / "run") == []
     assert manifest.token_budget(0, "cpu") < 80
 
 
-def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(tmp_path, sabotage):
-    ways: list[Way | None] = [None] * 23 + [Way.TOO_LARGE]
-    (name,) = write_proteins(tmp_path / "in.fasta", ways)
-    sabotage(PATCH)
-    outcome = run_flow(
-        tmp_path / "in.fasta", tmp_path / "run", token_budget=300, runtime={"max_retries_oom": 1}, **ONE_SHARD
-    )
+def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(tmp_path, sabotage, proteins):
+    sabotage(patch(Way.TOO_LARGE))
+    runtime = {"max_retries_oom": 1}
+    outcome = run_flow(proteins, tmp_path / "run", token_budget=300, runtime=runtime, **ONE_SHARD)
     assert outcome.is_failed()
     assert {record["kind"] for record in failures(tmp_path / "run")} == {"oom"}
-    assert repr(name) in outcome.message
+    assert "'too_large_23'" in outcome.message
     assert "residues" in outcome.message
     assert outcome.message.startswith("23 of 24 distinct sequences are embedded")
 
 
-def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(tmp_path, sabotage, oracle):
+def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(tmp_path, sabotage, proteins, oracle):
     """Then a partial dataset for whoever asks for it, and a later run that needs only what failed."""
-    ways: list[Way | None] = [None] * 24
-    ways[3] = Way.EXCEPTION
-    bad = write_proteins(tmp_path / "in.fasta", ways)
-    whole = oracle(tmp_path / "in.fasta")
     paths = RunPaths(tmp_path / "run")
-    sabotage(PATCH)
-    outcome = run_flow(tmp_path / "in.fasta", paths.run_dir, on_poison="fail", shards=2)
+    sabotage(patch(Way.EXCEPTION))
+    outcome = run_flow(proteins, paths.run_dir, on_poison="fail")
     assert outcome.is_failed()
     assert "1 Completed, 1 Failed" in outcome.message
     assert "circuit breaker" in outcome.message
     assert not paths.success.exists()
     assert quarantined(paths.run_dir) == []
 
-    outcome = run_flow(tmp_path / "in.fasta", paths.run_dir, on_poison="fail", shards=2, allow_partial=True)
+    outcome = run_flow(proteins, paths.run_dir, on_poison="fail", allow_partial=True)
     assert outcome.is_completed(), outcome.message
     missing = json.loads(paths.success.read_text())["num_missing"]
     assert f"{24 - missing} sequences embedded, {missing} missing" in outcome.message
-    lacking = set(open_dataset(whole).ids) - set(open_dataset(paths.run_dir).ids)
+    lacking = set(open_dataset(oracle).ids) - set(open_dataset(paths.run_dir).ids)
     assert len(lacking) == missing >= 1
-    assert_all_but(paths.run_dir, whole, list(lacking))
+    assert_all_but(paths.run_dir, oracle, list(lacking))
 
     before = {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")}
-    outcome = run_flow(tmp_path / "in.fasta", paths.run_dir, shards=2)
+    outcome = run_flow(proteins, paths.run_dir)
     assert outcome.is_completed(), outcome.message
     assert "1 Cached, 1 Completed" in outcome.message
-    assert quarantined(paths.run_dir) == bad
-    assert_all_but(paths.run_dir, whole, bad)
+    assert quarantined(paths.run_dir) == ["exception_3"]
+    assert_all_but(paths.run_dir, oracle, ["exception_3"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
