@@ -182,6 +182,7 @@ _PERMANENT = frozenset(
     {FailureCause.CONFIGURATION, FailureCause.BUG, FailureCause.STORAGE_FAILING, FailureCause.QUARANTINE_FULL}
 )
 _MOST_IDS = 10
+_LONGEST_MESSAGE = 1000  # letters: it is written down with every attempt
 _SUSPICIOUS = frozenset({FailureCause.NATIVE_CRASH, FailureCause.SILENT_EXIT, FailureCause.HANG})
 
 
@@ -250,7 +251,7 @@ def classify_exception(error: BaseException) -> Failure:
     root = error if batch is None or batch.__cause__ is None else batch.__cause__
     return Failure(
         cause=_cause_of(root, in_batch=batch is not None),
-        message=f"{type(root).__name__}: {root}",
+        message=f"{type(root).__name__}: {root}"[:_LONGEST_MESSAGE],
         batch_idx=batch.batch_idx if batch else None,
         ordinal=batch.ordinal if batch else None,
         sequence_ids=batch.sequence_ids[:_MOST_IDS] if batch else (),

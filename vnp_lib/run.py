@@ -193,7 +193,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         try:
             if config.force_restart:
                 _move_aside(paths)
-            for directory in _directories(paths):
+            for directory in (paths.run_dir, *_directories(paths)):
                 remove_orphaned_temporaries(directory)
             plan = _plan(config, paths, devices, weights)
         except BaseException:

@@ -139,13 +139,14 @@ def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(tmp_path, sa
 
 
 def test_a_broken_device_is_set_aside_and_its_shard_goes_to_another(tmp_path, tiny_fasta, sabotage):
+    """Three shards on two devices, the first of which is lost: the other one does all of them."""
     sabotage(
         """
         if rank == 0 and attempt == 1:
-            import vnp_lib.worker
-            def broken(self, plan):
+            import vnp_lib.esm2
+            def load_model(*arguments, **options):
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-            vnp_lib.worker.ShardAttempt._load_runner = broken
+            vnp_lib.esm2.load_model = load_model
         """
     )
     outcome = run_flow(tiny_fasta, tmp_path / "run", shards=3)

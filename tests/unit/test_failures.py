@@ -257,3 +257,11 @@ def test_exit_codes_are_named(code, name):
 
 def test_the_table_has_eighty_cases():
     assert len(EXCEPTIONS) + len(EXITS) >= 80
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "cause"),
+    [(-11, C.HARDWARE), (1, C.HARDWARE), (143, C.PREEMPTED), (-9, C.KILLED), (-7, C.STORAGE)],
+)
+def test_a_child_that_dies_of_a_harmless_sequence_has_a_broken_device(exit_code, cause):
+    assert classify_exit(exit_code, is_probing=True).cause == cause

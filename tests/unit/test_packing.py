@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vnp_lib.packing import pack
+from vnp_lib.packing import TokenBudget, pack
 
 
 def pack_one_by_one(token_lengths: list[int], token_budget: int) -> list[int]:
@@ -55,3 +55,27 @@ def test_more_tokens_than_32_bits_hold_are_counted() -> None:
 def test_a_budget_or_length_below_one_is_refused(token_lengths: list[int], token_budget: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         pack(np.array(token_lengths), token_budget)
+
+
+def test_a_budget_halves_what_did_not_fit_and_grows_back_to_its_limit():
+    told = []
+    budget = TokenBudget(1000, on_change=told.append)
+    budget.shrink(800)
+    assert budget.tokens == 400
+    for _ in range(49):
+        budget.grow()
+    assert budget.tokens == 400
+    budget.grow()
+    assert budget.tokens == 500
+    for _ in range(50 * 20):
+        budget.grow()
+    assert budget.tokens == 1000
+    assert told == [400, 500, 625, 781, 976, 1000]
+
+
+def test_a_budget_starts_where_it_was_left_and_never_below_one_token():
+    assert TokenBudget(1000, 300).tokens == 300
+    assert TokenBudget(1000, 3000).tokens == 1000
+    budget = TokenBudget(1000)
+    budget.shrink(1)
+    assert budget.tokens == 1

@@ -129,3 +129,14 @@ def test_empty_sequence_is_refused():
 def test_empty_batch_is_refused():
     with pytest.raises(ValueError, match="0 ids, 0 ordinals and 0 sequences"):
         pack()
+
+
+@pytest.mark.parametrize("token_budget", [1, 6, 11, 1000])
+def test_split_keeps_every_sequence_in_order_with_its_id(token_budget):
+    sequences = ["MKV", "ACDEFG", "W", "LLLL"]
+    batch = pack_batch(sequences, sequence_ids=list("abcd"), ordinals=[4, 9, 2, 7], batch_idx=3)
+    pieces = batch.split(token_budget)
+    assert [id_ for piece in pieces for id_ in piece.sequence_ids] == list("abcd")
+    assert [ordinal for piece in pieces for ordinal in piece.ordinals.tolist()] == [4, 9, 2, 7]
+    assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), batch.input_ids)
+    assert all(piece.num_tokens <= token_budget or piece.num_sequences == 1 for piece in pieces)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from vnp_lib import worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.failures import ExitCode, InputError
+from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.quarantine import Quarantine
 from vnp_lib.worker import ShardAttempt, ShardJob, StopFlag, find_pending_work
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
@@ -112,6 +113,7 @@ def test_an_attempt_waits_while_another_has_the_shard(
 def test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once() -> None:
     code = """
 import os, signal
+from vnp_lib.quarantine import Quarantine
 from vnp_lib.worker import StopFlag
 stop = StopFlag()
 stop.install()
@@ -123,3 +125,20 @@ print("still here", flush=True)
 """
     process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
     assert (process.stdout, process.returncode) == ("False\nTrue\n", ExitCode.STOPPED)
+
+
+def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan: RunPlan, paths: RunPaths) -> None:
+    """Suspects of other shards, and those that are done, are not this attempt's."""
+    ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
+    commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
+    failure = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
+    quarantine = Quarantine(paths.quarantine, num_sequences=plan.num_sequences)
+    quarantine.add(worker.quarantined(plan, ours[4], failure, attempts=2))
+    suspects = [ours[7], others[0], ours[1], ours[4], ours[3]]
+    work = find_pending_work(plan, paths, 0, suspects=suspects)
+    assert [ordinals.tolist() for _, ordinals in work.batches[:2]] == [[ours[7]], [ours[3]]]
+    left = [ordinal for _, ordinals in work.batches for ordinal in ordinals.tolist()]
+    assert sorted(left) == sorted(set(ours) - set(ours[:2]) - {ours[4]})
+    batch_of = {o: batch_idx for batch_idx, batch in enumerate(plan.shard_batches(0)) for o in batch.tolist()}
+    assert all(batch_of[ordinal] == batch_idx for batch_idx, ordinals in work.batches for ordinal in ordinals.tolist())
+    assert work.num_done == 3

@@ -1,0 +1,121 @@
+"""What follows from a failed attempt, in the manifest, in the next attempt's job and in quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import small_config
+from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.judgement import counted_failures, judge
+from vnp_lib.manifest import MAX_FAILURES_KEPT
+from vnp_lib.quarantine import quarantine_limit
+from vnp_lib.retry import RetryDecision
+from vnp_lib.run import Run, open_run
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_fasta: Path) -> Iterator[Run]:
+    with open_run(small_config(tiny_fasta, tmp_path / "run", token_budget=200)) as run:
+        run.manifest.start_attempt(0, device="cpu")
+        yield run
+
+
+def died(batch_idx: int | None = None, ordinal: int | None = None, **fields: Any) -> Failure:
+    cause = fields.pop("cause", FailureCause.NATIVE_CRASH)
+    return Failure(cause=cause, message="SIGSEGV", batch_idx=batch_idx, ordinal=ordinal, **fields)
+
+
+def judge_twice(run: Run, failure: Failure) -> RetryDecision:
+    assert judge(run, 0, failure, session="s").retry
+    return judge(run, 0, failure, session="s")
+
+
+def test_after_one_strike_the_next_attempt_takes_one_batch_at_a_time(run: Run) -> None:
+    assert not run.shard_job(0, "cpu").is_careful
+    judge(run, 0, died(batch_idx=1), session="s")
+    assert run.shard_job(0, "cpu").is_careful
+    assert run.shard_job(0, "cpu").suspects == ()
+
+
+def test_a_batch_with_two_strikes_is_taken_apart(run: Run) -> None:
+    decision = judge_twice(run, died(batch_idx=1))
+    assert decision.retry
+    assert "batch 1 failed 2 times" in decision.reason
+    assert "one by one" in decision.reason
+    assert run.shard_job(0, "cpu").suspects == tuple(run.plan.shard_batches(0)[1].tolist())
+    assert run.quarantine.read() == []
+
+
+def test_the_sequence_at_which_a_child_died_comes_first_and_after_two_strikes_it_is_set_aside(run: Run) -> None:
+    judge_twice(run, died(batch_idx=1))
+    batch = run.plan.shard_batches(0)[1].tolist()
+    culprit = batch[2]
+    judge(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
+    assert run.shard_job(0, "cpu").suspects == (culprit, *(each for each in batch if each != culprit))
+    decision = judge(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
+    (held,) = run.quarantine.read()
+    assert decision.retry
+    assert (held.ordinal, held.id, held.cause) == (culprit, run.plan.ids([culprit])[0], "native_crash")
+    assert held.length == run.plan.lengths[culprit]
+    assert repr(held.id) in decision.reason
+
+
+def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:
+    for ordinal in run.plan.shard_batches(0)[1].tolist():
+        assert judge(run, 0, died(batch_idx=1, ordinal=ordinal), session="s").retry
+    assert run.quarantine.read() == []
+
+
+def test_with_on_poison_fail_the_shard_fails_and_nothing_is_set_aside(tmp_path: Path, tiny_fasta: Path) -> None:
+    with open_run(small_config(tiny_fasta, tmp_path / "run", on_poison="fail")) as run:
+        decision = judge_twice(run, died(batch_idx=0))
+        assert not decision.retry
+        assert run.shard_job(0, "cpu").suspects == ()
+        assert not run.shard_job(0, "cpu").quarantines
+        assert "circuit breaker" in run.manifest.get_shard_status(0)["error"]
+
+
+def test_a_full_quarantine_ends_the_shard_and_says_what_that_means(tmp_path: Path) -> None:
+    count = quarantine_limit(0) + 1
+    fasta = tmp_path / "many.fasta"
+    fasta.write_text("".join(f">p{i}\nMKV{'A' * i}\n" for i in range(count)))
+    with open_run(small_config(fasta, tmp_path / "run", shards=1)) as run:
+        decisions = [judge_twice(run, died(batch_idx=0, ordinal=ordinal)) for ordinal in range(count)]
+    assert [decision.retry for decision in decisions] == [True] * (count - 1) + [False]
+    assert "broken set-up" in decisions[-1].reason
+
+
+def test_a_thousand_preemptions_push_no_strike_out(run: Run) -> None:
+    judge(run, 0, died(batch_idx=1), session="s")
+    for _ in range(MAX_FAILURES_KEPT + 5):
+        run.manifest.record_failure(0, died(cause=FailureCause.PREEMPTED).to_json() | {"session": "s"})
+    assert len(run.manifest.failures(0)) == MAX_FAILURES_KEPT + 1
+    assert "batch 1 failed 2 times" in judge(run, 0, died(batch_idx=1), session="another").reason
+
+
+def test_a_host_out_of_memory_halves_the_budget_of_the_next_attempt(run: Run) -> None:
+    for expected in (100, 50):
+        judge(run, 0, died(cause=FailureCause.HOST_OOM), session="s")
+        assert run.shard_job(0, "cpu").token_budget == expected
+    assert run.shard_job(1, "cpu").token_budget == 50  # the same device, and nothing known of this shard
+
+
+@pytest.mark.parametrize(
+    ("cause", "record", "counts"),
+    [
+        (FailureCause.KILLED, {"session": "s", "num_done": 7}, True),
+        (FailureCause.KILLED, {"session": "s", "num_done": 6}, False),  # there has been a checkpoint since
+        (FailureCause.KILLED, {"session": "earlier", "num_done": 7}, False),
+        (FailureCause.HOST_OOM, {"session": "earlier", "num_done": 7}, False),
+        (FailureCause.PREEMPTED, {"session": "earlier", "num_done": 6}, True),
+        (FailureCause.NATIVE_CRASH, {"session": "earlier", "num_done": 6}, True),
+    ],
+)
+def test_which_failures_still_count(cause: FailureCause, record: dict[str, Any], counts: bool) -> None:
+    failure = died(batch_idx=1, cause=cause)
+    expected = [failure] if counts else []
+    assert counted_failures([failure.to_json() | record], "s", num_done=7) == expected
