@@ -13,6 +13,8 @@ _DATASET = "tests/unit/test_dataset.py"
 _QUARANTINE = "tests/unit/test_quarantine.py"
 _VERIFY = "tests/unit/test_verify.py"
 _INFERENCE = "tests/unit/test_inference.py"
+_EMBEDDER = "tests/unit/test_embedder.py"
+_JUDGEMENT = "tests/unit/test_judgement.py"
 _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
@@ -591,8 +593,8 @@ _RESUME = (
     Mutant(
         name="resumed-by-the-number-of-checkpoints",
         module="worker",
-        before="        batches=[(batch_idx, ordinals) for batch_idx, ordinals in numbered if len(ordinals)],\n",
-        after="        batches=numbered[next_checkpoint:],\n",
+        before="        batches=_left(plan.shard_batches(rank), is_done, suspects),\n",
+        after="        batches=list(enumerate(plan.shard_batches(rank)))[next_checkpoint:],\n",
         caught_by=(f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",),
     ),
     Mutant(
@@ -678,21 +680,21 @@ _LOOP = (
     Mutant(
         name="failed-checkpoint-announced",
         module="inference",
-        before=" and not written.cancelled() and written.exception() is None",
-        after="",
+        before="        if not written.cancelled() and written.exception() is None:\n",
+        after="        if True:\n",
         caught_by=(f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",),
     ),
     Mutant(
         name="rows-that-are-not-finite-accepted",
-        module="inference",
-        before="        if bad:\n",
-        after="        if False:\n",
+        module="listener",
+        before="        raise NumericalInstabilityError(\n",
+        after="        NumericalInstabilityError(\n",
         caught_by=(f"{_RUNNER}::test_a_row_that_is_not_finite_is_an_error_that_names_it",),
     ),
     Mutant(
         name="stop-ignored-by-the-loop",
         module="inference",
-        before="                if should_stop():\n",
+        before="                if listener.should_stop():\n",
         after="                if False:\n",
         caught_by=(f"{_INFERENCE}::test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept",),
     ),
@@ -865,4 +867,84 @@ _SET_ASIDE = (
     ),
 )
 
-MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY, *_SET_ASIDE)
+_CURES = (
+    Mutant(
+        name="last-piece-of-a-split-batch-lost",
+        module="tokens",
+        before="pairwise(boundaries)]",
+        after="list(pairwise(boundaries))[:-1]]",
+        caught_by=(f"{_EMBEDDER}::test_a_batch_that_does_not_fit_is_computed_in_pieces_row_for_row",),
+    ),
+    Mutant(
+        name="budget-not-lowered-by-a-lack-of-memory",
+        module="packing",
+        before="        self._set(max(1, num_tokens // 2))\n",
+        after="        self._set(max(1, num_tokens - 1))\n",
+        caught_by=("tests/unit/test_packing.py::test_a_budget_halves_what_did_not_fit_and_grows_back_to_its_limit",),
+    ),
+    Mutant(
+        name="too-large-sequences-passed-over-in-silence",
+        module="inference",
+        before="        _refuse(too_large)\n",
+        after="",
+        caught_by=(f"{_INFERENCE}::test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept",),
+    ),
+    Mutant(
+        name="masks-of-unlike-length-mixed-up",
+        module="embedder",
+        before="not_finite=_those(batch, _within(fits, ~is_finite)),",
+        after="not_finite=_those(batch, ~_within(fits, is_finite)),",
+        caught_by=(f"{_EMBEDDER}::test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch",),
+    ),
+    Mutant(
+        name="mended-row-in-another-place",
+        module="embedder",
+        before="            rows[row] = self._exactly(",
+        after="            rows[-1] = self._exactly(",
+        caught_by=(f"{_EMBEDDER}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",),
+    ),
+    Mutant(
+        name="suspects-not-alone",
+        module="worker",
+        before="    is_suspect[list(suspects)] = True\n",
+        after="",
+        caught_by=(f"{_WORKER}::test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all",),
+    ),
+    Mutant(
+        name="quarantined-computed-again",
+        module="worker",
+        before="    is_done[list(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals())] = True\n",
+        after="",
+        caught_by=(f"{_WORKER}::test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all",),
+    ),
+    Mutant(
+        name="strikes-at-several-sequences-added-up",
+        module="retry",
+        before='    return ("batch", failure.batch_idx) if failure.ordinal is None else ("sequence", failure.ordinal)\n',
+        after='    return ("batch", failure.batch_idx) if failure.ordinal is None else ("sequence", 0)\n',
+        caught_by=(f"{_JUDGEMENT}::test_strikes_at_several_sequences_do_not_add_up",),
+    ),
+    Mutant(
+        name="strikes-pushed-out-by-preemptions",
+        module="manifest",
+        before="strikes[-MAX_FAILURES_KEPT:] + others[-MAX_FAILURES_KEPT:]",
+        after="(strikes + others)[-MAX_FAILURES_KEPT:]",
+        caught_by=(f"{_JUDGEMENT}::test_a_thousand_preemptions_push_no_strike_out",),
+    ),
+    Mutant(
+        name="broken-device-blamed-on-a-sequence",
+        module="failures",
+        before="    if cause in _SUSPICIOUS and is_probing:\n",
+        after="    if False:\n",
+        caught_by=("tests/unit/test_failures.py::test_a_child_that_dies_of_a_harmless_sequence_has_a_broken_device",),
+    ),
+    Mutant(
+        name="progress-forgets-nothing",
+        module="judgement",
+        before=' and record.get("num_done", num_done) == num_done)',
+        after=")",
+        caught_by=(f"{_JUDGEMENT}::test_which_failures_still_count",),
+    ),
+)
+
+MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY, *_SET_ASIDE, *_CURES)

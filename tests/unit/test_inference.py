@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from vnp_lib import checkpoint
 from vnp_lib.checkpoint import load_checkpoint, validate_checkpoint_pt
-from vnp_lib.failures import CheckpointWriteError
+from vnp_lib.failures import CheckpointWriteError, SequenceTooLargeError
 from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.listener import Listener
 from vnp_lib.plan import checkpoint_path
-from vnp_lib.tokens import PackedBatch, pack_batch
+from vnp_lib.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
 
 
 class StubModel:
@@ -69,3 +70,44 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         list(runner.embed(batches(2), listener=Hearing()))
     assert announced == [(0, 2, True)]
+
+
+def test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept(tmp_path: Path) -> None:
+    class Small(StubModel):
+        def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+            if input_ids.numel() > 10:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward_packed(input_ids, cu_seqlens, max_seqlen)
+
+    large = pack_batch(["MKV" * 9, "MK"], sequence_ids=["huge", "small"], ordinals=[10, 11], batch_idx=5)
+    runner = AsyncInferenceRunner(Small(), "cpu", checkpoint_dir=tmp_path)
+    with pytest.raises(SequenceTooLargeError, match=r"'huge' \(27 residues\)"):
+        list(runner.embed([large, *batches(2)]))
+    kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
+    assert kept.sequence_ids == ["small", "0a", "0b", "1a", "1b"]
+    assert kept.metadata["ordinals"] == [11, 0, 1, 2, 3]
+
+
+def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(tmp_path: Path) -> None:
+    """In the loop's own order: its batch-mates are kept under their own ids."""
+
+    class Spoilt(StubModel):
+        def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+            states = input_ids[:, None].float().repeat(1, 4)
+            states[input_ids == LETTERS.index("W") + FIRST_LETTER] = float("nan")
+            return {"representations": {6: states}}
+
+    class Forgiving(Listener):
+        told: list[str] = []
+
+        def on_not_finite(self, batch: PackedBatch) -> None:
+            self.told.extend(batch.sequence_ids)
+
+    bad = pack_batch(["MWV", "MKV", "W"], sequence_ids=["b1", "good", "b2"], ordinals=[10, 11, 12], batch_idx=5)
+    runner = AsyncInferenceRunner(Spoilt(), "cpu", checkpoint_dir=tmp_path)
+    results = list(runner.embed([bad, *batches(1)], listener=Forgiving()))
+    assert Forgiving.told == ["b1", "b2"]
+    assert [result.sequence_ids for result in results] == [("good",), ("0a", "0b")]
+    kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
+    assert (kept.sequence_ids, kept.metadata["ordinals"]) == (["good", "0a", "0b"], [11, 0, 1])
+    assert (kept.embeddings[0] == kept.embeddings[1]).all()  # both are MKV
