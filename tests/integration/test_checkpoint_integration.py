@@ -188,7 +188,8 @@ def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
     class Broken(StubModel):
         def forward_packed(self, input_ids, cu_seqlens, max_seqlen):
             output = super().forward_packed(input_ids, cu_seqlens, max_seqlen)
-            output["representations"][36][LENGTH + 1, 0] = torch.nan
+            states = output["representations"][36]
+            states[(LENGTH + 1) % len(states), 0] = torch.nan  # of the second sequence, in its batch and alone
             return output
 
     with pytest.raises(BatchFailedError) as caught:
