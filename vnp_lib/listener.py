@@ -29,5 +29,5 @@ class Listener:
         """Sequences have no finite row, also when each is computed alone. The loop goes on without them."""
         ids = ", ".join(batch.sequence_ids[:_MOST_SHOWN])
         raise NumericalInstabilityError(
-            f"numerical instability: {batch.num_sequences} rows of batch {batch.batch_idx} are not finite: {ids}"
+            f"numerical instability: {batch.num_sequences} not finite in batch {batch.batch_idx}: {ids}"
         )
