@@ -49,7 +49,13 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
             attempt = run.manifest.start_attempt(shard.rank, device=device.name)
             await _attempt(run, shard.rank, device.name, attempt, progress)
     run.manifest.mark_shard_complete(shard.rank)
-    return {"rank": shard.rank, "sequences": shard.num_sequences, "attempts": attempt}
+    num_quarantined = run.num_quarantined(shard.rank)
+    return {
+        "rank": shard.rank,
+        "sequences": shard.num_sequences - num_quarantined,
+        "quarantined": num_quarantined,
+        "attempts": attempt,
+    }
 
 
 async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: RunProgress) -> None:
@@ -67,7 +73,9 @@ async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: Run
         silence_limit_s=runtime.silence_limit_s,
         grace_s=runtime.grace_s,
     )
-    await artifact.show(100.0, f"complete after attempt {attempt}", now=True)
+    num_quarantined = run.num_quarantined(rank)
+    set_aside = f", {num_quarantined} sequences in quarantine" if num_quarantined else ""
+    await artifact.show(100.0, f"complete after attempt {attempt}{set_aside}", now=True)
 
 
 class _Follower:

@@ -74,6 +74,10 @@ class Run:
         is_done[list(self.quarantine.ordinals())] = True
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
 
+    def num_quarantined(self, rank: int) -> int:
+        """How many of a shard's sequences are in quarantine."""
+        return len(self.quarantine.ordinals() & set(self.plan.shard_ordinals(rank).tolist()))
+
     def describe_progress(self) -> str:
         """Say how much there is: `9,000 of 10,000 sequences are embedded`."""
         num_done = sum(shard.num_done for shard in self.shard_states())
