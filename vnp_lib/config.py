@@ -63,6 +63,12 @@ class RuntimeConfig(BaseModel):
     startup_limit_s: float = Field(900.0, gt=0, description="Seconds a child may take to load the model.")
     silence_limit_s: float = Field(600.0, gt=0, description="Seconds without progress after which a child is stopped.")
     artifact_interval_s: float = Field(5.0, gt=0, description="Least seconds between two updates in the Prefect UI.")
+    heartbeat_s: float = Field(
+        5.0, gt=0, description="Seconds between two signs of life of a shard that runs on another machine."
+    )
+    lost_after_s: float = Field(
+        180.0, gt=0, description="Seconds without a sign of life after which another machine is taken to be gone."
+    )
     log_interval_s: float = Field(30.0, gt=0, description="Seconds between progress lines where there is no terminal.")
 
 
@@ -88,6 +94,14 @@ class EmbedConfig(BaseModel):
     shards: int | None = Field(None, ge=1, description="Tasks to divide the input into; one per device if not given.")
     token_budget: int | None = Field(
         None, ge=1, description="Most tokens in one forward pass; if not given, 16384 on a GPU, 2048 on the CPU."
+    )
+    executor: Literal["local", "work-pool"] = Field(
+        "local",
+        description="Where shards are embedded. 'local': on this machine; 'work-pool': each as a flow run of its own, on "
+        "whatever machines the work pool of --shard-deployment has; they share the run directory.",
+    )
+    shard_deployment: str = Field(
+        "vnp-embed-shard/gpu", description="Deployment that embeds one shard, for --executor work-pool."
     )
     dtype: DType = Field("auto", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU.")
     on_poison: Literal["quarantine", "fail"] = Field(
@@ -187,6 +201,19 @@ def resolve_devices(devices: str) -> tuple[str, ...]:
             "Use --devices auto, or cpu."
         )
     return wanted
+
+
+def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
+    """Name the devices that a run is planned for: this machine's, or what the machines of a work pool are taken to have.
+
+    Raises:
+        ConfigError: A GPU that is not there, or a work pool without a number of shards.
+    """
+    if config.executor == "local":
+        return resolve_devices(config.devices)
+    if config.shards is None:
+        raise ConfigError("--executor work-pool needs --shards: into how many flow runs is the input to be divided?")
+    return ("cpu",) if config.devices.startswith("cpu") else ("0",)
 
 
 def child_environment(device: str) -> dict[str, str]:

@@ -151,6 +151,7 @@ class FailureCause(StrEnum):
     NUMERICAL_INSTABILITY = "numerical_instability"
     CIRCUIT_OPEN = "circuit_open"
     QUARANTINE_FULL = "quarantine_full"
+    GIVEN_UP = "given_up"  # by a flow run of its own, which has had its retries
     COMPUTE_ERROR = "compute_error"  # an exception of no special kind while a batch was in the model
     NATIVE_CRASH = "native_crash"  # SIGSEGV and its like
     SILENT_EXIT = "silent_exit"  # an exit code, and no word why
@@ -179,7 +180,13 @@ _KINDS = {
     FailureCause.COMPUTE_ERROR: FailureKind.POISON_INPUT,
 }  # all others are transient
 _PERMANENT = frozenset(
-    {FailureCause.CONFIGURATION, FailureCause.BUG, FailureCause.STORAGE_FAILING, FailureCause.QUARANTINE_FULL}
+    {
+        FailureCause.CONFIGURATION,
+        FailureCause.BUG,
+        FailureCause.STORAGE_FAILING,
+        FailureCause.QUARANTINE_FULL,
+        FailureCause.GIVEN_UP,
+    }
 )
 _MOST_IDS = 10
 _LONGEST_MESSAGE = 1000  # letters: it is written down with every attempt

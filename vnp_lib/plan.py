@@ -99,6 +99,9 @@ class RunPaths:
     def worker_log(self, rank: int) -> Path:
         return self.shard_dir(rank) / "worker.log"
 
+    def heartbeat(self, rank: int) -> Path:
+        return self.shard_dir(rank) / "heartbeat"
+
     def checkpoint(self, rank: int, batch_idx: int) -> Path:
         return checkpoint_path(self.checkpoints_dir, rank, batch_idx)
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.config import EmbedConfig, resolve_devices
-from vnp_lib.failures import ConfigError, Failure, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
+from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, make_plan
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob
@@ -70,9 +70,12 @@ class Run:
 
     def shard_states(self) -> list[ShardState]:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
-        is_done = self.checkpoints().done_mask(self.plan.num_sequences)
-        is_done[list(self.quarantine.ordinals())] = True
+        is_done = self._is_done()
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
+
+    def shard_state(self, rank: int) -> ShardState:
+        """The same for one shard."""
+        return self._shard_state(rank, self._is_done())
 
     def num_quarantined(self, rank: int) -> int:
         """How many of a shard's sequences are in quarantine."""
@@ -146,6 +149,11 @@ class Run:
         ordinals = [ordinal for ordinal in accused if ordinal is not None] + self.manifest.suspects()
         return tuple(dict.fromkeys(ordinals))
 
+    def _is_done(self) -> NDArray[np.bool_]:
+        is_done = self.checkpoints().done_mask(self.plan.num_sequences)
+        is_done[list(self.quarantine.ordinals())] = True
+        return is_done
+
     def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
         ordinals = self.plan.shard_ordinals(rank)
         done = ordinals[is_done[ordinals]]
@@ -168,7 +176,7 @@ def check_at_the_door(config: EmbedConfig) -> None:
         next(iter(read_fasta([path])))
     if config.weights not in ("auto", RANDOM_WEIGHTS) and not Path(config.weights).is_file():
         raise ConfigError(f"--weights {config.weights}: there is no such file; give a path, 'auto' or 'random'")
-    resolve_devices(config.devices)
+    planned_devices(config)
     existing = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--output-dir {config.output_dir}: {existing} is not a directory that can be written")
@@ -190,7 +198,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
     from vnp_lib.esm2 import resolve_weights
 
     paths = RunPaths(config.output_dir)
-    devices = resolve_devices(config.devices)
+    devices = planned_devices(config)
     weights = resolve_weights(config.model, config.weights)
     is_new = not paths.run_dir.exists()
     with _locked(paths):
@@ -217,6 +225,23 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             is_done = survey.done_mask(plan.num_sequences)
             run.quarantine.release(ordinal for ordinal in held if is_done[ordinal])
         yield run
+
+
+def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
+    """Join a run that another machine has opened, and holds, to embed a shard of it with this machine's devices.
+
+    Raises:
+        InputError: The directory holds another run by now, or this machine's weights are others.
+    """
+    from vnp_lib.esm2 import resolve_weights
+
+    plan = load_plan(RunPaths(config.output_dir))
+    weights = resolve_weights(config.model, config.weights)
+    if plan.fingerprint != fingerprint:
+        raise InputError(f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})")
+    if plan.identity["weights_digest"] != weights.digest:
+        raise InputError(f"the weights of {config.model} on this machine are not those that the run was begun with")
+    return Run(config=config, devices=resolve_devices(config.devices), weights=weights, plan=plan)
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:

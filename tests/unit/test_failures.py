@@ -227,7 +227,7 @@ def test_hardware_host_and_disk_never_accuse_a_batch():
 
 def test_only_what_a_person_must_mend_is_permanent():
     permanent = {cause for cause in C if Failure(cause=cause, message="").is_permanent}
-    assert permanent == {C.CONFIGURATION, C.BUG, C.STORAGE_FAILING, C.QUARANTINE_FULL}
+    assert permanent == {C.CONFIGURATION, C.BUG, C.STORAGE_FAILING, C.QUARANTINE_FULL, C.GIVEN_UP}
 
 
 def test_every_cause_has_one_of_the_four_kinds():

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
     {"files"},
-    {"config", "fasta", "packing", "progress"},
+    {"config", "fasta", "packing", "progress", "heartbeat"},
     {"plan", "retry", "tokens", "attention"},
     {"manifest", "quarantine", "esm2", "listener"},
     {"checkpoint", "supervisor", "embedder"},
