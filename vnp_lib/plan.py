@@ -102,6 +102,9 @@ class RunPaths:
     def heartbeat(self, rank: int) -> Path:
         return self.shard_dir(rank) / "heartbeat"
 
+    def history(self, rank: int) -> Path:
+        return self.shard_dir(rank) / "history.jsonl"
+
     def checkpoint(self, rank: int, batch_idx: int) -> Path:
         return checkpoint_path(self.checkpoints_dir, rank, batch_idx)
 

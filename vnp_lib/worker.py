@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, LockTimeoutError, classify_exception
 from vnp_lib.files import FileLock, remove_orphaned_temporaries
+from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.packing import TokenBudget
@@ -129,27 +130,36 @@ class ShardAttempt:
         self._stop = stop
         self._paths = RunPaths(job.run_dir)
         self._lock = FileLock(self._paths.shard_lock(job.rank), purpose=f"embed shard {job.rank}")
+        self._history = AttemptHistory(self._paths, job.rank)
 
     def run(self) -> ExitCode:
         """Do it. The shard's lock is held until this process ends: another attempt may have to wait for our saving."""
         self._wait_for_lock()
+        with self._history:
+            return self._embed_what_is_left()
+
+    def _embed_what_is_left(self) -> ExitCode:
         plan = load_plan(self._paths)
         if plan.fingerprint != self._job.fingerprint:
             raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
         remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
         work = find_pending_work(plan, self._paths, self._job.rank, suspects=self._job.suspects)
         self._events.send("started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done)
+        self._history.started(device=self._job.device, pending=work.num_sequences)
         if work.batches:
             runner = self._load_runner(plan)
             self._events.send("loaded")
+            self._history.loaded()
             self._stop.install()
             if self._job.suspects:
                 self._events.send("probing")
                 runner.probe()
             self._embed(runner, plan, work)
             if self._stop.is_set():
+                self._history.ended(Ending.STOPPED)
                 self._events.send("stopped")
                 return ExitCode.STOPPED
+        self._history.ended(Ending.DONE)
         self._events.send("done")
         return ExitCode.DONE
 
@@ -196,7 +206,7 @@ class ShardAttempt:
         )
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
-        listener = _Reporter(self._job, plan, self._events, self._stop)
+        listener = _Reporter(self._job, plan, self._events, self._stop, self._history)
         batches = read_batches(plan, work.batches)
         for result in runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener):
             self._events.send(
@@ -207,11 +217,14 @@ class ShardAttempt:
 class _Reporter(Listener):
     """Tells the parent, and sets aside what cannot be embedded."""
 
-    def __init__(self, job: ShardJob, plan: RunPlan, events: EventStream, stop: StopFlag) -> None:
+    def __init__(
+        self, job: ShardJob, plan: RunPlan, events: EventStream, stop: StopFlag, history: AttemptHistory
+    ) -> None:
         self._job = job
         self._plan = plan
         self._events = events
         self._stop = stop
+        self._history = history
         self._quarantine = Quarantine(RunPaths(job.run_dir).quarantine, num_sequences=plan.num_sequences)
 
     def should_stop(self) -> bool:
@@ -223,6 +236,7 @@ class _Reporter(Listener):
 
     def on_checkpoint(self, number: int, rows: int) -> None:
         self._events.send("checkpoint", number=number, rows=rows)
+        self._history.checkpoint(self._plan, number, rows)
 
     def on_not_finite(self, batch: PackedBatch) -> None:
         if not self._job.quarantines:

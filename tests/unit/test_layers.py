@@ -16,7 +16,7 @@ LAYERS = (
     {"config", "fasta", "packing", "progress", "heartbeat"},
     {"plan", "retry", "tokens", "attention"},
     {"manifest", "quarantine", "esm2", "listener"},
-    {"checkpoint", "supervisor", "embedder"},
+    {"checkpoint", "supervisor", "embedder", "history"},
     {"inference", "dataset"},
     {"worker", "verify"},
     {"run"},

@@ -16,6 +16,7 @@ from vnp_lib import worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError
 from vnp_lib.files import FileLock, make_directory
+from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.worker import ShardAttempt, ShardJob, StopFlag, find_pending_work
@@ -142,3 +143,14 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan
     batch_of = {o: batch_idx for batch_idx, batch in enumerate(plan.shard_batches(0)) for o in batch.tolist()}
     assert all(batch_of[ordinal] == batch_idx for batch_idx, ordinals in work.batches for ordinal in ordinals.tolist())
     assert work.num_done == 3
+
+
+def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None:
+    commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
+    history = AttemptHistory(paths, 0)
+    history.started(device="cpu", pending=20)
+    worker._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(0, 20)
+    ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
+    first, second = read_attempts(paths, 0)
+    assert [(each.number, each.rows) for each in first.checkpoints] == [(0, 20)]
+    assert (second.pending, second.device, second.ending) == (0, "cpu", Ending.DONE)

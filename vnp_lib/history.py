@@ -1,0 +1,321 @@
+"""The history of a shard's attempts: when each began, what it brought to disk, and how it ended. For people.
+
+`history.jsonl` in the shard's directory has a line for each of these. It is a record, never the truth: nothing is decided by
+it, no line is synced, and a line that cannot be written is left out. A child that was killed leaves no last line; the
+manifest's failures then tell what became of it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
+
+from vnp_lib.failures import Failure, StorageError, classify_exception
+from vnp_lib.files import FileLock, LockHolder, read_marker
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import RunPaths, RunPlan
+
+MAX_HISTORY_BYTES = 32 * 1024**2
+
+_LONGEST_MESSAGE = 300
+
+
+class Ending(StrEnum):
+    """How an attempt ended."""
+
+    DONE = "done"  # nothing of the shard is left
+    STOPPED = "stopped"  # it was told to stop, and saved what it had
+    FAILED = "failed"
+    LOST = "lost"  # it was killed, or lost its machine: it left no word
+    RUNNING = "running"  # it has not ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointEntry:
+    """A checkpoint that an attempt brought to disk."""
+
+    at: datetime
+    number: int
+    rows: int
+    tokens: int  # BOS and EOS included
+    seconds: float  # since the previous one, or since the model was loaded
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One child process on one shard, as far as is known."""
+
+    rank: int
+    number: int | None  # from 1, over all runs on the directory
+    device: str
+    host: str
+    pid: int
+    started_at: datetime
+    pending: int  # sequences that were left when it began
+    checkpoints: tuple[CheckpointEntry, ...] = ()
+    ended_at: datetime  # of its last line, where it left no word
+    ending: Ending
+    kind: str | None = None  # FailureKind, where something went wrong
+    cause: str | None = None  # FailureCause
+    message: str = ""
+
+    @property
+    def duration(self) -> timedelta:
+        return max(self.ended_at - self.started_at, timedelta())
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class AttemptHistory:
+    """Writes what one attempt does to its shard's history. Nothing that fails in here harms the attempt.
+
+    Leaving its context by an exception records that as the attempt's end.
+    """
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        rank: int,
+        *,
+        clock: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._paths = paths
+        self._rank = rank
+        self._clock = clock
+        self._monotonic = monotonic
+        self._is_started = False
+        self._since_s = monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_started and isinstance(error, Exception):
+            failure = classify_exception(error)
+            self._append(_Ended, ending=Ending.FAILED, kind=failure.kind, cause=failure.cause, message=_short(failure))
+
+    def started(self, *, device: str, pending: int) -> None:
+        """Begin. The manifest, where it can be read, has the attempt's number and its device among those of its kind."""
+        recorded: dict[str, Any] = {}
+        with suppress(StorageError, OSError):
+            recorded = CheckpointManifest(self._paths.manifest).get_shard_status(self._rank) or {}
+        number, name = recorded.get("attempts") or None, recorded.get("device") or device
+        self._is_started = True
+        self._append(_Started, number=number, device=name, pending=pending)
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Count the seconds of the first checkpoint from now: loading a model is no measure of speed."""
+        self._since_s = self._monotonic()
+
+    def checkpoint(self, plan: RunPlan, number: int, rows: int) -> None:
+        """Record a durable checkpoint of this run, with the tokens of the sequences that its marker lists."""
+        now_s = self._monotonic()
+        seconds, self._since_s = now_s - self._since_s, now_s
+        with suppress(StorageError, OSError, LookupError):
+            ordinals = np.array(read_marker(self._paths.checkpoint(self._rank, number))["ordinals"], dtype=np.int64)
+            self._append(_Checkpoint, number=number, rows=rows, tokens=plan.num_tokens(ordinals), seconds=seconds)
+
+    def ended(self, ending: Ending) -> None:
+        self._append(_Ended, ending=ending)
+
+    def _append(self, line: type[_Line], **fields: Any) -> None:
+        with suppress(OSError, ValueError):
+            told = line(at=self._clock(), host=socket.gethostname(), pid=os.getpid(), **fields)
+            _append_line(self._paths.history(self._rank), told.model_dump_json(exclude_none=True).encode())
+
+
+def read_attempts(paths: RunPaths, rank: int, failures: Sequence[dict[str, Any]] = ()) -> list[Attempt]:
+    """Read a shard's attempts, in the order in which they began; none where there is no history.
+
+    Lines that are torn or not ours are passed over, and so is what stands before the last 32 MiB.
+
+    Args:
+        paths: Of the run.
+        rank: Of the shard.
+        failures: Its failures as the manifest has them: the parent's judgement tells how an attempt ended that left no word.
+    """
+    begun: list[_Begun] = []
+    for line in _lines(paths.history(rank)):
+        if isinstance(line, _Started):
+            begun.append(_Begun(started=line))
+        elif owner := next((each for each in reversed(begun) if each.is_of(line)), None):
+            owner.add(line)
+    attempts = [each.attempt(rank) for each in begun]
+    if attempts:
+        attempts[-1] = _perhaps_running(attempts[-1], FileLock(paths.shard_lock(rank), purpose="").presumed_holder())
+    return _judged(attempts, failures)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    at: AwareDatetime
+    host: str
+    pid: int
+
+
+class _Started(_Line):
+    event: Literal["started"] = "started"
+    number: int | None = None
+    device: str
+    pending: NonNegativeInt
+
+
+class _Checkpoint(_Line):
+    event: Literal["checkpoint"] = "checkpoint"
+    number: NonNegativeInt
+    rows: NonNegativeInt
+    tokens: NonNegativeInt
+    seconds: NonNegativeFloat
+
+
+class _Ended(_Line):
+    event: Literal["ended"] = "ended"
+    ending: Ending
+    kind: str | None = None
+    cause: str | None = None
+    message: str = ""
+
+
+_ANY_LINE: TypeAdapter[_Started | _Checkpoint | _Ended] = TypeAdapter(
+    Annotated[_Started | _Checkpoint | _Ended, Field(discriminator="event")]
+)
+
+
+@dataclass(slots=True)
+class _Begun:
+    """An attempt while its lines are being read."""
+
+    started: _Started
+    checkpoints: list[_Checkpoint] = field(default_factory=list)
+    ended: _Ended | None = None
+
+    def is_of(self, line: _Line) -> bool:
+        return (line.host, line.pid) == (self.started.host, self.started.pid)
+
+    def add(self, line: _Checkpoint | _Ended) -> None:
+        if isinstance(line, _Ended):
+            self.ended = line
+        else:
+            self.checkpoints.append(line)
+
+    def attempt(self, rank: int) -> Attempt:
+        started, ended = self.started, self.ended
+        return Attempt(
+            rank=rank,
+            number=started.number,
+            device=started.device,
+            host=started.host,
+            pid=started.pid,
+            started_at=started.at,
+            pending=started.pending,
+            checkpoints=tuple(
+                CheckpointEntry(
+                    at=line.at, number=line.number, rows=line.rows, tokens=line.tokens, seconds=line.seconds
+                )
+                for line in self.checkpoints
+            ),
+            ended_at=ended.at if ended else self.checkpoints[-1].at if self.checkpoints else started.at,
+            ending=ended.ending if ended else Ending.LOST,
+            kind=ended.kind if ended else None,
+            cause=ended.cause if ended else None,
+            message=ended.message if ended else "",
+        )
+
+
+def _perhaps_running(last: Attempt, holder: LockHolder | None) -> Attempt:
+    if last.ending != Ending.LOST or holder is None or (holder.host, holder.pid) != (last.host, last.pid):
+        return last
+    return replace(last, ending=Ending.RUNNING)
+
+
+def _judged(attempts: Sequence[Attempt], failures: Sequence[dict[str, Any]]) -> list[Attempt]:
+    """Give each attempt the failure that was recorded after its last line and before the next attempt began."""
+    timed = [(time_, failure) for failure in failures if (time_ := _time_of(failure)) is not None]
+    judged = []
+    for attempt, following in pairwise([*attempts, None]):
+        assert attempt is not None
+        until = following.started_at if following else datetime.max.replace(tzinfo=UTC)
+        own = [failure for time_, failure in timed if attempt.ended_at <= time_ < until]
+        judged.append(_with_failure(attempt, own[0]) if own else attempt)
+    return judged
+
+
+def _with_failure(attempt: Attempt, failure: dict[str, Any]) -> Attempt:
+    kind, cause, message = (failure.get(name) for name in ("kind", "cause", "message"))
+    return replace(
+        attempt,
+        kind=str(kind or attempt.kind),
+        cause=str(cause or attempt.cause),
+        message=str(message or attempt.message),
+    )
+
+
+def _time_of(failure: dict[str, Any]) -> datetime | None:
+    try:
+        time_ = datetime.fromisoformat(failure["at"])
+    except (LookupError, TypeError, ValueError):
+        return None
+    return time_ if time_.tzinfo else None
+
+
+def _short(failure: Failure) -> str:
+    """What JSON can hold of a message: names of files may be no Unicode."""
+    return failure.message[:_LONGEST_MESSAGE].encode("utf-8", "replace").decode()
+
+
+def _lines(path: Path) -> Iterator[_Started | _Checkpoint | _Ended]:
+    with suppress(OSError):
+        for line in _read_end(path).split(b"\n"):
+            with suppress(ValueError):
+                yield _ANY_LINE.validate_json(line)
+
+
+def _read_end(path: Path) -> bytes:
+    with open(_opened(path, os.O_RDONLY), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_HISTORY_BYTES))
+        return file.read(MAX_HISTORY_BYTES)
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """One write for a line, so that those of two processes do not mix; a torn line before it is ended first."""
+    fd = _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    try:
+        size_bytes = os.fstat(fd).st_size
+        is_torn = size_bytes > 0 and os.pread(fd, 1, size_bytes - 1) != b"\n"
+        os.write(fd, b"\n" * is_torn + line + b"\n")
+    finally:
+        os.close(fd)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """Open a plain file, through no link, and never wait, as one would for the other end of a pipe. OSError else."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{path} is no plain file")
+    return fd
