@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from vnp_lib.failures import ExitCode, InputError
+from vnp_lib.failures import ConfigError, ExitCode, InputError
+from vnp_lib.status import open_status, render, watch
+from vnp_lib.terminal import console
 from vnp_lib.verify import verify_run
 
 
@@ -31,15 +34,42 @@ def verify(options: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE if report.is_well else ExitCode.FAILED
 
 
+def status(options: argparse.Namespace) -> ExitCode:
+    if options.watch is not None and options.json:
+        raise ConfigError("--watch draws on a terminal and --json is for machines: give one of them")
+    read = open_status(options.run_dir)
+    if options.watch is not None:
+        with suppress(KeyboardInterrupt):
+            watch(read, interval_s=options.watch, console=console())
+    elif options.json:
+        print(json.dumps(read().to_json(), indent=1))
+    else:
+        console().print(render(read()))
+    return ExitCode.DONE
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vnp", description="Look into run directories.")
+    parser = argparse.ArgumentParser(prog="vnp", description="Look into run directories. Nothing in them is changed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
     on_a_run = argparse.ArgumentParser(add_help=False)
     on_a_run.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --output-dir was")
-    on_a_run.add_argument("--json", action="store_true", help="print JSON")
+    looking = commands.add_parser(
+        "status",
+        parents=[on_a_run, as_json],
+        help="say how far a run is, shard by shard, and how long the rest takes",
+        description="Say how far a run is, shard by shard, what went wrong last, and how long the rest takes, from what the "
+        "run has recorded: quickly, without a server, and while it is going on or not. Exit code 0, or 2: RUN_DIR is not a "
+        "run directory.",
+    )
+    looking.add_argument(
+        "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="draw it again every 5 s, until Ctrl-C"
+    )
+    looking.set_defaults(command=status)
     verifying = commands.add_parser(
         "verify",
-        parents=[on_a_run],
+        parents=[on_a_run, as_json],
         help="read everything again, and say what is damaged and what the next run computes",
         description="Read every byte of a run: plan, checkpoints, manifest, dataset. Say what is damaged and what the next run "
         "computes. Nothing is changed; a run may be going on. Exit code 0: nothing is damaged, 1: something is, 2: RUN_DIR "
@@ -47,3 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verifying.set_defaults(command=verify)
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 86400 seconds")
+    return seconds

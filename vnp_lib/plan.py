@@ -240,8 +240,13 @@ def make_plan(
     return load_plan(paths)
 
 
-def load_plan(paths: RunPaths) -> RunPlan:
+def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
     """Load the plan of a run, its files checked against their digests.
+
+    Args:
+        paths: Of the run.
+        verify_digests: Read all of its files for that; otherwise look at their sizes only, which is for showing, not for
+            computing.
 
     Raises:
         StorageError: A file of the plan is missing, damaged or of another version.
@@ -249,7 +254,7 @@ def load_plan(paths: RunPaths) -> RunPlan:
     fields = read_sealed_json(paths.plan_json)
     if fields["schema"] != PLAN_SCHEMA:
         raise StorageError(f"{paths.plan_json} has schema {fields['schema']}; this version reads {PLAN_SCHEMA}")
-    if damage := _damage(paths, fields):
+    if damage := _damage(paths, fields, verify_digests=verify_digests):
         raise StorageError(f"{damage}; start the run again with its input: the plan is then written anew")
     with paths.sequences.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -446,12 +451,13 @@ def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict
         )
 
 
-def _damage(paths: RunPaths, fields: dict[str, Any]) -> str | None:
+def _damage(paths: RunPaths, fields: dict[str, Any], *, verify_digests: bool = True) -> str | None:
     """What is wrong with the files that `plan.json` vouches for."""
     for name, digest in fields["files"].items():
         path = paths.plan_dir / name
         try:
-            if digest_file(path) != FileDigest(**digest):
+            is_size_wrong = path.stat().st_size != digest["size_bytes"]
+            if is_size_wrong or (verify_digests and digest_file(path) != FileDigest(**digest)):
                 return f"{path} is damaged: its size and sha256 are not those in {paths.plan_json.name}"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"

@@ -1,0 +1,294 @@
+"""`vnp status`: what a run has recorded is told truly and quickly, in whatever state the directory is."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from vnp_lib import status
+from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.cli import main
+from vnp_lib.dataset import assemble
+from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.files import FileLock
+from vnp_lib.history import AttemptHistory
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.status import RunStatus, ShardState, load_plan_of, read_status, render
+from vnp_lib.terminal import format_bytes
+
+MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
+NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "run")
+
+
+@pytest.fixture
+def plan(paths: RunPaths, tiny_fasta: Path) -> RunPlan:
+    plan = make_plan(paths, [tiny_fasta], MODEL, num_shards=2, token_budget=200)
+    CheckpointManifest(paths.manifest).initialize(2, plan.fingerprint, "w")
+    for rank in range(2):
+        paths.shard_dir(rank).mkdir(parents=True)
+    return plan
+
+
+def attempt_of(paths: RunPaths, rank: int, *, seconds_per_reading: float = 2.0) -> AttemptHistory:
+    readings = iter(seconds_per_reading * number for number in range(100))
+    CheckpointManifest(paths.manifest).start_attempt(rank, device="cpu")
+    attempt = AttemptHistory(paths, rank, clock=lambda: NOON, monotonic=lambda: next(readings))
+    attempt.started(device="cpu", pending=20)
+    return attempt
+
+
+def compute(plan: RunPlan, paths: RunPaths, rank: int, start: int, stop: int, *, attempt: AttemptHistory) -> None:
+    ordinals = plan.shard_ordinals(rank)[start:stop]
+    with AsyncCheckpointWriter(manifest=CheckpointManifest(paths.manifest), rank=rank) as writer:
+        path = paths.checkpoint(rank, start)
+        metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+        writer.write_checkpoint_async(path, torch.ones(ordinals.size, 4), plan.ids(ordinals), metadata)
+    attempt.checkpoint(plan, start, ordinals.size)
+
+
+def fail(paths: RunPaths, rank: int, message: str) -> None:
+    about = {"at": NOON.isoformat(), "reason": "transient failure #1, again in 2 s", "session": "s"}
+    failure = Failure(cause=FailureCause.KILLED, message=message).to_json() | about
+    CheckpointManifest(paths.manifest).record_failure(rank, failure)
+
+
+def status_of(plan: RunPlan, paths: RunPaths) -> RunStatus:
+    return read_status(plan, paths, clock=lambda: NOON + timedelta(minutes=3))
+
+
+def drawn(seen: RunStatus, width: int = 140) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, markup=False, highlight=False).print(render(seen))
+    return out.getvalue()
+
+
+def test_a_shard_that_is_running(plan: RunPlan, paths: RunPaths) -> None:
+    """Speed is the newest checkpoint's; what is left goes by tokens, the longest sequences first."""
+    attempt = attempt_of(paths, 0)
+    compute(plan, paths, 0, 0, 5, attempt=attempt)
+    compute(plan, paths, 0, 5, 12, attempt=attempt)
+    ordinals = plan.shard_ordinals(0)
+    with (
+        FileLock(paths.run_lock, purpose="run on this directory").held(timeout_s=0),
+        FileLock(paths.shard_lock(0), purpose="embed shard 0").held(timeout_s=0),
+    ):
+        seen = status_of(plan, paths)
+    rate = plan.num_tokens(ordinals[5:12]) / 2.0
+    shard, other = seen.shards
+    assert (shard.state, shard.attempts, shard.num_done, shard.num_sequences) == (ShardState.RUNNING, 1, 12, 20)
+    assert (shard.percent, shard.tokens_per_s, shard.tokens_left) == (60.0, rate, plan.num_tokens(ordinals[12:]))
+    assert (other.state, other.num_done, other.tokens_per_s) == (ShardState.WAITING, 0, None)
+    left = plan.num_tokens(ordinals[12:]) + plan.num_tokens(plan.shard_ordinals(1))
+    assert (seen.num_done, seen.tokens_left, seen.tokens_per_s, seen.eta_s) == (12, left, rate, left / rate)
+    assert seen.running is not None
+    assert seen.running.pid == os.getpid()
+    assert seen.notes == ()
+
+
+def test_the_time_left_is_not_less_than_the_slowest_shards(plan: RunPlan, paths: RunPaths) -> None:
+    for rank, pace in ((0, 1.0), (1, 100.0)):
+        attempt = attempt_of(paths, rank, seconds_per_reading=pace)
+        compute(plan, paths, rank, 0, 5, attempt=attempt)
+    with (
+        FileLock(paths.run_lock, purpose="run").held(timeout_s=0),
+        FileLock(paths.shard_lock(0), purpose="embed").held(timeout_s=0),
+        FileLock(paths.shard_lock(1), purpose="embed").held(timeout_s=0),
+    ):
+        seen = status_of(plan, paths)
+    slow = seen.shards[1]
+    assert slow.tokens_per_s is not None
+    assert seen.eta_s == slow.tokens_left / slow.tokens_per_s
+
+
+def test_a_run_that_has_been_stopped_promises_nothing(plan: RunPlan, paths: RunPaths) -> None:
+    compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
+    CheckpointManifest(paths.manifest).mark_shard_failed(1, "it is over")
+    seen = status_of(plan, paths)
+    assert [shard.state for shard in seen.shards] == [ShardState.STOPPED, ShardState.FAILED]
+    assert (seen.running, seen.eta_s) == (None, None)
+    assert "no run is going on" in drawn(seen)
+
+
+def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
+    for rank in range(2):
+        compute(plan, paths, rank, 0, 20, attempt=attempt_of(paths, rank))
+        CheckpointManifest(paths.manifest).mark_shard_complete(rank)
+    assert status_of(plan, paths).dataset == "not put together yet"
+    assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
+    seen = status_of(plan, paths)
+    assert [shard.state for shard in seen.shards] == [ShardState.COMPLETE] * 2
+    assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (40, 100.0, 0, "complete: 40 rows")
+    (paths.embeddings_dir / "part-00000.parquet").unlink()
+    assert status_of(plan, paths).dataset.startswith("damaged (")
+
+
+def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunPaths) -> None:
+    fail(paths, 1, "an older one")
+    fail(paths, 1, "the child left with SIGKILL")
+    sequence = QuarantinedSequence(
+        ordinal=3, id="p", length=9, kind="poison_input", cause="native_crash", message="m", attempts=2, at="2026"
+    )
+    Quarantine(paths.quarantine, num_sequences=plan.num_sequences).add(sequence)
+    seen = status_of(plan, paths)
+    failure = seen.shards[1].failure
+    assert failure is not None
+    assert (failure.kind, failure.cause, failure.message, failure.at) == (
+        "transient",
+        "killed",
+        "the child left with SIGKILL",
+        NOON,
+    )
+    assert seen.num_quarantined == 1
+    assert "transient, 0:03:00 ago: transient failure #1, again in 2 s" in drawn(seen)
+    assert "in quarantine: 1\n" in drawn(seen)
+
+
+def test_another_division_before_makes_the_counts_approximate(plan: RunPlan, paths: RunPaths) -> None:
+    """Checkpoints count for the shard that wrote them; the total is right all the same."""
+    manifest = CheckpointManifest(paths.manifest)
+    manifest.update_shard_checkpoint(0, 0, 30, "batch_00000.pt")
+    seen = status_of(plan, paths)
+    assert (seen.num_done, seen.shards[0].num_done) == (30, 20)
+    assert "divided into other shards before" in seen.notes[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_without_a_manifest_there_is_a_note_and_no_error(plan: RunPlan, paths: RunPaths, damage: str) -> None:
+    paths.manifest.unlink() if damage == "missing" else paths.manifest.write_bytes(b"{")
+    seen = status_of(plan, paths)
+    assert (seen.num_done, len(seen.notes)) == (0, 1)
+    assert "nothing is known of checkpoints" in drawn(seen)
+
+
+def test_a_damaged_quarantine_is_a_note_too(plan: RunPlan, paths: RunPaths) -> None:
+    paths.quarantine.write_text("{}\n")
+    seen = status_of(plan, paths)
+    assert seen.num_quarantined is None
+    assert "is damaged in line 1" in seen.notes[0]
+
+
+def test_hostile_text_neither_moves_the_cursor_nor_styles_the_table(plan: RunPlan, paths: RunPaths) -> None:
+    manifest = CheckpointManifest(paths.manifest)
+    hostile = "\x1b[2J\x07[bold]x[/bold]\nnext :smile:"
+    record = Failure(cause=FailureCause.BUG, message=hostile).to_json()
+    manifest.record_failure(0, record | {"at": NOON.isoformat(), "reason": hostile})
+    text = drawn(status_of(plan, paths))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "[bold]x[/bold]\ufffdnext :smile:" in text
+
+
+def test_of_very_many_shards_the_interesting_ones_are_drawn(paths: RunPaths, tmp_path: Path) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">p{number}\n{'MK' * (number + 1)}\n" for number in range(200)))
+    plan = make_plan(paths, [fasta], MODEL, num_shards=200, token_budget=500)
+    manifest = CheckpointManifest(paths.manifest)
+    manifest.initialize(200, plan.fingerprint, "w")
+    manifest.mark_shard_failed(150, "it is over")
+    lines = drawn(status_of(plan, paths)).splitlines()
+    assert len(lines) < 50
+    assert sum(line.startswith("  150  failed") for line in lines) == 1
+    assert sum("160 stopped" in line for line in lines) == 1
+
+
+def test_the_command_prints_for_people_and_for_machines(plan: RunPlan, paths: RunPaths, capsys) -> None:
+    fail(paths, 1, "the child left with SIGKILL")
+    compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
+    assert main(["status", str(paths.run_dir)]) == 0
+    assert "5 of 40 distinct sequences (12.5 %)" in capsys.readouterr().out
+    assert main(["status", str(paths.run_dir), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["num_done"], told["shards"][0]["num_done"], told["shards"][0]["percent"]) == (5, 5, 25.0)
+    assert told["shards"][1]["failure"]["at"] == "2026-11-21T12:00:00+00:00"
+    assert told["eta_s"] is None
+
+
+def test_watching_draws_it_again_until_ctrl_c(plan: RunPlan, paths: RunPaths, capsys, monkeypatch) -> None:
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        compute(plan, paths, 0, len(naps), len(naps) + 1, attempt=attempt_of(paths, 0))
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    assert main(["status", str(paths.run_dir), "--watch", "7"]) == 0
+    assert naps == [7.0, 7.0, 7.0]
+    assert "2 of 40 distinct sequences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("--watch", "--json"), ("--watch", "0"), ("--watch", "soon")])
+def test_flags_that_make_no_sense_are_refused(plan: RunPlan, paths: RunPaths, capsys, arguments) -> None:
+    try:
+        code = main(["status", str(paths.run_dir), *arguments])
+    except SystemExit as left:  # argparse's own way
+        code = left.code
+    assert code == 2
+    assert "--watch" in capsys.readouterr().err
+
+
+def test_what_is_no_run_directory_is_refused_in_a_sentence(plan: RunPlan, paths: RunPaths, tmp_path, capsys) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path} is not a run directory: it has no plan/\n"
+    paths.plan_json.write_text("{}")
+    assert main(["status", str(paths.run_dir)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_a_damaged_plan_is_refused_in_a_sentence(plan: RunPlan, paths: RunPaths, capsys, damage: str) -> None:
+    size = paths.sequences.stat().st_size
+    paths.sequences.write_bytes(bytes(size - 1 if damage == "cut" else size))
+    assert main(["status", str(paths.run_dir)]) == 2
+    assert "the plan in" in capsys.readouterr().err
+
+
+def test_the_plan_is_not_read_whole(plan: RunPlan, paths: RunPaths) -> None:
+    """A flipped bit in a sequence is `vnp verify`'s affair: nothing here depends on it."""
+    data = bytearray(paths.sequences.read_bytes())
+    data[data.index(plan.fetch(plan.order[:1])[1][0].encode())] ^= 1
+    paths.sequences.write_bytes(data)
+    assert load_plan_of(paths.run_dir).num_sequences == 40
+
+
+def test_it_needs_neither_torch_nor_prefect(plan: RunPlan, paths: RunPaths) -> None:
+    code = (
+        "import sys; from vnp_lib.cli import main; main(['status', sys.argv[1]]);"
+        "sys.exit(bool({'torch', 'prefect'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(paths.run_dir)], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (99_949, "99.9 kB"),
+        (123_456, "123 kB"),
+        (999_600, "1.0 MB"),
+        (3_725_000_000, "3.7 GB"),
+        (5e12, "5.0 TB"),
+        (5e15, "5,000 TB"),
+    ],
+)
+def test_bytes_have_their_usual_units(size_bytes: float, text: str) -> None:
+    assert format_bytes(size_bytes) == text

@@ -1,0 +1,358 @@
+"""How a run stands: quickly told from what it has recorded. Nothing is checked and nothing changed; `verify` reads all.
+
+Counts are the manifest's, as of the newest checkpoints: what is in the model comes on top of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from vnp_lib.dataset import open_dataset
+from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.files import FileLock, LockHolder
+from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
+from vnp_lib.manifest import CheckpointManifest, ShardStatus
+from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.progress import format_duration
+from vnp_lib.quarantine import Quarantine
+from vnp_lib.terminal import format_age, plain
+
+_MOST_SHARDS_SHOWN = 40
+
+
+class ShardState(StrEnum):
+    """What is going on with a shard; what wants looking at first."""
+
+    RUNNING = "running"
+    FAILED = "failed"
+    STOPPED = "stopped"  # no run is going on, and it is not complete
+    WAITING = "waiting"  # for a device, or for its next attempt
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastFailure:
+    """The newest failure of a shard."""
+
+    kind: str  # FailureKind
+    cause: str  # FailureCause
+    message: str
+    reason: str  # what was decided, and why
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardProgress:
+    """How far a shard is."""
+
+    rank: int
+    state: ShardState
+    attempts: int
+    num_sequences: int
+    num_done: int  # in checkpoints; of a complete shard all, though some may be in quarantine
+    tokens_left: int
+    tokens_per_s: float | None  # of the newest checkpoint
+    checkpoint_at: datetime | None  # when that was written
+    device: str | None
+    failure: LastFailure | None
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.num_done / self.num_sequences if self.num_sequences else 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """How a run stands."""
+
+    run_dir: Path
+    running: LockHolder | None  # the process whose run this is at the moment
+    model: str
+    dtype: str
+    num_sequences: int  # in the input
+    num_computed: int  # distinct ones
+    num_done: int
+    num_quarantined: int | None  # None: the quarantine cannot be read
+    shards: tuple[ShardProgress, ...]
+    dataset: str
+    notes: tuple[str, ...]  # what makes the figures uncertain
+    at: datetime
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.num_done / self.num_computed
+
+    @property
+    def tokens_left(self) -> int:
+        return sum(shard.tokens_left for shard in self.shards)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all running shards together, by their newest checkpoints; 0 where there is none."""
+        return sum(shard.tokens_per_s or 0.0 for shard in self.shards if shard.state == ShardState.RUNNING)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds that the rest takes at the present speed; None where no speed is known."""
+        rates = [
+            (s.tokens_left, s.tokens_per_s) for s in self.shards if s.state == ShardState.RUNNING and s.tokens_per_s
+        ]
+        if self.running is None or not rates:
+            return None
+        longest_s = max(tokens / rate for tokens, rate in rates)
+        return max(longest_s, self.tokens_left / sum(rate for _, rate in rates))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON; times are ISO 8601, UTC."""
+        derived = {
+            "percent": self.percent,
+            "tokens_left": self.tokens_left,
+            "tokens_per_s": self.tokens_per_s,
+            "eta_s": self.eta_s,
+        }
+        fields: dict[str, Any] = _jsonable(asdict(self) | derived)
+        for told, shard in zip(fields["shards"], self.shards, strict=True):
+            told["percent"] = shard.percent
+        return fields
+
+
+def open_status(run_dir: Path) -> Callable[[], RunStatus]:
+    """Load the plan of a run, and return what tells how the run stands whenever it is called.
+
+    Raises:
+        ConfigError: `run_dir` is not a run directory, or its plan cannot be read.
+    """
+    paths = RunPaths(run_dir)
+    plan = load_plan_of(run_dir)
+    return lambda: read_status(plan, paths)
+
+
+def load_plan_of(run_dir: Path) -> RunPlan:
+    """Load the plan of a run for showing, without reading all of it.
+
+    Raises:
+        ConfigError: `run_dir` is not a run directory, or its plan cannot be read.
+    """
+    paths = RunPaths(run_dir)
+    if not paths.plan_dir.is_dir():
+        raise ConfigError(f"{run_dir} is not a run directory: it has no plan/")
+    try:
+        return load_plan(paths, verify_digests=False)
+    except (StorageError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ConfigError(f"the plan in {run_dir} cannot be read ({error})") from None
+
+
+def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now) -> RunStatus:
+    """Gather what the run has recorded. What cannot be read is a note, not an error."""
+    recorded, manifest_notes = _recorded_shards(paths)
+    running = FileLock(paths.run_lock, purpose="status").presumed_holder()
+    shards = tuple(_shard(plan, paths, rank, recorded.get(rank), running) for rank in range(plan.num_shards))
+    num_recorded = sum(shard["total_sequences"] for shard in recorded.values())
+    is_complete = all(shard.state == ShardState.COMPLETE for shard in shards)
+    num_quarantined, quarantine_notes = _quarantined(plan, paths)
+    return RunStatus(
+        run_dir=paths.run_dir,
+        running=running,
+        model=plan.identity["model"],
+        dtype=plan.identity["dtype"],
+        num_sequences=plan.num_sequences,
+        num_computed=plan.num_computed,
+        num_done=plan.num_computed if is_complete else min(num_recorded, plan.num_computed),
+        num_quarantined=num_quarantined,
+        shards=shards,
+        dataset=_dataset(plan, paths),
+        notes=(*manifest_notes, *_redivision(plan, recorded, num_quarantined or 0), *quarantine_notes),
+        at=clock(),
+    )
+
+
+def render(status: RunStatus) -> RenderableType:
+    """Draw it for a terminal."""
+    return Group(*_headline(status), _table(status), *_totals(status))
+
+
+def watch(read: Callable[[], RunStatus], *, interval_s: float, console: Console) -> None:
+    """Draw it again every `interval_s` seconds, until Ctrl-C."""
+    with Live(render(read()), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            live.update(render(read()), refresh=True)
+
+
+def _recorded_shards(paths: RunPaths) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    manifest = CheckpointManifest(paths.manifest)
+    if not manifest.exists():
+        return {}, ["there is no manifest yet: nothing is known of checkpoints"]
+    try:
+        return manifest.shards(), []
+    except (StorageError, OSError) as error:
+        return {}, [f"{error}: nothing is known of checkpoints until the next run makes it anew"]
+
+
+def _shard(
+    plan: RunPlan, paths: RunPaths, rank: int, recorded: dict[str, Any] | None, running: LockHolder | None
+) -> ShardProgress:
+    recorded = recorded or {}
+    ordinals = plan.shard_ordinals(rank)
+    is_complete = recorded.get("status") == ShardStatus.COMPLETE
+    num_done = ordinals.size if is_complete else min(recorded.get("total_sequences", 0), ordinals.size)
+    attempts = read_attempts(paths, rank)
+    newest = _newest_checkpoint(attempts)
+    failures = recorded.get("failures", [])
+    return ShardProgress(
+        rank=rank,
+        state=_state(paths, rank, recorded.get("status"), attempts, running),
+        attempts=recorded.get("attempts", len(attempts)),
+        num_sequences=ordinals.size,
+        num_done=num_done,
+        tokens_left=plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
+        tokens_per_s=newest.tokens_per_s if newest else None,
+        checkpoint_at=newest.at if newest else None,
+        device=recorded.get("device"),
+        failure=_failure(failures[-1]) if failures else None,
+    )
+
+
+def _state(
+    paths: RunPaths, rank: int, recorded: str | None, attempts: list[Attempt], running: LockHolder | None
+) -> ShardState:
+    if recorded == ShardStatus.COMPLETE:
+        return ShardState.COMPLETE
+    is_held = FileLock(paths.shard_lock(rank), purpose="status").presumed_holder() is not None
+    if is_held or (attempts and attempts[-1].ending == Ending.RUNNING):
+        return ShardState.RUNNING
+    if recorded == ShardStatus.FAILED:
+        return ShardState.FAILED
+    return ShardState.STOPPED if running is None else ShardState.WAITING
+
+
+def _newest_checkpoint(attempts: list[Attempt]) -> CheckpointEntry | None:
+    return next((attempt.checkpoints[-1] for attempt in reversed(attempts) if attempt.checkpoints), None)
+
+
+def _failure(record: dict[str, Any]) -> LastFailure:
+    return LastFailure(
+        kind=record["kind"],
+        cause=record["cause"],
+        message=record["message"],
+        reason=record.get("reason", ""),
+        at=datetime.fromisoformat(record["at"]),
+    )
+
+
+def _redivision(plan: RunPlan, recorded: dict[int, dict[str, Any]], num_quarantined: int) -> Iterator[str]:
+    """The manifest counts a checkpoint for the shard that wrote it, whoever has its sequences now."""
+    foreign = any(rank >= plan.num_shards and shard["total_sequences"] for rank, shard in recorded.items())
+    sizes = {rank: plan.shard_ordinals(rank).size for rank in range(plan.num_shards)}
+    misfits = any(
+        not (size - num_quarantined if shard["status"] == ShardStatus.COMPLETE else 0)
+        <= shard["total_sequences"]
+        <= size
+        for rank, shard in recorded.items()
+        if (size := sizes.get(rank)) is not None
+    )
+    if foreign or misfits:
+        yield "the run was divided into other shards before: counts of single shards, and the time left, are approximate"
+
+
+def _quarantined(plan: RunPlan, paths: RunPaths) -> tuple[int | None, list[str]]:
+    try:
+        return len(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals()), []
+    except (StorageError, OSError) as error:
+        return None, [str(error)]
+
+
+def _dataset(plan: RunPlan, paths: RunPaths) -> str:
+    if not paths.success.exists():
+        return "not put together yet"
+    try:
+        metadata = open_dataset(paths.run_dir).metadata
+    except StorageError as error:
+        return f"damaged ({error})"
+    if metadata["fingerprint"] != plan.fingerprint:
+        return "of another run; the next run puts it together anew"
+    rows = sum(part["rows"] for part in metadata["parts"])
+    lacking = ((metadata["num_quarantined"], "in quarantine"), (metadata["num_missing"], "missing"))
+    told = ", ".join([f"{rows:,} rows", *(f"{count:,} {what}" for count, what in lacking if count)])
+    return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}"
+
+
+def _headline(status: RunStatus) -> Iterator[Text]:
+    going_on = "no run is going on" if status.running is None else f"a run is going on: {status.running}"
+    yield plain(f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences", style="bold")
+    yield plain(going_on, style="" if status.running is None else "green")
+
+
+_STYLES = {ShardState.RUNNING: "green", ShardState.FAILED: "bold red", ShardState.STOPPED: "yellow"}
+
+
+def _table(status: RunStatus) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("shard", "state", "attempt", "done", "of", "%", "tokens/s", "device", "last failure"):
+        is_text = name in ("state", "device", "last failure")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "last failure")
+    shown = _shards_to_show(status)
+    for shard in shown:
+        table.add_row(*_row(shard, status.at))
+    if hidden := Counter(shard.state for shard in status.shards if shard not in shown):
+        table.add_row("...", ", ".join(f"{count} {state}" for state, count in sorted(hidden.items())))
+    return table
+
+
+def _shards_to_show(status: RunStatus) -> list[ShardProgress]:
+    """All, or where there are too many the most interesting ones."""
+    ranks = list(ShardState)
+    by_interest = sorted(status.shards, key=lambda shard: (ranks.index(shard.state), shard.rank))
+    return sorted(by_interest[:_MOST_SHARDS_SHOWN], key=lambda shard: shard.rank)
+
+
+def _row(shard: ShardProgress, now: datetime) -> Iterator[Text]:
+    failure = shard.failure
+    yield plain(str(shard.rank))
+    yield plain(shard.state, style=_STYLES.get(shard.state, ""))
+    yield plain(str(shard.attempts))
+    yield plain(f"{shard.num_done:,}")
+    yield plain(f"{shard.num_sequences:,}")
+    yield plain(f"{shard.percent:.1f}")
+    yield plain("" if shard.tokens_per_s is None else f"{shard.tokens_per_s:,.0f}")
+    yield plain(shard.device or "")
+    yield plain(
+        f"{failure.kind}, {format_age(failure.at, now)}: {failure.reason or failure.message}" if failure else ""
+    )
+
+
+def _totals(status: RunStatus) -> Iterator[Text]:
+    line = f"{status.num_done:,} of {status.num_computed:,} distinct sequences ({status.percent:.1f} %)"
+    if status.tokens_per_s:
+        line += f", {status.tokens_per_s:,.0f} tokens/s"
+    if status.eta_s is not None:
+        line += f", about {format_duration(status.eta_s)} left"
+    yield plain(line, style="bold")
+    if status.num_quarantined:
+        yield plain(f"in quarantine: {status.num_quarantined:,}", style="yellow")
+    yield plain(f"dataset: {status.dataset}")
+    for note in status.notes:
+        yield plain(f"note: {note}", style="yellow")
+    yield plain("counts are those of the newest checkpoints; `vnp verify` reads everything again", style="dim")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _jsonable(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(each) for each in value]
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="seconds")
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,44 @@
+"""What is shown to people on a terminal: text that cannot play tricks on it, bytes and times in their usual units."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+
+from rich.console import Console
+from rich.text import Text
+
+from vnp_lib.progress import format_duration
+
+_WIDTH_OF_A_FILE = 140  # columns, where there is no terminal to ask
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def console() -> Console:
+    """Standard output, for tables: nothing in what is printed is taken for markup."""
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text that somebody else wrote, as of an id or a message: control letters are replaced."""
+    return Text(printable(text), style=style)
+
+
+def printable(text: str) -> str:
+    """Replace what moves a cursor, rings a bell or breaks a line."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Write 3,725,000,000 bytes as `3.7 GB`."""
+    if size_bytes < 999.5:
+        return f"{size_bytes:.0f} bytes"
+    exponent = next((place for place in (1, 2, 3) if size_bytes < 999.5 * 1000**place), 4)
+    value = size_bytes / 1000**exponent
+    return f"{value:.1f} {_UNITS[exponent]}" if value < 99.95 else f"{value:,.0f} {_UNITS[exponent]}"
+
+
+def format_age(at: datetime, now: datetime) -> str:
+    """Write how long ago something was: `0:12:03 ago`."""
+    return f"{format_duration(max(0.0, (now - at).total_seconds()))} ago"
