@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import dnaio
 import pytest
 
-from tests.support import EXAMPLE, CommandLine
+from tests.support import EXAMPLE, SMALL_MODEL, CommandLine
 
 # Threads that spin while they wait for each other crawl as soon as anything else wants a processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -62,6 +62,15 @@ def served_command_line(tmp_path_factory, prefect_server) -> CommandLine:
     from prefect.settings import PREFECT_API_URL
 
     return CommandLine(prefect_home=tmp_path_factory.mktemp("prefect"), api_url=PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(command_line, tmp_path_factory, short_fasta):
+    """The short input, embedded by the command line and left alone: its run directory, and how the process ended."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    ended = command_line.run("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL)
+    assert ended.returncode == 0, ended.stderr
+    return run_dir, ended
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import numpy as np
 
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
+from vnp_lib.files import read_marker
+from vnp_lib.plan import RunPaths
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "viral_proteins.fasta"
+SMALL_MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
 
 
 def small_config(
@@ -39,13 +43,20 @@ class CommandLine:
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
         """Start it as the leader of a process group of its own."""
+        return self._start("flows/embed.py", *arguments)
+
+    def start_prefect(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+        """Start the command `prefect` in its place, with these environment variables."""
+        return self._start("-m", "prefect", *arguments, **variables)
+
+    def _start(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
         if self.api_url is not None:
             environment["PREFECT_API_URL"] = self.api_url
         return subprocess.Popen(
-            [sys.executable, "flows/embed.py", *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=environment | {"PREFECT_HOME": str(self.prefect_home)},
+            env=environment | {"PREFECT_HOME": str(self.prefect_home)} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,6 +75,16 @@ class CommandLine:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
+def finished_checkpoints(run_dir: Path) -> dict[Path, bytes]:
+    """Every checkpoint that has its marker, with the marker's bytes."""
+    markers = RunPaths(run_dir).checkpoints_dir.glob("shard_*/batch_*.pt.done")
+    return {path.with_name(path.name.removesuffix(".done")): path.read_bytes() for path in markers}
+
+
+def computed_ordinals(run_dir: Path) -> list[int]:
+    return [ordinal for path in finished_checkpoints(run_dir) for ordinal in read_marker(path)["ordinals"]]
+
+
 def workers_of(run_dir: Path) -> list[int]:
     """Process ids of the children that work in a run directory or below."""
     found = []
@@ -74,6 +95,17 @@ def workers_of(run_dir: Path) -> list[int]:
             continue
         if "vnp_lib.worker" in command and any(part.startswith(str(run_dir)) for part in command):
             found.append(int(process.name))
+    return found
+
+
+def group_of(leader: int) -> list[int]:
+    """Process ids of those that are alive in a process group."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                found.append(int(process.name))
     return found
 
 

@@ -10,33 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import assert_same_rows, wait_until, workers_of
-from vnp_lib.files import read_marker
+from tests.support import SMALL_MODEL, assert_same_rows, computed_ordinals, finished_checkpoints, wait_until, workers_of
 from vnp_lib.plan import RunPaths
 
 pytestmark = pytest.mark.slow
 
-MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
 SMALL_CHECKPOINTS = ("--shards", 2, "--token-budget", 128, "--runtime.checkpoint-seq-threshold", 5)
 PROTEIN = ">a\nMKVLATTWQERS\n"
-
-
-def finished_checkpoints(run_dir: Path) -> dict[Path, bytes]:
-    """Every checkpoint that has its marker, with the marker's bytes."""
-    markers = RunPaths(run_dir).checkpoints_dir.glob("shard_*/batch_*.pt.done")
-    return {path.with_name(path.name.removesuffix(".done")): path.read_bytes() for path in markers}
-
-
-def computed_ordinals(run_dir: Path) -> list[int]:
-    return [ordinal for path in finished_checkpoints(run_dir) for ordinal in read_marker(path)["ordinals"]]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(command_line, tmp_path_factory, short_fasta):
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    ended = command_line.run("--fasta", short_fasta, "--output-dir", run_dir, *MODEL)
-    assert ended.returncode == 0, ended.stderr
-    return run_dir, ended
 
 
 def test_a_run_ends_with_the_dataset_and_how_to_read_it(uninterrupted):
@@ -54,7 +34,7 @@ def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(
 ):
     """SIGKILL to the flow, its server and its children at once; then the same command again."""
     run_dir = tmp_path / "run"
-    arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *MODEL, *SMALL_CHECKPOINTS)
+    arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
     process = command_line.start(*arguments)
     wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 9)
     for worker in workers_of(run_dir):
@@ -84,7 +64,7 @@ def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
 ):
     """SIGTERM to the process, Ctrl-C to its group: the children save what they have, and the next run goes on."""
     run_dir = tmp_path / "run"
-    arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *MODEL, *SMALL_CHECKPOINTS)
+    arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
     process = request.getfixturevalue(server).start(*arguments)
     wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 2)
     if signum == signal.SIGINT:
@@ -131,7 +111,7 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
             return ("--fasta", good, "--output-dir", good / "out", "--weights", "random"), "--output-dir"
         case "duplicate id far down":
             (tmp_path / "twice.fasta").write_text(PROTEIN + ">b\nMKV\n" + PROTEIN)
-            return ("--fasta", tmp_path / "twice.fasta", "--output-dir", out, *MODEL), "'a'"
+            return ("--fasta", tmp_path / "twice.fasta", "--output-dir", out, *SMALL_MODEL), "'a'"
         case "cut gz":
             (tmp_path / "cut.fasta.gz").write_bytes(gzip.compress(PROTEIN.encode() * 100)[:-20])
             return ("--fasta", tmp_path / "cut.fasta.gz", "--output-dir", out), "cut short"
