@@ -1,0 +1,208 @@
+"""Runs that are taken away and come back: signals, a rescheduled run, a cancelled one, with Prefect's real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import Task, flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Cancelling
+
+from flows.hooks import RetryHook
+from tests.support import (
+    CommandLine,
+    assert_same_rows,
+    computed_ordinals,
+    finished_checkpoints,
+    small_config,
+    wait_until,
+    workers_of,
+)
+
+pytestmark = pytest.mark.slow
+
+NUM_COMPUTED = 66  # of 69 sequences: three are there twice
+ORPHANS_LIVE_S = 12.0
+
+
+class AttemptError(Exception):
+    """An attempt of the task `fail` ended badly."""
+
+
+@task(retries=1_000_000_000, retry_delay_seconds=[10.0])
+async def fail(began_at: list[datetime]) -> None:
+    began_at.append(datetime.now(UTC))
+    raise AttemptError
+
+
+def hook_that_waits(delays_s: Sequence[float]) -> RetryHook:
+    """Make a retry hook that asks for one delay after the other and then gives up."""
+    left = iter(delays_s)
+
+    async def hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+        assert isinstance(state.data, AttemptError)
+        delay_s = next(left, None)
+        task.retry_delay_seconds = [60.0 if delay_s is None else delay_s]
+        return delay_s is not None
+
+    return hook
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_engine_reads_the_delay_after_the_hook_has_set_it():
+    """What our retry hook relies on and Prefect does not document: each failure of each copy of a task has its own delay.
+
+    The task's own delay of 10 s is never used, and a hook that returns False ends the task without another attempt.
+    """
+    delays_s = {"one": (0.2, 0.7, 0.01), "two": (0.5, 0.1)}
+    began_at: dict[str, list[datetime]] = {name: [] for name in delays_s}
+
+    @flow
+    async def fail_again_and_again() -> None:
+        copies = {
+            name: fail.with_options(task_run_name=name, retry_condition_fn=hook_that_waits(delays))
+            for name, delays in delays_s.items()
+        }
+        await asyncio.gather(*(copy(began_at[name], return_state=True) for name, copy in copies.items()))
+
+    outcome = asyncio.run(fail_again_and_again(return_state=True))
+
+    histories = task_run_histories(outcome.state_details.flow_run_id)
+    for name, delays in delays_s.items():
+        states = histories[name]
+        waits = [state for state in states if state.name == "AwaitingRetry"]
+        due_at = [state.state_details.scheduled_time for state in waits]
+        asked_for_s = [(due - state.timestamp).total_seconds() for due, state in zip(due_at, waits, strict=True)]
+        assert asked_for_s == pytest.approx(delays, abs=0.05)
+        assert len(began_at[name]) == len(delays) + 1
+        assert all(began >= due for began, due in zip(began_at[name][1:], due_at, strict=True))
+        assert [state.name for state in states].count("Failed") == 1
+        assert states[-1].name == "Failed"
+
+
+def task_run_histories(flow_run_id: UUID | None) -> dict[str, list[State[Any]]]:
+    """Every state that each task run of a flow run was in, once the server has heard of the last, which is final."""
+    assert flow_run_id is not None
+    of_the_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+
+        def read() -> list[TaskRun]:
+            return client.read_task_runs(flow_run_filter=of_the_run)
+
+        wait_until(lambda: bool(runs := read()) and all(run.state and run.state.is_final() for run in runs))
+        histories = {run.name: client.read_task_run_states(run.id) for run in read()}
+    return {name: sorted(states, key=lambda state: state.timestamp) for name, states in histories.items()}
+
+
+@pytest.fixture(scope="module")
+def deployment_id(served_command_line: CommandLine) -> UUID:
+    """The project's own deployment, made as deployments/README.md says."""
+    for arguments in (
+        ("work-pool", "create", "vnp-local", "--type", "process", "--overwrite"),
+        ("--no-prompt", "deploy", "--name", "local"),
+    ):
+        process = served_command_line.start_prefect(*arguments)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
+    with get_client(sync_client=True) as client:
+        return client.read_deployment_by_name("vnp-embed/local").id
+
+
+def test_a_deployed_run_that_is_preempted_is_rescheduled_and_loses_nothing(
+    served_command_line, deployment_id, tmp_path, short_fasta, uninterrupted
+):
+    """As in a pod: SIGTERM to `prefect flow-run execute`, and the same flow run is executed again."""
+    run_dir = tmp_path / "run"
+    flow_run_id = schedule(deployment_id, short_fasta, run_dir)
+    process = execute(served_command_line, flow_run_id)
+    wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 2)
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: workers_of(run_dir) == [], timeout_s=ORPHANS_LIVE_S)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert state_names(flow_run_id)[-1] == "AwaitingRetry"
+    assert 10 <= len(computed_ordinals(run_dir)) < NUM_COMPUTED
+
+    process = execute(served_command_line, flow_run_id)
+    out, err = process.communicate(timeout=120)
+
+    assert process.returncode == 0, out + err
+    assert state_names(flow_run_id)[-3:] == ["AwaitingRetry", "Running", "Completed"]
+    assert_each_computed_once(run_dir)
+    assert_same_rows(run_dir, uninterrupted[0])
+
+
+@pytest.fixture
+def worker(served_command_line: CommandLine, deployment_id: UUID) -> Iterator[subprocess.Popen[str]]:
+    """A process worker that starts what is scheduled."""
+    process = served_command_line.start_prefect(
+        *("worker", "start", "--pool", "vnp-local", "--type", "process"), PREFECT_WORKER_QUERY_SECONDS="1"
+    )
+    yield process
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+@pytest.mark.soak
+def test_a_run_that_is_cancelled_from_outside_stays_cancelled_and_leaves_nobody_behind(
+    worker, served_command_line, deployment_id, tmp_path, short_fasta, uninterrupted
+):
+    """As the button in the UI does it: the run is set to Cancelling, and whoever started its process stops it."""
+    run_dir = tmp_path / "run"
+    flow_run_id = schedule(deployment_id, short_fasta, run_dir)
+    wait_until(lambda: len(finished_checkpoints(run_dir)) >= 2)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, Cancelling())
+    cancelled_at = time.monotonic()
+    wait_until(lambda: workers_of(run_dir) == [], timeout_s=ORPHANS_LIVE_S)
+    wait_until(lambda: state_names(flow_run_id)[-1] == "Cancelled")
+    time.sleep(max(0.0, cancelled_at + ORPHANS_LIVE_S - time.monotonic()))
+    assert workers_of(run_dir) == []
+    assert state_names(flow_run_id)[-2:] == ["Cancelling", "Cancelled"]
+    assert {states[-1].name for states in task_run_histories(flow_run_id).values()} == {"Crashed"}
+    assert 10 <= len(computed_ordinals(run_dir)) < NUM_COMPUTED
+
+    again = schedule(deployment_id, short_fasta, run_dir)
+    wait_until(lambda: state_names(again)[-1] == "Completed")
+
+    assert state_names(flow_run_id)[-1] == "Cancelled"
+    assert_each_computed_once(run_dir)
+    assert_same_rows(run_dir, uninterrupted[0])
+
+
+def schedule(deployment_id: UUID, fasta: Path, run_dir: Path) -> UUID:
+    """Create a flow run with some 60 small batches on two children, and return its id."""
+    config = small_config(fasta, run_dir, token_budget=128, runtime={"checkpoint_seq_threshold": 5})
+    with get_client(sync_client=True) as client:
+        return client.create_flow_run_from_deployment(
+            deployment_id, parameters={"config": config.model_dump(mode="json")}
+        ).id
+
+
+def execute(command_line: CommandLine, flow_run_id: UUID) -> subprocess.Popen[str]:
+    return command_line.start_prefect(
+        "flow-run", "execute", flow_run_id, PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule"
+    )
+
+
+def state_names(flow_run_id: UUID) -> list[str | None]:
+    """The states that a flow run was in, one after the other."""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run_id)
+    return [state.name for state in sorted(states, key=lambda state: state.timestamp)]
+
+
+def assert_each_computed_once(run_dir: Path) -> None:
+    ordinals = computed_ordinals(run_dir)
+    assert len(ordinals) == len(set(ordinals)) == NUM_COMPUTED
