@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ OnEvent = Callable[[Event], Awaitable[None]]
 T = TypeVar("T")
 
 _LONGEST_EVENT_BYTES = 2**20
+
+_followed: set[asyncio.subprocess.Process] = set()  # children that are not known to be gone
 
 
 async def run_child(
@@ -54,6 +57,7 @@ async def run_child(
             limit=_LONGEST_EVENT_BYTES,
             env=child_environment(device),
         )
+    _followed.add(child)
     attempt = _Followed(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)
     try:
         assert child.stdout is not None
@@ -153,8 +157,20 @@ async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
             pass
         except asyncio.CancelledError as error:
             cancelled = error
+    _followed.discard(child)
     if cancelled:
         raise cancelled
+
+
+def kill_children() -> None:
+    """End every child at once. What it has not committed is computed again."""
+    for child in _followed:
+        if child.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+atexit.register(kill_children)  # where even the wait for them was broken off; a deaf child would outlive us
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,13 @@ from prefect.states import Cancelling
 
 from flows.hooks import RetryHook
 from tests.support import (
+    ROOT,
     CommandLine,
     assert_same_rows,
     computed_ordinals,
     finished_checkpoints,
+    group_of,
+    is_alive,
     small_config,
     wait_until,
     workers_of,
@@ -34,6 +40,9 @@ pytestmark = pytest.mark.slow
 
 NUM_COMPUTED = 66  # of 69 sequences: three are there twice
 ORPHANS_LIVE_S = 12.0
+AT_ONCE_S = 20.0  # two on an idle machine: Python and Prefect's server take their time to leave
+ON_TWO_CHILDREN = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu,cpu")
+SMALL_CHECKPOINTS = ("--token-budget", 128, "--runtime.checkpoint-seq-threshold", 5)
 
 
 class AttemptError(Exception):
@@ -103,6 +112,126 @@ def task_run_histories(flow_run_id: UUID | None) -> dict[str, list[State[Any]]]:
         wait_until(lambda: bool(runs := read()) and all(run.state and run.state.is_final() for run in runs))
         histories = {run.name: client.read_task_run_states(run.id) for run in read()}
     return {name: sorted(states, key=lambda state: state.timestamp) for name, states in histories.items()}
+
+
+STUBBORN = """
+import asyncio, signal, sys, time
+from pathlib import Path
+
+from prefect.exceptions import TerminationSignal
+
+from flows.embed import sigterm_cancels_the_flow
+from vnp_lib.supervisor import run_child
+
+async def follow(job):
+    async def on_event(event):
+        job.with_name("followed").touch()
+
+    with sigterm_cancels_the_flow():
+        loop = asyncio.get_running_loop()
+        {busy}
+        limits = dict(startup_limit_s=600, silence_limit_s=600, grace_s=600)
+        await run_child(job, device="cpu", log_path=job.with_name("log"), on_event=on_event, **limits)
+
+async def work_for_ever():
+    while True:
+        time.sleep(0.01)
+        await asyncio.sleep(0)
+
+def call_for_ever(loop):
+    loop.call_soon(call_for_ever, loop)
+    time.sleep(0.01)
+
+def terminate(*_):
+    raise TerminationSignal(signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, terminate)  # as Prefect does
+job = Path(sys.argv[1])
+sys.executable = str(job)  # the child is the job
+try:
+    asyncio.run(follow(job))
+except (TerminationSignal, asyncio.CancelledError):
+    sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize(
+    "busy",
+    ["pass", "call_for_ever(loop)", "working = loop.create_task(work_for_ever())"],
+    ids=["out of the selector", "in a callback", "in a task"],
+)
+def test_sigterm_stops_the_flow_and_a_second_one_its_children_wherever_they_strike(tmp_path, busy):
+    """The child is deaf: the first SIGTERM has the flow wait for it, the second one has it killed."""
+    child = tmp_path / "child"
+    child.write_text(f"""#!/bin/sh
+    trap 'touch {tmp_path}/told' TERM
+    echo '{{"event": "started"}}'
+    while :; do sleep 0.1; done
+    """)
+    child.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN.format(busy=busy), child], cwd=ROOT, start_new_session=True
+    )
+    wait_until((tmp_path / "followed").exists)
+    (pid,) = workers_of(tmp_path)
+    with nobody_left_of(process, tmp_path):
+        process.send_signal(signal.SIGTERM)
+        wait_until((tmp_path / "told").exists, timeout_s=ORPHANS_LIVE_S)
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert is_alive(pid)
+
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=AT_ONCE_S) == 143
+        wait_until(lambda: not is_alive(pid), timeout_s=1.0)
+
+
+@contextmanager
+def nobody_left_of(process: subprocess.Popen[Any], directory: Path) -> Iterator[None]:
+    """Kill what is left of a process, its group and its workers when a test that expects nothing to be left has failed."""
+    try:
+        yield
+    finally:
+        for pid in (*group_of(process.pid), *workers_of(directory)):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.soak
+def test_a_second_sigterm_waits_for_nobody(
+    command_line, served_command_line, sabotage, tmp_path, short_fasta, uninterrupted
+):
+    """One child takes a minute to save and the other one is deaf: neither holds up the flow, or outlives it."""
+    sabotage("""
+    if attempt == 1:
+        import signal, time
+        from vnp_lib.checkpoint import AsyncCheckpointWriter
+        AsyncCheckpointWriter.wait_all = lambda self: time.sleep(60)
+        if rank == 1:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """)
+    run_dir = tmp_path / "run"
+    arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_CHILDREN, *SMALL_CHECKPOINTS)
+    process = command_line.start(*arguments)
+    with nobody_left_of(process, run_dir):
+        wait_until(lambda: process.poll() is not None or shards_with_checkpoints(run_dir) == {0, 1})
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert process.poll() is None
+        assert len(workers_of(run_dir)) == 2
+        before = finished_checkpoints(run_dir)
+
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=AT_ONCE_S)
+        assert process.returncode == 143, err
+        wait_until(lambda: workers_of(run_dir) == group_of(process.pid) == [], timeout_s=1.0)
+
+    ended = served_command_line.run(*arguments)
+
+    assert ended.returncode == 0, ended.stderr
+    after = finished_checkpoints(run_dir)
+    assert {path: after[path] for path in before} == before
+    assert_each_computed_once(run_dir)
+    assert_same_rows(run_dir, uninterrupted[0])
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +308,10 @@ def test_a_run_that_is_cancelled_from_outside_stays_cancelled_and_leaves_nobody_
     assert state_names(flow_run_id)[-1] == "Cancelled"
     assert_each_computed_once(run_dir)
     assert_same_rows(run_dir, uninterrupted[0])
+
+
+def shards_with_checkpoints(run_dir: Path) -> set[int]:
+    return {int(path.parent.name.removeprefix("shard_")) for path in finished_checkpoints(run_dir)}
 
 
 def schedule(deployment_id: UUID, fasta: Path, run_dir: Path) -> UUID:
