@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import random
 import signal
 from collections import Counter
 from pathlib import Path
@@ -26,16 +27,13 @@ NUM_COMPUTED = 66
 
 @pytest.fixture
 def job(tmp_path, short_fasta) -> Path:
-    """The job of the only shard of a run: some 60 batches, a checkpoint every ten sequences."""
-    config = small_config(
-        short_fasta,
-        tmp_path / "run",
-        devices="cpu",
-        shards=1,
-        token_budget=128,
-        runtime={"checkpoint_seq_threshold": 10},
-    )
-    with open_run(config) as run:
+    """Some 60 batches, a checkpoint every ten sequences."""
+    return make_job(short_fasta, tmp_path / "run", token_budget=128, runtime={"checkpoint_seq_threshold": 10})
+
+
+def make_job(fasta: Path, run_dir: Path, **settings) -> Path:
+    """The job of the only shard of a run."""
+    with open_run(small_config(fasta, run_dir, devices="cpu", shards=1, **settings)) as run:
         make_directory(run.paths.shard_dir(0))
         write_file(run.paths.job(0), run.shard_job(0, "cpu").model_dump_json().encode())
         return run.paths.job(0)
@@ -113,6 +111,28 @@ def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
     failure = failure_of(job, at_batch(computed, signal_the_worker(job, signal.SIGTERM)))
     assert (failure.kind, failure.exit_code) == (FailureKind.SPOT_PREEMPTION, 143)
     assert computed <= rows_on_disk(job) < NUM_COMPUTED
+
+
+def test_a_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path):
+    """Without what it has not committed, and without a word; each of its two batches takes seconds."""
+    draw = random.Random(1)
+    fasta = tmp_path / "long.fasta"
+    fasta.write_text("".join(f">p{i}\n{''.join(draw.choices('ACDEFGHIKLMNPQRSTVWY', k=1000))}\n" for i in range(20)))
+    job = make_job(fasta, tmp_path / "run", token_budget=10_020, runtime={"checkpoint_seq_threshold": 1})
+    heard = Counter()
+
+    async def on_event(event):
+        heard[event["event"]] += 1
+        if (heard["checkpoint"], heard["computing"]) == (1, 2):
+            os.kill(the_worker(job), signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            os.kill(the_worker(job), signal.SIGTERM)
+
+    failure = failure_of(job, on_event)
+
+    assert failure.exit_code == 143
+    assert (heard["batch"], heard["stopped"]) == (1, 0)
+    assert rows_on_disk(job) == 10
 
 
 def test_a_killed_child_is_named_by_its_signal(job):
