@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -42,10 +43,16 @@ def _split_at_commas(value: object) -> object:
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
 
 
+def _form_title(name: str, _: object) -> str:
+    """Make a field's title in Prefect's form: `backoff_base_s` is shown as "Backoff base (s)"."""
+    words = re.sub(r"_s$", " (s)", name).replace("_", " ").replace("oom", "OOM")
+    return words[:1].upper() + words[1:]
+
+
 class RuntimeConfig(BaseModel):
     """How a run behaves when things go wrong or take long. The defaults suit days on preemptible GPUs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Runtime")
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Runtime", field_title_generator=_form_title)
 
     checkpoint_seq_threshold: int = Field(10_000, gt=0, description="Write a checkpoint after this many sequences.")
     checkpoint_time_threshold: float = Field(
@@ -75,12 +82,16 @@ class RuntimeConfig(BaseModel):
 class EmbedConfig(BaseModel):
     """Embed the proteins of FASTA files with ESM-2: one vector a protein, resumable at any moment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Embed")
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Embed", field_title_generator=_form_title)
 
     fasta: Paths = Field(
-        min_length=1, description="FASTA files, plain or compressed (gz, bz2, xz, zst); several with commas between."
+        title="FASTA files",
+        min_length=1,
+        description="FASTA files, plain or compressed (gz, bz2, xz, zst); on a command line, several with commas between.",
     )
-    output_dir: Path = Field(description="Run directory: made where missing, continued where it holds a run begun.")
+    output_dir: Path = Field(
+        title="Run directory", description="Run directory: made where missing, continued where it holds a run begun."
+    )
     model: ModelName = Field("esm2_t36_3B_UR50D", description="ESM-2 model, by fair-esm's name.")
     weights: str = Field(
         "auto",
@@ -103,7 +114,9 @@ class EmbedConfig(BaseModel):
     shard_deployment: str = Field(
         "vnp-embed-shard/gpu", description="Deployment that embeds one shard, for --executor work-pool."
     )
-    dtype: DType = Field("auto", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU.")
+    dtype: DType = Field(
+        "auto", title="Precision", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU."
+    )
     on_poison: Literal["quarantine", "fail"] = Field(
         "quarantine",
         description="What becomes of a protein that the model dies of or gives no finite row for. 'quarantine': it is set "
