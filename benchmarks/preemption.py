@@ -128,7 +128,7 @@ def preempt_flow(fasta: Path, run_dir: Path, delay_s: float, home: Path) -> Tria
         start_new_session=True,
     )
     paths = RunPaths(run_dir)
-    wait_until(lambda: any(paths.checkpoints_dir.glob("shard_*/*.done")))
+    wait_until(lambda: any(paths.checkpoints_dir.glob("shard_*/*.done")), timeout_s=600.0)
     time.sleep(delay_s)
     acknowledged = committed_ordinals(paths, verify_digests=False)
     process.send_signal(signal.SIGTERM)
