@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for i
 logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 5.0
+_ONE_SIGNAL_S = 1.0
+_ORPHAN_LIMIT_S = 60.0
 
 
 class ShardJob(BaseModel):
@@ -80,20 +83,33 @@ class PendingWork:
 
 
 class StopFlag:
-    """Set by SIGTERM, from where the loop asks for it. A second SIGTERM means: leave at once."""
+    """Set by SIGTERM or by the parent's end, from where the loop asks for it. A second SIGTERM means: leave at once.
 
-    def __init__(self) -> None:
+    That is one that comes a second after the first or later. Closer together they are one: a service manager signals every
+    process, and our parent passes on what it gets.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.is_installed = False
+        self._clock = clock
         self._is_set = False
+        self._signalled_at_s: float | None = None
 
     def install(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
+        self.is_installed = True
+
+    def set(self) -> None:
+        self._is_set = True
 
     def is_set(self) -> bool:
         return self._is_set
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._is_set:
+        now_s = self._clock()
+        if self._signalled_at_s is not None and now_s - self._signalled_at_s >= _ONE_SIGNAL_S:
             os._exit(ExitCode.STOPPED)
+        self._signalled_at_s = self._signalled_at_s or now_s
         self._is_set = True
 
 
@@ -312,19 +328,24 @@ def main(arguments: Sequence[str]) -> int:
     events = EventStream()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("vnp_lib").addHandler(_EventHandler(events))
-    threading.Thread(target=_stop_when_the_parent_is_gone, daemon=True).start()
+    stop = StopFlag()
+    threading.Thread(target=_stop_when_the_parent_is_gone, args=(stop,), daemon=True).start()
     try:
         job = ShardJob.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
-        return ShardAttempt(job, events, StopFlag()).run()
+        return ShardAttempt(job, events, stop).run()
     except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
         logger.exception("the attempt failed")
         events.send("failed", failure=classify_exception(error).to_json())
         return ExitCode.FAILED
 
 
-def _stop_when_the_parent_is_gone() -> None:
+def _stop_when_the_parent_is_gone(stop: StopFlag) -> None:
     os.read(0, 1)  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not stop.is_installed:  # nothing has been computed
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop.set()
+    time.sleep(_ORPHAN_LIMIT_S)
+    os._exit(ExitCode.STOPPED)  # it hangs, and nobody else is there to notice
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import random
 import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.poison import Way, patch
 from tests.support import is_alive, small_config, wait_until, workers_of
 from vnp_lib.checkpoint import survey_checkpoints
 from vnp_lib.failures import FailureKind, ShardFailedError
@@ -113,19 +113,20 @@ def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
     assert computed <= rows_on_disk(job) < NUM_COMPUTED
 
 
-def test_a_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path):
-    """Without what it has not committed, and without a word; each of its two batches takes seconds."""
-    draw = random.Random(1)
-    fasta = tmp_path / "long.fasta"
-    fasta.write_text("".join(f">p{i}\n{''.join(draw.choices('ACDEFGHIKLMNPQRSTVWY', k=1000))}\n" for i in range(20)))
-    job = make_job(fasta, tmp_path / "run", token_budget=10_020, runtime={"checkpoint_seq_threshold": 1})
+def test_a_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, sabotage):
+    """Without what it has not committed, and without a word; its second batch would take an hour."""
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">good_{i}\n{'ACDEFGHIKL' * 6}{'M' * i}\n" for i in range(10)) + ">bad\nWWWWHAC\n")
+    sabotage(patch(Way.HANG))
+    job = make_job(fasta, tmp_path / "run", token_budget=670, runtime={"checkpoint_seq_threshold": 1})
     heard = Counter()
 
     async def on_event(event):
         heard[event["event"]] += 1
         if (heard["checkpoint"], heard["computing"]) == (1, 2):
+            heard["checkpoint"] = 0
             os.kill(the_worker(job), signal.SIGTERM)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1.1)
             os.kill(the_worker(job), signal.SIGTERM)
 
     failure = failure_of(job, on_event)

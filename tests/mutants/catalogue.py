@@ -701,15 +701,15 @@ _LOOP = (
     Mutant(
         name="sigterm-ignored-by-the-worker",
         module="worker",
-        before="            os._exit(ExitCode.STOPPED)\n        self._is_set = True\n",
-        after="            os._exit(ExitCode.STOPPED)\n",
+        before="        self._signalled_at_s = self._signalled_at_s or now_s\n        self._is_set = True\n",
+        after="        self._signalled_at_s = self._signalled_at_s or now_s\n",
         caught_by=(f"{_WORKER}::test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once",),
     ),
     Mutant(
         name="second-sigterm-ignored-by-the-worker",
         module="worker",
-        before="        if self._is_set:\n            os._exit(ExitCode.STOPPED)\n",
-        after="",
+        before="        if self._signalled_at_s is not None and now_s",
+        after="        if False and now_s",
         caught_by=(f"{_WORKER}::test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once",),
     ),
 )

@@ -111,21 +111,39 @@ def test_an_attempt_waits_while_another_has_the_shard(
     assert events.names == ["waiting", "started", "done"]
 
 
-def test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once() -> None:
-    code = """
+@pytest.mark.parametrize(("seconds_later", "end"), [(0.9, "still here"), (1.0, "")])
+def test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once(seconds_later: float, end: str) -> None:
+    """Unless it comes with the first: then both are the same, by way of the parent and straight from whoever sent it."""
+    code = f"""
 import os, signal
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.worker import StopFlag
-stop = StopFlag()
+times = iter([5.0, 5.0 + {seconds_later}])
+stop = StopFlag(clock=lambda: next(times))
 stop.install()
 print(stop.is_set())
 os.kill(os.getpid(), signal.SIGTERM)
 print(stop.is_set(), flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
-print("still here", flush=True)
+print("still here", end="", flush=True)
 """
     process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
-    assert (process.stdout, process.returncode) == ("False\nTrue\n", ExitCode.STOPPED)
+    assert process.stdout == f"False\nTrue\n{end}"
+    assert process.returncode == (0 if end else ExitCode.STOPPED)
+
+
+def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> None:
+    """It hangs where no flag is asked for, as in native code."""
+    code = """
+import time
+from vnp_lib import worker
+worker._ORPHAN_LIMIT_S = 0.2
+stop = worker.StopFlag()
+stop.install()
+worker.threading.Thread(target=worker._stop_when_the_parent_is_gone, args=(stop,), daemon=True).start()
+time.sleep(300)
+"""
+    process = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=60)
+    assert process.returncode == ExitCode.STOPPED
 
 
 def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan: RunPlan, paths: RunPaths) -> None:
