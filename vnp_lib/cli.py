@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from vnp_lib import forecast
+from vnp_lib.config import parse_forecast_command_line
 from vnp_lib.failures import ConfigError, ExitCode, InputError
 from vnp_lib.status import open_status, render, watch
 from vnp_lib.terminal import console
@@ -17,7 +19,11 @@ from vnp_lib.verify import verify_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; what cannot be used is said in one sentence, with exit code 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    options.others = others
+    if others and options.command is not plan:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         return int(options.command(options))
     except InputError as error:
@@ -48,6 +54,15 @@ def status(options: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE
 
 
+def plan(options: argparse.Namespace) -> ExitCode:
+    seen = forecast.forecast(parse_forecast_command_line(options.others))
+    if options.json:
+        print(json.dumps(seen.to_json(), indent=1))
+    else:
+        console().print(forecast.render(seen))
+    return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vnp", description="Look into run directories. Nothing in them is changed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -67,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="draw it again every 5 s, until Ctrl-C"
     )
     looking.set_defaults(command=status)
+    planning = commands.add_parser(
+        "plan",
+        parents=[as_json],
+        add_help=False,  # its own options are those of a run, and explained where they are read
+        allow_abbrev=False,
+        help="say what a run would be: count and check the input, look at the disk, expect a time",
+    )
+    planning.set_defaults(command=plan)
     verifying = commands.add_parser(
         "verify",
         parents=[on_a_run, as_json],

@@ -132,6 +132,20 @@ class EmbedConfig(BaseModel):
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="Checkpoints, retries and patience.")
 
 
+class ForecastConfig(EmbedConfig):
+    """Say what a run would be. All options of a run are taken. Nothing on disk is changed."""
+
+    output_dir: Path = Field(Path(), description="Where the run would be: the space on that disk is looked at.")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="Speed of all devices together, for the time that the run would take."
+    )
+    speed_of: Path | None = Field(
+        None,
+        description="Run directory with the same model on such devices, to take the speed from; if not given, --output-dir "
+        "where that is one.",
+    )
+
+
 class _EmbedCli(EmbedConfig, BaseSettings):
     __doc__ = f"""{EmbedConfig.__doc__} Each option can also be given as an environment variable: --token-budget is
 VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
@@ -147,6 +161,13 @@ VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
         frozen=True,
         extra="forbid",
     )
+
+
+class _ForecastCli(ForecastConfig, BaseSettings):
+    __doc__ = f"""{ForecastConfig.__doc__} With --json it is printed as JSON. Exit code 0: such a run can begin, 1: something in the
+input would be refused, or the disk has no room, 2: an option cannot be used."""
+
+    model_config = _EmbedCli.model_config | SettingsConfigDict(title="Forecast", cli_prog_name="vnp plan")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -173,14 +194,22 @@ def parse_command_line(arguments: Sequence[str]) -> EmbedConfig:
         ConfigError: A value that does not fit; one line for each.
         SystemExit: After `--help` (0), and for an option that does not exist (2).
     """
+    return EmbedConfig.model_validate(_given(_EmbedCli, arguments))
+
+
+def parse_forecast_command_line(arguments: Sequence[str]) -> ForecastConfig:
+    """Read the settings of a run that is only thought of. `--json` is not among them. Raises as `parse_command_line`."""
+    return ForecastConfig.model_validate(_given(_ForecastCli, arguments))
+
+
+def _given(model: type[BaseSettings], arguments: Sequence[str]) -> dict[str, Any]:
     try:
-        source = CliSettingsSource[Any](_EmbedCli, formatter_class=_HelpFormatter)
-        given = CliApp.run(_EmbedCli, cli_args=list(arguments), cli_settings_source=source)
+        source = CliSettingsSource[Any](model, formatter_class=_HelpFormatter)
+        return CliApp.run(model, cli_args=list(arguments), cli_settings_source=source).model_dump()
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
     except SettingsError as error:
         raise ConfigError(str(error)) from None
-    return EmbedConfig.model_validate(given.model_dump())
 
 
 def _explain(detail: Mapping[str, object]) -> str:

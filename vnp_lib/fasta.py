@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ LETTERS = "ACDEFGHIKLMNPQRSTVWYBUXZO"
 
 _NORMAL = bytes.maketrans(b"acdefghiklmnpqrstvwybuxzojJ", LETTERS.encode() + b"XX")
 _WHITE_SPACE = b" \t\v\f"
+_LOWER_CASE = b"abcdefghijklmnopqrstuvwxyz"
 _NUCLEOTIDES = "ACGTUN"
 _NUCLEOTIDE_SHARE = 0.95
 _NUCLEOTIDE_SAMPLE = 1000  # records
@@ -41,6 +42,34 @@ class SequenceChunk:
     sequences: list[str]  # upper case, `LETTERS` only, never empty
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterCounts:
+    """Residues that stand for something unknown, or were mended."""
+
+    unknown: int = 0  # X
+    read_as_unknown: int = 0  # J, which becomes X
+    lower_case: int = 0  # raised
+    final_stops: int = 0  # `*` at the end of a sequence, dropped
+
+    def __add__(self, other: LetterCounts) -> LetterCounts:
+        return LetterCounts(
+            unknown=self.unknown + other.unknown,
+            read_as_unknown=self.read_as_unknown + other.read_as_unknown,
+            lower_case=self.lower_case + other.lower_case,
+            final_stops=self.final_stops + other.final_stops,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyedChunk:
+    """Consecutive records of one file: those that can be used, and why the others cannot."""
+
+    usable: SequenceChunk
+    records: list[int]  # number in the file, from 0, of each that is usable
+    faults: dict[int, str]  # what is wrong with the others, by their number
+    letters: LetterCounts  # of all of them
+
+
 def read_fasta(paths: Sequence[Path], *, chunk_size: int = 8192) -> Iterator[SequenceChunk]:
     """Read every record of every file, in order. A chunk never spans two files.
 
@@ -55,6 +84,56 @@ def read_fasta(paths: Sequence[Path], *, chunk_size: int = 8192) -> Iterator[Seq
         yield from _read_file(path, chunk_size)
 
 
+def survey_fasta(path: Path, *, chunk_size: int = 8192) -> Iterator[SurveyedChunk]:
+    """Read every record of a file as `read_fasta` does, but go on after those that it would refuse.
+
+    Raises:
+        FastaError: It is not this or that record, but the file that cannot be used.
+    """
+    num_read = 0
+    for headers, sequences in _read_records(path, chunk_size):
+        chunk = _survey(headers, sequences, num_read)
+        if num_read == 0 and chunk.records:
+            _refuse_nucleotides(path, chunk.usable.sequences[:_NUCLEOTIDE_SAMPLE])
+        yield chunk
+        num_read += len(headers)
+    if num_read == 0:
+        raise _empty(path)
+
+
+def header_lines(path: Path, records: Collection[int]) -> dict[int, int]:
+    """The line number, from 1, of each record's header; records count from 0."""
+    headers = (number for number, line in _numbered_lines(path) if line.lstrip().startswith(">"))
+    last = max(records, default=-1)
+    return {record: number for record, number in enumerate(islice(headers, last + 1)) if record in records}
+
+
+def _survey(headers: list[str], sequences: list[str], num_before: int) -> SurveyedChunk:
+    faults: dict[int, str] = {}
+    usable = _normalise(headers, sequences)
+    if usable is None:
+        found = enumerate(map(_fault_of, headers, sequences))
+        faults = {index: fault for index, fault in found if fault is not None}
+        kept = [index for index in range(len(headers)) if index not in faults]
+        usable = _normalise([headers[index] for index in kept], [sequences[index] for index in kept])
+    return SurveyedChunk(
+        usable=usable or SequenceChunk(ids=[], descriptions=[], sequences=[]),
+        records=[num_before + index for index in range(len(headers)) if index not in faults],
+        faults={num_before + index: fault for index, fault in faults.items()},
+        letters=_count_letters("\n".join(sequences)),
+    )
+
+
+def _count_letters(lines: str) -> LetterCounts:
+    text = lines.encode().translate(None, delete=_WHITE_SPACE)
+    return LetterCounts(
+        unknown=text.count(b"X") + text.count(b"x"),
+        read_as_unknown=text.count(b"J") + text.count(b"j"),
+        lower_case=len(text) - len(text.translate(None, delete=_LOWER_CASE)),
+        final_stops=(text + b"\n").count(b"*\n"),
+    )
+
+
 def _read_file(path: Path, chunk_size: int) -> Iterator[SequenceChunk]:
     num_read = 0
     for headers, sequences in _read_records(path, chunk_size):
@@ -66,7 +145,11 @@ def _read_file(path: Path, chunk_size: int) -> Iterator[SequenceChunk]:
         yield chunk
         num_read += len(headers)
     if num_read == 0:
-        raise FastaError(f"{path}: there is no sequence in it; give a FASTA file with at least one record")
+        raise _empty(path)
+
+
+def _empty(path: Path) -> FastaError:
+    return FastaError(f"{path}: there is no sequence in it; give a FASTA file with at least one record")
 
 
 def _read_records(path: Path, chunk_size: int) -> Iterator[tuple[list[str], list[str]]]:
@@ -130,16 +213,18 @@ def _refusal(path: Path, headers: list[str], sequences: list[str], num_before: i
     """Find the first record at fault in a chunk that was not normalised, and its line in the file."""
     faults = map(_fault_of, headers, sequences)
     index, fault = next((index, fault) for index, fault in enumerate(faults) if fault)
-    return FastaError(f"{path}, line {_header_line(path, num_before + index)}: {fault}")
+    record = num_before + index
+    return FastaError(f"{path}, line {header_lines(path, [record])[record]}: {fault}")
 
 
 def _fault_of(header: str, sequence: str) -> str | None:
     if not header or header[0].isspace():
         return f"a record has no id (its header is {f'>{header}'!r}); write one right after the '>'"
     sequence_id = header.split(None, 1)[0]
-    residues = _normal_bytes(sequence).decode()
-    if not residues:
+    normal = _normal_bytes(sequence)
+    if not normal:
         return f"sequence {sequence_id!r} has no residues; take the record out"
+    residues = normal.decode() if _strange_bytes(normal) else ""
     for position, letter in enumerate(residues, start=1):
         if letter not in LETTERS:
             return f"sequence {sequence_id!r} has {letter!r} at position {position}; {_advice(letter)}"
@@ -152,12 +237,6 @@ def _advice(letter: str) -> str:
     if letter in "-.":
         return "gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`"
     return f"allowed are the letters {''.join(sorted(LETTERS + 'J'))}: write X for an unknown residue"
-
-
-def _header_line(path: Path, record: int) -> int:
-    """The line number, from 1, of a record's header; `record` counts from 0."""
-    headers = (number for number, line in _numbered_lines(path) if line.lstrip().startswith(">"))
-    return next(islice(headers, record, None))
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ SEQUENCES_SCHEMA = pa.schema(
     ]
 )
 
-_NUM_SPECIAL_TOKENS = 2  # BOS and EOS
+NUM_SPECIAL_TOKENS = 2  # BOS and EOS
 _EMPTY_DIGEST = hashlib.blake2b(digest_size=16)
 _NUM_SHOWN = 10
 ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
@@ -179,7 +179,7 @@ class RunPlan:
 
     def num_tokens(self, ordinals: NDArray[np.int64]) -> int:
         """Tokens of `ordinals`, BOS and EOS included."""
-        return int(self.lengths[ordinals].sum(dtype=np.int64)) + _NUM_SPECIAL_TOKENS * ordinals.size
+        return int(self.lengths[ordinals].sum(dtype=np.int64)) + NUM_SPECIAL_TOKENS * ordinals.size
 
     def shard_ordinals(self, rank: int) -> NDArray[np.int64]:
         """What shard `rank` computes, longest first: every num_shards-th of `order`, so that shards weigh the same."""
@@ -188,7 +188,7 @@ class RunPlan:
     def shard_batches(self, rank: int) -> list[NDArray[np.int64]]:
         """The ordinals of each batch of shard `rank`. A batch's index is its position; both last as long as the plan."""
         ordinals = self.shard_ordinals(rank)
-        boundaries = pack(self.lengths[ordinals] + _NUM_SPECIAL_TOKENS, self.token_budget)
+        boundaries = pack(self.lengths[ordinals] + NUM_SPECIAL_TOKENS, self.token_budget)
         return np.split(ordinals, boundaries[1:-1]) if ordinals.size else []
 
     def fetch(self, ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
@@ -275,7 +275,16 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
     )
 
 
-def required_bytes(plan: RunPlan, embed_dim: int) -> int:
+class Counted(Protocol):
+    """What a run is about; a `RunPlan` is."""
+
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def num_computed(self) -> int: ...
+
+
+def required_bytes(plan: Counted, embed_dim: int) -> int:
     """Bytes that a whole run takes on disk at its peak: checkpoints, the dataset, and what assembly needs beside them."""
     row_bytes = embed_dim * np.dtype(np.float32).itemsize + ROW_OVERHEAD_BYTES
     return (plan.num_computed + plan.num_sequences) * row_bytes + _WORKSPACE_BYTES
@@ -299,7 +308,7 @@ class _Survey:
     representatives: NDArray[np.int64]
 
 
-class _Surveyor:
+class Surveyor:
     """Takes the measure of the input chunk by chunk, in about 40 bytes a sequence."""
 
     def __init__(self) -> None:
@@ -314,19 +323,27 @@ class _Surveyor:
         self._id_digests += b"".join(map(_digest, chunk.ids))
         self._sequence_digests += b"".join(map(_digest, chunk.sequences))
 
-    def finish(self, fasta: Sequence[Path]) -> _Survey:
-        """Raises FastaError where an id occurs twice; then, and only then, `fasta` is read again for the message."""
-        repeats, firsts = _repeats(self._id_digests)
-        if repeats.size:
-            raise _duplicate_ids(fasta, repeats, firsts)
+    def repeated_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ordinals of records whose id occurred before, ascending, and of those where it first did."""
+        return _repeats(self._id_digests)
+
+    def representatives(self) -> NDArray[np.int64]:
+        """The ordinal of the first identical sequence, (N,). Ids are forgotten first, to make room."""
         self._id_digests.clear()
         representatives = np.arange(len(self._sequence_digests) // _EMPTY_DIGEST.digest_size)
         repeats, firsts = _repeats(self._sequence_digests)
         representatives[repeats] = firsts
+        return representatives
+
+    def finish(self, fasta: Sequence[Path]) -> _Survey:
+        """Raises FastaError where an id occurs twice; then, and only then, `fasta` is read again for the message."""
+        repeats, firsts = self.repeated_ids()
+        if repeats.size:
+            raise _duplicate_ids(fasta, repeats, firsts)
         return _Survey(
             sequences_sha256=self._sha256.hexdigest(),
             num_residues=self._num_residues,
-            representatives=representatives,
+            representatives=self.representatives(),
         )
 
 
@@ -389,7 +406,7 @@ def _kept_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity) 
     except StorageError as error:
         _log.warning("The plan is written anew: %s", error)
         return None
-    surveyor = _Surveyor()
+    surveyor = Surveyor()
     for chunk in read_fasta(fasta):
         surveyor.add(chunk)
     survey = surveyor.finish(fasta)
@@ -404,7 +421,7 @@ def _write_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity)
     """Write what `plan.json` will vouch for, and return what it says of it."""
     make_directory(paths.plan_dir)
     remove_orphaned_temporaries(paths.plan_dir)
-    surveyor = _Surveyor()
+    surveyor = Surveyor()
     with durable_file(paths.sequences, replace=True) as file:
         with pa.ipc.new_file(file, SEQUENCES_SCHEMA) as writer:
             for chunk in read_fasta(fasta):

@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random"
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16_384}  # by kind of device, where none is given
 
-_TOKEN_BUDGET = {"cpu": 2048, "cuda": 16_384}
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -258,7 +258,7 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
             dtype=_DTYPE[device_kind] if config.dtype == "auto" else config.dtype,
         ),
         num_shards=config.shards or len(devices),
-        token_budget=config.token_budget or _TOKEN_BUDGET[device_kind],
+        token_budget=config.token_budget or TOKEN_BUDGET[device_kind],
     )
     check_free_space(paths, plan, architecture.embed_dim)
     return plan

@@ -20,7 +20,7 @@ LAYERS = (
     {"inference", "dataset"},
     {"worker", "verify", "status"},
     {"run"},
-    {"judgement"},
+    {"judgement", "forecast"},
     {"cli"},
     {"__main__"},
 )

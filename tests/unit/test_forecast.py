@@ -1,0 +1,252 @@
+"""`vnp plan`: what it says of a run is what the run then is, what would be refused is named, and nothing is written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vnp_lib.cli import main
+from vnp_lib.config import ForecastConfig
+from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.fasta import LetterCounts, read_fasta, survey_fasta
+from vnp_lib.forecast import Forecast, forecast
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
+
+MODEL = "esm2_t6_8M_UR50D"
+IDENTITY = ModelIdentity(model=MODEL, weights_digest="w", layer=6, dtype="float32")
+GOOD = ">a\nMKVLATTWQERS\n>b\nMKVLAT\n>c again\nMKVLATTWQERS\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def seen_of(*fasta: Path, **settings) -> Forecast:
+    return forecast(ForecastConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings))
+
+
+def write_history(run_dir: Path, fasta: Path, tokens_and_seconds: list[tuple[int, float]], model: str = MODEL) -> None:
+    paths = RunPaths(run_dir)
+    make_plan(paths, [fasta], ModelIdentity(**asdict(IDENTITY) | {"model": model}), num_shards=1, token_budget=100)
+    paths.shard_dir(0).mkdir(parents=True)
+    about = {"at": datetime(2026, 11, 21, tzinfo=UTC).isoformat(), "host": "h", "pid": 1}
+    lines = [about | {"event": "started", "device": "cpu", "pending": 3}]
+    lines += [
+        about | {"event": "checkpoint", "number": number, "rows": 1, "tokens": tokens, "seconds": seconds}
+        for number, (tokens, seconds) in enumerate(tokens_and_seconds)
+    ]
+    paths.history(0).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("num_shards", "token_budget"), [(1, 100), (3, 70), (7, 40)])
+def test_a_run_is_what_was_forecast(tmp_path: Path, tiny_fasta: Path, num_shards: int, token_budget: int) -> None:
+    """With copies, in two files, and with sequences that are longer than the budget."""
+    again = write(tmp_path / "again.fasta", tiny_fasta.read_text().replace(">protein_", ">copy_") + ">new\nMKV\n")
+    seen = seen_of(tiny_fasta, again, shards=num_shards, token_budget=token_budget)
+    plan = make_plan(
+        RunPaths(tmp_path / "run"), [tiny_fasta, again], IDENTITY, num_shards=num_shards, token_budget=token_budget
+    )
+    tokens = [plan.num_tokens(batch) for rank in range(num_shards) for batch in plan.shard_batches(rank)]
+    assert (seen.num_sequences, seen.num_computed) == (plan.num_sequences, plan.num_computed) == (81, 41)
+    assert (seen.num_residues, seen.num_tokens) == (plan.num_residues, plan.num_tokens(plan.order))
+    assert (seen.num_shards, seen.num_batches) == (num_shards, len(tokens))
+    assert seen.mean_fill == pytest.approx(np.minimum(np.array(tokens) / token_budget, 1).mean())
+    assert seen.num_over_budget == (plan.lengths[plan.order] + NUM_SPECIAL_TOKENS > token_budget).sum()
+    assert seen.required_bytes == required_bytes(plan, 320)
+    assert sum(each.count for each in seen.lengths) == 81
+    assert seen.can_begin
+
+
+def test_there_are_never_more_shards_than_sequences(tmp_path: Path) -> None:
+    assert seen_of(write(tmp_path / "x.fasta", GOOD), shards=50).num_shards == 2
+
+
+def test_lengths_fall_into_bins_that_grow(tmp_path: Path) -> None:
+    lengths = [1, 49, 50, 99, 100, 399, 400]
+    text = "".join(f">p{number}\n{'M' * length}\n" for number, length in enumerate(lengths))
+    seen = seen_of(write(tmp_path / "x.fasta", text))
+    assert [(each.least, each.most, each.count) for each in seen.lengths] == [
+        (1, 49, 2),
+        (50, 99, 2),
+        (100, 199, 1),
+        (200, 399, 1),
+        (400, 799, 1),
+    ]
+    assert (seen.median_length, seen.longest) == (99.0, 400)
+
+
+BAD = """>ok
+MKXXJj*
+>gap
+MK-VL
+>fine
+mkvl
+>empty
+
+>stop
+MK*VL
+> no id
+MKVL
+"""
+
+
+def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.fasta", BAD)
+    seen = seen_of(path)
+    assert (seen.num_sequences, seen.num_refused, seen.can_begin) == (2, 4, False)
+    starts = [
+        f"{path}, line 3: sequence 'gap' has '-' at position 3; gaps",
+        f"{path}, line 7: sequence 'empty' has no residues",
+        f"{path}, line 9: sequence 'stop' has '*' at position 3; a stop codon",
+        f"{path}, line 11: a record has no id",
+    ]
+    assert [told.startswith(start) for told, start in zip(seen.refusals, starts, strict=True)] == [True] * 4
+    with pytest.raises(FastaError) as caught:
+        list(read_fasta([path]))
+    assert str(caught.value) == seen.refusals[0]
+
+
+def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
+    seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
+    assert seen.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2)
+
+
+def test_an_id_that_occurs_twice_is_refused_with_both_places(tmp_path: Path) -> None:
+    """Places are right even where records before them are refused, and in another file."""
+    first = write(tmp_path / "1.fasta", ">bad\nMK-\n>a\nMKVL\n>b\nMKVL\n")
+    second = write(tmp_path / "2.fasta", "\n>c\nMK\n>b too\nMKV\n")
+    seen = seen_of(first, second)
+    assert seen.num_refused == 2
+    assert seen.refusals[1] == f"{second}, line 4: id 'b' is also in {first}, line 5"
+
+
+def test_a_file_that_cannot_be_used_does_not_hide_the_others(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.fasta", GOOD)
+    cut = tmp_path / "cut.fasta.gz"
+    cut.write_bytes(gzip.compress(GOOD.encode() * 5000)[:-20])
+    genome = write(tmp_path / "genome.fasta", ">contig\n" + "ACGT" * 100 + "\n")
+    seen = seen_of(tmp_path / "nowhere.fasta", cut, genome, good)
+    assert seen.num_sequences >= 3
+    told = " ".join(seen.refusals)
+    assert "there is no such file" in told
+    assert "cut short or damaged" in told
+    assert "looks like nucleotides" in told
+
+
+def test_of_many_refusals_the_first_are_kept(tmp_path: Path) -> None:
+    seen = seen_of(write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(20_000))))
+    assert (seen.num_refused, len(seen.refusals), seen.num_sequences) == (20_000, 5, 0)
+    assert "line 9:" in seen.refusals[4]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_records_keep_their_numbers_over_chunks(tmp_path: Path, chunk_size: int) -> None:
+    path = write(tmp_path / "bad.fasta", BAD)
+    chunks = list(survey_fasta(path, chunk_size=chunk_size))
+    usable = [pair for chunk in chunks for pair in zip(chunk.records, chunk.usable.sequences, strict=True)]
+    assert usable == [(0, "MKXXXX"), (2, "MKVL")]
+    assert [record for chunk in chunks for record in chunk.faults] == [1, 3, 4, 5]
+
+
+def test_the_time_is_the_tokens_by_the_speed(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", GOOD)
+    assert seen_of(path, output_dir=tmp_path).expected_s is None
+    assert seen_of(path, tokens_per_second=4.0).expected_s == (12 + 6 + 4) / 4.0
+
+
+def test_the_speed_of_an_earlier_run_counts_for_each_device(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", GOOD)
+    write_history(tmp_path / "run", path, [(100, 10.0), (300, 10.0)])
+    for settings in ({"speed_of": tmp_path / "run"}, {"output_dir": tmp_path / "run"}):
+        seen = seen_of(path, devices="cpu,cpu", **settings)
+        assert seen.speed is not None
+        assert (seen.speed.tokens_per_s, seen.expected_s) == (40.0, 22 / 40.0)
+
+
+def test_a_run_that_tells_no_speed_is_refused_where_it_was_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", GOOD)
+    write_history(tmp_path / "none", path, [])
+    write_history(tmp_path / "other", path, [(1, 1.0)], model="esm2_t36_3B_UR50D")
+    for run_dir, what in (
+        ("none", "no checkpoint"),
+        ("other", "says nothing about"),
+        ("nowhere", "not a run directory"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            seen_of(path, speed_of=tmp_path / run_dir)
+        assert seen_of(path, output_dir=tmp_path / run_dir).speed is None
+
+
+def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("vnp_lib.forecast.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    path = write(tmp_path / "x.fasta", GOOD)
+    assert main(["plan", "--fasta", str(path), "--model", MODEL, "--devices", "cpu"]) == 1
+    assert "the disk has no room" in capsys.readouterr().out
+
+
+def test_the_command_writes_nothing_and_prints_for_people_and_machines(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "x.fasta", GOOD)
+    arguments = [
+        "plan",
+        "--fasta",
+        str(path),
+        "--model",
+        MODEL,
+        "--devices",
+        "cpu",
+        "--output-dir",
+        str(tmp_path / "a" / "b"),
+    ]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "3: 2 distinct, 1 copies" in text
+    assert "      1 to      49  ████████████████████████████████████████ 3\n" in text
+    assert "the run can begin" in text
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["num_sequences"], told["num_duplicates"], told["can_begin"]) == (3, 1, True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_hostile_ids_do_not_reach_the_terminal(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "x.fasta", ">\x1b[2Jp[bold]\nMK-\n")
+    assert main(["plan", "--fasta", str(path), "--model", MODEL, "--devices", "cpu"]) == 1
+    text = capsys.readouterr().out
+    assert "[bold]" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--fasta is needed"),
+        (("--fasta", "x", "--model", "gpt"), "--model"),
+        (("--fasta", "x", "--tokens-per-second", "0"), "--tokens-per-second"),
+        (("--fasta", "x", "--devices", "cpu", "--speed-of", "/nowhere"), "/nowhere is not a run directory"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_said_in_a_sentence(capsys, arguments, message) -> None:
+    assert main(["plan", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_options_that_do_not_exist_are_refused_for_every_command(capsys) -> None:
+    for arguments in (
+        ["plan", "--fasta", "x", "--nonsense"],
+        ["status", "x", "--nonsense"],
+        ["verify", "x", "--nonsense"],
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+        assert "--nonsense" in capsys.readouterr().err

@@ -1,0 +1,353 @@
+"""What a run would be, before it is begun: the input counted and judged, the disk and the time that it needs.
+
+The input is read once, in about 60 bytes a sequence, and a second time where ids occur twice. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vnp_lib.config import ForecastConfig, resolve_devices
+from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.fasta import LetterCounts, SurveyedChunk, header_lines, survey_fasta
+from vnp_lib.history import read_attempts
+from vnp_lib.packing import pack
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, required_bytes
+from vnp_lib.progress import format_duration
+from vnp_lib.run import TOKEN_BUDGET, kind_of
+from vnp_lib.status import load_plan_of
+from vnp_lib.terminal import format_bytes, plain
+
+_MOST_REFUSALS_SHOWN = 5
+_FIRST_BIN_END = 50  # residues; each bin of the histogram is as wide as all before it
+_BAR_LETTERS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthBin:
+    """A bar of the histogram of lengths."""
+
+    least: int  # residues
+    most: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast the run is expected to be."""
+
+    tokens_per_s: float  # all devices together
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a run would be. Counts are of the records that can be used."""
+
+    fasta: tuple[str, ...]
+    model: str
+    num_sequences: int
+    num_computed: int  # distinct ones
+    num_refused: int  # records; a file that cannot be used as a whole counts as one
+    refusals: tuple[str, ...]  # the first ones: file, line, id, and what is wrong
+    letters: LetterCounts
+    num_residues: int
+    num_tokens: int  # of the distinct sequences, BOS and EOS included
+    lengths: tuple[LengthBin, ...]
+    median_length: float
+    longest: int  # residues
+    num_shards: int
+    token_budget: int
+    num_batches: int
+    mean_fill: float  # tokens of the batches, of their budget; batches of one sequence over the budget count as full
+    num_over_budget: int  # sequences that are a batch of their own since they are longer than the budget
+    required_bytes: int
+    free_bytes: int
+    output_dir: str
+    speed: Speed | None
+
+    @property
+    def num_duplicates(self) -> int:
+        return self.num_sequences - self.num_computed
+
+    @property
+    def expected_s(self) -> float | None:
+        return self.num_tokens / self.speed.tokens_per_s if self.speed else None
+
+    @property
+    def has_room(self) -> bool:
+        return self.free_bytes >= self.required_bytes
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether a run would begin: nothing is refused, and the disk has room."""
+        return not self.num_refused and self.has_room and self.num_sequences > 0
+
+    def to_json(self) -> dict[str, Any]:
+        derived = {"num_duplicates": self.num_duplicates, "expected_s": self.expected_s, "can_begin": self.can_begin}
+        return asdict(self) | derived
+
+
+def forecast(config: ForecastConfig) -> Forecast:
+    """Read the input, and say what a run with these settings would be.
+
+    Raises:
+        ConfigError: A device that is not there, or a `speed_of` that tells no speed.
+    """
+    from vnp_lib.esm2 import MODELS  # imports torch, which takes seconds
+
+    devices = resolve_devices(config.devices)
+    speed = _speed(config, len(devices))
+    found = _read(config.fasta)
+    lengths = np.sort(found.lengths[found.is_computed])[::-1]
+    num_shards = max(1, min(config.shards or len(devices), lengths.size))
+    token_budget = config.token_budget or TOKEN_BUDGET[kind_of(devices[0])]
+    batch_tokens = _batch_tokens(lengths + NUM_SPECIAL_TOKENS, num_shards, token_budget)
+    return Forecast(
+        fasta=tuple(map(str, config.fasta)),
+        model=config.model,
+        num_sequences=found.num_sequences,
+        num_computed=found.num_computed,
+        num_refused=found.num_refused,
+        refusals=found.refusals,
+        letters=found.letters,
+        num_residues=int(found.lengths.sum(dtype=np.int64)),
+        num_tokens=int(batch_tokens.sum()),
+        lengths=tuple(_histogram(found.lengths)),
+        median_length=float(np.median(found.lengths)) if found.num_sequences else 0.0,
+        longest=int(found.lengths.max(initial=0)),
+        num_shards=num_shards,
+        token_budget=token_budget,
+        num_batches=batch_tokens.size,
+        mean_fill=float(np.minimum(batch_tokens / token_budget, 1.0).mean()) if batch_tokens.size else 0.0,
+        num_over_budget=int((batch_tokens > token_budget).sum()),
+        required_bytes=required_bytes(found, MODELS[config.model].embed_dim),
+        free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
+        output_dir=str(config.output_dir),
+        speed=speed,
+    )
+
+
+def render(seen: Forecast) -> RenderableType:
+    """Draw it for a terminal."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, text in _facts(seen):
+        table.add_row(name, plain(text))
+    return Group(table, "", *_bars(seen.lengths), "", *_verdict(seen))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Input:
+    """What a pass over the input finds."""
+
+    lengths: NDArray[np.int32]  # residues, of the records that can be used, (N,)
+    is_computed: NDArray[np.bool_]  # (N,)
+    num_refused: int
+    refusals: tuple[str, ...]
+    letters: LetterCounts
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths.size
+
+    @property
+    def num_computed(self) -> int:
+        return int(self.is_computed.sum())
+
+
+def _read(fasta: Sequence[Path]) -> _Input:
+    surveyor, refused, letters = Surveyor(), _Refused(), LetterCounts()
+    lengths = [np.empty(0, dtype=np.int32)]
+    for path in fasta:
+        for chunk in _surveyed(path, refused):
+            surveyor.add(chunk.usable)
+            lengths.append(np.fromiter(map(len, chunk.usable.sequences), dtype=np.int32))
+            letters += chunk.letters
+            refused.add(path, chunk.faults)
+    repeats, firsts = surveyor.repeated_ids()
+    refused.add_repeats(fasta, repeats, firsts)
+    representatives = surveyor.representatives()
+    return _Input(
+        lengths=np.concatenate(lengths),
+        is_computed=np.equal(representatives, np.arange(representatives.size)),
+        num_refused=refused.count,
+        refusals=tuple(refused.told()),
+        letters=letters,
+    )
+
+
+class _Refused:
+    """Counts what a run would refuse, and keeps the first of it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._files: list[str] = []
+        self._faults: list[tuple[Path, int, str]] = []  # file, record in it from 0, what is wrong
+        self._repeats: list[str] = []
+
+    def add(self, path: Path, faults: dict[int, str]) -> None:
+        self.count += len(faults)
+        room = _MOST_REFUSALS_SHOWN - len(self._faults)
+        self._faults += [(path, record, fault) for record, fault in list(faults.items())[:room]]
+
+    def add_file(self, error: FastaError) -> None:
+        self.count += 1
+        self._files.append(str(error))
+
+    def add_repeats(self, fasta: Sequence[Path], repeats: NDArray[np.int64], firsts: NDArray[np.int64]) -> None:
+        """Refuse records whose id occurred before; the input is read again to find them."""
+        self.count += repeats.size
+        pairs = list(zip(repeats[:_MOST_REFUSALS_SHOWN].tolist(), firsts[:_MOST_REFUSALS_SHOWN].tolist(), strict=True))
+        places = _places(fasta, {ordinal for pair in pairs for ordinal in pair})
+        self._repeats = [
+            f"{places[again][0]}: id {places[again][1]!r} is also in {places[first][0]}" for again, first in pairs
+        ]
+
+    def told(self) -> Iterator[str]:
+        yield from self._files
+        for path, record, fault in self._faults:
+            yield f"{path}, line {header_lines(path, [record])[record]}: {fault}"
+        yield from self._repeats
+
+
+def _surveyed(path: Path, refused: _Refused) -> Iterator[SurveyedChunk]:
+    """The chunks of a file, as far as it can be read."""
+    try:
+        yield from survey_fasta(path)
+    except FastaError as error:
+        refused.add_file(error)
+
+
+def _places(fasta: Sequence[Path], ordinals: set[int]) -> dict[int, tuple[str, str]]:
+    """File and line, and id, of each of `ordinals`, which count the records that can be used."""
+    places: dict[int, tuple[str, str]] = {}
+    ordinal = 0
+    for path in fasta if ordinals else ():
+        found: dict[int, tuple[int, str]] = {}
+        for chunk in _surveyed(path, _Refused()):
+            for record, sequence_id in zip(chunk.records, chunk.usable.ids, strict=True):
+                if ordinal in ordinals:
+                    found[ordinal] = record, sequence_id
+                ordinal += 1
+        lines = header_lines(path, {record for record, _ in found.values()})
+        places |= {key: (f"{path}, line {lines[record]}", id_) for key, (record, id_) in found.items()}
+    return places
+
+
+def _batch_tokens(token_lengths: NDArray[np.int32], num_shards: int, token_budget: int) -> NDArray[np.int64]:
+    """Tokens of all batches of all shards. `token_lengths` begin with the longest."""
+    counts = [np.empty(0, dtype=np.int64)]
+    for rank in range(num_shards):
+        own = token_lengths[rank::num_shards]
+        if own.size:
+            counts.append(np.add.reduceat(own, pack(own, token_budget)[:-1], dtype=np.int64))
+    return np.concatenate(counts)
+
+
+def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:
+    """Bins of 1 to 49, 50 to 99, 100 to 199 residues and so on, from the shortest sequence's to the longest's."""
+    ends = [_FIRST_BIN_END]
+    while ends[-1] <= lengths.max(initial=0):
+        ends.append(2 * ends[-1])
+    counts, _ = np.histogram(lengths, bins=[1, *ends])
+    filled = np.flatnonzero(counts)
+    for index in range(filled[0], filled[-1] + 1) if filled.size else ():
+        yield LengthBin(least=ends[index - 1] if index else 1, most=ends[index] - 1, count=int(counts[index]))
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def _speed(config: ForecastConfig, num_devices: int) -> Speed | None:
+    if config.tokens_per_second is not None:
+        return Speed(tokens_per_s=config.tokens_per_second, source="as given")
+    run_dir = config.speed_of or config.output_dir
+    try:
+        return _speed_of(run_dir, config.model, num_devices)
+    except ConfigError:
+        if config.speed_of is not None:
+            raise
+        return None
+
+
+def _speed_of(run_dir: Path, model: str, num_devices: int) -> Speed:
+    """The mean speed of a child in an earlier run, times the number of devices."""
+    plan = load_plan_of(run_dir)
+    if plan.identity["model"] != model:
+        raise ConfigError(f"{run_dir} is a run of {plan.identity['model']}: its speed says nothing about {model}")
+    attempts = [attempt for rank in range(plan.num_shards) for attempt in read_attempts(RunPaths(run_dir), rank)]
+    checkpoints = [checkpoint for attempt in attempts for checkpoint in attempt.checkpoints]
+    seconds = sum(checkpoint.seconds for checkpoint in checkpoints)
+    if not seconds:
+        raise ConfigError(f"{run_dir} has no checkpoint in its history: its speed is not known")
+    tokens_per_s = sum(checkpoint.tokens for checkpoint in checkpoints) / seconds
+    source = f"{tokens_per_s:,.0f} a device in {run_dir}, {num_devices} here"
+    return Speed(tokens_per_s=tokens_per_s * num_devices, source=source)
+
+
+def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
+    yield "sequences", f"{seen.num_sequences:,}: {seen.num_computed:,} distinct, {seen.num_duplicates:,} copies"
+    yield "residues", f"{seen.num_residues:,}; {seen.num_tokens:,} tokens to compute"
+    yield "lengths", f"median {seen.median_length:,.0f}, longest {seen.longest:,} residues"
+    if mended := list(_mended(seen.letters)):
+        yield "letters", ", ".join(mended)
+    yield (
+        "batches",
+        (
+            f"{seen.num_batches:,} in {seen.num_shards:,} {'shard' if seen.num_shards == 1 else 'shards'}, "
+            f"{seen.mean_fill:.1%} of {seen.token_budget:,} tokens full"
+            + (f"; {seen.num_over_budget:,} sequences are longer than that" if seen.num_over_budget else "")
+        ),
+    )
+    yield (
+        "disk",
+        f"{format_bytes(seen.required_bytes)} needed, {format_bytes(seen.free_bytes)} free at {seen.output_dir}",
+    )
+    if seen.speed is not None and seen.expected_s is not None:
+        rate = f"at {seen.speed.tokens_per_s:,.0f} tokens/s ({seen.speed.source})"
+        yield "time", f"about {format_duration(seen.expected_s)} {rate}"
+    else:
+        yield "time", "not known; give --tokens-per-second, or a run to take it from with --speed-of"
+
+
+def _mended(letters: LetterCounts) -> Iterator[str]:
+    if letters.unknown:
+        yield f"{letters.unknown:,} X"
+    if letters.read_as_unknown:
+        yield f"{letters.read_as_unknown:,} J read as X"
+    if letters.lower_case:
+        yield f"{letters.lower_case:,} in lower case, raised"
+    if letters.final_stops:
+        yield f"{letters.final_stops:,} final * dropped"
+
+
+def _bars(bins: Sequence[LengthBin]) -> Iterator[Text]:
+    most = max((each.count for each in bins), default=1)
+    for each in bins:
+        bar = "█" * max(1, round(_BAR_LETTERS * each.count / most)) if each.count else ""
+        yield plain(f"{each.least:>7,} to {each.most:>7,}  {bar} {each.count:,}")
+
+
+def _verdict(seen: Forecast) -> Iterator[Text]:
+    if seen.num_refused:
+        yield plain(f"{seen.num_refused:,} would be refused:", style="bold red")
+        yield from (plain(f"  {refusal}") for refusal in seen.refusals)
+        if seen.num_refused > len(seen.refusals):
+            yield plain(f"  and {seen.num_refused - len(seen.refusals):,} more")
+    if not seen.has_room:
+        yield plain("the disk has no room for this run", style="bold red")
+    if seen.can_begin:
+        yield plain("nothing would be refused, and the disk has room: the run can begin", style="green")
