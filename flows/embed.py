@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import signal
-import socket
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
 from prefect import flow, get_run_logger
@@ -24,13 +20,13 @@ from prefect.states import Completed, Failed
 from flows.devices import DevicePool
 from flows.hooks import make_retry_hook
 from flows.shard import embed_shard
+from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig, parse_command_line
 from vnp_lib.dataset import DatasetSummary, assemble
 from vnp_lib.failures import CheckpointError, ExitCode, InputError
 from vnp_lib.plan import RunPaths
 from vnp_lib.progress import RunProgress, format_duration
 from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open_run
-from vnp_lib.supervisor import kill_children
 
 _MOST_ROUNDS = 3
 
@@ -110,65 +106,6 @@ def describe(run: Run, states: Sequence[State[Any]]) -> str:
     recorded = run.manifest.shards()
     reasons = "; ".join(f"shard {rank}: {recorded[rank]['error'] or states[rank].message}" for rank in failed[:5])
     return f"{described}; not embedded: {failed} ({reasons})"
-
-
-@contextmanager
-def sigterm_cancels_the_flow() -> Iterator[None]:
-    """Make SIGTERM one thing, a cancellation of the flow, wherever in the event loop it strikes. A second one kills the children.
-
-    Prefect's handler raises TerminationSignal in whatever code is running. Out of the selector it ends asyncio.run. Out of
-    a callback asyncio only logs it, and out of a task it is that task's own failure: the flow would run on.
-    """
-    loop, flow_task = asyncio.get_running_loop(), asyncio.current_task()
-    assert flow_task is not None
-    earlier = itertools.count()
-
-    def on_sigterm() -> None:
-        if next(earlier):
-            kill_children()
-        elif not flow_task.cancelling():
-            flow_task.cancel()
-
-    def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if not isinstance(context.get("exception"), TerminationSignal):
-            loop.default_exception_handler(context)
-
-    loop.set_exception_handler(on_loop_error)
-    try:
-        with every_sigterm_heard(loop, on_sigterm):
-            yield
-    except (TerminationSignal, BaseExceptionGroup) as error:
-        if isinstance(error, BaseExceptionGroup) and not error.subgroup(TerminationSignal):
-            raise
-        raise asyncio.CancelledError("SIGTERM") from error
-    finally:
-        loop.set_exception_handler(None)
-
-
-@contextmanager
-def every_sigterm_heard(loop: asyncio.AbstractEventLoop, on_sigterm: Callable[[], None]) -> Iterator[None]:
-    """Call `on_sigterm` in the loop for each SIGTERM. The signal's handler stays in its place, and may do what it likes."""
-    if threading.current_thread() is not threading.main_thread():  # the only one in which Python hears signals
-        yield
-        return
-
-    def on_signals() -> None:
-        for number in reader.recv(64):
-            if number == signal.SIGTERM:
-                on_sigterm()
-
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        reader.setblocking(False)
-        writer.setblocking(False)
-        loop.add_reader(reader, on_signals)
-        before = signal.set_wakeup_fd(writer.fileno())
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(before)
-            if not loop.is_closed():
-                loop.remove_reader(reader)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from prefect.context import TaskRunContext
 
 from flows.artifacts import ShardArtifact
 from flows.devices import DevicePool
+from flows.pool import delegate_shard
 from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run, ShardState
@@ -40,22 +41,28 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
     Raises:
         ShardFailedError: The attempt ended badly; the retry hook judges it.
     """
-    attempt = 0
     if not shard.is_complete:
-        must_move = devices.left_broken(shard.rank)
-        async with devices.one(shard.rank) as device:
-            if must_move:
-                run.manifest.record_redistribution(shard.rank, device.index)
-            attempt = run.manifest.start_attempt(shard.rank, device=device.name)
-            await _attempt(run, shard.rank, device.name, attempt, progress)
+        if run.config.executor == "work-pool":
+            await delegate_shard(run, shard.rank, progress)
+        else:
+            await _attempt_here(run, shard.rank, devices, progress)
     run.manifest.mark_shard_complete(shard.rank)
     num_quarantined = run.num_quarantined(shard.rank)
     return {
         "rank": shard.rank,
         "sequences": shard.num_sequences - num_quarantined,
         "quarantined": num_quarantined,
-        "attempts": attempt,
+        "attempts": run.manifest.shards()[shard.rank]["attempts"],
     }
+
+
+async def _attempt_here(run: Run, rank: int, devices: DevicePool, progress: RunProgress) -> None:
+    must_move = devices.left_broken(rank)
+    async with devices.one(rank) as device:
+        if must_move:
+            run.manifest.record_redistribution(rank, device.index)
+        attempt = run.manifest.start_attempt(rank, device=device.name)
+        await _attempt(run, rank, device.name, attempt, progress)
 
 
 async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: RunProgress) -> None:

@@ -1,0 +1,40 @@
+"""The flow of one shard on a machine of its own, started by a run with `--executor work-pool`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.devices import DevicePool
+from flows.embed import embed_one
+from flows.signals import sigterm_cancels_the_flow
+from vnp_lib.config import EmbedConfig
+from vnp_lib.heartbeat import beating
+from vnp_lib.progress import RunProgress
+from vnp_lib.run import attach_run
+
+
+@flow(name="vnp-embed-shard")
+async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> State[Any]:
+    """Embed one shard of a run that another machine has opened and waits for.
+
+    Args:
+        config: Of that run; `output_dir` is a path that both machines have.
+        rank: Which shard.
+        fingerprint: Of that run: a directory that holds another one by now is refused.
+    """
+    with sigterm_cancels_the_flow():
+        run = attach_run(config, fingerprint)
+        run.prepare_shard(rank)
+        shard = run.shard_state(rank)
+        ordinals = run.plan.shard_ordinals(rank)
+        async with beating(run.paths.heartbeat(rank), interval_s=config.runtime.heartbeat_s):
+            with RunProgress(
+                total_sequences=ordinals.size,
+                total_tokens=run.plan.num_tokens(ordinals),
+                log_interval_s=config.runtime.log_interval_s,
+            ) as progress:
+                progress.begin(rank, sequences=shard.num_done, tokens=shard.tokens_done)
+                return await embed_one(run, shard, DevicePool(run.devices), progress)
