@@ -136,3 +136,19 @@ def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:
     for ordinal, sequence_id in enumerate(oracle.ids):
         np.testing.assert_allclose(ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id)
         np.testing.assert_array_equal(ours.row(ordinal), ours[sequence_id])
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Process ids of all that a process has started, and they in turn."""
+    parents: dict[int, list[int]] = {}
+    for process in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(process.name))
+    found: list[int] = []
+    queue = [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found

@@ -120,7 +120,7 @@ from pathlib import Path
 
 from prefect.exceptions import TerminationSignal
 
-from flows.embed import sigterm_cancels_the_flow
+from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.supervisor import run_child
 
 async def follow(job):
