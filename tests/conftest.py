@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import dnaio
 import pytest
 
-from tests.support import EXAMPLE, SMALL_MODEL, CommandLine
+from tests.support import EXAMPLE, ROOT, SMALL_MODEL, CommandLine
 
 # Threads that spin while they wait for each other crawl as soon as anything else wants a processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -94,6 +94,6 @@ if job:
     attempt = len(tally.read_text())
 """
         (directory / "sitecustomize.py").write_text(preamble + textwrap.indent(textwrap.dedent(code), "    "))
-        monkeypatch.setenv("PYTHONPATH", str(directory))
+        monkeypatch.setenv("PYTHONPATH", f"{directory}{os.pathsep}{ROOT}")  # ours, in a copy of the tree too
 
     return make
