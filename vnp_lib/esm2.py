@@ -62,7 +62,9 @@ class ESM2(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.embed_tokens = nn.Embedding(ALPHABET_SIZE, architecture.embed_dim, padding_idx=PAD)
+        # Given a weight, it draws none: for that, on "meta", torch imports its compiler, which takes seconds.
+        weight = torch.empty(ALPHABET_SIZE, architecture.embed_dim)
+        self.embed_tokens = nn.Embedding(ALPHABET_SIZE, architecture.embed_dim, padding_idx=PAD, _weight=weight)
         self.layers = nn.ModuleList(_TransformerLayer(architecture) for _ in range(architecture.num_layers))
         self.emb_layer_norm_after = nn.LayerNorm(architecture.embed_dim)
         self.requires_grad_(False)

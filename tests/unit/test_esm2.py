@@ -2,6 +2,8 @@
 
 import hashlib
 import socket
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,6 +264,18 @@ def test_file_without_parameters_is_refused(tmp_path):
 def test_path_without_a_file_is_refused(tmp_path, name, reason):
     with pytest.raises(WeightsError, match=f"cannot read the weights at {tmp_path}.*{reason}"):
         resolve_weights(SMALLEST, str(tmp_path / name))
+
+
+def test_a_model_is_loaded_without_torchs_compiler():
+    """To import that takes seconds, and every child loads a model."""
+    code = f"""
+import sys, torch
+from vnp_lib.esm2 import load_model, resolve_weights
+load_model({SMALLEST!r}, resolve_weights({SMALLEST!r}, "random"), dtype=torch.float32, device=torch.device("cpu"))
+print("torch._dynamo" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "False\n"
 
 
 def test_random_weights_need_no_file():
