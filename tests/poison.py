@@ -64,12 +64,23 @@ class Way(StrEnum):
     TOO_LARGE = "L"  # runs out alone too
 
 
+def marked_as(sequence: str, way: Way) -> str:
+    """The same protein, as long as before, with the head that makes it bad."""
+    head = _MARK + way
+    return head + sequence[len(head) :]
+
+
+def draw_protein(draw: random.Random, residues: int) -> str:
+    """A protein that is not bad."""
+    return "".join(draw.choices(_ALPHABET, k=residues))
+
+
 def write_proteins(path: Path, count: int, marked: Mapping[int, Way], *, seed: int = 0) -> None:
     """Write proteins of some 30 residues. Those at the places in `marked` are bad, and have ids that say so: `exit_4`."""
     draw = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
-            body = "".join(draw.choices(_ALPHABET, k=draw.randint(24, 30)))
+            body = draw_protein(draw, draw.randint(24, 30))
             way = marked.get(number)
             name, head = ("good", "") if way is None else (way.name.lower(), _MARK + way)
             file.write(f">{name}_{number}\n{head}{body}\n")

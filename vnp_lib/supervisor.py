@@ -115,6 +115,8 @@ class _Followed:
         )
 
     def silence(self) -> Failure:
+        if self.last.get("event") == "failed":  # it hangs on its way out, and what it said holds
+            return Failure.from_json(self.last["failure"])
         batch_idx, ordinal = self._suspect()
         return Failure(
             cause=FailureCause.HARDWARE if self._is_probing else FailureCause.HANG,

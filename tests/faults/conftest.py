@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.faults.compare import Outcome, uninterrupted_run
-from tests.faults.figures import table
 from tests.faults.trials import Trials, scratch_directory
 from tests.faults.workload import expected_rows
 
@@ -23,14 +22,6 @@ def pytest_addoption(parser):
         "--faults", choices=("small", "full"), default="small", help="How many trials of each fault to run."
     )
     group.addoption("--fault-seed", type=int, default=None, help="Run again the one trial that failed with this seed.")
-
-
-def pytest_terminal_summary(terminalreporter):
-    lines = table()
-    if lines:
-        terminalreporter.section("faults")
-        for line in lines:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

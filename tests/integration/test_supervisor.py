@@ -14,7 +14,7 @@ import pytest
 from tests.poison import Way, patch
 from tests.support import is_alive, small_config, wait_until, workers_of
 from vnp_lib.checkpoint import survey_checkpoints
-from vnp_lib.failures import FailureKind, ShardFailedError
+from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.run import open_run
@@ -147,6 +147,22 @@ def test_a_frozen_child_is_noticed_and_killed(job):
     failure = failure_of(job, at_batch(3, signal_the_worker(job, signal.SIGSTOP)), silence_limit_s=1.0, grace_s=1.0)
     assert failure.kind == FailureKind.TRANSIENT
     assert failure.message.startswith("no progress for 1 s")
+
+
+def test_a_child_that_hangs_on_its_way_out_has_failed_as_it_said(job, sabotage):
+    """A driver may hang at exit after what a device has done: no batch is to blame for that."""
+    sabotage(
+        """
+        import atexit, time, vnp_lib.esm2
+        def forward_packed(*arguments):
+            atexit.register(time.sleep, 3600)
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        vnp_lib.esm2.ESM2.forward_packed = forward_packed
+        """
+    )
+    failure = failure_of(job, at_batch(1, lambda: None), silence_limit_s=5.0, grace_s=1.0)
+    assert failure.cause == FailureCause.HARDWARE
+    assert not failure.accuses_batch
 
 
 def test_a_supervisor_that_is_cancelled_twice_still_waits_for_the_child(job):
