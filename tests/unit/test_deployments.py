@@ -1,0 +1,216 @@
+"""What `deployments/` and `prefect.yaml` promise: read, rendered and validated here; nothing is deployed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+from uuid import UUID
+
+import jsonschema
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.schema_tools.validation import is_valid_schema
+from prefect.utilities.schema_tools.validation import validate as validate_against_form
+from prefect.utilities.templating import find_placeholders
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+from tests.support import ROOT
+from vnp_lib.config import RuntimeConfig
+
+TEMPLATE = json.loads((ROOT / "deployments/gpu-base-job-template.json").read_text())
+VARIABLES = TEMPLATE["variables"]
+JOB_SCHEMA = json.loads((ROOT / "tests/data/kubernetes-job-1.37.json").read_text())
+WORKER = list(yaml.safe_load_all((ROOT / "deployments/worker.yaml").read_text()))
+FLOW_RUN = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), name="brave-tern")
+A_CLUSTER_OF_OURS = {
+    "image": "registry.test/vnp@sha256:0123",
+    "gpus": 2,
+    "gpu_product": "NVIDIA-H100-80GB-HBM3",
+    "spot_key": "kubernetes.azure.com/scalesetpriority",
+    "spot_value": "spot",
+    "runs_claim": "our-runs",
+    "runs_path": "/data/runs",
+    "weights_claim": "our-weights",
+    "weights_path": "/data/weights",
+    "shm_size": "8Gi",
+    "memory": "64Gi",
+    "cpu": "8",
+    "namespace": "embeddings",
+    "service_account_name": "embedder",
+    "env": {"VNP_FLAVOUR": "ours"},
+}
+
+
+def render_job(**job_variables: Any) -> dict[str, Any]:
+    """Make the manifest that Prefect's Kubernetes worker sends to the cluster for a flow run."""
+    with temporary_settings({PREFECT_API_URL: "http://prefect.test:4200/api"}):
+        rendering = KubernetesWorkerJobConfiguration.from_template_and_values(
+            TEMPLATE, job_variables, client=get_client()
+        )
+        configuration = asyncio.run(rendering)
+        configuration.prepare_for_flow_run(FLOW_RUN)
+    return configuration.job_manifest
+
+
+def pod_of(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["template"]["spec"]
+
+
+def container_of(job: dict[str, Any]) -> dict[str, Any]:
+    (container,) = pod_of(job)["containers"]
+    return container
+
+
+def environment_of(job: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in container_of(job)["env"]}
+
+
+def volumes_of(job: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """What is mounted, and the volume behind it, by path."""
+    volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
+    return {mount["mountPath"]: (mount, volumes[mount["name"]]) for mount in container_of(job)["volumeMounts"]}
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    return render_job()
+
+
+class TestJobTemplate:
+    def test_every_placeholder_is_a_variable_and_every_variable_is_used(self):
+        used = {placeholder.name for placeholder in find_placeholders(TEMPLATE["job_configuration"])}
+        assert used == set(VARIABLES["properties"]) | {"env"}
+
+    def test_prefect_takes_its_variables_and_their_defaults(self):
+        is_valid_schema(VARIABLES)
+        defaults = {name: v["default"] for name, v in VARIABLES["properties"].items() if v.get("default") is not None}
+        validate_against_form(defaults, VARIABLES, raise_on_error=True)
+        validate_against_form(A_CLUSTER_OF_OURS, VARIABLES, raise_on_error=True)
+
+    @pytest.mark.parametrize("bad", [{"gpus": -1}, {"gpus": "two"}, {"run_as_user": 0}, {"backoff_limit": -1}])
+    def test_prefect_refuses_what_is_out_of_bounds(self, bad):
+        assert validate_against_form(bad, VARIABLES, raise_on_error=False)
+
+    def test_every_variable_says_what_it_is(self):
+        assert [n for n, v in VARIABLES["properties"].items() if n != "cluster_config" and not v.get("title")] == []
+        assert [n for n, v in VARIABLES["properties"].items() if not v.get("description")] == []
+
+    @pytest.mark.parametrize(
+        "job_variables", [{}, A_CLUSTER_OF_OURS, {"backoff_limit": 3}], ids=["bare", "ours", "retries"]
+    )
+    def test_kubernetes_takes_the_job(self, job_variables):
+        jsonschema.Draft202012Validator.check_schema(JOB_SCHEMA)
+        jsonschema.validate(render_job(**job_variables), JOB_SCHEMA, cls=jsonschema.Draft202012Validator)
+
+    def test_the_schema_would_notice_a_field_in_the_wrong_place(self, job):
+        broken = json.loads(json.dumps(job))
+        pod_of(broken)["completions"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="completions"):
+            jsonschema.validate(broken, JOB_SCHEMA, cls=jsonschema.Draft202012Validator)
+
+
+class TestJob:
+    def test_prefect_and_not_kubernetes_starts_it_again(self, job):
+        assert job["spec"]["backoffLimit"] == 0
+        assert pod_of(job)["restartPolicy"] == "Never"
+        assert environment_of(job)["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+
+    def test_with_retries_by_kubernetes_prefect_keeps_out_of_it(self):
+        retried = render_job(backoff_limit=3)
+        assert environment_of(retried)["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "relinquish"
+
+    def test_it_has_time_to_save_its_work(self, job):
+        assert pod_of(job)["terminationGracePeriodSeconds"] == 120
+        assert RuntimeConfig().grace_s < 120
+
+    def test_it_has_no_privileges(self, job):
+        assert container_of(job)["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert pod_of(job)["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 10001,
+            "runAsGroup": 10001,
+            "fsGroup": 10001,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert pod_of(job)["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod_of(job))
+
+    def test_what_it_writes_to_is_a_volume(self, job):
+        volumes = volumes_of(job)
+        assert set(volumes) == {"/runs", "/weights", "/dev/shm", "/tmp"}
+        assert volumes["/runs"][1]["persistentVolumeClaim"] == {"claimName": "vnp-runs"}
+        assert volumes["/weights"][0]["readOnly"] is True
+        assert volumes["/dev/shm"][1]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+        assert volumes["/tmp"][1]["emptyDir"] == {"sizeLimit": "4Gi"}
+        environment = environment_of(job)
+        assert (environment["HOME"], environment["PREFECT_HOME"]) == ("/tmp/home", "/tmp/home/.prefect")
+
+    def test_it_goes_to_preemptible_gpu_nodes(self, job):
+        keys = {toleration["key"]: toleration for toleration in pod_of(job)["tolerations"]}
+        assert keys["nvidia.com/gpu"]["operator"] == "Exists"
+        assert keys["cloud.google.com/gke-spot"]["value"] == "true"
+        assert pod_of(job)["nodeSelector"] == {}
+        assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+    def test_it_says_that_it_lives(self, job):
+        assert environment_of(job)["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+
+    def test_every_variable_reaches_it(self):
+        ours = render_job(**A_CLUSTER_OF_OURS)
+        pod, container, volumes = pod_of(ours), container_of(ours), volumes_of(ours)
+        assert container["image"] == "registry.test/vnp@sha256:0123"
+        assert container["resources"] == {
+            "requests": {"cpu": "8", "memory": "64Gi"},
+            "limits": {"memory": "64Gi", "nvidia.com/gpu": 2},
+        }
+        assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+        assert {"key": "kubernetes.azure.com/scalesetpriority", "value": "spot"}.items() <= pod["tolerations"][
+            1
+        ].items()
+        assert volumes["/data/runs"][1]["persistentVolumeClaim"]["claimName"] == "our-runs"
+        assert volumes["/data/weights"][1]["persistentVolumeClaim"]["claimName"] == "our-weights"
+        assert volumes["/dev/shm"][1]["emptyDir"]["sizeLimit"] == "8Gi"
+        assert (ours["metadata"]["namespace"], pod["serviceAccountName"]) == ("embeddings", "embedder")
+        environment = environment_of(ours)
+        assert environment["VNP_FLAVOUR"] == "ours"
+        assert environment["HOME"] == "/tmp/home", "an env of one's own takes nothing away"
+        assert environment["TORCH_HOME"] == "/data/weights"
+
+
+class TestWorker:
+    SERVICE_ACCOUNT, ROLE, BINDING, DEPLOYMENT = WORKER
+
+    def test_kubernetes_takes_its_pod(self):
+        pod_schema = JOB_SCHEMA | {"$ref": "#/$defs/io.k8s.api.core.v1.PodSpec", "properties": {}}
+        del pod_schema["additionalProperties"]
+        pod = self.DEPLOYMENT["spec"]["template"]["spec"]
+        jsonschema.validate(pod, pod_schema, cls=jsonschema.Draft202012Validator)
+        with pytest.raises(jsonschema.ValidationError, match="completions"):
+            jsonschema.validate(pod | {"completions": 1}, pod_schema, cls=jsonschema.Draft202012Validator)
+
+    def test_its_parts_belong_together(self):
+        name = self.SERVICE_ACCOUNT["metadata"]["name"]
+        assert self.DEPLOYMENT["spec"]["template"]["spec"]["serviceAccountName"] == name
+        assert self.BINDING["subjects"] == [{"kind": "ServiceAccount", "name": name}]
+        assert self.BINDING["roleRef"]["name"] == self.ROLE["metadata"]["name"]
+        labels = self.DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
+        assert self.DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
+
+    def test_it_runs_the_pool_s_image_and_may_only_make_jobs(self):
+        (container,) = self.DEPLOYMENT["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == VARIABLES["properties"]["image"]["default"]
+        assert {rule["apiGroups"][0]: set(rule["verbs"]) & {"create", "delete"} for rule in self.ROLE["rules"]} == {
+            "batch": {"create", "delete"},
+            "": set(),
+        }
