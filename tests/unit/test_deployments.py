@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import is_valid_schema
 from prefect.utilities.schema_tools.validation import validate as validate_against_form
@@ -24,6 +25,7 @@ from vnp_lib.config import RuntimeConfig
 TEMPLATE = json.loads((ROOT / "deployments/gpu-base-job-template.json").read_text())
 VARIABLES = TEMPLATE["variables"]
 JOB_SCHEMA = json.loads((ROOT / "tests/data/kubernetes-job-1.37.json").read_text())
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 WORKER = list(yaml.safe_load_all((ROOT / "deployments/worker.yaml").read_text()))
 FLOW_RUN = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), name="brave-tern")
 A_CLUSTER_OF_OURS = {
@@ -214,3 +216,39 @@ class TestWorker:
             "batch": {"create", "delete"},
             "": set(),
         }
+
+
+@pytest.fixture(params=DEPLOYMENTS, ids=lambda deployment: f"{deployment['entrypoint']}/{deployment['name']}")
+def deployment(request) -> dict[str, Any]:
+    return request.param
+
+
+class TestPrefectYaml:
+    def test_a_second_run_waits_for_the_first(self, deployment):
+        assert deployment["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
+        assert deployment["concurrency_limit"]["limit"] >= 1
+        assert deployment["description"]
+        assert {"vnp", "esm2"} <= set(deployment["tags"])
+
+    def test_its_parameters_fit_the_flow(self, deployment):
+        flow: Flow[Any, Any] = load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"]))
+        form = flow.parameters.model_dump_for_openapi()
+        given = deployment.get("parameters", {})
+        problems = validate_against_form(given, form, raise_on_error=False, ignore_required=True)
+        assert [problem.message for problem in problems] == []
+
+    def test_its_job_variables_are_the_template_s(self, deployment):
+        if deployment["work_pool"]["name"] == "vnp-gpu":
+            validate_against_form(deployment["work_pool"].get("job_variables", {}), VARIABLES, raise_on_error=True)
+
+
+def test_the_form_of_a_run_has_a_title_and_a_description_for_every_field():
+    """What a person sees in Prefect's UI who starts a run there."""
+    flow: Flow[Any, Any] = load_flow_from_entrypoint(str(ROOT / "flows/embed.py:embed"))
+    models = flow.parameters.model_dump_for_openapi()["definitions"]
+    fields = {name: field for model in models.values() for name, field in model["properties"].items()}
+    assert [name for name, field in fields.items() if not field.get("description")] == []
+    assert fields["fasta"]["title"] == "FASTA files"
+    assert fields["backoff_base_s"]["title"] == "Backoff base (s)"
+    assert "esm2_t36_3B_UR50D" in fields["model"]["enum"]
+    assert fields["checkpoint_time_threshold"]["exclusiveMaximum"] == 600
