@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import is_valid_schema
@@ -27,6 +28,7 @@ VARIABLES = TEMPLATE["variables"]
 JOB_SCHEMA = json.loads((ROOT / "tests/data/kubernetes-job-1.37.json").read_text())
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 WORKER = list(yaml.safe_load_all((ROOT / "deployments/worker.yaml").read_text()))
+AUTOMATIONS = yaml.safe_load((ROOT / "deployments/automations.yaml").read_text())["automations"]
 FLOW_RUN = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), name="brave-tern")
 A_CLUSTER_OF_OURS = {
     "image": "registry.test/vnp@sha256:0123",
@@ -252,3 +254,15 @@ def test_the_form_of_a_run_has_a_title_and_a_description_for_every_field():
     assert fields["backoff_base_s"]["title"] == "Backoff base (s)"
     assert "esm2_t36_3B_UR50D" in fields["model"]["enum"]
     assert fields["checkpoint_time_threshold"]["exclusiveMaximum"] == 600
+
+
+class TestAutomations:
+    def test_prefect_takes_them(self):
+        for automation in AUTOMATIONS:
+            AutomationCore.model_validate(automation)
+        assert len({automation["name"] for automation in AUTOMATIONS}) == len(AUTOMATIONS)
+
+    def test_they_listen_to_the_events_that_the_flows_send(self):
+        expected = {event for automation in AUTOMATIONS for event in automation["trigger"]["expect"]}
+        ours = {event for event in expected if event.startswith("vnp.")}
+        assert ours == {"vnp.shard.preempted", "vnp.sequence.quarantined", "vnp.run.completed"}
