@@ -1,10 +1,11 @@
 # make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
 # make mutants: break it on purpose, and see that the tests notice. make check: format, lint, types.
+# make lock: the packages of the image, with their hashes.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults mutants check format clean
+.PHONY: embed test faults mutants check format lock clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -27,6 +28,11 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+lock: $(VENV)/.installed-dev
+	$(VENV)/bin/uv pip compile --quiet pyproject.toml --extra kubernetes --constraint constraints.txt \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_28 --only-binary :all: --generate-hashes \
+		--custom-compile-command "make lock" --output-file deployments/requirements.lock
 
 clean:
 	rm -rf $(VENV) runs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import tomllib
 from typing import Any
 from uuid import UUID
 
@@ -266,3 +268,55 @@ class TestAutomations:
         expected = {event for automation in AUTOMATIONS for event in automation["trigger"]["expect"]}
         ours = {event for event in expected if event.startswith("vnp.")}
         assert ours == {"vnp.shard.preempted", "vnp.sequence.quarantined", "vnp.run.completed"}
+
+
+class TestImage:
+    DOCKERFILE = (ROOT / "deployments/Dockerfile").read_text().replace("\\\n", " ")
+    INSTRUCTIONS = tuple(line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if re.match(r"[A-Z]+ ", line))
+    LOCK = (ROOT / "deployments/requirements.lock").read_text()
+
+    def arguments_of(self, instruction: str) -> list[str]:
+        return [arguments for name, arguments in self.INSTRUCTIONS if name == instruction]
+
+    def test_it_does_not_run_as_root(self):
+        assert self.arguments_of("USER") == ["10001:10001"]
+        assert VARIABLES["properties"]["run_as_user"]["default"] == 10001
+        after_user = [name for name, _ in self.INSTRUCTIONS][[name for name, _ in self.INSTRUCTIONS].index("USER") :]
+        assert not {"RUN", "COPY", "ADD"} & set(after_user)
+
+    def test_what_is_copied_exists_and_holds_no_weights(self):
+        assert self.arguments_of("ADD") == []
+        sources = [
+            source
+            for arguments in self.arguments_of("COPY")
+            if not arguments.startswith("--from=")
+            for source in arguments.split()[:-1]
+        ]
+        assert sources
+        assert [source for source in sources if not (ROOT / source).exists()] == []
+        allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+        assert set(sources) == allowed
+        assert not re.search(r"curl|wget|torch\.hub|\.pt\b", "\n".join(self.arguments_of("RUN")))
+
+    def test_every_package_is_installed_by_its_hash(self):
+        installs = [run for run in self.arguments_of("RUN") if "pip install" in run]
+        assert all("--require-hashes" in run or "--no-index" in run for run in installs)
+        pinned = re.findall(r"^([\w.-]+)==(\S+) ", self.LOCK, flags=re.MULTILINE)
+        blocks = re.split(r"^(?=[\w.-]+==)", self.LOCK, flags=re.MULTILINE)[1:]
+        assert len(blocks) == len(pinned) > 100
+        assert all("--hash=sha256:" in block for block in blocks)
+
+    def test_the_base_is_pinned(self):
+        (base,) = self.arguments_of("ARG")
+        assert re.fullmatch(r"CUDA_IMAGE=docker\.io/nvidia/cuda:[\d.]+-base-ubuntu24\.04", base)
+        assert "${CUDA_IMAGE} AS python" in self.arguments_of("FROM")
+
+    def test_the_lock_is_what_was_tested(self):
+        """The same versions as constraints.txt, and all that pyproject.toml asks for; `make lock` makes it so."""
+        locked = dict(re.findall(r"^([\w.-]+)==(\S+) ", self.LOCK, flags=re.MULTILINE))
+        constraints = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+        constraints = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in constraints.items()}
+        assert {n: v for n, v in locked.items() if constraints.get(n, v) != v} == {}
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        wanted = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", spec)[0]).lower() for spec in project["dependencies"]}
+        assert wanted - set(locked) == set()
