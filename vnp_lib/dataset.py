@@ -105,6 +105,7 @@ def assemble(
                 _start_over(paths)
                 has_row = ~is_quarantined & ~is_missing
                 _write_dataset(plan, paths, records, has_row, content, clock().isoformat(), part_bytes)
+        _sync_names(paths)  # whoever put it together may have died before doing so
         shutil.rmtree(paths.assembly_dir, ignore_errors=True)
     except OSError as error:
         raise StorageError(
@@ -278,6 +279,11 @@ def _is_whole(paths: RunPaths, content: dict[str, Any]) -> bool:
     except StorageError:
         return False
     return is_same and not verify_dataset(paths.embeddings_dir)
+
+
+def _sync_names(paths: RunPaths) -> None:
+    files.make_directory(paths.embeddings_dir)
+    files.fsync_directory(paths.embeddings_dir)
 
 
 def _find_missing(

@@ -810,6 +810,13 @@ _ASSEMBLY = (
 
 _SET_ASIDE = (
     Mutant(
+        name="dataset-of-a-dead-writer-not-synced",
+        module="dataset",
+        before="        _sync_names(paths)  # whoever",
+        after="        # whoever",
+        caught_by=(f"{_DATASET}::test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole",),
+    ),
+    Mutant(
         name="set-aside-twice",
         module="quarantine",
         before="if any(each.ordinal == sequence.ordinal for each in sequences):",

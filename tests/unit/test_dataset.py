@@ -528,6 +528,23 @@ def test_success_json_is_gone_for_good_before_any_part_is_touched(run: Run, monk
     assert not [step for step in steps[:removed] if step.startswith("part-")]
 
 
+def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever put it together may have been killed between naming `_SUCCESS.json` and syncing that name."""
+    run.assemble()
+    synced: list[Path] = []
+
+    class Recording(DurableOps):
+        def fsync_directory(self, path: Path) -> None:
+            synced.append(path)
+            super().fsync_directory(path)
+
+    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    run.assemble()
+    assert synced == [run.paths.run_dir, run.paths.embeddings_dir]
+
+
 def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     distribute = vnp_lib.dataset._distribute
 
