@@ -11,8 +11,10 @@ from pathlib import Path
 
 from vnp_lib import forecast
 from vnp_lib.config import parse_forecast_command_line
-from vnp_lib.failures import ConfigError, ExitCode, InputError
-from vnp_lib.status import open_status, render, watch
+from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError
+from vnp_lib.plan import RunPaths
+from vnp_lib.report import write_report
+from vnp_lib.status import load_plan_of, open_status, render, watch
 from vnp_lib.terminal import console
 from vnp_lib.verify import verify_run
 
@@ -63,8 +65,16 @@ def plan(options: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
 
 
+def report(options: argparse.Namespace) -> ExitCode:
+    try:
+        print(write_report(load_plan_of(options.run_dir), RunPaths(options.run_dir)))
+    except StorageError as error:
+        raise ConfigError(str(error)) from None
+    return ExitCode.DONE
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vnp", description="Look into run directories. Nothing in them is changed.")
+    parser = argparse.ArgumentParser(prog="vnp", description="Look into run directories, and ahead to runs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
@@ -90,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
         help="say what a run would be: count and check the input, look at the disk, expect a time",
     )
     planning.set_defaults(command=plan)
+    reporting = commands.add_parser(
+        "report",
+        parents=[on_a_run],
+        help="write report.html: speed, attempts, failures, quarantine, on one page",
+        description="Write RUN_DIR/report.html and print its path: attempts over time, speed, lengths, batches, checkpoints, "
+        "failures and quarantine, on one page that needs no network. Exit code 0, or 2: RUN_DIR is not a run directory, or "
+        "cannot be written.",
+    )
+    reporting.set_defaults(command=report)
     verifying = commands.add_parser(
         "verify",
         parents=[on_a_run, as_json],

@@ -21,7 +21,7 @@ from vnp_lib.config import ForecastConfig, resolve_devices
 from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.fasta import LetterCounts, SurveyedChunk, header_lines, survey_fasta
 from vnp_lib.history import read_attempts
-from vnp_lib.packing import pack
+from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, required_bytes
 from vnp_lib.progress import format_duration
 from vnp_lib.run import TOKEN_BUDGET, kind_of
@@ -112,7 +112,10 @@ def forecast(config: ForecastConfig) -> Forecast:
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
     token_budget = config.token_budget or TOKEN_BUDGET[kind_of(devices[0])]
-    batch_tokens = _batch_tokens(lengths + NUM_SPECIAL_TOKENS, num_shards, token_budget)
+    token_lengths = lengths + NUM_SPECIAL_TOKENS
+    batch_tokens = np.concatenate(
+        [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]
+    )
     return Forecast(
         fasta=tuple(map(str, config.fasta)),
         model=config.model,
@@ -244,16 +247,6 @@ def _places(fasta: Sequence[Path], ordinals: set[int]) -> dict[int, tuple[str, s
         lines = header_lines(path, {record for record, _ in found.values()})
         places |= {key: (f"{path}, line {lines[record]}", id_) for key, (record, id_) in found.items()}
     return places
-
-
-def _batch_tokens(token_lengths: NDArray[np.int32], num_shards: int, token_budget: int) -> NDArray[np.int64]:
-    """Tokens of all batches of all shards. `token_lengths` begin with the longest."""
-    counts = [np.empty(0, dtype=np.int64)]
-    for rank in range(num_shards):
-        own = token_lengths[rank::num_shards]
-        if own.size:
-            counts.append(np.add.reduceat(own, pack(own, token_budget)[:-1], dtype=np.int64))
-    return np.concatenate(counts)
 
 
 def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:

@@ -67,3 +67,9 @@ def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[
         stop = int(np.searchsorted(ends, tokens_before + token_budget, side="right"))
         boundaries.append(max(stop, start + 1))
     return np.array(boundaries, dtype=np.int64)
+
+
+def packed_tokens(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
+    """Tokens of each of the batches that `pack` makes, (B,). Lengths 5 3 4 under a budget of 8 give 8 4."""
+    starts = pack(token_lengths, token_budget)[:-1]
+    return np.add.reduceat(token_lengths, starts, dtype=np.int64) if starts.size else np.empty(0, dtype=np.int64)

@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -61,7 +62,7 @@ class ShardProgress:
     state: ShardState
     attempts: int
     num_sequences: int
-    num_done: int  # in checkpoints; of a complete shard all, though some may be in quarantine
+    num_done: int  # in checkpoints
     tokens_left: int
     tokens_per_s: float | None  # of the newest checkpoint
     checkpoint_at: datetime | None  # when that was written
@@ -158,10 +159,12 @@ def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]
     """Gather what the run has recorded. What cannot be read is a note, not an error."""
     recorded, manifest_notes = _recorded_shards(paths)
     running = FileLock(paths.run_lock, purpose="status").presumed_holder()
-    shards = tuple(_shard(plan, paths, rank, recorded.get(rank), running) for rank in range(plan.num_shards))
+    quarantined, quarantine_notes = _quarantined(plan, paths)
+    shards = tuple(
+        _shard(plan, paths, rank, recorded.get(rank, {}), running, quarantined) for rank in range(plan.num_shards)
+    )
     num_recorded = sum(shard["total_sequences"] for shard in recorded.values())
     is_complete = all(shard.state == ShardState.COMPLETE for shard in shards)
-    num_quarantined, quarantine_notes = _quarantined(plan, paths)
     return RunStatus(
         run_dir=paths.run_dir,
         running=running,
@@ -169,11 +172,11 @@ def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]
         dtype=plan.identity["dtype"],
         num_sequences=plan.num_sequences,
         num_computed=plan.num_computed,
-        num_done=plan.num_computed if is_complete else min(num_recorded, plan.num_computed),
-        num_quarantined=num_quarantined,
+        num_done=sum(shard.num_done for shard in shards) if is_complete else min(num_recorded, plan.num_computed),
+        num_quarantined=None if quarantined is None else len(quarantined),
         shards=shards,
         dataset=_dataset(plan, paths),
-        notes=(*manifest_notes, *_redivision(plan, recorded, num_quarantined or 0), *quarantine_notes),
+        notes=(*manifest_notes, *_redivision(plan, recorded, len(quarantined or ())), *quarantine_notes),
         at=clock(),
     )
 
@@ -202,12 +205,17 @@ def _recorded_shards(paths: RunPaths) -> tuple[dict[int, dict[str, Any]], list[s
 
 
 def _shard(
-    plan: RunPlan, paths: RunPaths, rank: int, recorded: dict[str, Any] | None, running: LockHolder | None
+    plan: RunPlan,
+    paths: RunPaths,
+    rank: int,
+    recorded: dict[str, Any],
+    running: LockHolder | None,
+    quarantined: frozenset[int] | None,
 ) -> ShardProgress:
-    recorded = recorded or {}
     ordinals = plan.shard_ordinals(rank)
     is_complete = recorded.get("status") == ShardStatus.COMPLETE
-    num_done = ordinals.size if is_complete else min(recorded.get("total_sequences", 0), ordinals.size)
+    num_set_aside = int(np.isin(ordinals, list(quarantined or ())).sum())
+    num_done = ordinals.size - num_set_aside if is_complete else min(recorded.get("total_sequences", 0), ordinals.size)
     attempts = read_attempts(paths, rank)
     newest = _newest_checkpoint(attempts)
     failures = recorded.get("failures", [])
@@ -217,7 +225,7 @@ def _shard(
         attempts=recorded.get("attempts", len(attempts)),
         num_sequences=ordinals.size,
         num_done=num_done,
-        tokens_left=plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
+        tokens_left=0 if is_complete else plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
         tokens_per_s=newest.tokens_per_s if newest else None,
         checkpoint_at=newest.at if newest else None,
         device=recorded.get("device"),
@@ -267,9 +275,9 @@ def _redivision(plan: RunPlan, recorded: dict[int, dict[str, Any]], num_quaranti
         yield "the run was divided into other shards before: counts of single shards, and the time left, are approximate"
 
 
-def _quarantined(plan: RunPlan, paths: RunPaths) -> tuple[int | None, list[str]]:
+def _quarantined(plan: RunPlan, paths: RunPaths) -> tuple[frozenset[int] | None, list[str]]:
     try:
-        return len(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals()), []
+        return Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals(), []
     except (StorageError, OSError) as error:
         return None, [str(error)]
 

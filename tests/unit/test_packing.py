@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vnp_lib.packing import TokenBudget, pack
+from vnp_lib.packing import TokenBudget, pack, packed_tokens
 
 
 def pack_one_by_one(token_lengths: list[int], token_budget: int) -> list[int]:
@@ -79,3 +79,10 @@ def test_a_budget_starts_where_it_was_left_and_never_below_one_token():
     budget = TokenBudget(1000)
     budget.shrink(1)
     assert budget.tokens == 1
+
+
+@pytest.mark.parametrize("token_lengths", [[], [5], [5, 3, 4], [20, 3, 4, 1, 8]])
+def test_the_tokens_of_batches_are_those_of_their_sequences(token_lengths: list[int]) -> None:
+    lengths = np.array(token_lengths, dtype=np.int32)
+    batches = np.split(lengths, pack(lengths, 8)[1:-1]) if token_lengths else []
+    assert packed_tokens(lengths, 8).tolist() == [batch.sum() for batch in batches]

@@ -155,6 +155,10 @@ def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunP
         NOON,
     )
     assert seen.num_quarantined == 1
+    for rank in range(2):
+        CheckpointManifest(paths.manifest).mark_shard_complete(rank)
+    complete = status_of(plan, paths)
+    assert (complete.num_done, complete.tokens_left, complete.num_quarantined) == (39, 0, 1)
     assert "transient, 0:03:00 ago: transient failure #1, again in 2 s" in drawn(seen)
     assert "in quarantine: 1\n" in drawn(seen)
 
