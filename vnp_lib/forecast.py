@@ -46,7 +46,7 @@ class LengthBin:
 class Speed:
     """How fast the run is expected to be."""
 
-    tokens_per_s: float  # all devices together
+    tokens_per_s: float
     source: str
 
 
@@ -74,7 +74,7 @@ class Forecast:
     required_bytes: int
     free_bytes: int
     output_dir: str
-    speed: Speed | None
+    speed: Speed | None  # of all devices together
 
     @property
     def num_duplicates(self) -> int:
@@ -104,11 +104,11 @@ def forecast(config: ForecastConfig) -> Forecast:
     Raises:
         ConfigError: A device that is not there, or a `speed_of` that tells no speed.
     """
-    from vnp_lib.esm2 import MODELS  # imports torch, which takes seconds
+    one_device = _speed_of_one_device(config)
+    found = _read(config.fasta)
+    from vnp_lib.esm2 import MODELS  # imports torch, which takes seconds, and the memory that reading needs
 
     devices = resolve_devices(config.devices)
-    speed = _speed(config, len(devices))
-    found = _read(config.fasta)
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
     token_budget = config.token_budget or TOKEN_BUDGET[kind_of(devices[0])]
@@ -137,7 +137,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         required_bytes=required_bytes(found, MODELS[config.model].embed_dim),
         free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
         output_dir=str(config.output_dir),
-        speed=speed,
+        speed=_speed(config, one_device, len(devices)),
     )
 
 
@@ -264,20 +264,26 @@ def _existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
-def _speed(config: ForecastConfig, num_devices: int) -> Speed | None:
+def _speed(config: ForecastConfig, one_device: Speed | None, num_devices: int) -> Speed | None:
     if config.tokens_per_second is not None:
         return Speed(tokens_per_s=config.tokens_per_second, source="as given")
-    run_dir = config.speed_of or config.output_dir
+    if one_device is None:
+        return None
+    source = f"{one_device.tokens_per_s:,.0f} a device in {one_device.source}, {num_devices} here"
+    return Speed(tokens_per_s=one_device.tokens_per_s * num_devices, source=source)
+
+
+def _speed_of_one_device(config: ForecastConfig) -> Speed | None:
+    """From an earlier run, where there is one."""
     try:
-        return _speed_of(run_dir, config.model, num_devices)
+        return _mean_speed(config.speed_of or config.output_dir, config.model)
     except ConfigError:
         if config.speed_of is not None:
             raise
         return None
 
 
-def _speed_of(run_dir: Path, model: str, num_devices: int) -> Speed:
-    """The mean speed of a child in an earlier run, times the number of devices."""
+def _mean_speed(run_dir: Path, model: str) -> Speed:
     plan = load_plan_of(run_dir)
     if plan.identity["model"] != model:
         raise ConfigError(f"{run_dir} is a run of {plan.identity['model']}: its speed says nothing about {model}")
@@ -286,9 +292,7 @@ def _speed_of(run_dir: Path, model: str, num_devices: int) -> Speed:
     seconds = sum(checkpoint.seconds for checkpoint in checkpoints)
     if not seconds:
         raise ConfigError(f"{run_dir} has no checkpoint in its history: its speed is not known")
-    tokens_per_s = sum(checkpoint.tokens for checkpoint in checkpoints) / seconds
-    source = f"{tokens_per_s:,.0f} a device in {run_dir}, {num_devices} here"
-    return Speed(tokens_per_s=tokens_per_s * num_devices, source=source)
+    return Speed(tokens_per_s=sum(checkpoint.tokens for checkpoint in checkpoints) / seconds, source=str(run_dir))
 
 
 def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:

@@ -363,17 +363,22 @@ def _repeats(digests: bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     # Stable: equal digests end up together, by ordinal. Different ones with equal halves (1 in 10**19 pairs) could at
     # worst stand between two equal ones and hide that they are; nothing can make different ones look equal.
     by_digest = np.argsort(halves[:, 0], kind="stable")
-    is_new = np.zeros(by_digest.size, dtype=bool)
-    is_new[:1] = True
-    for half in halves.T:
-        in_order = half[by_digest]
-        is_new[1:] |= in_order[1:] != in_order[:-1]
+    is_new = _differs_from_the_one_before(halves, by_digest)
     starts = np.flatnonzero(is_new)
     places = np.flatnonzero(~is_new)
     repeats = by_digest[places]
     firsts = by_digest[starts[np.searchsorted(starts, places) - 1]]
     ascending = np.argsort(repeats)
     return repeats[ascending], firsts[ascending]
+
+
+def _differs_from_the_one_before(halves: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
+    is_new = np.zeros(order.size, dtype=bool)
+    is_new[:1] = True
+    for half in halves.T:
+        in_order = half[order]
+        is_new[1:] |= in_order[1:] != in_order[:-1]
+    return is_new
 
 
 def _duplicate_ids(fasta: Sequence[Path], repeats: NDArray[np.int64], firsts: NDArray[np.int64]) -> FastaError:
