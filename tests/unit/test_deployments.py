@@ -160,7 +160,7 @@ class TestJob:
         assert volumes["/dev/shm"][1]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
         assert volumes["/tmp"][1]["emptyDir"] == {"sizeLimit": "4Gi"}
         environment = environment_of(job)
-        assert (environment["HOME"], environment["PREFECT_HOME"]) == ("/tmp/home", "/tmp/home/.prefect")
+        assert (environment["HOME"], environment["PREFECT_HOME"]) == ("/tmp", "/tmp/.prefect")
 
     def test_it_goes_to_preemptible_gpu_nodes(self, job):
         keys = {toleration["key"]: toleration for toleration in pod_of(job)["tolerations"]}
@@ -190,7 +190,7 @@ class TestJob:
         assert (ours["metadata"]["namespace"], pod["serviceAccountName"]) == ("embeddings", "embedder")
         environment = environment_of(ours)
         assert environment["VNP_FLAVOUR"] == "ours"
-        assert environment["HOME"] == "/tmp/home", "an env of one's own takes nothing away"
+        assert environment["HOME"] == "/tmp", "an env of one's own takes nothing away"
         assert environment["TORCH_HOME"] == "/data/weights"
 
 
