@@ -1,22 +1,41 @@
-"""What people see of a run in the Prefect UI."""
+"""What people see of a run in the Prefect UI: a progress bar per shard, a table of all shards, a summary at the end.
+
+None of it may harm the run: whatever goes wrong here is a debug line in the log.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
+from prefect.artifacts import (
+    acreate_markdown_artifact,
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+
+from vnp_lib.dataset import DatasetSummary
+from vnp_lib.progress import format_duration
+from vnp_lib.run import Run
+from vnp_lib.status import RunStatus, ShardProgress, read_status
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 2.0
+_MOST_QUARANTINED_SHOWN = 20
 
 
 class ShardArtifact:
-    """The progress artifact of a shard, touched at most every `interval_s`. Its troubles never harm the shard."""
+    """The progress artifact of a shard, touched at most every `interval_s`."""
 
     def __init__(self, rank: int, *, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._key = f"shard-{rank:03d}"
@@ -30,14 +49,129 @@ class ShardArtifact:
         if not now and self._clock() < self._next_at:
             return
         self._next_at = self._clock() + self._interval_s
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                await self._send(percent, description)
-        except Exception as error:
-            logger.debug("%s: progress not shown: %r", self._key, error)
+        await _harmless(self._key, self._send(percent, description))
 
     async def _send(self, percent: float, description: str) -> None:
         if self._id is None:
             self._id = await acreate_progress_artifact(percent, key=self._key, description=description)
         else:
             await aupdate_progress_artifact(self._id, percent, description=description)
+
+
+@asynccontextmanager
+async def shard_table(run: Run) -> AsyncIterator[None]:
+    """Keep a table of all shards up to date while the block runs, and once more at its end."""
+    table = _ShardTable(run)
+    task = asyncio.create_task(table.keep_up_to_date(run.config.runtime.artifact_interval_s))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await table.show()
+
+
+class _ShardTable:
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._id: UUID | None = None
+
+    async def keep_up_to_date(self, interval_s: float) -> None:
+        while True:
+            await self.show()
+            await asyncio.sleep(interval_s)
+
+    async def show(self) -> None:
+        await _harmless("vnp-shards", self._send())
+
+    async def _send(self) -> None:
+        status = read_status(self._run.plan, self._run.paths)
+        rows = [_row(shard) for shard in status.shards]
+        if self._id is None:
+            self._id = await acreate_table_artifact(rows, key="vnp-shards", description=_headline(status))
+        else:
+            update = ArtifactUpdate(data=json.dumps(rows), description=_headline(status))
+            async with get_client() as client:
+                await client.update_artifact(artifact_id=self._id, artifact=update)
+
+
+async def show_summary(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> None:
+    """Say at the end what there is, what is not, and how to read it."""
+    text = describe_in_markdown(run, summary, elapsed_s=elapsed_s, num_tokens=num_tokens)
+    await _harmless(
+        "vnp-summary", acreate_markdown_artifact(text, key="vnp-summary", description="What the run has made")
+    )
+
+
+def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> str:
+    """The summary's text. `num_tokens` went through the model in this flow run, in `elapsed_s` seconds all in all."""
+    identity = run.plan.identity
+    facts = {
+        "sequences embedded": f"{summary.num_rows:,}",
+        "distinct ones computed": f"{run.plan.num_computed:,}",
+        "in quarantine": f"{summary.num_quarantined:,}",
+        "missing": f"{summary.num_missing:,}",
+        "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
+        "dataset": f"`{summary.path}`: {summary.num_parts:,} parts, {summary.size_bytes / 1e9:,.2f} GB",
+        "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
+        "fingerprint": f"`{run.plan.fingerprint}`",
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+    reading = f"""```python
+from vnp_lib.dataset import open_dataset
+
+dataset = open_dataset("{run.paths.run_dir}")
+for ids, rows in dataset.batches(10_000):
+    ...
+```"""
+    return "\n\n".join([table, *_quarantine_in_markdown(run), "## Read it", reading])
+
+
+def _quarantine_in_markdown(run: Run) -> list[str]:
+    held = run.quarantine.read()
+    if not held:
+        return []
+    shown = [
+        f"| `{json.dumps(sequence.id)}` | {sequence.length:,} | {sequence.cause} | {_cell(sequence.message)} |"
+        for sequence in held[:_MOST_QUARANTINED_SHOWN]
+    ]
+    more = f"All {len(held):,} are in `{run.paths.quarantine}`."
+    return ["## In quarantine", "\n".join(["| id | residues | cause | message |", "|---|---|---|---|", *shown]), more]
+
+
+def _cell(text: str) -> str:
+    """Text that does not break a table."""
+    return text.replace("|", "\\|").replace("\n", " ")[:200]
+
+
+def _headline(status: RunStatus) -> str:
+    told = [
+        f"{status.num_done:,} of {status.num_computed:,} distinct sequences in checkpoints ({status.percent:.0f} %)",
+        f"{status.tokens_per_s:,.0f} tokens/s",
+    ]
+    if status.eta_s is not None:
+        told.append(f"{format_duration(status.eta_s)} left")
+    if status.num_quarantined:
+        told.append(f"{status.num_quarantined:,} in quarantine")
+    return ", ".join(told)
+
+
+def _row(shard: ShardProgress) -> dict[str, Any]:
+    failure = shard.failure
+    return {
+        "shard": f"{shard.rank:03d}",
+        "state": str(shard.state),
+        "attempt": shard.attempts,
+        "sequences": f"{shard.num_done:,} of {shard.num_sequences:,} ({shard.percent:.0f} %)",
+        "tokens/s": f"{shard.tokens_per_s:,.0f}" if shard.tokens_per_s else "",
+        "device": shard.device or "",
+        "last failure": f"{failure.kind}: {failure.reason}" if failure else "",
+    }
+
+
+async def _harmless(what: str, showing: Awaitable[Any]) -> None:
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            await showing
+    except Exception as error:
+        logger.debug("%s: not shown: %r", what, error)

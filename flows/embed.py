@@ -17,7 +17,9 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.states import Completed, Failed
 
+from flows.artifacts import shard_table, show_summary
 from flows.devices import DevicePool
+from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
 from flows.shard import embed_shard
 from flows.signals import sigterm_cancels_the_flow
@@ -34,9 +36,14 @@ _MOST_ROUNDS = 3
 @flow(name="vnp-embed")
 async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
+    started_at = time.monotonic()
     with sigterm_cancels_the_flow(), open_run(config) as run:
+        num_tokens = 0
         for _ in range(_MOST_ROUNDS):
-            states = await embed_shards(run)
+            shards = run.shard_states()
+            num_tokens += run.num_tokens_left(shards)
+            async with shard_table(run):
+                states = await embed_shards(run, shards)
             if not config.allow_partial and not all(state.is_completed() for state in states):
                 return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
             try:
@@ -45,13 +52,14 @@ async def embed(config: EmbedConfig) -> State[Any]:
                 get_run_logger().warning("%s: it is computed again", error)
                 run.set_damaged_aside()
             else:
+                await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
+                tell_of_completion(run, summary)
                 return Completed(message=f"{describe_dataset(summary)}, {describe(run, states)}")
         return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
 
 
-async def embed_shards(run: Run) -> list[State[Any]]:
+async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any]]:
     """Run every shard's task, as many at a time as there are devices, and return how each ended."""
-    shards = run.shard_states()
     devices = DevicePool(run.devices)
     with RunProgress(
         total_sequences=run.plan.num_computed,

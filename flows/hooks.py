@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import ShardArtifact
 from flows.devices import DevicePool
-from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exception
+from flows.events import tell_of_preemption, tell_of_quarantine
+from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
 from vnp_lib.judgement import judge
 from vnp_lib.run import Run
 
@@ -30,6 +32,10 @@ def make_retry_hook(run: Run, rank: int, devices: DevicePool) -> RetryHook:
         task.retry_delay_seconds = [decision.delay_s]
         logger = get_run_logger()
         logger.warning("shard %d: %s", rank, decision.reason)
+        if failure.kind == FailureKind.SPOT_PREEMPTION:
+            tell_of_preemption(run, rank, failure)
+        if failure.ordinal is not None and decision.is_circuit_open and decision.retry:
+            tell_of_quarantine(run, run.plan.ids(np.array([failure.ordinal]))[0], failure.message)
         if failure.cause == FailureCause.HARDWARE and devices.set_aside(rank):
             logger.warning("the device of shard %d is set aside for the rest of this run", rank)
         await ShardArtifact(rank, interval_s=0.0).show(percent_done(run, rank), decision.reason)

@@ -10,6 +10,7 @@ from prefect.context import TaskRunContext
 
 from flows.artifacts import ShardArtifact
 from flows.devices import DevicePool
+from flows.events import tell_of_quarantine
 from flows.pool import delegate_shard
 from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
@@ -125,6 +126,7 @@ class _Follower:
                 self._logger.warning("%d tokens in one forward pass from now on", tokens)
             case {"event": "quarantined", "id": str(sequence_id), "message": str(message)}:
                 self._logger.warning("%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message)
+                tell_of_quarantine(self._run, sequence_id, message)
             case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
                 self._logger.info("checkpoint %d is on disk: %d rows", number, rows)
 

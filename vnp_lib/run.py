@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,10 @@ class Run:
     def num_quarantined(self, rank: int) -> int:
         """How many of a shard's sequences are in quarantine."""
         return len(self.quarantine.ordinals() & set(self.plan.shard_ordinals(rank).tolist()))
+
+    def num_tokens_left(self, shards: Iterable[ShardState]) -> int:
+        """How many tokens have to go through the model yet, when its shards stand so."""
+        return self.plan.num_tokens(self.plan.order) - sum(shard.tokens_done for shard in shards)
 
     def describe_progress(self) -> str:
         """Say how much there is: `9,000 of 10,000 sequences are embedded`."""

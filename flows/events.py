@@ -1,0 +1,38 @@
+"""What a run tells Prefect's automations; `deployments/automations.yaml` has some that listen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.events import emit_event
+
+from vnp_lib.dataset import DatasetSummary
+from vnp_lib.failures import Failure
+from vnp_lib.run import Run
+
+
+def tell_of_preemption(run: Run, rank: int, failure: Failure) -> None:
+    """Emit `vnp.shard.preempted`."""
+    _emit("vnp.shard.preempted", run, rank=rank, message=failure.message)
+
+
+def tell_of_quarantine(run: Run, sequence_id: str, message: str) -> None:
+    """Emit `vnp.sequence.quarantined`."""
+    _emit("vnp.sequence.quarantined", run, id=sequence_id, message=message)
+
+
+def tell_of_completion(run: Run, summary: DatasetSummary) -> None:
+    """Emit `vnp.run.completed`."""
+    _emit(
+        "vnp.run.completed",
+        run,
+        num_rows=summary.num_rows,
+        num_quarantined=summary.num_quarantined,
+        num_missing=summary.num_missing,
+    )
+
+
+def _emit(event: str, run: Run, **payload: Any) -> None:
+    about = {"run_dir": str(run.paths.run_dir.resolve()), "model": run.config.model}
+    resource = {"prefect.resource.id": f"vnp.run.{run.plan.fingerprint}", "prefect.resource.name": about["run_dir"]}
+    emit_event(event, resource=resource, payload=about | payload)
