@@ -1,11 +1,11 @@
 # make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
-# make mutants: break it on purpose, and see that the tests notice. make check: format, lint, types.
-# make lock: the packages of the image, with their hashes.
+# make mutants: break it on purpose, and see that the tests notice. make soak: ten minutes of everything at once, and more.
+# make check: format, lint, types. make lock: the packages of the image, with their hashes.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults mutants check format lock clean
+.PHONY: embed test faults soak mutants check format lock clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -16,6 +16,9 @@ test: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest tests/faults --faults=full --timeout=14400
+
+soak: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest -m soak tests/soak tests/integration
 
 mutants: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.mutants

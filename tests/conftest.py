@@ -10,12 +10,21 @@ from collections.abc import Iterator
 import dnaio
 import pytest
 
+from tests.faults.figures import table
 from tests.support import EXAMPLE, ROOT, SMALL_MODEL, CommandLine
 
 # Threads that spin while they wait for each other crawl as soon as anything else wants a processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
+
+
+def pytest_terminal_summary(terminalreporter):
+    lines = table()
+    if lines:
+        terminalreporter.section("faults")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +55,7 @@ def prefect_server() -> Iterator[None]:
     """A server with an empty database, for flows that run in the test's own process."""
     from prefect.testing.utilities import prefect_test_harness  # seconds to import: for those who ask for it
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 

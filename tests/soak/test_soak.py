@@ -1,0 +1,228 @@
+"""The whole program in a storm: round after round of random faults, each until the run is complete."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.faults.figures import record_figure
+from tests.poison import Way, draw_protein, marked_as, patch
+from tests.soak.children import Journal, journalling, read_journal, sabotaged
+from tests.soak.machine import slowness
+from tests.soak.storm import ORPHANS_LEAVE_WITHIN_S, Fault, Storm, Struck
+from tests.support import ROOT, CommandLine, wait_until, workers_of
+from vnp_lib.checkpoint import MAX_IN_FLIGHT, survey_checkpoints
+from vnp_lib.dataset import open_dataset
+from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.quarantine import Quarantine
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
+
+COUNT = 400
+TOKEN_BUDGET = 256
+CHECKPOINT_ROWS = 16
+PAUSE_S = 0.1  # of each forward pass: long enough to be struck in
+OUT_OF_MEMORY = range(25, COUNT, 100)  # they fit alone, and run out of memory together with others in most rounds
+MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu,cpu", "--shards", 3)
+RUNTIME = {
+    "checkpoint-seq-threshold": CHECKPOINT_ROWS,
+    "spot-retry-poll-interval": 0.1,
+    "backoff-base-s": 0.1,
+    "backoff-max-s": 0.5,
+    "silence-limit-s": 10,
+    "grace-s": 10,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What a round is to suffer, all of it drawn from its seed."""
+
+    seed: int
+    poison: Mapping[int, Way]  # by ordinal
+    runs_out_of_memory: bool
+    faults: tuple[Fault, ...]
+
+    @classmethod
+    def drawn(cls, seed: int) -> Round:
+        draw = random.Random(seed)
+        places = sorted(draw.sample(sorted(set(range(COUNT)) - set(OUT_OF_MEMORY)), draw.randint(0, 3)))
+        ways = (Way.EXCEPTION, Way.EXIT, Way.SEGFAULT, Way.NAN, Way.NAN)
+        faults = draw.choices(list(Fault), k=draw.randint(3, 6))
+        first_stop = faults.index(Fault.CHILD_STOP) if Fault.CHILD_STOP in faults else 0
+        return cls(
+            seed=seed,
+            poison={place: draw.choice(ways) for place in places},
+            runs_out_of_memory=draw.random() < 0.7,
+            # A frozen child accuses what is in the model: two in a round could meet the same innocent.
+            faults=tuple(f for i, f in enumerate(faults) if f != Fault.CHILD_STOP or i == first_stop),
+        )
+
+
+@dataclass(slots=True)
+class Totals:
+    """What all rounds have come to."""
+
+    rounds: int = 0
+    faults: Counter[Fault] = field(default_factory=Counter)
+    poison: Counter[Way] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    child_stops_s: list[float] = field(default_factory=list)
+    flow_stops_s: list[float] = field(default_factory=list)
+    orphans_s: list[float] = field(default_factory=list)
+
+    def add(self, round_: Round, struck: Struck, journal: Journal) -> None:
+        self.rounds += 1
+        self.faults += struck.faults
+        self.poison.update(round_.poison.values())
+        num_good = COUNT - len(round_.poison)
+        self.counts.update(
+            starts=struck.starts,
+            children=journal.num_children,
+            good=num_good,
+            again=journal.rows_computed - num_good,
+            allowed=most_rework(struck, journal),
+            out_of_memory=journal.out_of_memory,
+        )
+        self.child_stops_s += struck.child_stops_s
+        self.flow_stops_s += struck.flow_stops_s
+        self.orphans_s += struck.orphans_s
+
+    def record(self) -> None:
+        counts = self.counts
+        whole = "every row right, only the bad in quarantine, none twice, no orphan, verified"
+        record_figure("soak: rounds", self.rounds, whole)
+        notes = {
+            Fault.CHILD_TERM: f"slowest end {max(self.child_stops_s, default=0):.1f} s after it",
+            Fault.FLOW_TERM: f"slowest end, of SIGINT too, {max(self.flow_stops_s, default=0):.1f} s after it",
+            Fault.FLOW_KILL: f"slowest orphan left {max(self.orphans_s, default=0):.1f} s after it",
+        }
+        for fault in Fault:
+            record_figure(f"soak: {fault}", self.faults[fault], notes.get(fault, ""))
+        record_figure("soak: out of memory", counts["out_of_memory"], "met with smaller batches")
+        for way in (Way.EXCEPTION, Way.EXIT, Way.SEGFAULT, Way.NAN):
+            record_figure(f"soak: poison, {way.name.lower()}", self.poison[way], "in quarantine")
+        record_figure("soak: starts of the flow", counts["starts"], f"{counts['children']} children")
+        again = f"of {counts['good']:,} embedded; at most {counts['allowed']:,} allowed"
+        record_figure("soak: rows computed again", counts["again"], again)
+
+
+def test_whatever_strikes_when_nothing_is_lost(request, served_command_line, tmp_path):
+    """A failed round says its seed: `--soak-seed` with it and few `--soak-minutes` tries that round again, first."""
+    seed = request.config.getoption("--soak-seed", default=1)
+    until = time.monotonic() + 60 * request.config.getoption("--soak-minutes", default=10.0)
+    oracle = rows_of(run_unharmed(served_command_line, tmp_path / "oracle"))
+    totals = Totals()
+    while totals.rounds == 0 or time.monotonic() < until:
+        round_ = Round.drawn(seed + totals.rounds)
+        directory = tmp_path / f"round_{round_.seed}"
+        try:
+            struck = run_in_a_storm(served_command_line, directory, round_)
+            assert_nothing_is_lost(directory, round_, struck, oracle)
+        except AssertionError as error:
+            raise AssertionError(f"{round_} in {directory}: {error}") from error
+        totals.add(round_, struck, read_journal(directory))
+    totals.record()
+
+
+def run_unharmed(command_line: CommandLine, directory: Path) -> Path:
+    """Each protein is computed alone, where none can be taken for another."""
+    ended = command_line.run(*arguments_for(directory, {}, token_budget=1), timeout_s=600.0 * slowness())
+    assert ended.returncode == 0, ended.stderr
+    return directory / "run"
+
+
+def run_in_a_storm(command_line: CommandLine, directory: Path, round_: Round) -> Struck:
+    arguments = arguments_for(directory, round_.poison)
+    active = set(round_.poison.values()) | ({Way.MEMORY} if round_.runs_out_of_memory else set())
+    with sabotaged(directory / "sabotage", patch(*active) + journalling(directory, pause_s=PAUSE_S)):
+        storm = Storm(command_line, arguments, directory / "run", directory, round_.seed)
+        return storm.rage(round_.faults)
+
+
+def arguments_for(
+    directory: Path, poison: Mapping[int, Way], *, token_budget: int = TOKEN_BUDGET
+) -> tuple[object, ...]:
+    """Write the input, and give the command line."""
+    directory.mkdir()
+    marked = dict.fromkeys(OUT_OF_MEMORY, Way.MEMORY) | dict(poison)
+    draw = random.Random(20_260_101)
+    with (directory / "in.fasta").open("w") as file:
+        for ordinal in range(COUNT):
+            protein = draw_protein(draw, 30 if ordinal in OUT_OF_MEMORY else draw.randint(20, 60))
+            way = marked.get(ordinal)
+            file.write(f">protein_{ordinal}\n{protein if way is None else marked_as(protein, way)}\n")
+    runtime = [word for name, value in RUNTIME.items() for word in (f"--runtime.{name}", value)]
+    paths = ("--fasta", directory / "in.fasta", "--output-dir", directory / "run")
+    return (*paths, *MODEL, "--token-budget", token_budget, *runtime)
+
+
+def assert_nothing_is_lost(
+    directory: Path, round_: Round, struck: Struck, oracle: Mapping[str, NDArray[np.float32]]
+) -> None:
+    run_dir = directory / "run"
+    wait_until(lambda: not workers_of(run_dir), timeout_s=ORPHANS_LEAVE_WITHIN_S * slowness())
+    plan = load_plan(RunPaths(run_dir))
+    assert quarantined(run_dir, plan) == set(round_.poison)
+    assert_rows(run_dir, round_, oracle)
+    assert_computed_once(run_dir, plan)
+    assert_verified(run_dir)
+    journal = read_journal(directory)
+    again = journal.rows_computed - (COUNT - len(round_.poison))
+    assert 0 <= again <= most_rework(struck, journal), f"{again} rows computed again, {struck}, {journal}"
+
+
+def quarantined(run_dir: Path, plan: RunPlan) -> set[int]:
+    return set(Quarantine(RunPaths(run_dir).quarantine, num_sequences=plan.num_sequences).ordinals())
+
+
+def rows_of(run_dir: Path) -> dict[str, NDArray[np.float32]]:
+    dataset = open_dataset(run_dir)
+    assert dataset.ids == [f"protein_{ordinal}" for ordinal in range(COUNT)]
+    return {sequence_id: dataset[sequence_id] for sequence_id in dataset.ids}
+
+
+def assert_rows(run_dir: Path, round_: Round, oracle: Mapping[str, NDArray[np.float32]]) -> None:
+    """All rows but those of the bad ones, each under its id and in its place, as in the unharmed run."""
+    dataset = open_dataset(run_dir)
+    good = [ordinal for ordinal in range(COUNT) if ordinal not in round_.poison]
+    assert dataset.ids == [f"protein_{ordinal}" for ordinal in good]
+    for ordinal in good:
+        row = dataset[f"protein_{ordinal}"]
+        assert abs(row - oracle[f"protein_{ordinal}"]).max() < 1e-5, ordinal
+        assert (row == dataset.row(ordinal)).all()
+
+
+def assert_computed_once(run_dir: Path, plan: RunPlan) -> None:
+    survey = survey_checkpoints(RunPaths(run_dir).checkpoints_dir, plan.fingerprint, verify_digests=True)
+    assert not survey.damaged
+    held = Counter(ordinal for record in survey.valid for ordinal in record.ordinals.tolist())
+    assert set(held.values()) == {1}, f"in more than one checkpoint: {[each for each in held if held[each] > 1]}"
+
+
+def assert_verified(run_dir: Path) -> None:
+    command = [sys.executable, "-m", "vnp_lib", "verify", str(run_dir)]
+    verified = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def most_rework(struck: Struck, journal: Journal) -> int:
+    """Rows that may be computed twice: for each child that could not save, what it had in memory.
+
+    That is what it had collected for the next checkpoint, what the writer had in hand, and the batch in the model. A child
+    that is told to stop once, or whose supervisor is gone, saves, and costs nothing.
+    """
+    batch = TOKEN_BUDGET // (20 + 2)
+    checkpoint = CHECKPOINT_ROWS - 1 + batch
+    lost_children = len(struck.lost_children | journal.met_a_full_disk) + journal.lethal_passes
+    return lost_children * ((1 + MAX_IN_FLIGHT) * checkpoint + batch)
