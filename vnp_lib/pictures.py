@@ -42,6 +42,7 @@ _DIM = "#616e7c"
 # Tol's muted ones: a shard's colour is not to be taken for that of an outcome.
 _SHARD_COLOURS = ("#332288", "#44aa99", "#cc6677", "#ddcc77", "#88ccee", "#882255", "#117733", "#999933")
 _MOST_POINTS = 300  # of a line
+_MOST_DOTS = 600  # on all lines: they are what makes a file large
 _MOST_LABELS = 20  # of shards
 _TICKED_SHARDS = 60  # in more rows a tick for each checkpoint is noise
 _WIDTH, _HALF_WIDTH = 10.0, 5.0  # inches
@@ -98,6 +99,7 @@ def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
         return None
     ranks = sorted({attempt.rank for attempt in with_checkpoints})
     is_few = len(ranks) <= len(_SHARD_COLOURS)
+    has_dots = sum(len(attempt.checkpoints) for attempt in with_checkpoints) <= _MOST_DOTS
     with _drawn(_WIDTH, 2.9) as (axes, drawn):
         for attempt in with_checkpoints:
             points = _thinned(attempt.checkpoints)
@@ -108,8 +110,8 @@ def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
                 color=colour,
                 linewidth=1.5 if is_few else 0.7,
                 alpha=1.0 if is_few else 0.35,
-                marker="o" if len(points) < 60 else "",
-                markersize=3 if is_few else 1.5,
+                marker="o" if has_dots else "",
+                markersize=3,
             )
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens/s")

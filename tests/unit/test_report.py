@@ -294,7 +294,9 @@ def test_pictures_do_not_grow_with_the_run() -> None:
     """A line of a hundred thousand checkpoints has as many points as one of some hundreds."""
     short = pictures.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=300)])
     long = pictures.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=100_000)])
+    many = pictures.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=30)] * 500)
     assert len(svg_of(long)) < 2 * len(svg_of(short))
+    assert len(svg_of(many)) < 500_000
 
 
 def test_sequences_of_one_length_have_a_histogram() -> None:
