@@ -1,11 +1,12 @@
 # make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
 # make mutants: break it on purpose, and see that the tests notice. make soak: ten minutes of everything at once, and more.
-# make check: format, lint, types. make lock: the packages of the image, with their hashes.
+# make check: format, lint, types.
+# make check-deployments: run what deployments/process-pool.md says. make lock: the image's packages, with their hashes.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults soak mutants check format lock clean
+.PHONY: embed test faults soak mutants check check-deployments format lock clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -27,6 +28,9 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+check-deployments: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest tests/unit/test_deployments.py tests/integration/test_process_pool.py
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
