@@ -113,6 +113,7 @@ def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float,
         "missing": f"{summary.num_missing:,}",
         "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
         "dataset": f"`{summary.path}`: {summary.num_parts:,} parts, {summary.size_bytes / 1e9:,.2f} GB",
+        "report": f"`{run.paths.report}`",
         "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
         "fingerprint": f"`{run.plan.fingerprint}`",
     }

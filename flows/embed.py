@@ -25,9 +25,10 @@ from flows.shard import embed_shard
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig, parse_command_line
 from vnp_lib.dataset import DatasetSummary, assemble
-from vnp_lib.failures import CheckpointError, ExitCode, InputError
+from vnp_lib.failures import CheckpointError, ExitCode, InputError, StorageError
 from vnp_lib.plan import RunPaths
 from vnp_lib.progress import RunProgress, format_duration
+from vnp_lib.report import write_report
 from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open_run
 
 _MOST_ROUNDS = 3
@@ -52,6 +53,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
                 get_run_logger().warning("%s: it is computed again", error)
                 run.set_damaged_aside()
             else:
+                write_page(run)
                 await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
                 tell_of_completion(run, summary)
                 return Completed(message=f"{describe_dataset(summary)}, {describe(run, states)}")
@@ -94,6 +96,14 @@ def assemble_dataset(run: Run) -> DatasetSummary:
         quarantined=run.quarantine.ordinals(),
         allow_missing=run.config.allow_partial,
     )
+
+
+def write_page(run: Run) -> None:
+    """Write `report.html`. A run does not fail for want of it."""
+    try:
+        write_report(run.plan, run.paths)
+    except StorageError as error:
+        get_run_logger().warning("no report is written: %s", error)
 
 
 def describe_dataset(summary: DatasetSummary) -> str:
@@ -170,6 +180,7 @@ def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -
     print(
         f"{outcome.message} in {format_duration(elapsed_s)}\n"
         f"dataset: {RunPaths(config.output_dir).embeddings_dir}\n"
+        f"report:  {RunPaths(config.output_dir).report}\n"
         "read it back:\n"
         "    from vnp_lib.dataset import open_dataset\n"
         f'    dataset = open_dataset("{config.output_dir}")\n'
