@@ -15,6 +15,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -154,3 +155,22 @@ def test_a_broken_device_is_set_aside_and_its_shard_goes_to_another(tmp_path, ti
     manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
     assert [record["cause"] for record in failures(tmp_path / "run", 0)] == ["hardware"]
     assert manifest.get_redistributed_shards() == {0: 1}
+
+
+def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifest_that_is_right(
+    tmp_path, sabotage, proteins, oracle
+):
+    """The next child finds the checkpoint; the manifest counts it, too."""
+    sabotage(
+        """
+        if attempt == 1:
+            import signal, vnp_lib.manifest
+            def update_shard_checkpoint(*arguments, **options):
+                os.kill(os.getpid(), signal.SIGKILL)
+            vnp_lib.manifest.CheckpointManifest.update_shard_checkpoint = update_shard_checkpoint
+        """
+    )
+    outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
+    assert outcome.is_completed(), outcome.message
+    assert_same_rows(tmp_path / "run", oracle)
+    assert verify_run(tmp_path / "run").is_well
