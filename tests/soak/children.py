@@ -41,6 +41,8 @@ def noted_forward(self, input_ids, cu_seqlens, *others):
         note("lethal")
     if "M" in marks and input_ids.numel() > 40:
         note("out_of_memory")
+    if os.getppid() != parent:
+        note("orphaned")
     time.sleep(PAUSE_S)
     output = poisoned_forward(self, input_ids, cu_seqlens, *others)
     is_harmless = len(marks) == 1 and "".join(LETTERS[t - FIRST_LETTER] for t in input_ids[1:-1].tolist()) == LETTERS[:20]
@@ -60,6 +62,7 @@ class FaultyOps(files.DurableOps):
             time.sleep(0.1)
         super().fsync(fd)
 
+parent = os.getppid()
 poisoned_forward, ESM2.forward_packed = ESM2.forward_packed, noted_forward
 AsyncCheckpointWriter.__init__.__kwdefaults__["disk_full_delays_s"] = (0.1, 0.2, 0.4)
 files.ops = FaultyOps()
@@ -102,6 +105,7 @@ class Journal:
     rows_computed: int  # of proteins that are not bad
     lethal_passes: int  # forward passes that the process dies of
     out_of_memory: int
+    orphaned_passes: int  # the most forward passes that a child has begun after its parent's end
     met_a_full_disk: frozenset[int]  # process ids
 
 
@@ -112,10 +116,12 @@ def read_journal(directory: Path) -> Journal:
     counts: Counter[str] = Counter()
     for each in notes:
         counts[each["what"]] += each["count"]
+    orphaned = Counter(each["pid"] for each in notes if each["what"] == "orphaned")
     return Journal(
         num_children=counts["started"],
         rows_computed=counts["rows"],
         lethal_passes=counts["lethal"],
         out_of_memory=counts["out_of_memory"],
+        orphaned_passes=max(orphaned.values(), default=0),
         met_a_full_disk=frozenset(each["pid"] for each in notes if each["what"] == "disk_full"),
     )

@@ -29,6 +29,7 @@ from vnp_lib.quarantine import Quarantine
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
 COUNT = 400
+SHORTEST = 20  # residues
 TOKEN_BUDGET = 256
 CHECKPOINT_ROWS = 16
 PAUSE_S = 0.1  # of each forward pass: long enough to be struck in
@@ -159,7 +160,7 @@ def arguments_for(
     draw = random.Random(20_260_101)
     with (directory / "in.fasta").open("w") as file:
         for ordinal in range(COUNT):
-            protein = draw_protein(draw, 30 if ordinal in OUT_OF_MEMORY else draw.randint(20, 60))
+            protein = draw_protein(draw, 30 if ordinal in OUT_OF_MEMORY else draw.randint(SHORTEST, 60))
             way = marked.get(ordinal)
             file.write(f">protein_{ordinal}\n{protein if way is None else marked_as(protein, way)}\n")
     runtime = [word for name, value in RUNTIME.items() for word in (f"--runtime.{name}", value)]
@@ -178,6 +179,8 @@ def assert_nothing_is_lost(
     assert_computed_once(run_dir, plan)
     assert_verified(run_dir)
     journal = read_journal(directory)
+    longest_batch = most_rows_of_a_batch() if round_.runs_out_of_memory else 1  # in forward passes: it may go in pieces
+    assert journal.orphaned_passes <= longest_batch + 1, f"{journal.orphaned_passes} passes after the parent's end"
     again = journal.rows_computed - (COUNT - len(round_.poison))
     assert 0 <= again <= most_rework(struck, journal), f"{again} rows computed again, {struck}, {journal}"
 
@@ -222,7 +225,11 @@ def most_rework(struck: Struck, journal: Journal) -> int:
     That is what it had collected for the next checkpoint, what the writer had in hand, and the batch in the model. A child
     that is told to stop once, or whose supervisor is gone, saves, and costs nothing.
     """
-    batch = TOKEN_BUDGET // (20 + 2)
+    batch = most_rows_of_a_batch()
     checkpoint = CHECKPOINT_ROWS - 1 + batch
     lost_children = len(struck.lost_children | journal.met_a_full_disk) + journal.lethal_passes
     return lost_children * ((1 + MAX_IN_FLIGHT) * checkpoint + batch)
+
+
+def most_rows_of_a_batch() -> int:
+    return TOKEN_BUDGET // (SHORTEST + 2)
