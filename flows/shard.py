@@ -47,7 +47,8 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
             await delegate_shard(run, shard.rank, progress)
         else:
             await _attempt_here(run, shard.rank, devices, progress)
-    run.manifest.reconcile(run.checkpoints().valid, rank=shard.rank)  # a child may die before it records its last one
+    of_the_shard = run.checkpoints(rank=shard.rank).valid
+    run.manifest.reconcile(of_the_shard, rank=shard.rank)  # a child may die before it records its last one
     run.manifest.mark_shard_complete(shard.rank)
     num_quarantined = run.num_quarantined(shard.rank)
     return {

@@ -365,8 +365,10 @@ class Checkpoint:
     metadata: dict[str, Any]
 
 
-def survey_checkpoints(checkpoints_dir: Path, fingerprint: str, *, verify_digests: bool) -> Survey:
-    """Read all markers under `checkpoints_dir`, and judge the checkpoints by them. Moves nothing.
+def survey_checkpoints(
+    checkpoints_dir: Path, fingerprint: str, *, verify_digests: bool, rank: int | None = None
+) -> Survey:
+    """Read all markers under `checkpoints_dir`, or one shard's, and judge the checkpoints by them. Moves nothing.
 
     What is found is synced: a writer killed between publishing and syncing a name leaves one that a power cut could undo.
 
@@ -374,13 +376,15 @@ def survey_checkpoints(checkpoints_dir: Path, fingerprint: str, *, verify_digest
         checkpoints_dir: Has a `shard_{rank}` for each shard, of this run's number of shards or another. May be missing.
         fingerprint: A checkpoint of another run counts as damaged.
         verify_digests: Read every file and compare its sha256; otherwise only its size.
+        rank: Of the one shard to look at.
 
     Raises:
         StorageError: A file cannot be read for a reason that is not damage (permission, too many open files).
     """
     surveys = [
-        _survey_shard(shard_dir, rank, fingerprint, verify_digests=verify_digests)
-        for rank, shard_dir in _shard_directories(checkpoints_dir)
+        _survey_shard(shard_dir, each, fingerprint, verify_digests=verify_digests)
+        for each, shard_dir in _shard_directories(checkpoints_dir)
+        if rank in (None, each)
     ]
     return Survey(
         valid=tuple(record for survey in surveys for record in survey.valid),

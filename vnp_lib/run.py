@@ -62,11 +62,11 @@ class Run:
         self.quarantine = Quarantine(self.paths.quarantine, num_sequences=plan.num_sequences)
         self._weights = weights
 
-    def checkpoints(self, *, verify_digests: bool = False) -> Survey:
-        """Look into the markers of all checkpoints, and into the files themselves if asked to."""
+    def checkpoints(self, *, rank: int | None = None) -> Survey:
+        """Look into the markers of all checkpoints, or of one shard's."""
         from vnp_lib.checkpoint import survey_checkpoints
 
-        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=verify_digests)
+        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank)
 
     def shard_states(self) -> list[ShardState]:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
