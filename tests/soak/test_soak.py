@@ -40,6 +40,7 @@ RUNTIME = {
     "spot-retry-poll-interval": 0.1,
     "backoff-base-s": 0.1,
     "backoff-max-s": 0.5,
+    "startup-limit-s": 90,  # a child may be frozen before its first batch, too
     "silence-limit-s": 10,
     "grace-s": 10,
 }
