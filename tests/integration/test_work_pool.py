@@ -18,9 +18,16 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.embed import embed
 from flows.shard_run import embed_shard_run
-from tests.support import ROOT, assert_same_rows, descendants_of, is_alive, small_config
+from tests.support import (
+    ROOT,
+    assert_same_rows,
+    computed_ordinals,
+    descendants_of,
+    is_alive,
+    small_config,
+)
 from vnp_lib.config import EmbedConfig
-from vnp_lib.files import read_marker
+from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("prefect_server")]
@@ -56,12 +63,12 @@ def start_machine(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", name, "--limit", "1"]
-        log = (tmp_path / f"{name}.log").open("wb")
-        started.append(
-            subprocess.Popen(
-                command, env=os.environ | settings, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+        with (tmp_path / f"{name}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    command, env=os.environ | settings, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+                )
             )
-        )
         return started[-1]
 
     yield start
@@ -95,18 +102,6 @@ def settings(fasta: Path, run_dir: Path, deployment: str) -> EmbedConfig:
     )
 
 
-def computed_ordinals(run_dir: Path) -> list[int]:
-    markers = RunPaths(run_dir).checkpoints_dir.glob("shard_*/batch_*.pt.done")
-    return [ordinal for path in markers for ordinal in read_marker(path.with_suffix(""))["ordinals"]]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, prefect_server, short_fasta) -> Path:
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert asyncio.run(embed(small_config(short_fasta, run_dir), return_state=True)).is_completed()
-    return run_dir
-
-
 def test_a_machine_that_vanishes_costs_time_only(tmp_path, short_fasta, deployment, start_machine, uninterrupted):
     """Two machines, four shards; the one that is at work is switched off, and another takes its shard."""
     run_dir = tmp_path / "run"
@@ -127,5 +122,8 @@ def test_a_machine_that_vanishes_costs_time_only(tmp_path, short_fasta, deployme
 
     outcome = asyncio.run(run())
     assert outcome.is_completed(), outcome.message
+    manifest = CheckpointManifest(RunPaths(run_dir).manifest)
+    causes = [failure["cause"] for rank in range(NUM_SHARDS) for failure in manifest.failures(rank)]
+    assert causes == ["preempted"]
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
-    assert_same_rows(run_dir, uninterrupted)
+    assert_same_rows(run_dir, uninterrupted[0])
