@@ -30,7 +30,7 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 check-deployments: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest tests/unit/test_deployments.py tests/integration/test_process_pool.py
+	$(VENV)/bin/pytest -m "soak or not soak" tests/unit/test_deployments.py tests/integration/test_process_pool.py
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .

@@ -142,7 +142,7 @@ class Embedder:
         try:
             embedded = self.collect(self.launch(harmless))
         except BatchFailedError as error:
-            raise DeviceFailedError(f"{self._device} fails at a harmless sequence: {error}") from error
+            raise DeviceFailedError(f"{self._device} fails at a harmless sequence: {error}") from error.__cause__
         if embedded.batch is None:
             raise DeviceFailedError(f"{self._device} has no finite row, or no memory, for a harmless sequence")
 

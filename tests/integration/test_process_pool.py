@@ -13,7 +13,7 @@ import pytest
 from tests.support import ROOT
 from vnp_lib.dataset import open_dataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 GUIDE = ROOT / "deployments" / "process-pool.md"
 LEAVE_NOTHING_RUNNING = "trap 'jobs -p | xargs --no-run-if-empty kill -KILL' EXIT"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vnp_lib.embedder import Embedder
-from vnp_lib.failures import BatchFailedError, DeviceFailedError
+from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureCause, classify_exception
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
 
@@ -136,18 +136,22 @@ def test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch() -> Non
 
 @pytest.mark.parametrize(("sequences", "ordinal"), [(SEQUENCES, None), (["MKV"], 10)])
 def test_any_other_error_blames_the_batch_or_the_only_sequence(sequences: list[str], ordinal: int | None) -> None:
-    def fail(states: Tensor) -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
     with pytest.raises(BatchFailedError) as caught:
         embed(StubModel(spoil=fail), sequences)
     assert (caught.value.batch_idx, caught.value.ordinal) == (7, ordinal)
 
 
-@pytest.mark.parametrize("model", [StubModel(memory=1), StubModel(spoil=spoil_where(1))])
+def fail(states: Tensor) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("model", [StubModel(memory=1), StubModel(spoil=spoil_where(1)), StubModel(spoil=fail)])
 def test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken(model: StubModel) -> None:
-    with pytest.raises(DeviceFailedError):
+    """And no sequence: whatever the device has said, it is the device that is accused."""
+    with pytest.raises(DeviceFailedError) as caught:
         Embedder(model, torch.device("cpu"), budget=TokenBudget()).probe()
+    failure = classify_exception(caught.value)
+    assert (failure.cause, failure.batch_idx, failure.ordinal) == (FailureCause.HARDWARE, None, None)
 
 
 def test_a_sound_device_passes_the_probe() -> None:
