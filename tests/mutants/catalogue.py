@@ -241,7 +241,7 @@ _LOCKS = (
         module="manifest",
         before="        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n            state = self._read()\n",
         after="        if True:\n            state = self._read()\n",
-        caught_by=(f"{_MANIFEST}::test_manifest_concurrent_same_shard_updates",),
+        caught_by=(f"{_MANIFEST}::test_a_lock_that_is_not_given_up_names_its_holder",),
     ),
     Mutant(
         name="run-directory-not-locked",
@@ -937,6 +937,13 @@ _CURES = (
         before="strikes[-MAX_FAILURES_KEPT:] + others[-MAX_FAILURES_KEPT:]",
         after="(strikes + others)[-MAX_FAILURES_KEPT:]",
         caught_by=(f"{_JUDGEMENT}::test_a_thousand_preemptions_push_no_strike_out",),
+    ),
+    Mutant(
+        name="harmless-sequence-accused-in-the-devices-place",
+        module="embedder",
+        before='{error}") from error.__cause__\n',
+        after='{error}") from error\n',
+        caught_by=(f"{_EMBEDDER}::test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken",),
     ),
     Mutant(
         name="broken-device-blamed-on-a-sequence",

@@ -93,7 +93,7 @@ class Totals:
             children=journal.num_children,
             good=num_good,
             again=journal.rows_computed - num_good,
-            allowed=most_rework(struck, journal),
+            allowed=most_rework(round_, struck, journal),
             out_of_memory=journal.out_of_memory,
         )
         self.child_stops_s += struck.child_stops_s
@@ -183,7 +183,7 @@ def assert_nothing_is_lost(
     longest_batch = most_rows_of_a_batch() if round_.runs_out_of_memory else 1  # in forward passes: it may go in pieces
     assert journal.orphaned_passes <= longest_batch + 1, f"{journal.orphaned_passes} passes after the parent's end"
     again = journal.rows_computed - (COUNT - len(round_.poison))
-    assert 0 <= again <= most_rework(struck, journal), f"{again} rows computed again, {struck}, {journal}"
+    assert 0 <= again <= most_rework(round_, struck, journal), f"{again} rows computed again, {struck}, {journal}"
 
 
 def quarantined(run_dir: Path, plan: RunPlan) -> set[int]:
@@ -220,16 +220,18 @@ def assert_verified(run_dir: Path) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-def most_rework(struck: Struck, journal: Journal) -> int:
+def most_rework(round_: Round, struck: Struck, journal: Journal) -> int:
     """Rows that may be computed twice: for each child that could not save, what it had in memory.
 
     That is what it had collected for the next checkpoint, what the writer had in hand, and the batch in the model. A child
-    that is told to stop once, or whose supervisor is gone, saves, and costs nothing.
+    that is told to stop once, or whose supervisor is gone, saves, and costs nothing. One that raises at a bad protein costs
+    nothing either, unless memory is short: then the batch goes in pieces, and those before the bad one are lost with it.
     """
     batch = most_rows_of_a_batch()
     checkpoint = CHECKPOINT_ROWS - 1 + batch
     lost_children = len(struck.lost_children | journal.met_a_full_disk) + journal.lethal_passes
-    return lost_children * ((1 + MAX_IN_FLIGHT) * checkpoint + batch)
+    strikes = 2 * list(round_.poison.values()).count(Way.EXCEPTION) if round_.runs_out_of_memory else 0
+    return lost_children * ((1 + MAX_IN_FLIGHT) * checkpoint + batch) + strikes * (batch - 1)
 
 
 def most_rows_of_a_batch() -> int:
