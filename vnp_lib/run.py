@@ -22,7 +22,7 @@ from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
-from vnp_lib.worker import ShardJob
+from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.checkpoint import Survey
@@ -70,16 +70,16 @@ class Run:
 
     def shard_states(self) -> list[ShardState]:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
-        is_done = self._is_done()
+        is_done = done_or_set_aside(self.plan, self.paths)
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
 
     def shard_state(self, rank: int) -> ShardState:
         """The same for one shard."""
-        return self._shard_state(rank, self._is_done())
+        return self._shard_state(rank, done_or_set_aside(self.plan, self.paths))
 
     def num_quarantined(self, rank: int) -> int:
         """How many of a shard's sequences are in quarantine."""
-        return len(self.quarantine.ordinals() & set(self.plan.shard_ordinals(rank).tolist()))
+        return int(np.isin(self.plan.shard_ordinals(rank), list(self.quarantine.ordinals())).sum())
 
     def num_tokens_left(self, shards: Iterable[ShardState]) -> int:
         """How many tokens have to go through the model yet, when its shards stand so."""
@@ -152,11 +152,6 @@ class Run:
         accused = [failure.ordinal for failure in reversed(failures) if failure.accuses_batch]
         ordinals = [ordinal for ordinal in accused if ordinal is not None] + self.manifest.suspects()
         return tuple(dict.fromkeys(ordinals))
-
-    def _is_done(self) -> NDArray[np.bool_]:
-        is_done = self.checkpoints().done_mask(self.plan.num_sequences)
-        is_done[list(self.quarantine.ordinals())] = True
-        return is_done
 
     def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
         ordinals = self.plan.shard_ordinals(rank)

@@ -285,12 +285,10 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
     This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
     left, suspects come first, in their order, each as a batch of its own.
     """
-    from vnp_lib.checkpoint import heal_shard, survey_checkpoints
+    from vnp_lib.checkpoint import heal_shard
 
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
-    survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
-    is_done = survey.done_mask(plan.num_sequences)
-    is_done[list(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals())] = True
+    is_done = done_or_set_aside(plan, paths)
     ordinals_of_shard = plan.shard_ordinals(rank)
     done = ordinals_of_shard[is_done[ordinals_of_shard]]
     return PendingWork(
@@ -299,6 +297,16 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
         tokens_done=plan.num_tokens(done),
         next_checkpoint=next_checkpoint,
     )
+
+
+def done_or_set_aside(plan: RunPlan, paths: RunPaths) -> NDArray[np.bool_]:
+    """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them."""
+    from vnp_lib.checkpoint import survey_checkpoints
+
+    survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
+    is_done = survey.done_mask(plan.num_sequences)
+    is_done[list(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals())] = True
+    return is_done
 
 
 def _left(
