@@ -53,6 +53,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
                 get_run_logger().warning("%s: it is computed again", error)
                 run.set_damaged_aside()
             else:
+                warn_of_poor_precision(summary)
                 write_page(run)
                 await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
                 tell_of_completion(run, summary)
@@ -96,6 +97,14 @@ def assemble_dataset(run: Run) -> DatasetSummary:
         quarantined=run.quarantine.ordinals(),
         allow_missing=run.config.allow_partial,
     )
+
+
+def warn_of_poor_precision(summary: DatasetSummary) -> None:
+    """Say it where half precision has moved the embeddings further than people expect."""
+    if summary.precision and summary.precision.is_poor:
+        get_run_logger().warning(
+            "%s: that is poor for half precision; --dtype float32 is exact", summary.precision.describe()
+        )
 
 
 def write_page(run: Run) -> None:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths, RunPlan
+from vnp_lib.precision import Certificate, Comparison, from_metadata
 
 if TYPE_CHECKING:  # torch takes seconds to import, and readers of a dataset do without
     from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
@@ -56,6 +57,7 @@ class DatasetSummary:
     num_parts: int
     dim: int
     size_bytes: int
+    precision: Certificate | None  # of what went through the model in half precision
 
 
 def _utc_now() -> datetime:
@@ -349,7 +351,8 @@ def _write_dataset(
     dim = records[0].width
     rows_per_part = max(1, part_bytes // (dim * np.dtype(np.float32).itemsize + ROW_OVERHEAD_BYTES))
     buckets = _Buckets(paths.assembly_dir, dim, rows_per_part)
-    _distribute(plan, records, buckets)
+    comparisons = _distribute(plan, records, buckets)
+    precision = Certificate.of(comparisons)
     starts = range(0, plan.num_sequences, rows_per_part)
     success = content | {
         "schema": DATASET_SCHEMA,
@@ -358,22 +361,28 @@ def _write_dataset(
         "num_computed": plan.num_computed,
         "dim": dim,
         "ordinals_per_part": rows_per_part,
+        "precision": asdict(precision) if precision else None,
         "parts": [_write_part(plan, paths, buckets, start, has_row) for start in starts],
         "created_at": created_at,
     }
     files.write_sealed_json(paths.success, success, replace=True)
 
 
-def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets) -> None:
+def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets) -> list[Comparison]:
+    """Give every row to its bucket, and return what the checkpoints say of how exact their rows are."""
+    comparisons: list[Comparison] = []
     copies = _Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
     for record in records:
         checkpoint = load_planned(plan, record, dim=buckets.dim)
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
+        used = set(record.ordinals[rows].tolist())
+        comparisons += [each for each in from_metadata(checkpoint.metadata) if each.ordinal in used]
         ordinals, sources = copies.fan_out(record.ordinals[rows])
         buckets.append(ordinals, checkpoint.embeddings, rows[sources])
         plan.forget_pages()
+    return comparisons
 
 
 def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, dim: int) -> None:
@@ -549,7 +558,8 @@ def _find_dataset(path: Path) -> Path:
 def _read_success(directory: Path) -> dict[str, Any]:
     """Raises StorageError where it is damaged, or a part is missing or of another size.
 
-    One that says nothing of missing rows was written when there could be none.
+    One that says nothing of missing rows was written when there could be none; one that says nothing of precision, when it
+    was not measured.
     """
     success = files.read_sealed_json(directory / _SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
@@ -562,7 +572,7 @@ def _read_success(directory: Path) -> dict[str, Any]:
                 f"{path} has {size_bytes:,} bytes, and {part['size_bytes']:,} were written; start the run again: the "
                 f"dataset is then put together anew"
             )
-    return {"num_missing": 0, "missing_sha256": _NONE_SHA256} | success
+    return {"num_missing": 0, "missing_sha256": _NONE_SHA256, "precision": None} | success
 
 
 def _damage(directory: Path, part: dict[str, Any]) -> str | None:
@@ -586,6 +596,7 @@ def _summary(paths: RunPaths) -> DatasetSummary:
         num_parts=len(success["parts"]),
         dim=success["dim"],
         size_bytes=sum(part["size_bytes"] for part in success["parts"]),
+        precision=Certificate(**success["precision"]) if success["precision"] else None,
     )
 
 

@@ -20,6 +20,7 @@ from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 
 _NUM_AMINO_ACIDS = 20  # the first of the letters
+_CPU = torch.device("cpu")
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +61,21 @@ class EmbeddedBatch:
 
 
 class ExactModel:
-    """A model in float32 on the CPU, loaded when it is first asked for a row."""
+    """A model in float32, loaded when it is first asked for a row."""
 
-    def __init__(self, model: str, weights: Weights) -> None:
+    def __init__(self, model: str, weights: Weights, *, device: torch.device = _CPU) -> None:
         self._model = model
         self._weights = weights
+        self._device = device
 
+    @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
-        return embed_batch(self._loaded, batch)
+        """The rows of a batch, float32 (B, D), on the CPU."""
+        return embed_batch(self._loaded, batch.to(self._device)).cpu()
 
     @cached_property
     def _loaded(self) -> ESM2:
-        return load_model(self._model, self._weights, dtype=torch.float32, device=torch.device("cpu"))
+        return load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
 
 
 class Embedder:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointTrigger, resume_from_checkpoints
@@ -25,6 +26,7 @@ from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import checkpoint_path
+from vnp_lib.precision import compare, to_metadata
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
 
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
@@ -61,6 +63,7 @@ class AsyncInferenceRunner:
         model_config_hash: Digest of the weights; in every checkpoint.
         budget: Most tokens of a forward pass. A batch that does not fit into memory is computed in pieces.
         exactly: Gives the row, (1, D), of a single sequence whose row was not finite, with more care.
+        exact_rows: Rows in float32, (D,), by ordinal; how far ours are from them goes into the checkpoints.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class AsyncInferenceRunner:
         *,
         budget: TokenBudget | None = None,
         exactly: Callable[[PackedBatch], Tensor] | None = None,
+        exact_rows: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
         device = torch.device(device)
         self._embedder = Embedder(model, device, budget=budget or TokenBudget(), exactly=exactly)
@@ -87,6 +91,7 @@ class AsyncInferenceRunner:
         self._trigger = CheckpointTrigger(checkpoint_seq_threshold, checkpoint_time_threshold)
         self._manifest = manifest
         self._metadata = {"fingerprint": input_fingerprint, "model_config_hash": model_config_hash}
+        self._exact_rows = exact_rows or {}
 
     def run(
         self,
@@ -189,6 +194,7 @@ class AsyncInferenceRunner:
                 rank=self._rank,
                 next_checkpoint=next_checkpoint,
                 metadata=self._metadata,
+                exact_rows=self._exact_rows,
                 on_checkpoint=listener.on_checkpoint,
             )
 
@@ -271,6 +277,7 @@ class _Unsaved:
         rank: int,
         next_checkpoint: int,
         metadata: Mapping[str, Any],
+        exact_rows: Mapping[int, NDArray[np.float32]],
         on_checkpoint: Callable[[int, int], None],
     ) -> None:
         self._writer = writer
@@ -278,6 +285,7 @@ class _Unsaved:
         self._rank = rank
         self._next_checkpoint = next_checkpoint
         self._metadata = metadata
+        self._exact_rows = exact_rows
         self._on_checkpoint = on_checkpoint
         self._batches: list[PackedBatch] = []
         self._rows: list[Tensor] = []
@@ -292,13 +300,15 @@ class _Unsaved:
             return
         number, batches, rows = self._next_checkpoint, self._batches, torch.cat(self._rows)
         self._next_checkpoint, self._batches, self._rows = number + 1, [], []
+        ordinals = np.concatenate([batch.ordinals for batch in batches])
         written = self._writer.write_checkpoint_async(
             checkpoint_path(self._directory, self._rank, number),
             rows,
             [sequence_id for batch in batches for sequence_id in batch.sequence_ids],
             {
                 **self._metadata,
-                "ordinals": np.concatenate([batch.ordinals for batch in batches]).tolist(),
+                **to_metadata(compare(ordinals, rows.numpy(), self._exact_rows)),
+                "ordinals": ordinals.tolist(),
                 "batches": [batch.batch_idx for batch in batches],
                 "reason": reason,
             },

@@ -97,7 +97,7 @@ class _Followed:
                 self.limit_s = self._silence_limit_s
                 self._is_probing = False
                 self._in_model.append((batch_idx, ordinal))
-            case {"event": "batch"}:
+            case {"event": "batch" | "exact_row"}:
                 self._in_model.pop(0)
 
     def failure(self, exit_code: int) -> Failure:

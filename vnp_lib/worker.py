@@ -33,9 +33,11 @@ from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.precision import sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
+    from vnp_lib.embedder import ExactModel
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.tokens import PackedBatch
 
@@ -163,7 +165,7 @@ class ShardAttempt:
         self._events.send("started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done)
         self._history.started(device=self._job.device, pending=work.num_sequences)
         if work.batches:
-            runner = self._load_runner(plan)
+            runner = self._load_runner(plan, work)
             self._events.send("loaded")
             self._history.loaded()
             self._stop.install()
@@ -187,7 +189,7 @@ class ShardAttempt:
                 logger.info("%s", error)
                 self._events.send("waiting", message=str(error))
 
-    def _load_runner(self, plan: RunPlan) -> AsyncInferenceRunner:
+    def _load_runner(self, plan: RunPlan, work: PendingWork) -> AsyncInferenceRunner:
         import torch
 
         from vnp_lib.embedder import ExactModel
@@ -201,6 +203,10 @@ class ShardAttempt:
         if weights.digest != job.weights_digest:
             raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
         device = torch.device(job.device)
+        is_exact = job.dtype == "float32"
+        exact_rows = {} if is_exact else self._exact_rows(plan, work, ExactModel(job.model, weights, device=device))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the exact model took
         model = load_model(job.model, weights, dtype=getattr(torch, job.dtype), device=device)
         return AsyncInferenceRunner(
             model,
@@ -218,8 +224,29 @@ class ShardAttempt:
                 job.token_budget,
                 on_change=lambda tokens: self._events.send("token_budget", tokens=tokens),
             ),
-            exactly=None if job.dtype == "float32" else ExactModel(job.model, weights),
+            exactly=None if is_exact else ExactModel(job.model, weights),
+            exact_rows=exact_rows,
         )
+
+    def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> dict[int, NDArray[np.float32]]:
+        """Embed this shard's part of the sample in float32, before the run's own model takes the memory.
+
+        Each sequence is announced like a batch: should the process die of it, it is accused.
+        """
+        sample = sampled_ordinals(plan)
+        alone = [
+            (idx, own[place : place + 1]) for idx, own in work.batches for place in np.flatnonzero(np.isin(own, sample))
+        ]
+        rows = {}
+        for batch in read_batches(plan, alone):
+            ordinal = int(batch.ordinals[0])
+            self._events.send("computing", batch_idx=batch.batch_idx, ordinal=ordinal)
+            try:
+                rows[ordinal] = model(batch)[0].numpy()
+            except Exception as error:  # to measure harms nothing; what is bad is judged when its batch comes
+                logger.warning("%r is not compared with float32: %s", batch.sequence_ids[0], error)
+            self._events.send("exact_row", ordinal=ordinal)
+        return rows
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
         listener = _Reporter(self._job, plan, self._events, self._stop, self._history)

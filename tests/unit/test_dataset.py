@@ -195,6 +195,7 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
         num_parts=4,
         dim=DIM,
         size_bytes=sum(sizes),
+        precision=None,
     )
     assert verify_dataset(run.paths.run_dir) == []
 
@@ -548,12 +549,13 @@ def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
 def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     distribute = vnp_lib.dataset._distribute
 
-    def distribute_and_damage(*arguments: object) -> None:
-        distribute(*arguments)  # type: ignore[arg-type]
+    def distribute_and_damage(*arguments: object) -> object:
+        comparisons = distribute(*arguments)  # type: ignore[arg-type]
         (bucket,) = run.paths.assembly_dir.glob("bucket-00002-*")
         data = bytearray(bucket.read_bytes())
         data[20] ^= 1
         bucket.write_bytes(data)
+        return comparisons
 
     monkeypatch.setattr(vnp_lib.dataset, "_distribute", distribute_and_damage)
     with pytest.raises(StorageError, match=r"bucket-00002-.* does not give back what was written to it"):

@@ -15,7 +15,7 @@ LAYERS = (
     {"files"},
     {"config", "fasta", "packing", "progress", "heartbeat"},
     {"plan", "retry", "tokens", "attention", "terminal"},
-    {"manifest", "quarantine", "esm2", "listener"},
+    {"manifest", "quarantine", "esm2", "listener", "precision"},
     {"checkpoint", "supervisor", "embedder", "history"},
     {"inference", "dataset", "pictures"},
     {"worker", "verify", "status"},

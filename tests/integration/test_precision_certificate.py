@@ -1,0 +1,110 @@
+"""A run in half precision says how far it is from float32: measured on its own rows, and held against a float32 run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows.embed import embed
+from tests.poison import Way, patch, write_proteins
+from tests.support import small_config
+from vnp_lib.dataset import open_dataset
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.quarantine import Quarantine
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+WORSE_THAN_HALF_PRECISION = """
+import torch
+from vnp_lib.esm2 import ESM2
+
+def forward_packed(self, *arguments):
+    output = original(self, *arguments)
+    for states in output["representations"].values():
+        if states.dtype == torch.bfloat16:
+            states[:, 0] += 3.0
+    return output
+
+original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
+"""
+
+KILLED_AFTER_A_CHECKPOINT = """
+import torch
+from vnp_lib.esm2 import ESM2
+
+passes = 0
+
+def forward_packed(self, *arguments):
+    global passes
+    passes += self.embed_tokens.weight.dtype == torch.bfloat16
+    if attempt == 1 and passes == 3:
+        time.sleep(1.0)  # for the checkpoint of the first two batches
+        os.kill(os.getpid(), 9)
+    return original(self, *arguments)
+
+import time
+original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
+"""
+
+
+def run_flow(fasta: Path, run_dir: Path, **settings):
+    quick = {"spot_retry_poll_interval": 0.01, "checkpoint_seq_threshold": 5}
+    config = small_config(fasta, run_dir, **{"dtype": "bfloat16", "runtime": quick, "token_budget": 300} | settings)
+    return asyncio.run(embed(config, return_state=True))
+
+
+def precision(run_dir: Path) -> dict:
+    return json.loads(RunPaths(run_dir).success.read_text())["precision"]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory, prefect_server, tiny_fasta) -> Path:
+    run_dir = tmp_path_factory.mktemp("exact") / "run"
+    assert run_flow(tiny_fasta, run_dir, dtype="float32").is_completed()
+    return run_dir
+
+
+def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fasta, exact):
+    """Also when a child is killed in between: what it has compared is in its checkpoints."""
+    sabotage(KILLED_AFTER_A_CHECKPOINT)
+    outcome = run_flow(tiny_fasta, tmp_path / "run")
+    assert outcome.is_completed(), outcome.message
+    causes = [
+        each["cause"]
+        for rank in (0, 1)
+        for each in CheckpointManifest(RunPaths(tmp_path / "run").manifest).failures(rank)
+    ]
+    assert causes == ["killed", "killed"]
+    ours, theirs = open_dataset(tmp_path / "run"), open_dataset(exact)
+    pairs = [(ours[each].astype(float), theirs[each].astype(float)) for each in theirs.ids]
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
+    told = precision(tmp_path / "run")
+    assert told["num_compared"] == len(theirs) == 40
+    assert told["lowest_cosine"] == pytest.approx(min(cosines), abs=1e-9)
+    assert told["max_abs_difference"] == pytest.approx(max(abs(a - b).max() for a, b in pairs), rel=1e-3)
+    assert 0.999 < told["lowest_cosine"] < 1.0
+    assert precision(exact) is None
+
+
+def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
+    sabotage(WORSE_THAN_HALF_PRECISION)
+    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+    assert precision(tmp_path / "run")["lowest_cosine"] < 0.999
+    assert "that is poor for half precision; --dtype float32 is exact" in caplog.text
+
+
+def test_measuring_harms_nothing(tmp_path, sabotage):
+    """A protein that the model cannot take in float32 either is set aside as ever; all others have their rows."""
+    write_proteins(tmp_path / "in.fasta", 24, {4: Way.EXIT, 9: Way.EXCEPTION, 17: Way.NAN, 20: Way.TOO_LARGE})
+    sabotage(patch(Way.EXIT, Way.EXCEPTION, Way.NAN))
+    outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run")
+    assert outcome.is_completed(), outcome.message
+    paths = RunPaths(tmp_path / "run")
+    held = Quarantine(paths.quarantine, num_sequences=load_plan(paths).num_sequences).read()
+    assert sorted(each.id for each in held) == ["exception_9", "exit_4", "nan_17"]
+    assert precision(tmp_path / "run")["num_compared"] == len(open_dataset(tmp_path / "run")) == 21
