@@ -14,15 +14,16 @@ from http.client import HTTPException
 from math import sqrt
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vnp_lib.attention import PackedLayout, rotary_tables, rotate, varlen_attention
+from vnp_lib.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
 from vnp_lib.failures import ConfigError, WeightsError
 from vnp_lib.files import digest_file
+from vnp_lib.linear import Linear, convolution_is_faster
 from vnp_lib.tokens import ALPHABET_SIZE, PAD
 
 RANDOM_SEED = 0
@@ -57,17 +58,36 @@ def architecture_of(model: str) -> Architecture:
 
 
 class ESM2(nn.Module):
-    """ESM-2 without its heads, for inference, with fair-esm's parameter names (Lin et al. 2023, doi:10.1126/science.ade2574)."""
+    """ESM-2 without its heads, for inference (Lin et al. 2023, doi:10.1126/science.ade2574).
 
-    def __init__(self, architecture: Architecture) -> None:
+    Queries, keys and values come from one projection, in the order that `rotate` wants; else it is fair-esm's network.
+    """
+
+    def __init__(self, architecture: Architecture, *, by_convolution: bool = False) -> None:
         super().__init__()
         self.architecture = architecture
         # Given a weight, it draws none: for that, on "meta", torch imports its compiler, which takes seconds.
         weight = torch.empty(ALPHABET_SIZE, architecture.embed_dim)
         self.embed_tokens = nn.Embedding(ALPHABET_SIZE, architecture.embed_dim, padding_idx=PAD, _weight=weight)
-        self.layers = nn.ModuleList(_TransformerLayer(architecture) for _ in range(architecture.num_layers))
+        self.layers = nn.ModuleList(
+            _TransformerLayer(architecture, by_convolution=by_convolution) for _ in range(architecture.num_layers)
+        )
         self.emb_layer_norm_after = nn.LayerNorm(architecture.embed_dim)
         self.requires_grad_(False)
+
+    @classmethod
+    def from_fair_esm(
+        cls, architecture: Architecture, tensors: Iterable[tuple[str, Tensor]], *, by_convolution: bool = False
+    ) -> Self:
+        """Build it on fair-esm's parameters, by fair-esm's names; it keeps those that need no change.
+
+        Args:
+            by_convolution: How to multiply, see `Linear`; for float32 on a CPU only.
+        """
+        with torch.device("meta"):
+            network = cls(architecture, by_convolution=by_convolution)
+        network.load_state_dict(dict(_with_fused_projections(tensors, architecture.head_dim)), assign=True)
+        return network.eval()
 
     def forward_packed(
         self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, repr_layers: Sequence[int] | None = None
@@ -91,10 +111,10 @@ class ESM2(nn.Module):
 
         x = self.embed_tokens(input_ids) * _TOKEN_DROPOUT_SCALE
         layout = PackedLayout.of(cu_seqlens, max_seqlen, x.dtype)
-        cos, sin = rotary_tables(layout, len(x), self.architecture.head_dim, x.dtype)
+        factors = rotary_factors(layout, len(x), self.architecture.head_dim, x.dtype)
         representations = {0: x} if 0 in wanted else {}
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            x = layer(x, layout, cos, sin)
+            x = layer(x, layout, factors)
             if number in wanted:
                 representations[number] = x if number < last else self.emb_layer_norm_after(x)
         return {"representations": representations}
@@ -105,53 +125,54 @@ _TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 
 
 class _TransformerLayer(nn.Module):
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, by_convolution: bool) -> None:
         super().__init__()
         dim = architecture.embed_dim
-        self.self_attn = _SelfAttention(architecture)
+        self.self_attn = _SelfAttention(architecture, by_convolution=by_convolution)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = _Linear(dim, 4 * dim)
-        self.fc2 = _Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim, by_convolution=by_convolution)
+        self.fc2 = Linear(4 * dim, dim, by_convolution=by_convolution)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, layout: PackedLayout, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: PackedLayout, factors: Tensor) -> Tensor:
         # `add_` goes into the fresh tensor: x may be among the states that the caller asked for.
-        x = self.self_attn(self.self_attn_layer_norm(x), layout, cos, sin).add_(x)
+        x = self.self_attn(self.self_attn_layer_norm(x), layout, factors).add_(x)
         hidden: Tensor = self.fc2(F.gelu(self.fc1(self.final_layer_norm(x)))).add_(x)
         return hidden
 
 
 class _SelfAttention(nn.Module):
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, by_convolution: bool) -> None:
         super().__init__()
         dim = architecture.embed_dim
         self.heads = (architecture.attention_heads, architecture.head_dim)
-        self.q_proj = _Linear(dim, dim)
-        self.k_proj = _Linear(dim, dim)
-        self.v_proj = _Linear(dim, dim)
-        self.out_proj = _Linear(dim, dim)
+        self.qkv_proj = Linear(dim, 3 * dim, by_convolution=by_convolution)
+        self.out_proj = Linear(dim, dim, by_convolution=by_convolution)
 
-    def forward(self, x: Tensor, layout: PackedLayout, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        attended = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)
+    def forward(self, x: Tensor, layout: PackedLayout, factors: Tensor) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (3, *self.heads))
+        q, k = rotate(qkv[:, :2], factors).unbind(1)
+        attended = varlen_attention(q, k, qkv[:, 2], layout)
         out: Tensor = self.out_proj(attended.flatten(-2))
         return out
 
 
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_PROJECTION = re.compile(r"(layers\.\d+\.self_attn\.)([qkv])(_proj\.(?:weight|bias))")
 
 
-class _Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply tokens, (T, in_features); on a CPU in float32 as a 1 x 1 convolution over them.
-
-        Convolutions go to oneDNN, which uses AVX-512 on every CPU that has it; matrix products go to MKL, which does so
-        on Intel's alone. Measured on AMD Zen 5: 410 against 185 GFLOP/s. Both views are free of copies.
-        """
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not _HAS_ONEDNN:
-            return super().forward(x)
-        pixels = x[None, None].permute(0, 3, 1, 2)
-        return F.conv2d(pixels, self.weight[..., None, None], self.bias).permute(0, 2, 3, 1)[0, 0]
+def _with_fused_projections(tensors: Iterable[tuple[str, Tensor]], head_dim: int) -> Iterator[tuple[str, Tensor]]:
+    """Lay fair-esm's three projections of each layer into one, as soon as all three have come."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        if (match := _PROJECTION.fullmatch(name)) is None:
+            yield name, tensor
+            continue
+        fused_name = f"{match[1]}qkv{match[3]}"
+        parts = waiting.setdefault(fused_name, {})
+        parts[match[2]] = tensor if match[2] == "v" else pairs_adjacent(tensor, head_dim)
+        if len(parts) == 3:
+            yield fused_name, torch.cat([waiting[fused_name][which] for which in "qkv"])
+            del waiting[fused_name]
 
 
 def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -201,10 +222,15 @@ def resolve_weights(model: str, weights: str) -> Weights:
     return Weights(source="file", path=path.resolve(), digest=digest_file(path).sha256)
 
 
-def load_model(model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device) -> ESM2:
+def load_model(
+    model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device, by_convolution: bool | None = None
+) -> ESM2:
     """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice.
 
     Random ones give vectors that mean nothing; it is for the caller to say so.
+
+    Args:
+        by_convolution: How float32 is multiplied on a CPU, see `Linear`; None tries which way is faster.
 
     Raises:
         WeightsError: The file has gone, is damaged, or is of another model.
@@ -216,10 +242,12 @@ def load_model(model: str, weights: Weights, *, dtype: torch.dtype, device: torc
     else:
         tensors = _checked_state(weights.path, model, architecture).items()
     # A copy in any case: what is read in place changes under the model when someone overwrites the file.
-    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
-    network = _empty_network(architecture)
-    network.load_state_dict(state, assign=True)
-    return network.eval()
+    own = ((name, tensor.to(device, dtype, copy=True)) for name, tensor in tensors)
+    if device.type != "cpu" or dtype != torch.float32:
+        by_convolution = False
+    elif by_convolution is None:
+        by_convolution = convolution_is_faster()
+    return ESM2.from_fair_esm(architecture, own, by_convolution=by_convolution)
 
 
 def random_tensors(architecture: Architecture, *, seed: int = RANDOM_SEED) -> Iterator[tuple[str, Tensor]]:
@@ -228,9 +256,9 @@ def random_tensors(architecture: Architecture, *, seed: int = RANDOM_SEED) -> It
     Layer norms and biases are not neutral, so that a forgotten one shows; states keep their size through all layers.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in _empty_network(architecture).named_parameters():
+    for name, shape in _fair_esm_shapes(architecture).items():
         # Uniform, since a normal draw's last bits depend on the CPU's vector width.
-        noise = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
+        noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)
         yield name, _scaled_parameter(name, noise, architecture)
 
 
@@ -247,9 +275,24 @@ def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
     torch.save({"cfg": {"model": settings}, "model": prefixed}, path)
 
 
-def _empty_network(architecture: Architecture) -> ESM2:
-    with torch.device("meta"):
-        return ESM2(architecture)
+def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """fair-esm's parameters that this network needs, in fair-esm's order but for queries, which come first."""
+    dim = architecture.embed_dim
+    norm: dict[str, tuple[int, ...]] = {"weight": (dim,), "bias": (dim,)}
+    square: dict[str, tuple[int, ...]] = {"weight": (dim, dim), "bias": (dim,)}
+    layer: dict[str, dict[str, tuple[int, ...]]] = {
+        **{f"self_attn.{which}_proj": square for which in ("q", "k", "v", "out")},
+        "self_attn_layer_norm": norm,
+        "fc1": {"weight": (4 * dim, dim), "bias": (4 * dim,)},
+        "fc2": {"weight": (dim, 4 * dim), "bias": (dim,)},
+        "final_layer_norm": norm,
+    }
+    modules: dict[str, dict[str, tuple[int, ...]]] = {
+        "embed_tokens": {"weight": (ALPHABET_SIZE, dim)},
+        **{f"layers.{n}.{name}": own for n in range(architecture.num_layers) for name, own in layer.items()},
+        "emb_layer_norm_after": norm,
+    }
+    return {f"{name}.{kind}": shape for name, own in modules.items() for kind, shape in own.items()}
 
 
 def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> Tensor:
@@ -309,8 +352,8 @@ def _checked_state(path: Path, model: str, architecture: Architecture) -> dict[s
             f"{path} holds {found[0]} layers of width {found[1]}, but {model} has {architecture.num_layers} "
             f"of width {architecture.embed_dim}: choose the model that the file is of, or another file"
         )
-    expected_shapes = {name: parameter.shape for name, parameter in _empty_network(architecture).named_parameters()}
-    found_shapes = {name: tensor.shape for name, tensor in state.items()}
+    expected_shapes = _fair_esm_shapes(architecture)
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = sorted(expected_shapes.keys() | found_shapes.keys())
     if wrong := [name for name in names if expected_shapes.get(name) != found_shapes.get(name)]:
         raise WeightsError(

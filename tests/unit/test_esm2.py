@@ -52,9 +52,7 @@ def fair_esm_model(architecture: Architecture, state: dict[str, torch.Tensor]) -
 
 
 def our_model(architecture: Architecture, state: dict[str, torch.Tensor]) -> ESM2:
-    network = ESM2(architecture).eval()
-    network.load_state_dict(state)
-    return network
+    return ESM2.from_fair_esm(architecture, state.items())
 
 
 def random_batch(lengths: list[int]) -> PackedBatch:
@@ -182,8 +180,9 @@ def test_file_in_fair_esms_format_gives_the_model_it_holds(weights_file):
     loaded = load_model(SMALLEST, weights, dtype=torch.float32, device=CPU)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    for name, tensor in random_tensors(MODELS[SMALLEST]):
-        assert torch.equal(loaded.get_parameter(name), tensor)
+    expected = ESM2.from_fair_esm(MODELS[SMALLEST], random_tensors(MODELS[SMALLEST])).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_loaded_model_does_not_change_with_its_file(weights_file):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
     {"files"},
-    {"config", "fasta", "packing", "progress", "heartbeat"},
+    {"config", "fasta", "packing", "progress", "heartbeat", "linear"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision"},
     {"checkpoint", "supervisor", "embedder", "history"},
