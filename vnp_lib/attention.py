@@ -56,34 +56,29 @@ def pairs_adjacent(x: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(x.shape)
 
 
-def rotary_factors(layout: PackedLayout, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def rotary_factors(layout: PackedLayout, num_tokens: int, head_dim: int) -> Tensor:
     """Look up the rotary factors of every token; positions count from 0 at each sequence's BOS.
 
-    Angles are float32 whatever `dtype` is: bfloat16 counts exactly only to 256, float16 only to 2048.
+    They are float32 whatever the model is: bfloat16 counts exactly only to 256, float16 only to 2048.
 
     Returns:
-        What `rotate` takes for states of `dtype`: for float32 complex numbers, (T, 1, 1, D/2); else, in `dtype`, the
-        cosine and the signed sine, (2, T, 1, 1, D).
+        What `rotate` takes: complex64 (T, 1, 1, D/2).
     """
     starts = layout.cu_seqlens[:-1]
     first_token = torch.repeat_interleave(starts, layout.cu_seqlens.diff(), output_size=num_tokens)
     positions = torch.arange(num_tokens, device=starts.device) - first_token
     table_rows = max(1024, 1 << (layout.max_seqlen - 1).bit_length())
-    factors = _rotary_table(head_dim, table_rows, dtype, starts.device)
-    return factors[..., positions, :][..., None, None, :]
+    return _rotary_table(head_dim, table_rows, starts.device)[positions, None, None]
 
 
 def rotate(x: Tensor, factors: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i + 1) of queries and keys, (T, N, H, D), by their token's angles (RoFormer, arXiv:2104.09864).
 
-    Float32 is turned in place: one complex multiplication.
+    In place, and in float32 whatever `x` is: one complex multiplication.
     """
-    pairs = x.view(*x.shape[:-1], -1, 2)
-    if factors.is_complex():
-        torch.view_as_complex(pairs).mul_(factors)
-        return x
-    cos, sin = factors.unbind()
-    return (x * cos).addcmul_(pairs.flip(-1).flatten(-2), sin)
+    exact = x.float()
+    torch.view_as_complex(exact.view(*x.shape[:-1], -1, 2)).mul_(factors)
+    return x if exact is x else x.copy_(exact)
 
 
 def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -123,11 +118,8 @@ def _attend_one_run(states: tuple[Tensor, ...], count: int, seqlen: int) -> Tens
 
 
 @lru_cache(maxsize=4)
-def _rotary_table(head_dim: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _rotary_table(head_dim: int, rows: int, device: torch.device) -> Tensor:
     # On the CPU, as fair-esm's are: powers differ in the last bits between devices, and the angles grow with the position.
     frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    if dtype == torch.float32:
-        return torch.complex(cos, sin).to(device)
-    return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2).to(device, dtype)
+    return torch.complex(angles.cos(), angles.sin()).to(device)

@@ -111,7 +111,7 @@ class ESM2(nn.Module):
 
         x = self.embed_tokens(input_ids) * _TOKEN_DROPOUT_SCALE
         layout = PackedLayout.of(cu_seqlens, max_seqlen, x.dtype)
-        factors = rotary_factors(layout, len(x), self.architecture.head_dim, x.dtype)
+        factors = rotary_factors(layout, len(x), self.architecture.head_dim)
         representations = {0: x} if 0 in wanted else {}
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
             x = layer(x, layout, factors)
