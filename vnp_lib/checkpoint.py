@@ -160,6 +160,7 @@ class AsyncCheckpointWriter:
         *,
         disk_full_delays_s: Sequence[float] = DISK_FULL_DELAYS_S,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start nothing yet.
 
@@ -175,9 +176,10 @@ class AsyncCheckpointWriter:
         self._rank = rank
         self._disk_full_delays_s = tuple(disk_full_delays_s)
         self._sleep = sleep
+        self._clock = clock
         self._executor = ThreadPoolExecutor(max_workers, thread_name_prefix="checkpoint-writer")
         self._in_flight = _InFlight(max_checkpoints=MAX_IN_FLIGHT, max_bytes=MAX_IN_FLIGHT_BYTES)
-        self._futures: list[Future[None]] = []
+        self._futures: list[Future[float]] = []
         self._are_failures_told = False
 
     def write_checkpoint_async(
@@ -186,7 +188,7 @@ class AsyncCheckpointWriter:
         embeddings: Tensor | np.ndarray[Any, Any],
         sequence_ids: Sequence[str],
         metadata: dict[str, Any],
-    ) -> Future[None]:
+    ) -> Future[float]:
         """Take a copy of what is given and write it in the background; waits while too much is in flight.
 
         Args:
@@ -198,7 +200,7 @@ class AsyncCheckpointWriter:
                 `fingerprint` (str) go into the marker too.
 
         Returns:
-            Resolves when the checkpoint is committed.
+            Resolves when the checkpoint is committed, to the seconds that writing it took.
 
         Raises:
             CheckpointWriteError: An earlier checkpoint could not be written.
@@ -263,7 +265,8 @@ class AsyncCheckpointWriter:
 
     def _write_checkpoint_sync(
         self, checkpoint_path: Path, embeddings: Tensor, sequence_ids: list[str], metadata: dict[str, Any]
-    ) -> None:
+    ) -> float:
+        started_at_s = self._clock()
         path = checkpoint_path
         content = _Content(embeddings, sequence_ids, metadata)
         self._persist(path, lambda: make_directory(path.parent))
@@ -271,6 +274,7 @@ class AsyncCheckpointWriter:
         digest = self._persist(path, lambda: _save(path, content))
         self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))
         self._record(path, rows=len(sequence_ids))
+        return self._clock() - started_at_s
 
     def _persist(self, path: Path, act: Callable[[], T]) -> T:
         """Do `act`; again after a while where the disk is full, and once more after an I/O error, on a new file."""
@@ -641,7 +645,7 @@ def _what_to_do(path: Path, error: OSError) -> str:
     return f"{path}: {error}: see to the storage and start the same run again; all that has been committed stays valid"
 
 
-def _failure_of(future: Future[None]) -> BaseException | None:
+def _failure_of(future: Future[float]) -> BaseException | None:
     return CancelledError("cancelled before it was written") if future.cancelled() else future.exception()
 
 

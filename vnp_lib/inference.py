@@ -45,6 +45,7 @@ class InferenceResult:
     embeddings: Tensor  # float32 (B, D), on the CPU; row i belongs to sequence_ids[i]
     batch_idx: int
     num_tokens: int = 0  # that went through the model
+    num_queued: int = 0  # batches that were read ahead and waited for the model
 
 
 class AsyncInferenceRunner:
@@ -148,8 +149,9 @@ class AsyncInferenceRunner:
         """
         listener = listener or Listener()
         too_large: list[PackedBatch] = []
+        ahead = ReadAhead(batches, _BATCHES_AHEAD)
         with self._keeping(next_checkpoint, listener) as keep:
-            for embedded in self._embedded(batches, listener):
+            for embedded in self._embedded(ahead, listener):
                 if embedded.too_large is not None:
                     too_large.append(embedded.too_large)
                 if embedded.not_finite is not None:
@@ -162,6 +164,7 @@ class AsyncInferenceRunner:
                     embeddings=embedded.rows,
                     batch_idx=embedded.batch_idx,
                     num_tokens=embedded.batch.num_tokens if embedded.batch else 0,
+                    num_queued=ahead.num_ready(),
                 )
                 if listener.should_stop():
                     return
@@ -173,7 +176,7 @@ class AsyncInferenceRunner:
 
     def _embedded(self, batches: Iterable[PackedBatch], listener: Listener) -> Iterator[EmbeddedBatch]:
         in_flight: deque[LaunchedBatch] = deque()
-        for batch in run_ahead(batches, _BATCHES_AHEAD):
+        for batch in batches:
             listener.on_batch(batch)
             in_flight.append(self._embedder.launch(batch))
             while len(in_flight) > self._batches_in_flight:
@@ -241,14 +244,25 @@ def without_done(batches: Iterable[PackedBatch], done_ids: Iterable[str]) -> Ite
             yield batch if keep.all() else batch.select(keep)
 
 
-def run_ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """Give the items in order, while a thread makes the next `count`. An error comes at its place."""
-    iterator = iter(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="run-ahead") as pool:
-        ahead: deque[Future[Any]] = deque(pool.submit(next, iterator, _END) for _ in range(count))
-        while (item := ahead.popleft().result()) is not _END:
-            ahead.append(pool.submit(next, iterator, _END))
-            yield item
+class ReadAhead(Iterable[T]):
+    """Gives the items in order, while a thread makes the next `count`. An error comes at its place."""
+
+    def __init__(self, items: Iterable[T], count: int) -> None:
+        self._items = iter(items)
+        self._count = count
+        self._ahead: deque[Future[Any]] = deque()
+
+    def __iter__(self) -> Iterator[T]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+            self._ahead.extend(pool.submit(next, self._items, _END) for _ in range(self._count))
+            while (item := self._ahead.popleft().result()) is not _END:
+                self._ahead.append(pool.submit(next, self._items, _END))
+                yield item
+
+    def num_ready(self) -> int:
+        """How many items are made and not given yet."""
+        made = (future for future in self._ahead if future.done() and future.exception() is None)
+        return sum(future.result() is not _END for future in made)
 
 
 def _refuse(too_large: list[PackedBatch]) -> None:
@@ -278,7 +292,7 @@ class _Unsaved:
         next_checkpoint: int,
         metadata: Mapping[str, Any],
         exact_rows: Mapping[int, NDArray[np.float32]],
-        on_checkpoint: Callable[[int, int], None],
+        on_checkpoint: Callable[[int, int, float], None],
     ) -> None:
         self._writer = writer
         self._directory = directory
@@ -315,6 +329,6 @@ class _Unsaved:
         )
         written.add_done_callback(lambda future: self._announce(future, number, len(rows)))
 
-    def _announce(self, written: Future[None], number: int, num_rows: int) -> None:
+    def _announce(self, written: Future[float], number: int, num_rows: int) -> None:
         if not written.cancelled() and written.exception() is None:
-            self._on_checkpoint(number, num_rows)
+            self._on_checkpoint(number, num_rows, written.result())

@@ -22,8 +22,8 @@ class Listener:
     def on_batch(self, batch: PackedBatch) -> None:
         """A batch goes into the model: should the process die of it, that was the last word."""
 
-    def on_checkpoint(self, number: int, rows: int) -> None:
-        """A checkpoint is durable. Called from the writer's thread."""
+    def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
+        """A checkpoint is durable, after `seconds` of writing. Called from the writer's thread."""
 
     def on_not_finite(self, batch: PackedBatch) -> None:
         """Sequences have no finite row, also when each is computed alone. The loop goes on without them."""

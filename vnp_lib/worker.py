@@ -253,7 +253,11 @@ class ShardAttempt:
         batches = read_batches(plan, work.batches)
         for result in runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener):
             self._events.send(
-                "batch", batch_idx=result.batch_idx, sequences=len(result.sequence_ids), tokens=result.num_tokens
+                "batch",
+                batch_idx=result.batch_idx,
+                sequences=len(result.sequence_ids),
+                tokens=result.num_tokens,
+                queued=result.num_queued,
             )
 
 
@@ -277,8 +281,8 @@ class _Reporter(Listener):
         alone = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
         self._events.send("computing", batch_idx=batch.batch_idx, ordinal=alone)
 
-    def on_checkpoint(self, number: int, rows: int) -> None:
-        self._events.send("checkpoint", number=number, rows=rows)
+    def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
+        self._events.send("checkpoint", number=number, rows=rows, seconds=seconds)
         self._history.checkpoint(self._plan, number, rows)
 
     def on_not_finite(self, batch: PackedBatch) -> None:

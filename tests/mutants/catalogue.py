@@ -674,7 +674,9 @@ _LOOP = (
         name="checkpoint-announced-before-it-is-durable",
         module="inference",
         before="        written.add_done_callback(lambda future: self._announce(future, number, len(rows)))\n",
-        after=("        if self._on_checkpoint is not None:\n            self._on_checkpoint(number, len(rows))\n"),
+        after=(
+            "        if self._on_checkpoint is not None:\n            self._on_checkpoint(number, len(rows), 0.0)\n"
+        ),
         caught_by=(f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",),
     ),
     Mutant(

@@ -325,6 +325,13 @@ def test_writer_gpu_to_cpu_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(loaded, embeddings.cpu())
 
 
+def test_a_write_says_how_long_it_took(tmp_path: Path) -> None:
+    times_s = iter([5.0, 7.5])
+    with AsyncCheckpointWriter(clock=lambda: next(times_s)) as writer:
+        written = writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
+    assert written.result() == 2.5
+
+
 def test_writer_shutdown_waits_for_pending(tmp_path: Path) -> None:
     writer = AsyncCheckpointWriter()
     for batch_idx in range(3):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from vnp_lib import checkpoint
 from vnp_lib.checkpoint import load_checkpoint, validate_checkpoint_pt
 from vnp_lib.failures import CheckpointWriteError, SequenceTooLargeError
-from vnp_lib.inference import AsyncInferenceRunner
+from vnp_lib.inference import AsyncInferenceRunner, ReadAhead
 from vnp_lib.listener import Listener
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
@@ -52,8 +53,9 @@ def test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept(tmp_path: Path) 
 def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one gets no marker, since the disk is read-only by then."""
+    """With the time that writing took. The second one gets no marker, since the disk is read-only by then."""
     announced: list[tuple[int, int, bool]] = []
+    took: list[float] = []
     write_marker = checkpoint.write_marker
 
     def write_first_marker(path: Path, *arguments: Any, **fields: Any) -> Any:
@@ -62,7 +64,8 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
         return write_marker(path, *arguments, **fields)
 
     class Hearing(Listener):
-        def on_checkpoint(self, number: int, rows: int) -> None:
+        def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
+            took.append(seconds)
             announced.append((number, rows, validate_checkpoint_pt(checkpoint_path(tmp_path, 0, number))[0]))
 
     monkeypatch.setattr(checkpoint, "write_marker", write_first_marker)
@@ -70,6 +73,48 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         list(runner.embed(batches(2), listener=Hearing()))
     assert announced == [(0, 2, True)]
+    assert took[0] > 0
+
+
+def test_a_result_says_how_many_batches_wait_for_the_model(tmp_path: Path) -> None:
+    """Those that are read: not the one that has just been computed, and not the end of the input."""
+    all_are_read = threading.Event()
+
+    def read() -> Iterator[PackedBatch]:
+        yield from batches(3)
+        all_are_read.set()
+
+    class Waiting(StubModel):
+        def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+            assert all_are_read.wait(timeout=60)
+            return super().forward_packed(input_ids, cu_seqlens, max_seqlen)
+
+    runner = AsyncInferenceRunner(Waiting(), "cpu", checkpoint_dir=tmp_path)
+    assert [result.num_queued for result in runner.embed(read())] == [2, 1, 0]
+
+
+def test_an_error_of_the_reader_waits_for_its_turn_and_is_no_batch() -> None:
+    was_asked_again = threading.Event()
+
+    class Failing(Iterator[str]):
+        num_asked = 0
+
+        def __next__(self) -> str:
+            self.num_asked += 1
+            if self.num_asked == 1:
+                return "first"
+            if self.num_asked == 2:
+                raise OSError("the input is gone")
+            was_asked_again.set()
+            raise StopIteration
+
+    ahead = ReadAhead(Failing(), 4)
+    items = iter(ahead)
+    assert next(items) == "first"
+    assert was_asked_again.wait(timeout=60)
+    assert ahead.num_ready() == 0
+    with pytest.raises(OSError, match="the input is gone"):
+        next(items)
 
 
 def test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept(tmp_path: Path) -> None:

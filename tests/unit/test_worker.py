@@ -167,7 +167,7 @@ def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
     history = AttemptHistory(paths, 0)
     history.started(device="cpu", pending=20)
-    worker._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(0, 20)
+    worker._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(0, 20, 0.5)
     ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
     first, second = read_attempts(paths, 0)
     assert [(each.number, each.rows) for each in first.checkpoints] == [(0, 20)]
