@@ -21,6 +21,7 @@ from flows.artifacts import shard_table, show_summary
 from flows.devices import DevicePool
 from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
+from flows.metrics import metrics_served
 from flows.shard import embed_shard
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig, parse_command_line
@@ -38,7 +39,7 @@ _MOST_ROUNDS = 3
 async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
-    with sigterm_cancels_the_flow(), open_run(config) as run:
+    with sigterm_cancels_the_flow(), open_run(config) as run, metrics_served(run):
         num_tokens = 0
         for _ in range(_MOST_ROUNDS):
             shards = run.shard_states()
@@ -71,6 +72,7 @@ async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any
     ) as progress:
         for shard in shards:
             progress.begin(shard.rank, sequences=shard.num_done, tokens=shard.tokens_done)
+            run.metrics.set_progress(shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_done)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(embed_one(run, shard, devices, progress)) for shard in shards]
     return [task.result() for task in tasks]

@@ -28,6 +28,7 @@ def make_retry_hook(run: Run, rank: int, devices: DevicePool) -> RetryHook:
 
     async def retry_hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
         failure = failure_of(state.data)
+        run.metrics.failed(rank, failure.kind)
         decision = judge(run, rank, failure, session=str(task_run.flow_run_id))
         task.retry_delay_seconds = [decision.delay_s]
         logger = get_run_logger()

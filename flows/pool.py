@@ -101,3 +101,4 @@ def _show(run: Run, rank: int, progress: RunProgress) -> None:
     ordinals = run.plan.shard_ordinals(rank)
     num_done = min(recorded["total_sequences"] if recorded else 0, ordinals.size)
     progress.begin(rank, sequences=num_done, tokens=run.plan.num_tokens(ordinals) * num_done // max(ordinals.size, 1))
+    run.metrics.set_progress(rank, num_sequences=ordinals.size, num_done=num_done)

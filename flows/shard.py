@@ -50,6 +50,7 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
     of_the_shard = run.checkpoints(rank=shard.rank).valid
     run.manifest.reconcile(of_the_shard, rank=shard.rank)  # a child may die before it records its last one
     run.manifest.mark_shard_complete(shard.rank)
+    run.metrics.set_progress(shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_sequences)
     num_quarantined = run.num_quarantined(shard.rank)
     return {
         "rank": shard.rank,
@@ -74,6 +75,7 @@ async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: Run
     write_file(run.paths.job(rank), run.shard_job(rank, device).model_dump_json(indent=1).encode(), replace=True)
     artifact = ShardArtifact(rank, interval_s=runtime.artifact_interval_s)
     follower = _Follower(run, rank, attempt, device, progress, artifact)
+    run.metrics.attempt(rank)
     await run_child(
         run.paths.job(rank),
         device=device,
@@ -104,6 +106,7 @@ class _Follower:
         self._sequences = self._total = 0
 
     async def on_event(self, event: Event) -> None:
+        self._run.metrics.hear(self._rank, event)
         match event:
             case {"event": "log", "level": int(level), "message": str(message)}:
                 self._logger.log(level, message)

@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import State
 
 from flows.devices import DevicePool
 from flows.embed import embed_one
+from flows.metrics import metrics_served
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig
 from vnp_lib.heartbeat import beating
@@ -30,11 +31,13 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
         run.prepare_shard(rank)
         shard = run.shard_state(rank)
         ordinals = run.plan.shard_ordinals(rank)
+        progress = RunProgress(
+            total_sequences=ordinals.size,
+            total_tokens=run.plan.num_tokens(ordinals),
+            log_interval_s=config.runtime.log_interval_s,
+        )
         async with beating(run.paths.heartbeat(rank), interval_s=config.runtime.heartbeat_s):
-            with RunProgress(
-                total_sequences=ordinals.size,
-                total_tokens=run.plan.num_tokens(ordinals),
-                log_interval_s=config.runtime.log_interval_s,
-            ) as progress:
+            with metrics_served(run), progress:
                 progress.begin(rank, sequences=shard.num_done, tokens=shard.tokens_done)
+                run.metrics.set_progress(rank, num_sequences=shard.num_sequences, num_done=shard.num_done)
                 return await embed_one(run, shard, DevicePool(run.devices), progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
@@ -127,6 +130,33 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> No
     while not condition():
         assert time.monotonic() < deadline, f"it did not happen within {timeout_s} s"
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def scrape(port: int) -> dict[str, float]:
+    """What a run serves on a port of this machine, as `read_page` gives it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    page = connection.getresponse().read().decode()
+    connection.close()
+    return read_page(page)
+
+
+def read_page(page: str) -> dict[str, float]:
+    """The samples of a metrics page by name and labels, as Prometheus's parser reads them: `vnp_failures_total{kind=oom}`."""
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return {_name(sample.name, sample.labels): sample.value for sample in samples}
+
+
+def _name(name: str, labels: dict[str, str]) -> str:
+    told = ",".join(f"{label}={value}" for label, value in labels.items())
+    return f"{name}{{{told}}}" if told else name
 
 
 def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:

@@ -9,10 +9,11 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -41,6 +42,7 @@ def _split_at_commas(value: object) -> object:
 
 
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
+IpAddress = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 
 
 def _form_title(name: str, _: object) -> str:
@@ -127,6 +129,16 @@ class EmbedConfig(BaseModel):
     )
     force_restart: CliImplicitFlag[bool] = Field(
         False, description="Begin anew: what the run directory holds is moved aside, not continued."
+    )
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Serve metrics for Prometheus on this port while the run lasts; none if not given.",
+    )
+    metrics_address: IpAddress = Field(
+        "127.0.0.1",
+        description="Where metrics are served. '127.0.0.1': for this machine alone; '0.0.0.0': for all that reach it.",
     )
     verbose: CliImplicitFlag[bool] = Field(False, description="Show Prefect's own log lines on the console too.")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="Checkpoints, retries and patience.")

@@ -19,6 +19,7 @@ from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError,
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.metrics import RunMetrics
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
@@ -60,6 +61,7 @@ class Run:
         self.paths = RunPaths(config.output_dir)
         self.manifest = CheckpointManifest(self.paths.manifest)
         self.quarantine = Quarantine(self.paths.quarantine, num_sequences=plan.num_sequences)
+        self.metrics = RunMetrics()
         self._weights = weights
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
@@ -176,6 +178,10 @@ def check_at_the_door(config: EmbedConfig) -> None:
     if config.weights not in ("auto", RANDOM_WEIGHTS) and not Path(config.weights).is_file():
         raise ConfigError(f"--weights {config.weights}: there is no such file; give a path, 'auto' or 'random'")
     planned_devices(config)
+    if config.metrics_port is not None:
+        from vnp_lib.metrics_page import require_free_port
+
+        require_free_port(config.metrics_address, config.metrics_port)
     existing = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--output-dir {config.output_dir}: {existing} is not a directory that can be written")

@@ -14,13 +14,14 @@ from esm.model.esm2 import ESM2 as FairESM2
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from flows.embed import embed
-from tests.support import EXAMPLE, assert_same_rows, small_config
+from flows.embed import embed, embed_one
+from flows.shard_run import embed_shard_run
+from tests.support import EXAMPLE, assert_same_rows, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS, random_tensors
 from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
 from vnp_lib.files import FileLock
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan import RunPaths, load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -98,13 +99,42 @@ def test_success_file_counts_what_is_there(example_run, records):
     assert success["num_sequences"] == len(records)
 
 
-def test_a_finished_run_started_again_computes_nothing(example_run):
-    """Prefect knows the shards' results, and the disk bears them out."""
+def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch):
+    """Prefect knows the shards' results, and the disk bears them out; the metrics say so. A new port is no other run."""
     before = (example_run / "embeddings" / "_SUCCESS.json").read_bytes()
-    outcome = run_flow(EXAMPLE, example_run, shards=3)
+    port, pages = free_port(), []
+    monkeypatch.setattr("flows.embed.tell_of_completion", lambda run, summary: pages.append(scrape(port)))
+    outcome = run_flow(EXAMPLE, example_run, shards=3, metrics_port=port)
     assert outcome.is_completed()
+    (page,) = pages
+    plan = load_plan(RunPaths(example_run))
+    for rank in range(3):
+        num_sequences = plan.shard_ordinals(rank).size
+        assert page[f"vnp_shard_sequences{{shard={rank}}}"] == num_sequences
+        assert page[f"vnp_shard_sequences_done{{shard={rank}}}"] == num_sequences
+        assert page[f"vnp_sequences_embedded_total{{shard={rank}}}"] == 0
     assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Cached", "shard-002": "Cached"}
     assert (example_run / "embeddings" / "_SUCCESS.json").read_bytes() == before
+
+
+def test_the_flow_of_one_shard_serves_the_metrics_of_that_shard(example_run, monkeypatch):
+    """Also on a machine that has none of the others."""
+    port, pages = free_port(), []
+
+    async def scrape_and_embed(*arguments):
+        pages.append(scrape(port))
+        return await embed_one(*arguments)
+
+    monkeypatch.setattr("flows.shard_run.embed_one", scrape_and_embed)
+    plan = load_plan(RunPaths(example_run))
+    config = small_config(EXAMPLE, example_run, shards=3, metrics_port=port)
+    asyncio.run(embed_shard_run(config, 1, plan.fingerprint))
+    (page,) = pages
+    num_sequences = plan.shard_ordinals(1).size
+    assert {sample: count for sample, count in page.items() if sample.startswith("vnp_shard_sequences")} == {
+        "vnp_shard_sequences{shard=1}": num_sequences,
+        "vnp_shard_sequences_done{shard=1}": num_sequences,
+    }
 
 
 def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(tmp_path, tiny_fasta, whole):

@@ -1,4 +1,4 @@
-"""What people and automations see of a run in Prefect."""
+"""What people and automations see of a run in Prefect, and Prometheus on its page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
-from tests.support import small_config
+from tests.support import free_port, scrape, small_config
+from vnp_lib.plan import RunPaths, load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -27,16 +28,27 @@ def artifacts_of(flow_run_id) -> dict[str, object]:
     return {artifact.key: artifact for artifact in asyncio.run(read())}
 
 
-def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_and_its_events(tmp_path, sabotage, monkeypatch):
-    """A table with the last failure of each shard, a summary with the quarantine, and events for automations."""
-    emitted = []
-    monkeypatch.setattr("flows.events.emit_event", lambda event, resource, payload: emitted.append((event, payload)))
+def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_its_metrics(
+    tmp_path, sabotage, monkeypatch
+):
+    """A table with the last failure of each shard, a summary with the quarantine, events for automations, and a page."""
+    port = free_port()
+    emitted, pages = [], []
+
+    def emit_event(event, resource, payload):
+        emitted.append((event, payload))
+        if event == "vnp.run.completed":
+            pages.append(scrape(port))
+
+    monkeypatch.setattr("flows.events.emit_event", emit_event)
     write_proteins(tmp_path / "in.fasta", 8, {2: Way.NAN})
     sabotage(
         patch(Way.NAN)
         + "\nif rank == 1 and attempt == 1:\n    import signal\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    config = small_config(tmp_path / "in.fasta", tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1})
+    config = small_config(
+        tmp_path / "in.fasta", tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1}, metrics_port=port
+    )
     outcome = asyncio.run(embed(config, return_state=True))
     assert outcome.is_completed(), outcome.message
 
@@ -53,3 +65,23 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_and_its_events(tm
     events = dict(emitted)
     assert events["vnp.sequence.quarantined"]["id"] == "nan_2"
     assert events["vnp.run.completed"]["num_rows"] == 7
+
+    (page,) = pages
+    plan = load_plan(RunPaths(tmp_path / "run"))
+    assert of_the_shards(page, "vnp_shard_sequences") == of_the_shards(page, "vnp_shard_sequences_done") == [4, 4]
+    assert sum(of_the_shards(page, "vnp_sequences_embedded_total")) == 7
+    assert sum(of_the_shards(page, "vnp_checkpoint_sequences_total")) == 7
+    assert sum(of_the_shards(page, "vnp_tokens_embedded_total")) == sum(plan.lengths + 2) - (plan.lengths[2] + 2)
+    assert of_the_shards(page, "vnp_batches_queued") == [0, 0]
+    assert of_the_shards(page, "vnp_attempts_total") == [1, 2]
+    assert {sample: count for sample, count in page.items() if sample.startswith("vnp_failures_total") and count} == {
+        "vnp_failures_total{kind=spot_preemption}": 1
+    }
+    assert page["vnp_checkpoint_write_seconds_count"] == 2
+    assert page["vnp_checkpoint_write_seconds_sum"] > 0
+    assert page["vnp_quarantined_sequences"] == 1
+
+
+def of_the_shards(page: dict[str, float], name: str) -> list[float]:
+    """The values of a metric, by shard."""
+    return [page[f"{name}{{shard={rank}}}"] for rank in range(2)]

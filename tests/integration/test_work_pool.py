@@ -23,12 +23,14 @@ from tests.support import (
     assert_same_rows,
     computed_ordinals,
     descendants_of,
+    free_port,
     is_alive,
+    scrape,
     small_config,
 )
 from vnp_lib.config import EmbedConfig
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan import RunPaths, load_plan
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("prefect_server")]
 
@@ -84,7 +86,7 @@ def switch_off(machine: subprocess.Popen[bytes]) -> None:
     machine.wait()
 
 
-def settings(fasta: Path, run_dir: Path, deployment: str) -> EmbedConfig:
+def settings(fasta: Path, run_dir: Path, deployment: str, *, metrics_port: int) -> EmbedConfig:
     return small_config(
         fasta,
         run_dir,
@@ -93,6 +95,7 @@ def settings(fasta: Path, run_dir: Path, deployment: str) -> EmbedConfig:
         token_budget=128,
         executor="work-pool",
         shard_deployment=deployment,
+        metrics_port=metrics_port,
         runtime={
             "checkpoint_seq_threshold": 2,
             "heartbeat_s": 0.5,
@@ -102,9 +105,16 @@ def settings(fasta: Path, run_dir: Path, deployment: str) -> EmbedConfig:
     )
 
 
-def test_a_machine_that_vanishes_costs_time_only(tmp_path, short_fasta, deployment, start_machine, uninterrupted):
-    """Two machines, four shards; the one that is at work is switched off, and another takes its shard."""
+def test_a_machine_that_vanishes_costs_time_only(
+    tmp_path, short_fasta, deployment, start_machine, uninterrupted, monkeypatch
+):
+    """Two machines, four shards; the one that is at work is switched off, and another takes its shard.
+
+    All want the port for metrics that the waiting run has: theirs are not to be had, and nothing else is amiss.
+    """
     run_dir = tmp_path / "run"
+    port, pages = free_port(), []
+    monkeypatch.setattr("flows.embed.tell_of_completion", lambda run, summary: pages.append(scrape(port)))
 
     async def lose_a_machine() -> None:
         first = start_machine("first")
@@ -116,7 +126,7 @@ def test_a_machine_that_vanishes_costs_time_only(tmp_path, short_fasta, deployme
 
     async def run():
         outcome, _ = await asyncio.gather(
-            embed(settings(short_fasta, run_dir, deployment), return_state=True), lose_a_machine()
+            embed(settings(short_fasta, run_dir, deployment, metrics_port=port), return_state=True), lose_a_machine()
         )
         return outcome
 
@@ -127,3 +137,12 @@ def test_a_machine_that_vanishes_costs_time_only(tmp_path, short_fasta, deployme
     assert causes == ["preempted"]
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
     assert_same_rows(run_dir, uninterrupted[0])
+
+    (page,) = pages
+    plan = load_plan(RunPaths(run_dir))
+    for rank in range(NUM_SHARDS):
+        num_sequences = plan.shard_ordinals(rank).size
+        assert page[f"vnp_shard_sequences{{shard={rank}}}"] == num_sequences
+        assert page[f"vnp_shard_sequences_done{{shard={rank}}}"] == num_sequences
+        assert page[f"vnp_sequences_embedded_total{{shard={rank}}}"] == 0  # not here
+    assert page["vnp_failures_total{kind=spot_preemption}"] == 1

@@ -83,6 +83,8 @@ def test_several_fasta_files_by_comma_or_by_repeating_the_option():
         ([*NEEDED, "--token-budget", "-3"], ["--token-budget", "-3"]),
         ([*NEEDED, "--shards", "many"], ["--shards", "many"]),
         ([*NEEDED, "--devices", "gpu0"], ["--devices", "gpu0"]),
+        ([*NEEDED, "--metrics-port", "70000"], ["--metrics-port", "65535", "70000"]),
+        ([*NEEDED, "--metrics-address", "localhost"], ["--metrics-address", "IPv4", "localhost"]),
         ([*NEEDED, "--runtime.checkpoint-time-threshold", "600"], ["--runtime.checkpoint-time-threshold", "600"]),
     ],
 )

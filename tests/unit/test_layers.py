@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
     {"files"},
-    {"config", "fasta", "packing", "progress", "heartbeat", "linear"},
+    {"config", "fasta", "packing", "progress", "heartbeat", "linear", "metrics"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision"},
-    {"checkpoint", "supervisor", "embedder", "history"},
+    {"checkpoint", "supervisor", "embedder", "history", "metrics_page"},
     {"inference", "dataset", "pictures"},
     {"worker", "verify", "status"},
     {"run", "report"},

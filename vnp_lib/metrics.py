@@ -1,0 +1,87 @@
+"""What is counted of a run for whoever measures it: plain numbers that begin at 0 with this process.
+
+The flow's one thread adds to them. Whoever reads them, from whatever thread, takes copies: nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vnp_lib.failures import FailureKind
+
+_WRITE_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardCounts:
+    """How a shard stands, and what this process's children have done for it."""
+
+    num_sequences: int = 0  # to compute
+    num_done: int = 0  # of them, computed or set aside, by whomever
+    sequences_embedded: int = 0  # once more where an attempt was lost before its checkpoint
+    tokens_embedded: int = 0
+    sequences_in_checkpoints: int = 0
+    batches_queued: int = 0
+    attempts: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Histogram:
+    """How many values there were up to each bound."""
+
+    bounds: tuple[float, ...]  # ascending
+    counts: list[int] = field(init=False)  # between two bounds, the upper one included; last, those above all
+    sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class RunMetrics:
+    """The numbers of a run."""
+
+    def __init__(self) -> None:
+        self.shards: dict[int, ShardCounts] = {}
+        self.failures = dict.fromkeys(FailureKind, 0)
+        self.checkpoint_write_s = Histogram(bounds=_WRITE_BOUNDS_S)
+
+    def set_progress(self, rank: int, *, num_sequences: int, num_done: int) -> None:
+        """Take note of how a shard stands, as somebody has just seen it."""
+        shard = self._shard(rank)
+        shard.num_sequences, shard.num_done = num_sequences, num_done
+
+    def attempt(self, rank: int) -> None:
+        """Count a child that is started for a shard."""
+        self._shard(rank).attempts += 1
+
+    def failed(self, rank: int, kind: FailureKind) -> None:
+        """Count a failed attempt. Nothing waits for its model any more."""
+        self.failures[kind] += 1
+        self._shard(rank).batches_queued = 0
+
+    def hear(self, rank: int, event: Mapping[str, Any]) -> None:
+        """Count what a child says."""
+        shard = self._shard(rank)
+        match event:
+            case {"event": "started", "pending": int(pending), "done": int(done)}:
+                self.set_progress(rank, num_sequences=pending + done, num_done=done)
+            case {"event": "batch", "sequences": int(sequences), "tokens": int(tokens), "queued": int(queued)}:
+                shard.num_done += sequences
+                shard.sequences_embedded += sequences
+                shard.tokens_embedded += tokens
+                shard.batches_queued = queued
+            case {"event": "quarantined"}:
+                shard.num_done += 1
+            case {"event": "checkpoint", "rows": int(rows), "seconds": float(seconds)}:
+                shard.sequences_in_checkpoints += rows
+                self.checkpoint_write_s.observe(seconds)
+
+    def _shard(self, rank: int) -> ShardCounts:
+        return self.shards.setdefault(rank, ShardCounts())
