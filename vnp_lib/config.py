@@ -25,6 +25,7 @@ from pydantic_settings import (
 from pydantic_settings.exceptions import SettingsError
 
 from vnp_lib.failures import ConfigError
+from vnp_lib.machine import num_cpu_children
 
 ModelName = Literal[
     "esm2_t6_8M_UR50D",
@@ -102,7 +103,8 @@ class EmbedConfig(BaseModel):
     devices: str = Field(
         "auto",
         pattern=r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$",
-        description="'auto': every GPU, or the CPU where there is none; 'cpu' ('cpu,cpu' shares its cores); '0,1': GPUs.",
+        description="'auto': every GPU, or where there is none the CPU, a child a core if memory allows; 'cpu' ('cpu,cpu' shares "
+        "its cores); '0,1': GPUs.",
     )
     shards: int | None = Field(None, ge=1, description="Tasks to divide the input into; one per device if not given.")
     token_budget: int | None = Field(
@@ -234,8 +236,8 @@ def _explain(detail: Mapping[str, object]) -> str:
     return f"{option}: {message[:1].lower()}{message[1:]}; it was {detail['input']!r}"
 
 
-def resolve_devices(devices: str) -> tuple[str, ...]:
-    """Name the devices of a run: `("0", "1")` for GPUs, `("cpu",)` without one.
+def resolve_devices(devices: str, model: ModelName) -> tuple[str, ...]:
+    """Name the devices of a run: `("0", "1")` for GPUs, `("cpu", "cpu")` for two children on the CPU.
 
     Raises:
         ConfigError: A GPU that is not there.
@@ -246,7 +248,7 @@ def resolve_devices(devices: str) -> tuple[str, ...]:
 
     count = torch.cuda.device_count()
     if devices == "auto":
-        return tuple(str(index) for index in range(count)) or ("cpu",)
+        return tuple(str(index) for index in range(count)) or ("cpu",) * num_cpu_children(model)
     wanted = tuple(devices.split(","))
     absent = [index for index in wanted if int(index) >= count]
     if absent:
@@ -264,7 +266,7 @@ def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
         ConfigError: A GPU that is not there, or a work pool without a number of shards.
     """
     if config.executor == "local":
-        return resolve_devices(config.devices)
+        return resolve_devices(config.devices, config.model)
     if config.shards is None:
         raise ConfigError("--executor work-pool needs --shards: into how many flow runs is the input to be divided?")
     return ("cpu",) if config.devices.startswith("cpu") else ("0",)

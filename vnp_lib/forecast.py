@@ -108,7 +108,7 @@ def forecast(config: ForecastConfig) -> Forecast:
     found = _read(config.fasta)
     from vnp_lib.esm2 import MODELS  # imports torch, which takes seconds, and the memory that reading needs
 
-    devices = resolve_devices(config.devices)
+    devices = resolve_devices(config.devices, config.model)
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
     token_budget = config.token_budget or TOKEN_BUDGET[kind_of(devices[0])]

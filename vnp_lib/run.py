@@ -18,6 +18,7 @@ from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
+from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan
@@ -163,8 +164,8 @@ class Run:
         )
 
     def _threads_per_child(self) -> int | None:
-        children = sum(device == "cpu" for device in self.devices)
-        return max(1, len(os.sched_getaffinity(0)) // children) if children > 1 else None
+        children = min(sum(device == "cpu" for device in self.devices), self.plan.num_shards)
+        return max(1, num_cores() // children) if children > 1 else None
 
 
 def check_at_the_door(config: EmbedConfig) -> None:
@@ -246,7 +247,8 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
         raise InputError(f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})")
     if plan.identity["weights_digest"] != weights.digest:
         raise InputError(f"the weights of {config.model} on this machine are not those that the run was begun with")
-    return Run(config=config, devices=resolve_devices(config.devices), weights=weights, plan=plan)
+    devices = tuple(dict.fromkeys(resolve_devices(config.devices, config.model)))  # one child has all cores of the CPU
+    return Run(config=config, devices=devices, weights=weights, plan=plan)
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:

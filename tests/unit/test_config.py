@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from vnp_lib import config
 from vnp_lib.config import (
     EmbedConfig,
     child_environment,
@@ -16,6 +17,8 @@ from vnp_lib.config import (
     viral_checkpoint_mode,
 )
 from vnp_lib.failures import ConfigError
+
+SMALLEST = "esm2_t6_8M_UR50D"
 
 NEEDED = ("--fasta", "in.fasta", "--output-dir", "out")
 
@@ -114,13 +117,21 @@ def test_settings_are_frozen_and_know_all_their_fields():
 
 
 def test_devices_by_name():
-    assert resolve_devices("cpu") == ("cpu",)
-    assert resolve_devices("cpu,cpu") == ("cpu", "cpu")
+    assert resolve_devices("cpu", SMALLEST) == ("cpu",)
+    assert resolve_devices("cpu,cpu", SMALLEST) == ("cpu", "cpu")
+
+
+def test_without_a_gpu_there_is_a_child_for_each_core(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(config, "num_cpu_children", {SMALLEST: 3}.get)
+    assert resolve_devices("auto", SMALLEST) == ("cpu", "cpu", "cpu")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert resolve_devices("auto", SMALLEST) == ("0", "1")
 
 
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"there is no GPU 98, 99"):
-        resolve_devices("98,99")
+        resolve_devices("98,99", SMALLEST)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files"},
+    {"files", "machine"},
     {"config", "fasta", "packing", "progress", "heartbeat", "linear", "metrics"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision"},
