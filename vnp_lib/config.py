@@ -121,6 +121,11 @@ class EmbedConfig(BaseModel):
     dtype: DType = Field(
         "auto", title="Precision", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU."
     )
+    deterministic: CliImplicitFlag[bool] = Field(
+        False,
+        description="The same bytes at every run, whatever is killed when: the division into shards and batches is kept, a "
+        "child on the CPU uses one core, and memory that does not suffice ends the run.",
+    )
     on_poison: Literal["quarantine", "fail"] = Field(
         "quarantine",
         description="What becomes of a protein that the model dies of or gives no finite row for. 'quarantine': it is set "
@@ -281,7 +286,10 @@ def child_environment(device: str) -> dict[str, str]:
     if device == "cpu":
         return environment | {"CUDA_VISIBLE_DEVICES": ""}
     visible = [entry.strip() for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-    return environment | {"CUDA_VISIBLE_DEVICES": visible[int(device)] if visible else device}
+    return environment | {
+        "CUDA_VISIBLE_DEVICES": visible[int(device)] if visible else device,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, cuBLAS need not give the same bits again
+    }
 
 
 def viral_checkpoint_mode() -> bool:

@@ -179,7 +179,7 @@ class Embedder:
         try:
             return embed_batch(self._model, batch.to(self._device))
         except (RuntimeError, MemoryError) as error:
-            if classify_exception(error).kind != FailureKind.OOM:
+            if self._budget.is_pinned or classify_exception(error).kind != FailureKind.OOM:
                 raise
             logger.warning("%d tokens do not fit into memory: %s", batch.num_tokens, error)
         if self._device.type == "cuda":

@@ -16,10 +16,16 @@ class TokenBudget:
     """Most tokens of a forward pass, as memory has taught it: half where they did not fit, slowly more after that."""
 
     def __init__(
-        self, limit: int = sys.maxsize, tokens: int | None = None, *, on_change: Callable[[int], None] = lambda _: None
+        self,
+        limit: int = sys.maxsize,
+        tokens: int | None = None,
+        *,
+        on_change: Callable[[int], None] = lambda _: None,
+        is_pinned: bool = False,
     ) -> None:
-        """Begin at `tokens`, by default at the limit, which is never exceeded."""
-        self.tokens = limit if tokens is None else min(tokens, limit)
+        """Begin at `tokens`, by default at the limit, which is never exceeded. One that is pinned stays at the limit."""
+        self.tokens = limit if tokens is None or is_pinned else min(tokens, limit)
+        self.is_pinned = is_pinned
         self._limit = limit
         self._on_change = on_change
         self._clean_passes = 0

@@ -151,6 +151,7 @@ class ModelIdentity:
     pooling: str = "mean"
     dtype: str
     long_policy: str = "whole"  # long sequences are neither cut nor split
+    division: str | None = None  # into shards and batches, where rows have to be the same to the last bit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -456,7 +457,8 @@ def _record_batch(chunk: SequenceChunk) -> pa.RecordBatch:
 
 
 def _identity(survey: _Survey, model: ModelIdentity) -> dict[str, Any]:
-    return asdict(model) | {
+    of_the_model = {name: value for name, value in asdict(model).items() if value is not None}
+    return of_the_model | {
         "schema": PLAN_SCHEMA,
         "sequences_sha256": survey.sequences_sha256,
         "num_sequences": survey.representatives.size,

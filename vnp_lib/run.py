@@ -134,7 +134,8 @@ class Run:
             weights_digest=self._weights.digest,
             dtype=identity["dtype"],
             device=kind_of(device),
-            num_threads=self._threads_per_child(),
+            num_threads=1 if self.config.deterministic else self._threads_per_child(),
+            is_deterministic=self.config.deterministic,
             checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
             token_budget=self.manifest.token_budget(rank, device) or self.plan.token_budget,
@@ -255,6 +256,8 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
     from vnp_lib.esm2 import MODELS
 
     architecture, device_kind = MODELS[config.model], kind_of(devices[0])
+    num_shards = config.shards or len(devices)
+    token_budget = config.token_budget or TOKEN_BUDGET[device_kind]
     plan = make_plan(
         paths,
         config.fasta,
@@ -263,9 +266,10 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
             weights_digest=weights.digest,
             layer=architecture.num_layers,
             dtype=_DTYPE[device_kind] if config.dtype == "auto" else config.dtype,
+            division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
         ),
-        num_shards=config.shards or len(devices),
-        token_budget=config.token_budget or TOKEN_BUDGET[device_kind],
+        num_shards=num_shards,
+        token_budget=token_budget,
     )
     check_free_space(paths, plan, architecture.embed_dim)
     return plan

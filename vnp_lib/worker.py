@@ -62,6 +62,7 @@ class ShardJob(BaseModel):
     dtype: str
     device: str  # "cpu" or "cuda": a child sees one GPU at most
     num_threads: int | None  # None: as many as torch thinks right
+    is_deterministic: bool = False  # the same bits at every attempt
     token_budget: int  # of a forward pass, where memory did not suffice for the plan's
     suspects: tuple[int, ...] = ()  # ordinals to run alone and first, in this order
     is_careful: bool = False  # one batch at a time, so that a failure is its own
@@ -199,6 +200,7 @@ class ShardAttempt:
         job = self._job
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
+        torch.use_deterministic_algorithms(job.is_deterministic, warn_only=True)
         weights = resolve_weights(job.model, job.weights)
         if weights.digest != job.weights_digest:
             raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
@@ -207,7 +209,13 @@ class ShardAttempt:
         exact_rows = {} if is_exact else self._exact_rows(plan, work, ExactModel(job.model, weights, device=device))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the exact model took
-        model = load_model(job.model, weights, dtype=getattr(torch, job.dtype), device=device)
+        model = load_model(
+            job.model,
+            weights,
+            dtype=getattr(torch, job.dtype),
+            device=device,
+            by_convolution=job.is_deterministic or None,
+        )
         return AsyncInferenceRunner(
             model,
             device,
@@ -223,6 +231,7 @@ class ShardAttempt:
                 plan.token_budget,
                 job.token_budget,
                 on_change=lambda tokens: self._events.send("token_budget", tokens=tokens),
+                is_pinned=job.is_deterministic,
             ),
             exactly=None if is_exact else ExactModel(job.model, weights),
             exact_rows=exact_rows,

@@ -72,6 +72,15 @@ def test_what_was_learned_about_memory_spares_the_next_batch_the_attempt() -> No
     assert max(model.passes[first:]) <= budget.tokens <= 20
 
 
+def test_a_pinned_budget_splits_nothing() -> None:
+    """Another batch would be other bits; what does not fit is an error."""
+    model, budget = StubModel(memory=20), TokenBudget(100, 30, is_pinned=True)
+    with pytest.raises(BatchFailedError) as caught:
+        embed(model, SEQUENCES, budget=budget)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert (budget.tokens, len(model.passes)) == (100, 1)
+
+
 def test_a_sequence_that_does_not_fit_alone_costs_itself_only() -> None:
     embedded = embed(StubModel(memory=8), SEQUENCES)  # "ACDEFGH" takes 9
     others = [sequence for sequence in SEQUENCES if sequence != "ACDEFGH"]

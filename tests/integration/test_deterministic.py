@@ -1,0 +1,63 @@
+"""`--deterministic`: the same bytes, however often the run was killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.embed import embed
+from tests.support import small_config
+from vnp_lib.failures import FingerprintMismatchError
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import RunPaths
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+KILLED_ON_THE_WAY = """
+from vnp_lib.esm2 import ESM2
+
+passes = 0
+
+def forward_packed(self, *arguments):
+    global passes
+    passes += 1
+    if passes == 2 and attempt < 3:
+        os.kill(os.getpid(), 9)
+    return original(self, *arguments)
+
+original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
+"""
+
+
+def run_flow(fasta: Path, run_dir: Path, **settings):
+    runtime = {"checkpoint_seq_threshold": 2}
+    config = small_config(fasta, run_dir, token_budget=200, deterministic=True, runtime=runtime, **settings)
+    return asyncio.run(embed(config, return_state=True))
+
+
+def digests(run_dir: Path) -> list[str]:
+    return [part["sha256"] for part in json.loads(RunPaths(run_dir).success.read_text())["parts"]]
+
+
+def test_a_run_that_is_killed_gives_the_same_bytes(tmp_path, sabotage, tiny_fasta):
+    """On one device at a time instead of two, too: the division into shards stays, and each child has one core."""
+    assert run_flow(tiny_fasta, tmp_path / "whole").is_completed()
+    sabotage(KILLED_ON_THE_WAY)
+    outcome = run_flow(tiny_fasta, tmp_path / "killed", devices="cpu")
+    assert outcome.is_completed(), outcome.message
+    manifest = CheckpointManifest(RunPaths(tmp_path / "killed").manifest)
+    assert [len(manifest.failures(rank)) for rank in (0, 1)] == [2, 2]
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+def test_another_division_is_refused(tmp_path, tiny_fasta):
+    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+    before = digests(tmp_path / "run")
+    outcome = run_flow(tiny_fasta, tmp_path / "run", shards=3)
+    error = asyncio.run(outcome.aresult(raise_on_failure=False))
+    assert isinstance(error, FingerprintMismatchError)
+    assert "'2 shards, 200 tokens a batch' there and '3 shards, 200 tokens a batch' here" in str(error)
+    assert digests(tmp_path / "run") == before
