@@ -1,0 +1,80 @@
+"""What a GPU really says when something goes wrong, and what we make of it. `pytest -m gpu tests/gpu` runs this on one.
+
+Each in a process of its own: an error of the device is the end of the process's context. What arrived is printed (`-rP`), as
+a case for the classification table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+ROOT = Path(__file__).parents[2]
+
+OUT_OF_MEMORY = "torch.empty(2**50, dtype=torch.uint8, device='cuda')"
+DEVICE_ASSERT = """
+torch.nn.functional.embedding(torch.tensor([10**6], device='cuda'), torch.ones(33, 4, device='cuda'))
+torch.cuda.synchronize()
+"""
+ILLEGAL_ADDRESS = """
+@triton.jit
+def write_far_away(pointer):
+    tl.store(pointer + (1 << 40), 1.0)
+
+write_far_away[(1,)](torch.ones(1, device='cuda'))
+torch.cuda.synchronize()
+"""
+HARNESS = """
+import json
+import sys
+import torch
+import triton
+import triton.language as tl
+from vnp_lib.failures import classify_exception
+
+{code}
+"""
+CATCHING = """
+import runpy
+import sys
+from vnp_lib.failures import classify_exception
+import json
+
+try:
+    runpy.run_path(sys.argv[1])
+except Exception as error:
+    arrived = {"type": type(error).__name__, "code": getattr(error, "error_code", None), "message": str(error)[:300]}
+    print(json.dumps({"arrived": arrived, "failure": classify_exception(error).to_json()}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "cause"),
+    [
+        pytest.param(OUT_OF_MEMORY, "oom", "gpu_oom", id="out of memory"),
+        pytest.param(DEVICE_ASSERT, None, "device_assert", id="device assert"),
+        pytest.param(ILLEGAL_ADDRESS, None, "illegal_address", id="illegal address"),
+    ],
+)
+def test_what_a_gpu_says_is_understood(tmp_path, code, kind, cause):
+    script = tmp_path / "script.py"
+    script.write_text(HARNESS.format(code=code))
+    ended = subprocess.run(
+        [sys.executable, "-c", CATCHING, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ended.stdout.strip(), ended.stderr
+    told = json.loads(ended.stdout.strip().splitlines()[-1])
+    print(json.dumps(told["arrived"]))
+    assert told["failure"]["cause"] == cause
+    if kind is not None:
+        assert told["failure"]["kind"] == kind
