@@ -1,12 +1,12 @@
 # make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
 # make mutants: break it on purpose, and see that the tests notice. make soak: ten minutes of everything at once, and more.
-# make check: format, lint, types.
+# make check: format, lint, types. make bench: ten minutes beside fair-esm and transformers, on two cores.
 # make check-deployments: run what deployments/process-pool.md says. make lock: the image's packages, with their hashes.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults soak mutants check check-deployments format lock clean
+.PHONY: embed test faults soak mutants bench check check-deployments format lock clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -23,6 +23,9 @@ soak: $(VENV)/.installed-dev
 
 mutants: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.mutants
+
+bench: $(VENV)/.installed-bench
+	$(VENV)/bin/python -m benchmarks.bench
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -53,4 +56,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable '.[bench]'
 	touch $@

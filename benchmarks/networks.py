@@ -1,0 +1,120 @@
+"""The same parameters in each package's own network, and in the files that fair-esm reads."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from esm import ESM2 as FairEsmNetwork
+from esm import Alphabet
+from torch import Tensor, nn
+
+from vnp_lib.esm2 import ESM2, Architecture, architecture_of, random_tensors, save_weights
+
+# fair-esm's loader is older than torch's refusal to unpickle a Namespace; this variable has torch load as it did then.
+FAIR_ESM_ENVIRONMENT = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+
+CPU = torch.device("cpu")
+
+_NAMES_IN_TRANSFORMERS = {
+    "embed_tokens.": "embeddings.word_embeddings.",
+    "emb_layer_norm_after.": "encoder.emb_layer_norm_after.",
+    "layers.": "encoder.layer.",
+    "self_attn_layer_norm.": "attention.LayerNorm.",
+    "self_attn.q_proj.": "attention.self.query.",
+    "self_attn.k_proj.": "attention.self.key.",
+    "self_attn.v_proj.": "attention.self.value.",
+    "self_attn.out_proj.": "attention.output.dense.",
+    "final_layer_norm.": "LayerNorm.",
+    "fc1.": "intermediate.dense.",
+    "fc2.": "output.dense.",
+}
+# What a network has beyond the trunk's parameters: heads, and what it works out by itself.
+_NOT_OF_THE_TRUNK = ("lm_head.", "contact_head.", "inv_freq", "position_ids")
+
+
+def write_weights(directory: Path, model: str) -> Path:
+    """Write random parameters as the two files that fair-esm wants, the contact regression beside the model."""
+    torch.manual_seed(0)
+    state = fair_esm_network(architecture_of(model), dict(random_tensors(architecture_of(model)))).state_dict()
+    regression = {name: state.pop(name) for name in list(state) if name.startswith("contact_head.")}
+    path = directory / f"{model}.pt"
+    save_weights(path, model, state)
+    torch.save({"model": regression}, directory / f"{model}-contact-regression.pt")
+    return path
+
+
+def load_fair_esm(path: Path) -> nn.Module:
+    """Read a model with fair-esm's own loader."""
+    from esm.pretrained import load_model_and_alphabet_local
+
+    os.environ.update(FAIR_ESM_ENVIRONMENT)
+    with warnings.catch_warnings(action="ignore"):  # torch says that it has seen the variable
+        network: nn.Module = load_model_and_alphabet_local(path)[0]
+    return network.eval()
+
+
+def our_network(
+    architecture: Architecture, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device
+) -> ESM2:
+    with torch.device("meta"):
+        network = ESM2(architecture)
+    network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    return network.eval()
+
+
+def fair_esm_network(
+    architecture: Architecture, state: Mapping[str, Tensor], *, device: torch.device = CPU
+) -> nn.Module:
+    with torch.device(device):
+        network = FairEsmNetwork(
+            architecture.num_layers,
+            architecture.embed_dim,
+            architecture.attention_heads,
+            alphabet=Alphabet.from_architecture("ESM-1b"),
+            token_dropout=True,
+        )
+    return _filled(network, state)
+
+
+def transformers_network(
+    architecture: Architecture, state: Mapping[str, Tensor], *, device: torch.device = CPU
+) -> nn.Module:
+    """Hugging Face's EsmModel as ESM-2's configurations have it, with SDPA attention."""
+    from transformers import EsmConfig, EsmModel
+
+    config = EsmConfig(
+        vocab_size=33,
+        mask_token_id=32,
+        pad_token_id=1,
+        hidden_size=architecture.embed_dim,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.attention_heads,
+        intermediate_size=4 * architecture.embed_dim,
+        max_position_embeddings=1026,
+        position_embedding_type="rotary",
+        emb_layer_norm_before=False,
+        token_dropout=True,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        network = EsmModel(config, add_pooling_layer=False)
+    return _filled(network, {_name_in_transformers(name): tensor for name, tensor in state.items()})
+
+
+def _name_in_transformers(name: str) -> str:
+    for ours, theirs in _NAMES_IN_TRANSFORMERS.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Put parameters into a network; none may be left over, and only heads and constants left as they were."""
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    forgotten = [name for name in missing if not any(part in name for part in _NOT_OF_THE_TRUNK)]
+    if forgotten or unexpected:
+        raise ValueError(f"{type(network).__name__} lacks {forgotten} and does not know {unexpected}")
+    return network.eval()
