@@ -60,10 +60,7 @@ def load_fair_esm(path: Path) -> nn.Module:
 def our_network(
     architecture: Architecture, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device
 ) -> ESM2:
-    with torch.device("meta"):
-        network = ESM2(architecture)
-    network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
-    return network.eval()
+    return ESM2.from_fair_esm(architecture, ((name, tensor.to(device, dtype)) for name, tensor in state.items()))
 
 
 def fair_esm_network(
