@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -45,11 +46,16 @@ class CommandLine:
         """Start it as the leader of a process group of its own."""
         return self._start("flows/embed.py", *arguments)
 
-    def start_prefect(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
-        """Start the command `prefect` in its place, with these environment variables."""
-        return self._start("-m", "prefect", *arguments, **variables)
+    def start_prefect(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+        """Start the command `prefect` in its place, with these environment variables. What it says may go to a file."""
+        if log is None:
+            return self._start("-m", "prefect", *arguments, **variables)
+        with log.open("a") as file:
+            return self._start("-m", "prefect", *arguments, output=file, **variables)
 
-    def _start(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+    def _start(
+        self, *arguments: object, output: int | IO[str] = subprocess.PIPE, **variables: str
+    ) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
         if self.api_url is not None:
             environment["PREFECT_API_URL"] = self.api_url
@@ -57,8 +63,8 @@ class CommandLine:
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
             env=environment | {"PREFECT_HOME": str(self.prefect_home)} | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             text=True,
             start_new_session=True,
             preexec_fn=_hear_sigint,
@@ -136,6 +142,12 @@ def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:
     for ordinal, sequence_id in enumerate(oracle.ids):
         np.testing.assert_allclose(ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id)
         np.testing.assert_array_equal(ours.row(ordinal), ours[sequence_id])
+
+
+def a_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def descendants_of(pid: int) -> list[int]:

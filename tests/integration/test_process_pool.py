@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, a_free_port
 from vnp_lib.dataset import open_dataset
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
@@ -39,12 +38,6 @@ def copy_of_the_repository(directory):
             shutil.copy2(ROOT / name, directory / name)
     (directory / ".venv").symlink_to(ROOT / ".venv")
     return directory
-
-
-def a_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="the guide starts with `make embed`, which makes .venv")
