@@ -22,6 +22,7 @@ from flows.devices import DevicePool
 from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
 from flows.metrics import metrics_served
+from flows.pool import cancel_shards, end_leftovers
 from flows.shard import embed_shard
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig, parse_command_line
@@ -35,12 +36,14 @@ from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open
 _MOST_ROUNDS = 3
 
 
-@flow(name="vnp-embed")
+@flow(name="vnp-embed", on_cancellation=[cancel_shards], on_crashed=[cancel_shards], on_failure=[cancel_shards])
 async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
     with sigterm_cancels_the_flow(), open_run(config) as run, metrics_served(run):
         num_tokens = 0
+        if config.executor == "work-pool":
+            await end_leftovers(run)
         for _ in range(_MOST_ROUNDS):
             shards = run.shard_states()
             num_tokens += run.num_tokens_left(shards)

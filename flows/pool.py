@@ -3,24 +3,69 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect import get_run_logger
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterName,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Cancelled, Cancelling, Crashed
 
+from vnp_lib.config import EmbedConfig
 from vnp_lib.failures import ConfigError, Failure, FailureCause, ShardFailedError
 from vnp_lib.heartbeat import HeartbeatWatch
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run
 
 _POLL_S = 2.0
-_ENDED_WITHOUT_RESULT = (FailureCause.PREEMPTED, FailureCause.KILLED)
+_PAGE = 200  # flow runs that the API gives at once
+
+
+async def end_leftovers(run: Run) -> None:
+    """End the flow runs of shards that earlier runs on this directory have left, at work or waiting for a machine.
+
+    The directory is ours, so nobody waits for them any more. What they have computed is kept. Those that cannot leave,
+    since their machine is gone, are marked as ended after the grace that a child has to save its work: each would keep its
+    place in the deployment's concurrency limit, for ever where Prefect's server was killed too.
+    """
+    async with get_client() as client:
+        ours = run_tag(_flow_run_id())
+        leftovers = [left for left in await _unfinished(client, [directory_tag(run)]) if ours not in left.tags]
+        if not leftovers:
+            return
+        get_run_logger().warning("%d flow runs that an earlier run has left are ended first", len(leftovers))
+        await _cancel(client, leftovers, "the run that it was part of is gone")
+        deadline = time.monotonic() + run.config.runtime.grace_s
+        for left in leftovers:
+            while not (state := await _state(client, left.id)).is_final() and time.monotonic() < deadline:
+                await asyncio.sleep(_POLL_S)
+            if not state.is_final():
+                await client.set_flow_run_state(left.id, Cancelled(message="nobody has ended it"), force=True)
+
+
+async def cancel_shards(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook for every end of the flow but a good one: cancel the flow runs of its shards, which save what they have.
+
+    A flow run that is taken away to be rescheduled has not ended: no hook is called, and its shards go on.
+    """
+    if EmbedConfig.model_validate(flow_run.parameters["config"]).executor == "local":
+        return
+    async with get_client() as client:
+        shards = await _unfinished(client, [run_tag(str(flow_run.id))])
+        await _cancel(client, shards, f"the run that it is part of is {state.name}")
 
 
 async def delegate_shard(run: Run, rank: int, progress: RunProgress) -> None:
@@ -30,17 +75,30 @@ async def delegate_shard(run: Run, rank: int, progress: RunProgress) -> None:
         ConfigError: There is no such deployment.
         ShardFailedError: The flow run has given up, or its machine is gone.
     """
+    run.prepare_shard(rank)  # its signs of life go there, from the first moment
     async with get_client() as client:
-        flow_run_id = await _start(run, rank, client)
+        flow_run_id = await _find(rank, client) or await _start(run, rank, client)
+        get_run_logger().info("flow run %s embeds shard %d", flow_run_id, rank)
         await _follow(run, rank, client, flow_run_id, progress)
 
 
+def run_tag(flow_run_id: str) -> str:
+    """The tag by which the flow runs of a run's shards are found."""
+    return f"vnp-run:{flow_run_id}"
+
+
+def directory_tag(run: Run) -> str:
+    """The tag by which they are found when that run is gone: it was on the same directory."""
+    return f"vnp-dir:{run.paths.run_dir.resolve()}"
+
+
+async def _find(rank: int, client: PrefectClient) -> UUID | None:
+    """Find the flow run that an earlier process of this flow run has started: that process was taken away, or cut off."""
+    started = await _unfinished(client, [run_tag(_flow_run_id())], name=_name(rank))
+    return next((shard.id for shard in started if shard.state and not shard.state.is_cancelling()), None)
+
+
 async def _start(run: Run, rank: int, client: PrefectClient) -> UUID:
-    """Start the shard's flow run, or find the one that an earlier process of this flow run has started."""
-    context = FlowRunContext.get()
-    assert context is not None
-    assert context.flow_run is not None
-    parent = str(context.flow_run.id)
     config = run.config.model_copy(update={"output_dir": run.paths.run_dir.resolve(), "executor": "local"})
     try:
         flow_run = await arun_deployment(
@@ -48,57 +106,103 @@ async def _start(run: Run, rank: int, client: PrefectClient) -> UUID:
             client=client,
             parameters={"config": config.model_dump(mode="json"), "rank": rank, "fingerprint": run.plan.fingerprint},
             timeout=0,
-            flow_run_name=f"shard-{rank:03d}",
-            tags=["vnp", run.config.model, shard_tag(parent)],
-            idempotency_key=f"{parent}-{rank}-{_num_lost(run, rank, parent)}",
+            flow_run_name=_name(rank),
+            tags=["vnp", run.config.model, run_tag(_flow_run_id()), directory_tag(run)],
+            idempotency_key=str(uuid4()),  # the client repeats a request that got no answer
         )
     except ObjectNotFound:
         raise ConfigError(
             f"there is no deployment {run.config.shard_deployment!r}: `prefect deploy --all` makes those of prefect.yaml, "
             f"and --shard-deployment names another"
         ) from None
-    get_run_logger().info("flow run %s embeds shard %d", flow_run.id, rank)
     return flow_run.id
 
 
-def shard_tag(parent_flow_run_id: str) -> str:
-    """The tag by which the flow runs of a run's shards are found."""
-    return f"vnp-run:{parent_flow_run_id}"
+def _name(rank: int) -> str:
+    return f"shard-{rank:03d}"
 
 
-def _num_lost(run: Run, rank: int, parent: str) -> int:
-    """How many flow runs this one has lost: each needs a successor, which must be no copy of it."""
-    records = [record for record in run.manifest.failures(rank) if record["session"] == parent]
-    return sum(record["cause"] in _ENDED_WITHOUT_RESULT for record in records)
+def _flow_run_id() -> str:
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    return str(context.flow_run.id)
 
 
 async def _follow(run: Run, rank: int, client: PrefectClient, flow_run_id: UUID, progress: RunProgress) -> None:
     watch = HeartbeatWatch(run.paths.heartbeat(rank))
     lost_after_s = run.config.runtime.lost_after_s
+    shown = _ShownProgress(run, rank, progress)
     while not (state := await _state(client, flow_run_id)).is_final():
-        _show(run, rank, progress)
         if not state.is_running():
             watch.reset()  # it waits for a machine, or for its next attempt
         elif watch.silent_for_s() > lost_after_s:
             told = f"its machine has given no sign of life for {lost_after_s:g} s"
             await client.set_flow_run_state(flow_run_id, Crashed(message=told), force=True)
             raise ShardFailedError(Failure(cause=FailureCause.PREEMPTED, message=told))
+        else:
+            shown.update()
         await asyncio.sleep(_POLL_S)
     if not state.is_completed():
         cause = FailureCause.KILLED if state.is_crashed() else FailureCause.GIVEN_UP
         raise ShardFailedError(Failure(cause=cause, message=f"flow run {flow_run_id} {state.name}: {state.message}"))
+    shown.complete()
+
+
+class _ShownProgress:
+    """Shows what is in checkpoints of a shard: what is on its way to one, only that machine knows."""
+
+    def __init__(self, run: Run, rank: int, progress: RunProgress) -> None:
+        self._run = run
+        self._rank = rank
+        self._progress = progress
+        self._ordinals = run.plan.shard_ordinals(rank)
+        self._begun = run.shard_state(rank)
+        self._recorded_before = self._recorded()
+        progress.begin(rank, sequences=self._begun.num_done, tokens=self._begun.tokens_done)
+
+    def update(self) -> None:
+        """Go by the manifest, a small file. It counts rows; which of the shard's they are is not looked up."""
+        before = self._begun.num_done
+        now = min(before + max(0, self._recorded() - self._recorded_before), self._begun.num_sequences)
+        come = self._run.plan.num_tokens(self._ordinals[before:now])  # the longest are computed first
+        self._observe(num_done=now, tokens_done=self._begun.tokens_done + come)
+
+    def complete(self) -> None:
+        self._observe(num_done=self._begun.num_sequences, tokens_done=self._run.plan.num_tokens(self._ordinals))
+
+    def _observe(self, *, num_done: int, tokens_done: int) -> None:
+        self._progress.observe(self._rank, sequences=num_done, tokens=tokens_done)
+        self._run.metrics.set_progress(self._rank, num_sequences=self._begun.num_sequences, num_done=num_done)
+
+    def _recorded(self) -> int:
+        recorded = self._run.manifest.get_shard_status(self._rank)
+        return int(recorded["total_sequences"]) if recorded else 0
+
+
+async def _unfinished(client: PrefectClient, tags: list[str], *, name: str | None = None) -> list[FlowRun]:
+    """All flow runs with these tags that have not ended."""
+    wanted = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=tags),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))),
+        name=FlowRunFilterName(any_=[name]) if name else None,
+    )
+    found: list[FlowRun] = []
+    while page := await client.read_flow_runs(
+        flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found)
+    ):
+        found += page
+    return found
+
+
+async def _cancel(client: PrefectClient, flow_runs: Iterable[FlowRun], reason: str) -> None:
+    """Ask for their end. One that no machine has yet is cancelled at once; of the others, their worker takes care."""
+    for flow_run in flow_runs:
+        is_waiting = flow_run.state is None or flow_run.state.is_scheduled()
+        await client.set_flow_run_state(flow_run.id, (Cancelled if is_waiting else Cancelling)(message=reason))
 
 
 async def _state(client: PrefectClient, flow_run_id: UUID) -> State[Any]:
     state = (await client.read_flow_run(flow_run_id)).state
     assert state is not None
     return state
-
-
-def _show(run: Run, rank: int, progress: RunProgress) -> None:
-    """What is in checkpoints: what is on its way to one, only that machine knows."""
-    recorded = run.manifest.get_shard_status(rank)
-    ordinals = run.plan.shard_ordinals(rank)
-    num_done = min(recorded["total_sequences"] if recorded else 0, ordinals.size)
-    progress.begin(rank, sequences=num_done, tokens=run.plan.num_tokens(ordinals) * num_done // max(ordinals.size, 1))
-    run.metrics.set_progress(rank, num_sequences=ordinals.size, num_done=num_done)

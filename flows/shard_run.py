@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from prefect import flow
@@ -13,6 +14,7 @@ from flows.metrics import metrics_served
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig
 from vnp_lib.heartbeat import beating
+from vnp_lib.plan import RunPaths
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import attach_run
 
@@ -26,17 +28,17 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
         rank: Which shard.
         fingerprint: Of that run: a directory that holds another one by now is refused.
     """
+    heartbeat = RunPaths(config.output_dir).heartbeat(rank)
     with sigterm_cancels_the_flow():
-        run = attach_run(config, fingerprint)
-        run.prepare_shard(rank)
-        shard = run.shard_state(rank)
-        ordinals = run.plan.shard_ordinals(rank)
-        progress = RunProgress(
-            total_sequences=ordinals.size,
-            total_tokens=run.plan.num_tokens(ordinals),
-            log_interval_s=config.runtime.log_interval_s,
-        )
-        async with beating(run.paths.heartbeat(rank), interval_s=config.runtime.heartbeat_s):
+        async with beating(heartbeat, interval_s=config.runtime.heartbeat_s):
+            run = await asyncio.to_thread(attach_run, config, fingerprint)  # reads the weights: minutes for the largest
+            shard = run.shard_state(rank)
+            ordinals = run.plan.shard_ordinals(rank)
+            progress = RunProgress(
+                total_sequences=ordinals.size,
+                total_tokens=run.plan.num_tokens(ordinals),
+                log_interval_s=config.runtime.log_interval_s,
+            )
             with metrics_served(run), progress:
                 progress.begin(rank, sequences=shard.num_done, tokens=shard.tokens_done)
                 run.metrics.set_progress(rank, num_sequences=shard.num_sequences, num_done=shard.num_done)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
@@ -48,11 +48,16 @@ class CommandLine:
         """Start it as the leader of a process group of its own."""
         return self._start("flows/embed.py", *arguments)
 
-    def start_prefect(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
-        """Start the command `prefect` in its place, with these environment variables."""
-        return self._start("-m", "prefect", *arguments, **variables)
+    def start_prefect(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+        """Start the command `prefect` in its place, with these environment variables. What it says may go to a file."""
+        if log is None:
+            return self._start("-m", "prefect", *arguments, **variables)
+        with log.open("a") as file:
+            return self._start("-m", "prefect", *arguments, output=file, **variables)
 
-    def _start(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
+    def _start(
+        self, *arguments: object, output: int | IO[str] = subprocess.PIPE, **variables: str
+    ) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
         if self.api_url is not None:
             environment["PREFECT_API_URL"] = self.api_url
@@ -60,8 +65,8 @@ class CommandLine:
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
             env=environment | {"PREFECT_HOME": str(self.prefect_home)} | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             text=True,
             start_new_session=True,
             preexec_fn=_hear_sigint,

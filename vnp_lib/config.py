@@ -113,10 +113,10 @@ class EmbedConfig(BaseModel):
     executor: Literal["local", "work-pool"] = Field(
         "local",
         description="Where shards are embedded. 'local': on this machine; 'work-pool': each as a flow run of its own, on "
-        "whatever machines the work pool of --shard-deployment has; they share the run directory.",
+        "whatever machines the work pool of the shard deployment has; they share the run directory.",
     )
     shard_deployment: str = Field(
-        "vnp-embed-shard/gpu", description="Deployment that embeds one shard, for --executor work-pool."
+        "vnp-embed-shard/gpu", description="Deployment that embeds one shard, where a work pool embeds them."
     )
     dtype: DType = Field(
         "auto", title="Precision", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU."

@@ -32,7 +32,8 @@ class RunProgress:
         self._clock = clock
         self._done: dict[int, tuple[int, int]] = {}  # sequences and tokens, by shard
         self._measured_tokens = 0
-        self._started_at: float | None = None  # when the first batch came: loading is no measure of speed
+        self._started_at: float | None = None
+        self._newest_at = clock()  # up to when speed has been measured
         self._next_line_at = clock() + log_interval_s
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -55,17 +56,29 @@ class RunProgress:
         self._show()
 
     def advance(self, rank: int, *, sequences: int, tokens: int) -> None:
-        """Count a batch of a shard, and show it if it is time."""
+        """Count a batch of a shard that is embedded here. Time counts from the first batch: loading is no measure of speed."""
         if self._started_at is None:
             self._started_at = self._clock()
         else:
             self._measured_tokens += tokens  # those of the first batch took time before the measuring began
+        self._newest_at = self._clock()
         done_sequences, done_tokens = self._done.get(rank, (0, 0))
         self._done[rank] = done_sequences + sequences, done_tokens + tokens
         self._show()
-        if self._bar is None and self._clock() >= self._next_line_at:
-            self._next_line_at = self._clock() + self._log_interval_s
-            self._console.print(self.describe(), highlight=False)
+
+    def observe(self, rank: int, *, sequences: int, tokens: int) -> None:
+        """Set what is done of a shard that is embedded elsewhere, and seen from here only when it is in a checkpoint.
+
+        Time counts from the first look, and up to the newest checkpoint: what has been done since then is not known.
+        """
+        if self._started_at is None:
+            self._started_at = self._clock()
+        come = tokens - self._done.get(rank, (0, 0))[1]
+        if come > 0:
+            self._measured_tokens += come
+            self._newest_at = self._clock()
+        self._done[rank] = sequences, tokens
+        self._show()
 
     def describe(self) -> str:
         """Say it in a line: `600 of 1,200 sequences (50 %), 5,400 tokens/s, 0:00:12 left`."""
@@ -78,10 +91,10 @@ class RunProgress:
         return f"{line}, {rate:,.0f} tokens/s, {format_duration((self._total_tokens - tokens) / rate)} left"
 
     def tokens_per_s(self) -> float:
-        """Mean rate since the first batch of this run; 0 before it can be told."""
+        """Mean rate since the first batch of this run, or the first look at it; 0 before it can be told."""
         if self._started_at is None:
             return 0.0
-        elapsed_s = self._clock() - self._started_at
+        elapsed_s = self._newest_at - self._started_at
         return self._measured_tokens / elapsed_s if elapsed_s > 0 else 0.0
 
     def _totals(self) -> tuple[int, int]:
@@ -91,6 +104,9 @@ class RunProgress:
         if self._bar:
             bar, task = self._bar
             bar.update(task, completed=self._totals()[1], description=self.describe())
+        elif self._clock() >= self._next_line_at:
+            self._next_line_at = self._clock() + self._log_interval_s
+            self._console.print(self.describe(), highlight=False)
 
 
 def format_duration(seconds: float) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, free_port
 from vnp_lib.dataset import open_dataset
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
@@ -41,18 +40,12 @@ def copy_of_the_repository(directory):
     return directory
 
 
-def a_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="the guide starts with `make embed`, which makes .venv")
 def test_the_guide_leads_from_nothing_to_a_finished_run(tmp_path):
     """On a Prefect home and a port of its own, offline; the server and the worker are gone afterwards."""
     checkout = copy_of_the_repository(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VNP_"))}
-    environment |= {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(a_free_port())}
+    environment |= {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_API_PORT": str(free_port())}
     log = tmp_path / "guide.log"
     with log.open("w") as output:
         guide = subprocess.Popen(

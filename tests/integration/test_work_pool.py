@@ -1,148 +1,340 @@
-"""Shards as flow runs of their own: a server, a process pool, two workers, and machines that vanish."""
+"""Shards as flow runs of their own: a server, a process pool, machines with a GPU each, and what becomes of them."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 import signal
 import subprocess
-import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelling
 
-from flows.embed import embed
-from flows.shard_run import embed_shard_run
+from tests.cluster import PATIENCE_S, Cluster, switch_off
 from tests.support import (
-    ROOT,
     assert_same_rows,
     computed_ordinals,
-    descendants_of,
+    finished_checkpoints,
     free_port,
-    is_alive,
     scrape,
     small_config,
+    wait_until,
+    workers_of,
 )
 from vnp_lib.config import EmbedConfig
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan import RunPaths
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("prefect_server")]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
-POOL = "machines"
 NUM_SHARDS = 4
+NUM_COMPUTED = 66  # of 69 sequences: three are there twice
+GRACE_S = 10.0
+CANCELLED_WITHIN_S = 90.0  # 20 of them are Prefect's on two cores: its workers import the flow to look for hooks
+A_GPU_THAT_CAN_BE_SLOW = """
+import fcntl, time
+from vnp_lib.esm2 import ESM2
+
+gpus = pathlib.Path({gpus!r})
+gpu = (gpus / os.environ["GPU"]).open("a")
+try:
+    fcntl.flock(gpu, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    (gpus / "used_twice").touch()
+print(rank, file=gpu, flush=True)
+forward = ESM2.forward_packed
+
+def forward_in_time(*arguments, **named):
+    until = time.monotonic() + 3.0
+    while (gpus / "slow").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    return forward(*arguments, **named)
+
+ESM2.forward_packed = forward_in_time
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpus:
+    """The machines' GPUs: who has used which, and how fast they are."""
+
+    directory: Path
+
+    def make_slow(self) -> None:
+        (self.directory / "slow").touch()
+
+    def make_fast(self) -> None:
+        (self.directory / "slow").unlink()
+
+    def shards_on(self, machine: str) -> list[int]:
+        """The shards of the children that a machine's GPU has had, in order."""
+        log = self.directory / machine
+        return [int(rank) for rank in log.read_text().split()] if log.exists() else []
+
+    @property
+    def was_used_twice(self) -> bool:
+        """Whether two children were on one GPU at a time."""
+        return (self.directory / "used_twice").exists()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """A run in a work pool, and what is to be seen of it."""
+
+    cluster: Cluster
+    config: EmbedConfig
+    gpus: Gpus
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.output_dir
+
+    @contextmanager
+    def running(self) -> Iterator[subprocess.Popen[str]]:
+        """The command, which needs no GPU. It does not outlive the block."""
+        run = self.cluster.command_line.start(*self._options())
+        try:
+            yield run
+        finally:
+            switch_off(run)
+            run.communicate()
+
+    def schedule(self) -> UUID:
+        """The same as a flow run of the deployment."""
+        with self.cluster.client() as client:
+            deployment = client.read_deployment_by_name("vnp-embed/local")
+            parameters = {"config": self.config.model_dump(mode="json")}
+            return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+    def wait_until_at_work(self, *machines: str) -> None:
+        """Until each of these machines has a checkpoint of its shard on disk."""
+        wait_until(
+            lambda: all(any(map(self.has_checkpoint, self.gpus.shards_on(machine))) for machine in machines),
+            timeout_s=PATIENCE_S,
+        )
+
+    def wait_until_complete(self, run: subprocess.Popen[str]) -> None:
+        out, err = run.communicate(timeout=PATIENCE_S)
+        assert run.returncode == 0, out + err
+
+    def shard_runs(self) -> list[FlowRun]:
+        """The flow runs of its shards, oldest first."""
+        ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"vnp-dir:{self.run_dir}"]))
+        with self.cluster.client() as client:
+            return client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+
+    def has_checkpoint(self, rank: int) -> bool:
+        shard_dir = RunPaths(self.run_dir).shard_dir(rank)
+        return any(path.parent == shard_dir for path in finished_checkpoints(self.run_dir))
+
+    def causes_of_failures(self) -> list[str]:
+        manifest = CheckpointManifest(RunPaths(self.run_dir).manifest)
+        return [failure["cause"] for rank in range(NUM_SHARDS) for failure in manifest.failures(rank)]
+
+    def assert_right(self, oracle_dir: Path, *, kept: dict[Path, bytes]) -> None:
+        """Every row is right and was computed once, no checkpoint of `kept` anew; nobody is left, or has shared a GPU."""
+        after = finished_checkpoints(self.run_dir)
+        assert {path: after[path] for path in kept} == kept
+        ordinals = computed_ordinals(self.run_dir)
+        assert len(ordinals) == len(set(ordinals)) == NUM_COMPUTED
+        assert_same_rows(self.run_dir, oracle_dir)
+        assert workers_of(self.run_dir) == []
+        assert not self.gpus.was_used_twice
+
+    def _options(self) -> list[object]:
+        given = self.config.model_dump(mode="json", exclude_unset=True)
+        runtime = {f"runtime.{name}": value for name, value in given.pop("runtime").items()}
+        given = given | runtime | {"fasta": given["fasta"][0]}
+        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 @pytest.fixture(scope="module")
-def deployment(prefect_server) -> str:
-    """The flow of one shard, deployed to a process pool."""
-
-    async def deploy() -> None:
-        async with get_client() as client:
-            await client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        from_here = await embed_shard_run.from_source(source=str(ROOT), entrypoint="flows/shard_run.py:embed_shard_run")
-        await from_here.deploy(name="test", work_pool_name=POOL, print_next_steps=False)
-
-    asyncio.run(deploy())
-    return "vnp-embed-shard/test"
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A server of its own with the deployments of `prefect.yaml`, and no machine yet."""
+    cluster = Cluster(directory=tmp_path_factory.mktemp("cluster"), port=free_port())
+    try:
+        cluster.start_server()
+        cluster.deploy()
+        yield cluster
+    finally:
+        cluster.switch_everything_off()
 
 
 @pytest.fixture
-def start_machine(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    """Start a worker that takes one shard at a time, as a machine with one GPU would."""
-    started: list[subprocess.Popen[bytes]] = []
+def gpus(tmp_path, sabotage) -> Gpus:
+    directory = tmp_path / "gpus"
+    directory.mkdir()
+    sabotage(A_GPU_THAT_CAN_BE_SLOW.format(gpus=str(directory)))
+    gpus = Gpus(directory=directory)
+    gpus.make_slow()
+    return gpus
 
-    def start(name: str) -> subprocess.Popen[bytes]:
-        settings = {
-            "PREFECT_API_URL": PREFECT_API_URL.value(),
-            "PREFECT_HOME": str(tmp_path / name),
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", name, "--limit", "1"]
-        with (tmp_path / f"{name}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    command, env=os.environ | settings, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
-                )
-            )
+
+@pytest.fixture
+def start_machine(cluster):
+    """Start a machine with a GPU of its own; at the end all are switched off."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> subprocess.Popen[str]:
+        started.append(cluster.start_machine(name))
         return started[-1]
 
     yield start
-    for machine in started:
-        switch_off(machine)
+    switch_off(*started)
 
 
-def switch_off(machine: subprocess.Popen[bytes]) -> None:
-    """End all of its processes at once, as when a spot machine is gone."""
-    for pid in [*descendants_of(machine.pid), machine.pid]:
-        if is_alive(pid):
-            os.kill(pid, signal.SIGKILL)
-    machine.wait()
-
-
-def settings(fasta: Path, run_dir: Path, deployment: str, *, metrics_port: int) -> EmbedConfig:
-    return small_config(
-        fasta,
-        run_dir,
+@pytest.fixture
+def story(tmp_path, cluster, gpus, short_fasta) -> Story:
+    config = small_config(
+        short_fasta,
+        tmp_path / "run",
         devices="cpu",
         shards=NUM_SHARDS,
         token_budget=128,
         executor="work-pool",
-        shard_deployment=deployment,
-        metrics_port=metrics_port,
+        shard_deployment="vnp-embed-shard/local",
+        metrics_port=free_port(),  # which the shards' own runs want too, and do without
         runtime={
             "checkpoint_seq_threshold": 2,
             "heartbeat_s": 0.5,
-            "lost_after_s": 15.0,
+            "lost_after_s": 20.0,
+            "grace_s": GRACE_S,
             "spot_retry_poll_interval": 0.1,
         },
     )
+    return Story(cluster=cluster, config=config, gpus=gpus)
 
 
-def test_a_machine_that_vanishes_costs_time_only(
-    tmp_path, short_fasta, deployment, start_machine, uninterrupted, monkeypatch
-):
-    """Two machines, four shards; the one that is at work is switched off, and another takes its shard.
+def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterrupted):
+    """Two machines, four shards; one is switched off in the middle of its shard, and the other one computes the rest."""
+    first = start_machine("first")
+    start_machine("second")
+    with story.running() as run:
+        story.wait_until_at_work("first", "second")
+        switch_off(first)
+        (lost,) = story.gpus.shards_on("first")
+        page = scrape(story.config.metrics_port)
+        assert sum(page[f"vnp_shard_sequences{{shard={rank}}}"] for rank in range(NUM_SHARDS)) == NUM_COMPUTED
+        before = finished_checkpoints(story.run_dir)
+        assert CheckpointManifest(RunPaths(story.run_dir).manifest).shards()[lost]["status"] == "in_progress"
+        story.gpus.make_fast()
+        story.wait_until_complete(run)
 
-    All want the port for metrics that the waiting run has: theirs are not to be had, and nothing else is amiss.
-    """
-    run_dir = tmp_path / "run"
-    port, pages = free_port(), []
-    monkeypatch.setattr("flows.embed.tell_of_completion", lambda run, summary: pages.append(scrape(port)))
+    assert sorted(story.gpus.shards_on("second")) == [0, 1, 2, 3]
+    assert story.causes_of_failures() == ["preempted"]
+    story.assert_right(uninterrupted[0], kept=before)
 
-    async def lose_a_machine() -> None:
-        first = start_machine("first")
-        while len(computed_ordinals(run_dir)) < 6:  # a file system has no event to wait for
-            await asyncio.sleep(0.05)
-        await asyncio.to_thread(switch_off, first)
+
+def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(story, cluster, start_machine, uninterrupted):
+    """What Prefect still takes for running holds every place that the deployment's concurrency limit has."""
+    machines = [start_machine("first"), start_machine("second")]
+    with story.running() as run:
+        story.wait_until_at_work("first", "second")
+        switch_off(run, *machines, cluster.server)
+    before = finished_checkpoints(story.run_dir)
+    cluster.start_server()
+    dead = story.shard_runs()
+    assert Counter(run.state.type for run in dead) == {"RUNNING": 2, "SCHEDULED": 2}
+    assert cluster.used_slots() == 2
+
+    story.gpus.make_fast()
+    start_machine("third")
+    start_machine("fourth")
+    with story.running() as run:
+        story.wait_until_complete(run)
+
+    states = {run.id: run.state_name for run in story.shard_runs()}
+    assert [states.pop(run.id) for run in dead] == ["Cancelled"] * NUM_SHARDS
+    assert list(states.values()) == ["Completed"] * NUM_SHARDS
+    assert cluster.used_slots() == 0
+    assert story.gpus.shards_on("third")
+    assert story.gpus.shards_on("fourth")
+    story.assert_right(uninterrupted[0], kept=before)
+
+
+def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(story, start_machine, uninterrupted):
+    """The run is killed, its machines are not: they go on, and take the shards that wait, until the run is there again."""
+    start_machine("first")
+    start_machine("second")
+    with story.running() as run:
+        story.wait_until_at_work("first", "second")
+        switch_off(run)
+    story.gpus.make_fast()
+    wait_until(lambda: len(story.gpus.shards_on("first") + story.gpus.shards_on("second")) > 2, timeout_s=PATIENCE_S)
+    story.gpus.make_slow()
+
+    with story.running() as run:
+        wait_until(lambda: len(story.shard_runs()) > NUM_SHARDS or run.poll() is not None, timeout_s=PATIENCE_S)
+        story.gpus.make_fast()
+        story.wait_until_complete(run)
+
+    assert {run.state_name for run in story.shard_runs()} <= {"Completed", "Cancelled"}
+    story.assert_right(uninterrupted[0], kept={})
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "the button in the UI"])
+def test_a_cancelled_run_takes_its_shards_with_it(story, cluster, start_machine, uninterrupted, how):
+    """On other machines they would compute for hours. They save what they have, and the same command goes on from there."""
+    if how == "the button in the UI":
+        start_machine("head")
+        flow_run_id = story.schedule()
+        wait_until(lambda: len(story.shard_runs()) == NUM_SHARDS, timeout_s=PATIENCE_S)
+        start_machine("first")
         start_machine("second")
-        start_machine("third")
+        story.wait_until_at_work("first", "second")
+        with cluster.client() as client:
+            client.set_flow_run_state(flow_run_id, Cancelling())
+    else:
+        start_machine("first")
+        start_machine("second")
+        with story.running() as run:
+            story.wait_until_at_work("first", "second")
+            run.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
+            assert run.wait(timeout=PATIENCE_S) == (130 if how == "Ctrl-C" else 143)
+    cancelled_at = time.monotonic()
+    wait_until(lambda: {run.state_name for run in story.shard_runs()} == {"Cancelled"}, timeout_s=CANCELLED_WITHIN_S)
+    wait_until(lambda: workers_of(story.run_dir) == [], timeout_s=GRACE_S)
+    print(f"{how}: all shards have ended after {time.monotonic() - cancelled_at:.1f} s")
+    before = finished_checkpoints(story.run_dir)
+    assert 0 < len(computed_ordinals(story.run_dir)) < NUM_COMPUTED
+    assert cluster.used_slots() == 0
 
-    async def run():
-        outcome, _ = await asyncio.gather(
-            embed(settings(short_fasta, run_dir, deployment, metrics_port=port), return_state=True), lose_a_machine()
-        )
-        return outcome
+    story.gpus.make_fast()
+    with story.running() as run:
+        story.wait_until_complete(run)
 
-    outcome = asyncio.run(run())
-    assert outcome.is_completed(), outcome.message
-    manifest = CheckpointManifest(RunPaths(run_dir).manifest)
-    causes = [failure["cause"] for rank in range(NUM_SHARDS) for failure in manifest.failures(rank)]
-    assert causes == ["preempted"]
-    assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
-    assert_same_rows(run_dir, uninterrupted[0])
+    story.assert_right(uninterrupted[0], kept=before)
 
-    (page,) = pages
-    plan = load_plan(RunPaths(run_dir))
-    for rank in range(NUM_SHARDS):
-        num_sequences = plan.shard_ordinals(rank).size
-        assert page[f"vnp_shard_sequences{{shard={rank}}}"] == num_sequences
-        assert page[f"vnp_shard_sequences_done{{shard={rank}}}"] == num_sequences
-        assert page[f"vnp_sequences_embedded_total{{shard={rank}}}"] == 0  # not here
-    assert page["vnp_failures_total{kind=spot_preemption}"] == 1
+
+def test_the_shards_of_a_run_that_is_rescheduled_go_on(story, cluster, start_machine, uninterrupted):
+    """As in a pod that is taken away: SIGTERM, and a worker executes the same flow run again, which finds its shards."""
+    flow_run_id = story.schedule()
+    parent = cluster.command_line.start_prefect(
+        "flow-run", "execute", flow_run_id, PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule"
+    )
+    wait_until(lambda: len(story.shard_runs()) == NUM_SHARDS, timeout_s=PATIENCE_S)
+    start_machine("first")
+    start_machine("second")
+    story.wait_until_at_work("first", "second")
+    parent.send_signal(signal.SIGTERM)
+    out, err = parent.communicate(timeout=PATIENCE_S)
+    assert parent.returncode == 0, out + err
+    assert Counter(run.state.type for run in story.shard_runs()) == {"RUNNING": 2, "SCHEDULED": 2}
+
+    start_machine("head")
+    with cluster.client() as client:
+        wait_until(lambda: client.read_flow_run(flow_run_id).run_count == 2, timeout_s=PATIENCE_S)
+        story.gpus.make_fast()
+        wait_until(lambda: client.read_flow_run(flow_run_id).state.is_final(), timeout_s=PATIENCE_S)
+        assert client.read_flow_run(flow_run_id).state_name == "Completed"
+
+    assert [run.state_name for run in story.shard_runs()] == ["Completed"] * NUM_SHARDS
+    story.assert_right(uninterrupted[0], kept={})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
     assert "VNP_TOKEN_BUDGET" in text
     assert "tuple[" not in text
     assert "None" not in text
+
+
+def test_descriptions_suit_the_form_too_which_has_no_options():
+    described = json.dumps(EmbedConfig.model_json_schema())
+    assert "--" not in described
 
 
 def test_settings_are_frozen_and_know_all_their_fields():

@@ -27,6 +27,7 @@ from vnp_lib.metrics_page import registry_of, require_free_port, serving
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 from vnp_lib.progress import RunProgress
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.run import ShardState
 
 
 @pytest.fixture
@@ -157,10 +158,13 @@ def test_of_shards_on_other_machines_the_manifest_tells_how_far_they_are(
         plan=make_plan(paths, [tiny_fasta], model, num_shards=2, token_budget=200),
         manifest=CheckpointManifest(paths.manifest),
         metrics=RunMetrics(),
+        shard_state=lambda rank: ShardState(rank=rank, num_sequences=20, num_done=3, tokens_done=100),
     )
     run.manifest.initialize(2, run.plan.fingerprint, "w")
-    run.manifest.update_shard_checkpoint(1, 0, 12, "batch_00000.pt")
-    pool._show(run, 1, RunProgress(total_sequences=40, total_tokens=1_000))
+    run.manifest.update_shard_checkpoint(1, 0, 3, "batch_00000.pt")
+    shown = pool._ShownProgress(run, 1, RunProgress(total_sequences=40, total_tokens=1_000))
+    run.manifest.update_shard_checkpoint(1, 1, 9, "batch_00001.pt")
+    shown.update()
     page = page_of(run.metrics, quarantine)
     assert page["vnp_shard_sequences{shard=1}"] == 20
     assert page["vnp_shard_sequences_done{shard=1}"] == 12

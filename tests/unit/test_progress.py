@@ -37,6 +37,17 @@ def test_without_a_terminal_a_line_comes_every_interval():
     ]
 
 
+def test_what_is_embedded_elsewhere_gives_a_line_every_interval_too():
+    clock = Clock()
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=False, width=120)
+    progress = RunProgress(total_sequences=2, total_tokens=200, log_interval_s=30.0, console=console, clock=clock)
+    for _ in range(35):
+        clock.now_s += 1.0
+        progress.observe(0, sequences=1, tokens=100)
+    assert out.getvalue().splitlines() == ["1 of 2 sequences (50%)"]
+
+
 def test_resumed_work_shortens_the_way_but_is_no_speed():
     clock = Clock()
     progress = RunProgress(total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock)
@@ -57,6 +68,37 @@ def test_what_an_attempt_lost_is_not_counted_twice():
     progress.advance(0, sequences=30, tokens=3_000)
     progress.begin(0, sequences=20, tokens=2_000)
     assert progress.describe().startswith("30 of 100 sequences (30%)")
+
+
+def test_speed_elsewhere_is_what_has_come_up_to_the_newest_checkpoint():
+    """Two machines are looked at every 2 s, and write checkpoints of 3,000 tokens at 60 and 62 s, and at 120 and 122 s."""
+    clock = Clock()
+    progress = RunProgress(total_sequences=400, total_tokens=40_000, console=Console(file=io.StringIO()), clock=clock)
+    begun = {0: 5_000, 1: 1_000}
+    for rank, tokens in begun.items():
+        progress.begin(rank, sequences=tokens // 100, tokens=tokens)
+    told = {}
+    while clock.now_s < 170.0:
+        for rank, tokens in begun.items():
+            num_checkpoints = int((clock.now_s - 2.0 * rank) // 60.0)
+            tokens += 3_000 * max(0, num_checkpoints)
+            progress.observe(rank, sequences=tokens // 100, tokens=tokens)
+        told[clock.now_s] = progress.describe()
+        clock.now_s += 2.0
+    assert told[58.0] == "60 of 400 sequences (15%)"
+    assert told[60.0] == "90 of 400 sequences (22%), 50 tokens/s, 0:10:20 left"
+    assert told[62.0] == told[118.0] == "120 of 400 sequences (30%), 97 tokens/s, 0:04:49 left"
+    assert told[122.0] == told[168.0] == "180 of 400 sequences (45%), 98 tokens/s, 0:03:44 left"
+
+
+def test_a_shard_elsewhere_that_lost_rows_is_no_negative_speed():
+    """A damaged checkpoint was moved aside; what is computed again took its time, and counts."""
+    clock = Clock()
+    progress = RunProgress(total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock)
+    for now_s, tokens in ((0.0, 0), (10.0, 1_000), (20.0, 500), (30.0, 1_000)):
+        clock.now_s = now_s
+        progress.observe(0, sequences=tokens // 100, tokens=tokens)
+    assert progress.tokens_per_s() == 50.0
 
 
 def test_a_terminal_gets_a_bar():
