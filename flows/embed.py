@@ -58,7 +58,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
                 write_page(run)
                 await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
                 tell_of_completion(run, summary)
-                return Completed(message=f"{describe_dataset(summary)}, {describe(run, states)}")
+                return Completed(message=f"{summary.describe()}, {describe(run, states)}")
         return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
 
 
@@ -115,14 +115,6 @@ def write_page(run: Run) -> None:
         write_report(run.plan, run.paths)
     except StorageError as error:
         get_run_logger().warning("no report is written: %s", error)
-
-
-def describe_dataset(summary: DatasetSummary) -> str:
-    """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
-    lacking = ((summary.num_quarantined, "in quarantine"), (summary.num_missing, "missing"))
-    return ", ".join(
-        [f"{summary.num_rows:,} sequences embedded", *(f"{count:,} {what}" for count, what in lacking if count)]
-    )
 
 
 def describe(run: Run, states: Sequence[State[Any]]) -> str:

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.dataset import open_dataset
+from vnp_lib.dataset import describe_rows, open_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
@@ -292,8 +292,7 @@ def _dataset(plan: RunPlan, paths: RunPaths) -> str:
     if metadata["fingerprint"] != plan.fingerprint:
         return "of another run; the next run puts it together anew"
     rows = sum(part["rows"] for part in metadata["parts"])
-    lacking = ((metadata["num_quarantined"], "in quarantine"), (metadata["num_missing"], "missing"))
-    told = ", ".join([f"{rows:,} rows", *(f"{count:,} {what}" for count, what in lacking if count)])
+    told = describe_rows(rows, num_quarantined=metadata["num_quarantined"], num_missing=metadata["num_missing"])
     return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}"
 
 

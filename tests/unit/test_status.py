@@ -133,7 +133,12 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
     assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
     seen = status_of(plan, paths)
     assert [shard.state for shard in seen.shards] == [ShardState.COMPLETE] * 2
-    assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (40, 100.0, 0, "complete: 40 rows")
+    assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (
+        40,
+        100.0,
+        0,
+        "complete: 40 sequences embedded",
+    )
     (paths.embeddings_dir / "part-00000.parquet").unlink()
     assert status_of(plan, paths).dataset.startswith("damaged (")
 
