@@ -53,6 +53,11 @@ class LastFailure:
     reason: str  # what was decided, and why
     at: datetime
 
+    @property
+    def explanation(self) -> str:
+        """What was decided, or else what happened; without the kind, which many begin with."""
+        return (self.reason or self.message).removeprefix(f"{self.kind}: ")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardProgress:
@@ -335,9 +340,7 @@ def _row(shard: ShardProgress, now: datetime) -> Iterator[Text]:
     yield plain(f"{shard.percent:.1f}")
     yield plain("" if shard.tokens_per_s is None else f"{shard.tokens_per_s:,.0f}")
     yield plain(shard.device or "")
-    yield plain(
-        f"{failure.kind}, {format_age(failure.at, now)}: {failure.reason or failure.message}" if failure else ""
-    )
+    yield plain(f"{failure.kind}, {format_age(failure.at, now)}: {failure.explanation}" if failure else "")
 
 
 def _totals(status: RunStatus) -> Iterator[Text]:
