@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.states import Completed, Failed
 
-from flows.artifacts import shard_table, show_summary
+from flows.artifacts import ShardArtifact, shard_table, show_summary
 from flows.devices import DevicePool
 from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
@@ -80,12 +80,13 @@ async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any
 
 async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> State[Any]:
     """Run a shard's task, with a retry hook of its own, until it has completed or failed for good."""
+    artifact = ShardArtifact(shard.rank, interval_s=run.config.runtime.artifact_interval_s)
     task = embed_shard.with_options(
-        retry_condition_fn=make_retry_hook(run, shard.rank, devices),
+        retry_condition_fn=make_retry_hook(run, shard.rank, devices, artifact),
         result_storage=run.paths.results_dir,
         refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
     )
-    state = task(run, shard, devices, progress, return_state=True)
+    state = task(run, shard, devices, progress, artifact, return_state=True)
     return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
 
 

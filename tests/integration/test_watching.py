@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+)
+from prefect.client.schemas.objects import Artifact
 
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
@@ -17,21 +22,21 @@ from vnp_lib.plan import RunPaths, load_plan
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 
-def artifacts_of(flow_run_id) -> dict[str, object]:
-    """Type and data of the newest artifacts of a flow run, by key."""
+def look_at(flow_run_id: UUID) -> list[Artifact]:
+    """All artifacts of a flow run, the newest and the older ones."""
 
     async def read():
         async with get_client() as client:
             of_the_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
             return await client.read_artifacts(artifact_filter=of_the_run)
 
-    return {artifact.key: artifact for artifact in asyncio.run(read())}
+    return asyncio.run(read())
 
 
 def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_its_metrics(
     tmp_path, sabotage, monkeypatch
 ):
-    """A table with the last failure of each shard, a summary with the quarantine, events for automations, and a page."""
+    """A table with the last failure of each shard, a bar for each, a summary, events for automations, and a page."""
     port = free_port()
     emitted, pages = [], []
 
@@ -41,29 +46,33 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
             pages.append(scrape(port))
 
     monkeypatch.setattr("flows.events.emit_event", emit_event)
-    write_proteins(tmp_path / "in.fasta", 8, {2: Way.NAN})
+    proteins = tmp_path / "in.fasta"
+    write_proteins(proteins, 8, {2: Way.NAN})
+    proteins.write_text(proteins.read_text().replace(">nan_2", ">sp|nan_2|X"))
     sabotage(
         patch(Way.NAN)
         + "\nif rank == 1 and attempt == 1:\n    import signal\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    config = small_config(
-        tmp_path / "in.fasta", tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1}, metrics_port=port
-    )
+    config = small_config(proteins, tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1}, metrics_port=port)
     outcome = asyncio.run(embed(config, return_state=True))
     assert outcome.is_completed(), outcome.message
 
-    shown = artifacts_of(outcome.state_details.flow_run_id)
+    artifacts = look_at(outcome.state_details.flow_run_id)
+    assert sorted(artifact.key for artifact in artifacts) == ["shard-000", "shard-001", "vnp-shards", "vnp-summary"]
+    shown = {artifact.key: artifact for artifact in artifacts}
+    assert shown["shard-001"].data == 100.0
     first, second = json.loads(shown["vnp-shards"].data)
     assert (first["shard"], first["state"], second["shard"], second["state"]) == ("000", "complete", "001", "complete")
     assert (first["last failure"], second["attempt"]) == ("", 2)
     assert second["last failure"].startswith("spot_preemption: spot preemption #1")
     summary = shown["vnp-summary"].data
+    assert shown["vnp-summary"].description == "7 sequences embedded, 1 in quarantine"
     assert "| sequences embedded | 7 |" in summary
-    assert "nan_2" in summary
-    assert str(tmp_path / "run") in summary
+    assert r"| sp\|nan_2\|X |" in summary
+    assert str(tmp_path / "run" / "report.html") in summary
     assert [event for event, _ in emitted].count("vnp.shard.preempted") == 1
     events = dict(emitted)
-    assert events["vnp.sequence.quarantined"]["id"] == "nan_2"
+    assert events["vnp.sequence.quarantined"]["id"] == "sp|nan_2|X"
     assert events["vnp.run.completed"]["num_rows"] == 7
 
     (page,) = pages
