@@ -1,4 +1,4 @@
-"""What people see of a run in the Prefect UI: a progress bar per shard, a table of all shards, a summary at the end.
+"""What people see of a run in the Prefect UI: a progress bar per shard, a table of all shards, a summary, tags.
 
 None of it may harm the run: whatever goes wrong here is a debug line in the log.
 """
@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -37,6 +38,42 @@ _PATIENCE_S = 2.0
 _MOST_QUARANTINED_SHOWN = 20
 _LONGEST_MESSAGE = 200  # letters
 _LINE = 40  # letters: what of a table's last column Prefect's UI shows without scrolling
+
+
+def tags_of_shard(run: Run) -> set[str]:
+    """The tags of a shard's task run: the model, and the kind of device, `cpu` or `cuda`, or `work-pool`."""
+    if run.config.executor == "work-pool":
+        return {run.config.model, "work-pool"}
+    return {run.config.model, "cpu" if set(run.devices) == {"cpu"} else "cuda"}
+
+
+async def tag_flow_run(flow_run_id: UUID, tag: str) -> None:
+    """Add a tag to those that a flow run has."""
+    await _harmless(f"tag {tag}", _tags_of(flow_run_id).add(tag))
+
+
+class _FlowRunTags:
+    """Adds one tag after the other, for an update of a flow run replaces all of them."""
+
+    def __init__(self, flow_run_id: UUID) -> None:
+        self._flow_run_id = flow_run_id
+        self._added: set[str] = set()
+        self._lock = asyncio.Lock()
+
+    async def add(self, tag: str) -> None:
+        async with self._lock:
+            if tag in self._added:
+                return
+            async with get_client() as client:
+                present = (await client.read_flow_run(self._flow_run_id)).tags
+                if tag not in present:
+                    await client.update_flow_run(self._flow_run_id, tags=[*present, tag])
+            self._added.add(tag)
+
+
+@lru_cache(maxsize=8)
+def _tags_of(flow_run_id: UUID) -> _FlowRunTags:
+    return _FlowRunTags(flow_run_id)
 
 
 class ShardArtifact:

@@ -10,14 +10,16 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows.artifacts import ShardArtifact, shard_table, show_summary
+from flows.artifacts import ShardArtifact, shard_table, show_summary, tag_flow_run, tags_of_shard
 from flows.devices import DevicePool
 from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
@@ -40,6 +42,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
     with sigterm_cancels_the_flow(), open_run(config) as run, metrics_served(run):
+        await tag_flow_run(UUID(flow_run.id), config.model)
         num_tokens = 0
         for _ in range(_MOST_ROUNDS):
             shards = run.shard_states()
@@ -82,6 +85,7 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
     """Run a shard's task, with a retry hook of its own, until it has completed or failed for good."""
     artifact = ShardArtifact(shard.rank, interval_s=run.config.runtime.artifact_interval_s)
     task = embed_shard.with_options(
+        tags=tags_of_shard(run),
         retry_condition_fn=make_retry_hook(run, shard.rank, devices, artifact),
         result_storage=run.paths.results_dir,
         refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk

@@ -9,7 +9,7 @@ import numpy as np
 from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
 
-from flows.artifacts import ShardArtifact
+from flows.artifacts import ShardArtifact, tag_flow_run
 from flows.devices import DevicePool
 from flows.events import tell_of_preemption, tell_of_quarantine
 from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
@@ -40,6 +40,8 @@ def make_retry_hook(run: Run, rank: int, devices: DevicePool, artifact: ShardArt
         if failure.cause == FailureCause.HARDWARE and devices.set_aside(rank):
             logger.warning("the device of shard %d is set aside for the rest of this run", rank)
         await artifact.show(percent_done(run, rank), decision.reason, now=True)
+        if task_run.flow_run_id is not None:
+            await tag_flow_run(task_run.flow_run_id, f"failed:{failure.kind}")
         return decision.retry
 
     return retry_hook

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
+from prefect import flow, runtime, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
 )
-from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 
+from flows.artifacts import tag_flow_run
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import free_port, scrape, small_config
@@ -21,14 +25,20 @@ from vnp_lib.plan import RunPaths, load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
+MODEL = "esm2_t6_8M_UR50D"
 
-def look_at(flow_run_id: UUID) -> list[Artifact]:
-    """All artifacts of a flow run, the newest and the older ones."""
+
+def look_at(flow_run_id: UUID) -> tuple[FlowRun, list[TaskRun], list[Artifact]]:
+    """A flow run, its task runs and all its artifacts, the newest and the older ones."""
 
     async def read():
         async with get_client() as client:
             of_the_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
-            return await client.read_artifacts(artifact_filter=of_the_run)
+            return (
+                await client.read_flow_run(flow_run_id),
+                await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))),
+                await client.read_artifacts(artifact_filter=of_the_run),
+            )
 
     return asyncio.run(read())
 
@@ -36,7 +46,7 @@ def look_at(flow_run_id: UUID) -> list[Artifact]:
 def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_its_metrics(
     tmp_path, sabotage, monkeypatch
 ):
-    """A table with the last failure of each shard, a bar for each, a summary, events for automations, and a page."""
+    """A table with the last failure of each shard, a bar for each, a summary, tags, events for automations, and a page."""
     port = free_port()
     emitted, pages = [], []
 
@@ -54,10 +64,16 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
         + "\nif rank == 1 and attempt == 1:\n    import signal\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     config = small_config(proteins, tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1}, metrics_port=port)
-    outcome = asyncio.run(embed(config, return_state=True))
+    with tags("mine"):
+        outcome = asyncio.run(embed(config, return_state=True))
     assert outcome.is_completed(), outcome.message
 
-    artifacts = look_at(outcome.state_details.flow_run_id)
+    flow_run, task_runs, artifacts = look_at(outcome.state_details.flow_run_id)
+    assert sorted(flow_run.tags) == [MODEL, "failed:spot_preemption", "mine"]
+    assert {task.name: sorted(task.tags) for task in task_runs} == {
+        "shard-000": ["cpu", MODEL, "mine"],
+        "shard-001": ["cpu", MODEL, "mine"],
+    }
     assert sorted(artifact.key for artifact in artifacts) == ["shard-000", "shard-001", "vnp-shards", "vnp-summary"]
     shown = {artifact.key: artifact for artifact in artifacts}
     assert shown["shard-001"].data == 100.0
@@ -94,3 +110,21 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
 def of_the_shards(page: dict[str, float], name: str) -> list[float]:
     """The values of a metric, by shard."""
     return [page[f"{name}{{shard={rank}}}"] for rank in range(2)]
+
+
+def test_tags_that_come_at_once_are_all_kept_and_none_harms_the_run():
+    """An update replaces all tags: two shards that fail at once must not take each other's away."""
+
+    @flow(name="tagged")
+    async def tagged() -> None:
+        flow_run_id = UUID(runtime.flow_run.id)
+        await asyncio.gather(
+            *(tag_flow_run(flow_run_id, tag) for tag in ("failed:oom", "failed:transient", "failed:oom"))
+        )
+        await tag_flow_run(uuid4(), "of no flow run")
+
+    with tags("mine"):
+        outcome = asyncio.run(tagged(return_state=True))
+    assert outcome.is_completed(), outcome.message
+    flow_run, _, _ = look_at(outcome.state_details.flow_run_id)
+    assert sorted(flow_run.tags) == ["failed:oom", "failed:transient", "mine"]
