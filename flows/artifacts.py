@@ -38,6 +38,7 @@ _PATIENCE_S = 2.0
 _MOST_QUARANTINED_SHOWN = 20
 _LONGEST_MESSAGE = 200  # letters
 _LINE = 40  # letters: what of a table's last column Prefect's UI shows without scrolling
+_REST = 10  # times as long as it took to read and show how the run stands: with millions of sequences, seconds
 
 
 def tags_of_shard(run: Run) -> set[str]:
@@ -121,14 +122,19 @@ class _ShardTable:
 
     async def keep_up_to_date(self, interval_s: float) -> None:
         while True:
+            started_at = time.monotonic()
             await self.show()
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(max(interval_s, _REST * (time.monotonic() - started_at)))
 
     async def show(self) -> None:
-        await _harmless("vnp-shards", self._send())
+        await _harmless("vnp-shards", self._read_and_send(), patience_s=None)
 
-    async def _send(self) -> None:
-        status = read_status(self._run.plan, self._run.paths)
+    async def _read_and_send(self) -> None:
+        status = await asyncio.to_thread(read_status, self._run.plan, self._run.paths)
+        async with asyncio.timeout(_PATIENCE_S):
+            await self._send(status)
+
+    async def _send(self, status: RunStatus) -> None:
         rows = [_row(shard) for shard in status.shards]
         if self._id is None:
             self._id = await acreate_table_artifact(rows, key="vnp-shards", description=_headline(status))
@@ -215,9 +221,9 @@ def _row(shard: ShardProgress) -> dict[str, Any]:
     }
 
 
-async def _harmless(what: str, showing: Awaitable[Any]) -> None:
+async def _harmless(what: str, showing: Awaitable[Any], *, patience_s: float | None = _PATIENCE_S) -> None:
     try:
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             await showing
     except Exception as error:
         logger.debug("%s: not shown: %r", what, error)

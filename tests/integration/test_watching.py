@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import pytest
@@ -17,7 +20,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 
-from flows.artifacts import tag_flow_run
+from flows.artifacts import shard_table, tag_flow_run
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import free_port, scrape, small_config
@@ -128,3 +131,24 @@ def test_tags_that_come_at_once_are_all_kept_and_none_harms_the_run():
     assert outcome.is_completed(), outcome.message
     flow_run, _, _ = look_at(outcome.state_details.flow_run_id)
     assert sorted(flow_run.tags) == ["failed:oom", "failed:transient", "mine"]
+
+
+def test_a_reading_that_takes_long_holds_nothing_up_and_rests_ten_times_as_long(monkeypatch):
+    """Readings block for 0.1 s each: beside the event loop, one in the 0.6 s that this takes, and one at the end."""
+    readers = []
+
+    def read_slowly(plan, paths):
+        readers.append(threading.current_thread())
+        time.sleep(0.1)
+        raise OSError("nothing to be read")
+
+    monkeypatch.setattr("flows.artifacts.read_status", read_slowly)
+    config = SimpleNamespace(runtime=SimpleNamespace(artifact_interval_s=0.01))
+
+    async def watch_for_a_while():
+        async with shard_table(SimpleNamespace(config=config, plan=None, paths=None)):
+            await asyncio.sleep(0.6)
+
+    asyncio.run(watch_for_a_while())
+    assert len(readers) == 2
+    assert threading.main_thread() not in readers
