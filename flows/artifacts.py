@@ -1,4 +1,4 @@
-"""What people see of a run in the Prefect UI: a progress bar per shard, a table of all shards, a summary at the end.
+"""What people see of a run in the Prefect UI: a progress bar per shard, a table of all shards, a summary, tags.
 
 None of it may harm the run: whatever goes wrong here is a debug line in the log.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -27,15 +30,55 @@ from vnp_lib.dataset import DatasetSummary
 from vnp_lib.progress import format_duration
 from vnp_lib.run import Run
 from vnp_lib.status import RunStatus, ShardProgress, read_status
+from vnp_lib.terminal import format_bytes, printable
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 2.0
 _MOST_QUARANTINED_SHOWN = 20
+_LONGEST_MESSAGE = 200  # letters
+_LINE = 40  # letters: what of a table's last column Prefect's UI shows without scrolling
+_REST = 10  # times as long as it took to read and show how the run stands: with millions of sequences, seconds
+
+
+def tags_of_shard(run: Run) -> set[str]:
+    """The tags of a shard's task run: the model, and the kind of device, `cpu` or `cuda`, or `work-pool`."""
+    if run.config.executor == "work-pool":
+        return {run.config.model, "work-pool"}
+    return {run.config.model, "cpu" if set(run.devices) == {"cpu"} else "cuda"}
+
+
+async def tag_flow_run(flow_run_id: UUID, tag: str) -> None:
+    """Add a tag to those that a flow run has."""
+    await _harmless(f"tag {tag}", _tags_of(flow_run_id).add(tag))
+
+
+class _FlowRunTags:
+    """Adds one tag after the other, for an update of a flow run replaces all of them."""
+
+    def __init__(self, flow_run_id: UUID) -> None:
+        self._flow_run_id = flow_run_id
+        self._added: set[str] = set()
+        self._lock = asyncio.Lock()
+
+    async def add(self, tag: str) -> None:
+        async with self._lock:
+            if tag in self._added:
+                return
+            async with get_client() as client:
+                present = (await client.read_flow_run(self._flow_run_id)).tags
+                if tag not in present:
+                    await client.update_flow_run(self._flow_run_id, tags=[*present, tag])
+            self._added.add(tag)
+
+
+@lru_cache(maxsize=8)
+def _tags_of(flow_run_id: UUID) -> _FlowRunTags:
+    return _FlowRunTags(flow_run_id)
 
 
 class ShardArtifact:
-    """The progress artifact of a shard, touched at most every `interval_s`."""
+    """The progress artifact of a shard, one for all its attempts, touched at most every `interval_s`."""
 
     def __init__(self, rank: int, *, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._key = f"shard-{rank:03d}"
@@ -52,6 +95,7 @@ class ShardArtifact:
         await _harmless(self._key, self._send(percent, description))
 
     async def _send(self, percent: float, description: str) -> None:
+        percent = round(percent, 1)
         if self._id is None:
             self._id = await acreate_progress_artifact(percent, key=self._key, description=description)
         else:
@@ -78,14 +122,19 @@ class _ShardTable:
 
     async def keep_up_to_date(self, interval_s: float) -> None:
         while True:
+            started_at = time.monotonic()
             await self.show()
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(max(interval_s, _REST * (time.monotonic() - started_at)))
 
     async def show(self) -> None:
-        await _harmless("vnp-shards", self._send())
+        await _harmless("vnp-shards", self._read_and_send(), patience_s=None)
 
-    async def _send(self) -> None:
-        status = read_status(self._run.plan, self._run.paths)
+    async def _read_and_send(self) -> None:
+        status = await asyncio.to_thread(read_status, self._run.plan, self._run.paths)
+        async with asyncio.timeout(_PATIENCE_S):
+            await self._send(status)
+
+    async def _send(self, status: RunStatus) -> None:
         rows = [_row(shard) for shard in status.shards]
         if self._id is None:
             self._id = await acreate_table_artifact(rows, key="vnp-shards", description=_headline(status))
@@ -98,9 +147,7 @@ class _ShardTable:
 async def show_summary(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> None:
     """Say at the end what there is, what is not, and how to read it."""
     text = describe_in_markdown(run, summary, elapsed_s=elapsed_s, num_tokens=num_tokens)
-    await _harmless(
-        "vnp-summary", acreate_markdown_artifact(text, key="vnp-summary", description="What the run has made")
-    )
+    await _harmless("vnp-summary", acreate_markdown_artifact(text, key="vnp-summary", description=summary.describe()))
 
 
 def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> str:
@@ -113,16 +160,17 @@ def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float,
         "missing": f"{summary.num_missing:,}",
         "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
         "precision": summary.precision.describe() if summary.precision else f"{identity['dtype']}, not compared",
-        "dataset": f"`{summary.path}`: {summary.num_parts:,} parts, {summary.size_bytes / 1e9:,.2f} GB",
-        "report": f"`{run.paths.report}`",
+        "dataset": f"`{summary.path.resolve()}`, {format_bytes(summary.size_bytes)}, parts: {summary.num_parts:,}",
+        "report": f"`{run.paths.report.resolve()}`",
         "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
         "fingerprint": f"`{run.plan.fingerprint}`",
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+    first, *others = (f"| {name} | {value} |" for name, value in facts.items())
+    table = "\n".join([first, "|---|---|", *others])
     reading = f"""```python
 from vnp_lib.dataset import open_dataset
 
-dataset = open_dataset("{run.paths.run_dir}")
+dataset = open_dataset("{run.paths.run_dir.resolve()}")
 for ids, rows in dataset.batches(10_000):
     ...
 ```"""
@@ -134,23 +182,25 @@ def _quarantine_in_markdown(run: Run) -> list[str]:
     if not held:
         return []
     shown = [
-        f"| `{json.dumps(sequence.id)}` | {sequence.length:,} | {sequence.cause} | {_cell(sequence.message)} |"
+        f"| {_cell(sequence.id)} | {sequence.length:,} | {sequence.cause} | {_cell(sequence.message)} |"
         for sequence in held[:_MOST_QUARANTINED_SHOWN]
     ]
-    more = f"All {len(held):,} are in `{run.paths.quarantine}`."
+    more = f"All {len(held):,} are in `{run.paths.quarantine.resolve()}`."
     return ["## In quarantine", "\n".join(["| id | residues | cause | message |", "|---|---|---|---|", *shown]), more]
 
 
 def _cell(text: str) -> str:
-    """Text that does not break a table."""
-    return text.replace("|", "\\|").replace("\n", " ")[:200]
+    """Text that Prefect's UI shows as it is, in lines that fit a column: it takes what is in a table for Markdown."""
+    lines = textwrap.wrap(textwrap.shorten(text, _LONGEST_MESSAGE, placeholder=" ..."), _LINE)
+    return "<br>".join(re.sub(r"([\\`*<\[|])", r"\\\1", printable(line)) for line in lines)
 
 
 def _headline(status: RunStatus) -> str:
     told = [
-        f"{status.num_done:,} of {status.num_computed:,} distinct sequences in checkpoints ({status.percent:.0f} %)",
-        f"{status.tokens_per_s:,.0f} tokens/s",
+        f"{status.num_done:,} of {status.num_computed:,} distinct sequences in checkpoints ({status.percent:.1f} %)"
     ]
+    if status.tokens_per_s:
+        told.append(f"{status.tokens_per_s:,.0f} tokens/s")
     if status.eta_s is not None:
         told.append(f"{format_duration(status.eta_s)} left")
     if status.num_quarantined:
@@ -164,16 +214,16 @@ def _row(shard: ShardProgress) -> dict[str, Any]:
         "shard": f"{shard.rank:03d}",
         "state": str(shard.state),
         "attempt": shard.attempts,
-        "sequences": f"{shard.num_done:,} of {shard.num_sequences:,} ({shard.percent:.0f} %)",
+        "sequences": f"{shard.num_done:,} of {shard.num_sequences:,} ({int(shard.percent)} %)",
         "tokens/s": f"{shard.tokens_per_s:,.0f}" if shard.tokens_per_s else "",
         "device": shard.device or "",
-        "last failure": f"{failure.kind}: {failure.reason}" if failure else "",
+        "last failure": _cell(f"{failure.kind}: {failure.explanation}") if failure else "",
     }
 
 
-async def _harmless(what: str, showing: Awaitable[Any]) -> None:
+async def _harmless(what: str, showing: Awaitable[Any], *, patience_s: float | None = _PATIENCE_S) -> None:
     try:
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             await showing
     except Exception as error:
         logger.debug("%s: not shown: %r", what, error)

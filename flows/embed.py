@@ -10,14 +10,16 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows.artifacts import shard_table, show_summary
+from flows.artifacts import ShardArtifact, shard_table, show_summary, tag_flow_run, tags_of_shard
 from flows.devices import DevicePool
 from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
@@ -41,6 +43,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
     with sigterm_cancels_the_flow(), open_run(config) as run, metrics_served(run):
+        await tag_flow_run(UUID(flow_run.id), config.model)
         num_tokens = 0
         if config.executor == "work-pool":
             await end_leftovers(run)
@@ -61,7 +64,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
                 write_page(run)
                 await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
                 tell_of_completion(run, summary)
-                return Completed(message=f"{describe_dataset(summary)}, {describe(run, states)}")
+                return Completed(message=f"{summary.describe()}, {describe(run, states)}")
         return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
 
 
@@ -83,12 +86,14 @@ async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any
 
 async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> State[Any]:
     """Run a shard's task, with a retry hook of its own, until it has completed or failed for good."""
+    artifact = ShardArtifact(shard.rank, interval_s=run.config.runtime.artifact_interval_s)
     task = embed_shard.with_options(
-        retry_condition_fn=make_retry_hook(run, shard.rank, devices),
+        tags=tags_of_shard(run),
+        retry_condition_fn=make_retry_hook(run, shard.rank, devices, artifact),
         result_storage=run.paths.results_dir,
         refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
     )
-    state = task(run, shard, devices, progress, return_state=True)
+    state = task(run, shard, devices, progress, artifact, return_state=True)
     return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
 
 
@@ -118,14 +123,6 @@ def write_page(run: Run) -> None:
         write_report(run.plan, run.paths)
     except StorageError as error:
         get_run_logger().warning("no report is written: %s", error)
-
-
-def describe_dataset(summary: DatasetSummary) -> str:
-    """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
-    lacking = ((summary.num_quarantined, "in quarantine"), (summary.num_missing, "missing"))
-    return ", ".join(
-        [f"{summary.num_rows:,} sequences embedded", *(f"{count:,} {what}" for count, what in lacking if count)]
-    )
 
 
 def describe(run: Run, states: Sequence[State[Any]]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
 
-from flows.artifacts import ShardArtifact
+from flows.artifacts import ShardArtifact, tag_flow_run
 from flows.devices import DevicePool
 from flows.events import tell_of_preemption, tell_of_quarantine
 from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
@@ -19,7 +19,7 @@ from vnp_lib.run import Run
 RetryHook = Callable[[Task[..., Any], TaskRun, State[Any]], Awaitable[bool]]
 
 
-def make_retry_hook(run: Run, rank: int, devices: DevicePool) -> RetryHook:
+def make_retry_hook(run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact) -> RetryHook:
     """Make the hook of one shard's own copy of the task.
 
     A plain function: Prefect 3.8 takes a partial, a bound method or a callable object for "never retry". The engine reads
@@ -39,7 +39,9 @@ def make_retry_hook(run: Run, rank: int, devices: DevicePool) -> RetryHook:
             tell_of_quarantine(run, run.plan.ids(np.array([failure.ordinal]))[0], failure.message)
         if failure.cause == FailureCause.HARDWARE and devices.set_aside(rank):
             logger.warning("the device of shard %d is set aside for the rest of this run", rank)
-        await ShardArtifact(rank, interval_s=0.0).show(percent_done(run, rank), decision.reason)
+        await artifact.show(percent_done(run, rank), decision.reason, now=True)
+        if task_run.flow_run_id is not None:
+            await tag_flow_run(task_run.flow_run_id, f"failed:{failure.kind}")
         return decision.retry
 
     return retry_hook

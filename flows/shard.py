@@ -34,7 +34,9 @@ def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     result_serializer="json",
     cache_policy=CacheKeyFnPolicy(cache_key_fn=result_key),
 )
-async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> dict[str, Any]:
+async def embed_shard(
+    run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress, artifact: ShardArtifact
+) -> dict[str, Any]:
     """Make one attempt on a shard, and return what it holds when all of it is in checkpoints, or in quarantine.
 
     `shard` is how it stood when the flow looked; an attempt looks again.
@@ -46,7 +48,7 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
         if run.config.executor == "work-pool":
             await delegate_shard(run, shard.rank, progress)
         else:
-            await _attempt_here(run, shard.rank, devices, progress)
+            await _attempt_here(run, shard.rank, devices, progress, artifact)
     of_the_shard = run.checkpoints(rank=shard.rank).valid
     run.manifest.reconcile(of_the_shard, rank=shard.rank)  # a child may die before it records its last one
     run.manifest.mark_shard_complete(shard.rank)
@@ -60,20 +62,23 @@ async def embed_shard(run: Run, shard: ShardState, devices: DevicePool, progress
     }
 
 
-async def _attempt_here(run: Run, rank: int, devices: DevicePool, progress: RunProgress) -> None:
+async def _attempt_here(
+    run: Run, rank: int, devices: DevicePool, progress: RunProgress, artifact: ShardArtifact
+) -> None:
     must_move = devices.left_broken(rank)
     async with devices.one(rank) as device:
         if must_move:
             run.manifest.record_redistribution(rank, device.index)
         attempt = run.manifest.start_attempt(rank, device=device.name)
-        await _attempt(run, rank, device.name, attempt, progress)
+        await _attempt(run, rank, device.name, attempt, progress, artifact)
 
 
-async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: RunProgress) -> None:
+async def _attempt(
+    run: Run, rank: int, device: str, attempt: int, progress: RunProgress, artifact: ShardArtifact
+) -> None:
     runtime = run.config.runtime
     run.prepare_shard(rank)
     write_file(run.paths.job(rank), run.shard_job(rank, device).model_dump_json(indent=1).encode(), replace=True)
-    artifact = ShardArtifact(rank, interval_s=runtime.artifact_interval_s)
     follower = _Follower(run, rank, attempt, device, progress, artifact)
     run.metrics.attempt(rank)
     await run_child(
@@ -86,7 +91,7 @@ async def _attempt(run: Run, rank: int, device: str, attempt: int, progress: Run
         grace_s=runtime.grace_s,
     )
     num_quarantined = run.num_quarantined(rank)
-    set_aside = f", {num_quarantined} sequences in quarantine" if num_quarantined else ""
+    set_aside = f", {num_quarantined:,} in quarantine" if num_quarantined else ""
     await artifact.show(100.0, f"complete after attempt {attempt}{set_aside}", now=True)
 
 

@@ -57,14 +57,22 @@ class RuntimeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Runtime", field_title_generator=_form_title)
 
-    checkpoint_seq_threshold: int = Field(10_000, gt=0, description="Write a checkpoint after this many sequences.")
+    checkpoint_seq_threshold: int = Field(
+        10_000, gt=0, title="Sequences per checkpoint", description="Write a checkpoint after this many sequences."
+    )
     checkpoint_time_threshold: float = Field(
-        300.0, gt=0, lt=600, description="Write a checkpoint after this many seconds, however few sequences there are."
+        300.0,
+        gt=0,
+        lt=600,
+        title="Time per checkpoint (s)",
+        description="Write a checkpoint after this many seconds, however few sequences there are.",
     )
     max_retries_transient: int = Field(3, ge=0, description="Retries of a shard after a passing failure.")
     max_retries_oom: int = Field(3, ge=0, description="Retries of a shard that ran out of memory.")
     max_retries_poison: int = Field(2, ge=1, description="How often one batch may fail before it is not tried again.")
-    spot_retry_poll_interval: float = Field(60.0, ge=0, description="Seconds to wait after a preemption.")
+    spot_retry_poll_interval: float = Field(
+        60.0, ge=0, title="Wait after a preemption (s)", description="Seconds to wait after a preemption."
+    )
     backoff_base_s: float = Field(
         1.0, ge=0, description="Delay of the first retry after a passing failure; it doubles."
     )
@@ -128,6 +136,7 @@ class EmbedConfig(BaseModel):
     )
     on_poison: Literal["quarantine", "fail"] = Field(
         "quarantine",
+        title="Bad proteins",
         description="What becomes of a protein that the model dies of or gives no finite row for. 'quarantine': it is set "
         "aside, named, and all others are embedded; 'fail': its shard fails.",
     )

@@ -59,6 +59,16 @@ class DatasetSummary:
     size_bytes: int
     precision: Certificate | None  # of what went through the model in half precision
 
+    def describe(self) -> str:
+        """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
+        return describe_rows(self.num_rows, num_quarantined=self.num_quarantined, num_missing=self.num_missing)
+
+
+def describe_rows(num_rows: int, *, num_quarantined: int, num_missing: int) -> str:
+    """Say how many rows a dataset has, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
+    lacking = ((num_quarantined, "in quarantine"), (num_missing, "missing"))
+    return ", ".join([f"{num_rows:,} sequences embedded", *(f"{count:,} {what}" for count, what in lacking if count)])
+
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)

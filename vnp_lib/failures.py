@@ -128,6 +128,9 @@ class ShardFailedError(VnpError):
     def __str__(self) -> str:
         return str(self.failure)
 
+    def __repr__(self) -> str:  # Prefect logs it before each retry
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class FailureKind(StrEnum):
     """How a failure is cured: each kind has its own policy."""

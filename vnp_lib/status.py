@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.dataset import open_dataset
+from vnp_lib.dataset import describe_rows, open_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
@@ -52,6 +52,11 @@ class LastFailure:
     message: str
     reason: str  # what was decided, and why
     at: datetime
+
+    @property
+    def explanation(self) -> str:
+        """What was decided, or else what happened; without the kind, which many begin with."""
+        return (self.reason or self.message).removeprefix(f"{self.kind}: ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,8 +297,7 @@ def _dataset(plan: RunPlan, paths: RunPaths) -> str:
     if metadata["fingerprint"] != plan.fingerprint:
         return "of another run; the next run puts it together anew"
     rows = sum(part["rows"] for part in metadata["parts"])
-    lacking = ((metadata["num_quarantined"], "in quarantine"), (metadata["num_missing"], "missing"))
-    told = ", ".join([f"{rows:,} rows", *(f"{count:,} {what}" for count, what in lacking if count)])
+    told = describe_rows(rows, num_quarantined=metadata["num_quarantined"], num_missing=metadata["num_missing"])
     return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}"
 
 
@@ -336,9 +340,7 @@ def _row(shard: ShardProgress, now: datetime) -> Iterator[Text]:
     yield plain(f"{shard.percent:.1f}")
     yield plain("" if shard.tokens_per_s is None else f"{shard.tokens_per_s:,.0f}")
     yield plain(shard.device or "")
-    yield plain(
-        f"{failure.kind}, {format_age(failure.at, now)}: {failure.reason or failure.message}" if failure else ""
-    )
+    yield plain(f"{failure.kind}, {format_age(failure.at, now)}: {failure.explanation}" if failure else "")
 
 
 def _totals(status: RunStatus) -> Iterator[Text]:

@@ -250,6 +250,12 @@ def test_errors_survive_pickling(error):
     assert str(again) == str(error)
 
 
+def test_an_attempt_that_ended_badly_is_shown_as_people_read_it():
+    """Prefect logs an exception's repr before each retry."""
+    error = ShardFailedError(Failure(cause=C.KILLED, message="the child left with SIGKILL", batch_idx=3))
+    assert repr(error) == "ShardFailedError('transient (killed) at batch 3: the child left with SIGKILL')"
+
+
 @pytest.mark.parametrize(("code", "name"), [(1, "exit code 1"), (-9, "SIGKILL"), (137, "SIGKILL"), (-63, "signal 63")])
 def test_exit_codes_are_named(code, name):
     assert describe_exit(code) == name

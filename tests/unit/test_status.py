@@ -63,7 +63,7 @@ def compute(plan: RunPlan, paths: RunPaths, rank: int, start: int, stop: int, *,
 
 
 def fail(paths: RunPaths, rank: int, message: str) -> None:
-    about = {"at": NOON.isoformat(), "reason": "transient failure #1, again in 2 s", "session": "s"}
+    about = {"at": NOON.isoformat(), "reason": "transient: attempt 1/3 (SIGKILL)", "session": "s"}
     failure = Failure(cause=FailureCause.KILLED, message=message).to_json() | about
     CheckpointManifest(paths.manifest).record_failure(rank, failure)
 
@@ -133,7 +133,12 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
     assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
     seen = status_of(plan, paths)
     assert [shard.state for shard in seen.shards] == [ShardState.COMPLETE] * 2
-    assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (40, 100.0, 0, "complete: 40 rows")
+    assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (
+        40,
+        100.0,
+        0,
+        "complete: 40 sequences embedded",
+    )
     (paths.embeddings_dir / "part-00000.parquet").unlink()
     assert status_of(plan, paths).dataset.startswith("damaged (")
 
@@ -159,7 +164,7 @@ def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunP
         CheckpointManifest(paths.manifest).mark_shard_complete(rank)
     complete = status_of(plan, paths)
     assert (complete.num_done, complete.tokens_left, complete.num_quarantined) == (39, 0, 1)
-    assert "transient, 0:03:00 ago: transient failure #1, again in 2 s" in drawn(seen)
+    assert "transient, 0:03:00 ago: attempt 1/3 (SIGKILL)" in drawn(seen)
     assert "in quarantine: 1\n" in drawn(seen)
 
 
