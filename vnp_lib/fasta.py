@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import dnaio
+import numpy as np
 from backports.zstd import ZstdError
 from isal.igzip_lib import IsalError
 from xopen import xopen
@@ -155,11 +156,17 @@ def _empty(path: Path) -> FastaError:
 def _read_records(path: Path, chunk_size: int) -> Iterator[tuple[list[str], list[str]]]:
     """Headers without ">" and sequences as they stand in the file, a chunk at a time."""
     try:
-        with xopen(path, "rb", threads=0) as file, dnaio.FastaReader(file, sequence_class=_as_two_lines) as reader:
+        sequences: list[str] = []
+
+        def put_down(header: str, sequence: str, _qualities: None) -> str:
+            sequences.append(sequence)  # an object per record would keep the garbage collector busy
+            return header
+
+        with xopen(path, "rb", threads=0) as file, dnaio.FastaReader(file, sequence_class=put_down) as reader:
             records = iter(reader)
-            while chunk := "\n".join(islice(records, chunk_size)):
-                lines = chunk.split("\n")
-                yield lines[0::2], lines[1::2]
+            while headers := list(islice(records, chunk_size)):
+                yield headers, sequences
+                sequences = []
     except (dnaio.FileFormatError, UnicodeDecodeError) as error:
         raise FastaError(_what_is_wrong(path)) from error
     except _DAMAGE as error:
@@ -172,21 +179,26 @@ def _read_records(path: Path, chunk_size: int) -> Iterator[tuple[list[str], list
         raise FastaError(f"{path}: the file cannot be read ({error.strerror or error})") from error
 
 
-def _as_two_lines(header: str, sequence: str, _qualities: None) -> str:
-    return f"{header}\n{sequence}"  # one string: an object per record would keep the garbage collector busy
-
-
 def _normalise(headers: list[str], sequences: list[str]) -> SequenceChunk | None:
     """Normalise and check a chunk in a few passes over its joined bytes; None where a record is at fault."""
-    residues = _normal_bytes("\n".join(sequences))
-    if _strange_bytes(residues):
-        return None
-    sequences = residues.decode("ascii").split("\n")
+    lines = "\n".join(sequences)
+    if not _is_normal(lines.encode()):
+        residues = _normal_bytes(lines)
+        if not _is_normal(residues):
+            return None
+        sequences = residues.decode("ascii").split("\n")
     ids = [header.split(None, 1)[0] if header else "" for header in headers]
     if "" in sequences or "" in ids or not all(map(str.startswith, headers, ids)):
         return None
-    descriptions = [header[len(sequence_id) :].lstrip() for header, sequence_id in zip(headers, ids, strict=True)]
+    descriptions = list(map(str.lstrip, map(str.removeprefix, headers, ids)))
     return SequenceChunk(ids=ids, descriptions=descriptions, sequences=sequences)
+
+
+def _is_normal(lines: bytes) -> bool:
+    """Whether there is nothing in it but `LETTERS`, which are A to Z without J, and line ends."""
+    codes = np.frombuffer(lines, dtype=np.uint8)
+    num_before_a = np.count_nonzero(codes < ord("A"))
+    return bool(num_before_a == lines.count(b"\n") and codes.max(initial=0) <= ord("Z") and b"J" not in lines)
 
 
 def _normal_bytes(lines: str) -> bytes:

@@ -238,7 +238,7 @@ def make_plan(
     except OSError as error:
         reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
         raise ConfigError(f"the run directory {paths.run_dir} cannot be made or written ({reason})") from error
-    return load_plan(paths)
+    return load_plan(paths, verify_digests=False)  # they have just been written, or read
 
 
 def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
@@ -319,10 +319,10 @@ class Surveyor:
         self._sequence_digests = bytearray()
 
     def add(self, chunk: SequenceChunk) -> None:
-        self._sha256.update("".join(map(_as_fasta, chunk.ids, chunk.descriptions, chunk.sequences)).encode())
+        self._sha256.update(_as_fasta(chunk))
         self._num_residues += sum(map(len, chunk.sequences))
-        self._id_digests += b"".join(map(_digest, chunk.ids))
-        self._sequence_digests += b"".join(map(_digest, chunk.sequences))
+        self._id_digests += _digests(chunk.ids)
+        self._sequence_digests += _digests(chunk.sequences)
 
     def repeated_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ordinals of records whose id occurred before, ascending, and of those where it first did."""
@@ -348,19 +348,29 @@ class Surveyor:
         )
 
 
-def _as_fasta(sequence_id: str, description: str, sequence: str) -> str:
-    return f">{sequence_id} {description}\n{sequence}\n" if description else f">{sequence_id}\n{sequence}\n"
+def _as_fasta(chunk: SequenceChunk) -> bytes:
+    lines = [""] * (2 * len(chunk.ids))
+    described = zip(chunk.ids, chunk.descriptions, strict=True)
+    lines[0::2] = [f">{sequence_id} {rest}" if rest else f">{sequence_id}" for sequence_id, rest in described]
+    lines[1::2] = chunk.sequences
+    return "\n".join([*lines, ""]).encode()
 
 
-def _digest(text: str) -> bytes:
-    digest = _EMPTY_DIGEST.copy()  # half the price of a new one
-    digest.update(text.encode())
-    return digest.digest()
+def _digests(texts: Sequence[str]) -> bytes:
+    digests = []
+    for text in texts:
+        digest = _EMPTY_DIGEST.copy()  # half the price of a new one
+        digest.update(text.encode())
+        digests.append(digest.digest())
+    return b"".join(digests)
 
 
 def _repeats(digests: bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ordinals whose 16-byte digest occurred before, ascending, and where it first did: A B A A gives 2 3 and 0 0."""
     halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+    ascending_halves = np.sort(halves[:, 0])
+    if not np.equal(ascending_halves[1:], ascending_halves[:-1]).any():  # in a tenth of the time that the rest takes
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     # Stable: equal digests end up together, by ordinal. Different ones with equal halves (1 in 10**19 pairs) could at
     # worst stand between two equal ones and hide that they are; nothing can make different ones look equal.
     by_digest = np.argsort(halves[:, 0], kind="stable")
@@ -452,7 +462,7 @@ def _write_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity)
 
 
 def _record_batch(chunk: SequenceChunk) -> pa.RecordBatch:
-    lengths = list(map(len, chunk.sequences))
+    lengths = np.fromiter(map(len, chunk.sequences), dtype=np.int32, count=len(chunk.sequences))
     return pa.record_batch([chunk.ids, chunk.descriptions, chunk.sequences, lengths], schema=SEQUENCES_SCHEMA)
 
 

@@ -95,6 +95,14 @@ def test_what_was_written_is_read_back(tmp_path: Path, seed: int) -> None:
     assert read(write(tmp_path / "x.fasta", text), chunk_size=int(rng.integers(1, 70))) == records
 
 
+@pytest.mark.parametrize(
+    "character", sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{LETTERS}{LETTERS.lower()}Jj"})
+)
+def test_any_other_character_is_refused_in_the_midst_of_good_records(tmp_path: Path, character: str) -> None:
+    path = write(tmp_path / "x.fasta", f">a\nMKV\n>b\nMK{character}V\n>c\nMKV\n")
+    assert f"{path}, line 3: sequence 'b' has {character!r} at position 3" in refusal(path)
+
+
 @pytest.mark.parametrize("extension", COMPRESSORS)
 def test_compressed_files_are_read_whatever_their_name(tmp_path: Path, extension: str) -> None:
     records = random_records(np.random.default_rng(0), num_records=300)
