@@ -312,22 +312,27 @@ class _Unsaved:
         """Hand what there is to the writer, as one checkpoint."""
         if not self._batches:
             return
-        number, batches, rows = self._next_checkpoint, self._batches, torch.cat(self._rows)
+        number, batches, rows = self._next_checkpoint, self._batches, self._rows
         self._next_checkpoint, self._batches, self._rows = number + 1, [], []
         ordinals = np.concatenate([batch.ordinals for batch in batches])
-        written = self._writer.write_checkpoint_async(
+        compared = [
+            comparison
+            for batch, own in zip(batches, rows, strict=True)
+            for comparison in compare(batch.ordinals, own.numpy(), self._exact_rows)
+        ]
+        written = self._writer.hand_over(
             checkpoint_path(self._directory, self._rank, number),
             rows,
             [sequence_id for batch in batches for sequence_id in batch.sequence_ids],
             {
                 **self._metadata,
-                **to_metadata(compare(ordinals, rows.numpy(), self._exact_rows)),
+                **to_metadata(compared),
                 "ordinals": ordinals.tolist(),
                 "batches": [batch.batch_idx for batch in batches],
                 "reason": reason,
             },
         )
-        written.add_done_callback(lambda future: self._announce(future, number, len(rows)))
+        written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))
 
     def _announce(self, written: Future[float], number: int, num_rows: int) -> None:
         if not written.cancelled() and written.exception() is None:

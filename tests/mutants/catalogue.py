@@ -310,8 +310,8 @@ _WRITER = (
     Mutant(
         name="writer-error-not-told-at-the-next-checkpoint",
         module="checkpoint",
-        before="            self._raise_failures()\n            content",
-        after="            content",
+        before="            self._raise_failures()\n            future = begin()",
+        after="            future = begin()",
         caught_by=(f"{_CHECKPOINT}::test_an_error_surfaces_at_the_next_checkpoint_and_stays",),
     ),
     Mutant(
@@ -373,7 +373,7 @@ _WRITER = (
     Mutant(
         name="rows-that-are-not-finite-written",
         module="checkpoint",
-        before="    if not torch.isfinite(content.embeddings).all():\n        raise NumericalInstabilityError",
+        before="    if not _is_finite(content.embeddings):\n        raise NumericalInstabilityError",
         after="    if False:\n        raise NumericalInstabilityError",
         caught_by=(f"{_CHECKPOINT}::test_what_no_reader_would_take_is_refused_at_the_door",),
     ),
@@ -461,7 +461,7 @@ _READER = (
     Mutant(
         name="rows-that-are-not-finite-read",
         module="checkpoint",
-        before="    if not torch.isfinite(content.embeddings).all():\n        raise CheckpointError",
+        before="    if not _is_finite(content.embeddings):\n        raise CheckpointError",
         after="    if False:\n        raise CheckpointError",
         caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
     ),
@@ -673,9 +673,9 @@ _LOOP = (
     Mutant(
         name="checkpoint-announced-before-it-is-durable",
         module="inference",
-        before="        written.add_done_callback(lambda future: self._announce(future, number, len(rows)))\n",
+        before="        written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))\n",
         after=(
-            "        if self._on_checkpoint is not None:\n            self._on_checkpoint(number, len(rows), 0.0)\n"
+            "        if self._on_checkpoint is not None:\n            self._on_checkpoint(number, ordinals.size, 0.0)\n"
         ),
         caught_by=(f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",),
     ),

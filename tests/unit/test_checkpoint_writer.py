@@ -454,6 +454,40 @@ def test_what_no_reader_would_take_is_refused_at_the_door(
     assert os.listdir(tmp_path) == []
 
 
+def test_rows_whose_sum_is_too_large_are_finite_all_the_same(tmp_path: Path) -> None:
+    rows = torch.full((3, 4), torch.finfo(torch.float32).max)
+    write(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
+    assert (load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=RUN).embeddings == rows.numpy()).all()
+
+
+def test_what_is_handed_over_in_pieces_is_written_as_if_it_were_whole(tmp_path: Path) -> None:
+    rows, ids, metadata = rows_of([0, 1, 2, 3, 4]), ids_of([0, 1, 2, 3, 4]), {"ordinals": [0, 1, 2, 3, 4]}
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(tmp_path / "whole.pt", rows, ids, metadata)
+        writer.hand_over(tmp_path / "pieces.pt", [rows[:2], rows[2:3], rows[3:]], ids, metadata)
+    assert (tmp_path / "pieces.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pieces": [torch.ones(1, 4), torch.tensor([[1.0, 1.0, torch.inf, -torch.inf]])]}, "not finite: b$"),
+        ({"pieces": [torch.ones(1, 4)]}, "shape mismatch"),
+        ({"metadata": {"ordinals": [3, 3]}}, "an ordinal is there twice"),
+    ],
+)
+def test_what_is_handed_over_and_is_no_checkpoint_is_not_written(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    given = {"pieces": [torch.ones(2, 4)], "sequence_ids": ["a", "b"], "metadata": {}} | changes
+    with AsyncCheckpointWriter() as writer:
+        written = writer.hand_over(tmp_path / "batch_00000.pt", **given)
+        with pytest.raises(CheckpointWriteError, match=reason):
+            writer.wait_all()
+    assert written.exception() is not None
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(("size_bytes", "expected"), [(1000, 2), (200 * 1024**2, 1), (300 * 1024**2, 1)])
 def test_a_full_queue_holds_the_caller_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int, expected: int
