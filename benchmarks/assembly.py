@@ -1,4 +1,4 @@
-"""How much memory and time assembly takes: `python benchmarks/assembly.py --sequences 10000000 --dim 8`.
+"""How much memory and time assembly takes: `python -m benchmarks.assembly --sequences 10000000 --dim 8`.
 
 Writes a plan and checkpoints of made-up rows, without a model, and puts the dataset together in a process of its own,
 whose peak memory is printed.
@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.figures import peak_mb
 from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
-from vnp_lib.dataset import assemble
+from vnp_lib.dataset import DatasetSummary, assemble
 from vnp_lib.plan import ModelIdentity, RunPaths, load_plan, make_plan
 
 RESIDUES = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 
 
-def write_fasta(path: Path, num_sequences: int, draw: np.random.Generator) -> None:
-    """Proteins of 20 to 60 residues."""
+def write_fasta(
+    path: Path, num_sequences: int, draw: np.random.Generator, shortest: int = 20, longest: int = 60
+) -> None:
+    """Proteins of so many residues."""
     with path.open("wb") as file:
         for start in range(0, num_sequences, 100_000):
-            lengths = draw.integers(20, 61, size=min(100_000, num_sequences - start))
+            lengths = draw.integers(shortest, longest + 1, size=min(100_000, num_sequences - start))
             letters = RESIDUES[draw.integers(0, 20, size=lengths.sum())].tobytes()
             ends = np.cumsum(lengths)
             records = (
@@ -64,22 +67,62 @@ class MemoryWatch:
             time.sleep(0.05)
 
 
-def measure_assembly(paths: RunPaths) -> None:
-    """Survey and assemble, and print how long each took and the process's peak memory."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssemblyFigures:
+    """One assembly, in a process of its own."""
+
+    summary: DatasetSummary
+    num_checkpoints: int
+    read_mb: float
+    survey_s: float  # of the markers
+    assembly_s: float
+    cpu_s: float  # of the assembly, all threads
+    peak_mb: float  # mapped files included
+    own_mib: float
+    mapped_mib: float
+
+    @property
+    def mb_per_s(self) -> float:
+        return self.read_mb / self.assembly_s
+
+    @property
+    def mb_per_cpu_s(self) -> float:
+        return self.read_mb / self.cpu_s
+
+
+def assembly_figures(paths: RunPaths) -> AssemblyFigures:
+    """Survey and assemble, and say how long each took and what this process's peak memory was."""
     watch = MemoryWatch()
     plan = load_plan(paths)
     started_at = time.perf_counter()
     records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
-    surveyed_at = time.perf_counter()
+    surveyed_at, cpu_at = time.perf_counter(), time.process_time()
     summary = assemble(plan, paths, records)
-    assembly_s = time.perf_counter() - surveyed_at
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    read_mb = sum(record.size_bytes for record in records) / 1e6
-    print(f"{summary.num_rows:,} rows of {summary.dim}: {len(records):,} checkpoints of {read_mb:,.0f} MB in all")
-    print(f"survey of the markers {surveyed_at - started_at:.1f} s")
-    print(f"assembly {assembly_s:.1f} s, {read_mb / assembly_s:,.0f} MB/s")
-    own, mapped = watch.peak_mib.values()
-    print(f"peak memory {peak_mib:,.0f} MiB: {own:,.0f} MiB its own, {mapped:,.0f} MiB mapped files")
+    return AssemblyFigures(
+        summary=summary,
+        num_checkpoints=len(records),
+        read_mb=sum(record.size_bytes for record in records) / 1e6,
+        survey_s=surveyed_at - started_at,
+        assembly_s=time.perf_counter() - surveyed_at,
+        cpu_s=time.process_time() - cpu_at,
+        peak_mb=peak_mb(),
+        own_mib=watch.peak_mib["RssAnon"],
+        mapped_mib=watch.peak_mib["RssFile"],
+    )
+
+
+def measure_assembly(paths: RunPaths) -> None:
+    """Print how long each part took and the process's peak memory."""
+    seen = assembly_figures(paths)
+    summary = seen.summary
+    print(
+        f"{summary.num_rows:,} rows of {summary.dim}: {seen.num_checkpoints:,} checkpoints of {seen.read_mb:,.0f} MB in all"
+    )
+    print(f"survey of the markers {seen.survey_s:.1f} s")
+    print(f"assembly {seen.assembly_s:.1f} s, {seen.mb_per_s:,.0f} MB/s")
+    print(
+        f"peak memory {seen.peak_mb:,.0f} MB: {seen.own_mib:,.0f} MiB its own, {seen.mapped_mib:,.0f} MiB mapped files"
+    )
 
 
 def main() -> None:

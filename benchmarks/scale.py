@@ -1,0 +1,311 @@
+"""A million sequences through the whole program: `python -m benchmarks.scale`, or `--sequences 10000000`.
+
+`python flows/embed.py` with Prefect's embedded server and children as they always are, on two CPU devices; in the model's
+place stands a stub that costs next to nothing. At half of the checkpoints everything is killed with SIGKILL, and the same
+command goes on. The same is done with a tenth of the sequences, to see what grows with them. Every row is compared with what
+its sequence should have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.assembly import write_checkpoints, write_fasta
+from benchmarks.figures import Figure, report
+from tests.support import ROOT, descendants_of
+from vnp_lib.checkpoint import survey_checkpoints
+from vnp_lib.dataset import open_dataset
+from vnp_lib.history import read_attempts
+from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.worker import find_pending_work
+
+SHARDS = 4
+WIDTH = 8
+TOKEN_BUDGET = 16_384
+MOST_GROWTH = 12.0  # of the time, for ten times the input
+MOST_MEMORY_MB = 1000.0
+MOST_SCAN_S = 60.0
+MOST_DATABASE_GROWTH = 1.1
+CHECKPOINTS_OF_THE_SCAN = 1_000
+
+# Run by the flow and its children as they start, in Python's `sitecustomize`.
+_HOOK = """
+import os, sys, time
+is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in sys.orig_argv
+if is_child or is_flow:
+    import json
+    import torch
+    import vnp_lib.checkpoint, vnp_lib.dataset, vnp_lib.embedder, vnp_lib.esm2, vnp_lib.plan
+
+    def noted(module, name):
+        function = getattr(module, name)
+        def wrapped(*arguments, **options):
+            begun = time.time()
+            result = function(*arguments, **options)
+            note(name, begun)
+            return result
+        setattr(module, name, wrapped)
+
+    def note(name, begun):
+        line = json.dumps({"name": name, "is_child": is_child, "pid": os.getpid(), "begun": begun, "ended": time.time()})
+        descriptor = os.open(JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, line.encode() + b"\\n")
+        os.close(descriptor)
+
+    noted(vnp_lib.plan, "make_plan")
+    noted(vnp_lib.dataset, "assemble")
+    noted(vnp_lib.checkpoint, "heal_shard")
+    noted(vnp_lib.checkpoint, "survey_checkpoints")
+
+    def embed_batch(model, batch):
+        rows = torch.repeat_interleave(torch.arange(batch.num_sequences), batch.cu_seqlens.diff())
+        sums = torch.zeros(batch.num_sequences, dtype=torch.int64).index_add_(0, rows, batch.input_ids)
+        return (sums[:, None] + torch.arange(WIDTH)).float()
+
+    vnp_lib.embedder.embed_batch = embed_batch
+    vnp_lib.esm2.load_model = lambda *arguments, **options: None
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFigures:
+    """A run that was killed once, and ended well."""
+
+    num_sequences: int
+    phases_s: dict[str, float]  # without the start of any process; those of children are summed up
+    first_run_s: float  # until SIGKILL
+    second_run_s: float
+    peak_mb: dict[str, float]  # by kind of process, the largest of each
+    database_mb: float  # of Prefect
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.phases_s.values())
+
+
+class MemoryWatch:
+    """The peak memory of a process and of all that it starts, as the kernel keeps it, mapped files included."""
+
+    def __init__(self) -> None:
+        self.peak_mb: dict[str, float] = {}
+
+    def look(self, leader: int) -> None:
+        for pid in (leader, *descendants_of(leader)):
+            with suppress(OSError, StopIteration):  # it has gone, or is waited for
+                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                status = Path(f"/proc/{pid}/status").read_text()
+                peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+                name = _kind_of_process(command)
+                self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak * 1024 / 1e6)
+
+
+def _kind_of_process(command: str) -> str:
+    kinds = {"vnp_lib.worker": "a child", "flows/embed.py": "the flow", "uvicorn": "Prefect's server"}
+    return next((kind for part, kind in kinds.items() if part in command), "any other")
+
+
+def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
+    """Embed so many made-up sequences, killed at half of the checkpoints, and check every row."""
+    fasta, paths, home = directory / "in.fasta", RunPaths(directory / "run"), directory / "prefect"
+    write_fasta(fasta, num_sequences, np.random.default_rng(0))
+    journal, memory = directory / "journal", MemoryWatch()
+    (directory / "sitecustomize.py").write_text(f"JOURNAL = {str(journal)!r}\nWIDTH = {WIDTH}\n{_HOOK}")
+    rows_of_a_checkpoint = min(10_000, num_sequences // (10 * SHARDS))
+    arguments = {
+        "fasta": fasta,
+        "output-dir": paths.run_dir,
+        "model": "esm2_t6_8M_UR50D",
+        "weights": "random",
+        "devices": "cpu,cpu",
+        "shards": SHARDS,
+        "token-budget": TOKEN_BUDGET,
+        "runtime.checkpoint-seq-threshold": rows_of_a_checkpoint,
+    }
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "flows/embed.py", *(str(part) for k, v in arguments.items() for part in (f"--{k}", v))],
+            cwd=ROOT,
+            env=os.environ | {"PREFECT_HOME": str(home), "PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"},
+            stdout=subprocess.DEVNULL,
+            stderr=(directory / "stderr").open("ab"),
+            start_new_session=True,
+        )
+
+    half = num_sequences // rows_of_a_checkpoint // 2
+    begun_at = time.time()
+    flow = start()
+    _follow(flow, memory, until=lambda: _num_checkpoints(paths) >= half)
+    killed_at = time.time()
+    for pid in (flow.pid, *descendants_of(flow.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    flow.wait()
+    first = _read_journal(journal)
+    resumed_at = time.time()
+    flow = start()
+    _follow(flow, memory, until=lambda: False)
+    if flow.returncode:
+        raise RuntimeError(f"the flow left with {flow.returncode}: {(directory / 'stderr').read_text()[-2000:]}")
+    ended_at = time.time()
+    second = _read_journal(journal)[len(first) :]
+    check_rows(paths)
+    return RunFigures(
+        num_sequences=num_sequences,
+        phases_s=_phases(paths, first, second),
+        first_run_s=killed_at - begun_at,
+        second_run_s=ended_at - resumed_at,
+        peak_mb=memory.peak_mb,
+        database_mb=sum(path.stat().st_size for path in home.glob("prefect.db*")) / 1e6,
+    )
+
+
+def _follow(flow: subprocess.Popen[bytes], memory: MemoryWatch, *, until: Callable[[], bool]) -> None:
+    while flow.poll() is None and not until():
+        memory.look(flow.pid)
+        time.sleep(0.1)
+
+
+def _num_checkpoints(paths: RunPaths) -> int:
+    return sum(1 for _ in paths.checkpoints_dir.glob("shard_*/*.done"))
+
+
+def _read_journal(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+def _phases(paths: RunPaths, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, float]:
+    """How long each phase took, by the notes of the two processes and their children, and by the shards' histories."""
+
+    def took(notes: list[dict[str, Any]], name: str, *, is_child: bool) -> float:
+        return sum(n["ended"] - n["begun"] for n in notes if n["name"] == name and n["is_child"] == is_child)
+
+    entries = [
+        entry for rank in range(SHARDS) for attempt in read_attempts(paths, rank) for entry in attempt.checkpoints
+    ]
+    return {
+        "plan": took(first, "make_plan", is_child=False),
+        "plan again, after SIGKILL": took(second, "make_plan", is_child=False),
+        "resume scans, all shards": sum(
+            took(second, name, is_child=True) for name in ("heal_shard", "survey_checkpoints")
+        ),
+        "batches and checkpoints": sum(entry.seconds for entry in entries),
+        "assembly": took(second, "assemble", is_child=False),
+    }
+
+
+def check_rows(paths: RunPaths) -> None:
+    """Compare every row with what the stub makes of its sequence."""
+    plan, dataset = load_plan(paths), open_dataset(paths.run_dir)
+    start = 0
+    for ids, rows in dataset.batches(10_000):
+        records = plan.records(start, start + len(ids))
+        assert ids == records.column("id").to_pylist()
+        expected = np.array([_sum_of_tokens(sequence) for sequence in records.column("sequence").to_pylist()])
+        assert np.array_equal(rows, expected[:, None] + np.arange(WIDTH, dtype=np.float32))
+        start += len(ids)
+    assert start == plan.num_sequences
+
+
+def _sum_of_tokens(sequence: str) -> int:
+    from vnp_lib.tokens import EOS, FIRST_LETTER, LETTERS
+
+    return EOS + sum(sequence.count(letter) * (FIRST_LETTER + place) for place, letter in enumerate(LETTERS))
+
+
+def scan(paths: RunPaths) -> dict[str, float]:
+    """What a child and the flow do before they go on: read a shard's checkpoints whole, and all of the run's markers."""
+    plan = load_plan(paths)
+    begun_at = time.perf_counter()
+    work = find_pending_work(plan, paths, 0)
+    whole_s = time.perf_counter() - begun_at
+    assert work.num_sequences == 0
+    begun_at = time.perf_counter()
+    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+    markers_s = time.perf_counter() - begun_at
+    size_mb = sum(record.size_bytes for record in records) / 1e6
+    return {"checkpoints": len(records), "whole_s": whole_s, "markers_s": markers_s, "size_mb": size_mb}
+
+
+def measure_scan(directory: Path, num_sequences: int, dim: int) -> dict[str, float]:
+    """The scan of a thousand checkpoints of one shard, in a process of its own."""
+    from vnp_lib.plan import ModelIdentity, make_plan
+
+    paths, fasta = RunPaths(directory / "scan"), directory / "scan.fasta"
+    write_fasta(fasta, num_sequences, np.random.default_rng(1))
+    identity = ModelIdentity(model="none", weights_digest="none", layer=0, dtype="float32")
+    plan = make_plan(paths, [fasta], identity, num_shards=1, token_budget=TOKEN_BUDGET)
+    write_checkpoints(paths, -(-plan.num_computed // CHECKPOINTS_OF_THE_SCAN), dim)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(scan, paths).result()
+
+
+def print_runs(small: RunFigures, large: RunFigures) -> None:
+    print(f"{'':28}{small.num_sequences:>14,}{large.num_sequences:>14,}{'times':>8}")
+    for phase in large.phases_s:
+        before, after = small.phases_s[phase], large.phases_s[phase]
+        print(f"{phase:28}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
+    print(f"{'all phases':28}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}")
+    for name in ("first_run_s", "second_run_s"):
+        before, after = getattr(small, name), getattr(large, name)
+        print(
+            f"{name.replace('_', ' ')[:-2] + ', start included':28}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}"
+        )
+    for kind in sorted(large.peak_mb):
+        before, after = small.peak_mb.get(kind, 0.0), large.peak_mb[kind]
+        print(f"{'peak memory of ' + kind:28}{before:>11.0f} MB{after:>11.0f} MB")
+    print(f"{'database of Prefect':28}{small.database_mb:>11.2f} MB{large.database_mb:>11.2f} MB")
+
+
+def figures_of(small: RunFigures, large: RunFigures, scanned: dict[str, float]) -> list[Figure]:
+    growth = large.total_s / small.total_s
+    kind, peak_mb = max(large.peak_mb.items(), key=lambda item: item[1])
+    database = large.database_mb / small.database_mb
+    return [
+        Figure.at_most("time for ten times the input", growth, MOST_GROWTH, "times"),
+        Figure.at_most(f"peak memory of any process ({kind})", peak_mb, MOST_MEMORY_MB, "MB"),
+        Figure.at_most(
+            f"resume scan of {scanned['checkpoints']:,.0f} checkpoints, {scanned['size_mb']:,.0f} MB",
+            scanned["whole_s"],
+            MOST_SCAN_S,
+            "s",
+        ),
+        Figure.at_most("the same, markers only", scanned["markers_s"], MOST_SCAN_S, "s"),
+        Figure.at_most("Prefect's database for ten times the input", database, MOST_DATABASE_GROWTH, "times"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=1_000_000)
+    parser.add_argument("--scan-sequences", type=int, default=1_000_000)
+    parser.add_argument("--scan-dim", type=int, default=64)
+    given = parser.parse_args()
+    runs = []
+    for num_sequences in (given.sequences // 10, given.sequences):
+        with tempfile.TemporaryDirectory() as directory:
+            runs.append(run_and_kill_once(Path(directory), num_sequences))
+    with tempfile.TemporaryDirectory() as directory:
+        scanned = measure_scan(Path(directory), given.scan_sequences, given.scan_dim)
+    print_runs(*runs)
+    report("scale", figures_of(*runs, scanned))
+
+
+if __name__ == "__main__":
+    main()

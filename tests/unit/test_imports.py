@@ -1,0 +1,44 @@
+"""What is imported before anything is done: people wait for it, and each child does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+_LOADED = "; import sys; print(*sorted(sys.modules))"
+_HELP = "import runpy, sys; sys.argv = {arguments}\ntry: runpy.{run}\nexcept SystemExit: pass\nprint(); print(*sorted(sys.modules))"
+
+
+def modules_after(code: str) -> set[str]:
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(ended.stdout.splitlines()[-1].split())
+
+
+def test_the_package_itself_imports_nothing_large() -> None:
+    assert not modules_after("import vnp_lib" + _LOADED) & {"torch", "prefect", "numpy", "pyarrow", "pydantic"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("import vnp_lib.cli" + _LOADED, id="import vnp_lib.cli"),
+        pytest.param(
+            _HELP.format(arguments=["vnp", "--help"], run='run_module("vnp_lib", run_name="__main__")'), id="vnp --help"
+        ),
+        pytest.param(
+            _HELP.format(arguments=["flows/embed.py", "--help"], run='run_path("flows/embed.py", run_name="__main__")'),
+            id="python flows/embed.py --help",
+        ),
+    ],
+)
+def test_help_needs_neither_torch_nor_a_server_of_prefect(code: str) -> None:
+    assert not modules_after(code) & {"torch", "esm", "matplotlib", "prefect.server.api.server", "uvicorn"}
+
+
+def test_a_child_imports_nothing_of_prefect_nor_what_draws() -> None:
+    loaded = modules_after("import vnp_lib.worker, vnp_lib.inference, vnp_lib.checkpoint" + _LOADED)
+    assert not loaded & {"prefect", "matplotlib", "jinja2", "rich", "esm", "torch._dynamo", "torch._inductor"}
