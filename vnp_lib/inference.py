@@ -306,7 +306,7 @@ class _Unsaved:
 
     def add(self, batch: PackedBatch, rows: Tensor) -> None:
         self._batches.append(batch)
-        self._rows.append(rows)
+        self._rows.append(rows.clone())  # whoever takes the results of the loop has the same tensor
 
     def write(self, reason: str) -> None:
         """Hand what there is to the writer, as one checkpoint."""
