@@ -32,6 +32,7 @@ from vnp_lib import files
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
+from vnp_lib.read_ahead import ReadAhead
 
 if TYPE_CHECKING:  # torch takes seconds to import, and readers of a dataset do without
     from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
@@ -364,6 +365,7 @@ def _write_dataset(
     comparisons = _distribute(plan, records, buckets)
     precision = Certificate.of(comparisons)
     starts = range(0, plan.num_sequences, rows_per_part)
+    taken = ReadAhead(map(buckets.take, range(len(starts))), 1)
     success = content | {
         "schema": DATASET_SCHEMA,
         "identity": plan.identity,
@@ -372,7 +374,10 @@ def _write_dataset(
         "dim": dim,
         "ordinals_per_part": rows_per_part,
         "precision": asdict(precision) if precision else None,
-        "parts": [_write_part(plan, paths, buckets, start, has_row) for start in starts],
+        "parts": [
+            _write_part(plan, paths, range(start, start + rows_per_part), rows, has_row)
+            for start, rows in zip(starts, taken, strict=True)
+        ],
         "created_at": created_at,
     }
     files.write_sealed_json(paths.success, success, replace=True)
@@ -383,8 +388,8 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
     comparisons: list[Comparison] = []
     copies = _Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
-    for record in records:
-        checkpoint = load_planned(plan, record, dim=buckets.dim)
+    checkpoints = ReadAhead((load_planned(plan, record, dim=buckets.dim) for record in records), 1)
+    for record, checkpoint in zip(records, checkpoints, strict=True):
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
         used = set(record.ordinals[rows].tolist())
@@ -470,24 +475,28 @@ class _Buckets:
 
 
 def _write_part(
-    plan: RunPlan, paths: RunPaths, buckets: _Buckets, start: int, has_row: NDArray[np.bool_]
+    plan: RunPlan,
+    paths: RunPaths,
+    span: range,
+    taken: tuple[NDArray[np.int64], NDArray[np.float32]],
+    has_row: NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Check and write the part whose ordinals begin at `start`, and return what `_SUCCESS.json` says of it."""
-    stop = min(start + buckets.rows_per_part, plan.num_sequences)
-    part = start // buckets.rows_per_part
+    """Check and write the part of the ordinals in `span`, and return what `_SUCCESS.json` says of it."""
+    start, stop = span.start, min(span.stop, plan.num_sequences)
+    part = start // len(span)
     expected = start + np.flatnonzero(has_row[start:stop])
-    ordinals, rows = buckets.take(part)
+    ordinals, rows = taken
     if not np.array_equal(ordinals, expected):
         raise StorageError(f"ordinals {start} to {stop} came back from disk incomplete; start the run again")
     _require_finite(plan, ordinals, rows)
     table = plan.records(start, stop).take(pa.array(expected - start)).drop_columns(["sequence"])
-    table = pa.table([pa.array(ordinals), *table.columns, _as_arrow(rows)], schema=_schema(plan, buckets.dim))
+    table = pa.table([pa.array(ordinals), *table.columns, _as_arrow(rows)], schema=_schema(plan, rows.shape[1]))
     path = paths.embeddings_dir / f"part-{part:05d}.parquet"
     with files.durable_file(path, replace=True) as file:
         pq.write_table(
             table,
             file,
-            row_group_size=max(1, _ROW_GROUP_BYTES // (buckets.dim * rows.itemsize)),
+            row_group_size=max(1, _ROW_GROUP_BYTES // (rows.shape[1] * rows.itemsize)),
             compression="none",
             use_dictionary=False,
             write_statistics=["ordinal", "id"],

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +27,13 @@ from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.precision import compare, to_metadata
+from vnp_lib.read_ahead import ReadAhead
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
 
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
 
 _BATCHES_AHEAD = 4
 _MOST_SHOWN = 10
-_END = object()
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,27 +241,6 @@ def without_done(batches: Iterable[PackedBatch], done_ids: Iterable[str]) -> Ite
                 keep[row] = False
         if keep.any():
             yield batch if keep.all() else batch.select(keep)
-
-
-class ReadAhead(Iterable[T]):
-    """Gives the items in order, while a thread makes the next `count`. An error comes at its place."""
-
-    def __init__(self, items: Iterable[T], count: int) -> None:
-        self._items = iter(items)
-        self._count = count
-        self._ahead: deque[Future[Any]] = deque()
-
-    def __iter__(self) -> Iterator[T]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
-            self._ahead.extend(pool.submit(next, self._items, _END) for _ in range(self._count))
-            while (item := self._ahead.popleft().result()) is not _END:
-                self._ahead.append(pool.submit(next, self._items, _END))
-                yield item
-
-    def num_ready(self) -> int:
-        """How many items are made and not given yet."""
-        made = (future for future in self._ahead if future.done() and future.exception() is None)
-        return sum(future.result() is not _END for future in made)
 
 
 def _refuse(too_large: list[PackedBatch]) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from vnp_lib import checkpoint
 from vnp_lib.checkpoint import load_checkpoint, validate_checkpoint_pt
 from vnp_lib.failures import CheckpointWriteError, SequenceTooLargeError
-from vnp_lib.inference import AsyncInferenceRunner, ReadAhead
+from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.listener import Listener
 from vnp_lib.plan import checkpoint_path
+from vnp_lib.read_ahead import ReadAhead
 from vnp_lib.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
     {"files", "machine"},
-    {"config", "fasta", "packing", "progress", "heartbeat", "linear", "metrics"},
+    {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision"},
     {"checkpoint", "supervisor", "embedder", "history", "metrics_page"},

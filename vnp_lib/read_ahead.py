@@ -1,0 +1,32 @@
+"""Work that is begun before it is asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+_END = object()
+T = TypeVar("T")
+
+
+class ReadAhead(Iterable[T]):
+    """Gives the items in order, while a thread makes the next `count`. An error comes at its place."""
+
+    def __init__(self, items: Iterable[T], count: int) -> None:
+        self._items = iter(items)
+        self._count = count
+        self._ahead: deque[Future[Any]] = deque()
+
+    def __iter__(self) -> Iterator[T]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+            self._ahead.extend(pool.submit(next, self._items, _END) for _ in range(self._count))
+            while (item := self._ahead.popleft().result()) is not _END:
+                self._ahead.append(pool.submit(next, self._items, _END))
+                yield item
+
+    def num_ready(self) -> int:
+        """How many items are made and not given yet."""
+        made = (future for future in self._ahead if future.done() and future.exception() is None)
+        return sum(future.result() is not _END for future in made)
