@@ -14,7 +14,7 @@ embed: $(VENV)/.installed
 		--model esm2_t6_8M_UR50D --weights random
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest tests/faults --faults=full --timeout=14400
