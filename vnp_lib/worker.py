@@ -200,7 +200,8 @@ class ShardAttempt:
         job = self._job
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
-        torch.use_deterministic_algorithms(job.is_deterministic, warn_only=True)
+        if job.is_deterministic:  # else not even called: it imports torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(True, warn_only=True)
         weights = resolve_weights(job.model, job.weights)
         if weights.digest != job.weights_digest:
             raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
