@@ -42,30 +42,36 @@ _MOST_ROUNDS = 3
 async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
-    with sigterm_cancels_the_flow(), open_run(config) as run, metrics_served(run):
+    with sigterm_cancels_the_flow(), open_run(config) as run:
         await tag_flow_run(UUID(flow_run.id), config.model)
-        num_tokens = 0
         if config.executor == "work-pool":
-            await end_leftovers(run)
-        for _ in range(_MOST_ROUNDS):
-            shards = run.shard_states()
-            num_tokens += run.num_tokens_left(shards)
-            async with shard_table(run):
-                states = await embed_shards(run, shards)
-            if not config.allow_partial and not all(state.is_completed() for state in states):
-                return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
-            try:
-                summary = assemble_dataset(run)
-            except CheckpointError as error:
-                get_run_logger().warning("%s: it is computed again", error)
-                run.set_damaged_aside()
-            else:
-                warn_of_poor_precision(summary)
-                write_page(run)
-                await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
-                tell_of_completion(run, summary)
-                return Completed(message=f"{summary.describe()}, {describe(run, states)}")
-        return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
+            await end_leftovers(run)  # before the metrics, whose port one of them may have
+        with metrics_served(run):
+            return await embed_in_rounds(run, started_at)
+
+
+async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
+    """Embed what is left and put the dataset together, again where a checkpoint turns out to be damaged."""
+    num_tokens = 0
+    for _ in range(_MOST_ROUNDS):
+        shards = run.shard_states()
+        num_tokens += run.num_tokens_left(shards)
+        async with shard_table(run):
+            states = await embed_shards(run, shards)
+        if not run.config.allow_partial and not all(state.is_completed() for state in states):
+            return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
+        try:
+            summary = assemble_dataset(run)
+        except CheckpointError as error:
+            get_run_logger().warning("%s: it is computed again", error)
+            run.set_damaged_aside()
+        else:
+            warn_of_poor_precision(summary)
+            write_page(run)
+            await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
+            tell_of_completion(run, summary)
+            return Completed(message=f"{summary.describe()}, {describe(run, states)}")
+    return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
 
 
 async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any]]:

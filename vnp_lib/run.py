@@ -180,7 +180,7 @@ def check_at_the_door(config: EmbedConfig) -> None:
     if config.weights not in ("auto", RANDOM_WEIGHTS) and not Path(config.weights).is_file():
         raise ConfigError(f"--weights {config.weights}: there is no such file; give a path, 'auto' or 'random'")
     planned_devices(config)
-    if config.metrics_port is not None:
+    if config.metrics_port is not None and config.executor == "local":  # else a shard of the last run may have it yet
         from vnp_lib.metrics_page import require_free_port
 
         require_free_port(config.metrics_address, config.metrics_port)

@@ -27,7 +27,7 @@ from vnp_lib.metrics_page import registry_of, require_free_port, serving
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 from vnp_lib.progress import RunProgress
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
-from vnp_lib.run import ShardState
+from vnp_lib.run import ShardState, check_at_the_door
 
 
 @pytest.fixture
@@ -325,6 +325,13 @@ def test_a_taken_port_is_said_at_the_door(tmp_path: Path, capsys: pytest.Capture
     assert (out, len(err.splitlines())) == ("", 1)
     assert err.startswith(f"--metrics-port {port}: nothing can be served on 127.0.0.1: Address already in use")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_port_keeps_no_run_in_a_work_pool_out(tmp_path: Path) -> None:
+    """A shard of the last run may have it, on this machine: that is ended once the run has begun."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        check_at_the_door(small_config(EXAMPLE, tmp_path / "run", metrics_port=port, executor="work-pool"))
 
 
 def test_a_port_that_the_last_run_has_just_left_is_free(quarantine: Quarantine) -> None:
