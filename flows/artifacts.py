@@ -161,7 +161,7 @@ def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float,
         "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
         "precision": summary.precision.describe() if summary.precision else f"{identity['dtype']}, not compared",
         "dataset": f"`{summary.path.resolve()}`, {format_bytes(summary.size_bytes)}, parts: {summary.num_parts:,}",
-        "report": f"`{run.paths.report.resolve()}`",
+        "report": f"[`{run.paths.report.resolve()}`]({run.paths.report.resolve().as_uri()})",
         "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
         "fingerprint": f"`{run.plan.fingerprint}`",
     }
