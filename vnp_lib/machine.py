@@ -42,8 +42,14 @@ def available_memory_bytes(
     lines = meminfo.read_text().splitlines()
     of_the_machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
-        path = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
-        limit, used = ((root / path / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        group = control_group(cgroup, root)
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
         return min(of_the_machine, int(limit) - int(used))
     except (OSError, StopIteration, ValueError):  # no such group, or "max"
         return of_the_machine
+
+
+def control_group(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Path:
+    """Find the directory of this process's control group. OSError or StopIteration where there is none."""
+    own = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::")).removeprefix("0::")
+    return root / own.lstrip("/")

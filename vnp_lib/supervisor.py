@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from vnp_lib.config import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
+from vnp_lib.machine import control_group
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], Awaitable[None]]
@@ -132,8 +133,7 @@ class _Followed:
 def host_oom_kills(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
     """How often the kernel's OOM killer has struck in this process's control group; 0 where that cannot be told."""
     try:
-        own = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::")).removeprefix("0::")
-        events = (root / own.lstrip("/") / "memory.events").read_text().splitlines()
+        events = (control_group(cgroup, root) / "memory.events").read_text().splitlines()
         return int(next(line for line in events if line.startswith("oom_kill ")).split()[1])
     except (OSError, StopIteration, ValueError):
         return 0
