@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2 as FairEsm2
 
+from vnp_lib import attention
+from vnp_lib.embedder import embed_batch
 from vnp_lib.esm2 import (
     ESM2,
     MODELS,
@@ -275,6 +277,31 @@ print("torch._dynamo" in sys.modules)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
+
+
+def test_all_layers_are_one_graph_whatever_the_batch(monkeypatch):
+    """Where a kernel takes the boundaries as they are: else torch's compiler would begin anew at each batch."""
+
+    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
+        heads_first = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: kernel)
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda device, dtype: True)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    network = our_model(TINY, dict(random_tensors(TINY)))
+    batches = [random_batch(lengths) for lengths in ([40, 30, 9], [39, 28, 7, 5], [38, 2])]
+    expected = [embed_batch(network, batch) for batch in batches]
+    for layer in network.layers:
+        layer.compile(dynamic=True, fullgraph=True, backend=count)
+    for batch, rows in zip(batches, expected, strict=True):
+        torch.testing.assert_close(embed_batch(network, batch), rows, rtol=0, atol=1e-5)
+    assert len(graphs) == 1
 
 
 def test_random_weights_need_no_file():
