@@ -14,6 +14,7 @@ _QUARANTINE = "tests/unit/test_quarantine.py"
 _VERIFY = "tests/unit/test_verify.py"
 _INFERENCE = "tests/unit/test_inference.py"
 _EMBEDDER = "tests/unit/test_embedder.py"
+_GPU_MEMORY = "tests/unit/test_gpu_memory.py"
 _JUDGEMENT = "tests/unit/test_judgement.py"
 _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
@@ -911,6 +912,27 @@ _CURES = (
         before="            rows[row] = self._exactly(",
         after="            rows[-1] = self._exactly(",
         caught_by=(f"{_EMBEDDER}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",),
+    ),
+    Mutant(
+        name="mended-row-taken-to-be-finite",
+        module="embedder",
+        before="            is_finite[row] = torch.isfinite(rows[row]).all()\n",
+        after="            is_finite[row] = True\n",
+        caught_by=(f"{_EMBEDDER}::test_a_row_that_stays_not_finite_is_told_apart",),
+    ),
+    Mutant(
+        name="batches-by-the-memory-of-the-day",
+        module="run",
+        before="    if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:\n        return kept\n",
+        after="",
+        caught_by=(f"{_RUN}::test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free",),
+    ),
+    Mutant(
+        name="activations-reckoned-too-small",
+        module="gpu_memory",
+        before="_WIDTHS_OF_A_TOKEN = 10\n",
+        after="_WIDTHS_OF_A_TOKEN = 9\n",
+        caught_by=(f"{_GPU_MEMORY}::test_a_forward_pass_holds_what_is_reckoned",),
     ),
     Mutant(
         name="suspects-not-alone",
