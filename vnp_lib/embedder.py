@@ -73,6 +73,10 @@ class ExactModel:
         """The rows of a batch, float32 (B, D), on the CPU."""
         return embed_batch(self._loaded, batch.to(self._device)).cpu()
 
+    @property
+    def is_loaded(self) -> bool:
+        return "_loaded" in self.__dict__
+
     @cached_property
     def _loaded(self) -> ESM2:
         return load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
