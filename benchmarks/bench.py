@@ -33,6 +33,7 @@ from benchmarks.work import (
     write_fasta,
 )
 from vnp_lib.esm2 import MODELS
+from vnp_lib.linear import convolution_is_faster
 
 Record = dict[str, Any]
 Results = dict[str, Any]
@@ -85,6 +86,12 @@ class Teams:
 
     def gemm_gflops(self) -> dict[str, float]:
         return self._whole.call(gemm_gflops, ())[0]
+
+    def linear_layers(self) -> dict[str, str]:
+        """How our float32 linear layers are computed here: each process tries it for itself."""
+        teams = {"with all cores": self._whole, "split": self._split}
+        tried = {name: team.call(convolution_is_faster, *[()] * team.size) for name, team in teams.items()}
+        return {name: "by convolution" if all(found) else "by matrix product" for name, found in tried.items()}
 
     def stop(self) -> None:
         self._whole.stop()
@@ -186,8 +193,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", type=int, default=STOCK_TOKENS, help="tokens of such a batch")
     parser.add_argument("--rounds", type=int, default=2, help="how often each chunk, and the whole programs, are run")
     parser.add_argument(
-        "--program-proteins", type=int, default=250, help="proteins for the whole programs; 0: leave out"
+        "--program-proteins", type=int, default=1000, help="proteins for the whole programs; 0: leave out"
     )
+    parser.add_argument("--program-models", nargs="+", choices=NAMES, default=["8M"], help="models for those")
     parser.add_argument(
         "--extract-script", type=Path, help="fair-esm's scripts/extract.py, in place of our account of it"
     )
@@ -207,6 +215,7 @@ def bench_chunks(results: Results, output: Path, scratch: Path, given: argparse.
         "VirNucPro ORFs": virnucpro_orfs(2000),
     }
     teams = Teams(len(os.sched_getaffinity(0)))
+    results["linear_layers"] = teams.linear_layers()
     for model in (NAMES[short] for short in given.models):
         for input_name, sequences in inputs.items():
             chosen = chunks(sequences, given.chunks, given.chunk_tokens)
@@ -219,10 +228,10 @@ def bench_chunks(results: Results, output: Path, scratch: Path, given: argparse.
 
 
 def bench_programs(results: Results, output: Path, scratch: Path, given: argparse.Namespace) -> None:
-    """Measure the whole programs with all models, and print one table."""
+    """Measure the whole programs, and print one table."""
     sequences = log_normal_mix(given.program_proteins)
-    warm_up_programs(scratch, NAMES[given.models[0]], sequences[:1])
-    for model in (NAMES[short] for short in given.models):
+    warm_up_programs(scratch, NAMES[given.program_models[0]], sequences[:1])
+    for model in (NAMES[short] for short in given.program_models):
         for record in measure_programs(scratch, model, sequences, given.rounds, given.extract_script):
             results["programs"].append(record)
             write_results(output, results)
@@ -237,8 +246,8 @@ def main() -> None:
     results: Results = {"machine": describe_machine(), "settings": vars(given), "chunks": [], "programs": []}
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        for model in (NAMES[short] for short in given.models):
-            write_weights(scratch, model)
+        for short in {*given.models, *given.program_models}:
+            write_weights(scratch, NAMES[short])
         bench_chunks(results, output, scratch, given)
         if given.program_proteins:
             bench_programs(results, output, scratch, given)

@@ -85,10 +85,11 @@ def compare(
     ordinals: NDArray[np.int64], rows: NDArray[np.float32], exact: Mapping[int, NDArray[np.float32]]
 ) -> list[Comparison]:
     """Compare those of the rows, (B, D), whose exact row is known and finite."""
+    known = np.flatnonzero(np.isin(ordinals, list(exact)))
     return [
         Comparison.between(ordinal, rows[place], exact[ordinal])
-        for place, ordinal in enumerate(ordinals.tolist())
-        if ordinal in exact and np.isfinite(exact[ordinal]).all()
+        for place, ordinal in zip(known.tolist(), ordinals[known].tolist(), strict=True)
+        if np.isfinite(exact[ordinal]).all()
     ]
 
 

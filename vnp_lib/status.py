@@ -26,6 +26,7 @@ from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
 from vnp_lib.manifest import CheckpointManifest, ShardStatus
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.precision import Certificate
 from vnp_lib.progress import format_duration
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.terminal import format_age, plain
@@ -298,7 +299,8 @@ def _dataset(plan: RunPlan, paths: RunPaths) -> str:
         return "of another run; the next run puts it together anew"
     rows = sum(part["rows"] for part in metadata["parts"])
     told = describe_rows(rows, num_quarantined=metadata["num_quarantined"], num_missing=metadata["num_missing"])
-    return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}"
+    precision = f"; {Certificate(**metadata['precision']).describe()}" if metadata["precision"] else ""
+    return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}{precision}"
 
 
 def _headline(status: RunStatus) -> Iterator[Text]:

@@ -16,6 +16,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.status import open_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -89,6 +90,9 @@ def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fa
     assert told["max_abs_difference"] == pytest.approx(max(abs(a - b).max() for a, b in pairs), rel=1e-3)
     assert 0.999 < told["lowest_cosine"] < 1.0
     assert precision(exact) is None
+    said = f"cosine at least {told['lowest_cosine']:.6f}"
+    assert said in open_status(tmp_path / "run")().dataset
+    assert said in RunPaths(tmp_path / "run").report.read_text()
 
 
 def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
