@@ -55,14 +55,14 @@ if is_child or is_flow:
     def noted(module, name):
         function = getattr(module, name)
         def wrapped(*arguments, **options):
-            begun = time.time()
+            begun, cpu_begun = time.time(), time.process_time()
             result = function(*arguments, **options)
-            note(name, begun)
+            note(name, took=time.time() - begun, cpu=time.process_time() - cpu_begun)
             return result
         setattr(module, name, wrapped)
 
-    def note(name, begun):
-        line = json.dumps({"name": name, "is_child": is_child, "pid": os.getpid(), "begun": begun, "ended": time.time()})
+    def note(name, **seconds):
+        line = json.dumps({"name": name, "is_child": is_child, "seconds": seconds})
         descriptor = os.open(JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, line.encode() + b"\\n")
         os.close(descriptor)
@@ -89,6 +89,7 @@ class RunFigures:
 
     num_sequences: int
     phases_s: dict[str, float]  # without the start of any process; those of children are summed up
+    cpu_s: dict[str, float]  # of the phases whose processor time is noted
     first_run_s: float  # until SIGKILL
     second_run_s: float
     peak_mb: dict[str, float]  # by kind of process, the largest of each
@@ -201,10 +202,12 @@ def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
     first_run_s = program.run(until=lambda: program.num_checkpoints() >= half)
     first = program.notes()
     second_run_s = program.run()
+    second = program.notes()[len(first) :]
     check_rows(program.paths)
     return RunFigures(
         num_sequences=num_sequences,
-        phases_s=_phases(program.paths, first, program.notes()[len(first) :]),
+        phases_s=_phases(first, second, "took") | {"batches and checkpoints": _batches_s(program.paths)},
+        cpu_s=_phases(first, second, "cpu"),
         first_run_s=first_run_s,
         second_run_s=second_run_s,
         peak_mb=program.memory.peak_mb,
@@ -212,24 +215,24 @@ def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
     )
 
 
-def _phases(paths: RunPaths, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, float]:
-    """How long each phase took, by the notes of the two processes and their children, and by the shards' histories."""
+def _phases(first: list[dict[str, Any]], second: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """How long each phase took, by the notes of the two runs: `took` is by the clock, `cpu` is processor time."""
 
-    def took(notes: list[dict[str, Any]], name: str, *, is_child: bool) -> float:
-        return sum(n["ended"] - n["begun"] for n in notes if n["name"] == name and n["is_child"] == is_child)
+    def seconds(notes: list[dict[str, Any]], *names: str, is_child: bool) -> float:
+        return sum(n["seconds"][kind] for n in notes if n["name"] in names and n["is_child"] == is_child)
 
-    entries = [
-        entry for rank in range(SHARDS) for attempt in read_attempts(paths, rank) for entry in attempt.checkpoints
-    ]
     return {
-        "plan": took(first, "make_plan", is_child=False),
-        "plan again, after SIGKILL": took(second, "make_plan", is_child=False),
-        "resume scans, all shards": sum(
-            took(second, name, is_child=True) for name in ("heal_shard", "survey_checkpoints")
-        ),
-        "batches and checkpoints": sum(entry.seconds for entry in entries),
-        "assembly": took(second, "assemble", is_child=False),
+        "plan": seconds(first, "make_plan", is_child=False),
+        "plan again, after SIGKILL": seconds(second, "make_plan", is_child=False),
+        "resume scans, all shards": seconds(second, "heal_shard", "survey_checkpoints", is_child=True),
+        "assembly": seconds(second, "assemble", is_child=False),
     }
+
+
+def _batches_s(paths: RunPaths) -> float:
+    """How long batches and checkpoints took, by the shards' histories."""
+    attempts = (attempt for rank in range(SHARDS) for attempt in read_attempts(paths, rank))
+    return sum(entry.seconds for attempt in attempts for entry in attempt.checkpoints)
 
 
 def check_rows(paths: RunPaths) -> None:
@@ -279,20 +282,23 @@ def measure_scan(directory: Path, num_sequences: int, dim: int) -> dict[str, flo
 
 
 def print_runs(small: RunFigures, large: RunFigures) -> None:
-    print(f"{'':28}{small.num_sequences:>14,}{large.num_sequences:>14,}{'times':>8}")
+    print(f"{'':30}{small.num_sequences:>14,}{large.num_sequences:>14,}{'times':>8}")
     for phase in large.phases_s:
         before, after = small.phases_s[phase], large.phases_s[phase]
-        print(f"{phase:28}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
-    print(f"{'all phases':28}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}")
+        print(f"{phase:30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
+    print(f"{'all phases':30}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}")
+    for phase in large.cpu_s:
+        before, after = small.cpu_s[phase], large.cpu_s[phase]
+        print(f"{phase + ', CPU':30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
     for name in ("first_run_s", "second_run_s"):
         before, after = getattr(small, name), getattr(large, name)
         print(
-            f"{name.replace('_', ' ')[:-2] + ', start included':28}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}"
+            f"{name.replace('_', ' ')[:-2] + ', start included':30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}"
         )
     for kind in sorted(large.peak_mb):
         before, after = small.peak_mb.get(kind, 0.0), large.peak_mb[kind]
-        print(f"{'peak memory of ' + kind:28}{before:>11.0f} MB{after:>11.0f} MB")
-    print(f"{'database of Prefect':28}{small.database_mb:>11.2f} MB{large.database_mb:>11.2f} MB")
+        print(f"{'peak memory of ' + kind:30}{before:>11.0f} MB{after:>11.0f} MB")
+    print(f"{'database of Prefect':30}{small.database_mb:>11.2f} MB{large.database_mb:>11.2f} MB")
 
 
 def figures_of(small: RunFigures, large: RunFigures, scanned: dict[str, float]) -> list[Figure]:
