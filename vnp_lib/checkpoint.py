@@ -81,14 +81,8 @@ _OPCODES = re.compile(
     r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|(LONG_)?BIN(PUT|GET)|"
     r"EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|SETITEMS?"
 )
-_SIZES_BYTES = {  # of these operations, but for three whose sizes vary; the argument included
-    ord(each.code): 1 + (each.arg.n if each.arg else 0)
-    for each in pickletools.opcodes
-    if _OPCODES.fullmatch(each.name) and (each.arg is None or each.arg.n >= 0)
-}
-_STOP, _GLOBAL, _BINUNICODE, _LONG1 = pickle.STOP[0], pickle.GLOBAL[0], pickle.BINUNICODE[0], pickle.LONG1[0]
 _GLOBALS = re.compile(
-    rb"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Half|BFloat16|Float|Double|Int|Long)Storage"
+    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Half|BFloat16|Float|Double|Int|Long)Storage"
 )
 _MAX_CALLS = 2  # of _rebuild_tensor_v2, and of OrderedDict for its hooks
 _MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
@@ -937,40 +931,16 @@ def _require_plain_directory(file: BinaryIO, size_bytes: int) -> None:
 
 
 def _check_pickle(data: bytes) -> None:
-    counts = Counter(_operations(data))
-    num_tuples = sum(counts[code] for (code,) in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))
-    if counts[pickle.REDUCE[0]] > _MAX_CALLS or counts[pickle.BINPERSID[0]] > 1 or num_tuples > _MAX_TUPLES:
+    counts: Counter[str] = Counter()
+    for opcode, argument, _ in pickletools.genops(data):
+        counts[opcode.name] += 1
+        if not _OPCODES.fullmatch(opcode.name):
+            raise ValueError(f"its pickle has the operation {opcode.name}, which no checkpoint needs")
+        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            raise ValueError(f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs")
+    num_tuples = sum(counts[name] for name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))
+    if counts["REDUCE"] > _MAX_CALLS or counts["BINPERSID"] > 1 or num_tuples > _MAX_TUPLES:
         raise ValueError("its pickle builds more than one tensor and plain values")
-
-
-def _operations(data: bytes) -> Iterator[int]:
-    """The operations of a pickle before STOP, in less than half of the time that pickletools.genops takes.
-
-    Raises:
-        ValueError: One of them, or what it names, is nothing that a checkpoint needs.
-        IndexError: The pickle ends without STOP.
-    """
-    place = 0
-    while (code := data[place]) != _STOP:
-        yield code
-        if (size_bytes := _SIZES_BYTES.get(code)) is not None:
-            place += size_bytes
-        elif code == _BINUNICODE:
-            place += 5 + int.from_bytes(data[place + 1 : place + 5], "little")
-        elif code == _LONG1:
-            place += 2 + data[place + 1]
-        elif code == _GLOBAL:
-            place = _end_of_global(data, place)
-        else:
-            raise ValueError(f"its pickle has the operation {bytes([code])!r}, which no checkpoint needs")
-
-
-def _end_of_global(data: bytes, place: int) -> int:
-    end = data.index(b"\n", data.index(b"\n", place) + 1)
-    name = data[place + 1 : end].replace(b"\n", b" ")
-    if not _GLOBALS.fullmatch(name):
-        raise ValueError(f"its pickle names {name[:100]!r}, which no checkpoint needs")
-    return end + 1
 
 
 def _as_content(loaded: Any) -> _Content:
