@@ -35,7 +35,7 @@ from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.worker import find_pending_work
 
 SHARDS = 4
-WIDTH = 8
+WIDTH = 64
 TOKEN_BUDGET = 16_384
 MOST_GROWTH = 12.0  # of the time, for ten times the input
 MOST_MEMORY_MB = 1000.0
