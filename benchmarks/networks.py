@@ -12,7 +12,8 @@ from esm import ESM2 as FairEsmNetwork
 from esm import Alphabet
 from torch import Tensor, nn
 
-from vnp_lib.esm2 import ESM2, Architecture, architecture_of, random_tensors, save_weights
+from vnp_lib.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.weights import random_tensors, save_weights
 
 # fair-esm's loader is older than torch's refusal to unpickle a Namespace; this variable has torch load as it did then.
 FAIR_ESM_ENVIRONMENT = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}

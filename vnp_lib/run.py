@@ -28,7 +28,7 @@ from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.checkpoint import Survey
-    from vnp_lib.esm2 import Weights
+    from vnp_lib.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
             afterwards either; one that was is untouched.
     """
-    from vnp_lib.esm2 import resolve_weights
+    from vnp_lib.weights import resolve_weights
 
     paths = RunPaths(config.output_dir)
     devices = planned_devices(config)
@@ -240,7 +240,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     Raises:
         InputError: The directory holds another run by now, or this machine's weights are others.
     """
-    from vnp_lib.esm2 import resolve_weights
+    from vnp_lib.weights import resolve_weights
 
     plan = load_plan(RunPaths(config.output_dir))
     weights = resolve_weights(config.model, config.weights)

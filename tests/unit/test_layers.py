@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
     {"files", "machine"},
-    {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics"},
-    {"plan", "retry", "tokens", "attention", "terminal"},
+    {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics", "attention"},
+    {"plan", "retry", "tokens", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision"},
+    {"weights"},
     {"checkpoint", "supervisor", "embedder", "history", "metrics_page"},
     {"inference", "dataset", "pictures"},
     {"worker", "verify", "status"},
