@@ -13,6 +13,7 @@ from esm import Alphabet
 from torch import Tensor, nn
 
 from vnp_lib.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.weight_files import name_in_transformers
 from vnp_lib.weights import random_tensors, save_weights
 
 # fair-esm's loader is older than torch's refusal to unpickle a Namespace; this variable has torch load as it did then.
@@ -20,19 +21,6 @@ FAIR_ESM_ENVIRONMENT = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 
 CPU = torch.device("cpu")
 
-_NAMES_IN_TRANSFORMERS = {
-    "embed_tokens.": "embeddings.word_embeddings.",
-    "emb_layer_norm_after.": "encoder.emb_layer_norm_after.",
-    "layers.": "encoder.layer.",
-    "self_attn_layer_norm.": "attention.LayerNorm.",
-    "self_attn.q_proj.": "attention.self.query.",
-    "self_attn.k_proj.": "attention.self.key.",
-    "self_attn.v_proj.": "attention.self.value.",
-    "self_attn.out_proj.": "attention.output.dense.",
-    "final_layer_norm.": "LayerNorm.",
-    "fc1.": "intermediate.dense.",
-    "fc2.": "output.dense.",
-}
 # What a network has beyond the trunk's parameters: heads, and what it works out by itself.
 _NOT_OF_THE_TRUNK = ("lm_head.", "contact_head.", "inv_freq", "position_ids")
 
@@ -100,13 +88,7 @@ def transformers_network(
     )
     with torch.device(device):
         network = EsmModel(config, add_pooling_layer=False)
-    return _filled(network, {_name_in_transformers(name): tensor for name, tensor in state.items()})
-
-
-def _name_in_transformers(name: str) -> str:
-    for ours, theirs in _NAMES_IN_TRANSFORMERS.items():
-        name = name.replace(ours, theirs)
-    return name
+    return _filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})
 
 
 def _filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -130,7 +130,7 @@ class Run:
             rank=rank,
             fingerprint=self.plan.fingerprint,
             model=identity["model"],
-            weights=RANDOM_WEIGHTS if self._weights.path is None else str(self._weights.path.resolve()),
+            weights=RANDOM_WEIGHTS if self._weights.path is None else str(self._weights.path),
             weights_digest=self._weights.digest,
             dtype=identity["dtype"],
             device=kind_of(device),

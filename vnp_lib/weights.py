@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import socket
 import sys
-import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from http.client import HTTPException
 from math import sqrt
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from vnp_lib.failures import WeightsError
 from vnp_lib.files import digest_file
 from vnp_lib.linear import convolution_is_faster
 from vnp_lib.tokens import ALPHABET_SIZE
+from vnp_lib.weight_files import files_of, locate_weights, read_tensors, save_fair_esm
 
 RANDOM_SEED = 0
 
@@ -33,8 +33,8 @@ class Weights:
     """Which parameters a run uses."""
 
     source: Literal["file", "random"]
-    path: Path | None = None  # where source is "file"
-    digest: str  # sha256 of the file, or how the random ones were drawn
+    path: Path | None = None  # where source is "file": that file, or the index of several
+    digest: str  # sha256 of the file, of several files that of their digests, or how the random ones were drawn
 
 
 def resolve_weights(model: str, weights: str) -> Weights:
@@ -42,7 +42,8 @@ def resolve_weights(model: str, weights: str) -> Weights:
 
     Args:
         model: One of `MODELS`.
-        weights: "auto" (fair-esm's file in torch.hub's cache, downloaded where it is not there), "random", or a path.
+        weights: "auto" (fair-esm's file in torch.hub's cache, downloaded where it is not there), "random", or a path, as
+            `locate_weights` takes it.
 
     Raises:
         ConfigError: The model is unknown.
@@ -51,9 +52,9 @@ def resolve_weights(model: str, weights: str) -> Weights:
     architecture = architecture_of(model)
     if weights == "random":
         return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
-    path = _hub_file(model) if weights == "auto" else Path(weights).expanduser()
+    path = locate_weights(_hub_file(model) if weights == "auto" else Path(weights))
     _checked_state(path, model, architecture)
-    return Weights(source="file", path=path.resolve(), digest=digest_file(path).sha256)
+    return Weights(source="file", path=path, digest=_digest(path))
 
 
 def load_model(
@@ -105,8 +106,7 @@ def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
         encoder_attention_heads=architecture.attention_heads,
         token_dropout=True,
     )
-    prefixed = {f"encoder.sentence_encoder.{name}": tensor for name, tensor in state.items()}
-    torch.save({"cfg": {"model": settings}, "model": prefixed}, path)
+    save_fair_esm(path, settings, state)
 
 
 def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -150,6 +150,23 @@ def _hub_file(model: str) -> Path:
     return path
 
 
+def _digest(path: Path) -> str:
+    """The sha256 of a file, or where `path` is an index that of its files' digests, in the order of their names."""
+    digests = [_checked_digest(file) for file in files_of(path)]
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
+
+
+def _checked_digest(file: Path) -> str:
+    found = digest_file(file).sha256
+    target = file.resolve()
+    # The cache of Hugging Face's hub names large files by their sha256.
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name) and target.name != found:
+        raise WeightsError(
+            f"{file} is damaged: its sha256 is {found}, not what {target} is named by; download it again"
+        )
+    return found
+
+
 def _url(model: str) -> str:
     return f"https://dl.fbaipublicfiles.com/fair-esm/models/{model}.pt"
 
@@ -179,7 +196,7 @@ def _socket_timeout(timeout_s: float) -> Iterator[None]:
 
 def _checked_state(path: Path, model: str, architecture: Architecture) -> dict[str, Tensor]:
     """Read the parameters' names and shapes; the numbers stay in the file until they are used."""
-    state = _read_state(path)
+    state = {name: tensor for name, tensor in read_tensors(path).items() if not _UNUSED.match(name)}
     found = _architecture_in(state)
     if found is not None and found != (architecture.num_layers, architecture.embed_dim):
         raise WeightsError(
@@ -203,24 +220,5 @@ def _architecture_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return (len(layers), embedding.shape[1]) if layers and embedding is not None and embedding.ndim == 2 else None
 
 
-_FAIR_ESM_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
-_UNUSED = re.compile(r"lm_head\.|contact_head\.|.*\.rot_emb\.inv_freq$")  # in fair-esm's files, not in this network
-_DAMAGE = (EOFError, RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        named = {_FAIR_ESM_PREFIX.sub("", name): tensor for name, tensor in content["model"].items()}
-        return {
-            name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor) and not _UNUSED.match(name)
-        }
-    except OSError as error:
-        raise WeightsError(
-            f"cannot read the weights at {path} ({error.strerror or error}): give the path of fair-esm's .pt file"
-        ) from error
-    except _DAMAGE as error:
-        raise WeightsError(
-            f"{path} is damaged or no file of fair-esm's ({type(error).__name__}): remove it and get it again"
-        ) from error
+# In the files, and not in this network.
+_UNUSED = re.compile(r"lm_head\.|contact_head\.|pooler\.|embeddings\.position_ids$|.*\.inv_freq$")

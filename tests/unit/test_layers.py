@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "machine"},
+    {"files", "machine", "weight_files"},
     {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics", "attention"},
     {"plan", "retry", "tokens", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision"},
