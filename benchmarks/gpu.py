@@ -28,7 +28,7 @@ from vnp_lib.weights import random_tensors
 State = Mapping[str, Tensor]
 
 LEAST_COSINE = 0.99  # beside our float32
-PROFILED_BUDGET = 16_384  # what a run takes on a GPU if it is not told otherwise
+PROFILED_BUDGET = 16_384  # what a run takes for 3B if it is not told otherwise
 FAIR_ESM = "fair-esm float32"
 _MOST_PROFILED = 15
 
@@ -45,7 +45,7 @@ class Variant:
 
 
 def variants(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[Variant]:
-    """fair-esm and transformers with extract.py's batches and with larger ones; ours with all budgets."""
+    """fair-esm and transformers with extract.py's batches and with larger ones; ours with all budgets, compiled last."""
     padded = (STOCK_TOKENS, *budgets[:2])
     for name, autocast, gemm_dtype in (
         (FAIR_ESM, None, torch.float32),
@@ -87,6 +87,15 @@ def variants(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterato
             engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
             budgets=budgets,
         )
+    yield Variant(
+        name=f"ours {_name(dtypes[0])}, compiled",
+        gemm_dtype=dtypes[0],
+        build=lambda architecture, state, device: _compiled(
+            our_network(architecture, state, dtype=dtypes[0], device=device)
+        ),
+        engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
+        budgets=budgets,
+    )
 
 
 def gemm_tflops(dtype: torch.dtype, device: torch.device, *, size: int, repeats: int) -> float:
@@ -247,6 +256,13 @@ def _with_parameters_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast parameters, not buffers: rotary frequencies stay float32, as they do where transformers loads a file."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
+    return network
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    """Have each layer compiled when it is first used; since they are all alike, that is once, for batches of any shape."""
+    for layer in network.layers:
+        layer.compile(dynamic=True)
     return network
 
 

@@ -51,7 +51,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.checkpoint, vnp_lib.dataset, vnp_lib.embedder, vnp_lib.plan, vnp_lib.weights
+    import vnp_lib.assembly, vnp_lib.checkpoint, vnp_lib.embedder, vnp_lib.plan, vnp_lib.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -69,7 +69,7 @@ if is_child or is_flow:
         os.close(descriptor)
 
     noted(vnp_lib.plan, "make_plan")
-    noted(vnp_lib.dataset, "assemble")
+    noted(vnp_lib.assembly, "assemble")
     noted(vnp_lib.checkpoint, "heal_shard")
     noted(vnp_lib.checkpoint, "survey_checkpoints")
 

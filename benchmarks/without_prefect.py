@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from vnp_lib.assembly import assemble
 from vnp_lib.config import EmbedConfig
-from vnp_lib.dataset import assemble
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.run import Run, open_run
 from vnp_lib.supervisor import Event, run_child

@@ -26,7 +26,7 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from vnp_lib.dataset import DatasetSummary
+from vnp_lib.assembly import DatasetSummary
 from vnp_lib.progress import format_duration
 from vnp_lib.run import Run
 from vnp_lib.status import RunStatus, ShardProgress, read_status

@@ -27,8 +27,8 @@ from flows.metrics import metrics_served
 from flows.pool import cancel_shards, end_leftovers
 from flows.shard import embed_shard
 from flows.signals import sigterm_cancels_the_flow
+from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.config import EmbedConfig, parse_command_line
-from vnp_lib.dataset import DatasetSummary, assemble
 from vnp_lib.failures import CheckpointError, ExitCode, InputError, StorageError
 from vnp_lib.plan import RunPaths
 from vnp_lib.progress import RunProgress, format_duration

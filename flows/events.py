@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect.events import emit_event
 
-from vnp_lib.dataset import DatasetSummary
+from vnp_lib.assembly import DatasetSummary
 from vnp_lib.failures import Failure
 from vnp_lib.run import Run
 

@@ -117,7 +117,10 @@ class EmbedConfig(BaseModel):
     )
     shards: int | None = Field(None, ge=1, description="Tasks to divide the input into; one per device if not given.")
     token_budget: int | None = Field(
-        None, ge=1, description="Most tokens in one forward pass; if not given, 16384 on a GPU, 2048 on the CPU."
+        None,
+        ge=1,
+        description="Most tokens in one forward pass; if not given, 2048 on the CPU, and on a GPU what its free memory holds, "
+        "65536 at most, 16384 for 3B and 15B. A run on GPUs that goes on keeps to what it was begun with.",
     )
     executor: Literal["local", "work-pool"] = Field(
         "local",
@@ -292,14 +295,18 @@ def child_environment(device: str) -> dict[str, str]:
 
     A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it.
     """
-    environment = dict(os.environ)
     if device == "cpu":
-        return environment | {"CUDA_VISIBLE_DEVICES": ""}
-    visible = [entry.strip() for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-    return environment | {
-        "CUDA_VISIBLE_DEVICES": visible[int(device)] if visible else device,
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": visible_gpu(device),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, cuBLAS need not give the same bits again
     }
+
+
+def visible_gpu(device: str) -> str:
+    """Name a GPU as CUDA_VISIBLE_DEVICES does, by number or UUID; `device` counts within the mask that there may be."""
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return visible[int(device)] if visible else device
 
 
 def viral_checkpoint_mode() -> bool:

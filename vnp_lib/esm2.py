@@ -27,6 +27,12 @@ class Architecture:
     def head_dim(self) -> int:
         return self.embed_dim // self.attention_heads
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the network without its heads."""
+        of_a_layer = 12 * self.embed_dim**2 + 13 * self.embed_dim
+        return self.num_layers * of_a_layer + (ALPHABET_SIZE + 2) * self.embed_dim
+
 
 MODELS = {
     "esm2_t6_8M_UR50D": Architecture(num_layers=6, embed_dim=320, attention_heads=20),

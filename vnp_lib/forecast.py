@@ -24,7 +24,7 @@ from vnp_lib.history import read_attempts
 from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, required_bytes
 from vnp_lib.progress import format_duration
-from vnp_lib.run import TOKEN_BUDGET, kind_of
+from vnp_lib.run import planned_token_budget
 from vnp_lib.status import load_plan_of
 from vnp_lib.terminal import format_bytes, plain
 
@@ -111,7 +111,7 @@ def forecast(config: ForecastConfig) -> Forecast:
     devices = resolve_devices(config.devices, config.model)
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
-    token_budget = config.token_budget or TOKEN_BUDGET[kind_of(devices[0])]
+    token_budget = planned_token_budget(config, devices)
     token_lengths = lengths + NUM_SPECIAL_TOKENS
     batch_tokens = np.concatenate(
         [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]

@@ -1,10 +1,15 @@
-"""What this machine has: cores, and memory that is free."""
+"""What this machine has: cores, memory that is free, and GPUs."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
+
+Answer = TypeVar("Answer")
 
 _CHILD_BYTES = 10**9  # of a child beside its weights: Python, torch, the states of a batch
 _BYTES_PER_PARAMETER = 5  # float32, and a little for what is made on the way
@@ -53,3 +58,32 @@ def control_group(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/
     """Find the directory of this process's control group. OSError or StopIteration where there is none."""
     own = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::")).removeprefix("0::")
     return root / own.lstrip("/")
+
+
+def free_gpu_bytes(gpu: str) -> int | None:
+    """How much memory of a GPU is free; None where that cannot be told.
+
+    Args:
+        gpu: As in CUDA_VISIBLE_DEVICES: a number, or the UUID of a GPU or of a part of one. Numbers are by PCI bus, which
+            among GPUs of several kinds is CUDA's order only under CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+
+    def free_bytes(nvml: Any) -> int:
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdigit() else nvml.nvmlDeviceGetHandleByUUID(gpu)
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+
+    return ask_nvml(free_bytes)
+
+
+def ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
+    """Put a question to NVML, NVIDIA's driver, without CUDA in this process; None where it has no answer, or is not there."""
+    with suppress(ImportError):
+        import pynvml
+
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            try:
+                return question(pynvml)
+            finally:
+                pynvml.nvmlShutdown()
+    return None

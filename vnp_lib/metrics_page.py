@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.machine import ask_nvml
 from vnp_lib.metrics import Histogram, RunMetrics
 from vnp_lib.quarantine import Quarantine
 
@@ -144,15 +145,7 @@ class _GpuCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         families = [GaugeMetricFamily(name, meaning, labels=["gpu"]) for name, meaning, _ in _OF_A_GPU]
-        with suppress(ImportError):
-            import pynvml
-
-            with suppress(pynvml.NVMLError):
-                pynvml.nvmlInit()
-                try:
-                    _ask(pynvml, families)
-                finally:
-                    pynvml.nvmlShutdown()
+        ask_nvml(lambda nvml: _ask(nvml, families))
         yield from (family for family in families if family.samples)
 
 

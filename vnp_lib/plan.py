@@ -11,6 +11,7 @@ import hashlib
 import logging
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -239,6 +240,14 @@ def make_plan(
         reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
         raise ConfigError(f"the run directory {paths.run_dir} cannot be made or written ({reason})") from error
     return load_plan(paths, verify_digests=False)  # they have just been written, or read
+
+
+def kept_token_budget(paths: RunPaths) -> int | None:
+    """Say what token budget the plan has that is there; None where there is none, or none that can be read."""
+    with suppress(StorageError, OSError):
+        tokens = read_sealed_json(paths.plan_json).get("token_budget")
+        return tokens if isinstance(tokens, int) and tokens >= 1 else None
+    return None
 
 
 def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:

@@ -21,7 +21,7 @@ from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan
+from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, kept_token_budget, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random"
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 16_384}  # by kind of device, where none is given
 
+_CPU_TOKEN_BUDGET = 2048
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -255,9 +255,9 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
     from vnp_lib.esm2 import MODELS
 
-    architecture, device_kind = MODELS[config.model], kind_of(devices[0])
+    architecture = MODELS[config.model]
     num_shards = config.shards or len(devices)
-    token_budget = config.token_budget or TOKEN_BUDGET[device_kind]
+    token_budget = planned_token_budget(config, devices)
     plan = make_plan(
         paths,
         config.fasta,
@@ -265,7 +265,7 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
             model=config.model,
             weights_digest=weights.digest,
             layer=architecture.num_layers,
-            dtype=_DTYPE[device_kind] if config.dtype == "auto" else config.dtype,
+            dtype=_planned_dtype(config, devices),
             division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
         ),
         num_shards=num_shards,
@@ -273,6 +273,34 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
     )
     check_free_space(paths, plan, architecture.embed_dim)
     return plan
+
+
+def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
+    """Say how many tokens a forward pass of a run has at most.
+
+    On GPUs, and if the user says nothing, it stays what the run was begun with: memory that is free differs from one day to
+    the next, and its batches, which `--deterministic` holds a run to, are not to. Else it is what suits the devices.
+
+    Raises:
+        ConfigError: The model does not fit into a GPU.
+    """
+    if config.token_budget is not None:
+        return config.token_budget
+    if kind_of(devices[0]) == "cpu":
+        return _CPU_TOKEN_BUDGET
+    from vnp_lib.gpu_memory import TOKENS_UNSEEN, choose_token_budget
+
+    if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
+        return kept
+    if config.executor != "local":
+        return TOKENS_UNSEEN
+    import torch
+
+    return choose_token_budget(config.model, getattr(torch, _planned_dtype(config, devices)), devices)
+
+
+def _planned_dtype(config: EmbedConfig, devices: tuple[str, ...]) -> str:
+    return _DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
 
 
 def _directories(paths: RunPaths) -> list[Path]:

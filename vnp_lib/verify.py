@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.dataset import EmbeddingDataset, load_planned, open_dataset, verify_dataset, with_copies
+from vnp_lib.assembly import load_planned, with_copies
+from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.manifest import CheckpointManifest

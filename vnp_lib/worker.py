@@ -256,6 +256,8 @@ class ShardAttempt:
             except Exception as error:  # to measure harms nothing; what is bad is judged when its batch comes
                 logger.warning("%r is not compared with float32: %s", batch.sequence_ids[0], error)
             self._events.send("exact_row", ordinal=ordinal)
+            if not model.is_loaded:  # there is no room for it, and to try takes minutes where a model is large
+                break
         return rows
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:

@@ -22,6 +22,7 @@ from tests.faults.forgery import archive, forgeries, good_content
 from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import files
+from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
     heal_shard,
@@ -30,7 +31,7 @@ from vnp_lib.checkpoint import (
     survey_checkpoints,
     validate_checkpoint_pt,
 )
-from vnp_lib.dataset import assemble, open_dataset, verify_dataset
+from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.failures import CheckpointError, ConfigError, StorageError
 from vnp_lib.files import FileLock, digest_file, marker_path, write_marker
 from vnp_lib.manifest import CheckpointManifest

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from vnp_lib import inference, weights
+from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
-from vnp_lib.dataset import assemble
 from vnp_lib.failures import CheckpointError, ExitCode
 from vnp_lib.files import make_directory, read_marker, write_file
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths

@@ -26,7 +26,23 @@ DEVICE_ASSERT = """
 torch.nn.functional.embedding(torch.tensor([10**6], device='cuda'), torch.ones(33, 4, device='cuda'))
 torch.cuda.synchronize()
 """
+TOKEN_BEYOND_THE_ALPHABET = """
+from vnp_lib.embedder import Embedder
+from vnp_lib.weights import Weights, load_model
+from vnp_lib.packing import TokenBudget
+from vnp_lib.tokens import pack_batch
+
+device, weights = torch.device("cuda"), Weights(source="random", digest="")
+model = load_model("esm2_t6_8M_UR50D", weights, dtype=torch.bfloat16, device=device)
+batch = pack_batch(["MKV", "ACD"], ["a", "b"], [0, 1], batch_idx=7)
+batch.input_ids[2] = 10**6
+embedder = Embedder(model, device, budget=TokenBudget())
+embedder.collect(embedder.launch(batch))
+"""
 ILLEGAL_ADDRESS = """
+import triton
+import triton.language as tl
+
 @triton.jit
 def write_far_away(pointer):
     tl.store(pointer + (1 << 40), 1.0)
@@ -35,12 +51,7 @@ write_far_away[(1,)](torch.ones(1, device='cuda'))
 torch.cuda.synchronize()
 """
 HARNESS = """
-import json
-import sys
 import torch
-import triton
-import triton.language as tl
-from vnp_lib.failures import classify_exception
 
 {code}
 """
@@ -59,14 +70,15 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "cause"),
+    ("code", "kind", "cause", "batch_idx"),
     [
-        pytest.param(OUT_OF_MEMORY, "oom", "gpu_oom", id="out of memory"),
-        pytest.param(DEVICE_ASSERT, None, "device_assert", id="device assert"),
-        pytest.param(ILLEGAL_ADDRESS, None, "illegal_address", id="illegal address"),
+        pytest.param(OUT_OF_MEMORY, "oom", "gpu_oom", None, id="out of memory"),
+        pytest.param(DEVICE_ASSERT, None, "device_assert", None, id="device assert"),
+        pytest.param(ILLEGAL_ADDRESS, None, "illegal_address", None, id="illegal address"),
+        pytest.param(TOKEN_BEYOND_THE_ALPHABET, "poison_input", "device_assert", 7, id="device assert in a batch"),
     ],
 )
-def test_what_a_gpu_says_is_understood(tmp_path, code, kind, cause):
+def test_what_a_gpu_says_is_understood(tmp_path, code, kind, cause, batch_idx):
     script = tmp_path / "script.py"
     script.write_text(HARNESS.format(code=code))
     ended = subprocess.run(
@@ -75,6 +87,6 @@ def test_what_a_gpu_says_is_understood(tmp_path, code, kind, cause):
     assert ended.stdout.strip(), ended.stderr
     told = json.loads(ended.stdout.strip().splitlines()[-1])
     print(json.dumps(told["arrived"]))
-    assert told["failure"]["cause"] == cause
+    assert (told["failure"]["cause"], told["failure"]["batch_idx"]) == (cause, batch_idx)
     if kind is not None:
         assert told["failure"]["kind"] == kind

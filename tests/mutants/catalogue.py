@@ -9,11 +9,13 @@ _FILES = "tests/unit/test_files.py"
 _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
 _PLAN = "tests/unit/test_plan.py"
+_ASSEMBLY_TESTS = "tests/unit/test_assembly.py"
 _DATASET = "tests/unit/test_dataset.py"
 _QUARANTINE = "tests/unit/test_quarantine.py"
 _VERIFY = "tests/unit/test_verify.py"
 _INFERENCE = "tests/unit/test_inference.py"
 _EMBEDDER = "tests/unit/test_embedder.py"
+_GPU_MEMORY = "tests/unit/test_gpu_memory.py"
 _JUDGEMENT = "tests/unit/test_judgement.py"
 _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
@@ -719,87 +721,89 @@ _LOOP = (
 _ASSEMBLY = (
     Mutant(
         name="rows-placed-by-arrival",
-        module="dataset",
+        module="assembly",
         before="return ordinals[ascending], values.reshape(-1, self.dim)[ascending]",
         after="return ordinals[ascending], values.reshape(-1, self.dim)",
-        caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
         name="copies-not-fanned-out",
-        module="dataset",
+        module="assembly",
         before="ordinals, sources = copies.fan_out(record.ordinals[rows])",
         after="ordinals, sources = record.ordinals[rows], np.arange(rows.size)",
-        caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
         name="copies-given-anothers-row",
-        module="dataset",
+        module="assembly",
         before="return targets[ascending], sources[ascending]",
         after="return targets[ascending], sources",
-        caught_by=(f"{_DATASET}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
         name="ordinal-of-two-checkpoints-taken-twice",
-        module="dataset",
+        module="assembly",
         before="rows = np.flatnonzero(~is_placed[record.ordinals])",
         after="rows = np.arange(record.ordinals.size)",
-        caught_by=(f"{_DATASET}::test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts",),
     ),
     Mutant(
         name="missing-ordinals-accepted",
-        module="dataset",
+        module="assembly",
         before="    is_covered = is_computed[plan.representatives]\n",
         after="    is_covered = is_computed[plan.representatives] | ~is_quarantined\n",
-        caught_by=(f"{_DATASET}::test_missing_sequences_are_counted_and_ten_are_named",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_missing_sequences_are_counted_and_ten_are_named",),
     ),
     Mutant(
         name="ordinals-of-a-part-not-counted",
-        module="dataset",
+        module="assembly",
         before="    if not np.array_equal(ordinals, expected):\n",
         after="    if False:\n",
-        caught_by=(f"{_DATASET}::test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset",),
+        caught_by=(
+            f"{_ASSEMBLY_TESTS}::test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset",
+        ),
     ),
     Mutant(
         name="ids-of-a-checkpoint-not-compared-with-the-plan",
-        module="dataset",
+        module="assembly",
         before="    if checkpoint.sequence_ids != plan.ids(record.ordinals):\n",
         after="    if False:\n",
-        caught_by=(f"{_DATASET}::test_a_checkpoint_that_gives_rows_other_ids_makes_no_dataset",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_checkpoint_that_gives_rows_other_ids_makes_no_dataset",),
     ),
     Mutant(
         name="quarantined-and-computed-accepted",
-        module="dataset",
+        module="assembly",
         before='    _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")\n',
         after="",
-        caught_by=(f"{_DATASET}::test_a_sequence_both_computed_and_in_quarantine_is_refused",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_sequence_both_computed_and_in_quarantine_is_refused",),
     ),
     Mutant(
         name="rows-that-are-not-finite-assembled",
-        module="dataset",
+        module="assembly",
         before="    _require_finite(plan, ordinals, rows)\n",
         after="",
-        caught_by=(f"{_DATASET}::test_a_row_that_is_not_finite_is_named",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_row_that_is_not_finite_is_named",),
     ),
     Mutant(
         name="success-left-while-parts-are-rewritten",
-        module="dataset",
+        module="assembly",
         before="    if paths.success.exists():\n",
         after="    if False:\n",
-        caught_by=(f"{_DATASET}::test_an_interrupted_assembly_is_invisible_and_starts_over",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_an_interrupted_assembly_is_invisible_and_starts_over",),
     ),
     Mutant(
         name="removal-of-success-not-synced",
-        module="dataset",
+        module="assembly",
         before="        files.ops.unlink(paths.success)\n        files.fsync_directory(paths.embeddings_dir)\n",
         after="        files.ops.unlink(paths.success)\n",
-        caught_by=(f"{_DATASET}::test_success_json_is_gone_for_good_before_any_part_is_touched",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_success_json_is_gone_for_good_before_any_part_is_touched",),
     ),
     Mutant(
         name="bucket-not-compared-with-what-was-written",
-        module="dataset",
+        module="assembly",
         before="        if zlib.crc32(values.data) != self._crc32[part]:\n",
         after="        if False:\n",
-        caught_by=(f"{_DATASET}::test_a_bucket_that_does_not_give_back_its_bytes_is_noticed",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_bucket_that_does_not_give_back_its_bytes_is_noticed",),
     ),
     Mutant(
         name="parts-not-compared-with-success",
@@ -813,10 +817,10 @@ _ASSEMBLY = (
 _SET_ASIDE = (
     Mutant(
         name="dataset-of-a-dead-writer-not-synced",
-        module="dataset",
+        module="assembly",
         before="        _sync_names(paths)  # whoever",
         after="        # whoever",
-        caught_by=(f"{_DATASET}::test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole",),
     ),
     Mutant(
         name="set-aside-twice",
@@ -848,24 +852,26 @@ _SET_ASIDE = (
     ),
     Mutant(
         name="missing-rows-not-told-apart",
-        module="dataset",
+        module="assembly",
         before='"missing_sha256": _ordinals_sha256(is_missing),',
-        after='"missing_sha256": _NONE_SHA256,',
-        caught_by=(f"{_DATASET}::test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing",),
+        after='"missing_sha256": _ordinals_sha256(np.zeros_like(is_missing)),',
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing",),
     ),
     Mutant(
         name="partial-dataset-taken-for-complete",
-        module="dataset",
-        before="        is_same = content.items() <= _read_success(paths.embeddings_dir).items()\n",
-        after='        is_same = content["fingerprint"] == _read_success(paths.embeddings_dir)["fingerprint"]\n',
-        caught_by=(f"{_DATASET}::test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made",),
+        module="assembly",
+        before="        is_same = content.items() <= read_success(paths.embeddings_dir).items()\n",
+        after='        is_same = content["fingerprint"] == read_success(paths.embeddings_dir)["fingerprint"]\n',
+        caught_by=(
+            f"{_ASSEMBLY_TESTS}::test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made",
+        ),
     ),
     Mutant(
         name="complete-dataset-replaced-by-a-partial-one",
-        module="dataset",
+        module="assembly",
         before="if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):",
         after="if True:",
-        caught_by=(f"{_DATASET}::test_a_partial_dataset_never_takes_the_place_of_a_complete_one",),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_partial_dataset_never_takes_the_place_of_a_complete_one",),
     ),
     Mutant(
         name="quarantined-counted-as-to-compute",
@@ -911,6 +917,27 @@ _CURES = (
         before="            rows[row] = self._exactly(",
         after="            rows[-1] = self._exactly(",
         caught_by=(f"{_EMBEDDER}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",),
+    ),
+    Mutant(
+        name="mended-row-taken-to-be-finite",
+        module="embedder",
+        before="            is_finite[row] = torch.isfinite(rows[row]).all()\n",
+        after="            is_finite[row] = True\n",
+        caught_by=(f"{_EMBEDDER}::test_a_row_that_stays_not_finite_is_told_apart",),
+    ),
+    Mutant(
+        name="batches-by-the-memory-of-the-day",
+        module="run",
+        before="    if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:\n        return kept\n",
+        after="",
+        caught_by=(f"{_RUN}::test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free",),
+    ),
+    Mutant(
+        name="activations-reckoned-too-small",
+        module="gpu_memory",
+        before="_WIDTHS_OF_A_TOKEN = 10\n",
+        after="_WIDTHS_OF_A_TOKEN = 9\n",
+        caught_by=(f"{_GPU_MEMORY}::test_a_forward_pass_holds_what_is_reckoned",),
     ),
     Mutant(
         name="suspects-not-alone",

@@ -24,7 +24,8 @@ from tests.poison import Way, draw_protein, marked_as, patch
 from tests.soak.children import SMALL_NETWORK, sabotaged
 from tests.soak.machine import slowness
 from tests.support import small_config, workers_of
-from vnp_lib.dataset import assemble, open_dataset
+from vnp_lib.assembly import assemble
+from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import FailureCause, ShardFailedError
 from vnp_lib.files import write_file
 from vnp_lib.judgement import judge

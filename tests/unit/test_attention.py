@@ -1,5 +1,8 @@
 """Tokens attend to their own sequence, from positions that count exactly."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from esm.rotary_embedding import RotaryEmbedding
@@ -50,26 +53,50 @@ def test_missing_varlen_module_leaves_the_runs(monkeypatch):
     assert not attention._has_varlen_kernel(torch.device("cuda"), torch.bfloat16)
 
 
-def test_torch_has_the_varlen_kernel():
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, /):
+    """A stand-in with the parameters that torch 2.10 and 2.13 have in common; the kernel itself needs a GPU."""
+    assert cu_seq_q is cu_seq_k
+    assert cu_seq_q.tolist() == [0, 5, 7]
+    assert (max_q, max_k) == (5, 5)
+    return attention_by_the_book(query, key, value, [5, 2])
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    """A stand-in with flash-attn 2's parameters, by their names."""
+    assert (dropout_p, softmax_scale, causal) == (0.0, None, False)
+    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+
+@pytest.fixture
+def varlen_kernel(monkeypatch):
+    """Which kernel is found, by whether this build of torch has its own and whether flash-attn is installed."""
+
+    def found(*, in_torch: bool, flash_attn: bool):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: in_torch)
+        stand_in = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func) if flash_attn else None
+        monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+        return attention._varlen_kernel.__wrapped__()
+
+    return found
+
+
+def test_torchs_kernel_goes_before_flash_attns(varlen_kernel):
     """The torch that is tested here has it, under the name that is asked for."""
-    assert attention._varlen_kernel() is not None
+    for flash_attn in (False, True):
+        assert varlen_kernel(in_torch=True, flash_attn=flash_attn).__module__ == "torch.nn.attention.varlen"
+    assert varlen_kernel(in_torch=False, flash_attn=True) is flash_attn_varlen_func
+    assert varlen_kernel(in_torch=False, flash_attn=False) is None
 
 
-def test_varlen_kernel_gets_the_arguments_that_all_versions_share(monkeypatch):
-    """A stand-in with the parameters of torch 2.10 and 2.13 in common; the kernel itself needs a GPU."""
-    seqlens = [5, 2]
-
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, /):
-        assert cu_seq_q is cu_seq_k
-        assert cu_seq_q.tolist() == [0, 5, 7]
-        assert (max_q, max_k) == (5, 5)
-        return attention_by_the_book(query, key, value, seqlens)
-
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda: varlen_attn)
+@pytest.mark.parametrize("kernel", [varlen_attn, flash_attn_varlen_func])
+def test_varlen_kernels_get_the_arguments_that_all_versions_share(monkeypatch, kernel):
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: kernel)
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda device, dtype: True)
     q, k, v = random_states(7)
-    attended = varlen_attention(q, k, v, layout_of(seqlens))
-    torch.testing.assert_close(attended, attention_by_the_book(q, k, v, seqlens))
+    attended = varlen_attention(q, k, v, layout_of([5, 2]))
+    torch.testing.assert_close(attended, attention_by_the_book(q, k, v, [5, 2]))
 
 
 def reordered(x: torch.Tensor) -> torch.Tensor:

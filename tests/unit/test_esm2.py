@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2 as FairEsm2
 
+from vnp_lib import attention
+from vnp_lib.embedder import embed_batch
 from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of, mean_pool
 from vnp_lib.failures import ConfigError
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
@@ -136,3 +138,28 @@ def test_architectures_are_the_published_ones():
         assert layers == f"t{architecture.num_layers}"
         assert parameters == pytest.approx(published[size], rel=0.08)
     assert [MODELS[model].head_dim for model in MODELS] == [16, 24, 32, 64, 64, 128]
+
+
+def test_all_layers_are_one_graph_whatever_the_batch(monkeypatch):
+    """Where a kernel takes the boundaries as they are: else torch's compiler would begin anew at each batch."""
+
+    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
+        heads_first = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: kernel)
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda device, dtype: True)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    network = our_model(TINY, dict(random_tensors(TINY)))
+    batches = [random_batch(lengths) for lengths in ([40, 30, 9], [39, 28, 7, 5], [38, 2])]
+    expected = [embed_batch(network, batch) for batch in batches]
+    for layer in network.layers:
+        layer.compile(dynamic=True, fullgraph=True, backend=count)
+    for batch, rows in zip(batches, expected, strict=True):
+        torch.testing.assert_close(embed_batch(network, batch), rows, rtol=0, atol=1e-5)
+    assert len(graphs) == 1

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.support import small_config
+from vnp_lib import gpu_memory
 from vnp_lib.config import EmbedConfig
-from vnp_lib.failures import RunDirectoryBusyError
+from vnp_lib.failures import ConfigError, RunDirectoryBusyError
 from vnp_lib.run import attach_run, open_run
 
 
@@ -51,3 +55,50 @@ def test_a_shard_on_another_machine_has_all_its_cores(tmp_path, tiny_fasta, monk
         joined = attach_run(config, run.plan.fingerprint)
     assert joined.devices == ("cpu",)
     assert joined.shard_job(0, "cpu").num_threads is None
+
+
+def plan_on_a_gpu(monkeypatch: pytest.MonkeyPatch, free_bytes: int, *given: Any, **settings: Any) -> int:
+    """Open a run on a machine with one GPU, and give the token budget of its plan."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpu_memory, "free_gpu_bytes", lambda gpu: free_bytes)
+    with open_run(small_config(*given, **{"devices": "0", "shards": None} | settings)) as run:
+        return run.plan.token_budget
+
+
+PLENTY, LITTLE, TOO_LITTLE = 80 * 10**9, 12 * 10**8, 10**9
+
+
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}])
+def test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free(tmp_path, tiny_fasta, monkeypatch, settings):
+    """Also when there is so little that a new run would not begin: an earlier child may have it yet."""
+    run = (tiny_fasta, tmp_path / "run")
+    assert plan_on_a_gpu(monkeypatch, LITTLE, *run, **settings) == 13_312
+    for free_bytes in (PLENTY, LITTLE, TOO_LITTLE):
+        assert plan_on_a_gpu(monkeypatch, free_bytes, *run, **settings) == 13_312
+    assert plan_on_a_gpu(monkeypatch, PLENTY, *run, **settings, force_restart=True) == 65_536
+
+
+def test_what_the_user_says_goes_before_what_memory_says(tmp_path, tiny_fasta, monkeypatch):
+    run = (tiny_fasta, tmp_path / "run")
+    assert plan_on_a_gpu(monkeypatch, TOO_LITTLE, *run, token_budget=700) == 700
+    assert plan_on_a_gpu(monkeypatch, PLENTY, *run, token_budget=900) == 900
+    assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 900
+
+
+def test_a_model_without_room_on_the_gpu_is_refused_and_leaves_no_directory(tmp_path, tiny_fasta, monkeypatch):
+    with pytest.raises(ConfigError, match="does not fit into GPU 0"):
+        plan_on_a_gpu(monkeypatch, TOO_LITTLE, tiny_fasta, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_gpus_of_other_machines_are_not_looked_at(tmp_path, tiny_fasta, monkeypatch):
+    settings = {"executor": "work-pool", "shards": 2}
+    assert plan_on_a_gpu(monkeypatch, TOO_LITTLE, tiny_fasta, tmp_path / "run", **settings) == 16_384
+
+
+def test_a_damaged_plan_does_not_say_how_many_tokens(tmp_path, tiny_fasta, monkeypatch):
+    run = (tiny_fasta, tmp_path / "run")
+    plan_on_a_gpu(monkeypatch, LITTLE, *run)
+    plan_json = tmp_path / "run/plan/plan.json"
+    plan_json.write_bytes(plan_json.read_bytes()[:-20])
+    assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 65_536

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from vnp_lib import status
+from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
 from vnp_lib.cli import main
-from vnp_lib.dataset import assemble
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import FileLock
 from vnp_lib.history import AttemptHistory

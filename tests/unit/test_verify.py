@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
 from vnp_lib.cli import main
-from vnp_lib.dataset import assemble
 from vnp_lib.failures import ConfigError
 from vnp_lib.files import FileLock, digest_file, marker_path, write_marker, write_sealed_json
 from vnp_lib.manifest import CheckpointManifest

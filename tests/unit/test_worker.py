@@ -12,13 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vnp_lib import worker
+from vnp_lib import embedder, worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.weights import Weights
 from vnp_lib.worker import ShardAttempt, ShardJob, StopFlag, find_pending_work
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
@@ -135,7 +136,7 @@ def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> 
     """It hangs where no flag is asked for, as in native code."""
     code = """
 import time
-from vnp_lib import worker
+from vnp_lib import embedder, worker
 worker._ORPHAN_LIMIT_S = 0.2
 stop = worker.StopFlag()
 stop.install()
@@ -172,3 +173,22 @@ def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None
     first, second = read_attempts(paths, 0)
     assert [(each.number, each.rows) for each in first.checkpoints] == [(0, 20)]
     assert (second.pending, second.device, second.ending) == (0, "cpu", Ending.DONE)
+
+
+def test_a_float32_model_that_does_not_fit_is_loaded_once_and_the_run_goes_on_without(
+    plan: RunPlan, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 15B on 40 GB: in bfloat16 it has room there."""
+    loads = []
+
+    def load_model(*args: Any, **options: Any) -> Any:
+        loads.append(options["dtype"])
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(embedder, "load_model", load_model)
+    exact = embedder.ExactModel(MODEL.model, Weights(source="random", digest=MODEL.weights_digest))
+    events = Events()
+    attempt = ShardAttempt(job_of(plan, paths, dtype="bfloat16"), events, StopFlag())
+    assert attempt._exact_rows(plan, find_pending_work(plan, paths, 0), exact) == {}
+    assert loads == [torch.float32]
+    assert events.names == ["computing", "exact_row"]

@@ -1,0 +1,94 @@
+"""A GPU holds as many tokens as we reckon. `pytest -m gpu tests/gpu` runs this on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic_settings")
+pytest.importorskip("pynvml")
+
+from vnp_lib.config import visible_gpu
+from vnp_lib.embedder import Embedder
+from vnp_lib.esm2 import MODELS
+from vnp_lib.gpu_memory import bytes_per_token, choose_token_budget, tokens_that_fit
+from vnp_lib.machine import free_gpu_bytes
+from vnp_lib.packing import TokenBudget
+from vnp_lib.tokens import PackedBatch, pack_batch
+from vnp_lib.weights import Weights, load_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+CUDA = torch.device("cuda")
+RANDOM = Weights(source="random", digest="random:seed=0")
+M8, M650 = "esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D"
+SHARE_FOR_THEM = 0.8  # of memory, the rest being for what the allocator cannot use
+
+
+def batch_of(num_tokens: int, seqlen: int) -> PackedBatch:
+    count = num_tokens // seqlen
+    return pack_batch(["A" * (seqlen - 2)] * count, list(map(str, range(count))), range(count), batch_idx=0)
+
+
+def embed_whole(model_name: str, dtype: torch.dtype) -> Embedder:
+    """One that splits no batch: what does not fit is an error. It has had a batch, for what CUDA's libraries take."""
+    model = load_model(model_name, RANDOM, dtype=dtype, device=CUDA)
+    embedder = Embedder(model, CUDA, budget=TokenBudget(is_pinned=True))
+    embedder.collect(embedder.launch(batch_of(128, 64)))
+    return embedder
+
+
+@contextmanager
+def spare_memory(num_bytes: int) -> Iterator[None]:
+    """Let torch have only so much more than it has."""
+    torch.cuda.empty_cache()
+    most = torch.cuda.memory_reserved() + num_bytes
+    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(CUDA).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_nvml_tells_what_cuda_tells():
+    free_bytes = free_gpu_bytes(visible_gpu("0"))
+    assert free_bytes == pytest.approx(torch.cuda.mem_get_info()[0], abs=2**30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("model_name", [M8, M650])
+def test_a_token_takes_what_is_reckoned(model_name, dtype):
+    embedder, batch = embed_whole(model_name, dtype), batch_of(16_384, 256)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    embedder.collect(embedder.launch(batch))
+    taken = torch.cuda.max_memory_allocated() - before
+    reckoned = bytes_per_token(MODELS[model_name], dtype) * batch.num_tokens
+    print(f"{model_name} {dtype}: {taken / reckoned:.3f} of what is reckoned")
+    assert 0.8 <= taken / reckoned <= 1 / SHARE_FOR_THEM
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_as_many_tokens_as_are_said_to_fit_do(dtype):
+    """Whole, batch after batch of other shapes, in a GiB beside the weights and what CUDA's libraries have taken."""
+    architecture, spare_bytes = MODELS[M650], 2**30
+    embedder = embed_whole(M650, dtype)
+    weight_bytes = architecture.num_parameters * dtype.itemsize
+    tokens = tokens_that_fit(architecture, dtype, weight_bytes + 2**30 + spare_bytes)
+    assert tokens >= 8192
+    with spare_memory(spare_bytes):
+        for seqlen, fill in ((1024, 1.0), (700, 0.97), (256, 1.0), (130, 0.99), (33, 1.0)):
+            embedder.collect(embedder.launch(batch_of(int(fill * tokens), seqlen)))
+
+
+def test_the_budget_of_this_gpu_fits_into_it():
+    tokens = choose_token_budget(M650, torch.bfloat16, ["0"])
+    embedder = embed_whole(M650, torch.bfloat16)
+    embedder.collect(embedder.launch(batch_of(tokens, 512)))

@@ -1,0 +1,95 @@
+"""Runs whose checkpoints hold made-up rows, one for each sequence, without a model."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vnp_lib.assembly import DatasetSummary, assemble
+from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
+from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
+
+MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+DIM = 8
+FORTY_ROWS = 40 * (DIM * 4 + ROW_OVERHEAD_BYTES)  # bytes
+CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+
+
+class Run(NamedTuple):
+    """A run whose every checkpoint is written."""
+
+    plan: RunPlan
+    paths: RunPaths
+    ids: list[str]
+    descriptions: list[str]
+    sequences: list[str]
+
+    def records(self) -> tuple[CheckpointRecord, ...]:
+        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False).valid
+
+    def assemble(
+        self, *, quarantined: Sequence[int] = (), allow_missing: bool = False, part_bytes: int = FORTY_ROWS
+    ) -> DatasetSummary:
+        return assemble(
+            self.plan,
+            self.paths,
+            self.records(),
+            quarantined=frozenset(quarantined),
+            allow_missing=allow_missing,
+            clock=lambda: CREATED,
+            part_bytes=part_bytes,
+        )
+
+    def expected_rows(self) -> NDArray[np.float32]:
+        return np.stack([embed(sequence) for sequence in self.sequences])
+
+
+def embed(sequence: str) -> NDArray[np.float32]:
+    """A row that only this sequence has."""
+    return np.random.default_rng(list(sequence.encode())).standard_normal(DIM, dtype=np.float32)
+
+
+def write_checkpoint(
+    plan: RunPlan,
+    path: Path,
+    ordinals: NDArray[np.int64],
+    *,
+    ids: list[str] | None = None,
+    rows: NDArray[np.float32] | None = None,
+) -> None:
+    """Write what a shard would; or other ids or rows in its place."""
+    planned_ids, sequences = plan.fetch(ordinals)
+    if rows is None:
+        rows = np.stack([embed(sequence) for sequence in sequences])
+    metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+    with AsyncCheckpointWriter() as writer:
+        writer.write_checkpoint_async(path, rows, ids or planned_ids, metadata)
+
+
+def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0) -> Run:
+    rng = np.random.default_rng(seed)
+    pool = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(5, 60))) for _ in range(num_sequences)]
+    sequences = [pool[pick] for pick in rng.integers(0, num_sequences, size=num_sequences)]
+    ids = [f"p{number}" for number in rng.permutation(num_sequences)]
+    descriptions = [f"protein {sequence_id}" if i % 2 else "" for i, sequence_id in enumerate(ids)]
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(ids, descriptions, sequences, strict=True)))
+    paths = RunPaths(tmp_path / "run")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=3, token_budget=200)
+    return Run(plan, paths, ids, descriptions, sequences)
+
+
+def finish_run(run: Run, *, without: Sequence[int] = ()) -> Run:
+    for rank in range(run.plan.num_shards):
+        ordinals = run.plan.shard_ordinals(rank)
+        ordinals = ordinals[~np.isin(ordinals, without)]
+        for batch_idx, batch in enumerate(np.array_split(ordinals, 4)):
+            write_checkpoint(run.plan, run.paths.checkpoint(rank, batch_idx), batch)
+    return run
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

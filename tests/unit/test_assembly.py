@@ -1,0 +1,530 @@
+"""Assembly: every sequence's own row, once, in input order; and nothing that only looks like a dataset."""
+
+import json
+import re
+import shutil
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+import vnp_lib.assembly
+import vnp_lib.files
+from tests.made_up_runs import (
+    CREATED,
+    DIM,
+    FORTY_ROWS,
+    MODEL,
+    Run,
+    embed,
+    files_of,
+    finish_run,
+    start_run,
+    write_checkpoint,
+)
+from vnp_lib.assembly import DatasetSummary, assemble
+from vnp_lib.checkpoint import CheckpointRecord, survey_checkpoints
+from vnp_lib.dataset import open_dataset, verify_dataset
+from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.files import DurableOps
+from vnp_lib.plan import RunPaths, RunPlan, make_plan
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return finish_run(start_run(tmp_path))
+
+
+def go_on(run: Run, ordinals: Sequence[int]) -> None:
+    """Compute what had been left out."""
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 4), np.array(ordinals))
+
+
+def some_with_copies_and_without(plan: RunPlan) -> list[int]:
+    """Three ordinals that are computed: that of the most copies, and two of none."""
+    originals, counts = np.unique(plan.representatives, return_counts=True)
+    by_count = originals[np.argsort(counts, kind="stable")]
+    assert counts.max() > 1
+    return [int(by_count[-1]), int(by_count[0]), int(by_count[1])]
+
+
+def assert_rows(run: Run, *, without: Sequence[int]) -> None:
+    """Every sequence has its own row under its id and its ordinal, but for those of `without` and their copies."""
+    dataset = open_dataset(run.paths.run_dir)
+    is_left_out = np.isin(run.plan.representatives, without)
+    assert dataset.ids == [run.ids[ordinal] for ordinal in np.flatnonzero(~is_left_out)]
+    for ordinal, (sequence_id, sequence) in enumerate(zip(run.ids, run.sequences, strict=True)):
+        if is_left_out[ordinal]:
+            assert sequence_id not in dataset
+            with pytest.raises(KeyError, match=f"ordinal {ordinal} is not in"):
+                dataset.row(ordinal)
+        else:
+            assert np.array_equal(dataset[sequence_id], embed(sequence))
+            assert np.array_equal(dataset.row(ordinal), embed(sequence))
+    assert verify_dataset(run.paths.run_dir) == []
+
+
+@pytest.mark.parametrize("part_bytes", [1, FORTY_ROWS, 10**9])
+def test_every_row_is_that_of_its_own_sequence_in_input_order(run: Run, part_bytes: int) -> None:
+    """Copies of identical sequences included; read back by pyarrow, which knows nothing of us."""
+    run.assemble(part_bytes=part_bytes)
+    parts = sorted(run.paths.embeddings_dir.glob("part-*.parquet"))
+    table = pa.concat_tables([pq.read_table(part) for part in parts])
+
+    assert len(parts) == {1: 150, FORTY_ROWS: 4, 10**9: 1}[part_bytes]
+    assert table.column("ordinal").to_pylist() == list(range(150))
+    assert table.column("id").to_pylist() == run.ids
+    assert table.column("description").to_pylist() == run.descriptions
+    assert table.column("length").to_pylist() == [len(sequence) for sequence in run.sequences]
+    assert np.array_equal(np.array(table.column("embedding").to_pylist(), dtype=np.float32), run.expected_rows())
+    assert not run.paths.assembly_dir.exists()
+
+
+def test_a_part_says_what_it_is_and_is_written_to_be_read(run: Run) -> None:
+    run.assemble()
+    part = pq.ParquetFile(run.paths.embeddings_dir / "part-00000.parquet")
+    schema = part.schema_arrow
+    assert schema.names == ["ordinal", "id", "description", "length", "embedding"]
+    assert schema.field("embedding").type.list_size == DIM
+    assert schema.field("embedding").type.value_type == pa.float32()
+    assert {key.decode(): value.decode() for key, value in schema.metadata.items()} == {
+        "model": "esm2_t6_8M_UR50D",
+        "layer": "6",
+        "pooling": "mean",
+        "dtype": "float32",
+        "fingerprint": run.plan.fingerprint,
+    }
+    embedding = part.metadata.row_group(0).column(4)
+    assert embedding.compression == "UNCOMPRESSED"
+    assert "PLAIN_DICTIONARY" not in embedding.encodings
+    assert "RLE_DICTIONARY" not in embedding.encodings
+
+
+def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
+    summary = run.assemble()
+    success = json.loads(run.paths.success.read_bytes())
+    sizes = [(run.paths.embeddings_dir / part["name"]).stat().st_size for part in success["parts"]]
+
+    assert [part["rows"] for part in success["parts"]] == [40, 40, 40, 30]
+    assert [part["size_bytes"] for part in success["parts"]] == sizes
+    assert success["fingerprint"] == run.plan.fingerprint
+    assert success["identity"] == run.plan.identity
+    assert (success["num_sequences"], success["num_computed"]) == (150, run.plan.num_computed)
+    assert success["created_at"] == CREATED.isoformat()
+    assert summary == DatasetSummary(
+        path=run.paths.embeddings_dir,
+        num_rows=150,
+        num_quarantined=0,
+        num_missing=0,
+        num_parts=4,
+        dim=DIM,
+        size_bytes=sum(sizes),
+        precision=None,
+    )
+    assert verify_dataset(run.paths.run_dir) == []
+
+
+def test_the_same_checkpoints_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        finish_run(start_run(tmp_path / name)).assemble()
+    assert files_of(tmp_path / "1/run/embeddings") == files_of(tmp_path / "2/run/embeddings")
+
+
+def test_a_sequence_in_quarantine_and_its_copies_have_no_row(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    originals, counts = np.unique(run.plan.representatives, return_counts=True)
+    quarantined = [int(originals[counts.argmax()]), int(originals[counts.argmin()])]
+    finish_run(run, without=quarantined).assemble(quarantined=quarantined)
+    kept = [ordinal for ordinal in range(150) if run.plan.representatives[ordinal] not in quarantined]
+    dataset = open_dataset(run.paths.run_dir)
+
+    assert counts.max() > 1
+    assert len(dataset) == len(kept) == 150 - counts.max() - 1
+    assert dataset.ids == [run.ids[ordinal] for ordinal in kept]
+    for ordinal in kept:
+        assert np.array_equal(dataset.row(ordinal), embed(run.sequences[ordinal]))
+    for ordinal in quarantined:
+        assert run.ids[ordinal] not in dataset
+        with pytest.raises(KeyError, match=f"ordinal {ordinal} is not in"):
+            dataset.row(ordinal)
+
+
+def test_a_part_whose_sequences_are_all_in_quarantine_is_empty(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    computed = run.plan.order[run.plan.order < 40]
+    finish_run(run, without=computed.tolist()).assemble(quarantined=computed.tolist())
+    dataset = open_dataset(run.paths.run_dir)
+    assert dataset.metadata["parts"][0]["rows"] == 0
+    assert next(dataset.batches(1000))[0] == dataset.ids[: dataset.metadata["parts"][1]["rows"]]
+
+
+def test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts(run: Run) -> None:
+    """Two writers that computed the same differ in the last bits; the order in which they are listed says nothing."""
+    ordinals = run.plan.shard_ordinals(0)[:5]
+    write_checkpoint(run.plan, run.paths.checkpoint(2, 9), ordinals, rows=np.zeros((5, DIM), np.float32))
+    assemble(run.plan, run.paths, run.records()[::-1])
+    dataset = open_dataset(run.paths.run_dir)
+    assert np.array_equal(np.stack([dataset.row(ordinal) for ordinal in range(150)]), run.expected_rows())
+
+
+def test_missing_sequences_are_counted_and_ten_are_named(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    missing = np.flatnonzero(np.isin(run.plan.representatives, run.plan.order[:30]))
+    finish_run(run, without=run.plan.order[:30].tolist())
+    named = ", ".join(f"{ordinal} ('{run.ids[ordinal]}')" for ordinal in missing[:10])
+    message = re.escape(f"{missing.size} of 150 sequences are in no checkpoint; start the run again")
+    with pytest.raises(IncompleteDatasetError, match=f"{message}.*{re.escape(named)}, \\.\\.\\.$"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_a_sequence_both_computed_and_in_quarantine_is_refused(run: Run) -> None:
+    ordinal = int(run.plan.order[0])
+    with pytest.raises(IncompleteDatasetError, match=f"in quarantine and yet in a checkpoint: ordinals.* {ordinal} "):
+        run.assemble(quarantined=[ordinal])
+
+
+def test_a_run_with_every_sequence_in_quarantine_has_no_dataset(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    with pytest.raises(IncompleteDatasetError, match="every sequence is in quarantine"):
+        run.assemble(quarantined=run.plan.order.tolist())
+
+
+@pytest.mark.parametrize("part_bytes", [1, FORTY_ROWS, 10**9])
+def test_a_partial_dataset_lacks_what_is_missing_with_its_copies_and_nothing_else(
+    tmp_path: Path, part_bytes: int
+) -> None:
+    run = start_run(tmp_path)
+    missing = some_with_copies_and_without(run.plan)
+    summary = finish_run(run, without=missing).assemble(allow_missing=True, part_bytes=part_bytes)
+    num_missing = int(np.isin(run.plan.representatives, missing).sum())
+
+    assert_rows(run, without=missing)
+    assert num_missing > 3
+    assert (summary.num_missing, summary.num_quarantined, summary.num_rows) == (num_missing, 0, 150 - num_missing)
+    assert json.loads(run.paths.success.read_bytes())["num_missing"] == num_missing
+    with pytest.raises(KeyError, match="or not computed yet: the dataset is partial"):
+        open_dataset(run.paths.run_dir).row(missing[0])
+
+
+def test_missing_and_quarantined_rows_are_told_apart(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    *quarantined, missing = some_with_copies_and_without(run.plan)
+    finish_run(run, without=[*quarantined, missing])
+    with pytest.raises(IncompleteDatasetError, match=f"1 of 150 sequences are in no checkpoint.* {missing} "):
+        run.assemble(quarantined=quarantined)
+    summary = run.assemble(quarantined=quarantined, allow_missing=True)
+    assert_rows(run, without=[*quarantined, missing])
+    assert (summary.num_missing, summary.num_quarantined) == (1, 149 - summary.num_rows)
+
+
+def test_a_part_of_which_nothing_is_computed_is_empty(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    missing = np.unique(run.plan.representatives[40:80]).tolist()
+    finish_run(run, without=missing).assemble(allow_missing=True)
+    dataset = open_dataset(run.paths.run_dir)
+    assert dataset.metadata["parts"][1]["rows"] == 0
+    assert 0 < len(dataset) == sum(len(ids) for ids, _ in dataset.batches(7))
+    assert_rows(run, without=missing)
+
+
+def test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made(tmp_path: Path) -> None:
+    """Row by row, and byte by byte: nothing of the partial one is left."""
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    finish_run(start_run(tmp_path / "whole")).assemble()
+    run = start_run(tmp_path / "run")
+    missing = some_with_copies_and_without(run.plan)
+    finish_run(run, without=missing).assemble(allow_missing=True)
+    with pytest.raises(IncompleteDatasetError, match="are in no checkpoint"):
+        run.assemble()
+    assert open_dataset(run.paths.run_dir).metadata["num_missing"] > 0
+
+    go_on(run, missing)
+    assert run.assemble().num_missing == 0
+    assert_rows(run, without=[])
+    assert files_of(run.paths.embeddings_dir) == files_of(tmp_path / "whole/run/embeddings")
+
+
+def test_a_dataset_is_complete_where_rows_may_be_missing_and_none_is(run: Run) -> None:
+    run.assemble()
+    complete = files_of(run.paths.embeddings_dir)
+    shutil.rmtree(run.paths.embeddings_dir)
+    assert run.assemble(allow_missing=True).num_missing == 0
+    assert files_of(run.paths.embeddings_dir) == complete
+
+
+def test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing(tmp_path: Path) -> None:
+    """Also where they are as many as before."""
+    run = start_run(tmp_path)
+    _, missing, other = some_with_copies_and_without(run.plan)
+    finish_run(run, without=[missing])
+    run.assemble(allow_missing=True)
+    before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
+    assert run.assemble(allow_missing=True).num_missing == 1
+    assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
+
+    shutil.rmtree(run.paths.checkpoints_dir)
+    finish_run(run, without=[other])
+    assert run.assemble(allow_missing=True).num_missing == 1
+    assert_rows(run, without=[other])
+
+
+def test_a_partial_dataset_that_is_damaged_is_put_together_anew(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    missing = some_with_copies_and_without(run.plan)
+    finish_run(run, without=missing).assemble(allow_missing=True)
+    part = run.paths.embeddings_dir / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-10] + bytes(10))
+    run.assemble(allow_missing=True)
+    assert_rows(run, without=missing)
+
+
+def test_a_partial_dataset_never_takes_the_place_of_a_complete_one(run: Run) -> None:
+    """Where a checkpoint is gone since, its rows are in the dataset alone."""
+    complete = run.assemble()
+    before = files_of(run.paths.embeddings_dir)
+    shutil.rmtree(run.paths.checkpoints_dir / "shard_0")
+    assert run.assemble(allow_missing=True) == complete
+    assert files_of(run.paths.embeddings_dir) == before
+
+
+def test_where_nothing_is_computed_there_is_no_partial_dataset(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    with pytest.raises(IncompleteDatasetError, match="149 of 150 sequences are in no checkpoint"):
+        run.assemble(quarantined=some_with_copies_and_without(run.plan)[1:2], allow_missing=True)
+    with pytest.raises(IncompleteDatasetError, match="every sequence is in quarantine"):
+        run.assemble(quarantined=run.plan.order.tolist(), allow_missing=True)
+    assert not run.paths.embeddings_dir.exists()
+
+
+def test_a_partial_dataset_too_has_no_sequence_both_computed_and_in_quarantine(run: Run) -> None:
+    with pytest.raises(IncompleteDatasetError, match="in quarantine and yet in a checkpoint"):
+        run.assemble(quarantined=[int(run.plan.order[0])], allow_missing=True)
+
+
+def test_a_dataset_from_before_there_were_partial_ones_is_complete_and_stays(run: Run) -> None:
+    run.assemble()
+    success = json.loads(run.paths.success.read_bytes())
+    for name in ("seal", "num_missing", "missing_sha256"):
+        success.pop(name)
+    vnp_lib.files.write_sealed_json(run.paths.success, success, replace=True)
+    before = files_of(run.paths.embeddings_dir)
+
+    assert open_dataset(run.paths.run_dir).metadata["num_missing"] == 0
+    assert run.assemble().num_missing == 0
+    assert files_of(run.paths.embeddings_dir) == before
+    assert_rows(run, without=[])
+
+
+def test_a_checkpoint_with_a_flipped_bit_makes_no_dataset(run: Run) -> None:
+    path = run.paths.checkpoint(1, 2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=str(path)):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_a_checkpoint_that_gives_rows_other_ids_makes_no_dataset(run: Run) -> None:
+    ordinals = run.plan.shard_ordinals(0)[:5]
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 9), ordinals, ids=run.plan.ids(ordinals)[::-1])
+    with pytest.raises(StorageError, match=r"batch_00009\.pt gives its rows other ids than the plan"):
+        run.assemble()
+
+
+def test_a_checkpoint_of_another_width_makes_no_dataset(run: Run) -> None:
+    ordinals = run.plan.shard_ordinals(0)[:5]
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 9), ordinals, rows=np.zeros((5, DIM + 1), np.float32))
+    with pytest.raises(StorageError, match=r"batch_00009\.pt has rows of shape \(5, 9\); \(5, 8\) is wanted"):
+        run.assemble()
+
+
+@pytest.mark.parametrize(
+    ("pick", "what"),
+    [
+        pytest.param(lambda plan: np.array([plan.num_sequences]), "does not compute", id="beyond the input"),
+        pytest.param(lambda plan: np.array([-1]), "does not compute", id="negative"),
+        pytest.param(
+            lambda plan: np.setdiff1d(np.arange(plan.num_sequences), plan.order)[:1], "does not compute", id="a copy"
+        ),
+        pytest.param(lambda plan: plan.order[[0, 0]], "holds an ordinal twice", id="twice"),
+    ],
+)
+def test_a_record_with_ordinals_that_were_not_planned_is_refused(
+    run: Run, pick: Callable[[RunPlan], NDArray[np.int64]], what: str
+) -> None:
+    ordinals = pick(run.plan)
+    record = CheckpointRecord(
+        path=run.paths.checkpoint(0, 9),
+        rank=0,
+        batch_idx=9,
+        rows=ordinals.size,
+        width=DIM,
+        dtype="float32",
+        ordinals=ordinals,
+        fingerprint=run.plan.fingerprint,
+        size_bytes=0,
+        sha256="",
+    )
+    with pytest.raises(StorageError, match=what):
+        assemble(run.plan, run.paths, [*run.records(), record])
+
+
+def test_a_row_that_is_not_finite_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints refuse such rows; were one to come through, the dataset does too."""
+    load = vnp_lib.checkpoint.load_checkpoint
+
+    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint.Checkpoint:
+        checkpoint = load(path, fingerprint=fingerprint)
+        if path == run.paths.checkpoint(0, 0):
+            checkpoint.embeddings[0, 3] = np.inf
+        return checkpoint
+
+    monkeypatch.setattr(vnp_lib.checkpoint, "load_checkpoint", load_with_a_bad_row)
+    with pytest.raises(NumericalInstabilityError, match=r"not finite, the first of 'p\d+'"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_a_whole_dataset_is_left_as_it_is(run: Run) -> None:
+    first = run.assemble()
+    before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
+    assert assemble(run.plan, run.paths, run.records()) == first
+    assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
+
+
+def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
+    run.assemble()
+    whole = files_of(run.paths.embeddings_dir)
+    part = run.paths.embeddings_dir / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-10] + bytes(10))
+    assert verify_dataset(run.paths.embeddings_dir) == [
+        f"{part} is damaged: its sha256 is not the one of _SUCCESS.json"
+    ]
+    run.assemble()
+    assert files_of(run.paths.embeddings_dir) == whole
+
+
+def test_an_interrupted_assembly_is_invisible_and_starts_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.assemble()
+    whole = files_of(run.paths.embeddings_dir)
+    write_part = vnp_lib.assembly._write_part
+
+    def write_two_parts(*arguments: object) -> dict[str, object]:
+        if (run.paths.embeddings_dir / "part-00001.parquet").exists():
+            raise KeyboardInterrupt
+        return write_part(*arguments)  # type: ignore[arg-type]
+
+    (run.paths.embeddings_dir / "part-00000.parquet").unlink()
+    (run.paths.embeddings_dir / "part-00077.parquet").write_bytes(b"of an earlier assembly")
+    monkeypatch.setattr(vnp_lib.assembly, "_write_part", write_two_parts)
+    with pytest.raises(KeyboardInterrupt):
+        run.assemble()
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="there is no complete dataset here"):
+        open_dataset(run.paths.run_dir)
+
+    run.assemble()
+    assert files_of(run.paths.embeddings_dir) == whole
+    assert not run.paths.assembly_dir.exists()
+
+
+def test_success_json_is_gone_for_good_before_any_part_is_touched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.assemble()
+    (run.paths.embeddings_dir / "part-00001.parquet").write_bytes(b"damaged")
+    steps: list[str] = []
+
+    class Recording(DurableOps):
+        def unlink(self, path: Path) -> None:
+            steps.append(path.name)
+            super().unlink(path)
+
+        def fsync_directory(self, path: Path) -> None:
+            steps.append(f"{path.name}/")
+            super().fsync_directory(path)
+
+    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    run.assemble()
+    removed = steps.index("_SUCCESS.json")
+    assert steps[removed + 1] == "embeddings/"
+    assert not [step for step in steps[:removed] if step.startswith("part-")]
+
+
+def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever put it together may have been killed between naming `_SUCCESS.json` and syncing that name."""
+    run.assemble()
+    synced: list[Path] = []
+
+    class Recording(DurableOps):
+        def fsync_directory(self, path: Path) -> None:
+            synced.append(path)
+            super().fsync_directory(path)
+
+    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    run.assemble()
+    assert synced[-2:] == [run.paths.run_dir, run.paths.embeddings_dir]
+
+
+def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribute = vnp_lib.assembly._distribute
+
+    def distribute_and_damage(*arguments: object) -> object:
+        comparisons = distribute(*arguments)  # type: ignore[arg-type]
+        (bucket,) = run.paths.assembly_dir.glob("bucket-00002-*")
+        data = bytearray(bucket.read_bytes())
+        data[20] ^= 1
+        bucket.write_bytes(data)
+        return comparisons
+
+    monkeypatch.setattr(vnp_lib.assembly, "_distribute", distribute_and_damage)
+    with pytest.raises(StorageError, match=r"bucket-00002-.* does not give back what was written to it"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = vnp_lib.assembly._Buckets.take
+
+    def take_twice(buckets: Any, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        ordinals, rows = take(buckets, part)
+        ordinals[1] = ordinals[0]
+        return ordinals, rows
+
+    monkeypatch.setattr(vnp_lib.assembly._Buckets, "take", take_twice)
+    with pytest.raises(StorageError, match="came back from disk incomplete"):
+        run.assemble()
+    assert not run.paths.success.exists()
+
+
+def test_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path: Path) -> None:
+    """Also where one sequence has thousands of copies: they are written a part at a time."""
+    dim, num_sequences = 2048, 20_000
+    sequences = ["MKVLW" if i % 2 else "MKVLW" + "AGL" * (i % 1000) for i in range(num_sequences)]
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text("".join(f">p{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
+    paths = RunPaths(tmp_path / "run")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=10**6)
+    rows = np.repeat(plan.lengths[plan.order].astype(np.float32)[:, np.newaxis], dim, axis=1)
+    write_checkpoint(plan, paths.checkpoint(0, 0), plan.order, rows=rows)
+    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+
+    tracemalloc.start()
+    assemble(plan, paths, records, part_bytes=4 * 1024**2)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < num_sequences * dim * 4 / 3
+    first_values = np.concatenate([rows[:, 0] for _, rows in open_dataset(tmp_path / "run").batches(1000)])
+    assert first_values.tolist() == [len(sequence) for sequence in sequences]
