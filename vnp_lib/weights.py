@@ -27,6 +27,10 @@ from vnp_lib.weight_files import files_of, locate_weights, read_tensors, save_fa
 
 RANDOM_SEED = 0
 
+# sha256 of the published files, by model. None is known yet: fair-esm publishes no digests, the names of its files carry none,
+# and no published file was at hand to take one from. A digest goes in here only from the file itself, fetched from its publisher.
+OFFICIAL_DIGESTS: dict[str, frozenset[str]] = {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
@@ -54,7 +58,20 @@ def resolve_weights(model: str, weights: str) -> Weights:
         return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
     path = locate_weights(_hub_file(model) if weights == "auto" else Path(weights))
     _checked_state(path, model, architecture)
-    return Weights(source="file", path=path, digest=_digest(path))
+    found = Weights(source="file", path=path, digest=_digest(path))
+    if weights == "auto" and is_official(model, found) is False:
+        raise WeightsError(
+            f"{path} is not the published file of {model} (its sha256 is {found.digest}): remove it, and it is downloaded again"
+        )
+    return found
+
+
+def is_official(model: str, weights: Weights) -> bool | None:
+    """Whether they are the published ones, by the digest; None where no digest of that model's files is known."""
+    if weights.source == "random":
+        return False
+    known = OFFICIAL_DIGESTS.get(model)
+    return None if known is None else weights.digest in known
 
 
 def load_model(
@@ -70,19 +87,59 @@ def load_model(
     Raises:
         WeightsError: The file has gone, is damaged, or is of another model.
     """
-    architecture = architecture_of(model)
-    tensors: Iterable[tuple[str, Tensor]]
-    if weights.path is None:
-        tensors = random_tensors(architecture)
-    else:
-        tensors = _checked_state(weights.path, model, architecture).items()
-    # A copy in any case: what is read in place changes under the model when someone overwrites the file.
-    own = ((name, tensor.to(device, dtype, copy=True)) for name, tensor in tensors)
+    architecture, tensors = architecture_of(model), parameters_of(model, weights)
     if device.type != "cpu" or dtype != torch.float32:
         by_convolution = False
     elif by_convolution is None:
         by_convolution = convolution_is_faster()
-    return ESM2.from_fair_esm(architecture, own, by_convolution=by_convolution)
+    # It copies: what is read in place changes under the model when someone overwrites the file.
+    return ESM2.from_fair_esm(architecture, tensors, dtype=dtype, device=device, by_convolution=by_convolution)
+
+
+def parameters_of(model: str, weights: Weights) -> Iterable[tuple[str, Tensor]]:
+    """The parameters, by fair-esm's names, in the file's dtype; those of a file stay there until they are used.
+
+    Raises:
+        WeightsError: The file has gone, is damaged, or is of another model.
+    """
+    architecture = architecture_of(model)
+    if weights.path is None:
+        return random_tensors(architecture)
+    return _checked_state(weights.path, model, architecture).items()
+
+
+def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Read what contacts are predicted with: a weight for each attention head, layer by layer, and a bias.
+
+    fair-esm has them in a small file beside the model's, which is downloaded where the model's was; Hugging Face has them among
+    the model's own parameters. They are random where the model is.
+
+    Returns:
+        float32 (1, layers * heads) and float32 (1,), on the CPU.
+
+    Raises:
+        WeightsError: They are missing, damaged, or of another model.
+    """
+    architecture = architecture_of(model)
+    shapes = {
+        "contact_head.regression.weight": (1, architecture.num_layers * architecture.attention_heads),
+        "contact_head.regression.bias": (1,),
+    }
+    if weights.path is None:
+        generator = torch.Generator().manual_seed(RANDOM_SEED)
+        weight, bias = (torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values())
+        return weight, bias
+    beside = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
+    if weights.path == _hub_path(model) and not beside.exists():
+        _download(_contact_regression_url(model), beside, what=f"parameters of the contact regression of {model}")
+    tensors = read_tensors(beside if beside.exists() else weights.path)
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        raise WeightsError(
+            f"contacts of {model} need its contact regression, and {beside} {'is another' if beside.exists() else 'is not there'}: "
+            f"get it from {_contact_regression_url(model)}"
+        )
+    weight, bias = (tensors[name].to(torch.float32, copy=True) for name in shapes)
+    return weight, bias
 
 
 def random_tensors(architecture: Architecture, *, seed: int = RANDOM_SEED) -> Iterator[tuple[str, Tensor]]:
@@ -142,11 +199,15 @@ def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> T
     return noise.mul_(sqrt(3 * variance / noise.shape[1]))
 
 
+def _hub_path(model: str) -> Path:
+    """Where fair-esm itself looks for its file, and puts it: torch.hub's cache."""
+    return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
+
+
 def _hub_file(model: str) -> Path:
-    """fair-esm's file in torch.hub's cache, where fair-esm itself looks for it and puts it."""
-    path = Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt")
+    path = _hub_path(model)
     if not path.exists():
-        _download(model, path)
+        _download(_url(model), path, what=f"weights of {model}")
     return path
 
 
@@ -171,15 +232,19 @@ def _url(model: str) -> str:
     return f"https://dl.fbaipublicfiles.com/fair-esm/models/{model}.pt"
 
 
-def _download(model: str, path: Path) -> None:
+def _contact_regression_url(model: str) -> str:
+    return f"https://dl.fbaipublicfiles.com/fair-esm/regression/{model}-contact-regression.pt"
+
+
+def _download(url: str, path: Path, *, what: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout(30.0):
-            torch.hub.download_url_to_file(_url(model), str(path), progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:
         raise WeightsError(
-            f"the weights of {model} are not at {path} and could not be downloaded from {_url(model)} ({error}): "
-            "put the file there, or say where it is"
+            f"the {what} are not at {path} and could not be downloaded from {url} ({error}): put the file there, or say where "
+            "the weights are"
         ) from error
 
 

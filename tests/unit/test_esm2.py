@@ -123,6 +123,23 @@ def test_random_weights_keep_deep_networks_sane():
     assert all(0.5 < layer.std() < 3 for layer in states.values())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers.1.fc1.bias": None}, "there are no parameters layers.1.fc1.bias"),
+        ({"layers.1.fc3.bias": torch.zeros(48)}, r"layers.1.fc3.bias, \(48,\), has no room"),
+        (
+            {"layers.1.fc1.bias": torch.zeros(1)},
+            r"layers.1.fc1.bias, \(1,\), has no room",
+        ),  # it would be copied to all 192
+    ],
+)
+def test_parameters_that_are_not_the_networks_are_refused(change, said):
+    state = {name: tensor for name, tensor in (dict(random_tensors(TINY)) | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=said):
+        our_model(TINY, state)
+
+
 def test_unknown_model_is_refused_with_the_six_names():
     with pytest.raises(ConfigError, match=r"no model 'esm2'; choose one of esm2_t6_8M_UR50D, .*, esm2_t48_15B_UR50D$"):
         architecture_of("esm2")

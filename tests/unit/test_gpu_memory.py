@@ -96,7 +96,7 @@ def test_memory_beside_the_weights_holds_so_many_tokens(
 def test_a_forward_pass_holds_what_is_reckoned(dtype: torch.dtype, lengths: list[int]) -> None:
     """Counted: the bytes of all tensors that are alive at once, beside the weights, at their most."""
     architecture = Architecture(num_layers=2, embed_dim=256, attention_heads=4)
-    network = ESM2.from_fair_esm(architecture, ((name, x.to(dtype)) for name, x in random_tensors(architecture)))
+    network = ESM2.from_fair_esm(architecture, random_tensors(architecture), dtype=dtype)
     ids = [str(length) for length in range(len(lengths))]
     batch = pack_batch(["A" * length for length in lengths], ids, range(len(ids)), batch_idx=0)
     with torch.inference_mode(), LiveBytes() as live:

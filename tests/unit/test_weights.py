@@ -13,10 +13,21 @@ import esm.pretrained
 import pytest
 import torch
 from esm.model.esm2 import ESM2 as FairEsm2
+from safetensors.torch import save_file
 
 from vnp_lib.esm2 import ESM2, MODELS, Architecture
 from vnp_lib.failures import WeightsError
-from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
+from vnp_lib.weight_files import name_in_transformers
+from vnp_lib.weights import (
+    OFFICIAL_DIGESTS,
+    Weights,
+    is_official,
+    load_contact_regression,
+    load_model,
+    random_tensors,
+    resolve_weights,
+    save_weights,
+)
 
 SMALLEST = "esm2_t6_8M_UR50D"
 TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
@@ -38,14 +49,28 @@ def test_random_weights_are_the_same_on_every_machine():
     assert hasher.hexdigest() == "e1035c1e70c54e606a52ad4b45d4ecc0e6c869be30c4af45857ab7319bb446c0"
 
 
-@pytest.fixture
-def weights_file(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.pt"
+def fair_esm_state() -> dict[str, torch.Tensor]:
     architecture = MODELS[SMALLEST]
     fair_esm = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads)
     fair_esm.load_state_dict(dict(random_tensors(architecture)), strict=False)
-    save_weights(path, SMALLEST, fair_esm.state_dict())
+    state: dict[str, torch.Tensor] = fair_esm.state_dict()
+    return state
+
+
+@pytest.fixture
+def weights_file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.pt"
+    save_weights(path, SMALLEST, fair_esm_state())
     return path
+
+
+def save_random(path: Path, model: str) -> None:
+    """As fair-esm or Hugging Face has it, by the suffix."""
+    state = dict(random_tensors(MODELS[model]))
+    if path.suffix == ".pt":
+        save_weights(path, model, state)
+    else:
+        save_file({name_in_transformers(name): tensor for name, tensor in state.items()}, path)
 
 
 def test_file_in_fair_esms_format_gives_the_model_it_holds(weights_file):
@@ -142,27 +167,72 @@ def test_path_without_a_file_is_refused(tmp_path, name, reason):
         resolve_weights(SMALLEST, str(tmp_path / name))
 
 
-def test_a_model_is_loaded_without_torchs_compiler():
+def test_a_model_is_loaded_without_torchs_compiler(tmp_path):
     """To import that takes seconds, and every child loads a model."""
+    paths = [str(tmp_path / f"weights{suffix}") for suffix in (".pt", ".safetensors")]
+    for path in paths:
+        save_random(Path(path), SMALLEST)
     code = f"""
 import sys, torch
 from vnp_lib.weights import load_model, resolve_weights
-load_model({SMALLEST!r}, resolve_weights({SMALLEST!r}, "random"), dtype=torch.float32, device=torch.device("cpu"))
+for path, dtype in zip({paths!r}, (torch.float32, torch.bfloat16)):
+    load_model({SMALLEST!r}, resolve_weights({SMALLEST!r}, path), dtype=dtype, device=torch.device("cpu"))
 print("torch._dynamo" in sys.modules)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
 
 
+_PEAK_OF_A_LOAD = """
+import sys, threading, torch
+from pathlib import Path
+from vnp_lib.weights import load_model, resolve_weights
+
+def anonymous_bytes():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def sample():
+    while not is_done.wait(0.001):
+        samples.append(anonymous_bytes())
+
+model, path, is_done, samples = *sys.argv[1:], threading.Event(), []
+torch.rand(512, 512).to(torch.bfloat16)  # torch's threads and their memory are there before
+before = anonymous_bytes()
+sampler = threading.Thread(target=sample)
+sampler.start()
+network = load_model(model, resolve_weights(model, path), dtype=torch.bfloat16, device=torch.device("cpu"))
+is_done.set()
+sampler.join()
+size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+print((max(samples) - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_model_takes_its_size_in_memory_once_when_it_is_loaded(tmp_path, suffix):
+    """In half precision, from a file in float32: what is mapped of the file is the page cache's, and can go at any time."""
+    model, path = "esm2_t30_150M_UR50D", tmp_path / f"weights{suffix}"
+    save_random(path, model)
+    command = [sys.executable, "-c", _PEAK_OF_A_LOAD, model, str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.9 < float(ended.stdout) < 1.3
+
+
 def test_random_weights_need_no_file():
     assert resolve_weights(SMALLEST, "random") == RANDOM
 
 
-def test_auto_takes_fair_esms_file_from_the_hub_cache(tmp_path, monkeypatch, weights_file):
+@pytest.fixture
+def in_hub_cache(tmp_path, monkeypatch, weights_file) -> Path:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    cached = weights_file.rename(tmp_path / f"hub/checkpoints/{SMALLEST}.pt")
-    assert resolve_weights(SMALLEST, "auto").path == cached
+    return weights_file.rename(tmp_path / f"hub/checkpoints/{SMALLEST}.pt")
+
+
+def test_auto_takes_fair_esms_file_from_the_hub_cache(in_hub_cache):
+    assert resolve_weights(SMALLEST, "auto").path == in_hub_cache
 
 
 def test_auto_downloads_what_the_cache_has_not(tmp_path, monkeypatch, weights_file):
@@ -190,3 +260,95 @@ def test_auto_without_network_says_where_to_put_the_file(tmp_path, monkeypatch):
         WeightsError, match=rf"not at {tmp_path}/hub/checkpoints/{SMALLEST}.pt .*unreachable.*put the file"
     ):
         resolve_weights(SMALLEST, "auto")
+
+
+def test_weights_are_official_where_their_digest_is_known(monkeypatch, weights_file):
+    found = resolve_weights(SMALLEST, str(weights_file))
+    assert is_official(SMALLEST, found) is None
+    assert is_official(SMALLEST, RANDOM) is False
+    monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64, found.digest}))
+    assert is_official(SMALLEST, found) is True
+    monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64}))
+    assert is_official(SMALLEST, found) is False
+
+
+def test_a_file_in_the_cache_that_is_known_not_to_be_official_is_refused(in_hub_cache, monkeypatch):
+    monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64}))
+    with pytest.raises(WeightsError, match=f"{in_hub_cache} is not the published file of {SMALLEST} .*: remove it"):
+        resolve_weights(SMALLEST, "auto")
+    assert resolve_weights(SMALLEST, str(in_hub_cache)).path == in_hub_cache
+
+
+def without_contact_head(path: Path) -> None:
+    """As fair-esm publishes a model: its contact regression is a file of its own."""
+    save_weights(path, SMALLEST, dict(random_tensors(MODELS[SMALLEST])))
+
+
+def write_contact_regression(path: Path, *, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias = torch.rand(1, num_heads), torch.rand(1)
+    content = {"contact_head.regression.weight": weight, "contact_head.regression.bias": bias}
+    torch.save({"model": content}, path)
+    return weight, bias
+
+
+def test_contact_regression_is_read_from_beside_the_model_as_fair_esm_reads_it(tmp_path):
+    path = tmp_path / f"{SMALLEST}.pt"
+    without_contact_head(path)
+    beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
+    write_contact_regression(beside, num_heads=120)
+    weight, bias = load_contact_regression(SMALLEST, resolve_weights(SMALLEST, str(path)))
+
+    with torch.serialization.safe_globals([Namespace]):
+        content, regression = (torch.load(file, weights_only=True) for file in (path, beside))
+    rest = {
+        name: tensor for name, tensor in fair_esm_state().items() if name.startswith("lm_head") or "rot_emb" in name
+    }
+    content["model"] |= {f"encoder.{name}": tensor for name, tensor in rest.items()}
+    model, _ = esm.pretrained.load_model_and_alphabet_core(SMALLEST, content, regression)
+    assert torch.equal(weight, model.contact_head.regression.weight)
+    assert torch.equal(bias, model.contact_head.regression.bias)
+
+
+def test_contact_regression_is_found_among_hugging_faces_parameters(tmp_path):
+    state = {name_in_transformers(name): tensor for name, tensor in random_tensors(MODELS[SMALLEST])}
+    state |= {"contact_head.regression.weight": torch.rand(1, 120), "contact_head.regression.bias": torch.rand(1)}
+    save_file({f"esm.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    weight, bias = load_contact_regression(SMALLEST, resolve_weights(SMALLEST, str(tmp_path)))
+    assert torch.equal(weight, state["contact_head.regression.weight"])
+    assert torch.equal(bias, state["contact_head.regression.bias"])
+
+
+def test_contact_regression_that_is_not_there_or_another_models_is_refused(tmp_path):
+    path = tmp_path / f"{SMALLEST}.pt"
+    without_contact_head(path)
+    found = resolve_weights(SMALLEST, str(path))
+    beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
+    url = f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
+    with pytest.raises(WeightsError, match=f"{beside} is not there: get it from {url}"):
+        load_contact_regression(SMALLEST, found)
+    write_contact_regression(beside, num_heads=240)
+    with pytest.raises(WeightsError, match=f"{beside} is another: get it from {url}"):
+        load_contact_regression(SMALLEST, found)
+
+
+def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked_for(in_hub_cache, monkeypatch):
+    without_contact_head(in_hub_cache)
+    written = []
+
+    def download(url, dst, progress):
+        assert url == f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
+        assert Path(dst) == in_hub_cache.with_name(f"{SMALLEST}-contact-regression.pt")
+        written.extend(write_contact_regression(Path(dst), num_heads=120))
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    found = resolve_weights(SMALLEST, "auto")
+    assert not written
+    for _ in range(2):
+        assert all(map(torch.equal, load_contact_regression(SMALLEST, found), written))
+    assert len(written) == 2
+
+
+def test_random_contact_regression_fits_and_is_always_the_same():
+    weight, bias = load_contact_regression("esm2_t33_650M_UR50D", RANDOM)
+    assert (weight.shape, bias.shape) == ((1, 33 * 20), (1,))
+    assert torch.equal(weight, load_contact_regression("esm2_t33_650M_UR50D", RANDOM)[0])
