@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 RANDOM_WEIGHTS = "random"
 
 _CPU_TOKEN_BUDGET = 2048
-_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +300,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
 
 
 def _planned_dtype(config: EmbedConfig, devices: tuple[str, ...]) -> str:
-    return _DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
+    return DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
 
 
 def _directories(paths: RunPaths) -> list[Path]:

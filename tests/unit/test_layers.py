@@ -21,7 +21,7 @@ LAYERS = (
     {"inference", "assembly", "pictures"},
     {"worker", "verify", "status"},
     {"run", "report"},
-    {"judgement", "forecast"},
+    {"judgement", "forecast", "verify_model"},
     {"cli"},
     {"__main__"},
 )
