@@ -12,15 +12,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ import numpy as np
 
 from benchmarks.assembly import write_checkpoints, write_fasta
 from benchmarks.figures import Figure, report
-from tests.support import ROOT, descendants_of
+from tests.cluster import switch_off
+from tests.support import ROOT, CommandLine, descendants_of
 from vnp_lib.checkpoint import survey_checkpoints
 from vnp_lib.dataset import open_dataset
 from vnp_lib.history import read_attempts
@@ -44,7 +43,7 @@ MOST_SCAN_S = 60.0
 MOST_DATABASE_GROWTH = 1.1
 CHECKPOINTS_OF_THE_SCAN = 1_000
 
-# Run by the flow and its children as they start, in Python's `sitecustomize`.
+# Run by the flow and its children as they start, in Python's `sitecustomize`: both note times, and the children get the stub.
 _HOOK = """
 import os, sys, time
 is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in sys.orig_argv
@@ -56,14 +55,14 @@ if is_child or is_flow:
     def noted(module, name):
         function = getattr(module, name)
         def wrapped(*arguments, **options):
-            begun = time.time()
+            begun, cpu_begun = time.time(), time.process_time()
             result = function(*arguments, **options)
-            note(name, begun)
+            note(name, took=time.time() - begun, cpu=time.process_time() - cpu_begun)
             return result
         setattr(module, name, wrapped)
 
-    def note(name, begun):
-        line = json.dumps({"name": name, "is_child": is_child, "pid": os.getpid(), "begun": begun, "ended": time.time()})
+    def note(name, **seconds):
+        line = json.dumps({"name": name, "is_child": is_child, "seconds": seconds})
         descriptor = os.open(JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, line.encode() + b"\\n")
         os.close(descriptor)
@@ -73,6 +72,7 @@ if is_child or is_flow:
     noted(vnp_lib.checkpoint, "heal_shard")
     noted(vnp_lib.checkpoint, "survey_checkpoints")
 
+if is_child:
     def embed_batch(model, batch):
         rows = torch.repeat_interleave(torch.arange(batch.num_sequences), batch.cu_seqlens.diff())
         sums = torch.zeros(batch.num_sequences, dtype=torch.int64).index_add_(0, rows, batch.input_ids)
@@ -89,6 +89,7 @@ class RunFigures:
 
     num_sequences: int
     phases_s: dict[str, float]  # without the start of any process; those of children are summed up
+    cpu_s: dict[str, float]  # of the phases whose processor time is noted
     first_run_s: float  # until SIGKILL
     second_run_s: float
     peak_mb: dict[str, float]  # by kind of process, the largest of each
@@ -120,94 +121,118 @@ def _kind_of_process(command: str) -> str:
     return next((kind for part, kind in kinds.items() if part in command), "any other")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """`python flows/embed.py` on made-up proteins, with the stub, and with all of its files in one directory."""
+
+    directory: Path
+    num_sequences: int
+    memory: MemoryWatch = field(default_factory=MemoryWatch)
+
+    @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.directory / "run")
+
+    @property
+    def rows_of_a_checkpoint(self) -> int:
+        return min(10_000, self.num_sequences // (10 * SHARDS))
+
+    def prepare(self) -> None:
+        """Write the proteins, and what puts the stub into the children."""
+        write_fasta(self.directory / "in.fasta", self.num_sequences, np.random.default_rng(0))
+        settings = f"JOURNAL = {str(self._journal)!r}\nWIDTH = {WIDTH}\n"
+        (self.directory / "sitecustomize.py").write_text(settings + _HOOK)
+
+    def run(self, *, until: Callable[[], bool] = lambda: False) -> float:
+        """Run it to its end, or switch it off as if by a power cut; returns after how many seconds."""
+        begun_at = time.time()
+        flow = self._start()
+        while flow.poll() is None and not until():
+            self.memory.look(flow.pid)
+            time.sleep(0.1)
+        took_s = time.time() - begun_at
+        if flow.poll():
+            raise RuntimeError(f"the flow left with {flow.returncode}: {self._log.read_text()[-2000:]}")
+        switch_off(flow)
+        return took_s
+
+    def num_checkpoints(self) -> int:
+        return sum(1 for _ in self.paths.checkpoints_dir.glob("shard_*/*.done"))
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What the processes have noted so far."""
+        return [json.loads(line) for line in self._journal.read_text().splitlines()]
+
+    def database_mb(self) -> float:
+        return sum(path.stat().st_size for path in self._prefect_home.glob("prefect.db*")) / 1e6
+
+    @property
+    def _journal(self) -> Path:
+        return self.directory / "journal"
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / "log"
+
+    @property
+    def _prefect_home(self) -> Path:
+        return self.directory / "prefect"
+
+    def _start(self) -> subprocess.Popen[str]:
+        settings = {
+            "fasta": self.directory / "in.fasta",
+            "output-dir": self.paths.run_dir,
+            "model": "esm2_t6_8M_UR50D",
+            "weights": "random",
+            "devices": "cpu,cpu",
+            "shards": SHARDS,
+            "token-budget": TOKEN_BUDGET,
+            "runtime.checkpoint-seq-threshold": self.rows_of_a_checkpoint,
+        }
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        python_path = f"{self.directory}{os.pathsep}{ROOT}"
+        return CommandLine(prefect_home=self._prefect_home).start(*arguments, log=self._log, PYTHONPATH=python_path)
+
+
 def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
     """Embed so many made-up sequences, killed at half of the checkpoints, and check every row."""
-    fasta, paths, home = directory / "in.fasta", RunPaths(directory / "run"), directory / "prefect"
-    write_fasta(fasta, num_sequences, np.random.default_rng(0))
-    journal, memory = directory / "journal", MemoryWatch()
-    (directory / "sitecustomize.py").write_text(f"JOURNAL = {str(journal)!r}\nWIDTH = {WIDTH}\n{_HOOK}")
-    rows_of_a_checkpoint = min(10_000, num_sequences // (10 * SHARDS))
-    arguments = {
-        "fasta": fasta,
-        "output-dir": paths.run_dir,
-        "model": "esm2_t6_8M_UR50D",
-        "weights": "random",
-        "devices": "cpu,cpu",
-        "shards": SHARDS,
-        "token-budget": TOKEN_BUDGET,
-        "runtime.checkpoint-seq-threshold": rows_of_a_checkpoint,
-    }
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "flows/embed.py", *(str(part) for k, v in arguments.items() for part in (f"--{k}", v))],
-            cwd=ROOT,
-            env=os.environ | {"PREFECT_HOME": str(home), "PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"},
-            stdout=subprocess.DEVNULL,
-            stderr=(directory / "stderr").open("ab"),
-            start_new_session=True,
-        )
-
-    half = num_sequences // rows_of_a_checkpoint // 2
-    begun_at = time.time()
-    flow = start()
-    _follow(flow, memory, until=lambda: _num_checkpoints(paths) >= half)
-    killed_at = time.time()
-    for pid in (flow.pid, *descendants_of(flow.pid)):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    flow.wait()
-    first = _read_journal(journal)
-    resumed_at = time.time()
-    flow = start()
-    _follow(flow, memory, until=lambda: False)
-    if flow.returncode:
-        raise RuntimeError(f"the flow left with {flow.returncode}: {(directory / 'stderr').read_text()[-2000:]}")
-    ended_at = time.time()
-    second = _read_journal(journal)[len(first) :]
-    check_rows(paths)
+    program = Program(directory=directory, num_sequences=num_sequences)
+    program.prepare()
+    half = num_sequences // program.rows_of_a_checkpoint // 2
+    first_run_s = program.run(until=lambda: program.num_checkpoints() >= half)
+    first = program.notes()
+    second_run_s = program.run()
+    second = program.notes()[len(first) :]
+    check_rows(program.paths)
     return RunFigures(
         num_sequences=num_sequences,
-        phases_s=_phases(paths, first, second),
-        first_run_s=killed_at - begun_at,
-        second_run_s=ended_at - resumed_at,
-        peak_mb=memory.peak_mb,
-        database_mb=sum(path.stat().st_size for path in home.glob("prefect.db*")) / 1e6,
+        phases_s=_phases(first, second, "took") | {"batches and checkpoints": _batches_s(program.paths)},
+        cpu_s=_phases(first, second, "cpu"),
+        first_run_s=first_run_s,
+        second_run_s=second_run_s,
+        peak_mb=program.memory.peak_mb,
+        database_mb=program.database_mb(),
     )
 
 
-def _follow(flow: subprocess.Popen[bytes], memory: MemoryWatch, *, until: Callable[[], bool]) -> None:
-    while flow.poll() is None and not until():
-        memory.look(flow.pid)
-        time.sleep(0.1)
+def _phases(first: list[dict[str, Any]], second: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """How long each phase took, by the notes of the two runs: `took` is by the clock, `cpu` is processor time."""
 
+    def seconds(notes: list[dict[str, Any]], *names: str, is_child: bool) -> float:
+        return sum(n["seconds"][kind] for n in notes if n["name"] in names and n["is_child"] == is_child)
 
-def _num_checkpoints(paths: RunPaths) -> int:
-    return sum(1 for _ in paths.checkpoints_dir.glob("shard_*/*.done"))
-
-
-def _read_journal(journal: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in journal.read_text().splitlines()]
-
-
-def _phases(paths: RunPaths, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, float]:
-    """How long each phase took, by the notes of the two processes and their children, and by the shards' histories."""
-
-    def took(notes: list[dict[str, Any]], name: str, *, is_child: bool) -> float:
-        return sum(n["ended"] - n["begun"] for n in notes if n["name"] == name and n["is_child"] == is_child)
-
-    entries = [
-        entry for rank in range(SHARDS) for attempt in read_attempts(paths, rank) for entry in attempt.checkpoints
-    ]
     return {
-        "plan": took(first, "make_plan", is_child=False),
-        "plan again, after SIGKILL": took(second, "make_plan", is_child=False),
-        "resume scans, all shards": sum(
-            took(second, name, is_child=True) for name in ("heal_shard", "survey_checkpoints")
-        ),
-        "batches and checkpoints": sum(entry.seconds for entry in entries),
-        "assembly": took(second, "assemble", is_child=False),
+        "plan": seconds(first, "make_plan", is_child=False),
+        "plan again, after SIGKILL": seconds(second, "make_plan", is_child=False),
+        "resume scans, all shards": seconds(second, "heal_shard", "survey_checkpoints", is_child=True),
+        "assembly": seconds(second, "assemble", is_child=False),
     }
+
+
+def _batches_s(paths: RunPaths) -> float:
+    """How long batches and checkpoints took, by the shards' histories."""
+    attempts = (attempt for rank in range(SHARDS) for attempt in read_attempts(paths, rank))
+    return sum(entry.seconds for attempt in attempts for entry in attempt.checkpoints)
 
 
 def check_rows(paths: RunPaths) -> None:
@@ -257,20 +282,23 @@ def measure_scan(directory: Path, num_sequences: int, dim: int) -> dict[str, flo
 
 
 def print_runs(small: RunFigures, large: RunFigures) -> None:
-    print(f"{'':28}{small.num_sequences:>14,}{large.num_sequences:>14,}{'times':>8}")
+    print(f"{'':30}{small.num_sequences:>14,}{large.num_sequences:>14,}{'times':>8}")
     for phase in large.phases_s:
         before, after = small.phases_s[phase], large.phases_s[phase]
-        print(f"{phase:28}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
-    print(f"{'all phases':28}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}")
+        print(f"{phase:30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
+    print(f"{'all phases':30}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}")
+    for phase in large.cpu_s:
+        before, after = small.cpu_s[phase], large.cpu_s[phase]
+        print(f"{phase + ', CPU':30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
     for name in ("first_run_s", "second_run_s"):
         before, after = getattr(small, name), getattr(large, name)
         print(
-            f"{name.replace('_', ' ')[:-2] + ', start included':28}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}"
+            f"{name.replace('_', ' ')[:-2] + ', start included':30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}"
         )
     for kind in sorted(large.peak_mb):
         before, after = small.peak_mb.get(kind, 0.0), large.peak_mb[kind]
-        print(f"{'peak memory of ' + kind:28}{before:>11.0f} MB{after:>11.0f} MB")
-    print(f"{'database of Prefect':28}{small.database_mb:>11.2f} MB{large.database_mb:>11.2f} MB")
+        print(f"{'peak memory of ' + kind:30}{before:>11.0f} MB{after:>11.0f} MB")
+    print(f"{'database of Prefect':30}{small.database_mb:>11.2f} MB{large.database_mb:>11.2f} MB")
 
 
 def figures_of(small: RunFigures, large: RunFigures, scanned: dict[str, float]) -> list[Figure]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,20 +44,22 @@ class CommandLine:
     prefect_home: Path
     api_url: str | None = None  # of a standing server; without one, each run starts its own
 
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """Start it as the leader of a process group of its own."""
-        return self._start("flows/embed.py", *arguments)
+    def start(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+        """Start it as the leader of a process group of its own, with these environment variables.
+
+        What it says goes to the file `log`, or else to pipes.
+        """
+        return self._start("flows/embed.py", *arguments, log=log, **variables)
 
     def start_prefect(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
-        """Start the command `prefect` in its place, with these environment variables. What it says may go to a file."""
-        if log is None:
-            return self._start("-m", "prefect", *arguments, **variables)
-        with log.open("a") as file:
-            return self._start("-m", "prefect", *arguments, output=file, **variables)
+        """Start the command `prefect` in its place."""
+        return self._start("-m", "prefect", *arguments, log=log, **variables)
 
-    def _start(
-        self, *arguments: object, output: int | IO[str] = subprocess.PIPE, **variables: str
-    ) -> subprocess.Popen[str]:
+    def _start(self, *arguments: object, log: Path | None, **variables: str) -> subprocess.Popen[str]:
+        with nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
+            return self._start_saying(output, *arguments, **variables)
+
+    def _start_saying(self, output: int | IO[str], *arguments: object, **variables: str) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
         if self.api_url is not None:
             environment["PREFECT_API_URL"] = self.api_url

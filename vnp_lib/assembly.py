@@ -8,11 +8,12 @@ plan, and written. `dataset.py` reads what comes of it.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import uuid
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a c
 
 _PART_BYTES = 128 * 1024**2  # of embeddings
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
+_BLOCK_BYTES = 512 * 1024  # of rows
 _NUM_SHOWN = 10
 
 
@@ -229,7 +231,6 @@ def _write_dataset(
     comparisons = _distribute(plan, records, buckets)
     precision = Certificate.of(comparisons)
     starts = range(0, plan.num_sequences, rows_per_part)
-    taken = ReadAhead(map(buckets.take, range(len(starts))), 1)
     success = content | {
         "schema": DATASET_SCHEMA,
         "identity": plan.identity,
@@ -239,8 +240,8 @@ def _write_dataset(
         "ordinals_per_part": rows_per_part,
         "precision": asdict(precision) if precision else None,
         "parts": [
-            _write_part(plan, paths, range(start, start + rows_per_part), rows, has_row)
-            for start, rows in zip(starts, taken, strict=True)
+            _write_part(plan, paths, range(start, start + rows_per_part), buckets.take(part), has_row)
+            for part, start in enumerate(starts)
         ],
         "created_at": created_at,
     }
@@ -305,6 +306,8 @@ class _Buckets:
     def __init__(self, directory: Path, dim: int, rows_per_part: int) -> None:
         self.dim = dim
         self.rows_per_part = rows_per_part
+        self._space = np.empty((rows_per_part, dim), dtype="<f4")  # of all parts: new memory costs more than filling it
+        self._rows_per_block = max(1, _BLOCK_BYTES // (dim * np.dtype(np.float32).itemsize))
         self._directory = directory
         self._name = uuid.uuid4().hex[:8]
         self._ordinals: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # in the order of the rows
@@ -315,24 +318,49 @@ class _Buckets:
         parts, starts = np.unique(ordinals // self.rows_per_part, return_index=True)
         stops = np.append(starts, ordinals.size)[1:]
         for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
-            data = embeddings[rows[start:stop]].astype("<f4", copy=False).data
             with self._path(part).open("ab") as file:
-                file.write(data)
+                for block in self._blocks(rows[start:stop]):
+                    data = embeddings[block].astype("<f4", copy=False).data
+                    file.write(data)
+                    self._crc32[part] = zlib.crc32(data, self._crc32[part])
             self._ordinals[part].append(ordinals[start:stop])
-            self._crc32[part] = zlib.crc32(data, self._crc32[part])
 
     def take(self, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ordinals, ascending, and rows of a part. Its bucket is gone then."""
+        """Ordinals, ascending, and rows of a part, which last until the next one is taken. Its bucket is gone then."""
         if part not in self._ordinals:
             return np.empty(0, dtype=np.int64), np.empty((0, self.dim), dtype=np.float32)
         path = self._path(part)
-        values = np.fromfile(path, dtype="<f4")
-        if zlib.crc32(values.data) != self._crc32[part]:
-            raise StorageError(f"{path} does not give back what was written to it; check the disk")
-        path.unlink()
         ordinals = np.concatenate(self._ordinals.pop(part))
         ascending = np.argsort(ordinals)
-        return ordinals[ascending], values.reshape(-1, self.dim)[ascending]
+        rows = self._space[: ordinals.size]
+        if path.stat().st_size != rows.nbytes or self._read(path, rows, np.argsort(ascending)) != self._crc32[part]:
+            raise StorageError(f"{path} does not give back what was written to it; check the disk")
+        path.unlink()
+        self._announce(part + 1)
+        return ordinals[ascending], rows
+
+    def _read(self, path: Path, rows: NDArray[np.float32], places: NDArray[np.int64]) -> int:
+        """Put what is in a bucket to its `places` in `rows`, and return its crc32."""
+        crc32 = 0
+        values = np.empty((self._rows_per_block, self.dim), dtype="<f4")
+        with path.open("rb") as file:
+            for block in self._blocks(places):
+                read = values[: block.size]
+                file.readinto(read.data)
+                crc32 = zlib.crc32(read.data, crc32)
+                rows[block] = read
+        return crc32
+
+    def _announce(self, part: int) -> None:
+        """Have the system read a bucket, should it not hold it in memory any more, while the part before is written."""
+        if part in self._ordinals:
+            with self._path(part).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def _blocks(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """`rows`, as many at a time as the processor's cache holds: what is copied there is summed and written from there."""
+        starts = range(0, rows.size, self._rows_per_block)
+        return (rows[start : start + self._rows_per_block] for start in starts)
 
     def _path(self, part: int) -> Path:
         return self._directory / f"bucket-{part:05d}-{self._name}"

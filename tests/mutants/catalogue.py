@@ -722,8 +722,8 @@ _ASSEMBLY = (
     Mutant(
         name="rows-placed-by-arrival",
         module="assembly",
-        before="return ordinals[ascending], values.reshape(-1, self.dim)[ascending]",
-        after="return ordinals[ascending], values.reshape(-1, self.dim)",
+        before="self._read(path, rows, np.argsort(ascending))",
+        after="self._read(path, rows, np.arange(ordinals.size))",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
@@ -801,8 +801,8 @@ _ASSEMBLY = (
     Mutant(
         name="bucket-not-compared-with-what-was-written",
         module="assembly",
-        before="        if zlib.crc32(values.data) != self._crc32[part]:\n",
-        after="        if False:\n",
+        before=" or self._read(path, rows, np.argsort(ascending)) != self._crc32[part]:\n",
+        after=" or not self._read(path, rows, np.argsort(ascending)):\n",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_a_bucket_that_does_not_give_back_its_bytes_is_noticed",),
     ),
     Mutant(
