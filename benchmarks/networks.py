@@ -8,32 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from esm import ESM2 as FairEsmNetwork
-from esm import Alphabet
 from torch import Tensor, nn
 
-from vnp_lib.esm2 import ESM2, Architecture, architecture_of, random_tensors, save_weights
+from vnp_lib import verify_model
+from vnp_lib.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.weight_files import name_in_transformers
+from vnp_lib.weights import random_tensors, save_weights
 
 # fair-esm's loader is older than torch's refusal to unpickle a Namespace; this variable has torch load as it did then.
 FAIR_ESM_ENVIRONMENT = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 
 CPU = torch.device("cpu")
-
-_NAMES_IN_TRANSFORMERS = {
-    "embed_tokens.": "embeddings.word_embeddings.",
-    "emb_layer_norm_after.": "encoder.emb_layer_norm_after.",
-    "layers.": "encoder.layer.",
-    "self_attn_layer_norm.": "attention.LayerNorm.",
-    "self_attn.q_proj.": "attention.self.query.",
-    "self_attn.k_proj.": "attention.self.key.",
-    "self_attn.v_proj.": "attention.self.value.",
-    "self_attn.out_proj.": "attention.output.dense.",
-    "final_layer_norm.": "LayerNorm.",
-    "fc1.": "intermediate.dense.",
-    "fc2.": "output.dense.",
-}
-# What a network has beyond the trunk's parameters: heads, and what it works out by itself.
-_NOT_OF_THE_TRUNK = ("lm_head.", "contact_head.", "inv_freq", "position_ids")
 
 
 def write_weights(directory: Path, model: str) -> Path:
@@ -60,21 +45,14 @@ def load_fair_esm(path: Path) -> nn.Module:
 def our_network(
     architecture: Architecture, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device
 ) -> ESM2:
-    return ESM2.from_fair_esm(architecture, ((name, tensor.to(device, dtype)) for name, tensor in state.items()))
+    return ESM2.from_fair_esm(architecture, state.items(), dtype=dtype, device=device)
 
 
 def fair_esm_network(
     architecture: Architecture, state: Mapping[str, Tensor], *, device: torch.device = CPU
 ) -> nn.Module:
     with torch.device(device):
-        network = FairEsmNetwork(
-            architecture.num_layers,
-            architecture.embed_dim,
-            architecture.attention_heads,
-            alphabet=Alphabet.from_architecture("ESM-1b"),
-            token_dropout=True,
-        )
-    return _filled(network, state)
+        return verify_model.fair_esm_network(architecture, state)
 
 
 def transformers_network(
@@ -99,19 +77,4 @@ def transformers_network(
     )
     with torch.device(device):
         network = EsmModel(config, add_pooling_layer=False)
-    return _filled(network, {_name_in_transformers(name): tensor for name, tensor in state.items()})
-
-
-def _name_in_transformers(name: str) -> str:
-    for ours, theirs in _NAMES_IN_TRANSFORMERS.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def _filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Put parameters into a network; none may be left over, and only heads and constants left as they were."""
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    forgotten = [name for name in missing if not any(part in name for part in _NOT_OF_THE_TRUNK)]
-    if forgotten or unexpected:
-        raise ValueError(f"{type(network).__name__} lacks {forgotten} and does not know {unexpected}")
-    return network.eval()
+    return verify_model.filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})

@@ -50,7 +50,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.assembly, vnp_lib.checkpoint, vnp_lib.embedder, vnp_lib.esm2, vnp_lib.plan
+    import vnp_lib.assembly, vnp_lib.checkpoint, vnp_lib.embedder, vnp_lib.plan, vnp_lib.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -79,7 +79,7 @@ if is_child:
         return (sums[:, None] + torch.arange(WIDTH)).float()
 
     vnp_lib.embedder.embed_batch = embed_batch
-    vnp_lib.esm2.load_model = lambda *arguments, **options: None
+    vnp_lib.weights.load_model = lambda *arguments, **options: None
 """
 
 

@@ -106,7 +106,8 @@ class EmbedConfig(BaseModel):
     model: ModelName = Field("esm2_t36_3B_UR50D", description="ESM-2 model, by fair-esm's name.")
     weights: str = Field(
         "auto",
-        description="A fair-esm .pt file; 'auto': fair-esm's cache or download; 'random': seeded, for trying things out.",
+        description="A fair-esm .pt file, or Hugging Face's safetensors or their directory; 'auto': fair-esm's cache or download; "
+        "'random': seeded, for trying things out.",
     )
     devices: str = Field(
         "auto",

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.esm2 import ESM2, Weights, load_model, mean_pool
+from vnp_lib.esm2 import ESM2, mean_pool
 from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.weights import Weights, load_model
 
 _NUM_AMINO_ACIDS = 20  # the first of the letters
 _CPU = torch.device("cpu")

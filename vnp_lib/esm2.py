@@ -1,32 +1,20 @@
-"""ESM-2: the network over packed batches, its weights from a file or a seed, and the pooling of its states."""
+"""ESM-2: the network over packed batches, and the pooling of its states."""
 
 from __future__ import annotations
 
 import re
-import socket
-import sys
-import zipfile
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
-from math import sqrt
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vnp_lib.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
-from vnp_lib.failures import ConfigError, WeightsError
-from vnp_lib.files import digest_file
-from vnp_lib.linear import Linear, convolution_is_faster
+from vnp_lib.failures import ConfigError
+from vnp_lib.linear import Linear
 from vnp_lib.tokens import ALPHABET_SIZE, PAD
-
-RANDOM_SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +71,34 @@ class ESM2(nn.Module):
 
     @classmethod
     def from_fair_esm(
-        cls, architecture: Architecture, tensors: Iterable[tuple[str, Tensor]], *, by_convolution: bool = False
+        cls,
+        architecture: Architecture,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        by_convolution: bool = False,
     ) -> Self:
-        """Build it on fair-esm's parameters, by fair-esm's names; it keeps those that need no change.
+        """Make room for a network, on the CPU by default, and copy fair-esm's parameters into it, cast on the way.
 
         Args:
+            tensors: By fair-esm's names, one by one: none is kept.
             by_convolution: How to multiply, see `Linear`; for float32 on a CPU only.
+
+        Raises:
+            ValueError: A parameter is missing, too many, or of another shape.
         """
         with torch.device("meta"):
             network = cls(architecture, by_convolution=by_convolution)
-        network.load_state_dict(dict(_with_fused_projections(tensors, architecture.head_dim)), assign=True)
+        network = network.to(dtype).to_empty(device=device or torch.device("cpu"))
+        rooms = dict(network._rooms())
+        for name, tensor in tensors:
+            room = rooms.pop(name, None)
+            if room is None or room.shape != tensor.shape:
+                raise ValueError(f"{name}, {tuple(tensor.shape)}, has no room in {architecture}")
+            room.copy_(pairs_adjacent(tensor, architecture.head_dim) if _IS_TURNED.search(name) else tensor)
+        if rooms:
+            raise ValueError(f"there are no parameters {', '.join(rooms)}")
         return network.eval()
 
     def forward_packed(
@@ -124,6 +130,15 @@ class ESM2(nn.Module):
             if number in wanted:
                 representations[number] = x if number < last else self.emb_layer_norm_after(x)
         return {"representations": representations}
+
+    def _rooms(self) -> Iterator[tuple[str, Tensor]]:
+        """Where fair-esm's parameters belong, by fair-esm's names: it has queries, keys and values apart."""
+        for name, parameter in self.named_parameters():
+            if "qkv_proj" not in name:
+                yield name, parameter
+                continue
+            for which, part in zip("qkv", parameter.chunk(3), strict=True):
+                yield name.replace("qkv_proj", f"{which}_proj"), part
 
 
 # In training 12 % of the tokens (15 % chosen, 80 % of those masked) were zero; without masks the embeddings shrink likewise.
@@ -163,22 +178,7 @@ class _SelfAttention(nn.Module):
         return out
 
 
-_PROJECTION = re.compile(r"(layers\.\d+\.self_attn\.)([qkv])(_proj\.(?:weight|bias))")
-
-
-def _with_fused_projections(tensors: Iterable[tuple[str, Tensor]], head_dim: int) -> Iterator[tuple[str, Tensor]]:
-    """Lay fair-esm's three projections of each layer into one, as soon as all three have come."""
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors:
-        if (match := _PROJECTION.fullmatch(name)) is None:
-            yield name, tensor
-            continue
-        fused_name = f"{match[1]}qkv{match[3]}"
-        parts = waiting.setdefault(fused_name, {})
-        parts[match[2]] = tensor if match[2] == "v" else pairs_adjacent(tensor, head_dim)
-        if len(parts) == 3:
-            yield fused_name, torch.cat([waiting[fused_name][which] for which in "qkv"])
-            del waiting[fused_name]
+_IS_TURNED = re.compile(r"\.[qk]_proj\.")  # by rotary positions
 
 
 def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -198,201 +198,3 @@ def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     bos_residues_eos = torch.stack((one, num_residues, one), dim=1).flatten()
     means = torch.segment_reduce(hidden.float(), "mean", lengths=bos_residues_eos, axis=0, unsafe=True)
     return means[1::3]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """Which parameters a run uses."""
-
-    source: Literal["file", "random"]
-    path: Path | None = None  # where source is "file"
-    digest: str  # sha256 of the file, or how the random ones were drawn
-
-
-def resolve_weights(model: str, weights: str) -> Weights:
-    """Find a model's weights and see that they are the model's.
-
-    Args:
-        model: One of `MODELS`.
-        weights: "auto" (fair-esm's file in torch.hub's cache, downloaded where it is not there), "random", or a path.
-
-    Raises:
-        ConfigError: The model is unknown.
-        WeightsError: There is no such file, it is damaged, or it is of another model.
-    """
-    architecture = architecture_of(model)
-    if weights == "random":
-        return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
-    path = _hub_file(model) if weights == "auto" else Path(weights).expanduser()
-    _checked_state(path, model, architecture)
-    return Weights(source="file", path=path.resolve(), digest=digest_file(path).sha256)
-
-
-def load_model(
-    model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device, by_convolution: bool | None = None
-) -> ESM2:
-    """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice.
-
-    Random ones give vectors that mean nothing; it is for the caller to say so.
-
-    Args:
-        by_convolution: How float32 is multiplied on a CPU, see `Linear`; None tries which way is faster.
-
-    Raises:
-        WeightsError: The file has gone, is damaged, or is of another model.
-    """
-    architecture = architecture_of(model)
-    tensors: Iterable[tuple[str, Tensor]]
-    if weights.path is None:
-        tensors = random_tensors(architecture)
-    else:
-        tensors = _checked_state(weights.path, model, architecture).items()
-    # A copy in any case: what is read in place changes under the model when someone overwrites the file.
-    own = ((name, tensor.to(device, dtype, copy=True)) for name, tensor in tensors)
-    if device.type != "cpu" or dtype != torch.float32:
-        by_convolution = False
-    elif by_convolution is None:
-        by_convolution = convolution_is_faster()
-    return ESM2.from_fair_esm(architecture, own, by_convolution=by_convolution)
-
-
-def random_tensors(architecture: Architecture, *, seed: int = RANDOM_SEED) -> Iterator[tuple[str, Tensor]]:
-    """Draw float32 parameters, name by name, the same on every machine.
-
-    Layer norms and biases are not neutral, so that a forgotten one shows; states keep their size through all layers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, shape in _fair_esm_shapes(architecture).items():
-        # Uniform, since a normal draw's last bits depend on the CPU's vector width.
-        noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-        yield name, _scaled_parameter(name, noise, architecture)
-
-
-def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
-    """Write parameters as fair-esm writes ESM-2's: a `.pt` that fair-esm and `load_model` read."""
-    architecture = architecture_of(model)
-    settings = Namespace(
-        encoder_layers=architecture.num_layers,
-        encoder_embed_dim=architecture.embed_dim,
-        encoder_attention_heads=architecture.attention_heads,
-        token_dropout=True,
-    )
-    prefixed = {f"encoder.sentence_encoder.{name}": tensor for name, tensor in state.items()}
-    torch.save({"cfg": {"model": settings}, "model": prefixed}, path)
-
-
-def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """fair-esm's parameters that this network needs, in fair-esm's order but for queries, which come first."""
-    dim = architecture.embed_dim
-    norm: dict[str, tuple[int, ...]] = {"weight": (dim,), "bias": (dim,)}
-    square: dict[str, tuple[int, ...]] = {"weight": (dim, dim), "bias": (dim,)}
-    layer: dict[str, dict[str, tuple[int, ...]]] = {
-        **{f"self_attn.{which}_proj": square for which in ("q", "k", "v", "out")},
-        "self_attn_layer_norm": norm,
-        "fc1": {"weight": (4 * dim, dim), "bias": (4 * dim,)},
-        "fc2": {"weight": (dim, 4 * dim), "bias": (dim,)},
-        "final_layer_norm": norm,
-    }
-    modules: dict[str, dict[str, tuple[int, ...]]] = {
-        "embed_tokens": {"weight": (ALPHABET_SIZE, dim)},
-        **{f"layers.{n}.{name}": own for n in range(architecture.num_layers) for name, own in layer.items()},
-        "emb_layer_norm_after": norm,
-    }
-    return {f"{name}.{kind}": shape for name, own in modules.items() for kind, shape in own.items()}
-
-
-def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> Tensor:
-    """Scale noise from [-1, 1) to what suits the parameter."""
-    if "layer_norm" in name:
-        return noise.mul_(0.2).add_(1) if name.endswith("weight") else noise.mul_(0.2)
-    if name.endswith("bias"):
-        return noise.mul_(0.1)
-    if name.startswith("embed_tokens"):
-        return noise.mul_(sqrt(3))  # variance 1
-    ends_a_branch = name.endswith(("out_proj.weight", "fc2.weight"))
-    variance = 1 / (2 * architecture.num_layers) if ends_a_branch else 1
-    return noise.mul_(sqrt(3 * variance / noise.shape[1]))
-
-
-def _hub_file(model: str) -> Path:
-    """fair-esm's file in torch.hub's cache, where fair-esm itself looks for it and puts it."""
-    path = Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt")
-    if not path.exists():
-        _download(model, path)
-    return path
-
-
-def _url(model: str) -> str:
-    return f"https://dl.fbaipublicfiles.com/fair-esm/models/{model}.pt"
-
-
-def _download(model: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(30.0):
-            torch.hub.download_url_to_file(_url(model), str(path), progress=sys.stderr.isatty())
-    except (OSError, HTTPException) as error:
-        raise WeightsError(
-            f"the weights of {model} are not at {path} and could not be downloaded from {_url(model)} ({error}): "
-            "put the file there, or say where it is"
-        ) from error
-
-
-@contextmanager
-def _socket_timeout(timeout_s: float) -> Iterator[None]:
-    # torch.hub opens its connection without a timeout, and would wait for ever on a silent network.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout_s)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _checked_state(path: Path, model: str, architecture: Architecture) -> dict[str, Tensor]:
-    """Read the parameters' names and shapes; the numbers stay in the file until they are used."""
-    state = _read_state(path)
-    found = _architecture_in(state)
-    if found is not None and found != (architecture.num_layers, architecture.embed_dim):
-        raise WeightsError(
-            f"{path} holds {found[0]} layers of width {found[1]}, but {model} has {architecture.num_layers} "
-            f"of width {architecture.embed_dim}: choose the model that the file is of, or another file"
-        )
-    expected_shapes = _fair_esm_shapes(architecture)
-    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    names = sorted(expected_shapes.keys() | found_shapes.keys())
-    if wrong := [name for name in names if expected_shapes.get(name) != found_shapes.get(name)]:
-        raise WeightsError(
-            f"{path} does not hold the parameters of {model}: {len(wrong)} are missing, unexpected or of another shape "
-            f"({wrong[0]} is the first): get the file from {_url(model)}"
-        )
-    return state
-
-
-def _architecture_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    layers = {int(found[1]) for name in state if (found := re.match(r"layers\.(\d+)\.", name))}
-    embedding = state.get("embed_tokens.weight")
-    return (len(layers), embedding.shape[1]) if layers and embedding is not None and embedding.ndim == 2 else None
-
-
-_FAIR_ESM_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
-_UNUSED = re.compile(r"lm_head\.|contact_head\.|.*\.rot_emb\.inv_freq$")  # in fair-esm's files, not in this network
-_DAMAGE = (EOFError, RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        named = {_FAIR_ESM_PREFIX.sub("", name): tensor for name, tensor in content["model"].items()}
-        return {
-            name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor) and not _UNUSED.match(name)
-        }
-    except OSError as error:
-        raise WeightsError(
-            f"cannot read the weights at {path} ({error.strerror or error}): give the path of fair-esm's .pt file"
-        ) from error
-    except _DAMAGE as error:
-        raise WeightsError(
-            f"{path} is damaged or no file of fair-esm's ({type(error).__name__}): remove it and get it again"
-        ) from error

@@ -28,14 +28,14 @@ from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.checkpoint import Survey
-    from vnp_lib.esm2 import Weights
+    from vnp_lib.weights import Weights
 
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random"
 
 _CPU_TOKEN_BUDGET = 2048
-_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class Run:
             rank=rank,
             fingerprint=self.plan.fingerprint,
             model=identity["model"],
-            weights=RANDOM_WEIGHTS if self._weights.path is None else str(self._weights.path.resolve()),
+            weights=RANDOM_WEIGHTS if self._weights.path is None else str(self._weights.path),
             weights_digest=self._weights.digest,
             dtype=identity["dtype"],
             device=kind_of(device),
@@ -202,7 +202,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
             afterwards either; one that was is untouched.
     """
-    from vnp_lib.esm2 import resolve_weights
+    from vnp_lib.weights import resolve_weights
 
     paths = RunPaths(config.output_dir)
     devices = planned_devices(config)
@@ -240,7 +240,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     Raises:
         InputError: The directory holds another run by now, or this machine's weights are others.
     """
-    from vnp_lib.esm2 import resolve_weights
+    from vnp_lib.weights import resolve_weights
 
     plan = load_plan(RunPaths(config.output_dir))
     weights = resolve_weights(config.model, config.weights)
@@ -300,7 +300,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
 
 
 def _planned_dtype(config: EmbedConfig, devices: tuple[str, ...]) -> str:
-    return _DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
+    return DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
 
 
 def _directories(paths: RunPaths) -> list[Path]:

@@ -194,8 +194,8 @@ class ShardAttempt:
         import torch
 
         from vnp_lib.embedder import ExactModel
-        from vnp_lib.esm2 import load_model, resolve_weights
         from vnp_lib.inference import AsyncInferenceRunner
+        from vnp_lib.weights import load_model, resolve_weights
 
         job = self._job
         if job.num_threads is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib import esm2, inference
+from vnp_lib import inference, weights
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
@@ -142,7 +142,7 @@ def modules_of_a_run() -> list[str]:
 
 def put_doubles_in_place() -> None:
     """Replace the model by the stub, and the writer's patience with a full disk by none. For processes of trials only."""
-    esm2.load_model = lambda *args, **kwargs: StubModel()
+    weights.load_model = lambda *args, **kwargs: StubModel()
     inference.AsyncCheckpointWriter = partial(AsyncCheckpointWriter, sleep=lambda delay_s: None)
 
 

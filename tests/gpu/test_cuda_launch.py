@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import Weights, load_model
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
+from vnp_lib.weights import Weights, load_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,11 +13,12 @@ pytest.importorskip("pynvml")
 
 from vnp_lib.config import visible_gpu
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import MODELS, Weights, load_model
+from vnp_lib.esm2 import MODELS
 from vnp_lib.gpu_memory import bytes_per_token, choose_token_budget, tokens_that_fit
 from vnp_lib.machine import free_gpu_bytes
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
+from vnp_lib.weights import Weights, load_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,10 +18,11 @@ from flows.embed import embed, embed_one
 from flows.shard_run import embed_shard_run
 from tests.support import EXAMPLE, assert_same_rows, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
-from vnp_lib.esm2 import MODELS, random_tensors
+from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
 from vnp_lib.files import FileLock
 from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

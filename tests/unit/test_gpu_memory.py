@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vnp_lib.embedder import embed_batch
-from vnp_lib.esm2 import ESM2, MODELS, Architecture, random_tensors
+from vnp_lib.esm2 import ESM2, MODELS, Architecture
 from vnp_lib.failures import ConfigError
 from vnp_lib.gpu_memory import (
     TOKENS_UNSEEN,
@@ -23,6 +23,7 @@ from vnp_lib.gpu_memory import (
     tokens_that_fit,
 )
 from vnp_lib.tokens import pack_batch
+from vnp_lib.weights import random_tensors
 
 GB = 10**9
 M8, M650, B3, B15 = "esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D"
@@ -95,7 +96,7 @@ def test_memory_beside_the_weights_holds_so_many_tokens(
 def test_a_forward_pass_holds_what_is_reckoned(dtype: torch.dtype, lengths: list[int]) -> None:
     """Counted: the bytes of all tensors that are alive at once, beside the weights, at their most."""
     architecture = Architecture(num_layers=2, embed_dim=256, attention_heads=4)
-    network = ESM2.from_fair_esm(architecture, ((name, x.to(dtype)) for name, x in random_tensors(architecture)))
+    network = ESM2.from_fair_esm(architecture, random_tensors(architecture), dtype=dtype)
     ids = [str(length) for length in range(len(lengths))]
     batch = pack_batch(["A" * length for length in lengths], ids, range(len(ids)), batch_idx=0)
     with torch.inference_mode(), LiveBytes() as live:

@@ -12,15 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "machine"},
+    {"files", "machine", "weight_files"},
     {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision", "dataset"},
+    {"weights"},
     {"checkpoint", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
     {"inference", "assembly", "pictures"},
     {"worker", "verify", "status"},
     {"run", "report"},
-    {"judgement", "forecast"},
+    {"judgement", "forecast", "verify_model"},
     {"cli"},
     {"__main__"},
 )

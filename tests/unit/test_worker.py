@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from vnp_lib import embedder, worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.esm2 import Weights
 from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.weights import Weights
 from vnp_lib.worker import ShardAttempt, ShardJob, StopFlag, find_pending_work
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")

@@ -1,0 +1,289 @@
+"""ESM-2's weights: from a file or a seed, seen to be the model's, and put into the network."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from http.client import HTTPException
+from math import sqrt
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vnp_lib.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.failures import WeightsError
+from vnp_lib.files import digest_file
+from vnp_lib.linear import convolution_is_faster
+from vnp_lib.tokens import ALPHABET_SIZE
+from vnp_lib.weight_files import files_of, locate_weights, read_tensors, save_fair_esm
+
+RANDOM_SEED = 0
+
+# sha256 of the published files, by model. None is known yet: fair-esm publishes no digests, the names of its files carry none,
+# and no published file was at hand to take one from. A digest goes in here only from the file itself, fetched from its publisher.
+OFFICIAL_DIGESTS: dict[str, frozenset[str]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Which parameters a run uses."""
+
+    source: Literal["file", "random"]
+    path: Path | None = None  # where source is "file": that file, or the index of several
+    digest: str  # sha256 of the file, of several files that of their digests, or how the random ones were drawn
+
+
+def resolve_weights(model: str, weights: str) -> Weights:
+    """Find a model's weights and see that they are the model's.
+
+    Args:
+        model: One of `MODELS`.
+        weights: "auto" (fair-esm's file in torch.hub's cache, downloaded where it is not there), "random", or a path, as
+            `locate_weights` takes it.
+
+    Raises:
+        ConfigError: The model is unknown.
+        WeightsError: There is no such file, it is damaged, or it is of another model.
+    """
+    architecture = architecture_of(model)
+    if weights == "random":
+        return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
+    path = locate_weights(_hub_file(model) if weights == "auto" else Path(weights))
+    _checked_state(path, model, architecture)
+    found = Weights(source="file", path=path, digest=_digest(path))
+    if weights == "auto" and is_official(model, found) is False:
+        raise WeightsError(
+            f"{path} is not the published file of {model} (its sha256 is {found.digest}): remove it, and it is downloaded again"
+        )
+    return found
+
+
+def is_official(model: str, weights: Weights) -> bool | None:
+    """Whether they are the published ones, by the digest; None where no digest of that model's files is known."""
+    if weights.source == "random":
+        return False
+    known = OFFICIAL_DIGESTS.get(model)
+    return None if known is None else weights.digest in known
+
+
+def load_model(
+    model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device, by_convolution: bool | None = None
+) -> ESM2:
+    """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice.
+
+    Random ones give vectors that mean nothing; it is for the caller to say so.
+
+    Args:
+        by_convolution: How float32 is multiplied on a CPU, see `Linear`; None tries which way is faster.
+
+    Raises:
+        WeightsError: The file has gone, is damaged, or is of another model.
+    """
+    architecture, tensors = architecture_of(model), parameters_of(model, weights)
+    if device.type != "cpu" or dtype != torch.float32:
+        by_convolution = False
+    elif by_convolution is None:
+        by_convolution = convolution_is_faster()
+    # It copies: what is read in place changes under the model when someone overwrites the file.
+    return ESM2.from_fair_esm(architecture, tensors, dtype=dtype, device=device, by_convolution=by_convolution)
+
+
+def parameters_of(model: str, weights: Weights) -> Iterable[tuple[str, Tensor]]:
+    """The parameters, by fair-esm's names, in the file's dtype; those of a file stay there until they are used.
+
+    Raises:
+        WeightsError: The file has gone, is damaged, or is of another model.
+    """
+    architecture = architecture_of(model)
+    if weights.path is None:
+        return random_tensors(architecture)
+    return _checked_state(weights.path, model, architecture).items()
+
+
+def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Read what contacts are predicted with: a weight for each attention head, layer by layer, and a bias.
+
+    fair-esm has them in a small file beside the model's, which is downloaded where the model's was; Hugging Face has them among
+    the model's own parameters. They are random where the model is.
+
+    Returns:
+        float32 (1, layers * heads) and float32 (1,), on the CPU.
+
+    Raises:
+        WeightsError: They are missing, damaged, or of another model.
+    """
+    architecture = architecture_of(model)
+    shapes = {
+        "contact_head.regression.weight": (1, architecture.num_layers * architecture.attention_heads),
+        "contact_head.regression.bias": (1,),
+    }
+    if weights.path is None:
+        generator = torch.Generator().manual_seed(RANDOM_SEED)
+        weight, bias = (torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values())
+        return weight, bias
+    beside = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
+    if weights.path == _hub_path(model) and not beside.exists():
+        _download(_contact_regression_url(model), beside, what=f"parameters of the contact regression of {model}")
+    tensors = read_tensors(beside if beside.exists() else weights.path)
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        raise WeightsError(
+            f"contacts of {model} need its contact regression, and {beside} {'is another' if beside.exists() else 'is not there'}: "
+            f"get it from {_contact_regression_url(model)}"
+        )
+    weight, bias = (tensors[name].to(torch.float32, copy=True) for name in shapes)
+    return weight, bias
+
+
+def random_tensors(architecture: Architecture, *, seed: int = RANDOM_SEED) -> Iterator[tuple[str, Tensor]]:
+    """Draw float32 parameters, name by name, the same on every machine.
+
+    Layer norms and biases are not neutral, so that a forgotten one shows; states keep their size through all layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in _fair_esm_shapes(architecture).items():
+        # Uniform, since a normal draw's last bits depend on the CPU's vector width.
+        noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+        yield name, _scaled_parameter(name, noise, architecture)
+
+
+def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
+    """Write parameters as fair-esm writes ESM-2's: a `.pt` that fair-esm and `load_model` read."""
+    architecture = architecture_of(model)
+    settings = Namespace(
+        encoder_layers=architecture.num_layers,
+        encoder_embed_dim=architecture.embed_dim,
+        encoder_attention_heads=architecture.attention_heads,
+        token_dropout=True,
+    )
+    save_fair_esm(path, settings, state)
+
+
+def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """fair-esm's parameters that this network needs, in fair-esm's order but for queries, which come first."""
+    dim = architecture.embed_dim
+    norm: dict[str, tuple[int, ...]] = {"weight": (dim,), "bias": (dim,)}
+    square: dict[str, tuple[int, ...]] = {"weight": (dim, dim), "bias": (dim,)}
+    layer: dict[str, dict[str, tuple[int, ...]]] = {
+        **{f"self_attn.{which}_proj": square for which in ("q", "k", "v", "out")},
+        "self_attn_layer_norm": norm,
+        "fc1": {"weight": (4 * dim, dim), "bias": (4 * dim,)},
+        "fc2": {"weight": (dim, 4 * dim), "bias": (dim,)},
+        "final_layer_norm": norm,
+    }
+    modules: dict[str, dict[str, tuple[int, ...]]] = {
+        "embed_tokens": {"weight": (ALPHABET_SIZE, dim)},
+        **{f"layers.{n}.{name}": own for n in range(architecture.num_layers) for name, own in layer.items()},
+        "emb_layer_norm_after": norm,
+    }
+    return {f"{name}.{kind}": shape for name, own in modules.items() for kind, shape in own.items()}
+
+
+def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> Tensor:
+    """Scale noise from [-1, 1) to what suits the parameter."""
+    if "layer_norm" in name:
+        return noise.mul_(0.2).add_(1) if name.endswith("weight") else noise.mul_(0.2)
+    if name.endswith("bias"):
+        return noise.mul_(0.1)
+    if name.startswith("embed_tokens"):
+        return noise.mul_(sqrt(3))  # variance 1
+    ends_a_branch = name.endswith(("out_proj.weight", "fc2.weight"))
+    variance = 1 / (2 * architecture.num_layers) if ends_a_branch else 1
+    return noise.mul_(sqrt(3 * variance / noise.shape[1]))
+
+
+def _hub_path(model: str) -> Path:
+    """Where fair-esm itself looks for its file, and puts it: torch.hub's cache."""
+    return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
+
+
+def _hub_file(model: str) -> Path:
+    path = _hub_path(model)
+    if not path.exists():
+        _download(_url(model), path, what=f"weights of {model}")
+    return path
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file, or where `path` is an index that of its files' digests, in the order of their names."""
+    digests = [_checked_digest(file) for file in files_of(path)]
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
+
+
+def _checked_digest(file: Path) -> str:
+    found = digest_file(file).sha256
+    target = file.resolve()
+    # The cache of Hugging Face's hub names large files by their sha256.
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name) and target.name != found:
+        raise WeightsError(
+            f"{file} is damaged: its sha256 is {found}, not what {target} is named by; download it again"
+        )
+    return found
+
+
+def _url(model: str) -> str:
+    return f"https://dl.fbaipublicfiles.com/fair-esm/models/{model}.pt"
+
+
+def _contact_regression_url(model: str) -> str:
+    return f"https://dl.fbaipublicfiles.com/fair-esm/regression/{model}-contact-regression.pt"
+
+
+def _download(url: str, path: Path, *, what: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(30.0):
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    except (OSError, HTTPException) as error:
+        raise WeightsError(
+            f"the {what} are not at {path} and could not be downloaded from {url} ({error}): put the file there, or say where "
+            "the weights are"
+        ) from error
+
+
+@contextmanager
+def _socket_timeout(timeout_s: float) -> Iterator[None]:
+    # torch.hub opens its connection without a timeout, and would wait for ever on a silent network.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout_s)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _checked_state(path: Path, model: str, architecture: Architecture) -> dict[str, Tensor]:
+    """Read the parameters' names and shapes; the numbers stay in the file until they are used."""
+    state = {name: tensor for name, tensor in read_tensors(path).items() if not _UNUSED.match(name)}
+    found = _architecture_in(state)
+    if found is not None and found != (architecture.num_layers, architecture.embed_dim):
+        raise WeightsError(
+            f"{path} holds {found[0]} layers of width {found[1]}, but {model} has {architecture.num_layers} "
+            f"of width {architecture.embed_dim}: choose the model that the file is of, or another file"
+        )
+    expected_shapes = _fair_esm_shapes(architecture)
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = sorted(expected_shapes.keys() | found_shapes.keys())
+    if wrong := [name for name in names if expected_shapes.get(name) != found_shapes.get(name)]:
+        raise WeightsError(
+            f"{path} does not hold the parameters of {model}: {len(wrong)} are missing, unexpected or of another shape "
+            f"({wrong[0]} is the first): get the file from {_url(model)}"
+        )
+    return state
+
+
+def _architecture_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    layers = {int(found[1]) for name in state if (found := re.match(r"layers\.(\d+)\.", name))}
+    embedding = state.get("embed_tokens.weight")
+    return (len(layers), embedding.shape[1]) if layers and embedding is not None and embedding.ndim == 2 else None
+
+
+# In the files, and not in this network.
+_UNUSED = re.compile(r"lm_head\.|contact_head\.|pooler\.|embeddings\.position_ids$|.*\.inv_freq$")
