@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vnp_lib import verify_model
+from vnp_lib import fair_esm
 from vnp_lib.esm2 import ESM2, Architecture, architecture_of
 from vnp_lib.weight_files import name_in_transformers
 from vnp_lib.weights import random_tensors, save_weights
@@ -52,7 +52,7 @@ def fair_esm_network(
     architecture: Architecture, state: Mapping[str, Tensor], *, device: torch.device = CPU
 ) -> nn.Module:
     with torch.device(device):
-        return verify_model.fair_esm_network(architecture, state)
+        return fair_esm.fair_esm_network(architecture, state)
 
 
 def transformers_network(
@@ -77,4 +77,4 @@ def transformers_network(
     )
     with torch.device(device):
         network = EsmModel(config, add_pooling_layer=False)
-    return verify_model.filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})
+    return fair_esm.filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})

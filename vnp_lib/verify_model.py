@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 from vnp_lib.config import ModelName, resolve_devices
 from vnp_lib.embedder import embed_batch
-from vnp_lib.esm2 import Architecture, architecture_of
+from vnp_lib.esm2 import architecture_of
 from vnp_lib.failures import ConfigError
+from vnp_lib.fair_esm import fair_esm_network
 from vnp_lib.precision import LEAST_COSINE
 from vnp_lib.run import DTYPE, kind_of
 from vnp_lib.terminal import plain
@@ -168,33 +169,6 @@ def verify_model(model: ModelName, weights: str, *, dtype: str, device: str) -> 
 
 def torch_device(device: str) -> torch.device:
     return torch.device("cpu") if device == "cpu" else torch.device("cuda", int(device))
-
-
-def fair_esm_network(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Give fair-esm's own network, float32 on the CPU, with these parameters; without heads among them, those are arbitrary."""
-    from esm import ESM2, Alphabet
-
-    network = ESM2(
-        architecture.num_layers,
-        architecture.embed_dim,
-        architecture.attention_heads,
-        alphabet=Alphabet.from_architecture("ESM-1b"),
-        token_dropout=True,
-    )
-    return filled(network, tensors)
-
-
-# What networks have beyond the parameters of ESM-2's layers: heads, and what they work out by themselves.
-_NOT_OF_THE_LAYERS = ("lm_head.", "contact_head.", "inv_freq", "position_ids")
-
-
-def filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Put parameters into another's network; none may be left over, and only heads and constants left as they are."""
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    forgotten = [name for name in missing if not any(part in name for part in _NOT_OF_THE_LAYERS)]
-    if forgotten or unexpected:
-        raise ValueError(f"{type(network).__name__} lacks {forgotten} and does not know {unexpected}")
-    return network.eval()
 
 
 @torch.inference_mode()

@@ -62,6 +62,6 @@ def test_chunks_go_from_short_proteins_to_long_ones():
 
 def test_the_gpu_benchmark_starts_on_a_bare_machine():
     """It reaches neither Prefect nor pydantic, and no parser of FASTA."""
-    absent = ("prefect", "pydantic", "pydantic_settings", "dnaio", "pyarrow", "rich", "transformers")
+    absent = ("prefect", "pydantic", "pydantic_settings", "dnaio", "pyarrow", "rich", "safetensors", "transformers")
     code = f"import sys; sys.modules |= dict.fromkeys({absent}); import benchmarks.gpu"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

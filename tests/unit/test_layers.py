@@ -16,7 +16,7 @@ LAYERS = (
     {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision", "dataset"},
-    {"weights"},
+    {"weights", "fair_esm"},
     {"checkpoint", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
     {"inference", "assembly", "pictures"},
     {"worker", "verify", "status"},
