@@ -69,24 +69,42 @@ def write_checkpoint(
         writer.write_checkpoint_async(path, rows, ids or planned_ids, metadata)
 
 
-def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0) -> Run:
+class Records(NamedTuple):
+    """What is written to a FASTA file; the lists run in parallel."""
+
+    ids: list[str]
+    descriptions: list[str]
+    sequences: list[str]
+
+
+def made_up_records(num_sequences: int = 150, seed: int = 0) -> Records:
+    """In no order of ids or lengths, with copies among the sequences, every second one with a description."""
     rng = np.random.default_rng(seed)
     pool = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(5, 60))) for _ in range(num_sequences)]
     sequences = [pool[pick] for pick in rng.integers(0, num_sequences, size=num_sequences)]
     ids = [f"p{number}" for number in rng.permutation(num_sequences)]
     descriptions = [f"protein {sequence_id}" if i % 2 else "" for i, sequence_id in enumerate(ids)]
+    return Records(ids, descriptions, sequences)
+
+
+def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0) -> Run:
+    return start_run_of(tmp_path, made_up_records(num_sequences, seed))
+
+
+def start_run_of(tmp_path: Path, records: Records) -> Run:
     fasta = tmp_path / "x.fasta"
-    fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(ids, descriptions, sequences, strict=True)))
+    fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(*records, strict=True)))
     paths = RunPaths(tmp_path / "run")
     plan = make_plan(paths, [fasta], MODEL, num_shards=3, token_budget=200)
-    return Run(plan, paths, ids, descriptions, sequences)
+    return Run(plan, paths, *records)
 
 
 def finish_run(run: Run, *, without: Sequence[int] = ()) -> Run:
     for rank in range(run.plan.num_shards):
         ordinals = run.plan.shard_ordinals(rank)
         ordinals = ordinals[~np.isin(ordinals, without)]
-        for batch_idx, batch in enumerate(np.array_split(ordinals, 4)):
+        batches = [batch for batch in np.array_split(ordinals, 4) if batch.size]
+        for batch_idx, batch in enumerate(batches):
             write_checkpoint(run.plan, run.paths.checkpoint(rank, batch_idx), batch)
     return run
 

@@ -12,7 +12,9 @@ from typing import get_args
 
 from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line
+from vnp_lib.export import export_dataset
 from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError
+from vnp_lib.formats import FORMATS, StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import load_plan_of, open_status, render, watch
@@ -66,6 +68,23 @@ def plan(options: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
 
 
+def export(options: argparse.Namespace) -> ExitCode:
+    try:
+        done = export_dataset(
+            options.run_dir,
+            options.to,
+            output=options.output,
+            dtype=options.store_dtype,
+            replace=options.force,
+            allow_partial=options.allow_partial,
+        )
+    except StorageError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.FAILED
+    print(*done.lines(), sep="\n")
+    return ExitCode.DONE
+
+
 def report(options: argparse.Namespace) -> ExitCode:
     try:
         print(write_report(load_plan_of(options.run_dir), RunPaths(options.run_dir)))
@@ -114,6 +133,34 @@ def _parser() -> argparse.ArgumentParser:
         help="say what a run would be: count and check the input, look at the disk, expect a time",
     )
     planning.set_defaults(command=plan)
+    exporting = commands.add_parser(
+        "export",
+        parents=[on_a_run],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="write the dataset in a format that other tools read",
+        description="Write the dataset in a format that other tools read, and print how to read it. Whole or not at all,\n"
+        "whatever is killed when; the dataset stays as it is. Exit code 0, 1: the disk or the dataset failed, 2: something\n"
+        "that was given cannot be used.",
+        epilog="formats:\n" + "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items()),
+    )
+    exporting.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below")
+    exporting.add_argument(
+        "--output", type=Path, metavar="PATH", help="the file or directory to write; by default in RUN_DIR/exports"
+    )
+    exporting.add_argument(
+        "--store-dtype",
+        type=StoreDtype,
+        choices=tuple(StoreDtype),
+        default=StoreDtype.FLOAT32,
+        metavar="DTYPE",
+        help="float32, as it is in the dataset, or float16: half the size, rounded to the nearest with 11 significant bits; "
+        "a value above 65,504 is an error",
+    )
+    exporting.add_argument("--force", action="store_true", help="replace what is there")
+    exporting.add_argument(
+        "--allow-partial", action="store_true", help="export a dataset from which sequences are missing"
+    )
+    exporting.set_defaults(command=export)
     reporting = commands.add_parser(
         "report",
         parents=[on_a_run],

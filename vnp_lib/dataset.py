@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,14 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.failures import StorageError
 
+if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
+    from torch import Tensor
+
+    from vnp_lib.torch_rows import EmbeddingRows
+
 DATASET_SCHEMA = 1
 
+_BATCH_ROWS = 1024
 _SUCCESS_NAME = "_SUCCESS.json"
 _NONE_SHA256 = hashlib.sha256().hexdigest()  # of no ordinals
 _FOOTER_TAIL_BYTES = 8  # its length and "PAR1" end a Parquet file
@@ -59,16 +65,30 @@ class EmbeddingDataset:
     and is 0 in a dataset that is complete; `metadata["num_quarantined"]` counts the others. Both include copies.
 
     Nothing is read before it is asked for. Looking up by id makes a dictionary of all ids first, about 150 bytes each.
-    Whatever reads raises StorageError where a part is damaged.
+    Whatever reads raises StorageError where a part is damaged. What is given out is the caller's own to change.
+
+    >>> dataset = open_dataset("runs/mine")
+    >>> len(dataset), dataset.dim
+    (3, 8)
+    >>> dataset.ids
+    ['P12345', 'P67890', 'Q24680']
+    >>> dataset["P67890"].dtype, dataset["P67890"].shape
+    (dtype('float32'), (8,))
+    >>> "nobody" in dataset
+    False
     """
 
     def __init__(self, directory: Path, metadata: dict[str, Any]) -> None:
         self.metadata = metadata  # what `_SUCCESS.json` says: counts, identity, fingerprint, parts
-        self._directory = directory
+        self.directory = directory
         self._part_starts = [0, *accumulate(part["rows"] for part in metadata["parts"])]
         self._file = lru_cache(maxsize=16)(self._open_part)
         self._part_ordinals = lru_cache(maxsize=16)(self._read_ordinals)
         self._row_group = lru_cache(maxsize=8)(self._read_row_group)
+
+    def __reduce__(self) -> tuple[type[EmbeddingDataset], tuple[Path, dict[str, Any]]]:
+        """As in another process: nothing is open yet."""
+        return EmbeddingDataset, (self.directory, self.metadata)
 
     def __len__(self) -> int:
         return int(self._part_starts[-1])
@@ -79,10 +99,8 @@ class EmbeddingDataset:
     def __getitem__(self, sequence_id: str) -> NDArray[np.float32]:
         """The embedding of a sequence, (dim,). KeyError if the dataset has no such id."""
         if sequence_id not in self._row_of_id:
-            raise KeyError(f"{sequence_id!r} is not in {self._directory}")
-        row = self._row_of_id[sequence_id]
-        part = bisect_right(self._part_starts, row) - 1
-        return self._vector(part, row - self._part_starts[part])
+            raise KeyError(f"{sequence_id!r} is not in {self.directory}")
+        return self.at(self._row_of_id[sequence_id])[1]
 
     @property
     def dim(self) -> int:
@@ -101,18 +119,77 @@ class EmbeddingDataset:
             ordinals = self._part_ordinals(part)
             row = int(np.searchsorted(ordinals, ordinal))
             if row < ordinals.size and ordinals[row] == ordinal:
-                return self._vector(part, row)
+                return self._read(part, row)[1]
         raise KeyError(
-            f"ordinal {ordinal} is not in {self._directory}: it is not in the input, or in quarantine"
+            f"ordinal {ordinal} is not in {self.directory}: it is not in the input, or in quarantine"
             + (", or not computed yet: the dataset is partial" if self.metadata["num_missing"] else "")
         )
 
+    def at(self, position: int) -> tuple[str, NDArray[np.float32]]:
+        """Id and embedding, (dim,), of the row at a position in the dataset, from 0. IndexError if it has no such row.
+
+        That is not its position in the input, which `row` takes, where sequences before it have no row.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(f"row {position} is not in {self.directory}, which has {len(self):,}")
+        part = bisect_right(self._part_starts, position) - 1
+        return self._read(part, position - self._part_starts[part])
+
+    def to_numpy(self) -> tuple[list[str], NDArray[np.float32]]:
+        """All ids and embeddings, (N, dim), in input order, in memory.
+
+        >>> ids, embeddings = open_dataset("runs/mine").to_numpy()
+        >>> ids[0], embeddings.shape
+        ('P12345', (3, 8))
+        """
+        embeddings = np.empty((len(self), self.dim), dtype=np.float32)
+        ids: list[str] = []
+        for batch_ids, rows in self.batches(_BATCH_ROWS):
+            embeddings[len(ids) : len(ids) + len(rows)] = rows
+            ids += batch_ids
+        return ids, embeddings
+
+    def as_torch_dataset(self) -> EmbeddingRows:
+        """The rows as a map-style dataset of torch's, (id, float32 tensor of shape (dim,)), for any number of workers.
+
+        Reading one row reads the 4 MiB around it: go through it in order, or shuffle what fits into memory.
+
+        >>> from torch.utils.data import DataLoader
+        >>> for ids, vectors in DataLoader(open_dataset("runs/mine").as_torch_dataset(), batch_size=2):
+        ...     print(ids, vectors.shape)
+        ('P12345', 'P67890') torch.Size([2, 8])
+        ('Q24680',) torch.Size([1, 8])
+        """
+        from vnp_lib.torch_rows import EmbeddingRows
+
+        return EmbeddingRows(self)
+
+    def torch_batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        """`batches`, with torch tensors in the place of arrays."""
+        import torch
+
+        for ids, rows in self.batches(batch_size):
+            yield ids, torch.from_numpy(rows)
+
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-        """Ids and embeddings, (n, dim), of all rows in input order, at most `batch_size` at a time."""
+        """Ids and embeddings, (n, dim), of all rows in input order, at most `batch_size` at a time.
+
+        >>> for ids, rows in open_dataset("runs/mine").batches(2):
+        ...     print(ids, rows.shape)
+        ['P12345', 'P67890'] (2, 8)
+        ['Q24680'] (1, 8)
+        """
+        for batch in self.record_batches(batch_size, ["id", "embedding"]):
+            yield batch.column("id").to_pylist(), as_rows(batch.column("embedding"))
+
+    def record_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Columns of all rows in input order, at most `batch_size` rows at a time.
+
+        There are `ordinal`, `id`, `description`, `length` and `embedding`, which `as_rows` makes a matrix of.
+        """
         for part in range(self._num_parts):
             with _damage_is_storage_error(self._path(part)):
-                for batch in self._file(part).iter_batches(batch_size, columns=["id", "embedding"]):
-                    yield batch.column("id").to_pylist(), _as_rows(batch.column("embedding"), self.dim)
+                yield from self._file(part).iter_batches(batch_size, columns=list(columns))
 
     @property
     def _num_parts(self) -> int:
@@ -123,14 +200,14 @@ class EmbeddingDataset:
         return {sequence_id: row for row, sequence_id in enumerate(self.ids)}
 
     def _path(self, part: int) -> Path:
-        return self._directory / str(self.metadata["parts"][part]["name"])
+        return self.directory / str(self.metadata["parts"][part]["name"])
 
-    def _vector(self, part: int, row: int) -> NDArray[np.float32]:
+    def _read(self, part: int, row: int) -> tuple[str, NDArray[np.float32]]:
         metadata = self._file(part).metadata
         starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
         group = bisect_right(starts, row) - 1
-        vector: NDArray[np.float32] = self._row_group(part, group)[row - starts[group]]
-        return vector.copy()
+        ids, rows = self._row_group(part, group)
+        return ids[row - starts[group]], rows[row - starts[group]].copy()
 
     def _open_part(self, part: int) -> pq.ParquetFile:
         with _damage_is_storage_error(self._path(part)):
@@ -145,10 +222,18 @@ class EmbeddingDataset:
         ordinals: NDArray[np.int64] = self._column(part, "ordinal").to_numpy()
         return ordinals
 
-    def _read_row_group(self, part: int, group: int) -> NDArray[np.float32]:
+    def _read_row_group(self, part: int, group: int) -> tuple[list[str], NDArray[np.float32]]:
         with _damage_is_storage_error(self._path(part)):
-            column = self._file(part).read_row_group(group, columns=["embedding"]).column("embedding")
-        return _as_rows(column.combine_chunks(), self.dim)
+            # Without Arrow's threads, which a forked child lacks.
+            table = self._file(part).read_row_group(group, columns=["id", "embedding"], use_threads=False)
+        return table.column("id").to_pylist(), as_rows(table.column("embedding").combine_chunks())
+
+
+def as_rows(embeddings: pa.FixedSizeListArray) -> NDArray[np.float32]:
+    """The column `embedding` as a matrix of the caller's own, (n, dim)."""
+    values = embeddings.flatten().to_numpy()  # read-only: it is Arrow's memory
+    rows: NDArray[np.float32] = values.reshape(-1, embeddings.type.list_size).copy()
+    return rows
 
 
 def describe_rows(num_rows: int, *, num_quarantined: int, num_missing: int) -> str:
@@ -195,11 +280,6 @@ def _sha256_of_end(path: Path, size_bytes: int) -> str:
     with path.open("rb") as file:
         file.seek(-size_bytes, os.SEEK_END)
         return files.digest_stream(file).sha256
-
-
-def _as_rows(column: pa.FixedSizeListArray, dim: int) -> NDArray[np.float32]:
-    rows: NDArray[np.float32] = column.flatten().to_numpy().reshape(-1, dim).copy()  # Arrow's own memory is read-only
-    return rows
 
 
 def _find_dataset(path: Path) -> Path:

@@ -171,6 +171,57 @@ def durable_file(path: Path, *, replace: bool = False) -> Iterator[DurableFile]:
         raise
 
 
+@contextmanager
+def durable_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Let a library that opens its file itself write `path`, as a whole or not at all.
+
+    Yields the name under which to write: an empty file beside `path`. All else is as of `durable_file`.
+    """
+    temporary = _temporary_path(path)
+    ops.close(ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    try:
+        yield temporary
+        _fsync_file(temporary)
+        _publish(temporary, path, temporary.stat(), replace=replace)
+    except BaseException:
+        with suppress(OSError):
+            ops.unlink(temporary)
+        raise
+
+
+@contextmanager
+def durable_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Write a directory as a whole or not at all.
+
+    Yields the name under which to write: an empty directory beside `path`. When the block ends well, all in it is synced
+    and `path` appears with all of it; when anything fails, what was written is removed.
+
+    Args:
+        path: Where the directory is to be; the one above it exists.
+        replace: Put the directory in the place of one that is there, which is removed with all that is in it. A crash at
+            the moment of the exchange can leave neither under the name.
+
+    Raises:
+        FileExistsError: `path` is there, and `replace` is not set. It is untouched.
+        OSError: What the system said.
+    """
+    temporary, old = _temporary_path(path), _temporary_path(path)
+    ops.mkdir(temporary)
+    try:
+        yield temporary
+        _fsync_tree(temporary)
+        if os.path.lexists(path):
+            if not replace:
+                raise FileExistsError(errno.EEXIST, "a directory is there", str(path))
+            ops.replace(path, old)
+        ops.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_file(path: Path, data: bytes, *, replace: bool = False) -> FileDigest:
     """Write `data` to `path` as `durable_file` does."""
     with durable_file(path, replace=replace) as file:
@@ -304,7 +355,7 @@ def require_free_space(directory: Path, size_bytes: int) -> None:
 
 
 def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] = time.time) -> list[Path]:
-    """Remove the temporary files in `directory` whose writers are gone, and say which.
+    """Remove the temporary files and directories in `directory` whose writers are gone, and say which.
 
     A writer of this host is gone when its process is. Of another host's processes nothing can be known: their files
     count as orphaned when nobody has written to them for an hour. Nothing else is ever touched.
@@ -313,7 +364,7 @@ def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] =
     for path in sorted(directory.glob(".tmp-*")):
         if _is_orphaned(path, now_s=clock()):
             with suppress(FileNotFoundError):
-                ops.unlink(path)
+                _remove(path)
                 removed.append(path)
     return removed
 
@@ -463,6 +514,28 @@ def _publish(temporary: Path, path: Path, written: os.stat_result, *, replace: b
             with suppress(OSError):
                 ops.unlink(path)
         raise
+
+
+def _fsync_file(path: Path) -> None:
+    fd = ops.open(path, os.O_RDONLY)
+    try:
+        ops.fsync(fd)
+    finally:
+        ops.close(fd)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            _fsync_file(Path(parent, name))
+        fsync_directory(Path(parent))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        ops.unlink(path)
 
 
 def _is_same_file(path: Path, written: os.stat_result) -> bool:

@@ -19,6 +19,7 @@ _GPU_MEMORY = "tests/unit/test_gpu_memory.py"
 _JUDGEMENT = "tests/unit/test_judgement.py"
 _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
+_EXPORT = "tests/unit/test_export.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
 
 
@@ -139,8 +140,8 @@ _DURABLE_FILES = (
     Mutant(
         name="temporary-of-another-written-to",
         module="files",
-        before="os.O_CREAT | os.O_EXCL | os.O_WRONLY",
-        after="os.O_CREAT | os.O_WRONLY",
+        before="fd = ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY",
+        after="fd = ops.open(temporary, os.O_CREAT | os.O_WRONLY",
         caught_by=(f"{_FILES}::TestDurableFile::test_a_temporary_name_that_is_taken_is_never_written_to",),
     ),
     Mutant(
@@ -990,4 +991,63 @@ _CURES = (
     ),
 )
 
-MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY, *_SET_ASIDE, *_CURES)
+_EXPORTS = (
+    Mutant(
+        name="exported-directory-not-synced",
+        module="files",
+        before="        _fsync_tree(temporary)\n",
+        after="",
+        caught_by=(f"{_FILES}::TestDurableDirectory::test_it_appears_with_all_that_is_in_it_once_that_is_synced",),
+    ),
+    Mutant(
+        name="exported-directory-left-half-written",
+        module="files",
+        before="        shutil.rmtree(temporary, ignore_errors=True)\n        raise\n",
+        after="        raise\n",
+        caught_by=(f"{_FILES}::TestDurableDirectory::test_a_failure_anywhere_before_it_is_there_leaves_nothing",),
+    ),
+    Mutant(
+        name="exported-ids-beside-the-matrix-of-another-export",
+        module="formats",
+        before="        if replace and path.exists():\n",
+        after="        if False:\n",
+        caught_by=(f"{_EXPORT}::test_a_matrix_never_stands_beside_the_ids_of_another",),
+    ),
+    Mutant(
+        name="export-out-of-its-directory",
+        module="formats",
+        before='if any(part in ("", ".", "..") for part in parts):',
+        after='if any(part in ("", ".") for part in parts):',
+        caught_by=(f"{_EXPORT}::test_a_header_that_is_no_file_name_below_the_directory_is_refused",),
+    ),
+    Mutant(
+        name="infinite-float16-exported",
+        module="formats",
+        before="        if not is_finite.all():\n",
+        after="        if False:\n",
+        caught_by=(f"{_EXPORT}::test_what_float16_cannot_hold_is_an_error_that_names_the_sequence",),
+    ),
+    Mutant(
+        name="virnucpro-file-missing",
+        module="formats",
+        before="            if not target.exists():\n",
+        after="            if False:\n",
+        caught_by=(f"{_EXPORT}::test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine",),
+    ),
+    Mutant(
+        name="full-disk-not-noticed-by-hdf5",
+        module="hdf5",
+        before="            file.require_sound()\n",
+        after="            pass\n",
+        caught_by=(f"{_EXPORT}::test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left",),
+    ),
+    Mutant(
+        name="force-removes-anything",
+        module="export",
+        before="    if taken and not chosen.suffixes and not _is_export(path):\n",
+        after="    if False:\n",
+        caught_by=(f"{_EXPORT}::test_force_removes_nothing_that_is_no_export",),
+    ),
+)
+
+MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY, *_SET_ASIDE, *_CURES, *_EXPORTS)

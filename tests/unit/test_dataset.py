@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 import vnp_lib.assembly
 from tests.made_up_runs import DIM, Run, embed, finish_run, start_run
@@ -39,6 +41,57 @@ def test_batches_give_every_row_once_in_input_order(run: Run, batch_size: int) -
     assert all(len(ids) == len(rows) <= batch_size for ids, rows in batches)
     assert [sequence_id for ids, _ in batches for sequence_id in ids] == run.ids
     assert np.array_equal(np.concatenate([rows for _, rows in batches]), run.expected_rows())
+
+
+def test_all_rows_come_at_once_and_as_torch_tensors_too(run: Run) -> None:
+    run.assemble()
+    dataset = open_dataset(run.paths.run_dir)
+    ids, embeddings = dataset.to_numpy()
+    assert ids == run.ids
+    assert embeddings.dtype == np.float32
+    assert np.array_equal(embeddings, run.expected_rows())
+    batches = list(dataset.torch_batches(40))
+    assert [sequence_id for ids, _ in batches for sequence_id in ids] == run.ids
+    assert torch.equal(torch.cat([rows for _, rows in batches]), torch.from_numpy(run.expected_rows()))
+
+
+def test_a_position_in_the_dataset_is_not_one_in_the_input_where_rows_are_lacking(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    left_out = int(run.plan.order[0])
+    finish_run(run, without=[left_out]).assemble(quarantined=[left_out])
+    dataset = open_dataset(run.paths.run_dir)
+    kept = [ordinal for ordinal in range(150) if run.plan.representatives[ordinal] != left_out]
+    assert len(dataset) == len(kept) < 150
+    for position, ordinal in enumerate(kept):
+        sequence_id, row = dataset.at(position)
+        assert sequence_id == run.ids[ordinal]
+        assert np.array_equal(row, dataset.row(ordinal))
+    for position in (-1, len(kept)):
+        with pytest.raises(IndexError, match=f"row {position} is not in"):
+            dataset.at(position)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 2), ("spawn", 1)])
+def test_a_data_loader_with_workers_gets_every_row_with_its_id(run: Run, method: str, num_workers: int) -> None:
+    """Forked from a process that has read already, with Arrow's threads; or started anew. In any order."""
+    run.assemble()
+    dataset = open_dataset(run.paths.run_dir)
+    assert dataset.to_numpy()[0] == run.ids
+    dataset.row(149)
+    loader = DataLoader(
+        dataset.as_torch_dataset(),
+        batch_size=16,
+        shuffle=True,
+        num_workers=num_workers,
+        multiprocessing_context=method,
+        generator=torch.Generator().manual_seed(0),
+    )
+    seen = {sequence_id: row for ids, rows in loader for sequence_id, row in zip(ids, rows, strict=True)}
+    assert list(seen) != run.ids
+    assert seen.keys() == set(run.ids)
+    for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
+        assert np.array_equal(seen[sequence_id].numpy(), embed(sequence))
 
 
 def test_what_is_given_out_is_the_callers_own(run: Run) -> None:

@@ -28,7 +28,9 @@ from vnp_lib.files import (
     FileLock,
     canonical_json,
     digest_file,
+    durable_directory,
     durable_file,
+    durable_path,
     fsync_directory,
     make_directory,
     marker_path,
@@ -274,7 +276,71 @@ with durable_file(Path(sys.argv[1])) as file:
         assert os.listdir(tmp_path) == []
 
 
+class TestDurablePath:
+    def test_a_library_writes_by_name_and_the_file_appears_whole(self, tmp_path: Path, use_ops: Any) -> None:
+        ops = use_ops(RecordingOps())
+        with durable_path(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"whole")
+            assert not (tmp_path / "a").exists()
+        assert (tmp_path / "a").read_bytes() == b"whole"
+        assert os.listdir(tmp_path) == ["a"]
+        assert ops.calls[-6:] == ["open", "fsync", "close", "link", "unlink", "fsync_directory"]
+
+    def test_nothing_that_is_there_is_overwritten_and_nothing_is_left(self, tmp_path: Path) -> None:
+        write_file(tmp_path / "a", b"first")
+        with pytest.raises(FileExistsError), durable_path(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"second")
+        assert (tmp_path / "a").read_bytes() == b"first"
+        assert os.listdir(tmp_path) == ["a"]
+        with durable_path(tmp_path / "a", replace=True) as temporary:
+            temporary.write_bytes(b"second")
+        assert (tmp_path / "a").read_bytes() == b"second"
+
+
+class TestDurableDirectory:
+    @staticmethod
+    def write(path: Path, text: str, *, replace: bool = False) -> None:
+        with durable_directory(path, replace=replace) as temporary:
+            (temporary / "below").mkdir()
+            (temporary / "below" / text).write_text(text)
+            assert not path.exists() or replace
+
+    def test_it_appears_with_all_that_is_in_it_once_that_is_synced(self, tmp_path: Path, use_ops: Any) -> None:
+        ops = use_ops(RecordingOps())
+        self.write(tmp_path / "a", "x")
+        assert (tmp_path / "a" / "below" / "x").read_text() == "x"
+        assert os.listdir(tmp_path) == ["a"]
+        synced = ["fsync_directory", "open", "fsync", "close", "fsync_directory"]
+        assert ops.calls == ["mkdir", *synced, "replace", "fsync_directory"]
+
+    def test_one_that_is_there_stays_as_it_is_or_goes_as_a_whole(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "a", "first")
+        with pytest.raises(FileExistsError), durable_directory(tmp_path / "a"):
+            pass
+        assert os.listdir(tmp_path) == ["a"]
+        assert os.listdir(tmp_path / "a" / "below") == ["first"]
+        self.write(tmp_path / "a", "second", replace=True)
+        assert os.listdir(tmp_path) == ["a"]
+        assert os.listdir(tmp_path / "a" / "below") == ["second"]
+
+    @pytest.mark.parametrize("step", range(8))
+    def test_a_failure_anywhere_before_it_is_there_leaves_nothing(
+        self, tmp_path: Path, use_ops: Any, step: int
+    ) -> None:
+        use_ops(RecordingOps(fail_at=step))
+        with pytest.raises(OSError, match="Input/output error"):
+            self.write(tmp_path / "a", "x")
+        assert os.listdir(tmp_path) == (["a"] if step == 7 else [])
+
+
 class TestOrphanedTemporaries:
+    def test_a_directory_goes_with_all_that_is_in_it(self, tmp_path: Path) -> None:
+        path = tmp_path / f".tmp-x-{socket.gethostname()}-{pid_of_a_dead_process()}-0123abcd"
+        (path / "below").mkdir(parents=True)
+        (path / "below" / "file").touch()
+        assert remove_orphaned_temporaries(tmp_path) == [path]
+        assert os.listdir(tmp_path) == []
+
     @pytest.mark.parametrize(
         ("name", "age_s", "goes"),
         [

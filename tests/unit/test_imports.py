@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from importlib import resources
 
 import pytest
 
@@ -20,6 +22,13 @@ def modules_after(code: str) -> set[str]:
 
 def test_the_package_itself_imports_nothing_large() -> None:
     assert not modules_after("import vnp_lib" + _LOADED) & {"torch", "prefect", "numpy", "pyarrow", "pydantic"}
+
+
+def test_the_package_is_typed() -> None:
+    """And says so where it is installed, not only in this tree."""
+    assert (resources.files("vnp_lib") / "py.typed").is_file()
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "py.typed" in shipped["vnp_lib"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""The examples in docstrings do what they say."""
+
+import doctest
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import vnp_lib.dataset
+from tests.made_up_runs import Records, finish_run, start_run_of
+
+MODULES: tuple[ModuleType, ...] = (vnp_lib.dataset,)
+EXAMPLES = [test for module in MODULES for test in doctest.DocTestFinder().find(module) if test.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_gives_what_stands_below_it(
+    example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory where `runs/mine` is a run of three sequences."""
+    (tmp_path / "runs").mkdir()
+    records = Records(["P12345", "P67890", "Q24680"], ["", "", ""], ["MKV", "MKVA", "MKVL"])
+    run = finish_run(start_run_of(tmp_path, records))
+    run.assemble()
+    run.paths.run_dir.rename(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    assert doctest.DocTestRunner().run(example, out=said.append).failed == 0, "".join(said)
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 4

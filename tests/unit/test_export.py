@@ -1,0 +1,494 @@
+"""Exports: read back by the library that each is for, every row is the dataset's under its own id; and never half of one."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections import namedtuple
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from esm import FastaBatchedDataset
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+import vnp_lib.files
+from tests.made_up_runs import (
+    DIM,
+    Records,
+    Run,
+    embed,
+    finish_run,
+    made_up_records,
+    start_run,
+    start_run_of,
+    write_checkpoint,
+)
+from vnp_lib import formats
+from vnp_lib.cli import main
+from vnp_lib.dataset import open_dataset
+from vnp_lib.export import Export, export_dataset
+from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.files import DurableOps
+from vnp_lib.formats import FORMATS, Rows, StoreDtype, accession
+
+ODD_IDS = ["sp|P12345|NAME_HUMAN", "tr|A0A0", "NA", "1.0", "café|½", 'a,"b"', "'", "{path}", "p:0\\1", "-inf"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """150 sequences in four parts, with copies among them and ids that readers could trip over."""
+    records = made_up_records()
+    records.ids[: len(ODD_IDS)] = ODD_IDS
+    run = finish_run(start_run_of(tmp_path, records))
+    run.assemble()
+    return run
+
+
+def export(run: Run, to: str, output: Path, **options: Any) -> Export:
+    return export_dataset(run.paths.run_dir, to, output=output, **options)
+
+
+def read_back(done: Export) -> dict[str, Any]:
+    """What the Python that the export hands out makes of it."""
+    names: dict[str, Any] = {}
+    exec(done.read, names)
+    return names
+
+
+def rows_by_id(done: Export, run: Run, to: str) -> dict[str, NDArray[Any]]:
+    """The rows that were read back; formats that have an order are in input order."""
+    names = read_back(done)
+    if to == "hdf5-uniprot":
+        return {sequence_id: names["embeddings"][accession(sequence_id)] for sequence_id in run.ids}
+    if to == "esm-extract":
+        return {label.split()[0]: vectors[6].numpy() for label, vectors in names["embeddings"].items()}
+    assert list(names["ids"]) == run.ids
+    return {str(id_): np.asarray(row) for id_, row in zip(names["ids"], names["embeddings"], strict=True)}
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_read_back_is_the_dataset_row_by_row(run: Run, to: str, tmp_path: Path) -> None:
+    """By the Python that the command prints, which knows nothing of us."""
+    done = export(run, to, tmp_path / "out" / "it's {here}")
+    rows = rows_by_id(done, run, to)
+    assert len(rows) == 150
+    for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
+        assert rows[sequence_id].dtype == np.float32
+        assert np.array_equal(rows[sequence_id], embed(sequence)), sequence_id
+    assert not [name for name in names_in(tmp_path / "out") if name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize("to", [to for to in FORMATS if to not in ("csv", "virnucpro")])
+def test_float16_is_the_nearest_float16(run: Run, to: str, tmp_path: Path) -> None:
+    rows = rows_by_id(export(run, to, tmp_path / "out", dtype=StoreDtype.FLOAT16), run, to)
+    for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
+        assert rows[sequence_id].dtype == np.float16
+        assert np.array_equal(rows[sequence_id], embed(sequence).astype(np.float16))
+
+
+def test_csv_is_what_the_standard_library_reads_too(run: Run, tmp_path: Path) -> None:
+    export(run, "csv", tmp_path / "x.csv", dtype=StoreDtype.FLOAT16)
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["id", *(f"dim_{number}" for number in range(DIM))]
+    assert [line[0] for line in lines] == run.ids
+    values = np.array([line[1:] for line in lines], dtype=np.float16)
+    assert np.array_equal(values, run.expected_rows().astype(np.float16))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_nothing_is_overwritten_unasked(run: Run, to: str, tmp_path: Path) -> None:
+    """And with --force all of it is, the ids beside it too."""
+    directory = tmp_path / "exports"
+    for dtype in FORMATS[to].dtypes:
+        export(run, to, directory / "x", dtype=dtype, replace=True)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="is there already: give --force"):
+        export(run, to, directory / "x")
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    rows_by_id(export(run, to, directory / "x", replace=True), run, to)
+    assert {path for path in directory.rglob("*") if path.is_file()} == before.keys()
+
+
+def test_force_removes_nothing_that_is_no_export(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years")
+    for to in ("virnucpro", "esm-extract"):
+        with pytest.raises(ConfigError, match="holds more than an export"):
+            export(run, to, tmp_path / "work", replace=True)
+        with pytest.raises(ConfigError, match="holds more than an export"):
+            export(run, to, tmp_path / "work" / "thesis.tex", replace=True)
+        with pytest.raises(ConfigError, match="holds more than an export"):
+            export(run, to, run.paths.run_dir, replace=True)
+    (tmp_path / "x.npy").mkdir()
+    with pytest.raises(ConfigError, match="is a directory"):
+        export(run, "npy", tmp_path / "x", replace=True)
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
+    assert names_in(tmp_path / "work") == ["thesis.tex"]
+
+
+KILLED_AT_THE_SECOND_BATCH = """
+import os, signal, sys
+from vnp_lib.cli import main
+from vnp_lib.dataset import EmbeddingDataset
+whole = EmbeddingDataset.record_batches
+def cut_short(*arguments):
+    for number, batch in enumerate(whole(*arguments)):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+EmbeddingDataset.record_batches = cut_short
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("to", ["hdf5", "esm-extract"])
+def test_a_killed_export_leaves_nothing_under_the_final_name(run: Run, to: str, tmp_path: Path) -> None:
+    """And the next one removes what it left beside it."""
+    directory = tmp_path / "exports"
+    arguments = ["export", str(run.paths.run_dir), "--to", to, "--output", str(directory / "x")]
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_THE_SECOND_BATCH, *arguments], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    left = names_in(directory)
+    assert left
+    assert all(name.startswith(".tmp-") for name in left)
+
+    assert main(arguments) == 0
+    assert not [name for name in names_in(directory) if name.startswith(".tmp-")]
+    assert len(rows_by_id(export(run, to, directory / "x", replace=True), run, to)) == 150
+
+
+def test_a_matrix_never_stands_beside_the_ids_of_another(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of the old pair the matrix is gone for good before the new ids take their name."""
+    export(run, "npy", tmp_path / "x")
+    steps: list[str] = []
+
+    class Recording(DurableOps):
+        def unlink(self, path: Path) -> None:
+            steps.append(f"unlink {path.name}")
+            super().unlink(path)
+
+        def replace(self, source: Path, target: Path) -> None:
+            steps.append(f"place {target.name}")
+            super().replace(source, target)
+
+        def fsync_directory(self, path: Path) -> None:
+            steps.append("sync")
+            super().fsync_directory(path)
+
+    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    export(run, "npy", tmp_path / "x", replace=True)
+    assert steps[-6:] == ["unlink x.npy", "sync", "place x.ids.txt", "sync", "place x.npy", "sync"]
+
+
+ON_A_DISK_THAT_TAKES_NO_MORE = """
+import resource, sys
+from vnp_lib.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+run_dir, directory, *formats = sys.argv[1:]
+for to in formats:
+    print(to, main(["export", run_dir, "--to", to, "--output", f"{directory}/{to}"]))
+"""
+
+
+def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(run: Run, tmp_path: Path) -> None:
+    """A real failure of the system: no file of the process may have more than a thousand bytes."""
+    directory = tmp_path / "exports"
+    command = [sys.executable, "-c", ON_A_DISK_THAT_TAKES_NO_MORE, run.paths.run_dir, directory, *FORMATS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert ended.stdout.splitlines() == [f"{to} 1" for to in FORMATS]
+    assert len(ended.stderr.splitlines()) == len(FORMATS)
+    assert ended.stderr.count("File too large); nothing is left of it: make room") == len(FORMATS)
+    assert names_in(directory) == []
+
+
+def test_too_little_room_is_said_before_anything_is_written(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    usage = namedtuple("usage", "total used free")(10**6, 10**6 - 999, 999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match=r"999 bytes free and .* are needed: make room"):
+        export(run, "npy", tmp_path / "exports" / "x")
+    assert names_in(tmp_path / "exports") == []
+
+
+@pytest.mark.parametrize("to", ["npy", "npz", "csv", "hdf5", "h5ad", "safetensors"])
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, to: str, monkeypatch: Any) -> None:
+    dim, num_sequences = 1024, 6_000
+    monkeypatch.setattr(formats, "_BATCH_BYTES", 1024**2)
+    ids = [f"p{number}" for number in range(num_sequences)]
+    run = start_run_of(tmp_path, Records(ids, [""] * num_sequences, ["MKV"] * num_sequences))
+    rows = np.linspace(-1, 1, dim, dtype=np.float32)[np.newaxis]
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows)
+    run.assemble(part_bytes=4 * 1024**2)
+
+    rows_of_all = Rows(dataset=open_dataset(run.paths.run_dir), dtype=StoreDtype.FLOAT32)
+
+    tracemalloc.start()
+    FORMATS[to].write(rows_of_all, tmp_path / "x", False)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < num_sequences * dim * 4 / 2
+
+
+def with_a_value_of(run: Run, value: float) -> Run:
+    """A run of which one row, not the first of its checkpoint, has a large value."""
+    for rank in range(run.plan.num_shards):
+        ordinals = run.plan.shard_ordinals(rank)
+        rows = np.stack([embed(run.sequences[ordinal]) for ordinal in ordinals])
+        rows[3, 5] = value
+        write_checkpoint(run.plan, run.paths.checkpoint(rank, 0), ordinals, rows=rows)
+    run.assemble()
+    return run
+
+
+def test_what_float16_cannot_hold_is_an_error_that_names_the_sequence(tmp_path: Path) -> None:
+    run = with_a_value_of(start_run(tmp_path), -70_000.0)
+    with pytest.raises(ConfigError, match=r"the embedding of 'p\d+' has a value of 70,000, and float16 ends at 65,504"):
+        export(run, "npy", tmp_path / "x", dtype=StoreDtype.FLOAT16)
+    assert not list(tmp_path.glob("*x*.npy"))
+    export(run, "npy", tmp_path / "x")
+
+
+def test_virnucpro_takes_float32_only(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stores float32 only"):
+        export(run, "virnucpro", tmp_path / "x", dtype=StoreDtype.FLOAT16)
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    run: Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ConfigError, match=r"--to hdf5 needs h5py: pip install 'vnp\[export\]'"):
+        export(run, "hdf5", tmp_path / "x")
+
+
+def test_a_partial_dataset_is_exported_only_if_that_is_asked_for(tmp_path: Path, capsys: Any) -> None:
+    run = start_run(tmp_path)
+    finish_run(run, without=[int(run.plan.order[0])])
+    run.assemble(allow_missing=True)
+    with pytest.raises(ConfigError, match="missing from the dataset; start the run again"):
+        export(run, "npy", tmp_path / "x")
+    arguments = ["export", str(run.paths.run_dir), "--to", "npy", "--allow-partial"]
+    assert main(arguments) == 0
+    assert f"{len(open_dataset(run.paths.run_dir)):,} sequences exported, " in capsys.readouterr().out
+
+
+def test_the_command_says_what_it_wrote_and_what_it_cannot_use(run: Run, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["export", str(run.paths.run_dir), "--to", "npy"]
+    path = run.paths.run_dir / "exports" / "embeddings.npy"
+    assert main(arguments) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == ["150 sequences exported", f"export: {path} (5.6 kB)", "read it back:"]
+    assert f'    embeddings = np.load({str(path)!r}, mmap_mode="r")' in told
+    assert names_in(path.parent) == ["embeddings.ids.txt", "embeddings.npy"]
+
+    assert main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--to", "npy"]) == 2
+    assert "there is no complete dataset here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(run.paths.run_dir), "--to", "xml"])
+
+
+def test_damage_of_the_dataset_is_no_export(run: Run, tmp_path: Path, capsys: Any) -> None:
+    part = run.paths.embeddings_dir / "part-00002.parquet"
+    data = bytearray(part.read_bytes())
+    data[pq.ParquetFile(part).metadata.row_group(0).column(4).data_page_offset + 100] ^= 1  # among the embeddings
+    part.write_bytes(data)
+    assert main(["export", str(run.paths.run_dir), "--to", "npy", "--output", str(tmp_path / "out" / "x")]) == 1
+    assert "part-00002.parquet is damaged" in capsys.readouterr().err
+    assert names_in(tmp_path / "out") == []
+
+
+def test_more_rows_than_a_format_bears_are_warned_of(run: Run, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    few = dataclasses.replace(FORMATS["hdf5-uniprot"], num_rows_advised=149)
+    monkeypatch.setitem(FORMATS, "hdf5-uniprot", few)
+    export(run, "hdf5-uniprot", tmp_path / "x")
+    assert "does well with up to 149 sequences, and these are 150" in caplog.text
+    caplog.clear()
+    export(run, "hdf5", tmp_path / "y")
+    assert not caplog.records
+
+
+class TestHdf5:
+    def test_the_layout_is_that_of_virnucpro_broad(self, run: Run, tmp_path: Path) -> None:
+        export(run, "hdf5", tmp_path / "x.hdf5")
+        with h5py.File(tmp_path / "x.hdf5") as file:
+            assert sorted(file) == ["embeddings", "sequence_ids"]
+            assert (file["embeddings"].shape, file["embeddings"].dtype) == ((150, DIM), np.float32)
+            assert file["embeddings"].chunks
+            assert h5py.check_string_dtype(file["sequence_ids"].dtype).length is None
+            assert file["sequence_ids"][0].decode("utf-8") == run.ids[0]
+            assert file.attrs["model_name"] == "esm2_t6_8M_UR50D"
+            assert file.attrs["fingerprint"] == run.plan.fingerprint
+
+    def test_uniprot_keys_are_accessions_at_the_root(self, run: Run, tmp_path: Path) -> None:
+        export(run, "hdf5-uniprot", tmp_path / "x.h5")
+        with h5py.File(tmp_path / "x.h5") as file:
+            assert set(file) == {"P12345", "A0A0", *run.ids[2:]}
+            assert file["P12345"].shape == (DIM,)
+
+    @pytest.mark.parametrize(
+        ("ids", "what"),
+        [
+            (["sp|P1|A", "tr|P1|B"], r"'tr\|P1\|B' is not the only sequence with the accession 'P1'"),
+            (["a/b"], "'a/b' cannot be a name at the root"),
+            (["."], r"'\.' cannot be a name at the root"),
+        ],
+    )
+    def test_what_has_no_key_of_its_own_is_named(self, tmp_path: Path, ids: list[str], what: str) -> None:
+        with pytest.raises(ConfigError, match=what):
+            export(small_run(tmp_path, ids), "hdf5-uniprot", tmp_path / "x")
+        assert not (tmp_path / "x.uniprot.h5").exists()
+
+
+def small_run(tmp_path: Path, ids: list[str], descriptions: Sequence[str] = ()) -> Run:
+    sequences = ["MKV" + "A" * number for number in range(len(ids))]
+    run = start_run_of(tmp_path, Records(ids, list(descriptions) or [""] * len(ids), sequences))
+    finish_run(run).assemble()
+    return run
+
+
+def test_anndata_reads_it_a_part_at_a_time_too(run: Run, tmp_path: Path) -> None:
+    export(run, "h5ad", tmp_path / "x.h5ad")
+    table = anndata.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    assert table.shape == (150, DIM)
+    assert np.array_equal(table[40:45].to_memory().X, run.expected_rows()[40:45])
+    assert list(table.var_names) == [f"dim_{number}" for number in range(DIM)]
+    table.file.close()
+
+
+def test_safetensors_gives_slices_and_says_what_they_are(run: Run, tmp_path: Path) -> None:
+    export(run, "safetensors", tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="np") as file:
+        assert np.array_equal(file.get_slice("embeddings")[10:20], run.expected_rows()[10:20])
+        assert file.metadata()["model"] == "esm2_t6_8M_UR50D"
+
+
+def merge_as_virnucpro(nucleotide_file: dict[str, Any], esm_file: Path) -> tuple[list[str], torch.Tensor]:
+    """What VirNucPro's merge step does with a pair of files, and the ids that it does not find."""
+    of_esm = torch.load(esm_file)
+    proteins = dict(zip(of_esm["proteins"], of_esm["data"], strict=True))
+    missing, merged = [], []
+    for sequence_id, vector in zip(nucleotide_file["nucleotide"], nucleotide_file["data"], strict=True):
+        if sequence_id in proteins:
+            merged.append(torch.cat((torch.tensor(vector["mean_representation"]), proteins[sequence_id]), dim=-1))
+        else:
+            missing.append(sequence_id)
+    return missing, torch.stack(merged)
+
+
+def test_virnucpros_merge_step_finds_every_protein_in_the_file_of_its_number(tmp_path: Path) -> None:
+    """It splits its input every 10,000 records and joins files by number, so a sequence in quarantine must not move others."""
+    count = 10_030
+    ids = [f"contig{i // 6}_chunk_1{'FR'[i % 6 // 3]}{i % 3 + 1}" for i in range(count)]
+    letters = "LAGVSERTIDPKQNFYMHWC"
+    sequences = ["MK" + "".join(letters[i // 20**place % 20] for place in range(4)) for i in range(count)]
+    run = start_run_of(tmp_path, Records(ids, [""] * count, sequences))
+    finish_run(run, without=[5]).assemble(quarantined=[5])
+    export(run, "virnucpro", tmp_path / "chunked_protein")
+    assert names_in(tmp_path / "chunked_protein") == ["output_1_ESM.pt", "output_2_ESM.pt"]
+
+    records = iter(ids)
+    for number, missing in ((1, [ids[5]]), (2, [])):
+        labels = list(islice(records, 10_000))
+        nucleotide_file = {
+            "nucleotide": labels,
+            "data": [{"mean_representation": [float(len(id_))] * 3} for id_ in labels],
+        }
+        not_found, merged = merge_as_virnucpro(
+            nucleotide_file, tmp_path / "chunked_protein" / f"output_{number}_ESM.pt"
+        )
+        assert not_found == missing
+        start = (number - 1) * 10_000
+        kept = [i for i in range(start, start + len(labels)) if ids[i] not in missing]
+        assert merged.dtype == torch.float32
+        assert np.array_equal(merged[:, 3:].numpy(), np.stack([embed(sequences[i]) for i in kept]))
+        assert merged[:, 0].tolist() == [len(ids[i]) for i in kept]
+
+
+def test_virnucpro_gets_a_tensor_of_its_own_for_each_protein(run: Run, tmp_path: Path) -> None:
+    export(run, "virnucpro", tmp_path / "x")
+    file = torch.load(tmp_path / "x" / "output_1_ESM.pt")
+    assert list(file) == ["proteins", "data"]
+    assert (type(file["proteins"]), type(file["data"])) == (list, list)
+    assert {(tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in file["data"]} == {
+        (torch.Size([DIM]), torch.float32, 4 * DIM)
+    }
+
+
+def test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Or the files after it would be joined with those of another number."""
+    monkeypatch.setattr(formats, "_VIRNUCPRO_FILE_SEQUENCES", 2)
+    records = Records(list("abcde"), [""] * 5, ["MKV", "MKVA", "MKVL", "MKVS", "MKVT"])
+    run = start_run_of(tmp_path, records)
+    finish_run(run, without=[2, 3]).assemble(quarantined=[2, 3])
+    export(run, "virnucpro", tmp_path / "x")
+    held = [torch.load(tmp_path / "x" / f"output_{number}_ESM.pt")["proteins"] for number in (1, 2, 3)]
+    assert held == [["a", "b"], [], ["e"]]
+
+
+def test_esm_extract_has_the_files_that_fair_esm_would_write(tmp_path: Path) -> None:
+    """One for each label of fair-esm's own reader of FASTA, under that name, a slash making a directory."""
+    run = small_run(
+        tmp_path,
+        ["sp|P1|A", "plain", "50S/30S", "deep/er"],
+        ["Protein A OS=Homo sapiens", "", "ribosomal / both", "is fine/in words"],
+    )
+    labels = FastaBatchedDataset.from_file(tmp_path / "x.fasta").sequence_labels
+    export(run, "esm-extract", tmp_path / "out")
+    expected = {
+        tmp_path / "out" / f"{label}.pt": (label, row) for label, row in zip(labels, run.expected_rows(), strict=True)
+    }
+    assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == expected.keys()
+    for path, (label, row) in expected.items():
+        result = torch.load(path)
+        assert list(result) == ["label", "mean_representations"]
+        assert result["label"] == label
+        assert list(result["mean_representations"]) == [6]
+        tensor = result["mean_representations"][6]
+        assert np.array_equal(tensor.numpy(), row)
+        assert tensor.untyped_storage().nbytes() == 4 * DIM
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["../escaped"],
+        ["a/../../escaped"],
+        ["/tmp/escaped"],
+        ["a//b"],
+        ["./a"],
+        ["x" * 300],
+        ["a.pt/b", "a"],
+        ["a", "a.pt/b"],
+        ["a", "a.pt/b/c"],
+    ],
+)
+def test_a_header_that_is_no_file_name_below_the_directory_is_refused(tmp_path: Path, ids: list[str]) -> None:
+    run = small_run(tmp_path, ids)
+    before = {path for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match="choose another format"):
+        export(run, "esm-extract", tmp_path / "out")
+    assert {path for path in tmp_path.rglob("*")} == before
+    assert not os.path.lexists("/tmp/escaped.pt")
