@@ -25,7 +25,7 @@ from flows.events import tell_of_completion
 from flows.hooks import make_retry_hook
 from flows.metrics import metrics_served
 from flows.pool import cancel_shards, end_leftovers
-from flows.shard import embed_shard
+from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.config import EmbedConfig, parse_command_line
@@ -97,7 +97,9 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
         tags=tags_of_shard(run),
         retry_condition_fn=make_retry_hook(run, shard.rank, devices, artifact),
         result_storage=run.paths.results_dir,
-        refresh_cache=not shard.is_complete,  # a persisted result counts for no more than the disk
+        refresh_cache=not (
+            shard.is_complete and has_plain_result(run, shard.rank)
+        ),  # it counts for no more than the disk
     )
     state = task(run, shard, devices, progress, artifact, return_state=True)
     return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too

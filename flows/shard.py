@@ -12,6 +12,7 @@ from flows.artifacts import ShardArtifact
 from flows.devices import DevicePool
 from flows.events import tell_of_quarantine
 from flows.pool import delegate_shard
+from flows.results import is_plain_result
 from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run, ShardState
@@ -22,8 +23,16 @@ _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
 
 def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """Name a shard's persisted result: the same run, divided in the same way."""
-    plan = parameters["run"].plan
-    return f"{plan.fingerprint}-{parameters['shard'].rank:05d}-of-{plan.num_shards:05d}"
+    return _result_name(parameters["run"], parameters["shard"].rank)
+
+
+def has_plain_result(run: Run, rank: int) -> bool:
+    """Whether a shard has a persisted result that Prefect may be let read."""
+    return is_plain_result(run.paths.results_dir / _result_name(run, rank))
+
+
+def _result_name(run: Run, rank: int) -> str:
+    return f"{run.plan.fingerprint}-{rank:05d}-of-{run.plan.num_shards:05d}"
 
 
 @task(

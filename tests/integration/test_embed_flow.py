@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import dnaio
 import numpy as np
@@ -13,8 +16,11 @@ from esm.data import Alphabet
 from esm.model.esm2 import ESM2 as FairESM2
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.results import ResultRecord
+from prefect.serializers import PickleSerializer
 
 from flows.embed import embed, embed_one
+from flows.results import is_plain_result
 from flows.shard_run import embed_shard_run
 from tests.support import EXAMPLE, assert_same_rows, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
@@ -116,6 +122,53 @@ def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch)
         assert page[f"vnp_sequences_embedded_total{{shard={rank}}}"] == 0
     assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Cached", "shard-002": "Cached"}
     assert (example_run / "embeddings" / "_SUCCESS.json").read_bytes() == before
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return Path.touch, (self._path,)
+
+
+def pickled(record, canary):
+    """A result that says it is a pickle."""
+    return {
+        "metadata": record["metadata"] | {"serializer": {"type": "pickle"}},
+        "result": PickleSerializer().dumps(Touch(canary)).decode(),
+    }
+
+
+def importing(record, canary):
+    """A result in plain JSON with an object of a class, whose module Prefect imports."""
+    code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Thing: pass\n"
+    Path(canary.parent, "forged_module.py").write_text(code)
+    return record | {"result": json.dumps({"__class__": "forged_module.Thing", "data": {}})}
+
+
+@pytest.mark.parametrize("forge", [pickled, importing])
+def test_a_forged_result_is_not_let_read(whole, tiny_fasta, tmp_path, monkeypatch, forge):
+    """Prefect would run what is in it: it reads a result as the result itself says. The shard's checkpoints are asked instead."""
+    monkeypatch.syspath_prepend(tmp_path)
+    canary = tmp_path / "canary"
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    path = min(RunPaths(run_dir).results_dir.iterdir())
+    assert is_plain_result(path)
+    forged = json.dumps(forge(json.loads(path.read_bytes()), canary), separators=(",", ":"))
+
+    path.write_text(forged)
+    outcome = run_flow(tiny_fasta, run_dir)
+
+    assert outcome.is_completed()
+    assert task_states(outcome) == {"shard-000": "Completed", "shard-001": "Cached"}
+    assert not canary.exists()
+    assert is_plain_result(path)
+    with suppress(Exception):
+        ResultRecord.deserialize(forged.encode())
+    assert canary.exists(), "a forgery that does nothing shows nothing"
 
 
 def test_the_flow_of_one_shard_serves_the_metrics_of_that_shard(example_run, monkeypatch):
