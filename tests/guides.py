@@ -1,0 +1,152 @@
+"""A page of documentation as a program: its commands exactly as printed, in order, in a copy of the working tree.
+
+A fence marked `bash` is a command, one marked `python` a program; Python fences with no command between them are one program. A
+`text` fence right after one of them is what it prints; `...` in it stands for anything. What cannot be run here has a comment
+before it, `<!-- not run: the reason -->`.
+"""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from tests.support import ROOT
+
+LANGUAGES = frozenset({"bash", "python"})  # what is run
+
+_FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+_OUTPUT = re.compile(r"\n+```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK_BEGINS = "\x1e"
+_PYTHON_ENDS = "END_OF_THE_PYTHON_OF_A_PAGE"
+_LEAVE_NOTHING_RUNNING = "trap 'jobs -p | xargs --no-run-if-empty kill -KILL' EXIT"
+_IS_LIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A fence of a page."""
+
+    language: str
+    code: str
+    line: int  # of the page, from 1
+    output: str | None  # what it is said to print
+    reason: str | None  # why it is not run
+
+
+def blocks_of(page: str) -> list[Block]:
+    """All fences of a page, in order."""
+    return [
+        Block(
+            language=fence["language"],
+            code=fence["code"],
+            line=page.count("\n", 0, fence.start("language")) + 1,
+            output=output["output"] if (output := _OUTPUT.match(page, fence.end())) else None,
+            reason=fence["reason"],
+        )
+        for fence in _FENCE.finditer(page)
+    ]
+
+
+def runnable_pages() -> list[str]:
+    """Every page of the repository that has commands which a test can run, by its path."""
+    return [page for page in pages() if any(map(is_command, blocks_of((ROOT / page).read_text())))]
+
+
+def pages() -> list[str]:
+    """Every page of the repository, by its path."""
+    return [name for name in _files() if name.endswith(".md")]
+
+
+def table_in(page: str, heading: str | None = None) -> list[list[str]]:
+    """The rows of the first table of a page, or of the first below a heading, without its head; code marks are taken off."""
+    text = (ROOT / page).read_text()
+    if heading is not None:
+        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    table = re.search(r"^\|.*\n(?:\|.*\n?)*", text, re.MULTILINE)
+    assert table is not None
+    rows = [line.strip("|").split("|") for line in table[0].splitlines()[2:]]
+    return [[cell.strip().strip("`") for cell in row] for row in rows]
+
+
+def is_command(block: Block) -> bool:
+    """Whether a test runs it."""
+    return block.language in LANGUAGES and block.reason is None
+
+
+def script_of(blocks: Sequence[Block]) -> str:
+    """One bash script that runs all blocks and prints, before what each prints, where it stands in the page."""
+    lines = [_LEAVE_NOTHING_RUNNING]
+    for before, block in pairwise([None, *blocks]):
+        assert block is not None
+        if block.language == "bash":
+            lines += [f"printf '{_BLOCK_BEGINS}%d\\n' {block.line}", block.code]
+            continue
+        if before is not None and before.language == "python":
+            lines.pop()  # the end of that program: this one goes on
+        else:
+            lines.append(f"python - <<'{_PYTHON_ENDS}'")
+        lines += [f"print('{_BLOCK_BEGINS}{block.line}', flush=True)", block.code, _PYTHON_ENDS]
+    return "\n".join(lines)
+
+
+def run_page(page: Path, checkout: Path, environment: Mapping[str, str], *, timeout_s: float) -> None:
+    """Run the commands of a page in a copy of the working tree; they must succeed and print what the page says."""
+    blocks = [block for block in blocks_of(page.read_text()) if is_command(block)]
+    printed, told = checkout / "printed.log", checkout / "told.log"
+    with printed.open("w") as stdout, told.open("w") as stderr:
+        shell = subprocess.Popen(
+            ["bash", "-euxo", "pipefail", "-c", script_of(blocks)],
+            cwd=checkout,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
+        try:
+            code = shell.wait(timeout=timeout_s)
+        finally:
+            shell.terminate()
+            shell.wait()
+    outputs = _outputs(printed.read_text(errors="replace"))
+    assert code == 0, f"{page}:{max(outputs, default=0)}\n{printed.read_text()}\n{told.read_text(errors='replace')}"
+    for block in blocks:
+        if block.output is not None:
+            got = outputs[block.line]
+            assert doctest.OutputChecker().check_output(block.output, got, _IS_LIKE), f"{page}:{block.line}\n{got}"
+
+
+def _outputs(printed: str) -> dict[int, str]:
+    """What each block has printed, by its line."""
+    parts = (part.partition("\n") for part in printed.split(_BLOCK_BEGINS)[1:])
+    return {int(line): output for line, _, output in parts}
+
+
+def copy_of_the_repository(directory: Path) -> Path:
+    """The files of the working tree beside this environment: where a page's commands leave what they make."""
+    for name in _files():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, directory / name)
+    (directory / ".venv").symlink_to(ROOT / ".venv")
+    return directory
+
+
+def environment_of_a_reader(prefect_home: Path, **variables: str) -> dict[str, str]:
+    """This process's environment without what it says to vnp or Prefect, and with a Prefect home of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VNP_"))}
+    return environment | {"PREFECT_HOME": str(prefect_home)} | variables
+
+
+def _files() -> list[str]:
+    """The files of the working tree that git knows or would take."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
