@@ -2,12 +2,13 @@
 # make mutants: break it on purpose, and see that the tests notice. make soak: ten minutes of everything at once, and more.
 # make check: format, lint, types. make bench: ten minutes beside fair-esm and transformers, on two cores.
 # make bench-beside: what all but the model costs. make scale: a million sequences with a stub in the model's place.
+# make docs: build the documentation into build/site. make check-docs: run every command in it.
 # make check-deployments: run what deployments/process-pool.md says. make lock: the image's packages, with their hashes.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults soak mutants bench bench-beside scale check check-deployments format lock clean
+.PHONY: embed test faults soak mutants bench bench-beside scale check check-deployments docs check-docs format lock clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -42,6 +43,12 @@ check: $(VENV)/.installed-dev
 check-deployments: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest -m "soak or not soak" tests/unit/test_deployments.py tests/integration/test_process_pool.py
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
+
+check-docs: $(VENV)/.installed-docs
+	$(VENV)/bin/pytest -m "soak or not soak" tests/unit/test_documentation.py tests/integration/test_documentation.py
+
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
@@ -63,6 +70,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev

@@ -1,0 +1,99 @@
+"""The documentation as a reader uses it: the commands of its pages, exactly as printed."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.testing.compare import compare_images
+
+from benchmarks.networks import write_weights
+from tests.guides import copy_of_the_repository, environment_of_a_reader, run_page, runnable_pages, table_in
+from tests.support import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="what a page says begins with .venv"),
+]
+
+QUICK = ("docs/explanation/precision.md", "docs/how-to/read-the-dataset.md")
+TUTORIAL = "docs/tutorial.md"
+OF_ITS_OWN = (
+    TUTORIAL,
+    "deployments/process-pool.md",
+)  # pages that have a test of their own, the second in test_process_pool.py
+OTHERS = sorted(set(runnable_pages()) - {*QUICK, *OF_ITS_OWN})
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory) -> dict[str, str]:
+    """What stands behind the commands, so that they can be printed as one would type them, and here are quick and offline."""
+    return environment_of_a_reader(
+        tmp_path_factory.mktemp("prefect"),
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        VNP_MODEL="esm2_t6_8M_UR50D",
+        VNP_WEIGHTS="random",
+        HF_DATASETS_CACHE=str(tmp_path_factory.mktemp("datasets")),
+        HF_HUB_OFFLINE="1",
+        MPLBACKEND="Agg",
+    )
+
+
+@pytest.fixture(scope="module")
+def begun(variables, tmp_path_factory, tiny_fasta) -> Path:
+    """A copy of the working tree with what pages take for granted: proteins, one with the id P12345, their run, a weights file."""
+    checkout = copy_of_the_repository(tmp_path_factory.mktemp("begun"))
+    proteins = tiny_fasta.read_text().replace(">protein_7 ", ">P12345 ")
+    (checkout / "proteins.fasta").write_text(proteins)
+    (checkout / "proteins.fasta.gz").write_bytes(gzip.compress(proteins.encode()))
+    run = ("-m", "benchmarks.without_prefect", "esm2_t6_8M_UR50D", "random", "proteins.fasta", "runs/mine")
+    subprocess.run([sys.executable, *run], cwd=checkout, env=variables, check=True, timeout=180)
+    (checkout / "weights").mkdir()
+    write_weights(checkout / "weights", "esm2_t6_8M_UR50D")
+    return checkout
+
+
+@pytest.fixture
+def read(begun, variables, tmp_path) -> Callable[..., Path]:
+    """Do what a page says in a working copy of its own, and return that."""
+
+    def follow(page: str, **more: str) -> Path:
+        checkout = Path(shutil.copytree(begun, tmp_path / "checkout", symlinks=True))
+        run_page(ROOT / page, checkout, variables | more, timeout_s=280)
+        return checkout
+
+    return follow
+
+
+@pytest.mark.parametrize("page", QUICK)
+def test_a_page_about_a_dataset_does_what_it_says(read, page):
+    read(page)
+
+
+def test_the_tutorial_ends_with_its_picture(read):
+    checkout = read(TUTORIAL)
+    assert compare_images(str(ROOT / "docs/images/tutorial.png"), str(checkout / "tutorial.png"), tol=5) is None
+    assert files_without_a_word(checkout / "runs/tutorial") == []
+
+
+def files_without_a_word(run_dir: Path) -> list[str]:
+    """Files of a run directory that the reference of files does not have."""
+    told = [path for row in table_in("docs/reference/files.md") for path in row[0].split("`, `")]
+    pattern = re.compile(
+        "|".join(re.escape(path).replace("N", r"\d+") + (".+" if path.endswith("/") else "") for path in told)
+    )
+    files = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()]
+    return [file for file in files if not pattern.fullmatch(file)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", OTHERS)
+def test_the_commands_of_a_page_do_what_it_says(read, page):
+    read(page)
