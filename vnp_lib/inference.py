@@ -7,7 +7,7 @@ and checkpoints are written by a thread of their own.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ class AsyncInferenceRunner:
 
     def embed(
         self, batches: Iterable[PackedBatch], *, next_checkpoint: int = 0, listener: Listener | None = None
-    ) -> Iterator[InferenceResult]:
+    ) -> Generator[InferenceResult, None, None]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
         However the loop ends, what was computed is durable when it has ended.
