@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,12 +97,13 @@ def embed(
     if settings.weights == RANDOM_WEIGHTS:
         logger.warning("weights='random': an untrained model, the vectors mean nothing")
     paths, records = _told_apart(sequences)
-    if output_dir is None:
-        return _embed_in_memory(_read_files(paths) if paths else _checked(records), settings)
-    if paths:
-        return _embed_into(Path(output_dir), paths, settings)
-    with _written_as_fasta(_checked(records)) as path:
-        return _embed_into(Path(output_dir), [path], settings)
+    with _current(settings.device):
+        if output_dir is None:
+            return _embed_in_memory(_read_files(paths) if paths else _checked(records), settings)
+        if paths:
+            return _embed_into(Path(output_dir), paths, settings)
+        with _written_as_fasta(_checked(records)) as path:
+            return _embed_into(Path(output_dir), [path], settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,24 +169,32 @@ def _torch_device(device: str) -> str:
     return device if device == "cpu" else f"cuda:{device}"
 
 
+def _current(device: str) -> AbstractContextManager[None]:
+    """Make a GPU the one that torch's events and streams are of."""
+    import torch
+
+    return nullcontext() if device == "cpu" else torch.cuda.device(int(device))
+
+
 def _told_apart(sequences: Proteins) -> tuple[list[Path], list[tuple[str, str]]]:
     """FASTA files, or else pairs of id and sequence."""
     if isinstance(sequences, str | os.PathLike):
         if not os.path.exists(sequences):
             raise FastaError(f"{os.fspath(sequences)}: there is no such file; a single sequence goes into a list")
         return [Path(sequences)], []
-    items: list[Any] = [*(sequences.items() if isinstance(sequences, Mapping) else sequences)]
-    if items and all(isinstance(item, os.PathLike) for item in items):
-        return [Path(item) for item in items], []
-    if all(isinstance(item, str) for item in items):
-        items = [(str(place), sequence) for place, sequence in enumerate(items)]
-    for place, item in enumerate(items):
-        if not (isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(part, str) for part in item)):
+    given: list[Any] = [*(sequences.items() if isinstance(sequences, Mapping) else sequences)]
+    if given and all(isinstance(item, os.PathLike) for item in given):
+        return [Path(item) for item in given], []
+    has_ids = not (given and isinstance(given[0], str))
+    records = given if has_ids else [(str(place), sequence) for place, sequence in enumerate(given)]
+    for place, record in enumerate(records):
+        is_pair = isinstance(record, tuple | list) and len(record) == 2
+        if not (is_pair and all(isinstance(part, str) for part in record)):
             raise FastaError(
-                f"record {place} is {item!r:.60}; give sequences as strings, pairs of id and sequence, or paths of FASTA "
-                "files as Path"
+                f"record {place} is {given[place]!r:.60}; give sequences as strings, pairs of id and sequence, or paths of "
+                "FASTA files as Path"
             )
-    return [], [(sequence_id, sequence) for sequence_id, sequence in items]
+    return [], [(sequence_id, sequence) for sequence_id, sequence in records]
 
 
 def _read_files(paths: Sequence[Path]) -> _Records:
@@ -206,8 +215,8 @@ def _checked(records: Sequence[tuple[str, str]]) -> _Records:
     repeats, firsts = surveyor.repeated_ids()
     if repeats.size:
         raise FastaError(
-            f"{repeats.size} ids occur twice: {chunk.ids[repeats[0]]!r} at record {firsts[0]} and at record {repeats[0]} is "
-            "the first; give each sequence an id of its own"
+            f"the id {chunk.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
+            "of its own"
         )
     return _Records(ids=chunk.ids, sequences=chunk.sequences, representatives=surveyor.representatives())
 
@@ -281,7 +290,8 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
     with open_run(config) as run:
         num_tokens = run.plan.num_tokens(run.plan.order)
         with _bar(settings, run.plan.num_computed, num_tokens) as bar, _told_plainly():
-            _embed_shard(run, settings, bar)
+            if not run.shard_state(_SHARD).is_complete:
+                _embed_shard(run, settings, bar)
         set_aside = run.quarantine.ordinals()
         if set_aside:
             logger.warning(

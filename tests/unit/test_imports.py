@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import vnp_lib
 from tests.support import ROOT
 
 _LOADED = "; import sys; print(*sorted(sys.modules))"
@@ -20,6 +21,20 @@ def modules_after(code: str) -> set[str]:
 
 def test_the_package_itself_imports_nothing_large() -> None:
     assert not modules_after("import vnp_lib" + _LOADED) & {"torch", "prefect", "numpy", "pyarrow", "pydantic"}
+
+
+def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
+    code = "import vnp_lib; [getattr(vnp_lib, name) for name in vnp_lib.__all__]"
+    assert not modules_after(code + _LOADED) & {"torch", "prefect", "esm", "matplotlib"}
+    assert {name: getattr(vnp_lib, name).__module__ for name in vnp_lib.__all__} == {
+        "EmbeddingDataset": "vnp_lib.dataset",
+        "Embeddings": "vnp_lib.embeddings",
+        "embed": "vnp_lib.api",
+        "open_dataset": "vnp_lib.dataset",
+    }
+    assert set(vnp_lib.__all__) <= set(dir(vnp_lib))
+    with pytest.raises(AttributeError, match="module 'vnp_lib' has no attribute 'embedd'"):
+        vnp_lib.embedd  # noqa: B018
 
 
 @pytest.mark.parametrize(
