@@ -225,8 +225,9 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:
     import torch
 
     from vnp_lib.embedder import ExactModel
-    from vnp_lib.esm2 import architecture_of, load_model, resolve_weights
+    from vnp_lib.esm2 import architecture_of
     from vnp_lib.inference import AsyncInferenceRunner
+    from vnp_lib.weights import load_model, resolve_weights
 
     dtype, device = getattr(torch, settings.dtype), torch.device(_torch_device(settings.device))
     weights = resolve_weights(settings.model, settings.weights)

@@ -74,6 +74,22 @@ def is_official(model: str, weights: Weights) -> bool | None:
     return None if known is None else weights.digest in known
 
 
+def model_of(path: Path) -> str:
+    """Name the model that a file holds the parameters of, by its layers and their width.
+
+    Args:
+        path: As `locate_weights` takes it.
+
+    Raises:
+        WeightsError: There is no such file, it is damaged, or it is none of ESM-2's six.
+    """
+    found = _architecture_in(read_tensors(locate_weights(path)))
+    for model, architecture in MODELS.items():
+        if found == (architecture.num_layers, architecture.embed_dim):
+            return model
+    raise WeightsError(f"{path} holds none of {', '.join(MODELS)}: give the file of one of these, or its name")
+
+
 def load_model(
     model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device, by_convolution: bool | None = None
 ) -> ESM2:

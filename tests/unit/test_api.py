@@ -24,7 +24,7 @@ from torch import Tensor
 import vnp_lib.embeddings
 from tests.support import computed_ordinals, finished_checkpoints
 from vnp_lib import Embeddings, api, embed, open_dataset
-from vnp_lib.esm2 import ESM2, MODELS, random_tensors
+from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import (
     Failure,
     FailureCause,
@@ -39,6 +39,7 @@ from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.tokens import pack_batch
 from vnp_lib.verify import verify_run
+from vnp_lib.weights import random_tensors
 from vnp_lib.worker import quarantined
 
 SMALLEST = "esm2_t6_8M_UR50D"

@@ -17,7 +17,7 @@ LAYERS = (
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision", "dataset", "embeddings"},
     {"weights"},
-    {"checkpoint", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
+    {"checkpoint", "supervisor", "embedder", "gpu_memory", "history", "metrics_page", "esm_extract"},
     {"inference", "assembly", "pictures"},
     {"worker", "verify", "status"},
     {"run", "report"},
