@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vnp_lib.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.failures import WeightsError
 from vnp_lib.files import digest_file
 from vnp_lib.linear import convolution_is_faster
