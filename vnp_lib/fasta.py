@@ -102,6 +102,25 @@ def survey_fasta(path: Path, *, chunk_size: int = 8192) -> Iterator[SurveyedChun
         raise _empty(path)
 
 
+def normalise_records(ids: list[str], sequences: list[str]) -> SequenceChunk:
+    """Check and normalise records that are in memory, as `read_fasta` does those of a file.
+
+    Raises:
+        FastaError: There is none, they look like nucleotides, or one has an id that is empty or holds white space, no
+            residues, or a letter that the model does not know.
+    """
+    if not ids:
+        raise FastaError("there is no sequence to embed; give at least one")
+    sequences = ["".join(sequence.split()) for sequence in sequences]  # line ends too, as in a file
+    chunk = _normalise(ids, sequences)
+    if chunk is None or chunk.ids != ids:
+        faults = map(_fault_in_memory, ids, sequences)
+        index, fault = next((index, fault) for index, fault in enumerate(faults) if fault)
+        raise FastaError(f"record {index}: {fault}")
+    _refuse_nucleotides("these sequences", chunk.sequences[:_NUCLEOTIDE_SAMPLE])
+    return chunk
+
+
 def header_lines(path: Path, records: Collection[int]) -> dict[int, int]:
     """The line number, from 1, of each record's header; records count from 0."""
     headers = (number for number, line in _numbered_lines(path) if line.lstrip().startswith(">"))
@@ -210,7 +229,7 @@ def _strange_bytes(text: bytes) -> bytes:
     return text.translate(None, delete=LETTERS.encode() + b"\n")
 
 
-def _refuse_nucleotides(path: Path, sequences: list[str]) -> None:
+def _refuse_nucleotides(path: Path | str, sequences: list[str]) -> None:
     residues = "".join(sequences)
     share = sum(map(residues.count, _NUCLEOTIDES)) / len(residues)
     if share >= _NUCLEOTIDE_SHARE:
@@ -241,6 +260,12 @@ def _fault_of(header: str, sequence: str) -> str | None:
         if letter not in LETTERS:
             return f"sequence {sequence_id!r} has {letter!r} at position {position}; {_advice(letter)}"
     return None
+
+
+def _fault_in_memory(sequence_id: str, sequence: str) -> str | None:
+    if sequence_id and sequence_id.split() != [sequence_id]:
+        return f"the id {sequence_id!r} has white space in it; replace that, for example by '_'"
+    return _fault_of(sequence_id, sequence)
 
 
 def _advice(letter: str) -> str:

@@ -279,10 +279,16 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         num_residues=fields["num_residues"],
         lengths=lengths,
         representatives=representatives,
-        order=_longest_first(lengths, representatives),
+        order=longest_first(lengths, representatives),
         table=table,
         mapped=mapped,
     )
+
+
+def longest_first(lengths: NDArray[np.integer[Any]], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ordinals of the first of each group of identical sequences, longest first, then by ordinal, (num_computed,)."""
+    computed = np.flatnonzero(_is_computed(representatives))
+    return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
 class Counted(Protocol):
@@ -505,11 +511,6 @@ def _damage(paths: RunPaths, fields: dict[str, Any], *, verify_digests: bool = T
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
     return None
-
-
-def _longest_first(lengths: NDArray[np.int32], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
-    computed = np.flatnonzero(_is_computed(representatives))
-    return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
 def _is_computed(representatives: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random"
+CPU_TOKEN_BUDGET = 2048
 
-_CPU_TOKEN_BUDGET = 2048
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -194,6 +194,11 @@ def kind_of(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
 
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Name the precision of a model on a device: "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    return DTYPE[kind_of(device)] if dtype == "auto" else dtype
+
+
 @contextmanager
 def open_run(config: EmbedConfig) -> Iterator[Run]:
     """Take the run directory, plan the run or find the plan that is there, and give the directory back at the end.
@@ -265,7 +270,7 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
             model=config.model,
             weights_digest=weights.digest,
             layer=architecture.num_layers,
-            dtype=_planned_dtype(config, devices),
+            dtype=resolve_dtype(config.dtype, devices[0]),
             division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
         ),
         num_shards=num_shards,
@@ -287,7 +292,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
     if config.token_budget is not None:
         return config.token_budget
     if kind_of(devices[0]) == "cpu":
-        return _CPU_TOKEN_BUDGET
+        return CPU_TOKEN_BUDGET
     from vnp_lib.gpu_memory import TOKENS_UNSEEN, choose_token_budget
 
     if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
@@ -296,11 +301,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
         return TOKENS_UNSEEN
     import torch
 
-    return choose_token_budget(config.model, getattr(torch, _planned_dtype(config, devices)), devices)
-
-
-def _planned_dtype(config: EmbedConfig, devices: tuple[str, ...]) -> str:
-    return DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
+    return choose_token_budget(config.model, getattr(torch, resolve_dtype(config.dtype, devices[0])), devices)
 
 
 def _directories(paths: RunPaths) -> list[Path]:
