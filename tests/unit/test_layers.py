@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
     {"files", "machine", "weight_files"},
-    {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics"},
+    {"config", "records", "source", "spool", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics"},
+    {"fasta", "tables", "translation"},
+    {"inputs"},
     {"plan", "retry", "tokens", "attention", "terminal"},
     {"manifest", "quarantine", "esm2", "listener", "precision", "dataset"},
     {"weights", "fair_esm"},
