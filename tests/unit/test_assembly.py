@@ -126,6 +126,7 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
         dim=DIM,
         size_bytes=sum(sizes),
         precision=None,
+        counts=run.plan.counts,
     )
     assert verify_dataset(run.paths.run_dir) == []
 
