@@ -22,9 +22,10 @@ from esm.model.esm2 import ESM2 as FairESM2
 from flows.embed import embed
 from tests.support import EXAMPLE, assert_same_rows, small_config
 from vnp_lib.dataset import open_dataset
-from vnp_lib.esm2 import MODELS, random_tensors
+from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError
 from vnp_lib.plan import RunPaths
+from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
