@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
@@ -22,8 +23,8 @@ from vnp_lib.config import DType, EmbedConfig, ModelName
 from vnp_lib.dataset import open_dataset
 from vnp_lib.embeddings import Embeddings
 from vnp_lib.failures import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
-from vnp_lib.fasta import normalise_records, read_fasta
 from vnp_lib.files import FileLock
+from vnp_lib.inputs import STDIN, InputPolicy, find_sources, from_memory, read
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
 from vnp_lib.progress import RunProgress
@@ -198,27 +199,30 @@ def _told_apart(sequences: Proteins) -> tuple[list[Path], list[tuple[str, str]]]
 
 
 def _read_files(paths: Sequence[Path]) -> _Records:
+    policy = InputPolicy()
+    sources = find_sources(paths, stdin=STDIN)
     surveyor = Surveyor()
     ids: list[str] = []
     sequences: list[str] = []
-    for chunk in read_fasta(paths):
+    for chunk in chain.from_iterable(read(source, policy) for source in sources):
         surveyor.add(chunk)
-        ids += chunk.ids
-        sequences += chunk.sequences
-    return _Records(ids=ids, sequences=sequences, representatives=surveyor.finish(paths).representatives)
+        ids += chunk.usable.ids
+        sequences += chunk.usable.sequences
+    return _Records(ids=ids, sequences=sequences, representatives=surveyor.finish(sources, policy).representatives)
 
 
 def _checked(records: Sequence[tuple[str, str]]) -> _Records:
-    chunk = normalise_records([sequence_id for sequence_id, _ in records], [sequence for _, sequence in records])
+    chunk = from_memory([sequence_id for sequence_id, _ in records], [sequence for _, sequence in records])
+    texts = chunk.usable
     surveyor = Surveyor()
     surveyor.add(chunk)
     repeats, firsts = surveyor.repeated_ids()
     if repeats.size:
         raise FastaError(
-            f"the id {chunk.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
+            f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
             "of its own"
         )
-    return _Records(ids=chunk.ids, sequences=chunk.sequences, representatives=surveyor.representatives())
+    return _Records(ids=texts.ids, sequences=texts.sequences, representatives=surveyor.representatives(dedup=True))
 
 
 def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import dnaio
 import numpy as np
 import torch
 from torch import Tensor
-from xopen import xopen
 
 from vnp_lib.esm2 import ESM2, architecture_of, mean_pool
 from vnp_lib.failures import ConfigError, FailureKind, FastaError, SequenceTooLargeError, classify_exception
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import remove_orphaned_temporaries, replace_unsynced
+from vnp_lib.inputs import InputPolicy, Source, read
 from vnp_lib.packing import pack
 from vnp_lib.progress import RunProgress
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch, pack_batch
@@ -99,17 +98,13 @@ def _layer_numbers(repr_layers: Sequence[int], num_layers: int) -> list[int]:
 
 def _read(path: Path) -> tuple[list[str], list[str]]:
     """Labels, which are whole header lines, and sequences."""
-    sequences = [sequence for chunk in read_fasta([path]) for sequence in chunk.sequences]
-    with xopen(path, "rb", threads=0) as file, dnaio.FastaReader(file, sequence_class=_header) as headers:
-        labels = [header.strip() for header in headers]
+    chunks = read(Source(path=path, name=str(path)), InputPolicy(duplicate_ids="keep"))
+    sequences = [sequence for chunk in chunks for sequence in chunk.usable.sequences]
+    labels = [header.strip() for chunk in read_fasta(path) for header in chunk.headers]
     label, count = Counter(labels).most_common(1)[0]
     if count > 1:
         raise FastaError(f"{path}: {count} sequences have the header {label!r}, and each would have the same file")
     return labels, sequences
-
-
-def _header(header: str, _sequence: str, _qualities: None) -> str:
-    return header
 
 
 def _path_below(directory: Path, label: str) -> Path:
