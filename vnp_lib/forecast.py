@@ -319,7 +319,7 @@ def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
     if mended := list(_mended(seen.letters)):
         yield "letters", ", ".join(mended)
     if seen.num_skipped:
-        yield "skipped", f"{seen.num_skipped:,} records, which a run lists in {RunPaths(Path(seen.output_dir)).skipped}"
+        yield "skipped", f"{seen.num_skipped:,}, which a run lists in {RunPaths(Path(seen.output_dir)).skipped}"
     if seen.num_cut:
         yield "cut", f"{seen.num_cut:,} sequences"
     yield (

@@ -13,7 +13,7 @@ import pytest
 from backports import zstd
 
 from vnp_lib.failures import FastaError
-from vnp_lib.inputs import InputChunk, InputPolicy, find_sources
+from vnp_lib.inputs import InputChunk, InputPolicy, Places, Source, find_sources
 from vnp_lib.inputs import read as read_source
 from vnp_lib.records import LETTERS, LetterCounts
 
@@ -357,6 +357,13 @@ def test_a_file_that_shrinks_or_is_written_over_is_refused(tmp_path: Path) -> No
 def test_a_pipe_is_refused_since_input_is_read_more_than_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "this is a pipe or a device" in refusal(tmp_path / "pipe")
+
+
+def test_lines_are_found_in_any_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", ">a\nMK\nV\n>b\nMK\n\n# no record\n>c\nMK\n")
+    places = Places(Source(path=path, name="x"))
+    asked = [0, 2, 2, 1, 0, 2]
+    assert [places.find(record)["line"] for record in asked] == [{0: 1, 1: 4, 2: 8}[record] for record in asked]
 
 
 def test_long_records_make_small_chunks(tmp_path: Path) -> None:
