@@ -43,11 +43,19 @@ async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
     with sigterm_cancels_the_flow(), open_run(config) as run:
+        tell_of_input(run)
         await tag_flow_run(UUID(flow_run.id), config.model)
         if config.executor == "work-pool":
             await end_leftovers(run)  # before the metrics, whose port one of them may have
         with metrics_served(run):
             return await embed_in_rounds(run, started_at)
+
+
+def tell_of_input(run: Run) -> None:
+    """Say it where records were skipped, cut or changed, as somebody has asked for."""
+    if told := run.plan.counts.describe():
+        listed = f"; skipped records are listed in {run.paths.skipped}" if run.plan.counts.num_skipped else ""
+        get_run_logger().warning("of the input: %s%s", told, listed)
 
 
 async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:

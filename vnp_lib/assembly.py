@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.dataset import DATASET_SCHEMA, describe_rows, footer_of, read_success, verify_dataset
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.inputs import InputCounts
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.read_ahead import ReadAhead
@@ -52,10 +53,12 @@ class DatasetSummary:
     dim: int
     size_bytes: int
     precision: Certificate | None  # of what went through the model in half precision
+    counts: InputCounts  # of the input
 
     def describe(self) -> str:
         """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
-        return describe_rows(self.num_rows, num_quarantined=self.num_quarantined, num_missing=self.num_missing)
+        rows = describe_rows(self.num_rows, num_quarantined=self.num_quarantined, num_missing=self.num_missing)
+        return ", ".join(filter(None, [rows, self.counts.describe()]))
 
 
 def _utc_now() -> datetime:
@@ -236,6 +239,7 @@ def _write_dataset(
         "identity": plan.identity,
         "num_sequences": plan.num_sequences,
         "num_computed": plan.num_computed,
+        "input": plan.counts.to_json(),
         "dim": dim,
         "ordinals_per_part": rows_per_part,
         "precision": asdict(precision) if precision else None,
@@ -415,6 +419,7 @@ def _schema(plan: RunPlan, dim: int) -> pa.Schema:
             pa.field("id", pa.string(), nullable=False),
             pa.field("description", pa.string(), nullable=False),
             pa.field("length", pa.int32(), nullable=False),
+            pa.field("original_length", pa.int32(), nullable=False),
             pa.field("embedding", _embedding_type(dim), nullable=False),
         ],
         metadata=about | {"fingerprint": plan.fingerprint},
@@ -440,4 +445,5 @@ def _summary(paths: RunPaths) -> DatasetSummary:
         dim=success["dim"],
         size_bytes=sum(part["size_bytes"] for part in success["parts"]),
         precision=Certificate(**success["precision"]) if success["precision"] else None,
+        counts=InputCounts.from_json(success["input"]),
     )

@@ -13,7 +13,7 @@ from typing import get_args
 from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line
 from vnp_lib.export import export_dataset
-from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError
+from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError, VnpError
 from vnp_lib.formats import FORMATS, StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
@@ -104,6 +104,27 @@ def verify_model(options: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE if report.is_close else ExitCode.FAILED
 
 
+def esm_extract(options: argparse.Namespace) -> ExitCode:
+    from vnp_lib.esm_extract import ExtractSettings, extract  # with torch: the other commands answer without it
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "others")}
+    settings = ExtractSettings(
+        **given | {"include": frozenset(options.include), "repr_layers": tuple(options.repr_layers)}
+    )
+    try:
+        num_files = extract(settings)
+    except InputError:
+        raise
+    except (VnpError, OSError) as error:
+        print(error, file=sys.stderr)
+        return ExitCode.FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted; the files that are in {settings.output_dir} are whole", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    print(f"{num_files:,} files are in {settings.output_dir}")
+    return ExitCode.DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vnp", description="Look into run directories, ahead to runs, and at the model."
@@ -170,6 +191,43 @@ def _parser() -> argparse.ArgumentParser:
         "cannot be written.",
     )
     reporting.set_defaults(command=report)
+    extracting = commands.add_parser(
+        "esm-extract",
+        help="do what fair-esm's esm-extract does, with its arguments and its files",
+        description="Write OUTPUT_DIR/LABEL.pt for each sequence, as fair-esm's esm-extract does, with its arguments; only faster. "
+        "LABEL is the whole header line. Values are those of float32. What is there under these names is replaced. Exit code 0, "
+        "1: memory or the disk did not suffice, 2: an argument, the input or a label cannot be used.",
+    )
+    extracting.add_argument("model_location", help="the path of a model's .pt file, or its name")
+    extracting.add_argument("fasta_file", type=Path, help="FASTA file, also compressed")
+    extracting.add_argument("output_dir", type=Path, help="directory for the files")
+    extracting.add_argument(
+        "--toks_per_batch", type=int, default=4096, metavar="N", help="tokens in a forward pass (4096)"
+    )
+    extracting.add_argument(
+        "--repr_layers",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="N",
+        help="layers: 0, the embedding, to the number of layers, or from the end; -1, the last, if not given",
+    )
+    extracting.add_argument(
+        "--include",
+        nargs="+",
+        required=True,
+        choices=["mean", "per_tok", "bos", "contacts"],
+        help="what to write of each",
+    )
+    extracting.add_argument(
+        "--truncation_seq_length",
+        type=int,
+        default=1022,
+        metavar="N",
+        help="residues after which a sequence is cut (1022)",
+    )
+    extracting.add_argument("--nogpu", action="store_true", help="stay on the CPU, though there is a GPU")
+    extracting.set_defaults(command=esm_extract)
     verifying = commands.add_parser(
         "verify",
         parents=[on_a_run, as_json],

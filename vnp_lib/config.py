@@ -13,7 +13,17 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -36,12 +46,21 @@ ModelName = Literal[
     "esm2_t48_15B_UR50D",
 ]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+InvalidResidues = Literal["error", "map", "skip"]
+DuplicateIds = Literal["error", "keep"]
+LongSequences = Literal["whole", "error", "truncate", "skip"]
+Translation = Literal["six-frame"]
 
 
 def _split_at_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
+def _as_number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+ChunkLength = Annotated[Literal[300, 500], BeforeValidator(_as_number)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
 IpAddress = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 
@@ -98,7 +117,8 @@ class EmbedConfig(BaseModel):
     fasta: Paths = Field(
         title="FASTA files",
         min_length=1,
-        description="FASTA files, plain or compressed (gz, bz2, xz, zst); on a command line, several with commas between.",
+        description="FASTA files, plain or compressed (gz, bz2, xz, zst), a directory of them, a pattern such as 'x/*.fa', or - for "
+        "standard input; CSV, TSV and Parquet by their suffix. On a command line, several with commas between.",
     )
     output_dir: Path = Field(
         title="Run directory", description="Run directory: made where missing, continued where it holds a run begun."
@@ -161,7 +181,51 @@ class EmbedConfig(BaseModel):
         description="Where metrics are served. '127.0.0.1': for this machine alone; '0.0.0.0': for all that reach it.",
     )
     verbose: CliImplicitFlag[bool] = Field(False, description="Show Prefect's own log lines on the console too.")
+    invalid_residues: InvalidResidues = Field(
+        "error",
+        description="What becomes of letters that are no amino acids. 'error': the run is refused; 'map': each is read as X; 'skip': "
+        "such records are left out, empty ones too, and listed in plan/skipped.jsonl.",
+    )
+    duplicate_ids: DuplicateIds = Field(
+        "error",
+        description="What becomes of ids that occur more than once. 'error': the run is refused; 'keep': each record has its row.",
+    )
+    dedup: CliImplicitFlag[bool] = Field(
+        True, title="Compute identical sequences once", description="Compute identical sequences once."
+    )
+    long: LongSequences = Field(
+        "whole",
+        title="Long sequences",
+        description="What becomes of sequences longer than the maximum. 'whole': there is none; 'error': the run is refused; "
+        "'truncate': they are cut there; 'skip': they are left out, and listed in plan/skipped.jsonl.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        title="Maximum length (residues)",
+        validate_default=True,
+        description="Most residues of a sequence, where long ones are not taken whole.",
+    )
+    translate: Translation | None = Field(
+        None,
+        description="'six-frame': the input is nucleotides; what is embedded are the proteins that VirNucPro makes of them.",
+    )
+    chunk_length: ChunkLength = Field(
+        500, title="Chunk length (nucleotides)", description="Length of the chunks that are translated."
+    )
+    id_column: str = Field("id", description="Column of CSV, TSV and Parquet files that holds the ids.")
+    sequence_column: str = Field("sequence", description="Column of these that holds the sequences.")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="Checkpoints, retries and patience.")
+
+    @field_validator("max_length")
+    @classmethod
+    def _is_for_long_sequences(cls, max_length: int | None, info: ValidationInfo) -> int | None:
+        long = info.data.get("long", "whole")
+        if long != "whole" and max_length is None:
+            raise PydanticCustomError("max_length", "Needed where long sequences are not taken whole")
+        if long == "whole" and max_length is not None:
+            raise PydanticCustomError("max_length", "Means nothing where long sequences are taken whole")
+        return max_length
 
 
 class ForecastConfig(EmbedConfig):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
 DATASET_SCHEMA = 1
 
 _BATCH_ROWS = 1024
+_SEVERAL = -1  # in the place of a row
 _SUCCESS_NAME = "_SUCCESS.json"
 _NONE_SHA256 = hashlib.sha256().hexdigest()  # of no ordinals
 _FOOTER_TAIL_BYTES = 8  # its length and "PAR1" end a Parquet file
@@ -97,10 +99,15 @@ class EmbeddingDataset:
         return sequence_id in self._row_of_id
 
     def __getitem__(self, sequence_id: str) -> NDArray[np.float32]:
-        """The embedding of a sequence, (dim,). KeyError if the dataset has no such id."""
+        """The embedding of a sequence, (dim,). KeyError if the dataset has no such id, or several."""
         if sequence_id not in self._row_of_id:
             raise KeyError(f"{sequence_id!r} is not in {self.directory}")
-        return self.at(self._row_of_id[sequence_id])[1]
+        row = self._row_of_id[sequence_id]
+        if row == _SEVERAL:
+            raise KeyError(
+                f"{sequence_id!r} is more than once in {self.directory}: use row(ordinal), by position in the input"
+            )
+        return self.at(row)[1]
 
     @property
     def dim(self) -> int:
@@ -197,7 +204,10 @@ class EmbeddingDataset:
 
     @cached_property
     def _row_of_id(self) -> dict[str, int]:
-        return {sequence_id: row for row, sequence_id in enumerate(self.ids)}
+        rows = {sequence_id: row for row, sequence_id in enumerate(self.ids)}
+        if len(rows) < len(self):
+            rows |= {sequence_id: _SEVERAL for sequence_id, count in Counter(self.ids).items() if count > 1}
+        return rows
 
     def _path(self, part: int) -> Path:
         return self.directory / str(self.metadata["parts"][part]["name"])

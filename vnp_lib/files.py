@@ -354,6 +354,24 @@ def require_free_space(directory: Path, size_bytes: int) -> None:
         )
 
 
+def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> None:
+    """Put `data` under `path`, in the place of what is there, whole or not at all. Nothing is synced: a power cut may undo it.
+
+    Args:
+        path: Where the file is to be; its directory exists.
+        data: All of it.
+        by_way_of: A directory on the same file system, for the temporary file.
+    """
+    temporary = _temporary_path(by_way_of / "file")
+    try:
+        temporary.write_bytes(data)
+        ops.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            ops.unlink(temporary)
+        raise
+
+
 def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] = time.time) -> list[Path]:
     """Remove the temporary files and directories in `directory` whose writers are gone, and say which.
 

@@ -6,9 +6,12 @@ The input is read once, in about 60 bytes a sequence, and a second time where id
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,13 +20,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vnp_lib import spool
 from vnp_lib.config import ForecastConfig, resolve_devices
 from vnp_lib.failures import ConfigError, FastaError
-from vnp_lib.fasta import LetterCounts, SurveyedChunk, header_lines, survey_fasta
 from vnp_lib.history import read_attempts
+from vnp_lib.inputs import STDIN, InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, survey
 from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, required_bytes
 from vnp_lib.progress import format_duration
+from vnp_lib.records import Fault, LetterCounts
 from vnp_lib.run import planned_token_budget
 from vnp_lib.status import load_plan_of
 from vnp_lib.terminal import format_bytes, plain
@@ -60,7 +65,9 @@ class Forecast:
     num_computed: int  # distinct ones
     num_refused: int  # records; a file that cannot be used as a whole counts as one
     refusals: tuple[str, ...]  # the first ones: file, line, id, and what is wrong
-    letters: LetterCounts
+    letters: LetterCounts  # of all records
+    num_skipped: int  # records
+    num_cut: int  # sequences
     num_residues: int
     num_tokens: int  # of the distinct sequences, BOS and EOS included
     lengths: tuple[LengthBin, ...]
@@ -105,7 +112,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         ConfigError: A device that is not there, or a `speed_of` that tells no speed.
     """
     one_device = _speed_of_one_device(config)
-    found = _read(config.fasta)
+    found = _read(config)
     from vnp_lib.esm2 import MODELS  # imports torch, which takes seconds, and the memory that reading needs
 
     devices = resolve_devices(config.devices, config.model)
@@ -123,7 +130,9 @@ def forecast(config: ForecastConfig) -> Forecast:
         num_computed=found.num_computed,
         num_refused=found.num_refused,
         refusals=found.refusals,
-        letters=found.letters,
+        letters=found.counts.letters,
+        num_skipped=found.counts.num_skipped,
+        num_cut=found.counts.num_cut,
         num_residues=int(found.lengths.sum(dtype=np.int64)),
         num_tokens=int(batch_tokens.sum()),
         lengths=tuple(_histogram(found.lengths)),
@@ -159,7 +168,7 @@ class _Input:
     is_computed: NDArray[np.bool_]  # (N,)
     num_refused: int
     refusals: tuple[str, ...]
-    letters: LetterCounts
+    counts: InputCounts
 
     @property
     def num_sequences(self) -> int:
@@ -170,25 +179,58 @@ class _Input:
         return int(self.is_computed.sum())
 
 
-def _read(fasta: Sequence[Path]) -> _Input:
-    surveyor, refused, letters = Surveyor(), _Refused(), LetterCounts()
+def _read(config: ForecastConfig) -> _Input:
+    policy = InputPolicy.of(config)
+    surveyor, refused = Surveyor(), _Refused()
     lengths = [np.empty(0, dtype=np.int32)]
-    for path in fasta:
-        for chunk in _surveyed(path, refused):
-            surveyor.add(chunk.usable)
-            lengths.append(np.fromiter(map(len, chunk.usable.sequences), dtype=np.int32))
-            letters += chunk.letters
-            refused.add(path, chunk.faults)
-    repeats, firsts = surveyor.repeated_ids()
-    refused.add_repeats(fasta, repeats, firsts)
-    representatives = surveyor.representatives()
+    with _stdin_kept(config) as stdin:
+        sources = list(_sources(config.fasta, stdin, refused))
+        for source in sources:
+            places = Places(source)
+            for chunk in _surveyed(source, policy, refused):
+                surveyor.add(chunk)
+                lengths.append(chunk.lengths)
+                refused.add(places, chunk.refused)
+        if policy.duplicate_ids == "error":
+            repeats, firsts = surveyor.repeated_ids()
+            refused.add_repeats(sources, policy, repeats, firsts)
+    representatives = surveyor.representatives(dedup=policy.dedup)
     return _Input(
         lengths=np.concatenate(lengths),
         is_computed=np.equal(representatives, np.arange(representatives.size)),
         num_refused=refused.count,
         refusals=tuple(refused.told()),
-        letters=letters,
+        counts=surveyor.counts,
     )
+
+
+@contextmanager
+def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
+    """Where standard input is kept: by the run, if there is one, and otherwise for a while out of its directory."""
+    kept = RunPaths(config.output_dir).stdin
+    if STDIN not in config.fasta:
+        yield kept
+        return
+    with TemporaryDirectory() as directory:
+        path = kept if kept.exists() else Path(directory, kept.name)
+        spool.keep(sys.stdin.buffer, path)
+        yield path
+
+
+def _sources(fasta: Sequence[Path], stdin: Path, refused: _Refused) -> Iterator[Source]:
+    for given in fasta:
+        try:
+            yield from find_sources([given], stdin=stdin)
+        except FastaError as error:
+            refused.add_file(error)
+
+
+def _surveyed(source: Source, policy: InputPolicy, refused: _Refused) -> Iterator[InputChunk]:
+    """The chunks of a source, as far as it can be read."""
+    try:
+        yield from survey(source, policy)
+    except FastaError as error:
+        refused.add_file(error)
 
 
 class _Refused:
@@ -197,56 +239,31 @@ class _Refused:
     def __init__(self) -> None:
         self.count = 0
         self._files: list[str] = []
-        self._faults: list[tuple[Path, int, str]] = []  # file, record in it from 0, what is wrong
+        self._records: list[str] = []
         self._repeats: list[str] = []
 
-    def add(self, path: Path, faults: dict[int, str]) -> None:
+    def add(self, places: Places, faults: Sequence[Fault]) -> None:
         self.count += len(faults)
-        room = _MOST_REFUSALS_SHOWN - len(self._faults)
-        self._faults += [(path, record, fault) for record, fault in list(faults.items())[:room]]
+        room = _MOST_REFUSALS_SHOWN - len(self._records)
+        self._records += [f"{places.describe(fault.record)}: {fault.reason}" for fault in faults[:room]]
 
     def add_file(self, error: FastaError) -> None:
         self.count += 1
         self._files.append(str(error))
 
-    def add_repeats(self, fasta: Sequence[Path], repeats: NDArray[np.int64], firsts: NDArray[np.int64]) -> None:
+    def add_repeats(
+        self, sources: Sequence[Source], policy: InputPolicy, repeats: NDArray[np.int64], firsts: NDArray[np.int64]
+    ) -> None:
         """Refuse records whose id occurred before; the input is read again to find them."""
         self.count += repeats.size
         pairs = list(zip(repeats[:_MOST_REFUSALS_SHOWN].tolist(), firsts[:_MOST_REFUSALS_SHOWN].tolist(), strict=True))
-        places = _places(fasta, {ordinal for pair in pairs for ordinal in pair})
+        places = places_of(sources, policy, {ordinal for pair in pairs for ordinal in pair})
         self._repeats = [
-            f"{places[again][0]}: id {places[again][1]!r} is also in {places[first][0]}" for again, first in pairs
+            f"{places[again][1]}: id {places[again][0]!r} is also in {places[first][1]}" for again, first in pairs
         ]
 
-    def told(self) -> Iterator[str]:
-        yield from self._files
-        for path, record, fault in self._faults:
-            yield f"{path}, line {header_lines(path, [record])[record]}: {fault}"
-        yield from self._repeats
-
-
-def _surveyed(path: Path, refused: _Refused) -> Iterator[SurveyedChunk]:
-    """The chunks of a file, as far as it can be read."""
-    try:
-        yield from survey_fasta(path)
-    except FastaError as error:
-        refused.add_file(error)
-
-
-def _places(fasta: Sequence[Path], ordinals: set[int]) -> dict[int, tuple[str, str]]:
-    """File and line, and id, of each of `ordinals`, which count the records that can be used."""
-    places: dict[int, tuple[str, str]] = {}
-    ordinal = 0
-    for path in fasta if ordinals else ():
-        found: dict[int, tuple[int, str]] = {}
-        for chunk in _surveyed(path, _Refused()):
-            for record, sequence_id in zip(chunk.records, chunk.usable.ids, strict=True):
-                if ordinal in ordinals:
-                    found[ordinal] = record, sequence_id
-                ordinal += 1
-        lines = header_lines(path, {record for record, _ in found.values()})
-        places |= {key: (f"{path}, line {lines[record]}", id_) for key, (record, id_) in found.items()}
-    return places
+    def told(self) -> list[str]:
+        return self._files + self._records + self._repeats
 
 
 def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:
@@ -301,6 +318,10 @@ def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
     yield "lengths", f"median {seen.median_length:,.0f}, longest {seen.longest:,} residues"
     if mended := list(_mended(seen.letters)):
         yield "letters", ", ".join(mended)
+    if seen.num_skipped:
+        yield "skipped", f"{seen.num_skipped:,}, which a run lists in {RunPaths(Path(seen.output_dir)).skipped}"
+    if seen.num_cut:
+        yield "cut", f"{seen.num_cut:,} sequences"
     yield (
         "batches",
         (
@@ -329,6 +350,8 @@ def _mended(letters: LetterCounts) -> Iterator[str]:
         yield f"{letters.lower_case:,} in lower case, raised"
     if letters.final_stops:
         yield f"{letters.final_stops:,} final * dropped"
+    if letters.mapped:
+        yield f"{letters.mapped:,} of no amino acid, read as X"
 
 
 def _bars(bins: Sequence[LengthBin]) -> Iterator[Text]:

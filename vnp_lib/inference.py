@@ -7,9 +7,9 @@ and checkpoints are written by a thread of their own.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ class AsyncInferenceRunner:
 
     def embed(
         self, batches: Iterable[PackedBatch], *, next_checkpoint: int = 0, listener: Listener | None = None
-    ) -> Iterator[InferenceResult]:
+    ) -> Generator[InferenceResult, None, None]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
         However the loop ends, what was computed is durable when it has ended.
@@ -149,8 +149,8 @@ class AsyncInferenceRunner:
         listener = listener or Listener()
         too_large: list[PackedBatch] = []
         ahead = ReadAhead(batches, _BATCHES_AHEAD)
-        with self._keeping(next_checkpoint, listener) as keep:
-            for embedded in self._embedded(ahead, listener):
+        with closing(iter(ahead)) as read, self._keeping(next_checkpoint, listener) as keep:
+            for embedded in self._embedded(read, listener):
                 if embedded.too_large is not None:
                     too_large.append(embedded.too_large)
                 if embedded.not_finite is not None:

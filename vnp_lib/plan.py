@@ -2,7 +2,8 @@
 
 A plan is made once, before anything is computed, and is three files under `plan/`: `sequences.arrow` (what was read),
 `representatives.npy` (which sequences are identical) and, written last, `plan.json`, which holds the digests of the other
-two. Everything else follows from them by arithmetic: any process that loads a plan finds the same shards and batches.
+two. Where records were skipped, `skipped.jsonl` names them, and has its digest there too. Everything else follows by
+arithmetic: any process that loads a plan finds the same shards and batches.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import logging
 import mmap
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +22,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
-from vnp_lib.fasta import SequenceChunk, read_fasta
 from vnp_lib.files import (
+    DurableFile,
     FileDigest,
     canonical_json,
     digest_file,
@@ -33,15 +34,18 @@ from vnp_lib.files import (
     require_free_space,
     write_sealed_json,
 )
+from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, read
 from vnp_lib.packing import pack
+from vnp_lib.records import Fault, SequenceChunk
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 SEQUENCES_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("description", pa.string(), nullable=False),
         pa.field("sequence", pa.string(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
+        pa.field("original_length", pa.int32(), nullable=False),  # before it was cut, where it was
     ]
 )
 
@@ -50,6 +54,7 @@ _EMPTY_DIGEST = hashlib.blake2b(digest_size=16)
 _NUM_SHOWN = 10
 ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
 _WORKSPACE_BYTES = 256 * 1024**2
+_DEFAULT_POLICY = InputPolicy()
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +80,14 @@ class RunPaths:
     @property
     def representatives(self) -> Path:
         return self.plan_dir / "representatives.npy"
+
+    @property
+    def skipped(self) -> Path:
+        return self.plan_dir / "skipped.jsonl"
+
+    @property
+    def stdin(self) -> Path:
+        return self.plan_dir / "stdin"
 
     @property
     def run_lock(self) -> Path:
@@ -164,6 +177,7 @@ class RunPlan:
     identity: dict[str, Any]
     fingerprint: str  # sha256 of the identity's canonical JSON
     num_residues: int
+    counts: InputCounts  # of the input that it was made from
     lengths: NDArray[np.int32]  # residues, (N,)
     representatives: NDArray[np.int64]  # ordinal of the first identical sequence, (N,)
     order: NDArray[np.int64]  # ordinals that are computed, longest first, then by ordinal, (num_computed,)
@@ -202,7 +216,7 @@ class RunPlan:
         return self._texts("id", ordinals)
 
     def records(self, start: int, stop: int) -> pa.Table:
-        """The rows of ordinals `start` to `stop`, the latter left out: id, description, sequence, length."""
+        """The rows of ordinals `start` to `stop`, the latter left out: the columns of SEQUENCES_SCHEMA."""
         return self.table.slice(start, stop - start)
 
     def forget_pages(self) -> None:
@@ -218,21 +232,28 @@ class RunPlan:
 
 
 def make_plan(
-    paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity, *, num_shards: int, token_budget: int
+    paths: RunPaths,
+    fasta: Sequence[Path],
+    model: ModelIdentity,
+    *,
+    num_shards: int,
+    token_budget: int,
+    policy: InputPolicy = _DEFAULT_POLICY,
 ) -> RunPlan:
     """Read the input, check it, and write its plan; or find that the run directory holds this very plan.
 
     Afterwards `paths.plan_dir` is complete on disk. Where a plan of the same identity is there it is kept, but for
-    `plan.json` if `num_shards` or `token_budget` is another, and for files that do not fit their digests, which are
-    written anew. There are never more shards than sequences to compute.
+    `plan.json` if `num_shards` or `token_budget` is another. It is written anew where files do not fit their digests, or
+    where the same sequences were come by in another way. There are never more shards than sequences to compute.
 
     Raises:
-        FastaError: An input file that cannot be used, or an id that occurs twice.
+        FastaError: Input that cannot be used, or an id that occurs twice, unless the policy allows for it.
         FingerprintMismatchError: The directory belongs to another run. It is left as it was.
         ConfigError: The directory cannot be made or written.
     """
     try:
-        content = _kept_content(paths, fasta, model) or _write_content(paths, fasta, model)
+        asked = _Asked(sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model)
+        content = _kept_content(paths, asked) or _write_content(paths, asked)
         division = {"num_shards": min(num_shards, content["num_computed"]), "token_budget": token_budget}
         if content != content | division:
             write_sealed_json(paths.plan_json, content | division, replace=True)
@@ -277,12 +298,19 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         identity=fields["identity"],
         fingerprint=fields["fingerprint"],
         num_residues=fields["num_residues"],
+        counts=InputCounts.from_json(fields["input"]),
         lengths=lengths,
         representatives=representatives,
-        order=_longest_first(lengths, representatives),
+        order=longest_first(lengths, representatives),
         table=table,
         mapped=mapped,
     )
+
+
+def longest_first(lengths: NDArray[np.integer[Any]], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ordinals of the first of each group of identical sequences, longest first, then by ordinal, (num_computed,)."""
+    computed = np.flatnonzero(_is_computed(representatives))
+    return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
 class Counted(Protocol):
@@ -310,11 +338,21 @@ def check_free_space(paths: RunPaths, plan: RunPlan, embed_dim: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What a plan is asked for."""
+
+    sources: list[Source]
+    policy: InputPolicy
+    model: ModelIdentity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Survey:
     """What a pass over the input finds."""
 
     sequences_sha256: str  # of ">header\nSEQUENCE\n" of every record, normalised, in order
     num_residues: int
+    counts: InputCounts
     representatives: NDArray[np.int64]
 
 
@@ -322,38 +360,45 @@ class Surveyor:
     """Takes the measure of the input chunk by chunk, in about 40 bytes a sequence."""
 
     def __init__(self) -> None:
+        self.counts = InputCounts()
         self._sha256 = hashlib.sha256()
         self._num_residues = 0
         self._id_digests = bytearray()
         self._sequence_digests = bytearray()
 
-    def add(self, chunk: SequenceChunk) -> None:
-        self._sha256.update(_as_fasta(chunk))
-        self._num_residues += sum(map(len, chunk.sequences))
-        self._id_digests += _digests(chunk.ids)
-        self._sequence_digests += _digests(chunk.sequences)
+    def add(self, chunk: InputChunk) -> None:
+        self.counts += chunk.counts
+        self._sha256.update(_as_fasta(chunk.usable))
+        self._num_residues += int(chunk.lengths.sum(dtype=np.int64))
+        self._id_digests += _digests(chunk.usable.ids)
+        self._sequence_digests += _digests(chunk.usable.sequences)
 
     def repeated_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ordinals of records whose id occurred before, ascending, and of those where it first did."""
         return _repeats(self._id_digests)
 
-    def representatives(self) -> NDArray[np.int64]:
-        """The ordinal of the first identical sequence, (N,). Ids are forgotten first, to make room."""
+    def representatives(self, *, dedup: bool) -> NDArray[np.int64]:
+        """The ordinal of the first identical sequence, or without `dedup` its own, (N,). Ids are forgotten first."""
         self._id_digests.clear()
         representatives = np.arange(len(self._sequence_digests) // _EMPTY_DIGEST.digest_size)
-        repeats, firsts = _repeats(self._sequence_digests)
-        representatives[repeats] = firsts
+        if dedup:
+            repeats, firsts = _repeats(self._sequence_digests)
+            representatives[repeats] = firsts
         return representatives
 
-    def finish(self, fasta: Sequence[Path]) -> _Survey:
-        """Raises FastaError where an id occurs twice; then, and only then, `fasta` is read again for the message."""
-        repeats, firsts = self.repeated_ids()
-        if repeats.size:
-            raise _duplicate_ids(fasta, repeats, firsts)
+    def finish(self, sources: Sequence[Source], policy: InputPolicy) -> _Survey:
+        """Raises FastaError where nothing is left, or an id may not occur twice and does; then the input is read again."""
+        if not self._sequence_digests:
+            raise _nothing_left(self.counts, policy)
+        if policy.duplicate_ids == "error":
+            repeats, firsts = self.repeated_ids()
+            if repeats.size:
+                raise _duplicate_ids(sources, policy, repeats, firsts)
         return _Survey(
             sequences_sha256=self._sha256.hexdigest(),
             num_residues=self._num_residues,
-            representatives=self.representatives(),
+            counts=self.counts,
+            representatives=self.representatives(dedup=policy.dedup),
         )
 
 
@@ -401,28 +446,28 @@ def _differs_from_the_one_before(halves: NDArray[np.uint64], order: NDArray[np.i
     return is_new
 
 
-def _duplicate_ids(fasta: Sequence[Path], repeats: NDArray[np.int64], firsts: NDArray[np.int64]) -> FastaError:
+def _nothing_left(counts: InputCounts, policy: InputPolicy) -> FastaError:
+    if policy.translate:
+        return FastaError(
+            "no record has a frame without a stop codon: there is no protein to embed; give other records"
+        )
+    return FastaError(f"all {counts.num_skipped:,} records are skipped: there is nothing to embed; mend them first")
+
+
+def _duplicate_ids(
+    sources: Sequence[Source], policy: InputPolicy, repeats: NDArray[np.int64], firsts: NDArray[np.int64]
+) -> FastaError:
     pairs = list(zip(firsts[:_NUM_SHOWN].tolist(), repeats[:_NUM_SHOWN].tolist(), strict=True))
-    places = _places_of(fasta, {ordinal for pair in pairs for ordinal in pair})
+    places = places_of(sources, policy, {ordinal for pair in pairs for ordinal in pair})
     listed = "; ".join(f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs)
     more = f"; and {repeats.size - _NUM_SHOWN:,} more" if repeats.size > _NUM_SHOWN else ""
-    return FastaError(f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records")
+    return FastaError(
+        f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records, or have each keep its "
+        f"row with --duplicate-ids keep"
+    )
 
 
-def _places_of(fasta: Sequence[Path], ordinals: set[int]) -> dict[int, tuple[str, str]]:
-    """Id and place in the input, for people, of each of `ordinals`."""
-    places = {}
-    ordinal = 0
-    for path in fasta:
-        ids = (sequence_id for chunk in read_fasta([path]) for sequence_id in chunk.ids)
-        for record, sequence_id in enumerate(ids, start=1):
-            if ordinal in ordinals:
-                places[ordinal] = (sequence_id, f"record {record:,} of {path}")
-            ordinal += 1
-    return places
-
-
-def _kept_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity) -> dict[str, Any] | None:
+def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
     """What `plan.json` says, if it is there, is of the same run, and its files are whole."""
     if not paths.plan_json.exists():
         return None
@@ -432,30 +477,44 @@ def _kept_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity) 
         _log.warning("The plan is written anew: %s", error)
         return None
     surveyor = Surveyor()
-    for chunk in read_fasta(fasta):
-        surveyor.add(chunk)
-    survey = surveyor.finish(fasta)
-    _require_same_identity(paths, fields["identity"], _identity(survey, model))
+    for source in asked.sources:
+        for chunk in read(source, asked.policy):
+            surveyor.add(chunk)
+    survey = surveyor.finish(asked.sources, asked.policy)
+    _require_same_identity(paths, fields["identity"], _identity(survey, asked))
+    if fields["input"] != survey.counts.to_json():
+        _log.info("The plan is written anew: the same sequences are come by in another way")
+        return None
     if damage := _damage(paths, fields):
         _log.warning("The plan is written anew: %s", damage)
         return None
     return fields
 
 
-def _write_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity) -> dict[str, Any]:
+def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
     """Write what `plan.json` will vouch for, and return what it says of it."""
     make_directory(paths.plan_dir)
     remove_orphaned_temporaries(paths.plan_dir)
+    paths.skipped.unlink(missing_ok=True)
     surveyor = Surveyor()
-    with durable_file(paths.sequences, replace=True) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(durable_file(paths.sequences, replace=True))
+        skipped = _SkippedRecords(paths.skipped, stack)
         with pa.ipc.new_file(file, SEQUENCES_SCHEMA) as writer:
-            for chunk in read_fasta(fasta):
-                surveyor.add(chunk)
-                writer.write_batch(_record_batch(chunk))
-        survey = surveyor.finish(fasta)
+            for source in asked.sources:
+                places = Places(source)
+                for chunk in read(source, asked.policy):
+                    surveyor.add(chunk)
+                    skipped.add(source, places, chunk.skipped)
+                    if chunk.records:
+                        writer.write_batch(_record_batch(chunk))
+        survey = surveyor.finish(asked.sources, asked.policy)
     with durable_file(paths.representatives, replace=True) as representatives_file:
         np.lib.format.write_array(representatives_file, survey.representatives, allow_pickle=False)
-    identity = _identity(survey, model)
+    identity = _identity(survey, asked)
+    written = {paths.sequences: file, paths.representatives: representatives_file}
+    if skipped.file is not None:
+        written[paths.skipped] = skipped.file
     return {
         "schema": PLAN_SCHEMA,
         "identity": identity,
@@ -463,25 +522,43 @@ def _write_content(paths: RunPaths, fasta: Sequence[Path], model: ModelIdentity)
         "num_sequences": survey.representatives.size,
         "num_computed": _is_computed(survey.representatives).sum().item(),
         "num_residues": survey.num_residues,
-        "files": {
-            paths.sequences.name: asdict(file.digest),
-            paths.representatives.name: asdict(representatives_file.digest),
-        },
+        "input": survey.counts.to_json(),
+        "files": {path.name: asdict(each.digest) for path, each in written.items()},
     }
 
 
-def _record_batch(chunk: SequenceChunk) -> pa.RecordBatch:
-    lengths = np.fromiter(map(len, chunk.sequences), dtype=np.int32, count=len(chunk.sequences))
-    return pa.record_batch([chunk.ids, chunk.descriptions, chunk.sequences, lengths], schema=SEQUENCES_SCHEMA)
+class _SkippedRecords:
+    """`skipped.jsonl`: there only where records were skipped."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.file: DurableFile | None = None
+        self._path = path
+        self._stack = stack  # publishes it at its end
+
+    def add(self, source: Source, places: Places, faults: Sequence[Fault]) -> None:
+        for fault in faults:
+            if self.file is None:
+                self.file = self._stack.enter_context(durable_file(self._path, replace=True))
+            place = places.find(fault.record)
+            self.file.write(
+                canonical_json({"file": source.name, "id": fault.sequence_id, "reason": fault.reason} | place)
+            )
 
 
-def _identity(survey: _Survey, model: ModelIdentity) -> dict[str, Any]:
-    of_the_model = {name: value for name, value in asdict(model).items() if value is not None}
-    return of_the_model | {
+def _record_batch(chunk: InputChunk) -> pa.RecordBatch:
+    texts = chunk.usable
+    columns = [texts.ids, texts.descriptions, texts.sequences, chunk.lengths, chunk.original_lengths]
+    return pa.record_batch(columns, schema=SEQUENCES_SCHEMA)
+
+
+def _identity(survey: _Survey, asked: _Asked) -> dict[str, Any]:
+    of_the_model = {name: value for name, value in asdict(asked.model).items() if value is not None}
+    of_the_sequences = {
         "schema": PLAN_SCHEMA,
         "sequences_sha256": survey.sequences_sha256,
         "num_sequences": survey.representatives.size,
     }
+    return of_the_model | asked.policy.identity() | of_the_sequences
 
 
 def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -505,11 +582,6 @@ def _damage(paths: RunPaths, fields: dict[str, Any], *, verify_digests: bool = T
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
     return None
-
-
-def _longest_first(lengths: NDArray[np.int32], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
-    computed = np.flatnonzero(_is_computed(representatives))
-    return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
 def _is_computed(representatives: NDArray[np.int64]) -> NDArray[np.bool_]:

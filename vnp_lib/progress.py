@@ -38,7 +38,7 @@ class RunProgress:
         self._bar: tuple[Progress, TaskID] | None = None
 
     def __enter__(self) -> RunProgress:
-        if self._console.is_terminal:
+        if self._console.is_terminal or self._console.is_jupyter:
             bar = Progress(TextColumn("{task.description}"), BarColumn(), console=self._console, transient=True)
             self._bar = bar, bar.add_task(self.describe(), total=self._total_tokens)
             bar.start()

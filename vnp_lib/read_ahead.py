@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ class ReadAhead(Iterable[T]):
         self._count = count
         self._ahead: deque[Future[Any]] = deque()
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Generator[T, None, None]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
             self._ahead.extend(pool.submit(next, self._items, _END) for _ in range(self._count))
             while (item := self._ahead.popleft().result()) is not _END:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from vnp_lib import spool
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
-from vnp_lib.fasta import read_fasta
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
+from vnp_lib.inputs import STDIN, InputPolicy, find_sources, read
 from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
@@ -33,8 +35,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random"
+CPU_TOKEN_BUDGET = 2048
 
-_CPU_TOKEN_BUDGET = 2048
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -175,8 +177,7 @@ def check_at_the_door(config: EmbedConfig) -> None:
     Raises:
         InputError: A file, a device or a directory that cannot be used.
     """
-    for path in config.fasta:
-        next(iter(read_fasta([path])))
+    _look_at_input(config)
     if config.weights not in ("auto", RANDOM_WEIGHTS) and not Path(config.weights).is_file():
         raise ConfigError(f"--weights {config.weights}: there is no such file; give a path, 'auto' or 'random'")
     planned_devices(config)
@@ -189,9 +190,24 @@ def check_at_the_door(config: EmbedConfig) -> None:
         raise ConfigError(f"--output-dir {config.output_dir}: {existing} is not a directory that can be written")
 
 
+def _look_at_input(config: EmbedConfig) -> None:
+    """Look at the beginning of each file, and that something is piped where that is asked for."""
+    stdin = RunPaths(config.output_dir).stdin
+    if STDIN in config.fasta:
+        spool.require_piped(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
+    files = [given for given in config.fasta if given != STDIN]
+    for source in find_sources(files, stdin=stdin):
+        next(read(source, InputPolicy.of(config)))
+
+
 def kind_of(device: str) -> str:
     """`"cuda"` for a GPU's number, `"cpu"` for the CPU."""
     return "cpu" if device == "cpu" else "cuda"
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Name the precision of a model on a device: "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    return DTYPE[kind_of(device)] if dtype == "auto" else dtype
 
 
 @contextmanager
@@ -214,9 +230,11 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
                 _move_aside(paths)
             for directory in (paths.run_dir, *_directories(paths)):
                 remove_orphaned_temporaries(directory)
-            plan = _plan(config, paths, devices, weights)
+            with _stdin_kept(config, paths):
+                plan = _plan(config, paths, devices, weights)
         except BaseException:
-            if is_new and not paths.checkpoints_dir.exists():  # else another run is in it: locks do not work here
+            # Where there are checkpoints another run is in it: locks do not work here.
+            if is_new and not paths.checkpoints_dir.exists() and not paths.stdin.exists():
                 shutil.rmtree(paths.run_dir)
             raise
         run = Run(config=config, devices=devices, weights=weights, plan=plan)
@@ -252,6 +270,18 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     return Run(config=config, devices=devices, weights=weights, plan=plan)
 
 
+@contextmanager
+def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
+    """Keep standard input where it is asked for; what turns out to be unusable is not kept, and whatever else happens it is."""
+    is_new = STDIN in config.fasta and spool.keep(sys.stdin.buffer, paths.stdin)
+    try:
+        yield
+    except InputError:
+        if is_new:
+            paths.stdin.unlink()
+        raise
+
+
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
     from vnp_lib.esm2 import MODELS
 
@@ -265,11 +295,12 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
             model=config.model,
             weights_digest=weights.digest,
             layer=architecture.num_layers,
-            dtype=_planned_dtype(config, devices),
+            dtype=resolve_dtype(config.dtype, devices[0]),
             division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
         ),
         num_shards=num_shards,
         token_budget=token_budget,
+        policy=InputPolicy.of(config),
     )
     check_free_space(paths, plan, architecture.embed_dim)
     return plan
@@ -287,7 +318,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
     if config.token_budget is not None:
         return config.token_budget
     if kind_of(devices[0]) == "cpu":
-        return _CPU_TOKEN_BUDGET
+        return CPU_TOKEN_BUDGET
     from vnp_lib.gpu_memory import TOKENS_UNSEEN, choose_token_budget
 
     if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
@@ -296,11 +327,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
         return TOKENS_UNSEEN
     import torch
 
-    return choose_token_budget(config.model, getattr(torch, _planned_dtype(config, devices)), devices)
-
-
-def _planned_dtype(config: EmbedConfig, devices: tuple[str, ...]) -> str:
-    return DTYPE[kind_of(devices[0])] if config.dtype == "auto" else config.dtype
+    return choose_token_budget(config.model, getattr(torch, resolve_dtype(config.dtype, devices[0])), devices)
 
 
 def _directories(paths: RunPaths) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vnp_lib.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.failures import WeightsError
 from vnp_lib.files import digest_file
 from vnp_lib.linear import convolution_is_faster
@@ -72,6 +72,22 @@ def is_official(model: str, weights: Weights) -> bool | None:
         return False
     known = OFFICIAL_DIGESTS.get(model)
     return None if known is None else weights.digest in known
+
+
+def model_of(path: Path) -> str:
+    """Name the model that a file holds the parameters of, by its layers and their width.
+
+    Args:
+        path: As `locate_weights` takes it.
+
+    Raises:
+        WeightsError: There is no such file, it is damaged, or it is none of ESM-2's six.
+    """
+    found = _architecture_in(read_tensors(locate_weights(path)))
+    for model, architecture in MODELS.items():
+        if found == (architecture.num_layers, architecture.embed_dim):
+            return model
+    raise WeightsError(f"{path} holds none of {', '.join(MODELS)}: give the file of one of these, or its name")
 
 
 def load_model(

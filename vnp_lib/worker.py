@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,12 @@ class StopFlag:
         self._is_set = True
 
 
+class Events(Protocol):
+    """Where an attempt says what it does."""
+
+    def send(self, event: str, **fields: object) -> None: ...
+
+
 class EventStream:
     """JSON lines to the parent, on what was standard output; stray prints go to the log instead."""
 
@@ -143,7 +149,7 @@ class _EventHandler(logging.Handler):
 class ShardAttempt:
     """Embeds what is left of one shard, into checkpoints."""
 
-    def __init__(self, job: ShardJob, events: EventStream, stop: StopFlag) -> None:
+    def __init__(self, job: ShardJob, events: Events, stop: StopFlag) -> None:
         self._job = job
         self._events = events
         self._stop = stop
@@ -154,6 +160,10 @@ class ShardAttempt:
     def run(self) -> ExitCode:
         """Do it. The shard's lock is held until this process ends: another attempt may have to wait for our saving."""
         self._wait_for_lock()
+        return self.run_in_lock()
+
+    def run_in_lock(self) -> ExitCode:
+        """The same for a caller who holds the shard's lock, and gives it back when this has returned."""
         with self._history:
             return self._embed_what_is_left()
 
@@ -276,9 +286,7 @@ class ShardAttempt:
 class _Reporter(Listener):
     """Tells the parent, and sets aside what cannot be embedded."""
 
-    def __init__(
-        self, job: ShardJob, plan: RunPlan, events: EventStream, stop: StopFlag, history: AttemptHistory
-    ) -> None:
+    def __init__(self, job: ShardJob, plan: RunPlan, events: Events, stop: StopFlag, history: AttemptHistory) -> None:
         self._job = job
         self._plan = plan
         self._events = events

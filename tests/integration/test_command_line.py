@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support import SMALL_MODEL, assert_same_rows, computed_ordinals, finished_checkpoints, wait_until, workers_of
+from vnp_lib import embed, open_dataset
+from vnp_lib.files import marker_path
 from vnp_lib.plan import RunPaths
 
 pytestmark = pytest.mark.slow
@@ -27,6 +31,33 @@ def test_a_run_ends_with_the_dataset_and_how_to_read_it(uninterrupted):
     assert "prefect" not in (ended.stdout + ended.stderr).lower()
     snippet = ended.stdout.split("read it back:\n")[1].replace("\n    ", "\n").strip()
     exec(snippet, {})
+
+
+def test_the_library_gives_the_rows_of_a_run(uninterrupted, short_fasta):
+    """To the last digits that count: the batches are others."""
+    run_dir, _ = uninterrupted
+    dataset = open_dataset(run_dir)
+    embeddings = embed(short_fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu")
+    assert embeddings.ids == list(dataset.ids)
+    for sequence_id, row in embeddings:
+        np.testing.assert_allclose(row, dataset[sequence_id], atol=1e-5, err_msg=sequence_id)
+
+
+def test_the_library_goes_on_where_a_run_ended(uninterrupted, short_fasta, tmp_path):
+    """Of a run that lost a shard's last checkpoint and its dataset, that is what is computed again."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run_dir)
+    shutil.rmtree(RunPaths(run_dir).embeddings_dir)
+    lost, *kept = finished_checkpoints(run_dir)
+    marker_path(lost).unlink()
+    lost.unlink()
+    embeddings = embed(
+        short_fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=run_dir, progress=False
+    )
+    assert_same_rows(run_dir, uninterrupted[0])
+    assert embeddings.ids == list(open_dataset(uninterrupted[0]).ids)
+    assert {*kept} <= {*finished_checkpoints(run_dir)}
+    assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
 
 
 def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(

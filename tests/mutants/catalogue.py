@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FILES = "tests/unit/test_files.py"
+_FASTA = "tests/unit/test_fasta.py"
 _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
 _PLAN = "tests/unit/test_plan.py"
@@ -513,7 +514,7 @@ _RESUME = (
         name="fingerprint-of-the-path",
         module="plan",
         before="sequences_sha256=self._sha256.hexdigest()",
-        after='sequences_sha256=hashlib.sha256(" ".join(map(str, fasta)).encode()).hexdigest()',
+        after="sequences_sha256=hashlib.sha256(str(asked.sources).encode()).hexdigest()",
         caught_by=(
             f"{_PLAN}::test_the_fingerprint_depends_on_content_and_not_on_files",
             f"{_PLAN}::test_a_directory_of_other_sequences_is_refused_and_untouched",
@@ -1050,4 +1051,50 @@ _EXPORTS = (
     ),
 )
 
-MUTANTS = (*_DURABLE_FILES, *_LOCKS, *_WRITER, *_READER, *_RESUME, *_LOOP, *_ASSEMBLY, *_SET_ASIDE, *_CURES, *_EXPORTS)
+_INPUT = (
+    Mutant(
+        name="records-at-fault-left-out-unasked",
+        module="inputs",
+        before="        if chunk.refused:\n",
+        after="        if False:\n",
+        caught_by=(f"{_FASTA}::test_a_bad_record_is_refused_by_file_line_and_id",),
+    ),
+    Mutant(
+        name="changed-file-not-noticed",
+        module="source",
+        before="    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):\n",
+        after="    if False:\n",
+        caught_by=(f"{_FASTA}::test_a_file_that_is_being_written_is_refused_at_its_end",),
+    ),
+    Mutant(
+        name="other-standard-input-taken-for-the-same",
+        module="spool",
+        before="    if piped.size_bytes and piped != digest_file(path):\n",
+        after="    if False:\n",
+        caught_by=(
+            "tests/unit/test_inputs.py::TestStandardInput::"
+            "test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays",
+        ),
+    ),
+    Mutant(
+        name="overlaps-of-chunks-rounded-down",
+        module="translation",
+        before=" - min(index, num_longer)",
+        after="",
+        caught_by=("tests/unit/test_translation.py::test_chunks_overlap_evenly",),
+    ),
+)
+
+MUTANTS = (
+    *_INPUT,
+    *_DURABLE_FILES,
+    *_LOCKS,
+    *_WRITER,
+    *_READER,
+    *_RESUME,
+    *_LOOP,
+    *_ASSEMBLY,
+    *_SET_ASIDE,
+    *_CURES,
+    *_EXPORTS,
+)

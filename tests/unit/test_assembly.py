@@ -90,7 +90,7 @@ def test_a_part_says_what_it_is_and_is_written_to_be_read(run: Run) -> None:
     run.assemble()
     part = pq.ParquetFile(run.paths.embeddings_dir / "part-00000.parquet")
     schema = part.schema_arrow
-    assert schema.names == ["ordinal", "id", "description", "length", "embedding"]
+    assert schema.names == ["ordinal", "id", "description", "length", "original_length", "embedding"]
     assert schema.field("embedding").type.list_size == DIM
     assert schema.field("embedding").type.value_type == pa.float32()
     assert {key.decode(): value.decode() for key, value in schema.metadata.items()} == {
@@ -126,6 +126,7 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
         dim=DIM,
         size_bytes=sum(sizes),
         precision=None,
+        counts=run.plan.counts,
     )
     assert verify_dataset(run.paths.run_dir) == []
 

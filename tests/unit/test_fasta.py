@@ -3,15 +3,19 @@
 import bz2
 import gzip
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from backports import zstd
 
 from vnp_lib.failures import FastaError
-from vnp_lib.fasta import LETTERS, read_fasta
+from vnp_lib.inputs import InputChunk, InputPolicy, Places, Source, find_sources
+from vnp_lib.inputs import read as read_source
+from vnp_lib.records import LETTERS, LetterCounts
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -28,17 +32,22 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def read(*paths: Path, chunk_size: int = 8192) -> list[Record]:
+def chunks_of(*paths: Path, chunk_size: int = 8192, **policy: Any) -> list[InputChunk]:
+    sources = find_sources(paths, stdin=Path("unused"))
+    return [chunk for each in sources for chunk in read_source(each, InputPolicy(**policy), chunk_size=chunk_size)]
+
+
+def read(*paths: Path, chunk_size: int = 8192, **policy: Any) -> list[Record]:
     return [
         record
-        for chunk in read_fasta(paths, chunk_size=chunk_size)
-        for record in zip(chunk.ids, chunk.descriptions, chunk.sequences, strict=True)
+        for chunk in chunks_of(*paths, chunk_size=chunk_size, **policy)
+        for record in zip(chunk.usable.ids, chunk.usable.descriptions, chunk.usable.sequences, strict=True)
     ]
 
 
-def refusal(*paths: Path, chunk_size: int = 8192) -> str:
+def refusal(*paths: Path, chunk_size: int = 8192, **policy: Any) -> str:
     with pytest.raises(FastaError) as caught:
-        read(*paths, chunk_size=chunk_size)
+        read(*paths, chunk_size=chunk_size, **policy)
     return str(caught.value)
 
 
@@ -119,7 +128,7 @@ def test_files_joined_from_several_gz_are_read_to_the_end(tmp_path: Path) -> Non
 def test_several_files_are_read_in_order_and_never_share_a_chunk(tmp_path: Path) -> None:
     first = write(tmp_path / "1.fasta", ">a\nMKV\n>b\nMKW\n>c\nMKY")
     second = write(tmp_path / "2.fasta.gz", gzip.compress(b">d\nMKL\n"))
-    chunks = [chunk.ids for chunk in read_fasta([first, second], chunk_size=2)]
+    chunks = [chunk.usable.ids for chunk in chunks_of(first, second, chunk_size=2)]
     assert chunks == [["a", "b"], ["c"], ["d"]]
 
 
@@ -177,7 +186,8 @@ def test_a_header_that_is_not_utf8_is_refused_by_its_line(tmp_path: Path) -> Non
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "x.fasta") == f"{tmp_path / 'x.fasta'}: there is no such file"
-    assert refusal(tmp_path).startswith(f"{tmp_path}: this is a directory")
+    (tmp_path / "x.fasta").mkdir()
+    assert refusal(tmp_path / "*.fasta").startswith(f"{tmp_path / 'x.fasta'}: this is a directory")
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -224,6 +234,142 @@ def test_nucleotides_are_noticed_in_any_file_and_judged_by_its_first_1000_record
 
 def test_proteins_rich_in_alanine_and_glycine_are_read(tmp_path: Path) -> None:
     assert read(write(tmp_path / "x.faa", ">a\nGAGAGAGATCNVVAAGGAA\n")) == [("a", "", "GAGAGAGATCNVVAAGGAA")]
+
+
+def test_records_at_fault_are_named_together_as_far_as_a_person_reads(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(8)))
+    lines = refusal(path).splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == [f"{path}, line {number}" for number in (1, 3, 5, 7, 9)]
+    assert lines[5:] == ["and 3 more among the first that were read"]
+
+
+ODD = """>good
+MKVL
+>gap one
+MK-VL.
+>stop
+MK*VL**
+>empty
+>digits
+mé1*
+"""
+
+
+def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_for(tmp_path: Path) -> None:
+    """One X a character, é too; what is mended without being asked for is mended before. An empty record is refused as ever."""
+    path = write(tmp_path / "x.fasta", ODD)
+    assert refusal(path, invalid_residues="map").startswith(f"{path}, line 7: sequence 'empty' has no residues")
+    mended = write(tmp_path / "y.fasta", ODD.replace(">empty\n", ""))
+    assert read(mended, invalid_residues="map") == [
+        ("good", "", "MKVL"),
+        ("gap", "one", "MKXVLX"),
+        ("stop", "", "MKXVLX"),
+        ("digits", "", "MXX"),
+    ]
+    (chunk,) = chunks_of(mended, invalid_residues="map")
+    assert chunk.counts.letters == LetterCounts(mapped=6, final_stops=2, lower_case=1)
+    assert chunk.counts.describe() == "6 letters read as unknown"
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 8192])
+def test_records_at_fault_are_left_out_where_that_is_asked_for(tmp_path: Path, chunk_size: int) -> None:
+    path = write(tmp_path / "x.fasta", ODD + ">\nMK\n>last\nMKV\n")
+    assert read(path, chunk_size=chunk_size, invalid_residues="skip") == [("good", "", "MKVL"), ("last", "", "MKV")]
+    chunks = chunks_of(path, chunk_size=chunk_size, invalid_residues="skip")
+    skipped = [(fault.record, fault.sequence_id) for chunk in chunks for fault in chunk.skipped]
+    assert skipped == [(1, "gap"), (2, "stop"), (3, "empty"), (4, "digits"), (5, "")]
+    assert [record for chunk in chunks for record in chunk.records] == [0, 6]
+
+
+@pytest.mark.parametrize("policy", [{"invalid_residues": "map"}, {"invalid_residues": "skip"}])
+def test_nucleotides_are_refused_under_every_policy(tmp_path: Path, policy: dict[str, Any]) -> None:
+    path = write(tmp_path / "x.fna", ">a\nACGTACGT\n>b\n\n>c\nACG\n")
+    assert "looks like nucleotides" in refusal(path, **policy)
+
+
+LONG = ">a\nMKVLAA\n>b\nMKV\n>c\nMKVL\n>d\nMKVLA*\n"
+
+
+@pytest.mark.parametrize(
+    ("long", "records", "original_lengths"),
+    [
+        ("whole", [("a", "MKVLAA"), ("b", "MKV"), ("c", "MKVL"), ("d", "MKVLA")], [6, 3, 4, 5]),
+        ("truncate", [("a", "MKVL"), ("b", "MKV"), ("c", "MKVL"), ("d", "MKVL")], [6, 3, 4, 5]),
+        ("skip", [("b", "MKV"), ("c", "MKVL")], [3, 4]),
+    ],
+)
+def test_long_sequences_are_taken_cut_or_left_out(
+    tmp_path: Path, long: str, records: list[tuple[str, str]], original_lengths: list[int]
+) -> None:
+    path = write(tmp_path / "x.fasta", LONG)
+    (chunk,) = chunks_of(path, long=long, max_length=4)
+    assert list(zip(chunk.usable.ids, chunk.usable.sequences, strict=True)) == records
+    assert chunk.lengths.tolist() == [len(sequence) for _, sequence in records]
+    assert chunk.original_lengths.tolist() == original_lengths
+    assert chunk.counts.num_cut == (2 if long == "truncate" else 0)
+    assert [(fault.record, fault.sequence_id) for fault in chunk.skipped] == (
+        [(0, "a"), (3, "d")] if long == "skip" else []
+    )
+
+
+def test_long_sequences_are_refused_by_line_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", LONG)
+    first, second = refusal(path, long="error", max_length=4).splitlines()
+    assert first.startswith(f"{path}, line 1: sequence 'a' has 6 residues, and at most 4 are allowed; cut it")
+    assert second.startswith(f"{path}, line 7: sequence 'd' has 5 residues")
+    assert len(read(path, long="error", max_length=6)) == 4
+
+
+def test_records_that_are_long_and_records_at_fault_are_left_out_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", ">a\nMKVLAA\n>b\nM-\n>c\nMK\n>d\nMKVLA\n")
+    (chunk,) = chunks_of(path, long="skip", max_length=4, invalid_residues="skip")
+    assert [fault.record for fault in chunk.skipped] == [0, 1, 3]
+    assert chunk.usable.ids == ["c"]
+    (chunk,) = chunks_of(write(tmp_path / "y.fasta", ">a\nMKVLAA\n>b\nMKVLAAA\n"), long="skip", max_length=4)
+    assert (chunk.usable.ids, chunk.counts.num_skipped) == ([], 2)
+
+
+def test_a_file_that_is_being_written_is_refused_at_its_end(tmp_path: Path) -> None:
+    """Whatever of it could be read until then, and even where the record at its end is at fault for being cut."""
+    path = write(tmp_path / "x.fasta", LONG)
+    for added in (b">e\nMK\n", b">e\n"):
+        (source,) = find_sources([path], stdin=Path("unused"))
+        chunks = read_source(source, InputPolicy(), chunk_size=1)
+        next(chunks)
+        with path.open("ab") as file:
+            file.write(added)
+        with pytest.raises(FastaError, match=r"x\.fasta: the file was changed while it was read \(\d+ bytes"):
+            list(chunks)
+
+
+def test_a_file_that_shrinks_or_is_written_over_is_refused(tmp_path: Path) -> None:
+    text = "".join(f">p{number}\nMKVLAA\n" for number in range(50_000))
+    path = write(tmp_path / "x.fasta", text)
+    for change in (lambda: write(path, text[: len(text) // 2]), lambda: os.utime(path, ns=(0, 0))):
+        (source,) = find_sources([path], stdin=Path("unused"))
+        chunks = read_source(source, InputPolicy(), chunk_size=10)
+        next(chunks)
+        change()
+        with pytest.raises(FastaError, match="was changed while it was read"):
+            list(chunks)
+
+
+def test_a_pipe_is_refused_since_input_is_read_more_than_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "this is a pipe or a device" in refusal(tmp_path / "pipe")
+
+
+def test_lines_are_found_in_any_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.fasta", ">a\nMK\nV\n>b\nMK\n\n# no record\n>c\nMK\n")
+    places = Places(Source(path=path, name="x"))
+    asked = [0, 2, 2, 1, 0, 2]
+    assert [places.find(record)["line"] for record in asked] == [{0: 1, 1: 4, 2: 8}[record] for record in asked]
+
+
+def test_long_records_make_small_chunks(tmp_path: Path) -> None:
+    """Memory holds a chunk, and a chunk of thousands of chromosomes would be too much."""
+    path = write(tmp_path / "x.fasta", "".join(f">p{number}\n{'MKVL' * 1_000_000}\n" for number in range(12)))
+    assert [len(chunk.usable.ids) for chunk in chunks_of(path)] == [8, 4]
 
 
 def test_the_example_is_what_its_readme_says() -> None:

@@ -15,9 +15,10 @@ import pytest
 from vnp_lib.cli import main
 from vnp_lib.config import ForecastConfig
 from vnp_lib.failures import ConfigError, FastaError
-from vnp_lib.fasta import LetterCounts, read_fasta, survey_fasta
 from vnp_lib.forecast import Forecast, forecast
+from vnp_lib.inputs import InputPolicy, Source, read, survey
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
+from vnp_lib.records import LetterCounts
 
 MODEL = "esm2_t6_8M_UR50D"
 IDENTITY = ModelIdentity(model=MODEL, weights_digest="w", layer=6, dtype="float32")
@@ -110,13 +111,35 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
     ]
     assert [told.startswith(start) for told, start in zip(seen.refusals, starts, strict=True)] == [True] * 4
     with pytest.raises(FastaError) as caught:
-        list(read_fasta([path]))
-    assert str(caught.value) == seen.refusals[0]
+        list(read(Source(path=path, name=str(path)), InputPolicy()))
+    assert str(caught.value).splitlines() == list(seen.refusals)
 
 
 def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
     seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
     assert seen.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2)
+
+
+def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:
+    """A directory, a table, and every policy: the counts are those of the plan."""
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "1.fasta", BAD + ">ok\nMKVLATTWQERS\n")
+    write(tmp_path / "in.csv", "id,sequence\nc,MKVLAT\nd,MKVLATTW\n")
+    policy = {"invalid_residues": "skip", "duplicate_ids": "keep", "dedup": False, "long": "truncate", "max_length": 6}
+    fasta = (tmp_path / "in", tmp_path / "*.csv")
+    seen = seen_of(*fasta, **policy)
+    plan = make_plan(
+        RunPaths(tmp_path / "run"), fasta, IDENTITY, num_shards=1, token_budget=100, policy=InputPolicy(**policy)
+    )
+    assert (seen.num_sequences, seen.num_computed) == (plan.num_sequences, plan.num_computed) == (5, 5)
+    assert (seen.num_skipped, seen.num_cut) == (plan.counts.num_skipped, plan.counts.num_cut) == (4, 2)
+    assert (seen.letters, seen.num_residues, seen.can_begin) == (plan.counts.letters, plan.num_residues, True)
+
+
+def test_a_pattern_without_a_match_is_refused_beside_the_rest(tmp_path: Path) -> None:
+    seen = seen_of(tmp_path / "*.fa", write(tmp_path / "x.fasta", GOOD))
+    assert (seen.num_sequences, seen.num_refused) == (3, 1)
+    assert "nothing matches this pattern" in seen.refusals[0]
 
 
 def test_an_id_that_occurs_twice_is_refused_with_both_places(tmp_path: Path) -> None:
@@ -150,10 +173,10 @@ def test_of_many_refusals_the_first_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])
 def test_records_keep_their_numbers_over_chunks(tmp_path: Path, chunk_size: int) -> None:
     path = write(tmp_path / "bad.fasta", BAD)
-    chunks = list(survey_fasta(path, chunk_size=chunk_size))
+    chunks = list(survey(Source(path=path, name=str(path)), InputPolicy(), chunk_size=chunk_size))
     usable = [pair for chunk in chunks for pair in zip(chunk.records, chunk.usable.sequences, strict=True)]
     assert usable == [(0, "MKXXXX"), (2, "MKVL")]
-    assert [record for chunk in chunks for record in chunk.faults] == [1, 3, 4, 5]
+    assert [fault.record for chunk in chunks for fault in chunk.refused] == [1, 3, 4, 5]
 
 
 def test_the_time_is_the_tokens_by_the_speed(tmp_path: Path) -> None:

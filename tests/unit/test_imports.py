@@ -9,6 +9,7 @@ from importlib import resources
 
 import pytest
 
+import vnp_lib
 from tests.support import ROOT
 
 _LOADED = "; import sys; print(*sorted(sys.modules))"
@@ -29,6 +30,20 @@ def test_the_package_is_typed() -> None:
     assert (resources.files("vnp_lib") / "py.typed").is_file()
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "py.typed" in shipped["vnp_lib"]
+
+
+def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
+    code = "import vnp_lib; [getattr(vnp_lib, name) for name in vnp_lib.__all__]"
+    assert not modules_after(code + _LOADED) & {"torch", "prefect", "esm", "matplotlib"}
+    assert {name: getattr(vnp_lib, name).__module__ for name in vnp_lib.__all__} == {
+        "EmbeddingDataset": "vnp_lib.dataset",
+        "Embeddings": "vnp_lib.embeddings",
+        "embed": "vnp_lib.api",
+        "open_dataset": "vnp_lib.dataset",
+    }
+    assert set(vnp_lib.__all__) <= set(dir(vnp_lib))
+    with pytest.raises(AttributeError, match="module 'vnp_lib' has no attribute 'embedd'"):
+        vnp_lib.embedd  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,18 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from esm.data import Alphabet
 
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
+from vnp_lib.inputs import InputPolicy
 from vnp_lib.packing import pack
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan, required_bytes
+from vnp_lib.tokens import pack_batch
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 
@@ -34,8 +38,10 @@ def write_fasta(path: Path, records: list[Record]) -> Path:
     return path
 
 
-def plan_of(run_dir: Path, *fasta: Path, model: ModelIdentity = MODEL, num_shards: int = 3) -> RunPlan:
-    return make_plan(RunPaths(run_dir), fasta, model, num_shards=num_shards, token_budget=500)
+def plan_of(run_dir: Path, *fasta: Path, model: ModelIdentity = MODEL, num_shards: int = 3, **policy: Any) -> RunPlan:
+    return make_plan(
+        RunPaths(run_dir), fasta, model, num_shards=num_shards, token_budget=500, policy=InputPolicy(**policy)
+    )
 
 
 def snapshot(directory: Path) -> dict[Path, tuple[int, int, bytes]]:
@@ -63,6 +69,7 @@ def test_a_plan_holds_every_sequence_once_in_input_order(tmp_path: Path, seed: i
             "description": header.partition(" ")[2],
             "sequence": sequence,
             "length": len(sequence),
+            "original_length": len(sequence),
         }
         for header, sequence in records
     ]
@@ -118,7 +125,7 @@ def test_a_loaded_plan_is_the_one_that_was_made(tmp_path: Path) -> None:
 def test_the_fingerprint_is_the_sha256_of_the_identity_and_of_the_sequences_content(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a one", "mkv"), ("b", "MJ*")]))
     assert plan.identity == {
-        "schema": 1,
+        "schema": 2,
         "model": "esm2_t6_8M_UR50D",
         "weights_digest": "random:seed=0",
         "layer": 6,
@@ -211,8 +218,8 @@ def test_an_id_that_occurs_twice_is_refused_with_both_places(tmp_path: Path) -> 
     second = write_fasta(tmp_path / "2.fasta", [("c", "MKV"), ("b", "MKL")])
     with pytest.raises(FastaError) as caught:
         plan_of(tmp_path / "run", first, second)
-    assert f"'a': record 1 of {first} and record 3 of {first}" in str(caught.value)
-    assert f"'b': record 2 of {first} and record 2 of {second}" in str(caught.value)
+    assert f"'a': {first}, line 1 and {first}, line 5" in str(caught.value)
+    assert f"'b': {first}, line 3 and {second}, line 3" in str(caught.value)
     assert not snapshot(tmp_path / "run")
 
 
@@ -220,7 +227,116 @@ def test_ten_ids_that_occur_twice_are_shown_and_the_rest_counted(tmp_path: Path)
     fasta = write_fasta(tmp_path / "x.fasta", [(f"p{i % 25}", "MKV") for i in range(50)])
     with pytest.raises(FastaError, match=r"'p9': .*; and 15 more\); rename") as caught:
         plan_of(tmp_path / "run", fasta)
-    assert str(caught.value).count("record") == 2 * 10 + 1
+    assert str(caught.value).count(", line ") == 2 * 10
+
+
+def test_ids_that_occur_twice_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    """And make the same content as any: the policy is no part of the run."""
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKL"), ("a again", "MKW"), ("a", "MKV")])
+    plan = plan_of(tmp_path / "run", fasta, duplicate_ids="keep")
+    assert plan.ids(np.arange(4)) == ["a", "b", "a", "a"]
+    assert plan.representatives.tolist() == [0, 1, 2, 0]
+    once = write_fasta(tmp_path / "y.fasta", [("a", "MKV"), ("b", "MKL")])
+    assert plan_of(tmp_path / "1", once, duplicate_ids="keep").fingerprint == plan_of(tmp_path / "2", once).fingerprint
+
+
+def test_without_dedup_every_sequence_is_computed_and_the_run_is_another(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKVL"), ("c", "MKV")])
+    plan = plan_of(tmp_path / "run", fasta, dedup=False)
+    assert (plan.num_computed, plan.representatives.tolist(), plan.order.tolist()) == (3, [0, 1, 2], [1, 0, 2])
+    with pytest.raises(FingerprintMismatchError, match="dedup is False there and None here"):
+        plan_of(tmp_path / "run", fasta)
+
+
+FAULTY = [("a", "MKV"), ("gap one", "M-V"), ("b", "MKVLA"), ("empty", ""), ("c", "MKVLAW")]
+
+
+def test_records_that_are_skipped_are_listed_with_their_places(tmp_path: Path) -> None:
+    """Over several files, in the words of the error that they would have been."""
+    fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
+    table = tmp_path / "x.csv"
+    table.write_text("id,sequence\nd,MK\ne,M1\n")
+    plan = plan_of(tmp_path / "run", fasta, table, invalid_residues="skip", long="skip", max_length=5)
+    assert plan.ids(np.arange(plan.num_sequences)) == ["a", "b", "d"]
+    assert (plan.counts.num_skipped, plan.counts.describe()) == (4, "4 records skipped")
+    listed = [json.loads(line) for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()]
+    assert [(line["file"], line.get("line"), line.get("row"), line["id"]) for line in listed] == [
+        (str(fasta), 3, None, "gap"),
+        (str(fasta), 7, None, "empty"),
+        (str(fasta), 9, None, "c"),
+        (str(table), None, 3, "e"),
+    ]
+    assert [line["reason"].split(";")[0] for line in listed] == [
+        "sequence 'gap' has '-' at position 2",
+        "sequence 'empty' has no residues",
+        "sequence 'c' has 6 residues, and at most 5 are allowed",
+        "sequence 'e' has '1' at position 2",
+    ]
+
+
+def test_a_damaged_list_of_skipped_records_is_noticed_and_written_anew(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
+    plan_of(tmp_path / "run", fasta, invalid_residues="skip")
+    skipped = RunPaths(tmp_path / "run").skipped
+    whole = skipped.read_bytes()
+    skipped.write_bytes(whole.replace(b"gap", b"gag"))
+    with pytest.raises(StorageError, match=r"skipped\.jsonl is damaged"):
+        load_plan(RunPaths(tmp_path / "run"))
+    plan_of(tmp_path / "run", fasta, invalid_residues="skip")
+    assert skipped.read_bytes() == whole
+
+
+def test_the_same_sequences_come_by_in_another_way_are_the_same_run(tmp_path: Path) -> None:
+    """The plan then says what it was made from last: here nothing had to be skipped any more."""
+    faulty = write_fasta(tmp_path / "x.fasta", FAULTY)
+    mended = write_fasta(tmp_path / "y.fasta", [FAULTY[0], FAULTY[2], FAULTY[4]])
+    first = plan_of(tmp_path / "run", faulty, invalid_residues="skip")
+    second = plan_of(tmp_path / "run", mended)
+    assert first.fingerprint == second.fingerprint
+    assert (first.counts.num_skipped, second.counts.num_skipped) == (2, 0)
+    assert not RunPaths(tmp_path / "run").skipped.exists()
+
+
+def test_a_policy_that_leads_to_other_sequences_is_refused(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "M1V")])
+    plan_of(tmp_path / "run", fasta, invalid_residues="skip")
+    with pytest.raises(FingerprintMismatchError, match="num_sequences is 1 there and 2 here"):
+        plan_of(tmp_path / "run", fasta, invalid_residues="map")
+
+
+def test_input_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "M1V"), ("b", "M-V")])
+    with pytest.raises(FastaError, match="all 2 records are skipped: there is nothing to embed"):
+        plan_of(tmp_path / "run", fasta, invalid_residues="skip")
+    assert not snapshot(tmp_path / "run")
+
+
+def test_sequences_that_are_cut_keep_their_length_and_are_part_of_the_run(tmp_path: Path) -> None:
+    """Those that are equal then are computed once."""
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKVLAW"), ("b", "MKVL"), ("c", "MKVLWWW")])
+    plan = plan_of(tmp_path / "run", fasta, long="truncate", max_length=4)
+    assert plan.fetch(np.arange(3))[1] == ["MKVL"] * 3
+    assert plan.records(0, 3).select(["length", "original_length"]).to_pydict() == {
+        "length": [4, 4, 4],
+        "original_length": [6, 4, 7],
+    }
+    assert (plan.num_computed, plan.counts.num_cut, plan.identity["long_policy"]) == (1, 2, "truncate:4")
+    with pytest.raises(FingerprintMismatchError, match="long_policy is 'truncate:4' there and 'truncate:5' here"):
+        plan_of(tmp_path / "run", fasta, long="truncate", max_length=5)
+
+
+def test_a_cut_sequence_has_the_tokens_that_fair_esm_cuts_to(tmp_path: Path) -> None:
+    """As `extract.py --truncation_seq_length 1022` has them: the first 1,022 residues between BOS and EOS."""
+    rng = np.random.default_rng(0)
+    records = [(f"p{n}", "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n))) for n in (1021, 1022, 1023, 3000)]
+    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), long="truncate", max_length=1022)
+    ids, sequences = plan.fetch(np.arange(4))
+    batch = pack_batch(sequences, sequence_ids=ids, ordinals=range(4), batch_idx=0)
+    alphabet = Alphabet.from_architecture("ESM-1b")
+    _, _, theirs = alphabet.get_batch_converter(truncation_seq_length=1022)(records)
+    for number, start in enumerate(batch.cu_seqlens[:-1].tolist()):
+        stop = int(batch.cu_seqlens[number + 1])
+        assert batch.input_ids[start:stop].tolist() == theirs[number][theirs[number] != alphabet.padding_idx].tolist()
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from vnp_lib import files, quarantine
 from vnp_lib.failures import FailureCause, FailureKind, LockTimeoutError, QuarantineFullError, StorageError
-from vnp_lib.fasta import read_fasta
 from vnp_lib.files import DurableOps, FileLock
+from vnp_lib.inputs import InputPolicy, find_sources, read
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, quarantine_limit
 
 NUM_SEQUENCES = 1000
@@ -308,11 +308,12 @@ def test_ids_may_hold_anything(opened: Quarantine, path: Path) -> None:
 def test_ids_that_the_fasta_reader_lets_through_come_back(opened: Quarantine, tmp_path: Path) -> None:
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">{each} x\nMKVLA\n" for each in ("a\0b", "\"\\'", "🧬𐀀", "é" * 150)))
-    (chunk,) = read_fasta([fasta])
-    assert len(chunk.ids) == 4
-    for ordinal, sequence_id in enumerate(chunk.ids):
+    (chunk,) = read(*find_sources([fasta], stdin=tmp_path / "stdin"), InputPolicy())
+    ids = chunk.usable.ids
+    assert len(ids) == 4
+    for ordinal, sequence_id in enumerate(ids):
         opened.add(sequence(ordinal, sequence_id))
-    assert [each.id for each in opened.read()] == chunk.ids
+    assert [each.id for each in opened.read()] == ids
 
 
 def test_a_link_in_the_place_of_the_file_is_replaced_and_not_written_through(

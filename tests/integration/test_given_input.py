@@ -1,0 +1,124 @@
+"""From input of every kind to the dataset, through the real flow."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import dnaio
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from esm.data import Alphabet
+from esm.model.esm2 import ESM2 as FairESM2
+
+from flows.embed import embed
+from tests.support import EXAMPLE, assert_same_rows, small_config
+from vnp_lib.dataset import open_dataset
+from vnp_lib.esm2 import MODELS
+from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError
+from vnp_lib.plan import RunPaths
+from vnp_lib.weights import random_tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+ARCHITECTURE = MODELS["esm2_t6_8M_UR50D"]
+MOST = 60  # residues
+
+
+@contextmanager
+def standard_input(text: bytes | None) -> Iterator[None]:
+    """What is piped to this process; None: nothing is."""
+    if text is None:
+        descriptor = os.open(os.devnull, os.O_RDONLY)
+    else:
+        descriptor, write_end = os.pipe()
+        with open(write_end, "wb") as file:
+            file.write(text)
+    with open(descriptor) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stream)
+        yield
+
+
+def run_flow(given: Path, run_dir: Path, **settings):
+    return asyncio.run(embed(small_config(given, run_dir, shards=1, devices="cpu", **settings), return_state=True))
+
+
+def mean_rows(records: list[tuple[str, str]]) -> list[np.ndarray]:
+    """What extract.py gives for them with --truncation_seq_length 60: fair-esm's model, its tokens, its mean."""
+    model = FairESM2(ARCHITECTURE.num_layers, ARCHITECTURE.embed_dim, ARCHITECTURE.attention_heads)
+    assert not model.load_state_dict(dict(random_tensors(ARCHITECTURE)), strict=False).unexpected_keys
+    model.eval()
+    to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter(truncation_seq_length=MOST)
+    last = ARCHITECTURE.num_layers
+    rows = []
+    for record in records:
+        with torch.inference_mode():
+            states = model(to_tokens([record])[2], repr_layers=[last])["representations"][last]
+        rows.append(states[0, 1 : min(MOST, len(record[1])) + 1].mean(dim=0).numpy())
+    return rows
+
+
+def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path) -> None:
+    """Each row of the table has its row in the dataset, by its place; each is what fair-esm gives for what is left of it."""
+    with dnaio.open(EXAMPLE) as file:
+        records = [(record.id, record.sequence) for record, _ in zip(file, range(12), strict=False)]
+    records[5] = (records[2][0], records[5][1])
+    records[7] = (records[7][0], records[3][1])
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("accession", "organism", "aa"), *((name, "?", aa) for name, aa in records)])
+
+    settings = {"duplicate_ids": "keep", "long": "truncate", "max_length": MOST}
+    outcome = run_flow(tmp_path / "x.csv", tmp_path / "run", id_column="accession", sequence_column="aa", **settings)
+    assert outcome.is_completed(), outcome.message
+
+    dataset = open_dataset(tmp_path / "run")
+    assert dataset.ids == [name for name, _ in records]
+    for ordinal, expected in enumerate(mean_rows(records)):
+        np.testing.assert_allclose(dataset.row(ordinal), expected, atol=1e-4, rtol=0)
+    with pytest.raises(KeyError, match=r"is more than once in .*: use row\(ordinal\)"):
+        dataset[records[2][0]]
+    np.testing.assert_array_equal(dataset[records[7][0]], dataset.row(7))
+    table = pq.read_table(tmp_path / "run" / "embeddings")
+    assert table.column("original_length").to_pylist() == [len(aa) for _, aa in records]
+    assert table.column("length").to_pylist() == [min(MOST, len(aa)) for _, aa in records]
+    num_cut = sum(len(aa) > MOST for _, aa in records)
+    assert num_cut > 0
+    assert dataset.metadata["input"]["num_cut"] == num_cut
+    assert f"12 sequences embedded, {num_cut} sequences cut short" in outcome.message
+
+
+def test_what_is_piped_goes_on_without_a_pipe_and_is_not_mixed_with_other_input(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
+    """The first run leaves out what it cannot take, and says so; the next one has nothing to do."""
+    run_dir = tmp_path / "run"
+    text = tiny_fasta.read_bytes() + b">bad\nMK1\n"
+    with standard_input(None), pytest.raises(ConfigError, match="nothing is piped"):
+        run_flow(Path("-"), run_dir).result()
+    with standard_input(text), pytest.raises(FastaError, match=r"^standard input, line 81: sequence 'bad' has '1'"):
+        run_flow(Path("-"), run_dir).result()
+    assert not run_dir.exists()
+
+    with standard_input(text):
+        outcome = run_flow(Path("-"), run_dir, invalid_residues="skip")
+    assert outcome.message.startswith("40 sequences embedded, 1 record skipped")
+    (line,) = RunPaths(run_dir).skipped.read_text().splitlines()
+    assert json.loads(line)["file"] == "standard input"
+    assert run_flow(tiny_fasta, tmp_path / "oracle").is_completed()
+    assert_same_rows(run_dir, tmp_path / "oracle")
+
+    with standard_input(None):
+        assert "1 Cached" in run_flow(Path("-"), run_dir, invalid_residues="skip").message
+    with (
+        standard_input(text + b">more\nMKV\n"),
+        pytest.raises(FingerprintMismatchError, match="another input is piped"),
+    ):
+        run_flow(Path("-"), run_dir, invalid_residues="skip").result()

@@ -1,0 +1,375 @@
+"""ESM-2 from Python, in this process: `embed` takes proteins and gives their vectors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from vnp_lib.assembly import assemble
+from vnp_lib.config import DType, EmbedConfig, ModelName
+from vnp_lib.dataset import open_dataset
+from vnp_lib.embeddings import Embeddings
+from vnp_lib.failures import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
+from vnp_lib.files import FileLock
+from vnp_lib.inputs import STDIN, InputPolicy, find_sources, from_memory, read
+from vnp_lib.packing import TokenBudget, pack
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
+from vnp_lib.progress import RunProgress
+from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, check_at_the_door, open_run, resolve_dtype
+from vnp_lib.worker import ShardAttempt, StopFlag
+
+if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
+    import torch
+
+    from vnp_lib.tokens import PackedBatch
+
+Proteins: TypeAlias = (
+    str | os.PathLike[str] | Mapping[str, str] | Iterable[str] | Iterable[tuple[str, str]] | Iterable[os.PathLike[str]]
+)
+
+_SHARD = 0  # the only one
+_ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
+_ROWS_AT_A_TIME = 65_536
+
+logger = logging.getLogger(__name__)
+
+
+def embed(
+    sequences: Proteins,
+    *,
+    model: ModelName = "esm2_t33_650M_UR50D",
+    weights: str | os.PathLike[str] = "auto",
+    device: str | torch.device = "auto",
+    dtype: DType = "auto",
+    token_budget: int | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Embeddings:
+    """Embed proteins with ESM-2: the mean of the last layer over the residues of each.
+
+    It works in this process, on one device, and in a notebook's running event loop too. A run (`python flows/embed.py`) uses
+    all devices, and goes on by itself after a preemption or a failure.
+
+    Args:
+        sequences: A list of sequences, whose ids are then "0", "1" and so on; a dictionary of sequences by id; pairs of id and
+            sequence; or the path of a FASTA file, or a list of `Path`s. Whatever is mended or refused in a FASTA file is so
+            here: lower case is raised, ids occur once. Identical sequences are computed once.
+        model: One of fair-esm's six ESM-2 models.
+        weights: A fair-esm `.pt` file; "auto": fair-esm's cache or download; "random": seeded, for trying things out.
+        device: "cpu", "cuda", "cuda:1"; "auto" is a GPU where there is one.
+        dtype: Precision of the model; "auto" is bfloat16 on a GPU and float32 on the CPU. Rows are float32 in any case.
+        token_budget: Most tokens in one forward pass; by default what suits the device. What does not fit into memory is
+            computed in smaller pieces.
+        output_dir: A run directory. With it, checkpoints and the dataset are written there as a run writes them, and the
+            same call goes on where an earlier one, or a run, was stopped. Without it nothing is written.
+        progress: Show a bar on a terminal or in a notebook.
+
+    Returns:
+        A row for each sequence, in the order given, all of it in memory. With `output_dir` it is read from the dataset there,
+        which `open_dataset` reads piece by piece where memory does not hold it. A sequence that an earlier run has put in
+        quarantine has no row there; that is logged.
+
+    Raises:
+        InputError: The sequences, a setting or the directory cannot be used; nothing has been computed.
+        NumericalInstabilityError: A row is not finite, computed alone in float32 too; names the id.
+        SequenceTooLargeError: Sequences do not fit into memory, each alone; names them.
+
+    >>> embeddings = embed(["MKVLATTWQERS", "MKL"], model="esm2_t6_8M_UR50D", weights="random", progress=False)
+    >>> embeddings.embeddings.shape
+    (2, 320)
+    >>> named = embed({"short": "MKL"}, model="esm2_t6_8M_UR50D", weights="random", progress=False)
+    >>> bool(np.allclose(named["short"], embeddings["1"], atol=1e-5))
+    True
+    """
+    settings = _checked_settings(model, os.fspath(weights), str(device), dtype, token_budget, progress)
+    if settings.weights == RANDOM_WEIGHTS:
+        logger.warning("weights='random': an untrained model, the vectors mean nothing")
+    paths, records = _told_apart(sequences)
+    with _current(settings.device):
+        if output_dir is None:
+            return _embed_in_memory(_read_files(paths) if paths else _checked(records), settings)
+        if paths:
+            return _embed_into(Path(output_dir), paths, settings)
+        with _written_as_fasta(_checked(records)) as path:
+            return _embed_into(Path(output_dir), [path], settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    model: ModelName
+    weights: str
+    device: str  # "cpu" or a GPU's number, as a run's
+    dtype: DType
+    token_budget: int | None
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Records:
+    ids: list[str]  # N, each once
+    sequences: list[str]
+    representatives: NDArray[np.int64]  # place of the first identical sequence, (N,)
+
+    @cached_property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """Of each, BOS and EOS included, (N,)."""
+        return np.fromiter(map(len, self.sequences), dtype=np.int64, count=len(self.sequences)) + NUM_SPECIAL_TOKENS
+
+
+def _checked_settings(
+    model: str, weights: str, device: str, dtype: str, token_budget: int | None, progress: bool
+) -> _Settings:
+    for name, value, type_ in (("model", model, ModelName), ("dtype", dtype, DType)):
+        if value not in get_args(type_):
+            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(type_))}")
+    if token_budget is not None and token_budget < 1:
+        raise ConfigError(f"token_budget is {token_budget}; it must be at least 1")
+    return _Settings(
+        model=cast(ModelName, model),
+        weights=weights,
+        device=_device_number(device),
+        dtype=cast(DType, resolve_dtype(dtype, _device_number(device))),
+        token_budget=token_budget,
+        progress=progress,
+    )
+
+
+def _device_number(device: str) -> str:
+    """Name a device as a run does: "cpu", or a GPU's number."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return "cpu"
+    if kind != "cuda" or not (number.isdigit() or not number):
+        raise ConfigError(f"device is {device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:1'")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}, and this machine shows {torch.cuda.device_count()} GPUs; choose 'auto' or 'cpu'"
+        )
+    return number or str(torch.cuda.current_device())
+
+
+def _torch_device(device: str) -> str:
+    """The other way round: torch's name of a run's device."""
+    return device if device == "cpu" else f"cuda:{device}"
+
+
+def _current(device: str) -> AbstractContextManager[None]:
+    """Make a GPU the one that torch's events and streams are of."""
+    import torch
+
+    return nullcontext() if device == "cpu" else torch.cuda.device(int(device))
+
+
+def _told_apart(sequences: Proteins) -> tuple[list[Path], list[tuple[str, str]]]:
+    """FASTA files, or else pairs of id and sequence."""
+    if isinstance(sequences, str | os.PathLike):
+        if not os.path.exists(sequences):
+            raise FastaError(f"{os.fspath(sequences)}: there is no such file; a single sequence goes into a list")
+        return [Path(sequences)], []
+    given: list[Any] = [*(sequences.items() if isinstance(sequences, Mapping) else sequences)]
+    if given and all(isinstance(item, os.PathLike) for item in given):
+        return [Path(item) for item in given], []
+    has_ids = not (given and isinstance(given[0], str))
+    records = given if has_ids else [(str(place), sequence) for place, sequence in enumerate(given)]
+    for place, record in enumerate(records):
+        is_pair = isinstance(record, tuple | list) and len(record) == 2
+        if not (is_pair and all(isinstance(part, str) for part in record)):
+            raise FastaError(
+                f"record {place} is {given[place]!r:.60}; give sequences as strings, pairs of id and sequence, or paths of "
+                "FASTA files as Path"
+            )
+    return [], [(sequence_id, sequence) for sequence_id, sequence in records]
+
+
+def _read_files(paths: Sequence[Path]) -> _Records:
+    policy = InputPolicy()
+    sources = find_sources(paths, stdin=STDIN)
+    surveyor = Surveyor()
+    ids: list[str] = []
+    sequences: list[str] = []
+    for chunk in chain.from_iterable(read(source, policy) for source in sources):
+        surveyor.add(chunk)
+        ids += chunk.usable.ids
+        sequences += chunk.usable.sequences
+    return _Records(ids=ids, sequences=sequences, representatives=surveyor.finish(sources, policy).representatives)
+
+
+def _checked(records: Sequence[tuple[str, str]]) -> _Records:
+    chunk = from_memory([sequence_id for sequence_id, _ in records], [sequence for _, sequence in records])
+    texts = chunk.usable
+    surveyor = Surveyor()
+    surveyor.add(chunk)
+    repeats, firsts = surveyor.repeated_ids()
+    if repeats.size:
+        raise FastaError(
+            f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
+            "of its own"
+        )
+    return _Records(ids=texts.ids, sequences=texts.sequences, representatives=surveyor.representatives(dedup=True))
+
+
+def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:
+    import torch
+
+    from vnp_lib.embedder import ExactModel
+    from vnp_lib.esm2 import architecture_of
+    from vnp_lib.inference import AsyncInferenceRunner
+    from vnp_lib.weights import load_model, resolve_weights
+
+    dtype, device = getattr(torch, settings.dtype), torch.device(_torch_device(settings.device))
+    weights = resolve_weights(settings.model, settings.weights)
+    token_budget = _token_budget(settings, dtype)
+    order = longest_first(records.num_tokens, records.representatives)
+    batches = np.split(order, pack(records.num_tokens[order], token_budget)[1:-1])
+    runner = AsyncInferenceRunner(
+        load_model(settings.model, weights, dtype=dtype, device=device),
+        device,
+        budget=TokenBudget(token_budget),
+        exactly=None if dtype == torch.float32 else ExactModel(settings.model, weights),
+    )
+    rows = np.empty((len(records.ids), architecture_of(settings.model).embed_dim), dtype=np.float32)
+    with (
+        _bar(settings, order.size, records.num_tokens[order].sum()) as bar,
+        _told_plainly(),
+        closing(runner.embed(_packed(records, batches))) as results,
+    ):
+        for result in results:
+            ordinals = batches[result.batch_idx]
+            if len(result.sequence_ids) == ordinals.size:  # else one is too large, and the loop ends by saying so
+                rows[ordinals] = result.embeddings.numpy()
+            bar.advance(_SHARD, sequences=len(result.sequence_ids), tokens=result.num_tokens)
+    copies = np.flatnonzero(records.representatives != np.arange(len(records.ids)))
+    rows[copies] = rows[records.representatives[copies]]
+    return Embeddings(ids=records.ids, embeddings=rows)
+
+
+def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
+    if settings.token_budget is not None:
+        return settings.token_budget
+    if settings.device == "cpu":
+        return CPU_TOKEN_BUDGET
+    from vnp_lib.gpu_memory import choose_token_budget
+
+    return choose_token_budget(settings.model, dtype, [settings.device])
+
+
+def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[PackedBatch]:
+    from vnp_lib.tokens import pack_batch
+
+    for batch_idx, ordinals in enumerate(batches):
+        places = ordinals.tolist()
+        sequences, ids = [records.sequences[place] for place in places], [records.ids[place] for place in places]
+        yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
+
+
+def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) -> Embeddings:
+    config = EmbedConfig(
+        fasta=tuple(fasta),
+        output_dir=output_dir,
+        model=settings.model,
+        weights=settings.weights,
+        devices=settings.device,
+        dtype=settings.dtype,
+        shards=1,
+        token_budget=settings.token_budget,
+        on_poison="fail",
+    )
+    check_at_the_door(config)
+    with open_run(config) as run:
+        num_tokens = run.plan.num_tokens(run.plan.order)
+        with _bar(settings, run.plan.num_computed, num_tokens) as bar, _told_plainly():
+            if not run.shard_state(_SHARD).is_complete:
+                _embed_shard(run, settings, bar)
+        set_aside = run.quarantine.ordinals()
+        if set_aside:
+            logger.warning(
+                "%d sequences are in quarantine and have no row: see %s", len(set_aside), run.paths.quarantine
+            )
+        assemble(run.plan, run.paths, run.checkpoints().valid, quarantined=set_aside)
+    return _read_whole(output_dir)
+
+
+def _embed_shard(run: Run, settings: _Settings, bar: RunProgress) -> None:
+    """Do in this process what a child does, and record it as a run does."""
+    run.prepare_shard(_SHARD)
+    run.manifest.start_attempt(_SHARD, device=settings.device)
+    job = run.shard_job(_SHARD, settings.device).model_copy(update={"device": _torch_device(settings.device)})
+    lock = FileLock(run.paths.shard_lock(_SHARD), purpose=f"embed shard {_SHARD}")
+    with lock.held(timeout_s=_ORPHAN_LIMIT_S):
+        ShardAttempt(job, _Shown(bar), _NoSignals()).run_in_lock()
+    run.manifest.reconcile(run.checkpoints(rank=_SHARD).valid, rank=_SHARD)
+    run.manifest.mark_shard_complete(_SHARD)
+
+
+class _Shown:
+    """Shows what an attempt says of its progress."""
+
+    def __init__(self, bar: RunProgress) -> None:
+        self._bar = bar
+
+    def send(self, event: str, **fields: Any) -> None:
+        if event == "started":
+            self._bar.begin(_SHARD, sequences=fields["done"], tokens=fields["tokens_done"])
+        elif event == "batch":
+            self._bar.advance(_SHARD, sequences=fields["sequences"], tokens=fields["tokens"])
+
+
+class _NoSignals(StopFlag):
+    """Leaves SIGTERM to whoever owns this process. Ctrl-C is an exception, and what was computed is kept at any."""
+
+    def install(self) -> None:
+        pass
+
+
+@contextmanager
+def _written_as_fasta(records: _Records) -> Iterator[Path]:
+    """Put records where a plan can read them; it keeps them itself."""
+    with tempfile.TemporaryDirectory(prefix="vnp-") as directory:
+        path = Path(directory) / "sequences.fasta"
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(f">{name}\n{text}\n" for name, text in zip(records.ids, records.sequences, strict=True))
+        yield path
+
+
+def _read_whole(run_dir: Path) -> Embeddings:
+    dataset = open_dataset(run_dir)
+    rows = np.empty((len(dataset), dataset.dim), dtype=np.float32)
+    start = 0
+    for ids, batch in dataset.batches(_ROWS_AT_A_TIME):
+        rows[start : start + len(ids)] = batch
+        start += len(ids)
+    return Embeddings(ids=list(dataset.ids), embeddings=rows)
+
+
+def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgress:
+    """A bar on standard error or in a notebook; elsewhere nothing, not even a line now and then."""
+    console = Console(stderr=True, quiet=not settings.progress)
+    return RunProgress(total_sequences=num_sequences, total_tokens=num_tokens, log_interval_s=math.inf, console=console)
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Raise what is wrong with a sequence by itself, not as the cause of a batch's failure."""
+    try:
+        yield
+    except BatchFailedError as error:
+        if isinstance(error.__cause__, NumericalInstabilityError):
+            raise NumericalInstabilityError(f"{error.__cause__}; take it out to embed the others") from None
+        raise

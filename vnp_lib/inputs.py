@@ -1,0 +1,357 @@
+"""The input of a run: the files that are meant, and their records as the run takes them, under the policies it was given."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vnp_lib.failures import FastaError
+from vnp_lib.fasta import header_lines, read_fasta
+from vnp_lib.records import (
+    PROTEINS,
+    CheckedChunk,
+    Fault,
+    LetterCounts,
+    RawChunk,
+    SequenceChunk,
+    check,
+    nucleotide_share,
+)
+from vnp_lib.source import COMPRESSIONS, suffix_of, unchanging
+from vnp_lib.tables import is_table, read_table, row_of
+from vnp_lib.translation import NUCLEOTIDES, six_frames
+
+if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
+    from vnp_lib.config import DuplicateIds, EmbedConfig, InvalidResidues, LongSequences, Translation
+
+STDIN = Path("-")
+
+_FASTA_SUFFIXES = (".fa", ".fasta", ".fas", ".faa", ".fna", ".ffn", ".frn", ".mpfa", ".pep")
+_LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
+_MOST_SHARE_IN_PROTEINS = 0.95
+_SAMPLE = 1000  # records
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputPolicy:
+    """How the input is read, and what becomes of records that cannot be taken as they are. The names are `EmbedConfig`'s."""
+
+    id_column: str = "id"
+    sequence_column: str = "sequence"
+    invalid_residues: InvalidResidues = "error"
+    duplicate_ids: DuplicateIds = "error"
+    dedup: bool = True
+    long: LongSequences = "whole"
+    max_length: int | None = None  # residues
+    translate: Translation | None = None
+    chunk_length: int = 500  # nucleotides
+
+    @classmethod
+    def of(cls, config: EmbedConfig) -> InputPolicy:
+        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides a run's rows, beside the sequences that it leads to: those are told apart by themselves."""
+        identity: dict[str, Any] = {}
+        if self.long == "truncate":
+            identity["long_policy"] = f"truncate:{self.max_length}"
+        if self.translate:
+            identity["translation"] = f"{self.translate}:{self.chunk_length}"
+        if not self.dedup:
+            identity["dedup"] = False
+        return identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file of the input."""
+
+    path: Path
+    name: str  # for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputCounts:
+    """What was read, and what was done to it."""
+
+    num_skipped: int = 0  # records
+    num_cut: int = 0  # sequences
+    letters: LetterCounts = field(default_factory=LetterCounts)
+
+    @classmethod
+    def from_json(cls, counts: dict[str, Any]) -> InputCounts:
+        return cls(**counts | {"letters": LetterCounts(**counts["letters"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __add__(self, other: InputCounts) -> InputCounts:
+        return InputCounts(
+            num_skipped=self.num_skipped + other.num_skipped,
+            num_cut=self.num_cut + other.num_cut,
+            letters=self.letters + other.letters,
+        )
+
+    def describe(self) -> str:
+        """Say what a policy did to the input: `3 records skipped, 12 letters read as unknown`; "" if nothing."""
+        done = (
+            (self.num_skipped, "record", "skipped"),
+            (self.num_cut, "sequence", "cut short"),
+            (self.letters.mapped, "letter", "read as unknown"),
+        )
+        return ", ".join(
+            f"{count:,} {what if count == 1 else what + 's'} {became}" for count, what, became in done if count
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InputChunk:
+    """Consecutive records of one source, as the run takes them."""
+
+    usable: SequenceChunk
+    records: Sequence[int]  # number in the source, from 0, of each that is usable; of what it was translated from
+    lengths: NDArray[np.int32]  # residues, of each that is usable
+    original_lengths: NDArray[np.int32]  # the same before any was cut
+    refused: list[Fault]  # by record
+    skipped: list[Fault]  # by record
+    letters: LetterCounts
+
+    @property
+    def counts(self) -> InputCounts:
+        num_cut = int(np.count_nonzero(self.lengths != self.original_lengths))
+        return InputCounts(num_skipped=len(self.skipped), num_cut=num_cut, letters=self.letters)
+
+
+def find_sources(fasta: Sequence[Path], *, stdin: Path) -> list[Source]:
+    """The files that are meant by paths, patterns and directories, in this order; those of one pattern or directory sorted.
+
+    Args:
+        fasta: What was given; `-` is standard input.
+        stdin: Where that is kept.
+
+    Raises:
+        FastaError: A pattern that nothing matches, or a directory without FASTA files.
+    """
+    return [source for given in fasta for source in _sources_of(given, stdin)]
+
+
+def survey(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> Iterator[InputChunk]:
+    """Read every record of a source, in order, and go on after those that are refused.
+
+    Raises:
+        FastaError: It is not this or that record, but the file that cannot be used.
+    """
+    alphabet = NUCLEOTIDES if policy.translate else PROTEINS
+    num_read = 0
+    with _named(source), unchanging(source.path):
+        for raw in _read(source.path, policy, chunk_size):
+            if num_read == 0:
+                _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy)
+            checked = check(raw, alphabet, first_record=num_read, maps_unknown=policy.invalid_residues == "map")
+            num_read += len(raw.headers)
+            for part in _translated(checked, policy):
+                yield _under_policy(part, policy)
+        if num_read == 0:
+            raise FastaError(f"{source.path}: there is no sequence in it; give a file with at least one record")
+
+
+def read(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> Iterator[InputChunk]:
+    """Read every record of a source as `survey` does, but raise FastaError for those that are refused."""
+    with unchanging(source.path):  # a record is at fault for being half written, too
+        for chunk in survey(source, policy, chunk_size=chunk_size):
+            if chunk.refused:
+                raise _refusal(source, chunk)
+            yield chunk
+
+
+def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
+    """Check and normalise records that are in memory, as `read` does those of a file.
+
+    Raises:
+        FastaError: There is none, they look like nucleotides, or one has an id that is empty or holds white space, no
+            residues, or a letter that the model does not know.
+    """
+    if not ids:
+        raise FastaError("there is no sequence to embed; give at least one")
+    for record, sequence_id in enumerate(ids):
+        if sequence_id and sequence_id.split() != [sequence_id]:
+            raise FastaError(
+                f"record {record}: the id {sequence_id!r} has white space in it; replace that, for example by '_'"
+            )
+    policy = InputPolicy()
+    raw = RawChunk(headers=ids, sequences=["".join(sequence.split()) for sequence in sequences])
+    _refuse_other_kind("these sequences", raw.sequences[:_SAMPLE], policy)
+    chunk = _under_policy(check(raw, PROTEINS, first_record=0), policy)
+    if chunk.refused:
+        raise FastaError(f"record {chunk.refused[0].record}: {chunk.refused[0].reason}")
+    return chunk
+
+
+class Places:
+    """Where the records of a source are. Asked for in ascending order, they are found in one reading beside the other."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._lines: Iterator[int] = iter(())
+        self._record = -1  # the last that was found
+        self._line = 0
+
+    def find(self, record: int) -> dict[str, int]:
+        """The record's line, or in a table its row."""
+        if is_table(self._source.path):
+            return {"row": row_of(self._source.path, record)}
+        if self._record < 0 or record < self._record:
+            self._lines, self._record = header_lines(self._source.path), -1
+        if record > self._record:
+            self._line = next(islice(self._lines, record - self._record - 1, None))
+            self._record = record
+        return {"line": self._line}
+
+    def describe(self, record: int) -> str:
+        """The same for people: `proteins.fasta, line 8`."""
+        ((what, number),) = self.find(record).items()
+        return f"{self._source.name}, {what} {number}"
+
+
+def places_of(sources: Sequence[Source], policy: InputPolicy, ordinals: Collection[int]) -> dict[int, tuple[str, str]]:
+    """Id and place, for people, of each of `ordinals`, which count the usable records of all sources. They are read again."""
+    found: dict[int, tuple[str, str]] = {}
+    ordinal = 0
+    for source in sources if ordinals else ():
+        places = Places(source)
+        with suppress(FastaError):  # of the file: whoever asks has been told
+            for chunk in survey(source, policy):
+                for record, sequence_id in zip(chunk.records, chunk.usable.ids, strict=True):
+                    if ordinal in ordinals:
+                        found[ordinal] = sequence_id, places.describe(record)
+                    ordinal += 1
+    return found
+
+
+def _sources_of(given: Path, stdin: Path) -> list[Source]:
+    if given == STDIN:
+        return [Source(path=stdin, name="standard input")]
+    paths = [given]
+    if given.is_dir():
+        paths = sorted(path for path in given.iterdir() if suffix_of(path) in _FASTA_SUFFIXES and path.is_file())
+        if not paths:
+            raise FastaError(
+                f"{given}: there is no FASTA file in this directory; wanted are names that end in "
+                f"{', '.join(_FASTA_SUFFIXES)}, or one of these and {', '.join(COMPRESSIONS)}"
+            )
+    elif any(letter in str(given) for letter in "*?[") and not given.exists():
+        paths = sorted(map(Path, glob.glob(str(given), recursive=True)))
+        if not paths:
+            raise FastaError(f"{given}: nothing matches this pattern; mend it, or give the files by name")
+    return [Source(path=path, name=str(path)) for path in paths]
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Have errors call it what people do: where standard input is kept is no concern of theirs."""
+    try:
+        yield
+    except FastaError as error:
+        raise FastaError(str(error).replace(str(source.path), source.name)) from error
+
+
+def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk]:
+    if is_table(path):
+        return read_table(
+            path, id_column=policy.id_column, sequence_column=policy.sequence_column, chunk_size=chunk_size
+        )
+    return read_fasta(path, chunk_size=chunk_size)
+
+
+def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPolicy) -> None:
+    """Raise FastaError where these are nucleotides and should be proteins, or the other way round."""
+    share = nucleotide_share(sequences)
+    seen = f"{share:.0%} of the letters in the first {len(sequences)} records are A, C, G, T, U or N"
+    if not policy.translate and share >= _MOST_SHARE_IN_PROTEINS:
+        raise FastaError(
+            f"{path}: this looks like nucleotides ({seen}); ESM-2 takes proteins: translate it first, for example with "
+            f"`prodigal -a` or `seqkit translate`, or as VirNucPro does with --translate six-frame"
+        )
+    if policy.translate and any(sequences) and share < _LEAST_SHARE_IN_NUCLEOTIDES:
+        raise FastaError(f"{path}: this looks like proteins ({seen}); take --translate away to embed them as they are")
+
+
+def _translated(checked: CheckedChunk, policy: InputPolicy) -> Iterator[CheckedChunk]:
+    if policy.translate is None:
+        yield checked
+        return
+    yield replace(checked, usable=SequenceChunk(ids=[], descriptions=[], sequences=[]), records=[])
+    for proteins, places in six_frames(checked.usable, chunk_length=policy.chunk_length):
+        records = [checked.records[place] for place in places]
+        yield CheckedChunk(usable=proteins, records=records, faults=[], letters=LetterCounts())
+
+
+def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
+    lengths = np.fromiter(map(len, checked.usable.sequences), dtype=np.int32, count=len(checked.usable.sequences))
+    skips = policy.invalid_residues == "skip"
+    chunk = InputChunk(
+        usable=checked.usable,
+        records=checked.records,
+        lengths=lengths,
+        original_lengths=lengths,
+        refused=[] if skips else checked.faults,
+        skipped=checked.faults if skips else [],
+        letters=checked.letters,
+    )
+    most = policy.max_length
+    if policy.long == "whole" or most is None or lengths.max(initial=0) <= most:
+        return chunk
+    if policy.long == "truncate":
+        cut = replace(chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences])
+        return replace(chunk, usable=cut, lengths=np.minimum(lengths, most))
+    return _without_long(chunk, most, skips=policy.long == "skip")
+
+
+def _without_long(chunk: InputChunk, most: int, *, skips: bool) -> InputChunk:
+    texts = chunk.usable
+    kept = np.flatnonzero(chunk.lengths <= most).tolist()
+    advice = "" if skips else "; cut it or leave it out, or have that done with --long truncate or --long skip"
+    faults = [
+        Fault(
+            record=chunk.records[place],
+            sequence_id=texts.ids[place],
+            reason=f"sequence {texts.ids[place]!r} has {chunk.lengths[place]:,} residues, and at most {most:,} are allowed{advice}",
+        )
+        for place in np.flatnonzero(chunk.lengths > most).tolist()
+    ]
+    return replace(
+        chunk,
+        usable=SequenceChunk(
+            ids=[texts.ids[place] for place in kept],
+            descriptions=[texts.descriptions[place] for place in kept],
+            sequences=[texts.sequences[place] for place in kept],
+        ),
+        records=[chunk.records[place] for place in kept],
+        lengths=chunk.lengths[kept],
+        original_lengths=chunk.lengths[kept],
+        refused=chunk.refused if skips else _in_order(chunk.refused + faults),
+        skipped=_in_order(chunk.skipped + faults) if skips else chunk.skipped,
+    )
+
+
+def _in_order(faults: list[Fault]) -> list[Fault]:
+    return sorted(faults, key=attrgetter("record"))
+
+
+def _refusal(source: Source, chunk: InputChunk) -> FastaError:
+    """Name the first records of a chunk that are refused, each in a line."""
+    places = Places(source)
+    lines = [f"{places.describe(fault.record)}: {fault.reason}" for fault in chunk.refused[:_NUM_SHOWN]]
+    if len(chunk.refused) > _NUM_SHOWN:
+        lines.append(f"and {len(chunk.refused) - _NUM_SHOWN:,} more among the first that were read")
+    return FastaError("\n".join(lines))
