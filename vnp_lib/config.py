@@ -26,6 +26,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from vnp_lib.failures import ConfigError
 from vnp_lib.machine import num_cpu_children
+from vnp_lib.outputs import OutputKind
 
 ModelName = Literal[
     "esm2_t6_8M_UR50D",
@@ -42,6 +43,12 @@ def _split_at_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
+def _several(value: object) -> object:
+    return _split_at_commas(str(value) if isinstance(value, int) else value)
+
+
+Outputs = Annotated[tuple[OutputKind, ...], NoDecode, BeforeValidator(_split_at_commas)]
+Layers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_several)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
 IpAddress = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 
@@ -108,6 +115,18 @@ class EmbedConfig(BaseModel):
         "auto",
         description="A fair-esm .pt file, or Hugging Face's safetensors or their directory; 'auto': fair-esm's cache or download; "
         "'random': seeded, for trying things out.",
+    )
+    include: Outputs = Field(
+        (OutputKind.MEAN,),
+        min_length=1,
+        title="Outputs",
+        description="What is computed of each protein, with commas between: 'mean' (which is computed if nothing is given), 'max' and "
+        "'std' over its residues, 'bos', 'per_tok' (the state of every residue), 'contacts', 'logits'.",
+    )
+    repr_layers: Layers | None = Field(
+        None,
+        description="Layers to take them from, with commas between, in fair-esm's numbers: 0 is the embedding, -1 the last layer, "
+        "which is taken if none is given.",
     )
     devices: str = Field(
         "auto",
@@ -205,7 +224,10 @@ input would be refused, or the disk has no room, 2: an option cannot be used."""
 class _HelpFormatter(argparse.HelpFormatter):
     """Leaves out what only a programmer reads: Python's type names, defaults that are None, a page of usage."""
 
-    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"}
+    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"} | {
+        f"tuple[{{{','.join(kind.name for kind in OutputKind)}}},...]": "OUTPUTS",
+        "tuple[int,...]": "LAYERS",
+    }
 
     def add_usage(self, usage: str | None, *args: Any, **kwargs: Any) -> None:
         super().add_usage("%(prog)s --fasta FILES --output-dir DIR [options]", *args, **kwargs)
@@ -216,7 +238,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._metavar_formatter(action, default_metavar)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (action.help or "").replace(" (default: None)", "").replace(" (required)", "")
+        told = re.sub(r" \(default: \(.*\)\)$", "", action.help or "")  # of several values; the text says it
+        return told.replace(" (default: None)", "").replace(" (required)", "")
 
 
 def parse_command_line(arguments: Sequence[str]) -> EmbedConfig:

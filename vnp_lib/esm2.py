@@ -1,4 +1,4 @@
-"""ESM-2: the network over packed batches, and the pooling of its states."""
+"""ESM-2: the network over packed batches."""
 
 from __future__ import annotations
 
@@ -179,22 +179,3 @@ class _SelfAttention(nn.Module):
 
 
 _IS_TURNED = re.compile(r"\.[qk]_proj\.")  # by rotary positions
-
-
-def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Average each sequence's residue states, leaving out BOS and EOS.
-
-    Args:
-        hidden: States, (T, D), with T = cu_seqlens[-1].
-        cu_seqlens: Sequence boundaries in tokens, int32, (B + 1,), first 0.
-
-    Returns:
-        One vector per sequence, float32, (B, D).
-
-    Matches the "mean" representation of fair-esm's scripts/extract.py.
-    """
-    num_residues = cu_seqlens.diff() - 2
-    one = torch.ones_like(num_residues)
-    bos_residues_eos = torch.stack((one, num_residues, one), dim=1).flatten()
-    means = torch.segment_reduce(hidden.float(), "mean", lengths=bos_residues_eos, axis=0, unsafe=True)
-    return means[1::3]

@@ -21,6 +21,7 @@ from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
+from vnp_lib.outputs import RowLayout, choose_outputs
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, kept_token_budget, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
@@ -253,9 +254,9 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
-    from vnp_lib.esm2 import MODELS
+    from vnp_lib.esm2 import architecture_of
 
-    architecture = MODELS[config.model]
+    layout = planned_layout(config)
     num_shards = config.shards or len(devices)
     token_budget = planned_token_budget(config, devices)
     plan = make_plan(
@@ -264,15 +265,30 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
         ModelIdentity(
             model=config.model,
             weights_digest=weights.digest,
-            layer=architecture.num_layers,
+            layer=max(layout.layers, default=architecture_of(config.model).num_layers),
+            pooling=",".join(dict.fromkeys(output.kind.value for output in layout.outputs)),
+            **layout.identity(),
             dtype=_planned_dtype(config, devices),
             division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
         ),
         num_shards=num_shards,
         token_budget=token_budget,
     )
-    check_free_space(paths, plan, architecture.embed_dim)
+    check_free_space(paths, plan, layout)
     return plan
+
+
+def planned_layout(config: EmbedConfig) -> RowLayout:
+    """Say what a row of a run is.
+
+    Raises:
+        ConfigError: The model has no such layer.
+    """
+    from vnp_lib.esm2 import architecture_of  # imports torch, which takes seconds
+
+    architecture = architecture_of(config.model)
+    outputs = choose_outputs(config.include, config.repr_layers, num_layers=architecture.num_layers)
+    return RowLayout(outputs, architecture.embed_dim)
 
 
 def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:

@@ -64,6 +64,11 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Residues of each sequence, (B,). Of a batch on the CPU."""
+        return np.diff(self.cu_seqlens.numpy()).astype(np.int64) - TOKENS_AROUND
+
     def select(self, keep: NDArray[np.bool_]) -> PackedBatch:
         """Leave out the sequences whose `keep`, bool (B,), is False; at least one stays."""
         seqlens = np.diff(self.cu_seqlens.numpy())

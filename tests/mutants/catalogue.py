@@ -723,8 +723,8 @@ _ASSEMBLY = (
     Mutant(
         name="rows-placed-by-arrival",
         module="assembly",
-        before="self._read(path, rows, np.argsort(ascending))",
-        after="self._read(path, rows, np.arange(ordinals.size))",
+        before="            for block in self._blocks(np.argsort(ascending)):\n",
+        after="            for block in self._blocks(np.arange(ordinals.size)):\n",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
     ),
     Mutant(
@@ -781,7 +781,7 @@ _ASSEMBLY = (
     Mutant(
         name="rows-that-are-not-finite-assembled",
         module="assembly",
-        before="    _require_finite(plan, ordinals, rows)\n",
+        before="    _require_finite(plan, division.layout, ordinals, rows)\n",
         after="",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_a_row_that_is_not_finite_is_named",),
     ),
@@ -915,8 +915,8 @@ _CURES = (
     Mutant(
         name="mended-row-in-another-place",
         module="embedder",
-        before="            rows[row] = self._exactly(",
-        after="            rows[-1] = self._exactly(",
+        before="            views[row].copy_(self._exactly(",
+        after="            views[-1].copy_(self._exactly(",
         caught_by=(f"{_EMBEDDER}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",),
     ),
     Mutant(

@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "machine", "weight_files"},
+    {"files", "machine", "weight_files", "outputs"},
     {"config", "fasta", "packing", "progress", "heartbeat", "linear", "read_ahead", "metrics", "hdf5", "torch_rows"},
-    {"plan", "retry", "tokens", "attention", "terminal"},
-    {"manifest", "quarantine", "esm2", "listener", "precision", "dataset"},
+    {"plan", "retry", "tokens", "attention", "terminal", "columns"},
+    {"manifest", "quarantine", "esm2", "listener", "precision", "dataset", "pooling"},
     {"weights", "fair_esm"},
     {"checkpoint", "formats", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
     {"inference", "assembly", "export", "pictures"},
