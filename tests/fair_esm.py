@@ -14,24 +14,30 @@ from vnp_lib.esm2 import Architecture
 
 
 class FairEsm:
-    """fair-esm's own network on parameters by its names; heads that are not given stay as it makes them."""
+    """fair-esm's own network on parameters by its names; heads that are not given stay as a fixed seed makes them."""
 
     def __init__(self, architecture: Architecture, state: Mapping[str, Tensor]) -> None:
+        torch.manual_seed(1)
         self._network = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads).eval()
         missing, unexpected = self._network.load_state_dict(state, strict=False)
         assert not unexpected
         assert all(name.startswith(("lm_head.", "contact_head.")) or "rot_emb" in name for name in missing)
         self._to_tokens = self._network.alphabet.get_batch_converter()
 
+    def state(self) -> dict[str, Tensor]:
+        """All parameters, those of the heads included."""
+        return {name: tensor for name, tensor in self._network.state_dict().items() if "rot_emb" not in name}
+
     @torch.inference_mode()
-    def outputs(self, sequence: str, layers: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-        """All that we can be asked for, by our names."""
+    def outputs(
+        self, sequence: str, layers: Sequence[int], *, with_contacts: bool = True
+    ) -> dict[str, NDArray[np.float32]]:
+        """All that we can be asked for, by our names; without contacts in less memory."""
         tokens = self._to_tokens([("", sequence)])[2]
-        given = self._network(tokens, repr_layers=list(layers), return_contacts=True)
-        found = {
-            "contacts": self._network.predict_contacts(tokens)[0],
-            "logits": given["logits"][0, 1 : len(sequence) + 1],
-        }
+        given = self._network(tokens, repr_layers=list(layers))
+        found = {"logits": given["logits"][0, 1 : len(sequence) + 1]}
+        if with_contacts:
+            found["contacts"] = self._network.predict_contacts(tokens)[0]
         for layer, states in given["representations"].items():
             residues = states[0, 1 : len(sequence) + 1]
             found |= {

@@ -36,6 +36,7 @@ ModelName = Literal[
     "esm2_t36_3B_UR50D",
     "esm2_t48_15B_UR50D",
 ]
+LongSequences = Literal["whole", "window", "virnucpro"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -127,6 +128,24 @@ class EmbedConfig(BaseModel):
         None,
         description="Layers to take them from, with commas between, in fair-esm's numbers: 0 is the embedding, -1 the last layer, "
         "which is taken if none is given.",
+    )
+    long: LongSequences = Field(
+        "whole",
+        title="Long sequences",
+        description="How the mean of long sequences is taken. 'whole': like any other; 'window': in overlapping windows of the "
+        "maximum length; 'virnucpro': the whole sequence goes through the model, and the mean is that of its first 1024 residues.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        title="Maximum length (residues)",
+        description="Residues of a window, where long sequences have them.",
+    )
+    window_overlap: int | None = Field(
+        None,
+        ge=0,
+        title="Window overlap (residues)",
+        description="Residues that windows share; a quarter if not given.",
     )
     devices: str = Field(
         "auto",

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.esm2 import ESM2
 from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
+from vnp_lib.heads import with_heads
+from vnp_lib.long_sequences import join_windows, long_mean_of
 from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import TokenBudget
 from vnp_lib.pooling import mean_pool, rows_of, split_rows
@@ -48,9 +49,21 @@ def embed_batch(model: PackedModel, batch: PackedBatch, layout: RowLayout | None
         representations = output["representations"]
         return mean_pool(representations[max(representations)], batch.cu_seqlens)
     asked: dict[str, Any] = {"repr_layers": layout.layers}
-    return rows_of(
-        model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, **asked), batch.cu_seqlens, layout
-    )
+    computed = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, **asked)
+    return rows_of(computed, batch.cu_seqlens, layout, batch.shares)
+
+
+def _divided(batch: PackedBatch, layout: RowLayout | None) -> PackedBatch:
+    """What is computed in the place of a batch: windows in the place of its long sequences, where that is how it is done."""
+    long_mean = long_mean_of(layout.long_policy) if layout is not None else None
+    return batch if long_mean is None else long_mean.divide(batch)
+
+
+def _embed_at_once(model: PackedModel, batch: PackedBatch, device: torch.device, layout: RowLayout | None) -> Tensor:
+    """The rows of a batch's sequences, on the CPU, in one pass."""
+    divided = _divided(batch, layout)
+    rows = embed_batch(model, divided.to(device), layout).cpu()
+    return rows if divided is batch else join_windows(rows, divided.ordinals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +71,8 @@ class LaunchedBatch:
     """A batch whose rows are on their way to the CPU."""
 
     batch: PackedBatch
-    fits: NDArray[np.bool_]  # (B,): False for a sequence that does not fit into memory, even alone
+    computed: PackedBatch  # the same, or with windows in the place of its sequences
+    fits: NDArray[np.bool_]  # of these: False for one that does not fit into memory, even alone
     rows: Tensor  # of those that fit, on the CPU, float32 (fits.sum(), W), or end to end; complete once `arrived`
     arrived: torch.cuda.Event | None
 
@@ -88,15 +102,16 @@ class ExactModel:
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
         """The rows of a batch, as `embed_batch` gives them, on the CPU."""
-        return embed_batch(self._loaded, batch.to(self._device), self._layout).cpu()
+        return _embed_at_once(self._loaded, batch, self._device, self._layout)
 
     @property
     def is_loaded(self) -> bool:
         return "_loaded" in self.__dict__
 
     @cached_property
-    def _loaded(self) -> ESM2:
-        return load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
+    def _loaded(self) -> PackedModel:
+        network = load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
+        return with_heads(network, self._model, self._weights, self._layout.heads if self._layout is not None else ())
 
 
 class Embedder:
@@ -124,7 +139,7 @@ class Embedder:
         self._device = device
         self._budget = budget
         self._layout = layout
-        self._exactly = exactly or (lambda alone: embed_batch(model, alone.to(device), layout).cpu())
+        self._exactly = exactly or (lambda alone: _embed_at_once(model, alone, device, layout))
 
     @torch.inference_mode()
     def launch(self, batch: PackedBatch) -> LaunchedBatch:
@@ -134,10 +149,11 @@ class Embedder:
             BatchFailedError: From whatever goes wrong, except that memory runs out.
         """
         with blaming(batch):
-            pieces = list(self._pieces(batch))
+            computed = _divided(batch, self._layout)
+            pieces = list(self._pieces(computed))
             fits = [np.full(piece.num_sequences, rows is not None) for piece, rows in pieces]
             rows, arrived = _fetch([rows for _, rows in pieces if rows is not None])
-            return LaunchedBatch(batch=batch, fits=np.concatenate(fits), rows=rows, arrived=arrived)
+            return LaunchedBatch(batch=batch, computed=computed, fits=np.concatenate(fits), rows=rows, arrived=arrived)
 
     @torch.inference_mode()
     def collect(self, launched: LaunchedBatch) -> EmbeddedBatch:
@@ -146,10 +162,11 @@ class Embedder:
         Raises:
             BatchFailedError: From whatever goes wrong.
         """
-        batch, fits, rows = launched.batch, launched.fits, launched.rows
+        batch = launched.batch
         with blaming(batch):
             if launched.arrived is not None:
                 launched.arrived.synchronize()
+            fits, rows = _joined(launched)
             fitting = _those(batch, fits)
             is_finite = self._mend(fitting, rows) if fitting is not None else np.ones(0, dtype=bool)
             return EmbeddedBatch(
@@ -237,6 +254,17 @@ class Embedder:
         if self._device.type == "cuda":
             batch = batch.pinned()
         return batch.to(self._device, non_blocking=True)
+
+
+def _joined(launched: LaunchedBatch) -> tuple[NDArray[np.bool_], Tensor]:
+    """Which sequences fit, and the rows of those, of what was computed in their place. All windows of one have to fit."""
+    ordinals, fits, rows = launched.computed.ordinals, launched.fits, launched.rows
+    if launched.computed is launched.batch:
+        return fits, rows
+    first_windows = np.flatnonzero(np.diff(ordinals, prepend=ordinals[0] - 1))
+    all_fit = np.logical_and.reduceat(fits, first_windows)
+    is_wanted = np.repeat(all_fit, np.diff(first_windows, append=fits.size))
+    return all_fit, join_windows(rows[torch.from_numpy(is_wanted[fits])], ordinals[is_wanted])
 
 
 def _those(batch: PackedBatch, mask: NDArray[np.bool_]) -> PackedBatch | None:

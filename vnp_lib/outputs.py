@@ -84,14 +84,16 @@ class RowLayout:
 
     outputs: tuple[Output, ...]
     embed_dim: int
+    long_policy: str = "whole"  # what the mean of a long sequence is, see `long_sequences.py`
 
     @classmethod
     def of_identity(cls, identity: dict[str, Any], *, embed_dim: int | None = None) -> Self:
         """The layout that a plan's identity names; `embed_dim` is wanted where the identity says nothing of it."""
+        policy = identity.get("long_policy", "whole")
         if "outputs" not in identity:
             assert embed_dim is not None
-            return cls((Output(kind=OutputKind.MEAN, layer=identity["layer"]),), embed_dim)
-        return cls.of_names(identity["outputs"].split(","), embed_dim=identity["embed_dim"])
+            return cls((Output(kind=OutputKind.MEAN, layer=identity["layer"]),), embed_dim, policy)
+        return cls(tuple(map(Output.parse, identity["outputs"].split(","))), identity["embed_dim"], policy)
 
     @classmethod
     def of_names(cls, names: Iterable[str], *, embed_dim: int) -> Self:
@@ -123,8 +125,10 @@ class RowLayout:
         """The layers whose states are needed, ascending."""
         return tuple(sorted({output.layer for output in self.outputs if output.layer is not None}))
 
-    def includes(self, kind: OutputKind) -> bool:
-        return any(output.kind == kind for output in self.outputs)
+    @property
+    def heads(self) -> tuple[OutputKind, ...]:
+        """The kinds that need more than the network's states."""
+        return tuple(output.kind for output in self.outputs if output.kind in _WITHOUT_LAYER)
 
     def widths(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """How many numbers the rows of sequences of `lengths` residues have, (B,)."""

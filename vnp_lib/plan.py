@@ -155,6 +155,7 @@ class ModelIdentity:
     long_policy: str = "whole"  # long sequences are neither cut nor split
     outputs: str | None = None  # by name, in the order of a row; None: the mean of `layer` alone
     embed_dim: int | None = None  # where there are outputs
+    contact_regression: str | None = None  # sha256 of its parameters, where there are contacts
     division: str | None = None  # into shards and batches, where rows have to be the same to the last bit
 
 

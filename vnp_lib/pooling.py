@@ -14,18 +14,19 @@ from vnp_lib.outputs import Output, OutputKind, RowLayout
 from vnp_lib.tokens import TOKENS_AROUND
 
 
-def rows_of(computed: Mapping[str, Any], cu_seqlens: Tensor, layout: RowLayout) -> Tensor:
+def rows_of(computed: Mapping[str, Any], cu_seqlens: Tensor, layout: RowLayout, shares: Tensor | None = None) -> Tensor:
     """Reduce what the network has computed to the rows of `layout`, float32.
 
     Args:
         computed: `representations`, {layer: states, (T, D)}, and where the layout has them `logits`, (T, 33), and `contacts`,
             one (L, L) for each sequence.
         cu_seqlens: Sequence boundaries in tokens, int32, (B + 1,).
+        shares: What each token counts for in a mean, float32 (T,); None: all residues of a sequence alike.
 
     Returns:
         (B, W) where all rows are equally wide; else the rows laid end to end, (V,).
     """
-    outputs = [_output(each, computed, cu_seqlens) for each in layout.outputs]
+    outputs = [_output(each, computed, cu_seqlens, shares) for each in layout.outputs]
     if layout.is_fixed:
         return torch.cat([output for output in outputs if isinstance(output, Tensor)], dim=1)
     by_sequence = zip(*outputs, strict=True)
@@ -52,7 +53,9 @@ def split_rows(rows: Tensor, widths: NDArray[np.int64]) -> Sequence[Tensor]:
     return rows.unbind() if rows.dim() == 2 else rows.split_with_sizes(widths.tolist())
 
 
-def _output(output: Output, computed: Mapping[str, Any], cu_seqlens: Tensor) -> Tensor | Sequence[Tensor]:
+def _output(
+    output: Output, computed: Mapping[str, Any], cu_seqlens: Tensor, shares: Tensor | None
+) -> Tensor | Sequence[Tensor]:
     """An output of each sequence, float32: (B, D), or B tensors where it is as long as its sequence."""
     if output.kind == OutputKind.CONTACTS:
         contacts: Sequence[Tensor] = computed["contacts"]
@@ -62,7 +65,7 @@ def _output(output: Output, computed: Mapping[str, Any], cu_seqlens: Tensor) -> 
     hidden: Tensor = computed["representations"][output.layer]
     match output.kind:
         case OutputKind.MEAN:
-            return mean_pool(hidden, cu_seqlens)
+            return mean_pool(hidden, cu_seqlens) if shares is None else _shared(hidden, shares, cu_seqlens)
         case OutputKind.BOS:
             return hidden[cu_seqlens[:-1]].float()
         case OutputKind.MAX:
@@ -76,6 +79,11 @@ def _output(output: Output, computed: Mapping[str, Any], cu_seqlens: Tensor) -> 
 def _residues(of_tokens: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     seqlens = cu_seqlens.diff().tolist()
     return [tokens[1:-1] for tokens in of_tokens.float().split_with_sizes(seqlens)]
+
+
+def _shared(hidden: Tensor, shares: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sum of each sequence's residue states by their shares, (B, D)."""
+    return _reduced(hidden.float() * shares.unsqueeze(-1), "sum", cu_seqlens)[1::3]
 
 
 def _std(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:

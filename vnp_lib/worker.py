@@ -195,6 +195,7 @@ class ShardAttempt:
         import torch
 
         from vnp_lib.embedder import ExactModel
+        from vnp_lib.heads import check_heads, with_heads
         from vnp_lib.inference import AsyncInferenceRunner
         from vnp_lib.weights import load_model, resolve_weights
 
@@ -209,6 +210,9 @@ class ShardAttempt:
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
+        heads = layout.heads if layout is not None else ()
+        if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
+            raise InputError(f"the contact regression of {job.model} has changed since the run was begun")
         exact_model = ExactModel(job.model, weights, device=device, layout=layout)
         exact_rows = {} if is_exact else self._exact_rows(plan, work, exact_model)
         if device.type == "cuda":
@@ -221,7 +225,7 @@ class ShardAttempt:
             by_convolution=job.is_deterministic or None,
         )
         return AsyncInferenceRunner(
-            model,
+            with_heads(model, job.model, weights, heads),
             device,
             enable_streams=not job.is_careful,
             checkpoint_dir=self._paths.checkpoints_dir,
@@ -243,12 +247,13 @@ class ShardAttempt:
         )
 
     def _layout(self, plan: RunPlan) -> RowLayout | None:
-        """What a row is; None: the mean of the last layer, which a model gives without being asked."""
+        """What a row is; None: the mean over all residues of the last layer, which a model gives without being asked."""
         from vnp_lib.esm2 import architecture_of
 
         architecture = architecture_of(self._job.model)
         layout = RowLayout.of_identity(plan.identity, embed_dim=architecture.embed_dim)
-        return None if layout.is_one_mean and layout.layers == (architecture.num_layers,) else layout
+        plain = RowLayout.of_identity({"layer": architecture.num_layers}, embed_dim=architecture.embed_dim)
+        return None if layout == plain else layout
 
     def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> dict[int, NDArray[np.float32]]:
         """Embed this shard's part of the sample in float32, before the run's own model takes the memory.

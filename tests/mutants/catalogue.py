@@ -922,7 +922,7 @@ _CURES = (
     Mutant(
         name="mended-row-taken-to-be-finite",
         module="embedder",
-        before="            is_finite[row] = torch.isfinite(rows[row]).all()\n",
+        before="            is_finite[row] = torch.isfinite(views[row]).all()\n",
         after="            is_finite[row] = True\n",
         caught_by=(f"{_EMBEDDER}::test_a_row_that_stays_not_finite_is_told_apart",),
     ),
