@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from esm.model.esm2 import ESM2 as FairEsm2
+from esm import Alphabet
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.esm2 import Architecture
+from vnp_lib.fair_esm import fair_esm_network
 
 
 class FairEsm:
@@ -18,11 +19,8 @@ class FairEsm:
 
     def __init__(self, architecture: Architecture, state: Mapping[str, Tensor]) -> None:
         torch.manual_seed(1)
-        self._network = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads).eval()
-        missing, unexpected = self._network.load_state_dict(state, strict=False)
-        assert not unexpected
-        assert all(name.startswith(("lm_head.", "contact_head.")) or "rot_emb" in name for name in missing)
-        self._to_tokens = self._network.alphabet.get_batch_converter()
+        self._network = fair_esm_network(architecture, state)
+        self._to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()
 
     def state(self) -> dict[str, Tensor]:
         """All parameters, those of the heads included."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -26,7 +26,6 @@ from pydantic_settings.exceptions import SettingsError
 
 from vnp_lib.failures import ConfigError
 from vnp_lib.machine import num_cpu_children
-from vnp_lib.outputs import OutputKind
 
 ModelName = Literal[
     "esm2_t6_8M_UR50D",
@@ -36,6 +35,7 @@ ModelName = Literal[
     "esm2_t36_3B_UR50D",
     "esm2_t48_15B_UR50D",
 ]
+OutputName = Literal["mean", "bos", "max", "std", "per_tok", "contacts", "logits"]
 LongSequences = Literal["whole", "window", "virnucpro"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -48,7 +48,7 @@ def _several(value: object) -> object:
     return _split_at_commas(str(value) if isinstance(value, int) else value)
 
 
-Outputs = Annotated[tuple[OutputKind, ...], NoDecode, BeforeValidator(_split_at_commas)]
+Outputs = Annotated[tuple[OutputName, ...], NoDecode, BeforeValidator(_split_at_commas)]
 Layers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_several)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
 IpAddress = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
@@ -118,7 +118,7 @@ class EmbedConfig(BaseModel):
         "'random': seeded, for trying things out.",
     )
     include: Outputs = Field(
-        (OutputKind.MEAN,),
+        ("mean",),
         min_length=1,
         title="Outputs",
         description="What is computed of each protein, with commas between: 'mean' (which is computed if nothing is given), 'max' and "
@@ -244,7 +244,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Leaves out what only a programmer reads: Python's type names, defaults that are None, a page of usage."""
 
     _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"} | {
-        f"tuple[{{{','.join(kind.name for kind in OutputKind)}}},...]": "OUTPUTS",
+        f"tuple[{{{','.join(get_args(OutputName))}}},...]": "OUTPUTS",
         "tuple[int,...]": "LAYERS",
     }
 

@@ -246,7 +246,9 @@ class EmbeddingDataset:
 
     def _require_one_mean(self) -> None:
         if not self.is_one_mean:
-            raise ValueError(f"{self.directory} has no single vector for each sequence, but {', '.join(self.outputs)}: use `batches`")
+            raise ValueError(
+                f"{self.directory} has no single vector for each sequence, but {', '.join(self.outputs)}: use `batches`"
+            )
 
     @property
     def _num_parts(self) -> int:

@@ -290,14 +290,16 @@ def planned_layout(config: EmbedConfig) -> RowLayout:
     from vnp_lib.esm2 import architecture_of  # imports torch, which takes seconds
 
     architecture = architecture_of(config.model)
-    outputs = choose_outputs(config.include, config.repr_layers, num_layers=architecture.num_layers)
+    outputs = choose_outputs(
+        set(map(OutputKind, config.include)), config.repr_layers, num_layers=architecture.num_layers
+    )
     return RowLayout(outputs, architecture.embed_dim, _long_policy(config))
 
 
 def _long_policy(config: EmbedConfig) -> str:
     if config.long == "whole":
         return config.long
-    if set(config.include) != {OutputKind.MEAN}:
+    if set(config.include) != {"mean"}:
         raise ConfigError(f"--long {config.long} says how a mean is taken: it goes with --include mean alone")
     if config.long == "virnucpro":
         return config.long

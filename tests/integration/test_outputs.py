@@ -65,7 +65,11 @@ def test_arrays_of_every_shape_outlive_a_killed_child(tmp_path, sabotage, tiny_f
     """What the killed child left and what the next one computes come to one dataset, each array with its id."""
     sabotage(KILLED_AT_THE_THIRD)
     outcome = run_flow(
-        tiny_fasta, tmp_path / "run", include=tuple(OutputKind), repr_layers=(3, -1), weights=str(weights_file)
+        tiny_fasta,
+        tmp_path / "run",
+        include=tuple(map(str, OutputKind)),
+        repr_layers=(3, -1),
+        weights=str(weights_file),
     )
     assert outcome.is_completed(), outcome.message
     [failure] = CheckpointManifest(RunPaths(tmp_path / "run").manifest).failures(0)

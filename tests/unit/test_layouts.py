@@ -19,7 +19,8 @@ from tests.made_up_runs import DIM, MODEL, Run, start_run, write_checkpoint
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import survey_checkpoints
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
-from vnp_lib.failures import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
+from vnp_lib.export import export_dataset
+from vnp_lib.failures import CheckpointError, ConfigError, FingerprintMismatchError, NumericalInstabilityError
 from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 from vnp_lib.verify import read_checkpoints
@@ -237,3 +238,17 @@ def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path:
             assert (values == values.size).all()
             ordinal += 1
     assert ordinal == 15_000
+
+
+def test_what_takes_vectors_says_that_there_is_more(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, RAGGED)
+    run.assemble()
+    dataset = open_dataset(run.paths.run_dir)
+    for takes_vectors in (dataset.to_numpy, dataset.as_torch_dataset, lambda: next(dataset.torch_batches(2))):
+        with pytest.raises(ValueError, match="has no single vector for each sequence, but mean_6, per_tok_6, contacts"):
+            takes_vectors()
+    with pytest.raises(ConfigError, match="an export takes the mean of one layer alone"):
+        export_dataset(run.paths.run_dir, "npy")
+    sequence_id, outputs = dataset.at(3)
+    assert sequence_id == run.ids[3]
+    assert_same_outputs(outputs, outputs_of(RAGGED, run.sequences[3]))
