@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -481,17 +482,23 @@ def _write_part(
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.embeddings_dir / f"part-{part:05d}.parquet"
     with files.durable_file(path, replace=True) as file:
-        pq.write_table(
-            table,
-            file,
-            row_group_size=max(1, _ROW_GROUP_BYTES * ordinals.size // max(1, rows.nbytes)),
-            compression="none",
-            use_dictionary=False,
-            write_statistics=["ordinal", "id"],
-            write_page_checksum=True,
-        )
+        _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
     plan.forget_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
+
+
+def _write_table(file: files.DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
+    """Write a part in groups of rows that take 4 MB together; a larger row is a group of its own."""
+    with pq.ParquetWriter(
+        file,
+        table.schema,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=["ordinal", "id"],
+        write_page_checksum=True,
+    ) as writer:
+        for start, stop in pairwise(pack(row_bytes, _ROW_GROUP_BYTES).tolist()):
+            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
 
 
 def _require_finite(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:

@@ -343,9 +343,7 @@ class ResumedRows(NamedTuple):
     """What the checkpoints of one shard hold."""
 
     ids: list[str]
-    embeddings: (
-        np.ndarray[Any, Any] | None
-    )  # (len(ids), D), or end to end, in the order of the ids; bfloat16 comes as float32
+    embeddings: np.ndarray[Any, Any] | None  # (len(ids), D) or end to end, in the order of the ids; bfloat16 as float32
     resume_batch_idx: int  # the number of the next checkpoint
     corrupted_ids: list[str]  # what unused checkpoints say they held; all that is not in `ids` is to be computed
 
@@ -399,9 +397,7 @@ class Survey:
 class Checkpoint:
     """The content of a checkpoint."""
 
-    embeddings: np.ndarray[
-        Any, Any
-    ]  # (rows, D), or (values,) as the metadata's `offsets` says; bfloat16 comes as float32
+    embeddings: np.ndarray[Any, Any]  # (rows, D), or (values,) with `offsets`; bfloat16 comes as float32
     sequence_ids: list[str]
     metadata: dict[str, Any]
 

@@ -35,7 +35,7 @@ RESUMED = -1  # batch_idx of the result that holds what earlier attempts compute
 
 _BATCHES_AHEAD = 4
 _MOST_SHOWN = 10
-_MOST_UNSAVED_BYTES = 256 * 1024**2  # what a sequence's own length decides on comes to more than 10,000 rows can tell
+_MOST_UNSAVED_BYTES = 256 * 1024**2  # ten thousand rows that are as long as their sequences may not fit into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -58,6 +57,9 @@ class Output:
 
     def shape(self, length: int, embed_dim: int) -> tuple[int, ...]:
         """Its shape for a sequence of `length` residues, in a network of width `embed_dim`."""
+        return self._shape(length, embed_dim)
+
+    def _shape(self, length: Any, embed_dim: int) -> tuple[Any, ...]:
         shapes = {
             OutputKind.PER_TOK: (length, embed_dim),
             OutputKind.CONTACTS: (length, length),
@@ -69,9 +71,9 @@ class Output:
         """How many numbers it is for sequences of `lengths` residues, (B,)."""
         if self.is_fixed:
             return np.full(lengths.shape, embed_dim, dtype=np.int64)
-        each, of_each = np.unique(lengths, return_inverse=True)
-        widths = np.array([prod(self.shape(length, embed_dim)) for length in each.tolist()], dtype=np.int64)
-        return widths[of_each]
+        first, second = self._shape(lengths.astype(np.int64), embed_dim)
+        widths: NDArray[np.int64] = first * second
+        return widths
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import vnp_lib.inference
 from tests.fair_esm import FairEsm, assert_close
 from vnp_lib.checkpoint import load_checkpoint
 from vnp_lib.embedder import Embedder
@@ -158,3 +159,16 @@ def test_a_checkpoint_holds_what_fair_esm_gives_and_says_how_far_it_is_from_exac
     assert compared["ordinal"] == 3
     assert compared["max_abs_difference"] == pytest.approx(0.5, abs=1e-5)
     assert ("offsets" in kept.metadata) == (not layout.is_fixed)
+
+
+def test_a_checkpoint_is_written_before_rows_take_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However few sequences they are of; checkpoints hold whole batches all the same."""
+    layout = layout_of(RAGGED)
+    batches = [batch_of(SEQUENCES[:2]), batch_of(SEQUENCES[2:4], first=2), batch_of(SEQUENCES[4:], first=4)]
+    bytes_of_two = int(layout.widths(batches[0].lengths).sum()) * 4
+    monkeypatch.setattr(vnp_lib.inference, "_MOST_UNSAVED_BYTES", bytes_of_two)
+    for _ in AsyncInferenceRunner(network(), "cpu", checkpoint_dir=tmp_path, layout=layout).embed(batches):
+        pass
+    kept = [load_checkpoint(checkpoint_path(tmp_path, 0, number), fingerprint=None) for number in range(2)]
+    assert [each.sequence_ids for each in kept] == [["s0", "s1"], [f"s{i}" for i in range(2, 9)]]
+    assert [each.metadata["reason"] for each in kept] == ["size_threshold", "final"]
