@@ -86,7 +86,7 @@ def _batches(num_batches: int) -> Iterator[PackedBatch]:
 def _patched(clock: _Clock) -> Iterator[None]:
     embed_batch, write = embedder.embed_batch, inference._Unsaved.write
 
-    def sleeping(_model: object, batch: PackedBatch) -> Tensor:
+    def sleeping(_model: object, batch: PackedBatch, _layout: object = None) -> Tensor:
         begun_at = time.perf_counter()
         rows = torch.full((batch.num_sequences, WIDTH), float(batch.batch_idx))
         time.sleep(max(0.0, begun_at + batch.num_tokens / TOKENS_PER_S - time.perf_counter()))

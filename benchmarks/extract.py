@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from esm import FastaBatchedDataset, pretrained
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--toks_per_batch", type=int, default=4096)
     parser.add_argument("--repr_layers", type=int, nargs="+", default=[-1])
-    parser.add_argument("--include", nargs="+", choices=["mean", "per_tok", "bos"], required=True)
+    parser.add_argument("--include", nargs="+", choices=["mean", "per_tok", "bos", "contacts"], required=True)
     parser.add_argument("--truncation_seq_length", type=int, default=1022)
     parser.add_argument("--nogpu", action="store_true", required=True)
     given = parser.parse_args()
@@ -36,13 +37,17 @@ def main() -> None:
     layers = [layer % (model.num_layers + 1) for layer in given.repr_layers]
     with torch.no_grad():
         for labels, sequences, tokens in loader:
-            states = model(tokens, repr_layers=layers, return_contacts=False)["representations"]
+            output = model(tokens, repr_layers=layers, return_contacts="contacts" in given.include)
+            states = output["representations"]
             for row, (label, sequence) in enumerate(zip(labels, sequences, strict=True)):
                 num_residues = min(len(sequence), given.truncation_seq_length)
                 own = {layer: of_layer[row, : num_residues + 1] for layer, of_layer in states.items()}
+                result: dict[str, Any] = {"label": label, **_results(own, given.include)}
+                if "contacts" in given.include:
+                    result["contacts"] = output["contacts"][row, :num_residues, :num_residues].clone()
                 path = given.output_dir / f"{label}.pt"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({"label": label} | _results(own, given.include), path)
+                torch.save(result, path)
 
 
 def _results(states: dict[int, Tensor], include: list[str]) -> dict[str, dict[int, Tensor]]:

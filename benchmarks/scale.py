@@ -73,7 +73,7 @@ if is_child or is_flow:
     noted(vnp_lib.checkpoint, "survey_checkpoints")
 
 if is_child:
-    def embed_batch(model, batch):
+    def embed_batch(model, batch, layout=None):
         rows = torch.repeat_interleave(torch.arange(batch.num_sequences), batch.cu_seqlens.diff())
         sums = torch.zeros(batch.num_sequences, dtype=torch.int64).index_add_(0, rows, batch.input_ids)
         return (sums[:, None] + torch.arange(WIDTH)).float()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +59,15 @@ def write_checkpoint(
     *,
     ids: list[str] | None = None,
     rows: NDArray[np.float32] | None = None,
+    offsets: NDArray[np.int64] | None = None,
 ) -> None:
-    """Write what a shard would; or other ids or rows in its place."""
+    """Write what a shard would; or other ids or rows in its place, end to end where there are offsets."""
     planned_ids, sequences = plan.fetch(ordinals)
     if rows is None:
         rows = np.stack([embed(sequence) for sequence in sequences])
-    metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+    metadata: dict[str, Any] = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+    if offsets is not None:
+        metadata["offsets"] = offsets.tolist()
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(path, rows, ids or planned_ids, metadata)
 
@@ -87,15 +90,15 @@ def made_up_records(num_sequences: int = 150, seed: int = 0) -> Records:
     return Records(ids, descriptions, sequences)
 
 
-def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0) -> Run:
-    return start_run_of(tmp_path, made_up_records(num_sequences, seed))
+def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0, model: ModelIdentity = MODEL) -> Run:
+    return start_run_of(tmp_path, made_up_records(num_sequences, seed), model)
 
 
-def start_run_of(tmp_path: Path, records: Records) -> Run:
+def start_run_of(tmp_path: Path, records: Records, model: ModelIdentity = MODEL) -> Run:
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(*records, strict=True)))
     paths = RunPaths(tmp_path / "run")
-    plan = make_plan(paths, [fasta], MODEL, num_shards=3, token_budget=200)
+    plan = make_plan(paths, [fasta], model, num_shards=3, token_budget=200)
     return Run(plan, paths, *records)
 
 

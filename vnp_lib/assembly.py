@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vnp_lib import files
+from vnp_lib.columns import columns_of, fields_of
 from vnp_lib.dataset import DATASET_SCHEMA, describe_rows, footer_of, read_success, verify_dataset
 from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.inputs import InputCounts
+from vnp_lib.outputs import RowLayout, offsets_of
+from vnp_lib.packing import pack
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.read_ahead import ReadAhead
@@ -38,6 +42,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a c
 _PART_BYTES = 128 * 1024**2  # of embeddings
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
 _BLOCK_BYTES = 512 * 1024  # of rows
+_VALUE_BYTES = np.dtype(np.float32).itemsize
 _NUM_SHOWN = 10
 
 
@@ -118,7 +123,12 @@ def assemble(
     return _summary(paths)
 
 
-def load_planned(plan: RunPlan, record: CheckpointRecord, *, dim: int) -> Checkpoint:
+def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLayout:
+    """What a row of a run is; how wide a mean is that its plan says nothing else of, the first checkpoint tells."""
+    return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
+
+
+def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> Checkpoint:
     """Read a checkpoint whole, and check that it holds what its marker and the plan say.
 
     Raises:
@@ -128,7 +138,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, *, dim: int) -> Checkp
 
     _require_planned(plan, record)
     checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)
-    _require_as_recorded(plan, record, checkpoint, dim)
+    _require_as_recorded(plan, record, checkpoint, layout)
     return checkpoint
 
 
@@ -228,28 +238,66 @@ def _write_dataset(
     created_at: str,
     part_bytes: int,
 ) -> None:
-    dim = records[0].width
-    rows_per_part = max(1, part_bytes // (dim * np.dtype(np.float32).itemsize + ROW_OVERHEAD_BYTES))
-    buckets = _Buckets(paths.assembly_dir, dim, rows_per_part)
+    division = _divide(plan, planned_layout(plan, records), part_bytes)
+    buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
     comparisons = _distribute(plan, records, buckets)
     precision = Certificate.of(comparisons)
-    starts = range(0, plan.num_sequences, rows_per_part)
     success = content | {
         "schema": DATASET_SCHEMA,
         "identity": plan.identity,
         "num_sequences": plan.num_sequences,
         "num_computed": plan.num_computed,
         "input": plan.counts.to_json(),
-        "dim": dim,
-        "ordinals_per_part": rows_per_part,
+        "dim": division.layout.embed_dim,
+        **division.described,
         "precision": asdict(precision) if precision else None,
         "parts": [
-            _write_part(plan, paths, range(start, start + rows_per_part), buckets.take(part), has_row)
-            for part, start in enumerate(starts)
+            _write_part(plan, paths, division, part, buckets.take(part), has_row)
+            for part in range(division.starts.size)
         ],
         "created_at": created_at,
     }
     files.write_sealed_json(paths.success, success, replace=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Division:
+    """The rows of a dataset in parts."""
+
+    layout: RowLayout
+    starts: NDArray[np.int64]  # the first ordinal of each part, (P,)
+    num_sequences: int
+    most_values: int  # of a part
+    described: dict[str, Any]  # what `_SUCCESS.json` says of it
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a part has more values than a list's offsets in 32 bits can count."""
+        return self.most_values >= 2**31
+
+    def span(self, part: int) -> tuple[int, int]:
+        """The first ordinal of a part, and the first that is not in it any more."""
+        stop = self.starts[part + 1] if part + 1 < self.starts.size else self.num_sequences
+        return int(self.starts[part]), int(stop)
+
+
+def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
+    if layout.is_fixed:
+        row_bytes = layout.fixed_width * _VALUE_BYTES + ROW_OVERHEAD_BYTES
+        ordinals_per_part = max(1, part_bytes // row_bytes)
+        starts = np.arange(0, plan.num_sequences, ordinals_per_part)
+        most_values = ordinals_per_part * layout.fixed_width
+        described: dict[str, Any] = {"ordinals_per_part": ordinals_per_part}
+    else:
+        widths = layout.widths(plan.lengths)
+        starts = pack(widths * _VALUE_BYTES + ROW_OVERHEAD_BYTES, part_bytes)[:-1]
+        most_values = int(np.add.reduceat(widths, starts).max())
+        described = {"first_ordinals": starts.tolist()}
+    if not layout.is_one_mean:
+        described["outputs"] = list(layout.names)
+    return _Division(
+        layout=layout, starts=starts, num_sequences=plan.num_sequences, most_values=most_values, described=described
+    )
 
 
 def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets) -> list[Comparison]:
@@ -257,22 +305,26 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
     comparisons: list[Comparison] = []
     copies = _Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
-    checkpoints = ReadAhead((load_planned(plan, record, dim=buckets.dim) for record in records), 1)
+    checkpoints = ReadAhead((load_planned(plan, record, buckets.layout) for record in records), 1)
     for record, checkpoint in zip(records, checkpoints, strict=True):
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
         used = set(record.ordinals[rows].tolist())
         comparisons += [each for each in from_metadata(checkpoint.metadata) if each.ordinal in used]
         ordinals, sources = copies.fan_out(record.ordinals[rows])
-        buckets.append(ordinals, checkpoint.embeddings, rows[sources])
+        buckets.append(ordinals, checkpoint, rows[sources])
         plan.forget_pages()
     return comparisons
 
 
-def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, dim: int) -> None:
-    if checkpoint.embeddings.shape != (record.ordinals.size, dim):
+def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, layout: RowLayout) -> None:
+    offsets = offsets_of(layout.widths(plan.lengths[record.ordinals]))
+    wanted = (record.ordinals.size, layout.fixed_width) if layout.is_fixed else (int(offsets[-1]),)
+    if checkpoint.embeddings.shape != wanted:
+        raise CheckpointError(f"{record.path} has rows of shape {checkpoint.embeddings.shape}; {wanted} is wanted")
+    if not layout.is_fixed and checkpoint.metadata.get("offsets") != offsets.tolist():
         raise CheckpointError(
-            f"{record.path} has rows of shape {checkpoint.embeddings.shape}; ({record.ordinals.size}, {dim}) is wanted"
+            f"{record.path} has rows of other widths than its sequences' lengths come to; move it and its marker away"
         )
     if checkpoint.metadata.get("ordinals") != record.ordinals.tolist():
         raise CheckpointError(f"{record.path} and its marker differ in their ordinals; move both away")
@@ -307,48 +359,62 @@ class _Buckets:
     buckets of the earlier, which then fails. They never write to the same file.
     """
 
-    def __init__(self, directory: Path, dim: int, rows_per_part: int) -> None:
-        self.dim = dim
-        self.rows_per_part = rows_per_part
-        self._space = np.empty((rows_per_part, dim), dtype="<f4")  # of all parts: new memory costs more than filling it
-        self._rows_per_block = max(1, _BLOCK_BYTES // (dim * np.dtype(np.float32).itemsize))
+    def __init__(self, directory: Path, plan: RunPlan, division: _Division) -> None:
+        self.layout = division.layout
+        self._starts = division.starts
+        self._lengths = plan.lengths
+        self._space = np.empty(division.most_values, dtype="<f4")  # of all parts: new memory costs more than filling it
         self._directory = directory
         self._name = uuid.uuid4().hex[:8]
         self._ordinals: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # in the order of the rows
         self._crc32: defaultdict[int, int] = defaultdict(int)
 
-    def append(self, ordinals: NDArray[np.int64], embeddings: NDArray[Any], rows: NDArray[np.int64]) -> None:
-        """Give each of the ascending `ordinals` the row of `embeddings` that stands at its place in `rows`."""
-        parts, starts = np.unique(ordinals // self.rows_per_part, return_index=True)
+    def append(self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]) -> None:
+        """Give each of the ascending `ordinals` the row of a checkpoint that stands at its place in `rows`."""
+        parts, starts = np.unique(np.searchsorted(self._starts, ordinals, side="right") - 1, return_index=True)
         stops = np.append(starts, ordinals.size)[1:]
         for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
             with self._path(part).open("ab") as file:
-                for block in self._blocks(rows[start:stop]):
-                    data = embeddings[block].astype("<f4", copy=False).data
+                for block in self._taken(checkpoint, rows[start:stop]):
+                    data = block.astype("<f4", copy=False).data
                     file.write(data)
                     self._crc32[part] = zlib.crc32(data, self._crc32[part])
             self._ordinals[part].append(ordinals[start:stop])
 
     def take(self, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ordinals, ascending, and rows of a part, which last until the next one is taken. Its bucket is gone then."""
+        """Ordinals, ascending, and rows of a part, (n, W) or end to end, which last until the next one is taken.
+
+        Its bucket is gone then.
+        """
         if part not in self._ordinals:
-            return np.empty(0, dtype=np.int64), np.empty((0, self.dim), dtype=np.float32)
+            return np.empty(0, dtype=np.int64), self._rows_of(np.empty(0, dtype=np.int64))
         path = self._path(part)
         ordinals = np.concatenate(self._ordinals.pop(part))
         ascending = np.argsort(ordinals)
-        rows = self._space[: ordinals.size]
-        if path.stat().st_size != rows.nbytes or self._read(path, rows, np.argsort(ascending)) != self._crc32[part]:
+        rows = self._rows_of(ordinals)
+        if path.stat().st_size != rows.nbytes or self._read(path, rows, ordinals, ascending) != self._crc32[part]:
             raise StorageError(f"{path} does not give back what was written to it; check the disk")
         path.unlink()
         self._announce(part + 1)
         return ordinals[ascending], rows
 
-    def _read(self, path: Path, rows: NDArray[np.float32], places: NDArray[np.int64]) -> int:
-        """Put what is in a bucket to its `places` in `rows`, and return its crc32."""
+    def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Space for the rows of so many sequences."""
+        width = self.layout.fixed_width
+        return self._space[: ordinals.size * width].reshape(-1, width)
+
+    def _taken(self, checkpoint: Checkpoint, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """The rows of a checkpoint that stand at `rows`, some at a time."""
+        return (checkpoint.embeddings[block] for block in self._blocks(rows))
+
+    def _read(
+        self, path: Path, rows: NDArray[np.float32], ordinals: NDArray[np.int64], ascending: NDArray[np.int64]
+    ) -> int:
+        """Put the rows of a bucket, which are in the order of `ordinals`, into ascending order, and return its crc32."""
         crc32 = 0
-        values = np.empty((self._rows_per_block, self.dim), dtype="<f4")
+        values = np.empty((self._rows_per_block, self.layout.fixed_width), dtype="<f4")
         with path.open("rb") as file:
-            for block in self._blocks(places):
+            for block in self._blocks(np.argsort(ascending)):
                 read = values[: block.size]
                 file.readinto(read.data)
                 crc32 = zlib.crc32(read.data, crc32)
@@ -361,6 +427,10 @@ class _Buckets:
             with self._path(part).open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
+    @property
+    def _rows_per_block(self) -> int:
+        return max(1, _BLOCK_BYTES // (self.layout.fixed_width * _VALUE_BYTES))
+
     def _blocks(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """`rows`, as many at a time as the processor's cache holds: what is copied there is summed and written from there."""
         starts = range(0, rows.size, self._rows_per_block)
@@ -370,48 +440,82 @@ class _Buckets:
         return self._directory / f"bucket-{part:05d}-{self._name}"
 
 
+class _RaggedBuckets(_Buckets):
+    """The same for rows of different widths, which are moved one by one."""
+
+    def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._space[: self._widths(ordinals).sum()]
+
+    def _taken(self, checkpoint: Checkpoint, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        offsets = checkpoint.metadata["offsets"]
+        return (checkpoint.embeddings[offsets[row] : offsets[row + 1]] for row in rows.tolist())
+
+    def _read(
+        self, path: Path, rows: NDArray[np.float32], ordinals: NDArray[np.int64], ascending: NDArray[np.int64]
+    ) -> int:
+        crc32 = 0
+        offsets = offsets_of(self._widths(ordinals[ascending]))
+        with path.open("rb") as file:
+            for place in np.argsort(ascending).tolist():
+                row = rows[offsets[place] : offsets[place + 1]]
+                file.readinto(row.data)
+                crc32 = zlib.crc32(row.data, crc32)
+        return crc32
+
+    def _widths(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.layout.widths(self._lengths[ordinals])
+
+
 def _write_part(
     plan: RunPlan,
     paths: RunPaths,
-    span: range,
+    division: _Division,
+    part: int,
     taken: tuple[NDArray[np.int64], NDArray[np.float32]],
     has_row: NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Check and write the part of the ordinals in `span`, and return what `_SUCCESS.json` says of it."""
-    start, stop = span.start, min(span.stop, plan.num_sequences)
-    part = start // len(span)
+    """Check and write a part, and return what `_SUCCESS.json` says of it."""
+    start, stop = division.span(part)
     expected = start + np.flatnonzero(has_row[start:stop])
     ordinals, rows = taken
     if not np.array_equal(ordinals, expected):
         raise StorageError(f"ordinals {start} to {stop} came back from disk incomplete; start the run again")
-    _require_finite(plan, ordinals, rows)
+    _require_finite(plan, division.layout, ordinals, rows)
     table = plan.records(start, stop).take(pa.array(expected - start)).drop_columns(["sequence"])
-    table = pa.table([pa.array(ordinals), *table.columns, _as_arrow(rows)], schema=_schema(plan, rows.shape[1]))
+    columns = columns_of(division.layout, rows, plan.lengths[ordinals], is_large=division.is_large)
+    table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.embeddings_dir / f"part-{part:05d}.parquet"
     with files.durable_file(path, replace=True) as file:
-        pq.write_table(
-            table,
-            file,
-            row_group_size=max(1, _ROW_GROUP_BYTES // (rows.shape[1] * rows.itemsize)),
-            compression="none",
-            use_dictionary=False,
-            write_statistics=["ordinal", "id"],
-            write_page_checksum=True,
-        )
+        _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
     plan.forget_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
 
 
-def _require_finite(plan: RunPlan, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-    is_finite = np.isfinite(rows).all(axis=1)
+def _write_table(file: files.DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
+    """Write a part in groups of rows that take 4 MB together; a larger row is a group of its own."""
+    with pq.ParquetWriter(
+        file,
+        table.schema,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=["ordinal", "id"],
+        write_page_checksum=True,
+    ) as writer:
+        for start, stop in pairwise(pack(row_bytes, _ROW_GROUP_BYTES).tolist()):
+            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+
+
+def _require_finite(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+    is_finite = np.isfinite(rows)
     if not is_finite.all():
-        bad = ordinals[~is_finite]
+        starts = offsets_of(layout.widths(plan.lengths[ordinals]))[:-1]
+        bad = ordinals[~np.logical_and.reduceat(is_finite.ravel(), starts)]
         raise NumericalInstabilityError(
             f"{bad.size:,} embeddings are not finite, the first of {plan.ids(bad[:1])[0]!r} (ordinal {bad[0]})"
         )
 
 
-def _schema(plan: RunPlan, dim: int) -> pa.Schema:
+def _schema(plan: RunPlan, division: _Division) -> pa.Schema:
     about = {name: str(plan.identity[name]) for name in ("model", "layer", "pooling", "dtype")}
     return pa.schema(
         [
@@ -420,18 +524,10 @@ def _schema(plan: RunPlan, dim: int) -> pa.Schema:
             pa.field("description", pa.string(), nullable=False),
             pa.field("length", pa.int32(), nullable=False),
             pa.field("original_length", pa.int32(), nullable=False),
-            pa.field("embedding", _embedding_type(dim), nullable=False),
+            *fields_of(division.layout, is_large=division.is_large),
         ],
         metadata=about | {"fingerprint": plan.fingerprint},
     )
-
-
-def _embedding_type(dim: int) -> pa.DataType:
-    return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)  # nulls would make reading half as fast
-
-
-def _as_arrow(rows: NDArray[np.float32]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=_embedding_type(rows.shape[1]))
 
 
 def _summary(paths: RunPaths) -> DatasetSummary:

@@ -25,8 +25,14 @@ class PackedLayout:
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype) -> PackedLayout:
         """Choose the backend for states of `dtype` on the device of `cu_seqlens`."""
-        runs = () if _has_varlen_kernel(cu_seqlens.device, dtype) else _runs_of_equal_length(cu_seqlens)
+        runs = () if _has_varlen_kernel(cu_seqlens.device, dtype) else runs_of_equal_length(cu_seqlens)
         return cls(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, runs=runs)
+
+
+def runs_of_equal_length(cu_seqlens: Tensor) -> tuple[Run, ...]:
+    """Find neighbours of equal length in a packed batch with these boundaries, int32 (B + 1,), on whatever device."""
+    seqlens, counts = torch.unique_consecutive(cu_seqlens.cpu().diff(), return_counts=True)
+    return tuple(zip(counts.tolist(), seqlens.tolist(), strict=True))
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
@@ -107,11 +113,6 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
 
         return flash_attn_varlen_func  # type: ignore[no-any-return]
     return None
-
-
-def _runs_of_equal_length(cu_seqlens: Tensor) -> tuple[Run, ...]:
-    seqlens, counts = torch.unique_consecutive(cu_seqlens.cpu().diff(), return_counts=True)
-    return tuple(zip(counts.tolist(), seqlens.tolist(), strict=True))
 
 
 def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:

@@ -1,9 +1,10 @@
 """Checkpoints: when to write one, how it is written so that it proves itself, and what is believed on the way back.
 
 A checkpoint is `shard_{rank}/batch_{k:05d}.pt`, a dict of exactly three keys: `embeddings`, a float tensor (rows, D) with a
-storage of its own; `sequence_ids`, as many strings; `metadata`, plain values. Its marker, `batch_{k:05d}.pt.done`, holds
-size_bytes and sha256 of the file, rows, width, dtype, and the metadata's `ordinals` and `fingerprint` where the metadata
-has them. The bytes of a checkpoint are a function of its content: no times, no host, no addresses.
+storage of its own; `sequence_ids`, as many strings; `metadata`, plain values. Rows of different widths lie end to end, (values,),
+and the metadata's `offsets`, rows + 1 numbers from 0, says where each begins and ends. Its marker, `batch_{k:05d}.pt.done`, holds
+size_bytes and sha256 of the file, rows, width (0 where they differ), dtype, and the metadata's `ordinals` and `fingerprint`
+where the metadata has them. The bytes of a checkpoint are a function of its content: no times, no host, no addresses.
 
 What a reader believes, in this order: the marker, the file's size and sha256 by the marker, and only then its content,
 read by `torch.load(weights_only=True)` and by nothing else.
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, NamedTuple, Self, TypeVar, cast
 
@@ -194,7 +196,8 @@ class AsyncCheckpointWriter:
         Args:
             checkpoint_path: Where it is to be; its directory is made. A file of that name without a valid marker, which
                 a crash left, is moved aside.
-            embeddings: (rows, D), at least one row, float16, bfloat16, float32 or float64, on any device.
+            embeddings: (rows, D), at least one row, float16, bfloat16, float32 or float64, on any device; or rows of different
+                widths end to end, with `offsets` in the metadata.
             sequence_ids: One for each row.
             metadata: str, int, float, bool, None, and lists and dicts of them. `ordinals` (one int for each row) and
                 `fingerprint` (str) go into the marker too.
@@ -222,7 +225,7 @@ class AsyncCheckpointWriter:
         """Write what the caller gives away, and changes no more: it is put together, copied and checked in the background.
 
         Args:
-            pieces: (rows, D) each, on the CPU; together they are the checkpoint's rows.
+            pieces: (rows, D) each, or (values,), on the CPU; together they are the checkpoint's rows.
 
         As `write_checkpoint_async` otherwise, except that what is no checkpoint, or not finite, is its future's error.
         """
@@ -340,7 +343,7 @@ class ResumedRows(NamedTuple):
     """What the checkpoints of one shard hold."""
 
     ids: list[str]
-    embeddings: np.ndarray[Any, Any] | None  # (len(ids), D), in the order of the ids; bfloat16 comes as float32
+    embeddings: np.ndarray[Any, Any] | None  # (len(ids), D) or end to end, in the order of the ids; bfloat16 as float32
     resume_batch_idx: int  # the number of the next checkpoint
     corrupted_ids: list[str]  # what unused checkpoints say they held; all that is not in `ids` is to be computed
 
@@ -353,7 +356,7 @@ class CheckpointRecord:
     rank: int
     batch_idx: int
     rows: int
-    width: int
+    width: int  # 0: rows of different widths
     dtype: str  # "float16", "bfloat16", "float32" or "float64"
     ordinals: np.ndarray[Any, np.dtype[np.int64]]  # (rows,)
     fingerprint: str
@@ -394,7 +397,7 @@ class Survey:
 class Checkpoint:
     """The content of a checkpoint."""
 
-    embeddings: np.ndarray[Any, Any]  # (rows, D); bfloat16 comes as float32
+    embeddings: np.ndarray[Any, Any]  # (rows, D), or (values,) with `offsets`; bfloat16 comes as float32
     sequence_ids: list[str]
     metadata: dict[str, Any]
 
@@ -624,8 +627,12 @@ def _is_finite(embeddings: Tensor) -> bool:
 
 
 def _ids_of_bad_rows(content: _Content) -> list[str]:
-    is_bad = ~torch.isfinite(content.embeddings).all(dim=1)
-    return [content.sequence_ids[row] for row in is_bad.nonzero().flatten().tolist()]
+    rows = (
+        content.embeddings
+        if content.embeddings.dim() == 2
+        else content.embeddings.split_with_sizes(np.diff(content.metadata["offsets"]).tolist())
+    )
+    return [id_ for id_, row in zip(content.sequence_ids, rows, strict=True) if not torch.isfinite(row).all()]
 
 
 def _make_way(path: Path) -> None:
@@ -664,11 +671,19 @@ def _canonical(value: Any, strings: dict[str, str]) -> Any:
 
 
 def _marker_fields(content: _Content) -> dict[str, Any]:
-    rows, width = content.embeddings.shape
     repeated: dict[str, Any] = {
         key: content.metadata[key] for key in ("ordinals", "fingerprint") if key in content.metadata
     }
-    return {"rows": rows, "width": width, "dtype": _dtype_name(content.embeddings), **repeated}
+    return {
+        "rows": len(content.sequence_ids),
+        "width": _width(content.embeddings),
+        "dtype": _dtype_name(content.embeddings),
+        **repeated,
+    }
+
+
+def _width(embeddings: Tensor) -> int:
+    return embeddings.shape[1] if embeddings.dim() == 2 else 0
 
 
 def _what_to_do(path: Path, error: OSError) -> str:
@@ -771,9 +786,9 @@ def _usable_checkpoints(
 
 def _require_alike(content: _Content, first: _Content) -> None:
     ours, theirs = content.embeddings, first.embeddings
-    if (ours.shape[1], ours.dtype) != (theirs.shape[1], theirs.dtype):
+    if (_width(ours), ours.dtype) != (_width(theirs), theirs.dtype):
         raise CheckpointError(
-            f"rows of {ours.shape[1]} {_dtype_name(ours)}; those before it have {theirs.shape[1]} {_dtype_name(theirs)}"
+            f"rows of {_width(ours)} {_dtype_name(ours)}; those before it have {_width(theirs)} {_dtype_name(theirs)}"
         )
 
 
@@ -961,20 +976,32 @@ def _check_content(content: _Content, *, max_bytes: int | None = None, may_be_in
     is_integer = embeddings.dtype in (torch.int64, torch.int32)
     if embeddings.dtype not in _DTYPES and not (may_be_integers and is_integer):
         raise CheckpointError(f"embeddings is {_dtype_name(embeddings)}; it must be a floating type")
-    if embeddings.dim() != 2 or embeddings.numel() == 0:
+    is_end_to_end = embeddings.dim() == 1 and type(metadata) is dict and "offsets" in metadata
+    if (embeddings.dim() != 2 and not is_end_to_end) or embeddings.numel() == 0:
         raise CheckpointError(f"shape mismatch: embeddings is {tuple(embeddings.shape)}; it must be (rows, width)")
     if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):
         raise CheckpointError("embeddings claims more than the file holds")
     if type(sequence_ids) is not list or not all(isinstance(id_, str) for id_ in sequence_ids):
         raise CheckpointError("sequence_ids is no list of strings")
-    if len(sequence_ids) != embeddings.shape[0]:
-        raise CheckpointError(f"shape mismatch: {embeddings.shape[0]} rows, {len(sequence_ids)} sequence_ids")
+    rows = _num_rows(metadata["offsets"], embeddings.numel()) if is_end_to_end else embeddings.shape[0]
+    if len(sequence_ids) != rows:
+        raise CheckpointError(f"shape mismatch: {rows} rows, {len(sequence_ids)} sequence_ids")
     if type(metadata) is not dict:
         raise CheckpointError("metadata is no dict")
     if "ordinals" in metadata:
         _ordinals(metadata["ordinals"], rows=len(sequence_ids))
     if type(metadata.get("fingerprint", "")) is not str:
         raise CheckpointError("fingerprint is no string")
+
+
+def _num_rows(offsets: Any, num_values: int) -> int:
+    """How many rows lie end to end in so many values."""
+    if type(offsets) is not list or not all(type(value) is int for value in offsets):
+        raise CheckpointError("offsets is no list of whole numbers")
+    ascends = all(start < stop for start, stop in pairwise(offsets))
+    if offsets[:1] != [0] or offsets[-1] != num_values or not ascends:
+        raise CheckpointError(f"shape mismatch: offsets does not ascend from 0 to {num_values}, the number of values")
+    return len(offsets) - 1
 
 
 def _ordinals(values: Any, *, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -45,10 +45,11 @@ ModelName = Literal[
     "esm2_t36_3B_UR50D",
     "esm2_t48_15B_UR50D",
 ]
+OutputName = Literal["mean", "bos", "max", "std", "per_tok", "contacts", "logits"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 InvalidResidues = Literal["error", "map", "skip"]
 DuplicateIds = Literal["error", "keep"]
-LongSequences = Literal["whole", "error", "truncate", "skip"]
+LongSequences = Literal["whole", "error", "truncate", "skip", "window", "virnucpro"]
 Translation = Literal["six-frame"]
 
 
@@ -61,6 +62,14 @@ def _as_number(value: object) -> object:
 
 
 ChunkLength = Annotated[Literal[300, 500], BeforeValidator(_as_number)]
+
+
+def _several(value: object) -> object:
+    return _split_at_commas(str(value) if isinstance(value, int) else value)
+
+
+Outputs = Annotated[tuple[OutputName, ...], NoDecode, BeforeValidator(_split_at_commas)]
+Layers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_several)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
 IpAddress = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 
@@ -128,6 +137,18 @@ class EmbedConfig(BaseModel):
         "auto",
         description="A fair-esm .pt file, or Hugging Face's safetensors or their directory; 'auto': fair-esm's cache or download; "
         "'random': seeded, for trying things out.",
+    )
+    include: Outputs = Field(
+        ("mean",),
+        min_length=1,
+        title="Outputs",
+        description="What is computed of each protein, with commas between: 'mean' (which is computed if nothing is given), 'max' and "
+        "'std' over its residues, 'bos', 'per_tok' (the state of every residue), 'contacts', 'logits'.",
+    )
+    repr_layers: Layers | None = Field(
+        None,
+        description="Layers to take them from, with commas between, in fair-esm's numbers: 0 is the embedding, -1 the last layer, "
+        "which is taken if none is given.",
     )
     devices: str = Field(
         "auto",
@@ -197,14 +218,22 @@ class EmbedConfig(BaseModel):
         "whole",
         title="Long sequences",
         description="What becomes of sequences longer than the maximum. 'whole': there is none; 'error': the run is refused; "
-        "'truncate': they are cut there; 'skip': they are left out, and listed in plan/skipped.jsonl.",
+        "'truncate': they are cut there; 'skip': they are left out, and listed in plan/skipped.jsonl; 'window': their mean is "
+        "taken over overlapping windows of the maximum length. Without a maximum, 'virnucpro': the whole sequence goes through "
+        "the model, and the mean is that of its first 1024 residues.",
     )
     max_length: int | None = Field(
         None,
         ge=1,
         title="Maximum length (residues)",
         validate_default=True,
-        description="Most residues of a sequence, where long ones are not taken whole.",
+        description="Most residues of a sequence, or of a window, where long ones are not taken whole.",
+    )
+    window_overlap: int | None = Field(
+        None,
+        ge=0,
+        title="Window overlap (residues)",
+        description="Residues that windows share; a quarter if not given.",
     )
     translate: Translation | None = Field(
         None,
@@ -220,10 +249,10 @@ class EmbedConfig(BaseModel):
     @field_validator("max_length")
     @classmethod
     def _is_for_long_sequences(cls, max_length: int | None, info: ValidationInfo) -> int | None:
-        long = info.data.get("long", "whole")
-        if long != "whole" and max_length is None:
+        has_none = info.data.get("long", "whole") in ("whole", "virnucpro")
+        if not has_none and max_length is None:
             raise PydanticCustomError("max_length", "Needed where long sequences are not taken whole")
-        if long == "whole" and max_length is not None:
+        if has_none and max_length is not None:
             raise PydanticCustomError("max_length", "Means nothing where long sequences are taken whole")
         return max_length
 
@@ -269,7 +298,10 @@ input would be refused, or the disk has no room, 2: an option cannot be used."""
 class _HelpFormatter(argparse.HelpFormatter):
     """Leaves out what only a programmer reads: Python's type names, defaults that are None, a page of usage."""
 
-    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"}
+    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"} | {
+        f"tuple[{{{','.join(get_args(OutputName))}}},...]": "OUTPUTS",
+        "tuple[int,...]": "LAYERS",
+    }
 
     def add_usage(self, usage: str | None, *args: Any, **kwargs: Any) -> None:
         super().add_usage("%(prog)s --fasta FILES --output-dir DIR [options]", *args, **kwargs)
@@ -280,7 +312,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._metavar_formatter(action, default_metavar)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (action.help or "").replace(" (default: None)", "").replace(" (required)", "")
+        told = re.sub(r" \(default: \(.*\)\)$", "", action.help or "")  # of several values; the text says it
+        return told.replace(" (default: None)", "").replace(" (required)", "")
 
 
 def parse_command_line(arguments: Sequence[str]) -> EmbedConfig:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vnp_lib import files
+from vnp_lib.columns import column_names, values_at
 from vnp_lib.failures import StorageError
+from vnp_lib.outputs import RowLayout
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from torch import Tensor
@@ -30,6 +32,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from vnp_lib.torch_rows import EmbeddingRows
 
 DATASET_SCHEMA = 1
+
+Row: TypeAlias = Any  # float32 (D,), or a dict of float32 arrays by output
+Rows: TypeAlias = Any  # float32 (n, D), or a dict by output of float32 (n, D) or n float32 arrays
 
 _BATCH_ROWS = 1024
 _SEVERAL = -1  # in the place of a row
@@ -66,6 +71,10 @@ class EmbeddingDataset:
     Nor has one that had not been computed when a partial dataset was put together: `metadata["num_missing"]` counts these,
     and is 0 in a dataset that is complete; `metadata["num_quarantined"]` counts the others. Both include copies.
 
+    A row is the mean of a layer, a vector, where the run computed nothing else; otherwise it is a dictionary of all `outputs` by
+    name: `mean_33`, `bos_33`, `max_33` and `std_33`, (D,), `per_tok_33`, (L, D), `contacts`, (L, L), and `logits`, (L, 33), with
+    L the sequence's residues and 33 the layer.
+
     Nothing is read before it is asked for. Looking up by id makes a dictionary of all ids first, about 150 bytes each.
     Whatever reads raises StorageError where a part is damaged. What is given out is the caller's own to change.
 
@@ -87,6 +96,7 @@ class EmbeddingDataset:
         self._file = lru_cache(maxsize=16)(self._open_part)
         self._part_ordinals = lru_cache(maxsize=16)(self._read_ordinals)
         self._row_group = lru_cache(maxsize=8)(self._read_row_group)
+        self._layout = RowLayout.of_names(self.outputs, embed_dim=self.dim)
 
     def __reduce__(self) -> tuple[type[EmbeddingDataset], tuple[Path, dict[str, Any]]]:
         """As in another process: nothing is open yet."""
@@ -98,8 +108,11 @@ class EmbeddingDataset:
     def __contains__(self, sequence_id: object) -> bool:
         return sequence_id in self._row_of_id
 
-    def __getitem__(self, sequence_id: str) -> NDArray[np.float32]:
-        """The embedding of a sequence, (dim,). KeyError if the dataset has no such id, or several."""
+    def __getitem__(self, sequence_id: str) -> Row:
+        """The row of a sequence: its embedding, (dim,), or its outputs by name.
+
+        KeyError if the dataset has no such id, or several.
+        """
         if sequence_id not in self._row_of_id:
             raise KeyError(f"{sequence_id!r} is not in {self.directory}")
         row = self._row_of_id[sequence_id]
@@ -111,17 +124,27 @@ class EmbeddingDataset:
 
     @property
     def dim(self) -> int:
-        """Width of an embedding."""
+        """Width of an embedding, and of every state."""
         return int(self.metadata["dim"])
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What there is of each sequence, by name: `("mean_33",)`, `("mean_33", "per_tok_33", "contacts")`."""
+        return tuple(self.metadata.get("outputs") or [f"mean_{self.metadata['identity']['layer']}"])
+
+    @property
+    def is_one_mean(self) -> bool:
+        """Whether a row is a vector: the mean of a layer, and nothing else."""
+        return self._layout.is_one_mean
 
     @cached_property
     def ids(self) -> list[str]:
         """The ids of all rows, in input order."""
         return [sequence_id for part in range(self._num_parts) for sequence_id in self._column(part, "id").to_pylist()]
 
-    def row(self, ordinal: int) -> NDArray[np.float32]:
-        """The embedding of the sequence at a position in the input, from 0, (dim,). KeyError if it has none."""
-        part = ordinal // int(self.metadata["ordinals_per_part"])
+    def row(self, ordinal: int) -> Row:
+        """The row of the sequence at a position in the input, from 0. KeyError if it has none."""
+        part = self._part_of(ordinal)
         if 0 <= part < self._num_parts:
             ordinals = self._part_ordinals(part)
             row = int(np.searchsorted(ordinals, ordinal))
@@ -132,8 +155,8 @@ class EmbeddingDataset:
             + (", or not computed yet: the dataset is partial" if self.metadata["num_missing"] else "")
         )
 
-    def at(self, position: int) -> tuple[str, NDArray[np.float32]]:
-        """Id and embedding, (dim,), of the row at a position in the dataset, from 0. IndexError if it has no such row.
+    def at(self, position: int) -> tuple[str, Row]:
+        """Id and embedding, as `row` gives it, of the row at a position in the dataset, from 0. IndexError if it has no such row.
 
         That is not its position in the input, which `row` takes, where sequences before it have no row.
         """
@@ -143,12 +166,13 @@ class EmbeddingDataset:
         return self._read(part, position - self._part_starts[part])
 
     def to_numpy(self) -> tuple[list[str], NDArray[np.float32]]:
-        """All ids and embeddings, (N, dim), in input order, in memory.
+        """All ids and embeddings, (N, dim), in input order, in memory. ValueError where there is more than one mean.
 
         >>> ids, embeddings = open_dataset("runs/mine").to_numpy()
         >>> ids[0], embeddings.shape
         ('P12345', (3, 8))
         """
+        self._require_one_mean()
         embeddings = np.empty((len(self), self.dim), dtype=np.float32)
         ids: list[str] = []
         for batch_ids, rows in self.batches(_BATCH_ROWS):
@@ -158,6 +182,8 @@ class EmbeddingDataset:
 
     def as_torch_dataset(self) -> EmbeddingRows:
         """The rows as a map-style dataset of torch's, (id, float32 tensor of shape (dim,)), for any number of workers.
+
+        ValueError where there is more than one mean.
 
         Reading one row reads the 4 MiB around it: go through it in order, or shuffle what fits into memory.
 
@@ -169,34 +195,70 @@ class EmbeddingDataset:
         """
         from vnp_lib.torch_rows import EmbeddingRows
 
+        self._require_one_mean()
         return EmbeddingRows(self)
 
     def torch_batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """`batches`, with torch tensors in the place of arrays."""
+        """`batches`, with torch tensors in the place of arrays. ValueError where there is more than one mean."""
         import torch
 
+        self._require_one_mean()
         for ids, rows in self.batches(batch_size):
             yield ids, torch.from_numpy(rows)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    def batches(self, batch_size: int) -> Iterator[tuple[list[str], Rows]]:
         """Ids and embeddings, (n, dim), of all rows in input order, at most `batch_size` at a time.
+
+        Where there is more than one mean, they are a dictionary of outputs by name: vectors as (n, dim), others as n arrays.
 
         >>> for ids, rows in open_dataset("runs/mine").batches(2):
         ...     print(ids, rows.shape)
         ['P12345', 'P67890'] (2, 8)
         ['Q24680'] (1, 8)
         """
-        for batch in self.record_batches(batch_size, ["id", "embedding"]):
-            yield batch.column("id").to_pylist(), as_rows(batch.column("embedding"))
+        for batch in self.record_batches(batch_size, self._columns):
+            yield batch.column("id").to_pylist(), self._rows_in(batch)
 
     def record_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Columns of all rows in input order, at most `batch_size` rows at a time.
 
-        There are `ordinal`, `id`, `description`, `length` and `embedding`, which `as_rows` makes a matrix of.
+        There are `ordinal`, `id`, `description`, `length` and `embedding`, which `as_rows` makes a matrix of; or in the place
+        of that a column for each of `outputs`.
         """
         for part in range(self._num_parts):
             with _damage_is_storage_error(self._path(part)):
                 yield from self._file(part).iter_batches(batch_size, columns=list(columns))
+
+    def _rows_in(self, batch: pa.RecordBatch) -> Rows:
+        if self.is_one_mean:
+            return as_rows(batch.column("embedding"))
+        lengths = batch.column("length").to_pylist()
+        rows: dict[str, NDArray[np.float32] | list[NDArray[np.float32]]] = {}
+        for output in self._layout.outputs:
+            column = batch.column(output.name)
+            rows[output.name] = (
+                as_rows(column)
+                if output.is_fixed
+                else [
+                    values_at(column, row).reshape(output.shape(length, self.dim)) for row, length in enumerate(lengths)
+                ]
+            )
+        return rows
+
+    @property
+    def _columns(self) -> list[str]:
+        return ["id", "length", *column_names(self._layout)]
+
+    def _part_of(self, ordinal: int) -> int:
+        if "first_ordinals" in self.metadata:
+            return bisect_right(self.metadata["first_ordinals"], ordinal) - 1
+        return ordinal // int(self.metadata["ordinals_per_part"])
+
+    def _require_one_mean(self) -> None:
+        if not self.is_one_mean:
+            raise ValueError(
+                f"{self.directory} has no single vector for each sequence, but {', '.join(self.outputs)}: use `batches`"
+            )
 
     @property
     def _num_parts(self) -> int:
@@ -212,12 +274,17 @@ class EmbeddingDataset:
     def _path(self, part: int) -> Path:
         return self.directory / str(self.metadata["parts"][part]["name"])
 
-    def _read(self, part: int, row: int) -> tuple[str, NDArray[np.float32]]:
+    def _read(self, part: int, row: int) -> tuple[str, Row]:
         metadata = self._file(part).metadata
         starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
         group = bisect_right(starts, row) - 1
-        ids, rows = self._row_group(part, group)
-        return ids[row - starts[group]], rows[row - starts[group]].copy()
+        batch, place = self._row_group(part, group), row - starts[group]
+        length = batch.column("length")[place].as_py()
+        values = {
+            output.name: values_at(batch.column(column), place).reshape(output.shape(length, self.dim))
+            for output, column in zip(self._layout.outputs, column_names(self._layout), strict=True)
+        }
+        return batch.column("id")[place].as_py(), values[self.outputs[0]] if self.is_one_mean else values
 
     def _open_part(self, part: int) -> pq.ParquetFile:
         with _damage_is_storage_error(self._path(part)):
@@ -232,15 +299,15 @@ class EmbeddingDataset:
         ordinals: NDArray[np.int64] = self._column(part, "ordinal").to_numpy()
         return ordinals
 
-    def _read_row_group(self, part: int, group: int) -> tuple[list[str], NDArray[np.float32]]:
+    def _read_row_group(self, part: int, group: int) -> pa.RecordBatch:
         with _damage_is_storage_error(self._path(part)):
             # Without Arrow's threads, which a forked child lacks.
-            table = self._file(part).read_row_group(group, columns=["id", "embedding"], use_threads=False)
-        return table.column("id").to_pylist(), as_rows(table.column("embedding").combine_chunks())
+            table = self._file(part).read_row_group(group, columns=self._columns, use_threads=False)
+        return table.combine_chunks().to_batches()[0]
 
 
 def as_rows(embeddings: pa.FixedSizeListArray) -> NDArray[np.float32]:
-    """The column `embedding` as a matrix of the caller's own, (n, dim)."""
+    """The column `embedding`, or another of vectors, as a matrix of the caller's own, (n, dim)."""
     values = embeddings.flatten().to_numpy()  # read-only: it is Arrow's memory
     rows: NDArray[np.float32] = values.reshape(-1, embeddings.type.list_size).copy()
     return rows

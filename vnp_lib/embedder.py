@@ -14,9 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.esm2 import ESM2, mean_pool
 from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
+from vnp_lib.heads import with_heads
+from vnp_lib.long_sequences import join_windows, long_mean_of
+from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import TokenBudget
+from vnp_lib.pooling import mean_pool, rows_of, split_rows
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model
 
@@ -30,14 +33,37 @@ class PackedModel(Protocol):
     """What is needed of a model."""
 
     def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
-        """Give `{"representations": {layer: states}}`, the states (T, D); the highest layer is taken."""
+        """Give `{"representations": {layer: states}}`, the states (T, D).
+
+        Where a layout asks for more than the mean of the last layer, it takes `repr_layers` too, as `ESM2` does.
+        """
 
 
-def embed_batch(model: PackedModel, batch: PackedBatch) -> Tensor:
-    """The mean over the residues of each sequence, float32 (B, D). Model and batch are on one device."""
-    output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-    representations = output["representations"]
-    return mean_pool(representations[max(representations)], batch.cu_seqlens)
+def embed_batch(model: PackedModel, batch: PackedBatch, layout: RowLayout | None = None) -> Tensor:
+    """The rows of a batch's sequences, float32, as `rows_of` gives them. Model and batch are on one device.
+
+    Without a layout they are the mean over the residues of the highest layer that the model gives, (B, D).
+    """
+    if layout is None:
+        output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
+        representations = output["representations"]
+        return mean_pool(representations[max(representations)], batch.cu_seqlens)
+    asked: dict[str, Any] = {"repr_layers": layout.layers}
+    computed = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, **asked)
+    return rows_of(computed, batch.cu_seqlens, layout, batch.shares)
+
+
+def _divided(batch: PackedBatch, layout: RowLayout | None) -> PackedBatch:
+    """What is computed in the place of a batch: windows in the place of its long sequences, where that is how it is done."""
+    long_mean = long_mean_of(layout.long_policy) if layout is not None else None
+    return batch if long_mean is None else long_mean.divide(batch)
+
+
+def _embed_at_once(model: PackedModel, batch: PackedBatch, device: torch.device, layout: RowLayout | None) -> Tensor:
+    """The rows of a batch's sequences, on the CPU, in one pass."""
+    divided = _divided(batch, layout)
+    rows = embed_batch(model, divided.to(device), layout).cpu()
+    return rows if divided is batch else join_windows(rows, divided.ordinals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +71,9 @@ class LaunchedBatch:
     """A batch whose rows are on their way to the CPU."""
 
     batch: PackedBatch
-    fits: NDArray[np.bool_]  # (B,): False for a sequence that does not fit into memory, even alone
-    rows: Tensor  # of those that fit, on the CPU, float32 (fits.sum(), D); complete once `arrived`
+    computed: PackedBatch  # the same, or with windows in the place of its sequences
+    fits: NDArray[np.bool_]  # of these: False for one that does not fit into memory, even alone
+    rows: Tensor  # of those that fit, on the CPU, float32 (fits.sum(), W), or end to end; complete once `arrived`
     arrived: torch.cuda.Event | None
 
 
@@ -56,7 +83,7 @@ class EmbeddedBatch:
 
     batch_idx: int
     batch: PackedBatch | None  # those that have a row
-    rows: Tensor  # on the CPU, float32 (B, D), finite; row i belongs to the i-th sequence of `batch`
+    rows: Tensor  # on the CPU, float32 (B, W), or end to end; finite; row i belongs to the i-th sequence of `batch`
     not_finite: PackedBatch | None
     too_large: PackedBatch | None
 
@@ -64,23 +91,27 @@ class EmbeddedBatch:
 class ExactModel:
     """A model in float32, loaded when it is first asked for a row."""
 
-    def __init__(self, model: str, weights: Weights, *, device: torch.device = _CPU) -> None:
+    def __init__(
+        self, model: str, weights: Weights, *, device: torch.device = _CPU, layout: RowLayout | None = None
+    ) -> None:
         self._model = model
         self._weights = weights
         self._device = device
+        self._layout = layout
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
-        """The rows of a batch, float32 (B, D), on the CPU."""
-        return embed_batch(self._loaded, batch.to(self._device)).cpu()
+        """The rows of a batch, as `embed_batch` gives them, on the CPU."""
+        return _embed_at_once(self._loaded, batch, self._device, self._layout)
 
     @property
     def is_loaded(self) -> bool:
         return "_loaded" in self.__dict__
 
     @cached_property
-    def _loaded(self) -> ESM2:
-        return load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
+    def _loaded(self) -> PackedModel:
+        network = load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
+        return with_heads(network, self._model, self._weights, self._layout.heads if self._layout is not None else ())
 
 
 class Embedder:
@@ -90,8 +121,9 @@ class Embedder:
         model: In eval mode.
         device: Where it is.
         budget: Most tokens of a forward pass; what is learned about memory is kept there.
-        exactly: Gives the row, float32 (1, D) on the CPU, of a single sequence whose row was not finite, with more care; by
-            default the same model computes it alone.
+        layout: What a row is; None: the mean of the highest layer that the model gives.
+        exactly: Gives the row, float32 on the CPU, of a single sequence whose row was not finite, with more care; by default
+            the same model computes it alone.
     """
 
     def __init__(
@@ -100,12 +132,14 @@ class Embedder:
         device: torch.device,
         *,
         budget: TokenBudget,
+        layout: RowLayout | None = None,
         exactly: Callable[[PackedBatch], Tensor] | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._budget = budget
-        self._exactly = exactly or (lambda alone: embed_batch(model, alone.to(device)).cpu())
+        self._layout = layout
+        self._exactly = exactly or (lambda alone: _embed_at_once(model, alone, device, layout))
 
     @torch.inference_mode()
     def launch(self, batch: PackedBatch) -> LaunchedBatch:
@@ -115,10 +149,11 @@ class Embedder:
             BatchFailedError: From whatever goes wrong, except that memory runs out.
         """
         with blaming(batch):
-            pieces = list(self._pieces(batch))
+            computed = _divided(batch, self._layout)
+            pieces = list(self._pieces(computed))
             fits = [np.full(piece.num_sequences, rows is not None) for piece, rows in pieces]
             rows, arrived = _fetch([rows for _, rows in pieces if rows is not None])
-            return LaunchedBatch(batch=batch, fits=np.concatenate(fits), rows=rows, arrived=arrived)
+            return LaunchedBatch(batch=batch, computed=computed, fits=np.concatenate(fits), rows=rows, arrived=arrived)
 
     @torch.inference_mode()
     def collect(self, launched: LaunchedBatch) -> EmbeddedBatch:
@@ -127,16 +162,17 @@ class Embedder:
         Raises:
             BatchFailedError: From whatever goes wrong.
         """
-        batch, fits, rows = launched.batch, launched.fits, launched.rows
+        batch = launched.batch
         with blaming(batch):
             if launched.arrived is not None:
                 launched.arrived.synchronize()
+            fits, rows = _joined(launched)
             fitting = _those(batch, fits)
             is_finite = self._mend(fitting, rows) if fitting is not None else np.ones(0, dtype=bool)
             return EmbeddedBatch(
                 batch_idx=batch.batch_idx,
                 batch=fitting if is_finite.all() else _those(batch, _within(fits, is_finite)),
-                rows=rows if is_finite.all() else rows[torch.from_numpy(is_finite)],
+                rows=rows if is_finite.all() else self._kept(fitting, rows, is_finite),
                 not_finite=_those(batch, _within(fits, ~is_finite)),
                 too_large=_those(batch, ~fits),
             )
@@ -157,14 +193,32 @@ class Embedder:
 
     def _mend(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
         """Compute rows that are not finite once more, in place, and say which are finite now, (B,)."""
-        is_finite: NDArray[np.bool_] = torch.isfinite(rows).all(dim=1).numpy()
+        is_finite = self._are_finite(batch, rows)
         bad = np.flatnonzero(~is_finite).tolist()
-        if bad:
-            logger.warning("%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx)
+        if not bad:
+            return is_finite
+        logger.warning("%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx)
+        views = split_rows(rows, self._widths(batch))
         for row in bad:
-            rows[row] = self._exactly(batch.select(np.arange(batch.num_sequences) == row))[0]
-            is_finite[row] = torch.isfinite(rows[row]).all()
+            views[row].copy_(self._exactly(batch.select(np.arange(batch.num_sequences) == row)).flatten())
+            is_finite[row] = torch.isfinite(views[row]).all()
         return is_finite
+
+    def _are_finite(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
+        if rows.dim() == 2:
+            return torch.isfinite(rows).all(dim=1).numpy()
+        starts = offsets_of(self._widths(batch))[:-1]
+        return np.logical_and.reduceat(torch.isfinite(rows).numpy(), starts)
+
+    def _kept(self, batch: PackedBatch | None, rows: Tensor, keep: NDArray[np.bool_]) -> Tensor:
+        assert batch is not None  # or there is no row that could go
+        is_kept = keep if rows.dim() == 2 else np.repeat(keep, self._widths(batch))
+        return rows[torch.from_numpy(is_kept)]
+
+    def _widths(self, batch: PackedBatch) -> NDArray[np.int64]:
+        """Of rows that lie end to end; others need none."""
+        lengths = batch.lengths
+        return self._layout.widths(lengths) if self._layout is not None else np.zeros_like(lengths)
 
     def _pieces(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Tensor | None]]:
         """The batch in pieces that fit, with their rows on the device; a single sequence that does not fit has None."""
@@ -183,7 +237,7 @@ class Embedder:
 
     def _rows_if_they_fit(self, batch: PackedBatch) -> Tensor | None:
         try:
-            return embed_batch(self._model, self._sent(batch))
+            return embed_batch(self._model, self._sent(batch), self._layout)
         except (RuntimeError, MemoryError) as error:
             if self._budget.is_pinned or classify_exception(error).kind != FailureKind.OOM:
                 raise
@@ -200,6 +254,17 @@ class Embedder:
         if self._device.type == "cuda":
             batch = batch.pinned()
         return batch.to(self._device, non_blocking=True)
+
+
+def _joined(launched: LaunchedBatch) -> tuple[NDArray[np.bool_], Tensor]:
+    """Which sequences fit, and the rows of those, of what was computed in their place. All windows of one have to fit."""
+    ordinals, fits, rows = launched.computed.ordinals, launched.fits, launched.rows
+    if launched.computed is launched.batch:
+        return fits, rows
+    first_windows = np.flatnonzero(np.diff(ordinals, prepend=ordinals[0] - 1))
+    all_fit = np.logical_and.reduceat(fits, first_windows)
+    is_wanted = np.repeat(all_fit, np.diff(first_windows, append=fits.size))
+    return all_fit, join_windows(rows[torch.from_numpy(is_wanted[fits])], ordinals[is_wanted])
 
 
 def _those(batch: PackedBatch, mask: NDArray[np.bool_]) -> PackedBatch | None:

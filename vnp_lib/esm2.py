@@ -1,10 +1,11 @@
-"""ESM-2: the network over packed batches, and the pooling of its states."""
+"""ESM-2: the network over packed batches."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -15,6 +16,10 @@ from vnp_lib.attention import PackedLayout, pairs_adjacent, rotary_factors, rota
 from vnp_lib.failures import ConfigError
 from vnp_lib.linear import Linear
 from vnp_lib.tokens import ALPHABET_SIZE, PAD
+
+Watch = Callable[
+    [int, Tensor, Tensor], None
+]  # a layer's number and its queries and keys, (T, H, D), positions turned in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +107,13 @@ class ESM2(nn.Module):
         return network.eval()
 
     def forward_packed(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, repr_layers: Sequence[int] | None = None
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        repr_layers: Sequence[int] | None = None,
+        *,
+        watch: Watch | None = None,
     ) -> dict[str, dict[int, Tensor]]:
         """Compute the states of every token.
 
@@ -112,6 +123,7 @@ class ESM2(nn.Module):
             max_seqlen: The longest sequence, in tokens.
             repr_layers: Which layers to return, in fair-esm's numbers: 0 is the embedding, `num_layers`, the default, is
                 the last one after the final layer norm. Layers above the highest are not computed.
+            watch: Shown each layer's number, from 0, and its queries and keys.
 
         Returns:
             {"representations": {layer: states, (T, D), in the weights' dtype}}
@@ -126,7 +138,7 @@ class ESM2(nn.Module):
         factors = rotary_factors(layout, len(x), self.architecture.head_dim)
         representations = {0: x} if 0 in wanted else {}
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
-            x = layer(x, layout, factors)
+            x = layer(x, layout, factors, partial(watch, number - 1) if watch is not None else None)
             if number in wanted:
                 representations[number] = x if number < last else self.emb_layer_norm_after(x)
         return {"representations": representations}
@@ -155,9 +167,11 @@ class _TransformerLayer(nn.Module):
         self.fc2 = Linear(4 * dim, dim, by_convolution=by_convolution)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, layout: PackedLayout, factors: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: PackedLayout, factors: Tensor, watch: Callable[[Tensor, Tensor], None] | None
+    ) -> Tensor:
         # `add_` goes into the fresh tensor: x may be among the states that the caller asked for.
-        x = self.self_attn(self.self_attn_layer_norm(x), layout, factors).add_(x)
+        x = self.self_attn(self.self_attn_layer_norm(x), layout, factors, watch).add_(x)
         hidden: Tensor = self.fc2(F.gelu(self.fc1(self.final_layer_norm(x)))).add_(x)
         return hidden
 
@@ -170,31 +184,16 @@ class _SelfAttention(nn.Module):
         self.qkv_proj = Linear(dim, 3 * dim, by_convolution=by_convolution)
         self.out_proj = Linear(dim, dim, by_convolution=by_convolution)
 
-    def forward(self, x: Tensor, layout: PackedLayout, factors: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: PackedLayout, factors: Tensor, watch: Callable[[Tensor, Tensor], None] | None
+    ) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (3, *self.heads))
         q, k = rotate(qkv[:, :2], factors).unbind(1)
+        if watch is not None:
+            watch(q, k)
         attended = varlen_attention(q, k, qkv[:, 2], layout)
         out: Tensor = self.out_proj(attended.flatten(-2))
         return out
 
 
 _IS_TURNED = re.compile(r"\.[qk]_proj\.")  # by rotary positions
-
-
-def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Average each sequence's residue states, leaving out BOS and EOS.
-
-    Args:
-        hidden: States, (T, D), with T = cu_seqlens[-1].
-        cu_seqlens: Sequence boundaries in tokens, int32, (B + 1,), first 0.
-
-    Returns:
-        One vector per sequence, float32, (B, D).
-
-    Matches the "mean" representation of fair-esm's scripts/extract.py.
-    """
-    num_residues = cu_seqlens.diff() - 2
-    one = torch.ones_like(num_residues)
-    bos_residues_eos = torch.stack((one, num_residues, one), dim=1).flatten()
-    means = torch.segment_reduce(hidden.float(), "mean", lengths=bos_residues_eos, axis=0, unsafe=True)
-    return means[1::3]

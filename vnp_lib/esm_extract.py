@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,12 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib.esm2 import ESM2, architecture_of, mean_pool
+from vnp_lib.embedder import PackedModel, embed_batch
+from vnp_lib.esm2 import architecture_of
 from vnp_lib.failures import ConfigError, FailureKind, FastaError, SequenceTooLargeError, classify_exception
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import remove_orphaned_temporaries, replace_unsynced
+from vnp_lib.heads import with_heads
 from vnp_lib.inputs import InputPolicy, Source, read
+from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.packing import pack
+from vnp_lib.pooling import split_rows
 from vnp_lib.progress import RunProgress
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch, pack_batch
 from vnp_lib.weights import load_model, model_of, resolve_weights
@@ -61,19 +66,25 @@ def extract(settings: ExtractSettings) -> int:
     _require_sensible(settings)
     weights_file = settings.model_location if settings.model_location.endswith(".pt") else None
     model = model_of(Path(weights_file)) if weights_file else settings.model_location
-    layers = _layer_numbers(settings.repr_layers, architecture_of(model).num_layers)
+    architecture = architecture_of(model)
+    layers = _layer_numbers(settings.repr_layers, architecture.num_layers)
+    outputs = choose_outputs(
+        {OutputKind(kind) for kind in settings.include}, layers, num_layers=architecture.num_layers
+    )
+    layout = RowLayout(outputs, architecture.embed_dim)
     labels, sequences = _read(settings.fasta_file)
     paths = [_path_below(settings.output_dir, label) for label in labels]
     sequences = _truncated(sequences, settings.truncation_seq_length)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.nogpu else "cpu")
-    network = load_model(model, resolve_weights(model, weights_file or "auto"), dtype=torch.float32, device=device)
+    weights = resolve_weights(model, weights_file or "auto")
+    network = with_heads(load_model(model, weights, dtype=torch.float32, device=device), model, weights, layout.heads)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     remove_orphaned_temporaries(settings.output_dir)
     num_tokens = sum(map(len, sequences)) + TOKENS_AROUND * len(sequences)
     with RunProgress(total_sequences=len(labels), total_tokens=num_tokens) as progress:
         for batch in _batches(labels, sequences, settings.toks_per_batch):
-            results = _results(network, batch.to(device), layers, settings.include)
+            results = _results(network, batch.to(device), layout)
             for ordinal, label, result in zip(batch.ordinals.tolist(), batch.sequence_ids, results, strict=True):
                 _save({"label": label, **result}, paths[ordinal], settings.output_dir)
             progress.advance(0, sequences=batch.num_sequences, tokens=batch.num_tokens)
@@ -81,8 +92,6 @@ def extract(settings: ExtractSettings) -> int:
 
 
 def _require_sensible(settings: ExtractSettings) -> None:
-    if "contacts" in settings.include:
-        raise ConfigError("--include contacts: these are not computed here; take fair-esm's own script for them")
     for option in ("toks_per_batch", "truncation_seq_length"):
         if getattr(settings, option) < 1:
             raise ConfigError(f"--{option} is {getattr(settings, option)}; it must be at least 1")
@@ -150,23 +159,27 @@ def _batches(labels: Sequence[str], sequences: Sequence[str], token_budget: int)
 
 
 @torch.inference_mode()
-def _results(
-    network: ESM2, batch: PackedBatch, layers: Sequence[int], include: frozenset[Kind]
-) -> list[dict[str, dict[int, Tensor]]]:
+def _results(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Iterator[dict[str, Any]]:
     """What goes into the file of each sequence, by extract.py's names. No tensor is a view: a file would hold all that it is of."""
-    results: list[dict[str, dict[int, Tensor]]] = [{} for _ in range(batch.num_sequences)]
-    states = _states(network, batch, layers)
-    for kind in include:
-        name, pool = _POOLS[kind]
-        for layer, hidden in states.items():
-            for result, tensor in zip(results, pool(hidden, batch.cu_seqlens), strict=True):
-                result.setdefault(name, {})[layer] = tensor.clone()
-    return results
+    lengths = batch.lengths
+    rows = split_rows(_rows(network, batch, layout), layout.widths(lengths))
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        shapes = [output.shape(length, layout.embed_dim) for output in layout.outputs]
+        result: dict[str, Any] = {}
+        for output, part, shape in zip(
+            layout.outputs, row.split_with_sizes([prod(shape) for shape in shapes]), shapes, strict=True
+        ):
+            tensor = part.view(shape).clone()
+            if output.layer is None:
+                result[output.name] = tensor
+            else:
+                result.setdefault(_NAMES[output.kind], {})[output.layer] = tensor
+        yield result
 
 
-def _states(network: ESM2, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
+def _rows(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Tensor:
     try:
-        return network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)["representations"]
+        return embed_batch(network, batch, layout).cpu()
     except (RuntimeError, MemoryError) as error:
         if classify_exception(error).kind != FailureKind.OOM:
             raise
@@ -176,24 +189,10 @@ def _states(network: ESM2, batch: PackedBatch, layers: Sequence[int]) -> dict[in
         ) from error
 
 
-def _residues(hidden: Tensor, cu_seqlens: Tensor) -> Sequence[Tensor]:
-    """States of each sequence's residues, (L, D), on the CPU."""
-    return [states[1:-1] for states in torch.split(hidden.cpu(), cu_seqlens.diff().tolist())]
-
-
-def _means(hidden: Tensor, cu_seqlens: Tensor) -> Sequence[Tensor]:
-    return mean_pool(hidden, cu_seqlens).cpu().unbind()
-
-
-def _beginnings(hidden: Tensor, cu_seqlens: Tensor) -> Sequence[Tensor]:
-    """States of each sequence's BOS, (D,), on the CPU."""
-    return hidden[cu_seqlens[:-1]].cpu().unbind()
-
-
-_POOLS: dict[Kind, tuple[str, Callable[[Tensor, Tensor], Sequence[Tensor]]]] = {
-    "per_tok": ("representations", _residues),
-    "mean": ("mean_representations", _means),
-    "bos": ("bos_representations", _beginnings),
+_NAMES = {
+    OutputKind.PER_TOK: "representations",
+    OutputKind.MEAN: "mean_representations",
+    OutputKind.BOS: "bos_representations",
 }
 
 

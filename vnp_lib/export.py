@@ -107,6 +107,11 @@ def _open(run: Path, *, allow_partial: bool) -> EmbeddingDataset:
         dataset = open_dataset(run)
     except StorageError as error:
         raise ConfigError(str(error)) from error
+    if not dataset.is_one_mean:
+        raise ConfigError(
+            f"{run} has {', '.join(dataset.outputs)}, and an export takes the mean of one layer alone; read it with "
+            "`vnp_lib.dataset.open_dataset`"
+        )
     if (num_missing := dataset.metadata["num_missing"]) and not allow_partial:
         raise ConfigError(
             f"{run}: {num_missing:,} sequences are missing from the dataset; start the run again to complete it, or "

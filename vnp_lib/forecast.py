@@ -29,7 +29,7 @@ from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, required_bytes
 from vnp_lib.progress import format_duration
 from vnp_lib.records import Fault, LetterCounts
-from vnp_lib.run import planned_token_budget
+from vnp_lib.run import planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
 from vnp_lib.terminal import format_bytes, plain
 
@@ -113,8 +113,6 @@ def forecast(config: ForecastConfig) -> Forecast:
     """
     one_device = _speed_of_one_device(config)
     found = _read(config)
-    from vnp_lib.esm2 import MODELS  # imports torch, which takes seconds, and the memory that reading needs
-
     devices = resolve_devices(config.devices, config.model)
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
@@ -143,7 +141,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         num_batches=batch_tokens.size,
         mean_fill=float(np.minimum(batch_tokens / token_budget, 1.0).mean()) if batch_tokens.size else 0.0,
         num_over_budget=int((batch_tokens > token_budget).sum()),
-        required_bytes=required_bytes(found, MODELS[config.model].embed_dim),
+        required_bytes=required_bytes(found, planned_layout(config)),
         free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
         output_dir=str(config.output_dir),
         speed=_speed(config, one_device, len(devices)),
@@ -177,6 +175,10 @@ class _Input:
     @property
     def num_computed(self) -> int:
         return int(self.is_computed.sum())
+
+    @property
+    def computed_lengths(self) -> NDArray[np.int32]:
+        return self.lengths[self.is_computed]
 
 
 def _read(config: ForecastConfig) -> _Input:

@@ -7,7 +7,7 @@ and checkpoints are written by a thread of their own.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel
 from vnp_lib.failures import SequenceTooLargeError
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.precision import compare, to_metadata
@@ -34,6 +35,7 @@ RESUMED = -1  # batch_idx of the result that holds what earlier attempts compute
 
 _BATCHES_AHEAD = 4
 _MOST_SHOWN = 10
+_MOST_UNSAVED_BYTES = 256 * 1024**2  # ten thousand rows that are as long as their sequences may not fit into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class InferenceResult:
     """The rows of one batch, or, under `RESUMED`, those that checkpoints held already."""
 
     sequence_ids: tuple[str, ...]  # B
-    embeddings: Tensor  # float32 (B, D), on the CPU; row i belongs to sequence_ids[i]
+    embeddings: Tensor  # float32 (B, W), on the CPU, or end to end; row i belongs to sequence_ids[i]
     batch_idx: int
     num_tokens: int = 0  # that went through the model
     num_queued: int = 0  # batches that were read ahead and waited for the model
@@ -62,8 +64,9 @@ class AsyncInferenceRunner:
         input_fingerprint: Fingerprint of the run; in every checkpoint, and asked of those that are resumed.
         model_config_hash: Digest of the weights; in every checkpoint.
         budget: Most tokens of a forward pass. A batch that does not fit into memory is computed in pieces.
-        exactly: Gives the row, (1, D), of a single sequence whose row was not finite, with more care.
-        exact_rows: Rows in float32, (D,), by ordinal; how far ours are from them goes into the checkpoints.
+        layout: What a row is; None: the mean of the highest layer that the model gives.
+        exactly: Gives the row of a single sequence whose row was not finite, with more care.
+        exact_rows: Rows in float32, (W,), by ordinal; how far ours are from them goes into the checkpoints.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class AsyncInferenceRunner:
         model_config_hash: str = "",
         *,
         budget: TokenBudget | None = None,
+        layout: RowLayout | None = None,
         exactly: Callable[[PackedBatch], Tensor] | None = None,
         exact_rows: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
         device = torch.device(device)
-        self._embedder = Embedder(model, device, budget=budget or TokenBudget(), exactly=exactly)
+        self._embedder = Embedder(model, device, budget=budget or TokenBudget(), layout=layout, exactly=exactly)
+        self._layout = layout
         self._batches_in_flight = 1 if enable_streams and device.type == "cuda" else 0
         self._checkpoint_dir = checkpoint_dir
         self._rank = rank
@@ -196,6 +201,7 @@ class AsyncInferenceRunner:
                 rank=self._rank,
                 next_checkpoint=next_checkpoint,
                 metadata=self._metadata,
+                layout=self._layout,
                 exact_rows=self._exact_rows,
                 on_checkpoint=listener.on_checkpoint,
             )
@@ -203,8 +209,8 @@ class AsyncInferenceRunner:
             def keep(batch: PackedBatch, rows: Tensor) -> None:
                 unsaved.add(batch, rows)
                 is_due, reason = self._trigger.should_checkpoint(batch.num_sequences)
-                if is_due:
-                    unsaved.write(reason or "")
+                if is_due or unsaved.size_bytes >= _MOST_UNSAVED_BYTES:
+                    unsaved.write(reason or "size_threshold")
                     self._trigger.reset()
 
             self._trigger.reset()
@@ -269,6 +275,7 @@ class _Unsaved:
         rank: int,
         next_checkpoint: int,
         metadata: Mapping[str, Any],
+        layout: RowLayout | None,
         exact_rows: Mapping[int, NDArray[np.float32]],
         on_checkpoint: Callable[[int, int, float], None],
     ) -> None:
@@ -277,6 +284,7 @@ class _Unsaved:
         self._rank = rank
         self._next_checkpoint = next_checkpoint
         self._metadata = metadata
+        self._layout = layout
         self._exact_rows = exact_rows
         self._on_checkpoint = on_checkpoint
         self._batches: list[PackedBatch] = []
@@ -285,6 +293,10 @@ class _Unsaved:
     def add(self, batch: PackedBatch, rows: Tensor) -> None:
         self._batches.append(batch)
         self._rows.append(rows.clone())  # whoever takes the results of the loop has the same tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self._rows)
 
     def write(self, reason: str) -> None:
         """Hand what there is to the writer, as one checkpoint."""
@@ -296,7 +308,7 @@ class _Unsaved:
         compared = [
             comparison
             for batch, own in zip(batches, rows, strict=True)
-            for comparison in compare(batch.ordinals, own.numpy(), self._exact_rows)
+            for comparison in compare(batch.ordinals, self._one_by_one(batch, own), self._exact_rows)
         ]
         written = self._writer.hand_over(
             checkpoint_path(self._directory, self._rank, number),
@@ -305,12 +317,25 @@ class _Unsaved:
             {
                 **self._metadata,
                 **to_metadata(compared),
+                **self._offsets(batches),
                 "ordinals": ordinals.tolist(),
                 "batches": [batch.batch_idx for batch in batches],
                 "reason": reason,
             },
         )
         written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))
+
+    def _one_by_one(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+        if self._layout is None or self._layout.is_fixed:
+            return rows.numpy()
+        return np.split(rows.numpy(), offsets_of(self._layout.widths(batch.lengths))[1:-1])
+
+    def _offsets(self, batches: Sequence[PackedBatch]) -> dict[str, Any]:
+        """Where rows that lie end to end begin and end, for the checkpoint's metadata."""
+        if self._layout is None or self._layout.is_fixed:
+            return {}
+        widths = self._layout.widths(np.concatenate([batch.lengths for batch in batches]))
+        return {"offsets": offsets_of(widths).tolist()}
 
     def _announce(self, written: Future[float], number: int, num_rows: int) -> None:
         if not written.cancelled() and written.exception() is None:

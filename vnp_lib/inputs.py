@@ -309,7 +309,7 @@ def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
         letters=checked.letters,
     )
     most = policy.max_length
-    if policy.long == "whole" or most is None or lengths.max(initial=0) <= most:
+    if policy.long not in ("error", "truncate", "skip") or most is None or lengths.max(initial=0) <= most:
         return chunk
     if policy.long == "truncate":
         cut = replace(chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences])

@@ -35,6 +35,7 @@ from vnp_lib.files import (
     write_sealed_json,
 )
 from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, read
+from vnp_lib.outputs import RowLayout
 from vnp_lib.packing import pack
 from vnp_lib.records import Fault, SequenceChunk
 
@@ -165,6 +166,9 @@ class ModelIdentity:
     pooling: str = "mean"
     dtype: str
     long_policy: str = "whole"  # long sequences are neither cut nor split
+    outputs: str | None = None  # by name, in the order of a row; None: the mean of `layer` alone
+    embed_dim: int | None = None  # where there are outputs
+    contact_regression: str | None = None  # sha256 of its parameters, where there are contacts
     division: str | None = None  # into shards and batches, where rows have to be the same to the last bit
 
 
@@ -192,6 +196,11 @@ class RunPlan:
     def num_computed(self) -> int:
         """Sequences that differ from all before them: only these go through the model."""
         return self.order.size
+
+    @property
+    def computed_lengths(self) -> NDArray[np.int32]:
+        """Residues of these, (num_computed,)."""
+        return self.lengths[self.order]
 
     def num_tokens(self, ordinals: NDArray[np.int64]) -> int:
         """Tokens of `ordinals`, BOS and EOS included."""
@@ -320,19 +329,27 @@ class Counted(Protocol):
     def num_sequences(self) -> int: ...
     @property
     def num_computed(self) -> int: ...
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+    @property
+    def computed_lengths(self) -> NDArray[np.int32]: ...
 
 
-def required_bytes(plan: Counted, embed_dim: int) -> int:
+def required_bytes(plan: Counted, layout: RowLayout) -> int:
     """Bytes that a whole run takes on disk at its peak: checkpoints, the dataset, and what assembly needs beside them."""
-    row_bytes = embed_dim * np.dtype(np.float32).itemsize + ROW_OVERHEAD_BYTES
-    return (plan.num_computed + plan.num_sequences) * row_bytes + _WORKSPACE_BYTES
+    num_rows = plan.num_computed + plan.num_sequences
+    if layout.is_fixed:  # which says it without looking at each of many millions
+        num_values = num_rows * layout.fixed_width
+    else:
+        num_values = int(layout.widths(plan.lengths).sum() + layout.widths(plan.computed_lengths).sum())
+    return num_values * np.dtype(np.float32).itemsize + num_rows * ROW_OVERHEAD_BYTES + _WORKSPACE_BYTES
 
 
-def check_free_space(paths: RunPaths, plan: RunPlan, embed_dim: int) -> None:
+def check_free_space(paths: RunPaths, plan: RunPlan, layout: RowLayout) -> None:
     """Raise ConfigError, with both figures, where the run directory's disk has no room for the rest of the run."""
     present_bytes = sum(_tree_bytes(tree) for tree in (paths.checkpoints_dir, paths.embeddings_dir))
     try:
-        require_free_space(paths.run_dir, required_bytes(plan, embed_dim) - present_bytes)
+        require_free_space(paths.run_dir, required_bytes(plan, layout) - present_bytes)
     except StorageError as error:
         raise ConfigError(str(error)) from error
 

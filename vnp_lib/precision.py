@@ -31,7 +31,7 @@ class Comparison:
 
     @classmethod
     def between(cls, ordinal: int, row: NDArray[np.float32], exact: NDArray[np.float32]) -> Self:
-        """Compare two rows, (D,)."""
+        """Compare two rows, (W,)."""
         ours, theirs = row.astype(np.float64), exact.astype(np.float64)
         norms = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
         return cls(
@@ -82,9 +82,11 @@ def sampled_ordinals(plan: RunPlan) -> NDArray[np.int64]:
 
 
 def compare(
-    ordinals: NDArray[np.int64], rows: NDArray[np.float32], exact: Mapping[int, NDArray[np.float32]]
+    ordinals: NDArray[np.int64],
+    rows: NDArray[np.float32] | Sequence[NDArray[np.float32]],
+    exact: Mapping[int, NDArray[np.float32]],
 ) -> list[Comparison]:
-    """Compare those of the rows, (B, D), whose exact row is known and finite."""
+    """Compare those of the B rows, each (W,), whose exact row is known and finite."""
     known = np.flatnonzero(np.isin(ordinals, list(exact)))
     return [
         Comparison.between(ordinal, rows[place], exact[ordinal])

@@ -23,6 +23,7 @@ from vnp_lib.inputs import STDIN, InputPolicy, find_sources, read
 from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
+from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, kept_token_budget, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
@@ -283,9 +284,10 @@ def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
-    from vnp_lib.esm2 import MODELS
+    from vnp_lib.esm2 import architecture_of
+    from vnp_lib.heads import check_heads
 
-    architecture = MODELS[config.model]
+    layout = planned_layout(config)
     num_shards = config.shards or len(devices)
     token_budget = planned_token_budget(config, devices)
     plan = make_plan(
@@ -294,7 +296,11 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
         ModelIdentity(
             model=config.model,
             weights_digest=weights.digest,
-            layer=architecture.num_layers,
+            layer=max(layout.layers, default=architecture_of(config.model).num_layers),
+            pooling=",".join(dict.fromkeys(output.kind.value for output in layout.outputs)),
+            long_policy=layout.long_policy,
+            **layout.identity(),
+            contact_regression=check_heads(config.model, weights, layout.heads),
             dtype=resolve_dtype(config.dtype, devices[0]),
             division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
         ),
@@ -302,8 +308,39 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
         token_budget=token_budget,
         policy=InputPolicy.of(config),
     )
-    check_free_space(paths, plan, architecture.embed_dim)
+    check_free_space(paths, plan, layout)
     return plan
+
+
+def planned_layout(config: EmbedConfig) -> RowLayout:
+    """Say what a row of a run is.
+
+    Raises:
+        ConfigError: The model has no such layer, or what is asked for of long sequences cannot be.
+    """
+    from vnp_lib.esm2 import architecture_of  # imports torch, which takes seconds
+
+    architecture = architecture_of(config.model)
+    outputs = choose_outputs(
+        set(map(OutputKind, config.include)), config.repr_layers, num_layers=architecture.num_layers
+    )
+    return RowLayout(outputs, architecture.embed_dim, _long_policy(config))
+
+
+def _long_policy(config: EmbedConfig) -> str:
+    if config.long not in ("window", "virnucpro"):
+        return "whole"  # or the input's affair
+    if set(config.include) != {"mean"}:
+        raise ConfigError(f"--long {config.long} says how a mean is taken: it goes with --include mean alone")
+    if config.long == "virnucpro":
+        return config.long
+    assert config.max_length is not None
+    overlap = config.max_length // 4 if config.window_overlap is None else config.window_overlap
+    if overlap >= config.max_length:
+        raise ConfigError(
+            f"--window-overlap {overlap}: windows of {config.max_length} residues overlap by less than that"
+        )
+    return f"window:{config.max_length}:{overlap}"
 
 
 def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, pairwise
 from typing import Any
@@ -35,6 +35,7 @@ class PackedBatch:
     input_ids: Tensor  # int64 (T,), BOS and EOS around every sequence
     cu_seqlens: Tensor  # int32 (B + 1,), first 0, last T
     max_seqlen: int  # tokens, BOS and EOS included
+    shares: Tensor | None = None  # float32 (T,), what each token counts for in a mean; None: all residues alike
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, batch_idx: int, first_ordinal: int) -> PackedBatch:
@@ -64,16 +65,23 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Residues of each sequence, (B,). Of a batch on the CPU."""
+        return np.diff(self.cu_seqlens.numpy()).astype(np.int64) - TOKENS_AROUND
+
     def select(self, keep: NDArray[np.bool_]) -> PackedBatch:
         """Leave out the sequences whose `keep`, bool (B,), is False; at least one stays."""
         seqlens = np.diff(self.cu_seqlens.numpy())
-        return _checked_batch(
+        is_kept = torch.from_numpy(np.repeat(keep, seqlens))
+        selected = _checked_batch(
             self.batch_idx,
             self.ordinals[keep],
             tuple(compress(self.sequence_ids, keep)),
-            self.input_ids[torch.from_numpy(np.repeat(keep, seqlens))],
+            self.input_ids[is_kept],
             _boundaries(seqlens[keep]),
         )
+        return selected if self.shares is None else replace(selected, shares=self.shares[is_kept])
 
     def split(self, token_budget: int) -> list[PackedBatch]:
         """Cut it into batches of at most `token_budget` tokens, in order; a longer sequence is one of its own."""
@@ -83,13 +91,17 @@ class PackedBatch:
 
     def pinned(self) -> PackedBatch:
         """The same in page-locked memory. From other memory a GPU copies only while the CPU waits for all it has to do."""
-        return replace(self, input_ids=self.input_ids.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+        return self._with(Tensor.pin_memory)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            input_ids=change(self.input_ids),
+            cu_seqlens=change(self.cu_seqlens),
+            shares=None if self.shares is None else change(self.shares),
         )
 
 

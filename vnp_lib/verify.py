@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.assembly import load_planned, with_copies
+from vnp_lib.assembly import load_planned, planned_layout, with_copies
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
@@ -95,7 +95,8 @@ def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
     from vnp_lib.checkpoint import Damage, Survey, survey_checkpoints
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
-    reasons = [_reason(load_planned, plan, record, dim=survey.valid[0].width) for record in survey.valid]
+    layout = planned_layout(plan, survey.valid) if survey.valid else None
+    reasons = [_reason(load_planned, plan, record, layout) for record in survey.valid]
     read = list(zip(survey.valid, reasons, strict=True))
     return Survey(
         valid=tuple(record for record, reason in read if reason is None),

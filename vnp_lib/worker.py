@@ -31,6 +31,7 @@ from vnp_lib.files import FileLock, remove_orphaned_temporaries
 from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.outputs import RowLayout
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.precision import sampled_ordinals
@@ -204,6 +205,7 @@ class ShardAttempt:
         import torch
 
         from vnp_lib.embedder import ExactModel
+        from vnp_lib.heads import check_heads, with_heads
         from vnp_lib.inference import AsyncInferenceRunner
         from vnp_lib.weights import load_model, resolve_weights
 
@@ -217,7 +219,12 @@ class ShardAttempt:
             raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
-        exact_rows = {} if is_exact else self._exact_rows(plan, work, ExactModel(job.model, weights, device=device))
+        layout = self._layout(plan)
+        heads = layout.heads if layout is not None else ()
+        if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
+            raise InputError(f"the contact regression of {job.model} has changed since the run was begun")
+        exact_model = ExactModel(job.model, weights, device=device, layout=layout)
+        exact_rows = {} if is_exact else self._exact_rows(plan, work, exact_model)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the exact model took
         model = load_model(
@@ -228,7 +235,7 @@ class ShardAttempt:
             by_convolution=job.is_deterministic or None,
         )
         return AsyncInferenceRunner(
-            model,
+            with_heads(model, job.model, weights, heads),
             device,
             enable_streams=not job.is_careful,
             checkpoint_dir=self._paths.checkpoints_dir,
@@ -244,9 +251,19 @@ class ShardAttempt:
                 on_change=lambda tokens: self._events.send("token_budget", tokens=tokens),
                 is_pinned=job.is_deterministic,
             ),
-            exactly=None if is_exact else ExactModel(job.model, weights),
+            layout=layout,
+            exactly=None if is_exact else ExactModel(job.model, weights, layout=layout),
             exact_rows=exact_rows,
         )
+
+    def _layout(self, plan: RunPlan) -> RowLayout | None:
+        """What a row is; None: the mean over all residues of the last layer, which a model gives without being asked."""
+        from vnp_lib.esm2 import architecture_of
+
+        architecture = architecture_of(self._job.model)
+        layout = RowLayout.of_identity(plan.identity, embed_dim=architecture.embed_dim)
+        plain = RowLayout.of_identity({"layer": architecture.num_layers}, embed_dim=architecture.embed_dim)
+        return None if layout == plain else layout
 
     def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> dict[int, NDArray[np.float32]]:
         """Embed this shard's part of the sample in float32, before the run's own model takes the memory.
@@ -262,7 +279,7 @@ class ShardAttempt:
             ordinal = int(batch.ordinals[0])
             self._events.send("computing", batch_idx=batch.batch_idx, ordinal=ordinal)
             try:
-                rows[ordinal] = model(batch)[0].numpy()
+                rows[ordinal] = model(batch).flatten().numpy()
             except Exception as error:  # to measure harms nothing; what is bad is judged when its batch comes
                 logger.warning("%r is not compared with float32: %s", batch.sequence_ids[0], error)
             self._events.send("exact_row", ordinal=ordinal)

@@ -31,7 +31,14 @@ INPUT = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights"), MODEL)
+    path = write_weights(tmp_path_factory.mktemp("weights"), MODEL)
+    draw = torch.Generator().manual_seed(0)
+    regression = {
+        "contact_head.regression.weight": torch.randn(1, 6 * 20, generator=draw),
+        "contact_head.regression.bias": torch.randn(1, generator=draw),
+    }
+    torch.save({"model": regression}, path.with_name(f"{MODEL}-contact-regression.pt"))
+    return path
 
 
 @pytest.fixture
@@ -83,6 +90,7 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
             ["--include", "bos", "mean", "per_tok", "--repr_layers", "0", "-2", "6", "--toks_per_batch", "64"],
             id="kinds and layers",
         ),
+        pytest.param(["--include", "contacts", "mean", "--toks_per_batch", "200"], id="contacts"),
         pytest.param(["--include", "per_tok", "mean", "--truncation_seq_length", "20"], id="cut"),
     ],
 )
@@ -117,6 +125,15 @@ def test_what_is_cut_is_counted_on_standard_error(tmp_path, weights, fasta):
     )
     assert ended.stderr.startswith("1 of 6 sequences are longer than 1022 residues: what comes after these is left out")
     assert ended.stdout == f"6 files are in {tmp_path}/out\n"
+
+
+def test_contacts_without_their_parameters_are_refused_before_anything_is_written(tmp_path, weights, fasta, capsys):
+    alone = tmp_path / "alone" / weights.name
+    alone.parent.mkdir()
+    alone.symlink_to(weights)
+    assert extract(alone, fasta, tmp_path / "out", "--include", "contacts") == ExitCode.UNUSABLE_INPUT
+    assert "need its contact regression" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_an_earlier_input_is_not_trusted(tmp_path, weights, fasta):
@@ -161,7 +178,6 @@ def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_wr
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--include", "contacts"], "--include contacts"),
         (["--include", "mean", "--repr_layers", "7"], "--repr_layers 7: this model has 0 to 6, or -7 to -1"),
         (["--include", "mean", "--repr_layers", "-8"], "--repr_layers -8"),
         (["--include", "mean", "--toks_per_batch", "0"], "--toks_per_batch is 0; it must be at least 1"),
@@ -208,7 +224,7 @@ def _interrupted_at_the_second_pass() -> Any:
 
     original, passes = ESM2.forward_packed, []
 
-    def forward_packed(*arguments: Any) -> Any:
+    def forward_packed(*arguments: Any, **options: Any) -> Any:
         passes.append(arguments)
         if len(passes) == 2:
             signal.raise_signal(signal.SIGINT)

@@ -11,6 +11,8 @@ _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
 _PLAN = "tests/unit/test_plan.py"
 _ASSEMBLY_TESTS = "tests/unit/test_assembly.py"
+_LAYOUTS = "tests/unit/test_layouts.py"
+_RAGGED = "tests/unit/test_ragged_checkpoints.py"
 _DATASET = "tests/unit/test_dataset.py"
 _QUARANTINE = "tests/unit/test_quarantine.py"
 _VERIFY = "tests/unit/test_verify.py"
@@ -724,9 +726,37 @@ _ASSEMBLY = (
     Mutant(
         name="rows-placed-by-arrival",
         module="assembly",
-        before="self._read(path, rows, np.argsort(ascending))",
-        after="self._read(path, rows, np.arange(ordinals.size))",
+        before="            for block in self._blocks(np.argsort(ascending)):\n",
+        after="            for block in self._blocks(np.arange(ordinals.size)):\n",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_every_row_is_that_of_its_own_sequence_in_input_order",),
+    ),
+    Mutant(
+        name="rows-of-different-widths-placed-by-arrival",
+        module="assembly",
+        before="            for place in np.argsort(ascending).tolist():\n",
+        after="            for place in range(ordinals.size):\n",
+        caught_by=(f"{_LAYOUTS}::test_every_array_is_found_under_its_id_its_place_and_its_name",),
+    ),
+    Mutant(
+        name="widths-of-rows-not-compared-with-the-plan",
+        module="assembly",
+        before='    if not layout.is_fixed and checkpoint.metadata.get("offsets") != offsets.tolist():\n',
+        after="    if False:\n",
+        caught_by=(f"{_LAYOUTS}::test_rows_of_other_widths_than_the_sequences_are_damage",),
+    ),
+    Mutant(
+        name="offsets-that-do-not-ascend-accepted",
+        module="checkpoint",
+        before="    ascends = all(start < stop for start, stop in pairwise(offsets))\n",
+        after="    ascends = True\n",
+        caught_by=(f"{_RAGGED}::test_offsets_that_do_not_fit_the_values_are_damage",),
+    ),
+    Mutant(
+        name="windows-counted-once-for-each-residue",
+        module="long_sequences",
+        before="            share = 1 / (_num_windows_over(spans, length) * length)\n",
+        after="            share = np.full(length, 1 / length)\n",
+        caught_by=("tests/unit/test_long_sequences.py::test_windows_come_to_what_is_reckoned_by_hand",),
     ),
     Mutant(
         name="copies-not-fanned-out",
@@ -782,7 +812,7 @@ _ASSEMBLY = (
     Mutant(
         name="rows-that-are-not-finite-assembled",
         module="assembly",
-        before="    _require_finite(plan, ordinals, rows)\n",
+        before="    _require_finite(plan, division.layout, ordinals, rows)\n",
         after="",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_a_row_that_is_not_finite_is_named",),
     ),
@@ -803,8 +833,8 @@ _ASSEMBLY = (
     Mutant(
         name="bucket-not-compared-with-what-was-written",
         module="assembly",
-        before=" or self._read(path, rows, np.argsort(ascending)) != self._crc32[part]:\n",
-        after=" or not self._read(path, rows, np.argsort(ascending)):\n",
+        before=" or self._read(path, rows, ordinals, ascending) != self._crc32[part]:\n",
+        after=" or not self._read(path, rows, ordinals, ascending):\n",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_a_bucket_that_does_not_give_back_its_bytes_is_noticed",),
     ),
     Mutant(
@@ -916,14 +946,14 @@ _CURES = (
     Mutant(
         name="mended-row-in-another-place",
         module="embedder",
-        before="            rows[row] = self._exactly(",
-        after="            rows[-1] = self._exactly(",
+        before="            views[row].copy_(self._exactly(",
+        after="            views[-1].copy_(self._exactly(",
         caught_by=(f"{_EMBEDDER}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",),
     ),
     Mutant(
         name="mended-row-taken-to-be-finite",
         module="embedder",
-        before="            is_finite[row] = torch.isfinite(rows[row]).all()\n",
+        before="            is_finite[row] = torch.isfinite(views[row]).all()\n",
         after="            is_finite[row] = True\n",
         caught_by=(f"{_EMBEDDER}::test_a_row_that_stays_not_finite_is_told_apart",),
     ),

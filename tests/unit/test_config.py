@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from vnp_lib.config import (
     viral_checkpoint_mode,
 )
 from vnp_lib.failures import ConfigError
+from vnp_lib.outputs import OutputKind
 
 SMALLEST = "esm2_t6_8M_UR50D"
 
@@ -65,6 +67,24 @@ def test_options_variables_and_flow_parameters_give_the_same_settings(monkeypatc
 def test_an_option_wins_over_a_variable(monkeypatch):
     monkeypatch.setenv("VNP_SHARDS", "7")
     assert parse_command_line([*NEEDED, "--shards", "2"]).shards == 2
+
+
+def test_what_can_be_computed_is_what_can_be_asked_for():
+    assert get_args(config.OutputName) == tuple(OutputKind)
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"), [("6", (6,)), ("-1", (-1,)), ("0,6", (0, 6))], ids=["one", "negative", "several"]
+)
+def test_layers_and_outputs_are_lists_with_commas(given, layers):
+    config = parse_command_line([*NEEDED, "--include", "mean,per_tok", f"--repr-layers={given}"])
+    assert (config.include, config.repr_layers) == (("mean", "per_tok"), layers)
+    assert EmbedConfig(fasta=("a",), output_dir="b", repr_layers=layers).repr_layers == layers
+
+
+def test_an_output_that_there_is_not_is_refused_with_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"--include: input should be 'mean', .* or 'logits'; it was 'median'"):
+        parse_command_line([*NEEDED, "--include", "median"])
 
 
 def test_the_flows_parameter_does_not_read_the_environment(monkeypatch):

@@ -10,8 +10,9 @@ from esm.model.esm2 import ESM2 as FairEsm2
 
 from vnp_lib import attention
 from vnp_lib.embedder import embed_batch
-from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of, mean_pool
+from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.failures import ConfigError
+from vnp_lib.pooling import mean_pool
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model, random_tensors
 

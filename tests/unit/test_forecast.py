@@ -17,6 +17,7 @@ from vnp_lib.config import ForecastConfig
 from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.forecast import Forecast, forecast
 from vnp_lib.inputs import InputPolicy, Source, read, survey
+from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
 from vnp_lib.records import LetterCounts
 
@@ -61,7 +62,7 @@ def test_a_run_is_what_was_forecast(tmp_path: Path, tiny_fasta: Path, num_shards
     assert (seen.num_shards, seen.num_batches) == (num_shards, len(tokens))
     assert seen.mean_fill == pytest.approx(np.minimum(np.array(tokens) / token_budget, 1).mean())
     assert seen.num_over_budget == (plan.lengths[plan.order] + NUM_SPECIAL_TOKENS > token_budget).sum()
-    assert seen.required_bytes == required_bytes(plan, 320)
+    assert seen.required_bytes == required_bytes(plan, RowLayout((Output.parse("mean_6"),), 320))
     assert sum(each.count for each in seen.lengths) == 81
     assert seen.can_begin
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "machine", "weight_files"},
+    {"files", "machine", "weight_files", "outputs"},
     {
         "config",
         "records",
@@ -29,11 +29,12 @@ LAYERS = (
     },
     {"fasta", "tables", "translation"},
     {"inputs"},
-    {"plan", "retry", "tokens", "attention", "terminal"},
-    {"manifest", "quarantine", "esm2", "listener", "precision", "dataset", "embeddings"},
+    {"plan", "retry", "tokens", "attention", "terminal", "columns"},
+    {"manifest", "quarantine", "esm2", "listener", "precision", "dataset", "embeddings", "pooling", "long_sequences"},
     {"weights", "fair_esm"},
-    {"checkpoint", "formats", "supervisor", "embedder", "gpu_memory", "history", "metrics_page", "esm_extract"},
-    {"inference", "assembly", "export", "pictures"},
+    {"heads"},
+    {"checkpoint", "formats", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
+    {"inference", "assembly", "export", "pictures", "esm_extract"},
     {"worker", "verify", "status"},
     {"run", "report"},
     {"judgement", "forecast", "verify_model", "api"},

@@ -16,10 +16,12 @@ from esm.data import Alphabet
 
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.inputs import InputPolicy
+from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.packing import pack
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan, required_bytes
 from vnp_lib.tokens import pack_batch
 
+MEAN = (Output.parse("mean_6"),)
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 
 Record = tuple[str, str]  # header, sequence
@@ -390,22 +392,22 @@ def test_a_run_directory_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: 
 def test_the_space_a_run_takes_is_that_of_checkpoints_and_dataset(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=9, num_records=100)))
     rows = plan.num_computed + plan.num_sequences
-    assert required_bytes(plan, 2560) - required_bytes(plan, 0) == rows * 2560 * 4
+    assert required_bytes(plan, RowLayout(MEAN, 2560)) - required_bytes(plan, RowLayout(MEAN, 0)) == rows * 2560 * 4
 
 
 def test_a_disk_without_room_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the run has written already counts as there: a resumed run needs room only for the rest."""
     paths = RunPaths(tmp_path / "run")
     plan = plan_of(paths.run_dir, write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
-    needed = required_bytes(plan, 320)
+    needed = required_bytes(plan, RowLayout(MEAN, 320))
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
     with pytest.raises(ConfigError, match=f"{needed - 1000:,} bytes free and {needed:,} are needed"):
-        check_free_space(paths, plan, 320)
+        check_free_space(paths, plan, RowLayout(MEAN, 320))
     paths.shard_dir(0).mkdir(parents=True)
     paths.checkpoint(0, 0).write_bytes(bytes(1000))
-    check_free_space(paths, plan, 320)
+    check_free_space(paths, plan, RowLayout(MEAN, 320))
 
 
 def test_every_path_of_a_run_is_where_the_readme_says() -> None:

@@ -102,3 +102,60 @@ def test_a_damaged_plan_does_not_say_how_many_tokens(tmp_path, tiny_fasta, monke
     plan_json = tmp_path / "run/plan/plan.json"
     plan_json.write_bytes(plan_json.read_bytes()[:-20])
     assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 65_536
+
+
+def test_a_run_that_asks_for_no_more_than_ever_is_the_same_run_as_ever(tmp_path: Path, tiny_fasta: Path) -> None:
+    """Its identity has not a word more than before there was anything to ask for: runs begun then go on."""
+    with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
+        identity = dict(run.plan.identity)
+    assert identity.pop("sequences_sha256")
+    assert identity.pop("schema")
+    assert identity == {
+        "model": "esm2_t6_8M_UR50D",
+        "weights_digest": "random:seed=0",
+        "layer": 6,
+        "pooling": "mean",
+        "dtype": "float32",
+        "long_policy": "whole",
+        "num_sequences": 40,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"repr_layers": (-1,)}, {"layer": 6, "pooling": "mean", "long_policy": "whole"}),
+        ({"repr_layers": (2,)}, {"layer": 2, "pooling": "mean"}),
+        (
+            {"include": ("bos", "mean")},
+            {"layer": 6, "pooling": "mean,bos", "outputs": "mean_6,bos_6", "embed_dim": 320},
+        ),
+        ({"include": ("logits",)}, {"layer": 6, "pooling": "logits", "outputs": "logits"}),
+        ({"long": "virnucpro"}, {"long_policy": "virnucpro"}),
+        ({"long": "window", "max_length": 30}, {"long_policy": "window:30:7"}),
+        ({"long": "window", "max_length": 30, "window_overlap": 0}, {"long_policy": "window:30:0"}),
+    ],
+)
+def test_what_is_computed_is_part_of_what_a_run_is(tmp_path: Path, tiny_fasta: Path, settings, expected) -> None:
+    with open_run(small_config(tiny_fasta, tmp_path / "run", **settings)) as run:
+        assert expected.items() <= run.plan.identity.items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"repr_layers": (7,)}, r"--repr-layers 7: this model has the layers 0 \(its embedding\) to 6"),
+        (
+            {"long": "window", "max_length": 30, "window_overlap": 30},
+            "windows of 30 residues overlap by less than that",
+        ),
+        ({"long": "window", "max_length": 30, "include": ("mean", "bos")}, "it goes with --include mean alone"),
+        ({"long": "virnucpro", "include": ("per_tok",)}, "it goes with --include mean alone"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_and_leaves_no_directory(
+    tmp_path: Path, tiny_fasta: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason), open_run(small_config(tiny_fasta, tmp_path / "run", **settings)):
+        pass
+    assert not (tmp_path / "run").exists()

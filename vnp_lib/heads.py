@@ -1,0 +1,213 @@
+"""ESM-2's two heads: the language model's logits at every token, and how probable it is that two residues touch.
+
+A network does without them until they are asked for; their parameters are read only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vnp_lib.attention import runs_of_equal_length
+from vnp_lib.esm2 import ESM2, architecture_of
+from vnp_lib.failures import WeightsError
+from vnp_lib.outputs import NUM_LOGITS, OutputKind
+from vnp_lib.weight_files import read_tensors
+from vnp_lib.weights import RANDOM_SEED, Weights, load_contact_regression
+
+_MAP_VALUES = 2**20  # of each attention head that are in memory at a time; one sequence's are, however many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModelHead:
+    """Gives the logits of every letter at every token. Its last matrix is that of the network's embedding."""
+
+    dense_weight: Tensor  # (D, D)
+    dense_bias: Tensor  # (D,)
+    norm_weight: Tensor  # (D,)
+    norm_bias: Tensor  # (D,)
+    bias: Tensor  # (33,)
+
+    def __call__(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """The logits, (T, 33), of states of the last layer, (T, D), in a network with this embedding, (33, D)."""
+        x = F.gelu(F.linear(hidden, self.dense_weight, self.dense_bias))
+        x = F.layer_norm(x, self.norm_bias.shape, self.norm_weight, self.norm_bias)
+        return F.linear(x, embedding, self.bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContactRegression:
+    """What each attention head's map counts for in the contacts, float32 however precise the network is."""
+
+    weight: Tensor  # float32 (layers, heads)
+    bias: Tensor  # float32 (1,)
+
+
+class ContactMaps:
+    """Sums up, layer by layer, what the attention within each sequence says of contacts (Rao et al. 2020, ICLR 2021).
+
+    fair-esm keeps the maps of all layers, cuts off BOS and EOS, makes each symmetric, corrects it for how much its residues
+    attend at all, and weighs them. The sum over the heads can be taken as soon as a layer's are known: what is kept is one
+    (L, L) for each sequence, and what a layer takes is the maps of a few short sequences or of a long one.
+    """
+
+    def __init__(self, regression: ContactRegression, cu_seqlens: Tensor) -> None:
+        self._regression = regression
+        self._runs = runs_of_equal_length(cu_seqlens)
+        device = cu_seqlens.device
+        self._sums = [torch.zeros(count, tokens - 2, tokens - 2, device=device) for count, tokens in self._runs]
+
+    def add(self, layer: int, q: Tensor, k: Tensor) -> None:
+        """Take note of a layer, from 0, by its queries and keys, (T, H, D), positions turned in."""
+        tokens_of_runs = [count * tokens for count, tokens in self._runs]
+        weight = self._regression.weight[layer]
+        pairs = zip(q.split_with_sizes(tokens_of_runs), k.split_with_sizes(tokens_of_runs), strict=True)
+        for (count, tokens), (queries, keys), sums in zip(self._runs, pairs, self._sums, strict=True):
+            at_a_time = max(1, _MAP_VALUES // tokens**2)
+            queries, keys = (x.view(count, tokens, *x.shape[1:]).transpose(1, 2) for x in (queries, keys))
+            for start in range(0, count, at_a_time):
+                some = slice(start, start + at_a_time)
+                maps = _attention(queries[some].float(), keys[some].float())
+                sums[some] += _evidence(maps[..., 1:-1, 1:-1], weight)
+
+    def probabilities(self) -> list[Tensor]:
+        """How probable contacts are, float32 (L, L) for each sequence."""
+        return [contacts for sums in self._sums for contacts in torch.sigmoid(sums + self._regression.bias)]
+
+
+def _attention(q: Tensor, k: Tensor) -> Tensor:
+    """The map of each head, (B, H, T, T), from (B, H, T, D)."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+
+
+def _evidence(maps: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum over the heads, (B, L, L), of maps, (B, H, L, L), made symmetric and corrected.
+
+    The correction of a symmetric map S is r r^T / sum(S), with r the sums of its rows: the average product (Dunn et al. 2008).
+    """
+    summed = torch.einsum("h,bhij->bij", weight, maps)
+    row_sums = maps.sum(-1) + maps.sum(-2)  # of the symmetric maps, (B, H, L)
+    shares = (weight / row_sums.sum(-1)).unsqueeze(-1) * row_sums
+    return summed + summed.transpose(-1, -2) - shares.transpose(-1, -2) @ row_sums
+
+
+class HeadedModel:
+    """ESM-2 with the heads that are asked for."""
+
+    def __init__(
+        self,
+        network: ESM2,
+        *,
+        language_model: LanguageModelHead | None = None,
+        contact_regression: ContactRegression | None = None,
+    ) -> None:
+        self._network = network
+        self._language_model = language_model
+        self._contact_regression = contact_regression
+
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, repr_layers: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Compute what the network does, in its words, and `logits`, (T, 33), or `contacts`, float32 (L, L) a sequence."""
+        last = self._network.architecture.num_layers
+        maps = ContactMaps(self._contact_regression, cu_seqlens) if self._contact_regression is not None else None
+        computed: dict[str, Any] = {
+            **self._network.forward_packed(
+                input_ids, cu_seqlens, max_seqlen, [*repr_layers, last], watch=maps.add if maps is not None else None
+            )
+        }
+        if self._language_model is not None:
+            hidden = computed["representations"][last]
+            computed["logits"] = self._language_model(hidden, self._network.embed_tokens.weight)
+        if maps is not None:
+            computed["contacts"] = maps.probabilities()
+        return computed
+
+
+def with_heads(network: ESM2, model: str, weights: Weights, kinds: Collection[OutputKind]) -> ESM2 | HeadedModel:
+    """Give a network the heads that these kinds of output need, on its device; where they need none, it stays as it is.
+
+    Raises:
+        WeightsError: Their parameters are missing, damaged, or of another model.
+    """
+    wants_logits, wants_contacts = OutputKind.LOGITS in kinds, OutputKind.CONTACTS in kinds
+    if not (wants_logits or wants_contacts):
+        return network
+    embedding = network.embed_tokens.weight
+    return HeadedModel(
+        network,
+        language_model=_language_model_head(model, weights, like=embedding) if wants_logits else None,
+        contact_regression=_contact_regression(model, weights, embedding.device) if wants_contacts else None,
+    )
+
+
+def check_heads(model: str, weights: Weights, kinds: Collection[OutputKind]) -> str | None:
+    """See that the parameters are there, and give the sha256 of the contact regression's, where contacts are asked for.
+
+    Raises:
+        WeightsError: As `with_heads`.
+    """
+    if OutputKind.LOGITS in kinds:
+        _language_model_tensors(model, weights)
+    if OutputKind.CONTACTS not in kinds:
+        return None
+    digest = sha256()
+    for tensor in load_contact_regression(model, weights):
+        digest.update(tensor.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _contact_regression(model: str, weights: Weights, device: torch.device) -> ContactRegression:
+    weight, bias = load_contact_regression(model, weights)
+    by_layer = weight.view(architecture_of(model).num_layers, -1)
+    return ContactRegression(weight=by_layer.to(device), bias=bias.to(device))
+
+
+def _language_model_head(model: str, weights: Weights, *, like: Tensor) -> LanguageModelHead:
+    return LanguageModelHead(
+        **{
+            name: tensor.to(like.device, like.dtype, copy=True)
+            for name, tensor in _language_model_tensors(model, weights).items()
+        }
+    )
+
+
+_IN_FAIR_ESM = {
+    "dense_weight": "lm_head.dense.weight",
+    "dense_bias": "lm_head.dense.bias",
+    "norm_weight": "lm_head.layer_norm.weight",
+    "norm_bias": "lm_head.layer_norm.bias",
+    "bias": "lm_head.bias",
+}
+
+
+def _language_model_tensors(model: str, weights: Weights) -> dict[str, Tensor]:
+    dim = architecture_of(model).embed_dim
+    shapes: dict[str, tuple[int, ...]] = {name: (dim,) for name in _IN_FAIR_ESM}
+    shapes |= {"dense_weight": (dim, dim), "bias": (NUM_LOGITS,)}
+    if weights.path is None:
+        return dict(_random_language_model(shapes))
+    tensors = read_tensors(weights.path)
+    found = {name: tensors[theirs] for name, theirs in _IN_FAIR_ESM.items() if theirs in tensors}
+    if wrong := [name for name in shapes if name not in found or found[name].shape != shapes[name]]:
+        raise WeightsError(
+            f"logits need the head of the language model, and {weights.path} does not hold that of {model} "
+            f"({_IN_FAIR_ESM[wrong[0]]} is missing or of another shape): take fair-esm's file"
+        )
+    return found
+
+
+def _random_language_model(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Draw the head, from the seed of all random weights; it takes no numbers from theirs."""
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    for name, shape in shapes.items():
+        noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+        if name == "norm_weight":
+            noise.mul_(0.2).add_(1)
+        yield name, noise.mul_(3**0.5 * shape[-1] ** -0.5) if name == "dense_weight" else noise

@@ -1,0 +1,128 @@
+"""Means over long sequences that are not simply those of all residues, each from one pass: windows, and VirNucPro's way.
+
+How much each token counts for is decided before the pass: the row of a sequence is the sum of its states by these shares. A
+sequence that is divided into windows has the sum of its windows' rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
+
+VIRNUCPRO_RESIDUES = 1024
+
+
+class LongMean(ABC):
+    """How the mean of a long sequence is taken."""
+
+    @abstractmethod
+    def divide(self, batch: PackedBatch) -> PackedBatch:
+        """What is to be computed in the place of `batch`, with shares; itself where none of its sequences is long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanOfTheFirst(LongMean):
+    """The whole sequence goes through the model, and the mean is that of its first residues: VirNucPro's, with 1,024."""
+
+    residues: int = VIRNUCPRO_RESIDUES
+
+    def divide(self, batch: PackedBatch) -> PackedBatch:
+        lengths = batch.lengths
+        if not (lengths > self.residues).any():
+            return batch
+        shares = [
+            np.where(np.arange(length) < self.residues, 1 / min(length, self.residues), 0)
+            for length in lengths.tolist()
+        ]
+        return replace(batch, shares=_with_bos_and_eos(shares))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanOverWindows(LongMean):
+    """A long sequence goes through the model in windows, each with BOS and EOS, and of its residues' states the mean is taken.
+
+    Windows have `length` residues and begin `length - overlap` after one another, but for the last, which ends where the
+    sequence does. The state of a residue is the mean of its states in the windows that it is in, each counting alike; the row is
+    the mean over the residues, each counting alike. So a residue in n windows of a sequence of L residues has the share
+    1 / (n L) in each. A sequence of up to `length` residues is one window: its row is what it is without windows.
+    """
+
+    length: int
+    overlap: int
+
+    def divide(self, batch: PackedBatch) -> PackedBatch:
+        lengths = batch.lengths
+        if not (lengths > self.length).any():
+            return batch
+        starts = [self.starts(length) for length in lengths.tolist()]
+        windows_of_each = np.array(list(map(len, starts)))
+        boundaries = batch.cu_seqlens.tolist()
+        pieces: list[Tensor] = []
+        shares: list[NDArray[np.float64]] = []
+        for (begin, end), length, own in zip(pairwise(boundaries), lengths.tolist(), starts, strict=True):
+            tokens = batch.input_ids[begin:end]
+            spans = [(start, min(start + self.length, length)) for start in own]
+            share = 1 / (_num_windows_over(spans, length) * length)
+            for start, stop in spans:
+                pieces += [tokens[:1], tokens[1 + start : 1 + stop], tokens[-1:]]
+                shares.append(share[start:stop])
+        windows = PackedBatch.from_mapping(
+            {
+                "input_ids": torch.cat(pieces),
+                "cu_seqlens": np.cumsum([0, *(share.size + TOKENS_AROUND for share in shares)]),
+                "sequence_ids": np.repeat(np.array(batch.sequence_ids, dtype=object), windows_of_each).tolist(),
+                "ordinals": np.repeat(batch.ordinals, windows_of_each),
+            },
+            batch_idx=batch.batch_idx,
+            first_ordinal=0,
+        )
+        return replace(windows, shares=_with_bos_and_eos(shares))
+
+    def starts(self, length: int) -> list[int]:
+        """The first residue, from 0, of each window of a sequence of `length` residues.
+
+        Windows of 10 residues with an overlap of 4, over 25 residues: 0, 6, 12, 15.
+        """
+        if length <= self.length:
+            return [0]
+        return [*range(0, length - self.length, self.length - self.overlap), length - self.length]
+
+
+def long_mean_of(policy: str) -> LongMean | None:
+    """Understand a plan's `long_policy`: `virnucpro`, `window:1022:255`; None for all that leave the mean as it is."""
+    kind, *numbers = policy.split(":")
+    if kind == "window":
+        length, overlap = map(int, numbers)
+        return MeanOverWindows(length=length, overlap=overlap)
+    return MeanOfTheFirst() if kind == "virnucpro" else None
+
+
+def join_windows(rows: Tensor, ordinals: NDArray[np.int64]) -> Tensor:
+    """Sum up the rows of neighbours with the same ordinal: windows' rows, (W, D), to sequences', (B, D)."""
+    is_first = np.diff(ordinals, prepend=ordinals[:1] - 1) != 0
+    if is_first.all():
+        return rows
+    sequences = torch.from_numpy(np.cumsum(is_first) - 1)
+    return rows.new_zeros(int(is_first.sum()), rows.shape[1]).index_add_(0, sequences, rows)
+
+
+def _num_windows_over(spans: list[tuple[int, int]], length: int) -> NDArray[np.int64]:
+    """In how many windows each residue is, (L,)."""
+    counts = np.zeros(length, dtype=np.int64)
+    for start, stop in spans:
+        counts[start:stop] += 1
+    return counts
+
+
+def _with_bos_and_eos(shares: list[NDArray[np.float64]]) -> Tensor:
+    """Shares of tokens, of those of residues."""
+    nothing = np.zeros(1)
+    return torch.from_numpy(np.concatenate([part for share in shares for part in (nothing, share, nothing)])).float()
