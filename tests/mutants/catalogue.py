@@ -1040,7 +1040,7 @@ _EXPORTS = (
         module="hdf5",
         before="            file.require_sound()\n",
         after="            pass\n",
-        caught_by=(f"{_EXPORT}::test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left",),
+        caught_by=("tests/unit/test_hdf5.py::test_what_failed_is_raised_as_the_file_is_closed_at_the_latest",),
     ),
     Mutant(
         name="force-removes-anything",

@@ -289,7 +289,7 @@ def test_sequences_that_cannot_be_used_are_told_apart(sequences, told):
     ("text", "told"),
     [
         (">a\nMKV\n>b\nMK1\n", r"in.fasta, line 3: sequence 'b' has '1' at position 3"),
-        (">a\nMKV\n>b\nMKV\n>a\nMKL\n", r"'a': record 1 of .*in.fasta and record 3 of"),
+        (">a\nMKV\n>b\nMKV\n>a\nMKL\n", r"'a': .*in.fasta, line 1 and .*in.fasta, line 5"),
     ],
 )
 @pytest.mark.parametrize("in_memory", [True, False])

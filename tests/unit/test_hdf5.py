@@ -1,0 +1,42 @@
+"""HDF5 on a disk that takes no more: an error, wherever it strikes, and the process lives on."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from vnp_lib.hdf5 import open_hdf5
+
+
+@contextmanager
+def no_file_larger_than(size_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_ones(path: Path) -> None:
+    path.touch()
+    with open_hdf5(path) as file:
+        file.root.create_dataset("ones", (1000,), "f4", chunks=(1000,))[:] = np.ones(1000)
+
+
+def test_what_failed_is_raised_as_the_file_is_closed_at_the_latest(tmp_path: Path) -> None:
+    """Nobody asked before: HDF5 keeps small data to itself until then."""
+    with no_file_larger_than(1000), pytest.raises(OSError, match="File too large"):
+        write_ones(tmp_path / "x.h5")
+
+
+def test_without_a_failure_it_is_what_h5py_reads(tmp_path: Path) -> None:
+    write_ones(tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["ones"][:].tolist() == [1.0] * 1000
