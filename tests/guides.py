@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -98,9 +98,16 @@ def script_of(blocks: Sequence[Block]) -> str:
     return "\n".join(lines)
 
 
-def run_page(page: Path, checkout: Path, environment: Mapping[str, str], *, timeout_s: float) -> None:
+def run_page(
+    page: Path,
+    checkout: Path,
+    environment: Mapping[str, str],
+    *,
+    timeout_s: float,
+    languages: Collection[str] = LANGUAGES,
+) -> None:
     """Run the commands of a page in a copy of the working tree; they must succeed and print what the page says."""
-    blocks = [block for block in blocks_of(page.read_text()) if is_command(block)]
+    blocks = [block for block in blocks_of(page.read_text()) if is_command(block) and block.language in languages]
     printed, told = checkout / "printed.log", checkout / "told.log"
     with printed.open("w") as stdout, told.open("w") as stderr:
         shell = subprocess.Popen(

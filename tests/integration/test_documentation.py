@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import gzip
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 from matplotlib.testing.compare import compare_images
 
 from benchmarks.networks import write_weights
-from tests.guides import copy_of_the_repository, environment_of_a_reader, run_page, runnable_pages, table_in
+from tests.guides import LANGUAGES, copy_of_the_repository, environment_of_a_reader, run_page, runnable_pages, table_in
 from tests.support import ROOT
 
 pytestmark = [
@@ -25,11 +26,9 @@ pytestmark = [
 
 QUICK = ("docs/explanation/precision.md", "docs/how-to/read-the-dataset.md")
 TUTORIAL = "docs/tutorial.md"
-OF_ITS_OWN = (
-    TUTORIAL,
-    "deployments/process-pool.md",
-)  # pages that have a test of their own, the second in test_process_pool.py
-OTHERS = sorted(set(runnable_pages()) - {*QUICK, *OF_ITS_OWN})
+README = "README.md"  # its Python is run by test_readers.py
+GUIDE = "deployments/process-pool.md"  # run by test_process_pool.py
+OTHERS = sorted(set(runnable_pages()) - {*QUICK, TUTORIAL, README, GUIDE})
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +52,10 @@ def begun(variables, tmp_path_factory, tiny_fasta) -> Path:
     proteins = tiny_fasta.read_text().replace(">protein_7 ", ">P12345 ")
     (checkout / "proteins.fasta").write_text(proteins)
     (checkout / "proteins.fasta.gz").write_bytes(gzip.compress(proteins.encode()))
+    contig = "".join(
+        random.Random(7).choices(["ATG", "GCT", "GGC", "AAA", "CGT"], k=400)
+    )  # without a stop in its first frame
+    (checkout / "contigs.fna").write_text(f">contig_1\n{contig}\n")
     run = ("-m", "benchmarks.without_prefect", "esm2_t6_8M_UR50D", "random", "proteins.fasta", "runs/mine")
     subprocess.run([sys.executable, *run], cwd=checkout, env=variables, check=True, timeout=180)
     (checkout / "weights").mkdir()
@@ -64,9 +67,9 @@ def begun(variables, tmp_path_factory, tiny_fasta) -> Path:
 def read(begun, variables, tmp_path) -> Callable[..., Path]:
     """Do what a page says in a working copy of its own, and return that."""
 
-    def follow(page: str, **more: str) -> Path:
+    def follow(page: str, languages: Collection[str] = LANGUAGES) -> Path:
         checkout = Path(shutil.copytree(begun, tmp_path / "checkout", symlinks=True))
-        run_page(ROOT / page, checkout, variables | more, timeout_s=280)
+        run_page(ROOT / page, checkout, variables, timeout_s=280, languages=languages)
         return checkout
 
     return follow
@@ -97,3 +100,8 @@ def files_without_a_word(run_dir: Path) -> list[str]:
 @pytest.mark.parametrize("page", OTHERS)
 def test_the_commands_of_a_page_do_what_it_says(read, page):
     read(page)
+
+
+@pytest.mark.soak
+def test_the_commands_of_the_readme_do_what_it_says(read):
+    read(README, languages={"bash"})
