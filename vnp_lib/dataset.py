@@ -192,7 +192,8 @@ class EmbeddingDataset:
     def record_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Columns of all rows in input order, at most `batch_size` rows at a time.
 
-        There are `ordinal`, `id`, `description`, `length` and `embedding`, which `as_rows` makes a matrix of.
+        There are `ordinal`, `id`, `description`, `length`, `original_length` and `embedding`, which `as_rows` makes a matrix
+        of.
         """
         for part in range(self._num_parts):
             with _damage_is_storage_error(self._path(part)):
