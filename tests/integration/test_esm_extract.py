@@ -228,6 +228,6 @@ def _interrupted_at_the_second_pass() -> Any:
         passes.append(arguments)
         if len(passes) == 2:
             signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     return forward_packed

@@ -100,7 +100,7 @@ def test_a_part_says_what_it_is_and_is_written_to_be_read(run: Run) -> None:
         "dtype": "float32",
         "fingerprint": run.plan.fingerprint,
     }
-    embedding = part.metadata.row_group(0).column(4)
+    embedding = part.metadata.row_group(0).column(5)
     assert embedding.compression == "UNCOMPRESSED"
     assert "PLAIN_DICTIONARY" not in embedding.encodings
     assert "RLE_DICTIONARY" not in embedding.encodings
