@@ -222,13 +222,8 @@ class EmbeddingDataset:
     def record_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Columns of all rows in input order, at most `batch_size` rows at a time.
 
-<<<<<<< HEAD
-        There are `ordinal`, `id`, `description`, `length` and `embedding`, which `as_rows` makes a matrix of; or in the place
-        of that a column for each of `outputs`.
-=======
         There are `ordinal`, `id`, `description`, `length`, `original_length` and `embedding`, which `as_rows` makes a matrix
-        of.
->>>>>>> e155ed3c67c7679df9712c22cb56123dd438a4f6
+        of; or in the place of that a column for each of `outputs`.
         """
         for part in range(self._num_parts):
             with _damage_is_storage_error(self._path(part)):
