@@ -175,3 +175,11 @@ def test_a_child_sees_one_gpu_within_the_mask_of_its_parent(monkeypatch, mask, d
 def test_viral_checkpoint_mode_is_a_switch(monkeypatch, value, expected):
     monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", value)
     assert viral_checkpoint_mode() is expected
+
+
+def test_windows_have_a_length_and_virnucpros_way_has_its_own():
+    assert parse_command_line([*NEEDED, "--long", "window", "--max-length", "1022"]).max_length == 1022
+    assert parse_command_line([*NEEDED, "--long", "virnucpro"]).max_length is None
+    for given in (["--long", "window"], ["--long", "virnucpro", "--max-length", "1022"]):
+        with pytest.raises(ConfigError, match="--max-length: "):
+            parse_command_line([*NEEDED, *given])

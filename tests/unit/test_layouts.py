@@ -114,7 +114,7 @@ def test_a_part_has_a_column_for_each_output_that_others_can_read(tmp_path: Path
     run = finished_run(tmp_path, RAGGED)
     run.assemble(part_bytes=10**9)
     table = pq.read_table(run.paths.embeddings_dir / "part-00000.parquet")
-    assert table.schema.names == ["ordinal", "id", "description", "length", *RAGGED.names]
+    assert table.schema.names == ["ordinal", "id", "description", "length", "original_length", *RAGGED.names]
     assert table.schema.field("mean_6").type == pa.list_(pa.field("element", pa.float32(), nullable=False), DIM)
     assert table.schema.field("contacts").type == pa.list_(pa.field("element", pa.float32(), nullable=False))
     for length, contacts, sequence in zip(
