@@ -23,7 +23,7 @@ from vnp_lib.embedder import PackedModel, embed_batch
 from vnp_lib.esm2 import architecture_of
 from vnp_lib.failures import ConfigError, FailureKind, FastaError, SequenceTooLargeError, classify_exception
 from vnp_lib.fasta import read_fasta
-from vnp_lib.files import remove_orphaned_temporaries, replace_unsynced
+from vnp_lib.files import path_below, remove_orphaned_temporaries, replace_unsynced
 from vnp_lib.heads import with_heads
 from vnp_lib.inputs import InputPolicy, Source, read
 from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
@@ -35,8 +35,6 @@ from vnp_lib.weights import load_model, model_of, resolve_weights
 
 Kind = Literal["mean", "per_tok", "bos", "contacts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-_MOST_NAME_BYTES = 255  # of a file, on all common file systems
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ def extract(settings: ExtractSettings) -> int:
     )
     layout = RowLayout(outputs, architecture.embed_dim)
     labels, sequences = _read(settings.fasta_file)
-    paths = [_path_below(settings.output_dir, label) for label in labels]
+    paths = [_path_of(label, settings.output_dir) for label in labels]
     sequences = _truncated(sequences, settings.truncation_seq_length)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.nogpu else "cpu")
@@ -116,19 +114,11 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
     return labels, sequences
 
 
-def _path_below(directory: Path, label: str) -> Path:
-    """Where the file of a label is. A "/" in it makes directories, but none outside of `directory`."""
-    parts = f"{label}.pt".split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise FastaError(
-            f"the header {label!r} leads out of {directory} as a file name, or nowhere: give it another one"
-        )
-    if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
-        raise FastaError(
-            f"the header {label!r} is too long for a file name, which has {_MOST_NAME_BYTES} bytes at most: shorten it, "
-            "for example with `seqkit seq --only-id`"
-        )
-    return directory.joinpath(*parts)
+def _path_of(label: str, directory: Path) -> Path:
+    try:
+        return path_below(directory, f"{label}.pt")
+    except ValueError as error:
+        raise FastaError(f"the header {label!r} {error}: give it another one") from None
 
 
 def _truncated(sequences: list[str], most_residues: int) -> list[str]:

@@ -38,6 +38,7 @@ MARKER_SCHEMA = 1
 MAX_JSON_BYTES = 32 * 1024**2
 FOREIGN_TEMPORARY_AGE_S = 3600.0
 
+_MOST_NAME_BYTES = 255  # of a file, on all common file systems
 _READ_BLOCK_BYTES = 1024**2
 _FILE_MODE = 0o640
 _LOCK_POLL_S = 0.005
@@ -352,6 +353,20 @@ def require_free_space(directory: Path, size_bytes: int) -> None:
         raise StorageError(
             f"{directory} has {free_bytes:,} bytes free and {size_bytes:,} are needed: make room, or choose another directory"
         )
+
+
+def path_below(directory: Path, name: str) -> Path:
+    """Where a file of such a name is. A "/" in it makes directories, but none outside of `directory`.
+
+    Raises:
+        ValueError: It leads out of `directory`, or is too long; what is wrong with it, as the end of a sentence.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError("leads out of the directory as a file name, or nowhere")
+    if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
+        raise ValueError(f"is too long for a file name, which has {_MOST_NAME_BYTES} bytes at most")
+    return directory.joinpath(*parts)
 
 
 def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 from vnp_lib import files
 from vnp_lib.dataset import EmbeddingDataset, as_rows
 from vnp_lib.failures import ConfigError
-from vnp_lib.files import durable_directory, durable_file, durable_path
+from vnp_lib.files import durable_directory, durable_file, durable_path, path_below
 from vnp_lib.hdf5 import Hdf5File, open_hdf5
 
 if TYPE_CHECKING:  # it takes seconds to import, and most formats do without
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # it takes seconds to import, and most formats do without
 _BATCH_BYTES = 16 * 1024**2  # of embeddings, at a time
 _CHUNK_BYTES = 1024**2  # of an HDF5 dataset: what is read to get at one row
 _VIRNUCPRO_FILE_SEQUENCES = 10_000
-_MAX_NAME_BYTES = 255  # of a file, on all common file systems
 
 Values = NDArray[np.float32] | NDArray[np.float16]
 
@@ -278,7 +277,7 @@ def write_esm_extract(rows: Rows, path: Path, replace: bool) -> None:
     with durable_directory(path, replace=replace) as directory:
         for headers, values in rows.headers():
             for header, tensor in zip(headers, _tensors(values), strict=True):
-                target = directory / _relative_path(header)
+                target = _path_of(header, directory)
                 try:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     _save({"label": header, "mean_representations": {rows.layer: tensor}}, target)
@@ -501,14 +500,9 @@ def _save(value: Any, path: Path) -> None:
         file.write(data.getbuffer())
 
 
-def _relative_path(header: str) -> Path:
-    """Where fair-esm's extract.py puts the file of a sequence, below its output directory."""
-    parts = f"{header}.pt".split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise ConfigError(f"{header!r} leads out of the directory or nowhere as a file name: choose another format")
-    if any(len(part.encode()) > _MAX_NAME_BYTES for part in parts):
-        raise ConfigError(
-            f"{header!r} is longer than a file name may be ({_MAX_NAME_BYTES} bytes); extract.py fails at it too: choose "
-            f"another format"
-        )
-    return Path(*parts)
+def _path_of(header: str, directory: Path) -> Path:
+    """Where fair-esm's extract.py puts the file of a sequence."""
+    try:
+        return path_below(directory, f"{header}.pt")
+    except ValueError as error:
+        raise ConfigError(f"{header!r} {error}: choose another format") from None

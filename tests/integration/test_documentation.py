@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="what a page says begins with .venv"),
 ]
 
-QUICK = ("docs/explanation/precision.md", "docs/how-to/read-the-dataset.md")
+QUICK = ("docs/explanation/precision.md",)
 TUTORIAL = "docs/tutorial.md"
 README = "README.md"  # its Python is run by test_readers.py
 GUIDE = "deployments/process-pool.md"  # run by test_process_pool.py
@@ -80,6 +80,7 @@ def test_a_page_about_a_dataset_does_what_it_says(read, page):
     read(page)
 
 
+@pytest.mark.soak
 def test_the_tutorial_ends_with_its_picture(read):
     checkout = read(TUTORIAL)
     assert compare_images(str(ROOT / "docs/images/tutorial.png"), str(checkout / "tutorial.png"), tol=5) is None

@@ -1046,7 +1046,7 @@ _EXPORTS = (
     ),
     Mutant(
         name="export-out-of-its-directory",
-        module="formats",
+        module="files",
         before='if any(part in ("", ".", "..") for part in parts):',
         after='if any(part in ("", ".") for part in parts):',
         caught_by=(f"{_EXPORT}::test_a_header_that_is_no_file_name_below_the_directory_is_refused",),
