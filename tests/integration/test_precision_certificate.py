@@ -102,6 +102,7 @@ def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
     assert "that is poor for half precision; --dtype float32 is exact" in caplog.text
 
 
+@pytest.mark.soak
 def test_measuring_harms_nothing(tmp_path, sabotage):
     """A protein that the model cannot take in float32 either is set aside as ever; all others have their rows."""
     write_proteins(tmp_path / "in.fasta", 24, {4: Way.EXIT, 9: Way.EXCEPTION, 17: Way.NAN, 20: Way.TOO_LARGE})
