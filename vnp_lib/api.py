@@ -28,7 +28,15 @@ from vnp_lib.inputs import STDIN, InputPolicy, find_sources, from_memory, read
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, check_at_the_door, open_run, resolve_dtype
+from vnp_lib.run import (
+    CPU_TOKEN_BUDGET,
+    RANDOM_WEIGHTS,
+    Run,
+    check_at_the_door,
+    open_run,
+    resolve_dtype,
+    torch_device_name,
+)
 from vnp_lib.worker import ShardAttempt, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
@@ -165,11 +173,6 @@ def _device_number(device: str) -> str:
     return number or str(torch.cuda.current_device())
 
 
-def _torch_device(device: str) -> str:
-    """The other way round: torch's name of a run's device."""
-    return device if device == "cpu" else f"cuda:{device}"
-
-
 def _current(device: str) -> AbstractContextManager[None]:
     """Make a GPU the one that torch's events and streams are of."""
     import torch
@@ -233,7 +236,7 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.weights import load_model, resolve_weights
 
-    dtype, device = getattr(torch, settings.dtype), torch.device(_torch_device(settings.device))
+    dtype, device = getattr(torch, settings.dtype), torch.device(torch_device_name(settings.device))
     weights = resolve_weights(settings.model, settings.weights)
     token_budget = _token_budget(settings, dtype)
     order = longest_first(records.num_tokens, records.representatives)
@@ -310,7 +313,7 @@ def _embed_shard(run: Run, settings: _Settings, bar: RunProgress) -> None:
     """Do in this process what a child does, and record it as a run does."""
     run.prepare_shard(_SHARD)
     run.manifest.start_attempt(_SHARD, device=settings.device)
-    job = run.shard_job(_SHARD, settings.device).model_copy(update={"device": _torch_device(settings.device)})
+    job = run.shard_job(_SHARD, settings.device).model_copy(update={"device": torch_device_name(settings.device)})
     lock = FileLock(run.paths.shard_lock(_SHARD), purpose=f"embed shard {_SHARD}")
     with lock.held(timeout_s=_ORPHAN_LIMIT_S):
         ShardAttempt(job, _Shown(bar), _NoSignals()).run_in_lock()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line
@@ -17,9 +17,16 @@ from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError, Vn
 from vnp_lib.formats import FORMATS, StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
-from vnp_lib.status import load_plan_of, open_status, render, watch
+from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
 from vnp_lib.terminal import console
 from vnp_lib.verify import verify_run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vnp_lib.verify_model import ModelReport
+
+    _Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +52,15 @@ def verify(options: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE if report.is_well else ExitCode.FAILED
 
 
+def _show(
+    found: RunStatus | forecast.Forecast | ModelReport, render: Callable[[Any], RenderableType], *, as_json: bool
+) -> None:
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        console().print(render(found))
+
+
 def status(options: argparse.Namespace) -> ExitCode:
     if options.watch is not None and options.json:
         raise ConfigError("--watch draws on a terminal and --json is for machines: give one of them")
@@ -52,19 +68,14 @@ def status(options: argparse.Namespace) -> ExitCode:
     if options.watch is not None:
         with suppress(KeyboardInterrupt):
             watch(read, interval_s=options.watch, console=console())
-    elif options.json:
-        print(json.dumps(read().to_json(), indent=1))
     else:
-        console().print(render(read()))
+        _show(read(), render, as_json=options.json)
     return ExitCode.DONE
 
 
 def plan(options: argparse.Namespace) -> ExitCode:
     seen = forecast.forecast(parse_forecast_command_line(options.others))
-    if options.json:
-        print(json.dumps(seen.to_json(), indent=1))
-    else:
-        console().print(forecast.render(seen))
+    _show(seen, forecast.render, as_json=options.json)
     return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
 
 
@@ -97,10 +108,7 @@ def verify_model(options: argparse.Namespace) -> ExitCode:
     from vnp_lib import verify_model  # imports torch, which takes seconds
 
     report = verify_model.verify_model(options.model, options.weights, dtype=options.dtype, device=options.device)
-    if options.json:
-        print(json.dumps(report.to_json(), indent=1))
-    else:
-        console().print(verify_model.render(report))
+    _show(report, verify_model.render, as_json=options.json)
     return ExitCode.DONE if report.is_close else ExitCode.FAILED
 
 
@@ -130,33 +138,53 @@ def _parser() -> argparse.ArgumentParser:
         prog="vnp", description="Look into run directories, ahead to runs, and at the model."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print JSON")
-    on_a_run = argparse.ArgumentParser(add_help=False)
-    on_a_run.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --output-dir was")
-    looking = commands.add_parser(
+    for add in (_add_status, _add_plan, _add_export, _add_report, _add_esm_extract, _add_verify, _add_verify_model):
+        add(commands)
+    return parser
+
+
+def _as_json() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--json", action="store_true", help="print JSON")
+    return options
+
+
+def _on_a_run() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --output-dir was")
+    return options
+
+
+def _add_status(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "status",
-        parents=[on_a_run, as_json],
+        parents=[_on_a_run(), _as_json()],
         help="say how far a run is, shard by shard, and how long the rest takes",
         description="Say how far a run is, shard by shard, what went wrong last, and how long the rest takes, from what the "
         "run has recorded: quickly, without a server, and while it is going on or not. Exit code 0, or 2: RUN_DIR is not a "
         "run directory.",
     )
-    looking.add_argument(
+    parser.add_argument(
         "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="draw it again every 5 s, until Ctrl-C"
     )
-    looking.set_defaults(command=status)
-    planning = commands.add_parser(
+    parser.set_defaults(command=status)
+
+
+def _add_plan(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "plan",
-        parents=[as_json],
+        parents=[_as_json()],
         add_help=False,  # its own options are those of a run, and explained where they are read
         allow_abbrev=False,
         help="say what a run would be: count and check the input, look at the disk, expect a time",
     )
-    planning.set_defaults(command=plan)
-    exporting = commands.add_parser(
+    parser.set_defaults(command=plan)
+
+
+def _add_export(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "export",
-        parents=[on_a_run],
+        parents=[_on_a_run()],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="write the dataset in a format that other tools read",
         description="Write the dataset in a format that other tools read, and print how to read it. Whole or not at all,\n"
@@ -164,11 +192,11 @@ def _parser() -> argparse.ArgumentParser:
         "that was given cannot be used.",
         epilog="formats:\n" + "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items()),
     )
-    exporting.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below")
-    exporting.add_argument(
+    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below")
+    parser.add_argument(
         "--output", type=Path, metavar="PATH", help="the file or directory to write; by default in RUN_DIR/exports"
     )
-    exporting.add_argument(
+    parser.add_argument(
         "--store-dtype",
         type=StoreDtype,
         choices=tuple(StoreDtype),
@@ -177,34 +205,38 @@ def _parser() -> argparse.ArgumentParser:
         help="float32, as it is in the dataset, or float16: half the size, rounded to the nearest with 11 significant bits; "
         "a value above 65,504 is an error",
     )
-    exporting.add_argument("--force", action="store_true", help="replace what is there")
-    exporting.add_argument(
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument(
         "--allow-partial", action="store_true", help="export a dataset from which sequences are missing"
     )
-    exporting.set_defaults(command=export)
-    reporting = commands.add_parser(
+    parser.set_defaults(command=export)
+
+
+def _add_report(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "report",
-        parents=[on_a_run],
+        parents=[_on_a_run()],
         help="write report.html: speed, attempts, failures, quarantine, on one page",
         description="Write RUN_DIR/report.html and print its path: attempts over time, speed, lengths, batches, checkpoints, "
         "failures and quarantine, on one page that needs no network. Exit code 0, or 2: RUN_DIR is not a run directory, or "
         "cannot be written.",
     )
-    reporting.set_defaults(command=report)
-    extracting = commands.add_parser(
+    parser.set_defaults(command=report)
+
+
+def _add_esm_extract(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "esm-extract",
         help="do what fair-esm's esm-extract does, with its arguments and its files",
         description="Write OUTPUT_DIR/LABEL.pt for each sequence, as fair-esm's esm-extract does, with its arguments; only faster. "
         "LABEL is the whole header line. Values are those of float32. What is there under these names is replaced. Exit code 0, "
         "1: memory or the disk did not suffice, 2: an argument, the input or a label cannot be used.",
     )
-    extracting.add_argument("model_location", help="the path of a model's .pt file, or its name")
-    extracting.add_argument("fasta_file", type=Path, help="FASTA file, also compressed")
-    extracting.add_argument("output_dir", type=Path, help="directory for the files")
-    extracting.add_argument(
-        "--toks_per_batch", type=int, default=4096, metavar="N", help="tokens in a forward pass (4096)"
-    )
-    extracting.add_argument(
+    parser.add_argument("model_location", help="the path of a model's .pt file, or its name")
+    parser.add_argument("fasta_file", type=Path, help="FASTA file, also compressed")
+    parser.add_argument("output_dir", type=Path, help="directory for the files")
+    parser.add_argument("--toks_per_batch", type=int, default=4096, metavar="N", help="tokens in a forward pass (4096)")
+    parser.add_argument(
         "--repr_layers",
         type=int,
         nargs="+",
@@ -212,52 +244,55 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="layers: 0, the embedding, to the number of layers, or from the end; -1, the last, if not given",
     )
-    extracting.add_argument(
+    parser.add_argument(
         "--include",
         nargs="+",
         required=True,
         choices=["mean", "per_tok", "bos", "contacts"],
         help="what to write of each",
     )
-    extracting.add_argument(
+    parser.add_argument(
         "--truncation_seq_length",
         type=int,
         default=1022,
         metavar="N",
         help="residues after which a sequence is cut (1022)",
     )
-    extracting.add_argument("--nogpu", action="store_true", help="stay on the CPU, though there is a GPU")
-    extracting.set_defaults(command=esm_extract)
-    verifying = commands.add_parser(
+    parser.add_argument("--nogpu", action="store_true", help="stay on the CPU, though there is a GPU")
+    parser.set_defaults(command=esm_extract)
+
+
+def _add_verify(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "verify",
-        parents=[on_a_run, as_json],
+        parents=[_on_a_run(), _as_json()],
         help="read everything again, and say what is damaged and what the next run computes",
         description="Read every byte of a run: plan, checkpoints, manifest, dataset. Say what is damaged and what the next run "
         "computes. Nothing is changed; a run may be going on. Exit code 0: nothing is damaged, 1: something is, 2: RUN_DIR "
         "is not a run directory.",
     )
-    verifying.set_defaults(command=verify)
-    comparing = commands.add_parser(
+    parser.set_defaults(command=verify)
+
+
+def _add_verify_model(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "verify-model",
-        parents=[as_json],
+        parents=[_as_json()],
         help="hold the model against fair-esm's own on this machine, layer by layer",
         description="Embed a few proteins with fair-esm itself, in float32 on the CPU, and with this package, from the same "
         "weights, and say how far they are apart, layer by layer, and whether the weights are the official ones. Host memory: "
         "4 bytes a parameter, 12 GB for 3B. Exit code 0: close enough, 1: not, 2: a setting or the weights cannot be used.",
     )
     default = {name: field.default for name, field in EmbedConfig.model_fields.items()}
-    comparing.add_argument(
-        "--model", choices=get_args(ModelName), default=default["model"], help="%(default)s by default"
-    )
-    comparing.add_argument(
+    parser.add_argument("--model", choices=get_args(ModelName), default=default["model"], help="%(default)s by default")
+    parser.add_argument(
         "--weights", default=default["weights"], help="as a run takes them: 'auto', 'random', or a path"
     )
-    comparing.add_argument("--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it")
-    comparing.add_argument(
+    parser.add_argument("--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it")
+    parser.add_argument(
         "--device", default="auto", help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number"
     )
-    comparing.set_defaults(command=verify_model)
-    return parser
+    parser.set_defaults(command=verify_model)
 
 
 def _seconds(text: str) -> float:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 RANDOM_WEIGHTS = "random"
 CPU_TOKEN_BUDGET = 2048
 
-DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,9 +206,14 @@ def kind_of(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
 
+def torch_device_name(device: str) -> str:
+    """Give torch's name of a run's device: `cuda:1` of "1"."""
+    return device if device == "cpu" else f"cuda:{device}"
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """Name the precision of a model on a device: "auto" is bfloat16 on a GPU and float32 on the CPU."""
-    return DTYPE[kind_of(device)] if dtype == "auto" else dtype
+    return _DTYPE[kind_of(device)] if dtype == "auto" else dtype
 
 
 @contextmanager

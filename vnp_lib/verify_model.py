@@ -25,7 +25,7 @@ from vnp_lib.esm2 import architecture_of
 from vnp_lib.failures import ConfigError
 from vnp_lib.fair_esm import fair_esm_network
 from vnp_lib.precision import LEAST_COSINE
-from vnp_lib.run import DTYPE, kind_of
+from vnp_lib.run import resolve_dtype, torch_device_name
 from vnp_lib.terminal import plain
 from vnp_lib.tokens import PackedBatch, pack_batch
 from vnp_lib.weights import Weights, is_official, load_model, parameters_of, resolve_weights
@@ -148,10 +148,10 @@ def verify_model(model: ModelName, weights: str, *, dtype: str, device: str) -> 
         raise ConfigError(f"--device {device}: it is 'auto', 'cpu' or the number of a GPU")
     architecture_of(model)
     device = resolve_devices(device, model)[0]
-    dtype = DTYPE[kind_of(device)] if dtype == "auto" else dtype
+    dtype = resolve_dtype(dtype, device)
     found = resolve_weights(model, weights)
     theirs = _states_of_fair_esm(model, found)
-    ours, means = _our_states(model, found, getattr(torch, dtype), torch_device(device))
+    ours, means = _our_states(model, found, getattr(torch, dtype), torch.device(torch_device_name(device)))
     their_means = torch.stack([states[1:-1].mean(dim=0) for states in theirs[-1]])
     return ModelReport(
         model=model,
@@ -165,10 +165,6 @@ def verify_model(model: ModelName, weights: str, *, dtype: str, device: str) -> 
         ),
         lowest_mean_cosine=float(F.cosine_similarity(means.double(), their_means.double()).nan_to_num(-1.0).min()),
     )
-
-
-def torch_device(device: str) -> torch.device:
-    return torch.device("cpu") if device == "cpu" else torch.device("cuda", int(device))
 
 
 @torch.inference_mode()
