@@ -31,7 +31,7 @@ from vnp_lib.files import FileLock, remove_orphaned_temporaries
 from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.outputs import RowLayout
+from vnp_lib.outputs import OutputKind, RowLayout
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.precision import sampled_ordinals
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for i
     from vnp_lib.embedder import ExactModel
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.tokens import PackedBatch
+    from vnp_lib.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -205,24 +206,20 @@ class ShardAttempt:
         import torch
 
         from vnp_lib.embedder import ExactModel
-        from vnp_lib.heads import check_heads, with_heads
+        from vnp_lib.heads import with_heads
         from vnp_lib.inference import AsyncInferenceRunner
-        from vnp_lib.weights import load_model, resolve_weights
+        from vnp_lib.weights import load_model
 
         job = self._job
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
         if job.is_deterministic:  # else not even called: it imports torch's compiler, which takes seconds
             torch.use_deterministic_algorithms(True, warn_only=True)
-        weights = resolve_weights(job.model, job.weights)
-        if weights.digest != job.weights_digest:
-            raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
         heads = layout.heads if layout is not None else ()
-        if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
-            raise InputError(f"the contact regression of {job.model} has changed since the run was begun")
+        weights = self._unchanged_weights(plan, heads)
         exact_model = ExactModel(job.model, weights, device=device, layout=layout)
         exact_rows = {} if is_exact else self._exact_rows(plan, work, exact_model)
         if device.type == "cuda":
@@ -255,6 +252,19 @@ class ShardAttempt:
             exactly=None if is_exact else ExactModel(job.model, weights, layout=layout),
             exact_rows=exact_rows,
         )
+
+    def _unchanged_weights(self, plan: RunPlan, heads: Sequence[OutputKind]) -> Weights:
+        """Find what the run was begun with. InputError where it is something else by now."""
+        from vnp_lib.heads import check_heads
+        from vnp_lib.weights import resolve_weights
+
+        job = self._job
+        weights = resolve_weights(job.model, job.weights)
+        if weights.digest != job.weights_digest:
+            raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
+        if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
+            raise InputError(f"the contact regression of {job.model} has changed since the run was begun")
+        return weights
 
     def _layout(self, plan: RunPlan) -> RowLayout | None:
         """What a row is; None: the mean over all residues of the last layer, which a model gives without being asked."""
