@@ -32,7 +32,7 @@ from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalI
 from vnp_lib.inputs import InputCounts
 from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import pack
-from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths, RunPlan
+from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.read_ahead import ReadAhead
 
@@ -335,7 +335,7 @@ def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Ch
 class _Copies:
     """Which sequences repeat a computed one."""
 
-    def __init__(self, representatives: NDArray[np.int64]) -> None:
+    def __init__(self, representatives: Ordinals) -> None:
         copies = np.flatnonzero(representatives != np.arange(representatives.size))
         self._copies = copies[np.argsort(representatives[copies], kind="stable")]
         self._originals = representatives[self._copies]
@@ -481,7 +481,7 @@ def _write_part(
     if not np.array_equal(ordinals, expected):
         raise StorageError(f"ordinals {start} to {stop} came back from disk incomplete; start the run again")
     _require_finite(plan, division.layout, ordinals, rows)
-    table = plan.records(start, stop).take(pa.array(expected - start)).drop_columns(["sequence"])
+    table = plan.records(start, stop).drop_columns(["sequence"]).take(pa.array(expected - start))
     columns = columns_of(division.layout, rows, plan.lengths[ordinals], is_large=division.is_large)
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.embeddings_dir / f"part-{part:05d}.parquet"

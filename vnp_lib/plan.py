@@ -14,8 +14,9 @@ import mmap
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,8 @@ _WORKSPACE_BYTES = 256 * 1024**2
 _DEFAULT_POLICY = InputPolicy()
 
 _log = logging.getLogger(__name__)
+
+Ordinals: TypeAlias = NDArray[np.int32] | NDArray[np.int64]  # the smaller, where many are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +175,9 @@ class ModelIdentity:
     division: str | None = None  # into shards and batches, where rows have to be the same to the last bit
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RunPlan:
-    """A plan in memory. The texts stay on disk, memory-mapped; what is held is about 20 bytes a sequence."""
+    """A plan in memory. The texts stay on disk, memory-mapped; what is held is 12 bytes a sequence."""
 
     num_shards: int
     token_budget: int
@@ -183,8 +186,8 @@ class RunPlan:
     num_residues: int
     counts: InputCounts  # of the input that it was made from
     lengths: NDArray[np.int32]  # residues, (N,)
-    representatives: NDArray[np.int64]  # ordinal of the first identical sequence, (N,)
-    order: NDArray[np.int64]  # ordinals that are computed, longest first, then by ordinal, (num_computed,)
+    representatives: Ordinals  # ordinal of the first identical sequence, (N,)
+    order: Ordinals  # ordinals that are computed, longest first, then by ordinal, (num_computed,)
     table: pa.Table  # SEQUENCES_SCHEMA, by ordinal; it lies in `mapped`
     mapped: mmap.mmap  # `sequences.arrow`
 
@@ -202,13 +205,13 @@ class RunPlan:
         """Residues of these, (num_computed,)."""
         return self.lengths[self.order]
 
-    def num_tokens(self, ordinals: NDArray[np.int64]) -> int:
+    def num_tokens(self, ordinals: Ordinals) -> int:
         """Tokens of `ordinals`, BOS and EOS included."""
         return int(self.lengths[ordinals].sum(dtype=np.int64)) + NUM_SPECIAL_TOKENS * ordinals.size
 
     def shard_ordinals(self, rank: int) -> NDArray[np.int64]:
         """What shard `rank` computes, longest first: every num_shards-th of `order`, so that shards weigh the same."""
-        return self.order[rank :: self.num_shards]
+        return self.order[rank :: self.num_shards].astype(np.int64)
 
     def shard_batches(self, rank: int) -> list[NDArray[np.int64]]:
         """The ordinals of each batch of shard `rank`. A batch's index is its position; both last as long as the plan."""
@@ -218,11 +221,11 @@ class RunPlan:
 
     def fetch(self, ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
         """Ids and sequences of `ordinals`, in their order; only these rows are read."""
-        return self._texts("id", ordinals), self._texts("sequence", ordinals)
+        return self._ids.take(ordinals), self._sequences.take(ordinals)
 
     def ids(self, ordinals: NDArray[np.int64]) -> list[str]:
         """Ids of `ordinals`, in their order; only these rows are read."""
-        return self._texts("id", ordinals)
+        return self._ids.take(ordinals)
 
     def records(self, start: int, stop: int) -> pa.Table:
         """The rows of ordinals `start` to `stop`, the latter left out: the columns of SEQUENCES_SCHEMA."""
@@ -232,12 +235,26 @@ class RunPlan:
         """Give the pages of the texts that have been read back to the system. They come again when they are asked for."""
         self.mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _texts(self, column: str, ordinals: NDArray[np.int64]) -> list[str]:
-        chunks = self.table.column(column).chunks
-        starts = np.cumsum([0, *map(len, chunks)])
-        of_chunk = np.searchsorted(starts, ordinals, side="right") - 1
-        rows = (ordinals - starts[of_chunk]).tolist()
-        return [chunks[chunk][row].as_py() for chunk, row in zip(of_chunk.tolist(), rows, strict=True)]
+    @cached_property
+    def _ids(self) -> _Texts:
+        return _Texts(self.table.column("id"))
+
+    @cached_property
+    def _sequences(self) -> _Texts:
+        return _Texts(self.table.column("sequence"))
+
+
+class _Texts:
+    """A column of texts, in a thousand chunks where there are many, from which single rows are taken."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = column.chunks
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def take(self, ordinals: NDArray[np.int64]) -> list[str]:
+        of_chunk = np.searchsorted(self._starts, ordinals, side="right") - 1
+        rows = (ordinals - self._starts[of_chunk]).tolist()
+        return [self._chunks[chunk][row].as_py() for chunk, row in zip(of_chunk.tolist(), rows, strict=True)]
 
 
 def make_plan(
@@ -300,7 +317,8 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
     lengths = table.column("length").to_numpy()
-    representatives = np.load(paths.representatives)
+    mapped.madvise(mmap.MADV_DONTNEED)  # of which they are a small part
+    representatives = _narrowed(np.load(paths.representatives))
     return RunPlan(
         num_shards=fields["num_shards"],
         token_budget=fields["token_budget"],
@@ -310,13 +328,17 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         counts=InputCounts.from_json(fields["input"]),
         lengths=lengths,
         representatives=representatives,
-        order=longest_first(lengths, representatives),
+        order=_narrowed(longest_first(lengths, representatives)),
         table=table,
         mapped=mapped,
     )
 
 
-def longest_first(lengths: NDArray[np.integer[Any]], representatives: NDArray[np.int64]) -> NDArray[np.int64]:
+def _narrowed(ordinals: NDArray[np.int64]) -> Ordinals:
+    return ordinals.astype(np.int32) if ordinals.max() < 2**31 else ordinals
+
+
+def longest_first(lengths: NDArray[np.integer[Any]], representatives: Ordinals) -> NDArray[np.int64]:
     """Ordinals of the first of each group of identical sequences, longest first, then by ordinal, (num_computed,)."""
     computed = np.flatnonzero(_is_computed(representatives))
     return computed[np.argsort(-lengths[computed], kind="stable")]
@@ -601,8 +623,8 @@ def _damage(paths: RunPaths, fields: dict[str, Any], *, verify_digests: bool = T
     return None
 
 
-def _is_computed(representatives: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.equal(representatives, np.arange(representatives.size))
+def _is_computed(representatives: Ordinals) -> NDArray[np.bool_]:
+    return np.equal(representatives, np.arange(representatives.size, dtype=representatives.dtype))
 
 
 def _tree_bytes(directory: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.plan import RunPlan
+from vnp_lib.plan import Ordinals, RunPlan
 
 NUM_SAMPLED = 64
 LONGEST_SAMPLED = 1022  # residues; in float32 a much longer one may not fit, and would take long
@@ -74,7 +74,7 @@ class Certificate:
         )
 
 
-def sampled_ordinals(plan: RunPlan) -> NDArray[np.int64]:
+def sampled_ordinals(plan: RunPlan) -> Ordinals:
     """Choose the sequences to compare, at most 64, evenly over all lengths; the same for every division into shards."""
     eligible = plan.order[plan.lengths[plan.order] <= LONGEST_SAMPLED]
     places = np.linspace(0, eligible.size - 1, min(NUM_SAMPLED, eligible.size)).round().astype(np.int64)

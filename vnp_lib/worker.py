@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 5.0
 _ONE_SIGNAL_S = 1.0
+_MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
 _ORPHAN_LIMIT_S = 60.0
 
 
@@ -401,11 +402,16 @@ def _left(
 
 
 def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:
-    """Read and tokenise batch after batch."""
+    """Read and tokenise batch after batch. Of the mapped plan, no more stays in memory than some thousand rows touch."""
     from vnp_lib.tokens import pack_batch
 
+    num_remembered = 0
     for batch_idx, ordinals in batches:
         ids, sequences = plan.fetch(ordinals)
+        num_remembered += ordinals.size
+        if num_remembered >= _MOST_REMEMBERED:
+            plan.forget_pages()
+            num_remembered = 0
         yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
 
 
