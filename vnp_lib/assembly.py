@@ -1,8 +1,8 @@
 """Assembly: the dataset, put together from checkpoints.
 
-It takes two passes over the rows, and memory for one checkpoint and one part: rows are first distributed over one
-temporary bucket for each part, copies of identical sequences included; then each bucket is put in order, checked against the
-plan, and written. `dataset.py` reads what comes of it.
+It takes two passes over the rows, two threads, and memory for three checkpoints or two parts: rows are first distributed over
+one temporary bucket for each part, copies of identical sequences included; then each bucket is put in order, checked against
+the plan, and written. `dataset.py` reads what comes of it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import uuid
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -34,7 +36,7 @@ from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import pack
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
-from vnp_lib.read_ahead import ReadAhead
+from vnp_lib.read_ahead import map_ahead
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
     from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
@@ -42,6 +44,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a c
 _PART_BYTES = 128 * 1024**2  # of embeddings
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
 _BLOCK_BYTES = 512 * 1024  # of rows
+_THREADS = 2  # each has a part in memory
 _VALUE_BYTES = np.dtype(np.float32).itemsize
 _NUM_SHOWN = 10
 
@@ -242,6 +245,10 @@ def _write_dataset(
     buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
     comparisons = _distribute(plan, records, buckets)
     precision = Certificate.of(comparisons)
+
+    def write(part: int) -> dict[str, Any]:
+        return _write_part(plan, paths, division, part, buckets.take(part), has_row)
+
     success = content | {
         "schema": DATASET_SCHEMA,
         "identity": plan.identity,
@@ -251,10 +258,7 @@ def _write_dataset(
         "dim": division.layout.embed_dim,
         **division.described,
         "precision": asdict(precision) if precision else None,
-        "parts": [
-            _write_part(plan, paths, division, part, buckets.take(part), has_row)
-            for part in range(division.starts.size)
-        ],
+        "parts": list(map_ahead(write, range(division.starts.size), threads=_THREADS)),
         "created_at": created_at,
     }
     files.write_sealed_json(paths.success, success, replace=True)
@@ -305,8 +309,11 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
     comparisons: list[Comparison] = []
     copies = _Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
-    checkpoints = ReadAhead((load_planned(plan, record, buckets.layout) for record in records), 1)
-    for record, checkpoint in zip(records, checkpoints, strict=True):
+
+    def load(record: CheckpointRecord) -> Checkpoint:
+        return load_planned(plan, record, buckets.layout)
+
+    for record, checkpoint in zip(records, map_ahead(load, records, threads=_THREADS), strict=True):
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
         used = set(record.ordinals[rows].tolist())
@@ -363,10 +370,11 @@ class _Buckets:
         self.layout = division.layout
         self._starts = division.starts
         self._lengths = plan.lengths
-        self._space = np.empty(division.most_values, dtype="<f4")  # of all parts: new memory costs more than filling it
+        self._most_values = division.most_values
+        self._of_this_thread = threading.local()
         self._directory = directory
         self._name = uuid.uuid4().hex[:8]
-        self._ordinals: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # in the order of the rows
+        self._places: defaultdict[int, list[NDArray[np.int32]]] = defaultdict(list)  # in a part, in the rows' order
         self._crc32: defaultdict[int, int] = defaultdict(int)
 
     def append(self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]) -> None:
@@ -379,29 +387,36 @@ class _Buckets:
                     data = block.astype("<f4", copy=False).data
                     file.write(data)
                     self._crc32[part] = zlib.crc32(data, self._crc32[part])
-            self._ordinals[part].append(ordinals[start:stop])
+            self._places[part].append((ordinals[start:stop] - self._starts[part]).astype(np.int32))
 
     def take(self, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ordinals, ascending, and rows of a part, (n, W) or end to end, which last until the next one is taken.
+        """Ordinals, ascending, and rows of a part, (n, W) or end to end, which last until this thread takes another.
 
         Its bucket is gone then.
         """
-        if part not in self._ordinals:
+        if part not in self._places:
             return np.empty(0, dtype=np.int64), self._rows_of(np.empty(0, dtype=np.int64))
         path = self._path(part)
-        ordinals = np.concatenate(self._ordinals.pop(part))
+        ordinals = self._starts[part] + np.concatenate(self._places.pop(part))
         ascending = np.argsort(ordinals)
         rows = self._rows_of(ordinals)
         if path.stat().st_size != rows.nbytes or self._read(path, rows, ordinals, ascending) != self._crc32[part]:
             raise StorageError(f"{path} does not give back what was written to it; check the disk")
         path.unlink()
-        self._announce(part + 1)
+        self._announce(part + _THREADS)
         return ordinals[ascending], rows
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
         """Space for the rows of so many sequences."""
         width = self.layout.fixed_width
-        return self._space[: ordinals.size * width].reshape(-1, width)
+        return self._space()[: ordinals.size * width].reshape(-1, width)
+
+    def _space(self) -> NDArray[np.float32]:
+        """The memory of all parts that this thread takes: new memory costs more than filling it."""
+        if not hasattr(self._of_this_thread, "space"):
+            self._of_this_thread.space = np.empty(self._most_values, dtype="<f4")
+        space: NDArray[np.float32] = self._of_this_thread.space
+        return space
 
     def _taken(self, checkpoint: Checkpoint, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
         """The rows of a checkpoint that stand at `rows`, some at a time."""
@@ -422,9 +437,9 @@ class _Buckets:
         return crc32
 
     def _announce(self, part: int) -> None:
-        """Have the system read a bucket, should it not hold it in memory any more, while the part before is written."""
-        if part in self._ordinals:
-            with self._path(part).open("rb") as file:
+        """Have the system read a bucket, should it not hold it in memory any more, while those before are written."""
+        if part in self._places:
+            with suppress(FileNotFoundError), self._path(part).open("rb") as file:  # another thread may be taking it
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     @property
@@ -444,7 +459,7 @@ class _RaggedBuckets(_Buckets):
     """The same for rows of different widths, which are moved one by one."""
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._space[: self._widths(ordinals).sum()]
+        return self._space()[: self._widths(ordinals).sum()]
 
     def _taken(self, checkpoint: Checkpoint, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
         offsets = checkpoint.metadata["offsets"]

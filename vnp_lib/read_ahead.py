@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 _END = object()
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -30,3 +31,15 @@ class ReadAhead(Iterable[T]):
         """How many items are made and not given yet."""
         made = (future for future in self._ahead if future.done() and future.exception() is None)
         return sum(future.result() is not _END for future in made)
+
+
+def map_ahead(function: Callable[[S], T], items: Iterable[S], *, threads: int) -> Generator[T, None, None]:
+    """Give `function` of each item, in order, while so many threads work on the next ones. An error comes at its place."""
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="map-ahead") as pool:
+        ahead: deque[Future[T]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
