@@ -27,9 +27,42 @@ from vnp_lib.weight_files import files_of, locate_weights, read_tensors, save_fa
 
 RANDOM_SEED = 0
 
-# sha256 of the published files, by model. None is known yet: fair-esm publishes no digests, the names of its files carry none,
-# and no published file was at hand to take one from. A digest goes in here only from the file itself, fetched from its publisher.
-OFFICIAL_DIGESTS: dict[str, frozenset[str]] = {}
+# sha256 of the published files: fair-esm's .pt, and Hugging Face's model.safetensors where there is one. Their publishers list
+# none of them. Each is what at least three projects that have nothing to do with each other say that they downloaded, and no two
+# differ; 15B's are not known. No published file was at hand to compare with.
+OFFICIAL_DIGESTS = {
+    "esm2_t6_8M_UR50D": frozenset(
+        {
+            "46f002a9870c9bdecd0ea887acb1f9a38a6b561e8f8bf8a6990b679b9d31b928",
+            "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189",
+        }
+    ),
+    "esm2_t12_35M_UR50D": frozenset(
+        {
+            "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e",
+            "e35647818e0e064351d4531ed480d225a002567b4b2b93ad3a9246d753150fc0",
+        }
+    ),
+    "esm2_t30_150M_UR50D": frozenset(
+        {
+            "881c7176cf198ef8dec26a3c375d40eb58d0c33df95c22562ca6cc6d3f812c62",
+            "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566",
+        }
+    ),
+    "esm2_t33_650M_UR50D": frozenset(
+        {
+            "ea9d0522b335a8778dea6535a65301f10208dece28cd5865482b0b1fc446168c",
+            "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0",
+        }
+    ),
+    "esm2_t36_3B_UR50D": frozenset({"7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500"}),
+}
+# The same of fair-esm's contact regressions.
+OFFICIAL_REGRESSION_DIGESTS = {
+    "esm2_t6_8M_UR50D": "8f7a4557d57713b97ba0e484303007efb7230d25299c0ac47a0a1b12a87bbb9d",
+    "esm2_t33_650M_UR50D": "8ffe6edbd4173dc8d45c2cd5cb27d43aad77ec26b4c768200c58ae1f96693575",
+    "esm2_t36_3B_UR50D": "4da500eab246481dc9c8c95bc7b1d02f2803d761c380b0e95186d4a07d0fc84e",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +93,7 @@ def resolve_weights(model: str, weights: str) -> Weights:
     _checked_state(path, model, architecture)
     found = Weights(source="file", path=path, digest=_digest(path))
     if weights == "auto" and is_official(model, found) is False:
-        raise WeightsError(
-            f"{path} is not the published file of {model} (its sha256 is {found.digest}): remove it, and it is downloaded again"
-        )
+        raise _not_published(path, found.digest)
     return found
 
 
@@ -146,8 +177,8 @@ def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tenso
         weight, bias = (torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values())
         return weight, bias
     beside = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
-    if weights.path == _hub_path(model) and not beside.exists():
-        _download(_contact_regression_url(model), beside, what=f"parameters of the contact regression of {model}")
+    if weights.path == _hub_path(model):
+        _require_published_regression(model, beside)
     tensors = read_tensors(beside if beside.exists() else weights.path)
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
         raise WeightsError(
@@ -244,12 +275,27 @@ def _checked_digest(file: Path) -> str:
     return found
 
 
+def _not_published(path: Path, digest: str) -> WeightsError:
+    return WeightsError(
+        f"{path} is not the file that fair-esm publishes (its sha256 is {digest}): remove it, and it is downloaded again; or move "
+        f"it elsewhere and give the weights' path, to use it as it is"
+    )
+
+
 def _url(model: str) -> str:
     return f"https://dl.fbaipublicfiles.com/fair-esm/models/{model}.pt"
 
 
 def _contact_regression_url(model: str) -> str:
     return f"https://dl.fbaipublicfiles.com/fair-esm/regression/{model}-contact-regression.pt"
+
+
+def _require_published_regression(model: str, path: Path) -> None:
+    if not path.exists():
+        _download(_contact_regression_url(model), path, what=f"parameters of the contact regression of {model}")
+    found = digest_file(path).sha256
+    if found != OFFICIAL_REGRESSION_DIGESTS.get(model, found):
+        raise _not_published(path, found)
 
 
 def _download(url: str, path: Path, *, what: str) -> None:

@@ -1,11 +1,13 @@
 """Weights are the right ones or refused, whichever file they come from."""
 
 import hashlib
+import re
 import socket
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,6 +22,7 @@ from vnp_lib.failures import WeightsError
 from vnp_lib.weight_files import name_in_transformers
 from vnp_lib.weights import (
     OFFICIAL_DIGESTS,
+    OFFICIAL_REGRESSION_DIGESTS,
     Weights,
     is_official,
     load_contact_regression,
@@ -225,7 +228,14 @@ def test_random_weights_need_no_file():
 
 
 @pytest.fixture
-def in_hub_cache(tmp_path, monkeypatch, weights_file) -> Path:
+def any_may_be_published(monkeypatch) -> None:
+    """Our files are drawn from a seed."""
+    monkeypatch.delitem(OFFICIAL_DIGESTS, SMALLEST)
+    monkeypatch.delitem(OFFICIAL_REGRESSION_DIGESTS, SMALLEST)
+
+
+@pytest.fixture
+def in_hub_cache(tmp_path, monkeypatch, weights_file, any_may_be_published) -> Path:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     return weights_file.rename(tmp_path / f"hub/checkpoints/{SMALLEST}.pt")
@@ -235,7 +245,7 @@ def test_auto_takes_fair_esms_file_from_the_hub_cache(in_hub_cache):
     assert resolve_weights(SMALLEST, "auto").path == in_hub_cache
 
 
-def test_auto_downloads_what_the_cache_has_not(tmp_path, monkeypatch, weights_file):
+def test_auto_downloads_what_the_cache_has_not(tmp_path, monkeypatch, weights_file, any_may_be_published):
     """From fair-esm's address, to where fair-esm itself finds it, and never waiting for ever."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
@@ -264,7 +274,8 @@ def test_auto_without_network_says_where_to_put_the_file(tmp_path, monkeypatch):
 
 def test_weights_are_official_where_their_digest_is_known(monkeypatch, weights_file):
     found = resolve_weights(SMALLEST, str(weights_file))
-    assert is_official(SMALLEST, found) is None
+    assert is_official(SMALLEST, found) is False
+    assert is_official("esm2_t48_15B_UR50D", found) is None
     assert is_official(SMALLEST, RANDOM) is False
     monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64, found.digest}))
     assert is_official(SMALLEST, found) is True
@@ -274,7 +285,7 @@ def test_weights_are_official_where_their_digest_is_known(monkeypatch, weights_f
 
 def test_a_file_in_the_cache_that_is_known_not_to_be_official_is_refused(in_hub_cache, monkeypatch):
     monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64}))
-    with pytest.raises(WeightsError, match=f"{in_hub_cache} is not the published file of {SMALLEST} .*: remove it"):
+    with pytest.raises(WeightsError, match=f"{in_hub_cache} is not the file that fair-esm publishes .*: remove it"):
         resolve_weights(SMALLEST, "auto")
     assert resolve_weights(SMALLEST, str(in_hub_cache)).path == in_hub_cache
 
@@ -346,6 +357,22 @@ def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked
     for _ in range(2):
         assert all(map(torch.equal, load_contact_regression(SMALLEST, found), written))
     assert len(written) == 2
+
+
+def test_a_contact_regression_in_the_cache_that_is_not_the_published_one_is_refused(in_hub_cache, monkeypatch):
+    without_contact_head(in_hub_cache)
+    beside = in_hub_cache.with_name(f"{SMALLEST}-contact-regression.pt")
+    write_contact_regression(beside, num_heads=120)
+    monkeypatch.setitem(OFFICIAL_REGRESSION_DIGESTS, SMALLEST, "0" * 64)
+    with pytest.raises(WeightsError, match=f"{beside} is not the file that fair-esm publishes .*: remove it"):
+        load_contact_regression(SMALLEST, resolve_weights(SMALLEST, "auto"))
+
+
+def test_every_known_digest_is_of_one_file_alone():
+    known = [*OFFICIAL_REGRESSION_DIGESTS.values(), *chain.from_iterable(OFFICIAL_DIGESTS.values())]
+    assert len(set(known)) == len(known)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in known)
+    assert OFFICIAL_REGRESSION_DIGESTS.keys() <= OFFICIAL_DIGESTS.keys() <= MODELS.keys()
 
 
 def test_random_contact_regression_fits_and_is_always_the_same():
