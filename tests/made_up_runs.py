@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
+from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
@@ -90,15 +91,24 @@ def made_up_records(num_sequences: int = 150, seed: int = 0) -> Records:
     return Records(ids, descriptions, sequences)
 
 
-def start_run(tmp_path: Path, *, num_sequences: int = 150, seed: int = 0, model: ModelIdentity = MODEL) -> Run:
-    return start_run_of(tmp_path, made_up_records(num_sequences, seed), model)
+def start_run(
+    tmp_path: Path,
+    *,
+    num_sequences: int = 150,
+    seed: int = 0,
+    model: ModelIdentity = MODEL,
+    store_dtype: StoreDtype = StoreDtype.FLOAT32,
+) -> Run:
+    return start_run_of(tmp_path, made_up_records(num_sequences, seed), model, store_dtype)
 
 
-def start_run_of(tmp_path: Path, records: Records, model: ModelIdentity = MODEL) -> Run:
+def start_run_of(
+    tmp_path: Path, records: Records, model: ModelIdentity = MODEL, store_dtype: StoreDtype = StoreDtype.FLOAT32
+) -> Run:
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(*records, strict=True)))
     paths = RunPaths(tmp_path / "run")
-    plan = make_plan(paths, [fasta], model, num_shards=3, token_budget=200)
+    plan = make_plan(paths, [fasta], model, num_shards=3, token_budget=200, store_dtype=store_dtype)
     return Run(plan, paths, *records)
 
 

@@ -30,9 +30,15 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.columns import columns_of, fields_of
 from vnp_lib.dataset import DATASET_SCHEMA, describe_rows, footer_of, read_success, verify_dataset
-from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.failures import (
+    CheckpointError,
+    ConfigError,
+    IncompleteDatasetError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.inputs import InputCounts
-from vnp_lib.outputs import RowLayout, offsets_of
+from vnp_lib.outputs import RowLayout, StoreDtype, Values, as_stored, offsets_of
 from vnp_lib.packing import pack
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
@@ -103,6 +109,7 @@ def assemble(
         IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, and may not be missing; or it is in
             both; or nothing at all is computed.
         NumericalInstabilityError: A row is not finite.
+        ConfigError: The plan has values stored in float16, and one is beyond that. The checkpoints are as they were.
         CheckpointError: A checkpoint does not prove itself or does not fit the plan.
         StorageError: The dataset cannot be written.
     """
@@ -156,6 +163,7 @@ def _content(plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArr
     """What tells one run's datasets apart, as it stands in `_SUCCESS.json`."""
     return {
         "fingerprint": plan.fingerprint,
+        "store_dtype": plan.store_dtype,
         "num_quarantined": int(is_quarantined.sum()),
         "quarantined_sha256": _ordinals_sha256(is_quarantined),
         "num_missing": int(is_missing.sum()),
@@ -497,7 +505,8 @@ def _write_part(
         raise StorageError(f"ordinals {start} to {stop} came back from disk incomplete; start the run again")
     _require_finite(plan, division.layout, ordinals, rows)
     table = plan.records(start, stop).drop_columns(["sequence"]).take(pa.array(expected - start))
-    columns = columns_of(division.layout, rows, plan.lengths[ordinals], is_large=division.is_large)
+    values = _as_stored(plan, division.layout, ordinals, rows)
+    columns = columns_of(division.layout, values, plan.lengths[ordinals], is_large=division.is_large)
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.embeddings_dir / f"part-{part:05d}.parquet"
     with files.durable_file(path, replace=True) as file:
@@ -521,13 +530,35 @@ def _write_table(file: files.DurableFile, table: pa.Table, row_bytes: NDArray[np
 
 
 def _require_finite(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-    is_finite = np.isfinite(rows)
-    if not is_finite.all():
-        starts = offsets_of(layout.widths(plan.lengths[ordinals]))[:-1]
-        bad = ordinals[~np.logical_and.reduceat(is_finite.ravel(), starts)]
-        raise NumericalInstabilityError(
-            f"{bad.size:,} embeddings are not finite, the first of {plan.ids(bad[:1])[0]!r} (ordinal {bad[0]})"
+    bad = _not_finite(plan, layout, ordinals, rows)
+    if bad.size:
+        raise NumericalInstabilityError(f"{bad.size:,} embeddings are not finite, the first of {_named(plan, bad[0])}")
+
+
+def _as_stored(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> Values:
+    if plan.store_dtype is StoreDtype.FLOAT32:
+        return rows
+    values = as_stored(rows, plan.store_dtype)
+    bad = _not_finite(plan, layout, ordinals, values)
+    if bad.size:
+        raise ConfigError(
+            f"--store-dtype float16: {bad.size:,} embeddings have values beyond 65,504, where float16 ends, the first of "
+            f"{_named(plan, bad[0])}; start the run again with --store-dtype float32: nothing is computed twice"
         )
+    return values
+
+
+def _not_finite(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: Values) -> NDArray[np.int64]:
+    """Those of `ordinals` in whose rows there is a value that is not finite."""
+    is_finite = np.isfinite(rows)
+    if is_finite.all():
+        return ordinals[:0]
+    starts = offsets_of(layout.widths(plan.lengths[ordinals]))[:-1]
+    return ordinals[~np.logical_and.reduceat(is_finite.ravel(), starts)]
+
+
+def _named(plan: RunPlan, ordinal: np.int64) -> str:
+    return f"{plan.ids(np.array([ordinal]))[0]!r} (ordinal {ordinal})"
 
 
 def _schema(plan: RunPlan, division: _Division) -> pa.Schema:
@@ -539,7 +570,7 @@ def _schema(plan: RunPlan, division: _Division) -> pa.Schema:
             pa.field("description", pa.string(), nullable=False),
             pa.field("length", pa.int32(), nullable=False),
             pa.field("original_length", pa.int32(), nullable=False),
-            *fields_of(division.layout, is_large=division.is_large),
+            *fields_of(division.layout, plan.store_dtype, is_large=division.is_large),
         ],
         metadata=about | {"fingerprint": plan.fingerprint},
     )

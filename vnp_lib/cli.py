@@ -14,7 +14,8 @@ from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line
 from vnp_lib.export import export_dataset
 from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError, VnpError
-from vnp_lib.formats import FORMATS, StoreDtype
+from vnp_lib.formats import FORMATS
+from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
@@ -202,7 +203,7 @@ def _add_export(commands: _Commands) -> None:
         choices=tuple(StoreDtype),
         default=StoreDtype.FLOAT32,
         metavar="DTYPE",
-        help="float32, as it is in the dataset, or float16: half the size, rounded to the nearest with 11 significant bits; "
+        help="float32, or float16: half the size, rounded to the nearest with 11 significant bits; "
         "a value above 65,504 is an error",
     )
     parser.add_argument("--force", action="store_true", help="replace what is there")

@@ -47,6 +47,7 @@ ModelName = Literal[
 ]
 OutputName = Literal["mean", "bos", "max", "std", "per_tok", "contacts", "logits"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+StoreDtypeName = Literal["float32", "float16"]
 InvalidResidues = Literal["error", "map", "skip"]
 DuplicateIds = Literal["error", "keep"]
 LongSequences = Literal["whole", "error", "truncate", "skip", "window", "virnucpro"]
@@ -173,6 +174,12 @@ class EmbedConfig(BaseModel):
     )
     dtype: DType = Field(
         "auto", title="Precision", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU."
+    )
+    store_dtype: StoreDtypeName | None = Field(
+        None,
+        title="Precision of the dataset",
+        description="Precision in which the dataset stores what is computed. 'float16' takes half the space: 11 significant bits, and "
+        "an error where a value is above 65,504. If not given, as the run was begun, and float32 in a new one.",
     )
     deterministic: CliImplicitFlag[bool] = Field(
         False,

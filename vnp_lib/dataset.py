@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.columns import column_names, values_at
 from vnp_lib.failures import StorageError
-from vnp_lib.outputs import RowLayout
+from vnp_lib.outputs import RowLayout, StoreDtype
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from torch import Tensor
@@ -74,6 +74,8 @@ class EmbeddingDataset:
     A row is the mean of a layer, a vector, where the run computed nothing else; otherwise it is a dictionary of all `outputs` by
     name: `mean_33`, `bos_33`, `max_33` and `std_33`, (D,), `per_tok_33`, (L, D), `contacts`, (L, L), and `logits`, (L, 33), with
     L the sequence's residues and 33 the layer.
+
+    Rows are float32, also where the dataset stores float16 (`metadata["store_dtype"]`).
 
     Nothing is read before it is asked for. Looking up by id makes a dictionary of all ids first, about 150 bytes each.
     Whatever reads raises StorageError where a part is damaged. What is given out is the caller's own to change.
@@ -307,9 +309,9 @@ class EmbeddingDataset:
 
 
 def as_rows(embeddings: pa.FixedSizeListArray) -> NDArray[np.float32]:
-    """The column `embedding`, or another of vectors, as a matrix of the caller's own, (n, dim)."""
+    """The column `embedding`, or another of vectors, as a matrix of the caller's own, float32 (n, dim)."""
     values = embeddings.flatten().to_numpy()  # read-only: it is Arrow's memory
-    rows: NDArray[np.float32] = values.reshape(-1, embeddings.type.list_size).copy()
+    rows: NDArray[np.float32] = values.reshape(-1, embeddings.type.list_size).astype(np.float32)
     return rows
 
 
@@ -323,7 +325,7 @@ def read_success(directory: Path) -> dict[str, Any]:
     """Raises StorageError where it is damaged, or a part is missing or of another size.
 
     One that says nothing of missing rows was written when there could be none; one that says nothing of precision, when it
-    was not measured.
+    was not measured; one that says nothing of how values are stored, when it was in float32.
     """
     success = files.read_sealed_json(directory / _SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
@@ -336,7 +338,8 @@ def read_success(directory: Path) -> dict[str, Any]:
                 f"{path} has {size_bytes:,} bytes, and {part['size_bytes']:,} were written; start the run again: the "
                 f"dataset is then put together anew"
             )
-    return {"num_missing": 0, "missing_sha256": _NONE_SHA256, "precision": None} | success
+    assumed = {"num_missing": 0, "missing_sha256": _NONE_SHA256, "precision": None, "store_dtype": StoreDtype.FLOAT32}
+    return assumed | success
 
 
 def footer_of(path: Path) -> dict[str, Any]:

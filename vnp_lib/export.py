@@ -13,7 +13,8 @@ from pathlib import Path
 from vnp_lib.dataset import EmbeddingDataset, open_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import make_directory, remove_orphaned_temporaries, require_free_space
-from vnp_lib.formats import FORMATS, Format, Rows, StoreDtype, ids_beside
+from vnp_lib.formats import FORMATS, Format, Rows, ids_beside
+from vnp_lib.outputs import StoreDtype
 from vnp_lib.terminal import format_bytes
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import json
 import zipfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate, chain, groupby
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from vnp_lib import files
 from vnp_lib.dataset import EmbeddingDataset, as_rows
 from vnp_lib.failures import ConfigError
 from vnp_lib.files import durable_directory, durable_file, durable_path, path_below
 from vnp_lib.hdf5 import Hdf5File, open_hdf5
+from vnp_lib.outputs import StoreDtype, Values, as_stored
 
 if TYPE_CHECKING:  # it takes seconds to import, and most formats do without
     from torch import Tensor
@@ -34,15 +34,6 @@ if TYPE_CHECKING:  # it takes seconds to import, and most formats do without
 _BATCH_BYTES = 16 * 1024**2  # of embeddings, at a time
 _CHUNK_BYTES = 1024**2  # of an HDF5 dataset: what is read to get at one row
 _VIRNUCPRO_FILE_SEQUENCES = 10_000
-
-Values = NDArray[np.float32] | NDArray[np.float16]
-
-
-class StoreDtype(StrEnum):
-    """The precision in which values are stored."""
-
-    FLOAT32 = "float32"  # as they are in the dataset
-    FLOAT16 = "float16"  # rounded to the nearest: 11 significant bits, 0 below 3e-8, nothing above 65,504
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +96,7 @@ class Rows:
         rows = as_rows(batch.column("embedding"))
         if self.dtype is StoreDtype.FLOAT32:
             return rows
-        with np.errstate(over="ignore"):  # looked for below, and named
-            halved = rows.astype(np.float16)
+        halved = as_stored(rows, self.dtype)
         is_finite = np.isfinite(halved).all(axis=1)
         if not is_finite.all():
             row = int(np.argmin(is_finite))

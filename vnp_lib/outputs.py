@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,15 @@ from numpy.typing import NDArray
 from vnp_lib.failures import ConfigError
 
 NUM_LOGITS = 33  # one for each letter of fair-esm's alphabet, special tokens included
+
+Values: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
+
+
+class StoreDtype(StrEnum):
+    """The precision in which values are stored. They are computed, and lie in checkpoints, in float32."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"  # rounded to the nearest: 11 significant bits, 0 below 3e-8, nothing above 65,504
 
 
 class OutputKind(StrEnum):
@@ -172,6 +181,13 @@ def choose_outputs(
         if kind in include
         for layer in (layers if kind not in _WITHOUT_LAYER else [None])
     )
+
+
+def as_stored(values: NDArray[np.float32], dtype: StoreDtype) -> Values:
+    """Values as they are stored. Those that float16 cannot hold are infinite: it is for the caller to find them."""
+    with np.errstate(over="ignore"):
+        stored: Values = values.astype(dtype, copy=False)
+    return stored
 
 
 def offsets_of(widths: NDArray[np.int64]) -> NDArray[np.int64]:

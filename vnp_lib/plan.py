@@ -36,7 +36,7 @@ from vnp_lib.files import (
     write_sealed_json,
 )
 from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, read
-from vnp_lib.outputs import RowLayout
+from vnp_lib.outputs import RowLayout, StoreDtype
 from vnp_lib.packing import pack
 from vnp_lib.records import Fault, SequenceChunk
 
@@ -181,6 +181,7 @@ class RunPlan:
 
     num_shards: int
     token_budget: int
+    store_dtype: StoreDtype  # of the dataset: checkpoints are float32
     identity: dict[str, Any]
     fingerprint: str  # sha256 of the identity's canonical JSON
     num_residues: int
@@ -265,11 +266,12 @@ def make_plan(
     num_shards: int,
     token_budget: int,
     policy: InputPolicy = _DEFAULT_POLICY,
+    store_dtype: StoreDtype = StoreDtype.FLOAT32,
 ) -> RunPlan:
     """Read the input, check it, and write its plan; or find that the run directory holds this very plan.
 
     Afterwards `paths.plan_dir` is complete on disk. Where a plan of the same identity is there it is kept, but for
-    `plan.json` if `num_shards` or `token_budget` is another. It is written anew where files do not fit their digests, or
+    `plan.json` if `num_shards`, `token_budget` or `store_dtype` is another. It is written anew where files do not fit their digests, or
     where the same sequences were come by in another way. There are never more shards than sequences to compute.
 
     Raises:
@@ -280,9 +282,13 @@ def make_plan(
     try:
         asked = _Asked(sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model)
         content = _kept_content(paths, asked) or _write_content(paths, asked)
-        division = {"num_shards": min(num_shards, content["num_computed"]), "token_budget": token_budget}
-        if content != content | division:
-            write_sealed_json(paths.plan_json, content | division, replace=True)
+        chosen = {
+            "num_shards": min(num_shards, content["num_computed"]),
+            "token_budget": token_budget,
+            "store_dtype": store_dtype,
+        }
+        if content != content | chosen:
+            write_sealed_json(paths.plan_json, content | chosen, replace=True)
     except OSError as error:
         reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
         raise ConfigError(f"the run directory {paths.run_dir} cannot be made or written ({reason})") from error
@@ -294,6 +300,13 @@ def kept_token_budget(paths: RunPaths) -> int | None:
     with suppress(StorageError, OSError):
         tokens = read_sealed_json(paths.plan_json).get("token_budget")
         return tokens if isinstance(tokens, int) and tokens >= 1 else None
+    return None
+
+
+def kept_store_dtype(paths: RunPaths) -> StoreDtype | None:
+    """Say in which precision the plan that is there has values stored; None where there is none, or none that can be read."""
+    with suppress(StorageError, OSError, ValueError):
+        return _store_dtype(read_sealed_json(paths.plan_json))
     return None
 
 
@@ -322,6 +335,7 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
     return RunPlan(
         num_shards=fields["num_shards"],
         token_budget=fields["token_budget"],
+        store_dtype=_store_dtype(fields),
         identity=fields["identity"],
         fingerprint=fields["fingerprint"],
         num_residues=fields["num_residues"],
@@ -483,6 +497,11 @@ def _differs_from_the_one_before(halves: NDArray[np.uint64], order: NDArray[np.i
         in_order = half[order]
         is_new[1:] |= in_order[1:] != in_order[:-1]
     return is_new
+
+
+def _store_dtype(fields: dict[str, Any]) -> StoreDtype:
+    """What `plan.json` says; where it says nothing, it is of a time when there was no choice."""
+    return StoreDtype(fields.get("store_dtype", StoreDtype.FLOAT32))
 
 
 def _nothing_left(counts: InputCounts, policy: InputPolicy) -> FastaError:

@@ -23,8 +23,17 @@ from vnp_lib.inputs import STDIN, InputPolicy, find_sources, read
 from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
-from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, kept_token_budget, load_plan, make_plan
+from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
+from vnp_lib.plan import (
+    ModelIdentity,
+    RunPaths,
+    RunPlan,
+    check_free_space,
+    kept_store_dtype,
+    kept_token_budget,
+    load_plan,
+    make_plan,
+)
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
@@ -312,6 +321,7 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
         num_shards=num_shards,
         token_budget=token_budget,
         policy=InputPolicy.of(config),
+        store_dtype=_planned_store_dtype(config, paths),
     )
     check_free_space(paths, plan, layout)
     return plan
@@ -346,6 +356,13 @@ def _long_policy(config: EmbedConfig) -> str:
             f"--window-overlap {overlap}: windows of {config.max_length} residues overlap by less than that"
         )
     return f"window:{config.max_length}:{overlap}"
+
+
+def _planned_store_dtype(config: EmbedConfig, paths: RunPaths) -> StoreDtype:
+    """Say how the dataset's values are stored; if the user says nothing, as they were to be when the run was begun."""
+    if config.store_dtype is not None:
+        return StoreDtype(config.store_dtype)
+    return kept_store_dtype(paths) or StoreDtype.FLOAT32
 
 
 def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:

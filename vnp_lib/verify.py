@@ -240,14 +240,16 @@ def _dataset(paths: RunPaths, plan: RunPlan, is_set_aside: NDArray[np.bool_]) ->
     dataset = open_dataset(paths.run_dir)
     if dataset.metadata["fingerprint"] != plan.fingerprint:
         return _DatasetState(damage=(f"{paths.embeddings_dir} is of another run; the next run puts it together anew",))
-    lack = _lack(dataset, num_set_aside=int(is_set_aside.sum()))
+    lack = _lack(dataset, plan, num_set_aside=int(is_set_aside.sum()))
     return _DatasetState(notes=(f"the dataset has {len(dataset):,} rows{lack}",), is_complete=not lack)
 
 
-def _lack(dataset: EmbeddingDataset, *, num_set_aside: int) -> str:
+def _lack(dataset: EmbeddingDataset, plan: RunPlan, *, num_set_aside: int) -> str:
     """What a dataset that is whole lacks to be complete, as the end of a sentence."""
     if num_missing := dataset.metadata["num_missing"]:
         return f" and lacks {num_missing:,}; the next run completes it"
     if dataset.metadata["num_quarantined"] != num_set_aside:
         return ", but the quarantine is another now; the next run puts it together anew"
+    if (stored := dataset.metadata["store_dtype"]) != plan.store_dtype:
+        return f", but in {stored}, and {plan.store_dtype} is wanted; the next run puts it together anew"
     return ""

@@ -101,13 +101,20 @@ def test_contacts_without_their_regression_are_refused_before_anything_is_made(t
 
 
 def test_windows_and_half_precision_go_through_a_whole_run(tmp_path, tiny_fasta, weights_file, oracle):
-    """The sample of the certificate is of windows too: it is close to the run's own rows."""
+    """The sample of the certificate is of windows too: it is close to the run's own rows. They are stored in float16."""
     outcome = run_flow(
-        tiny_fasta, tmp_path / "run", long="window", max_length=20, dtype="bfloat16", weights=str(weights_file)
+        tiny_fasta,
+        tmp_path / "run",
+        long="window",
+        max_length=20,
+        dtype="bfloat16",
+        store_dtype="float16",
+        weights=str(weights_file),
     )
     assert outcome.is_completed(), outcome.message
     success = json.loads(RunPaths(tmp_path / "run").success.read_text())
     assert success["identity"]["long_policy"] == "window:20:5"
+    assert success["store_dtype"] == "float16"
     assert success["precision"]["num_compared"] == 40
     assert success["precision"]["lowest_cosine"] > 0.999
     with dnaio.open(tiny_fasta) as records:

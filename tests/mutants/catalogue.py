@@ -1059,6 +1059,22 @@ _EXPORTS = (
         caught_by=(f"{_EXPORT}::test_what_float16_cannot_hold_is_an_error_that_names_the_sequence",),
     ),
     Mutant(
+        name="infinite-float16-in-the-dataset",
+        module="assembly",
+        before="    bad = _not_finite(plan, layout, ordinals, values)\n",
+        after="    bad = ordinals[:0]\n",
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there",),
+    ),
+    Mutant(
+        name="dataset-of-another-precision-taken-for-the-one-that-is-wanted",
+        module="assembly",
+        before='        "store_dtype": plan.store_dtype,\n',
+        after="",
+        caught_by=(
+            f"{_ASSEMBLY_TESTS}::test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left_as_it_is",
+        ),
+    ),
+    Mutant(
         name="virnucpro-file-missing",
         module="formats",
         before="            if not target.exists():\n",

@@ -5,6 +5,7 @@ import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,15 @@ from tests.made_up_runs import (
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint import CheckpointRecord, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
-from vnp_lib.failures import CheckpointError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.failures import (
+    CheckpointError,
+    ConfigError,
+    IncompleteDatasetError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.files import DurableOps
+from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import RunPaths, RunPlan, make_plan
 
 
@@ -401,6 +409,53 @@ def test_a_whole_dataset_is_left_as_it_is(run: Run) -> None:
     before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
     assert assemble(run.plan, run.paths, run.records()) == first
     assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
+
+
+def test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left_as_it_is(run: Run) -> None:
+    """Of the same checkpoints, and never a part of the one beside a part of the other."""
+    run.assemble()
+    halved = run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16))
+    halved.assemble()
+    parts = sorted(run.paths.embeddings_dir.glob("part-*.parquet"))
+    assert {pq.read_schema(part).field("embedding").type.value_type for part in parts} == {pa.float16()}
+    before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
+    halved.assemble()
+    assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
+    assert np.array_equal(
+        open_dataset(run.paths.run_dir).to_numpy()[1], run.expected_rows().astype(np.float16).astype(np.float32)
+    )
+    run.assemble()
+    assert_rows(run, without=[])
+
+
+@pytest.mark.parametrize("value", [65_520.0, -1e6])
+def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(run: Run, value: float) -> None:
+    """It is rounded to infinity from 65,520, half-way to the number that would come after 65,504."""
+    ordinals = run.plan.shard_ordinals(0)
+    rows = np.stack([embed(sequence) for sequence in run.plan.fetch(ordinals)[1]])
+    rows[4, 5] = value
+    shutil.rmtree(run.paths.shard_dir(0))
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), ordinals, rows=rows)
+    first, *others = np.flatnonzero(run.plan.representatives == ordinals[4]).tolist()
+    halved = run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16))
+    checkpoints = halved.records()
+    told = rf"{1 + len(others)} embeddings have values beyond 65,504, .* the first of '{run.ids[first]}' \(ordinal {first}\)"
+    with pytest.raises(ConfigError, match=told + "; start the run again with --store-dtype float32"):
+        halved.assemble(part_bytes=10**9)
+    assert not run.paths.success.exists()
+    assert [record.path for record in run.records()] == [record.path for record in checkpoints]
+    run.assemble()
+    assert open_dataset(run.paths.run_dir).row(first)[5] == np.float32(value)
+
+
+def test_float16_holds_what_is_nearer_to_its_largest_number_than_to_the_next(run: Run) -> None:
+    ordinals = run.plan.order
+    rows = np.stack([embed(sequence) for sequence in run.plan.fetch(ordinals)[1]])
+    rows[0, 0] = np.nextafter(np.float32(65_520), np.float32(0))
+    shutil.rmtree(run.paths.checkpoints_dir)
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), ordinals, rows=rows)
+    run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16)).assemble()
+    assert open_dataset(run.paths.run_dir).row(int(ordinals[0]))[0] == 65_504
 
 
 def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:

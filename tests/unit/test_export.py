@@ -44,7 +44,8 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.export import Export, export_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import DurableOps
-from vnp_lib.formats import FORMATS, Rows, StoreDtype, accession
+from vnp_lib.formats import FORMATS, Rows, accession
+from vnp_lib.outputs import StoreDtype
 
 ODD_IDS = ["sp|P12345|NAME_HUMAN", "tr|A0A0", "NA", "1.0", "café|½", 'a,"b"', "'", "{path}", "p:0\\1", "-inf"]
 

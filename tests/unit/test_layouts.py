@@ -21,7 +21,7 @@ from vnp_lib.checkpoint import survey_checkpoints
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.export import export_dataset
 from vnp_lib.failures import CheckpointError, ConfigError, FingerprintMismatchError, NumericalInstabilityError
-from vnp_lib.outputs import RowLayout, offsets_of
+from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 from vnp_lib.verify import read_checkpoints
 
@@ -57,8 +57,8 @@ def write_planned(run: Run, layout: RowLayout, path: Path, ordinals: NDArray[np.
         write_checkpoint(run.plan, path, ordinals, rows=np.concatenate(rows), offsets=offsets_of(widths))
 
 
-def finished_run(tmp_path: Path, layout: RowLayout) -> Run:
-    run = start_run(tmp_path, model=identity_of(layout))
+def finished_run(tmp_path: Path, layout: RowLayout, store_dtype: StoreDtype = StoreDtype.FLOAT32) -> Run:
+    run = start_run(tmp_path, model=identity_of(layout), store_dtype=store_dtype)
     for rank in range(run.plan.num_shards):
         for batch_idx, batch in enumerate(np.array_split(run.plan.shard_ordinals(rank), 4)):
             write_planned(run, layout, run.paths.checkpoint(rank, batch_idx), batch)
@@ -122,6 +122,29 @@ def test_a_part_has_a_column_for_each_output_that_others_can_read(tmp_path: Path
     ):
         found = np.array(contacts, dtype=np.float32).reshape(length, length)
         assert np.array_equal(found, outputs_of(RAGGED, sequence)["contacts"])
+
+
+@all_layouts
+def test_a_dataset_in_float16_holds_the_nearest_of_each_value(tmp_path: Path, layout: RowLayout) -> None:
+    """Two bytes for each in Parquet, whatever its shape; and float32 for whoever reads it with us."""
+    run = finished_run(tmp_path, layout, StoreDtype.FLOAT16)
+    run.assemble(part_bytes=50_000)
+    schema = pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet")
+    assert {schema.field(name).type.value_type for name in layout.names} == {pa.float16()}
+    assert verify_dataset(run.paths.run_dir) == []
+    dataset = open_dataset(run.paths.run_dir)
+    place = 0
+    for ids, outputs in dataset.batches(7):
+        for nth, sequence_id in enumerate(ids):
+            nearest = {
+                name: values.astype(np.float16).astype(np.float32)
+                for name, values in outputs_of(layout, run.sequences[place]).items()
+            }
+            assert sequence_id == run.ids[place]
+            assert_same_outputs({name: values[nth] for name, values in outputs.items()}, nearest)
+            assert_same_outputs(dataset[sequence_id], nearest)
+            place += 1
+    assert place == 150
 
 
 def test_success_json_names_the_outputs_and_the_first_ordinal_of_each_part(tmp_path: Path) -> None:

@@ -14,19 +14,20 @@ import pytest
 from tests.made_up_runs import Run, finish_run, made_up_records, start_run_of
 from tests.support import ROOT
 from vnp_lib.formats import FORMATS
+from vnp_lib.outputs import StoreDtype
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 KEEP = "\nimport numpy\nnumpy.savez('seen.npz', ids=[str(id_) for id_ in ids], embeddings=numpy.asarray(embeddings))\n"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
+@pytest.fixture(params=StoreDtype)
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
     """Its directory is `runs/mine`, as in the README, and the sequence that the README asks for is in it."""
     (tmp_path / "runs").mkdir()
     records = made_up_records()
     records.ids[7] = "P12345"
-    run = finish_run(start_run_of(tmp_path, records))
+    run = finish_run(start_run_of(tmp_path, records, store_dtype=request.param))
     run.assemble()
     run.paths.run_dir.rename(tmp_path / "runs" / "mine")
     return run
@@ -48,8 +49,9 @@ def test_every_row_is_read_with_its_id(run: Run, library: str, tmp_path: Path) -
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
     with np.load(tmp_path / "seen.npz") as seen:
         assert seen["ids"].tolist() == run.ids
-        assert seen["embeddings"].dtype == np.float32
-        assert np.array_equal(seen["embeddings"], run.expected_rows())
+        is_float16 = run.plan.store_dtype == "float16" and library in ("pandas", "polars")  # the others give float32
+        assert seen["embeddings"].dtype == (np.float16 if is_float16 else np.float32)
+        assert np.array_equal(seen["embeddings"], run.expected_rows().astype(run.plan.store_dtype))
 
 
 def test_the_readme_lists_every_format_of_export() -> None:

@@ -13,6 +13,8 @@ from tests.support import small_config
 from vnp_lib import gpu_memory
 from vnp_lib.config import EmbedConfig
 from vnp_lib.failures import ConfigError, RunDirectoryBusyError
+from vnp_lib.files import read_sealed_json, write_sealed_json
+from vnp_lib.plan import load_plan
 from vnp_lib.run import attach_run, open_run
 
 
@@ -102,6 +104,35 @@ def test_a_damaged_plan_does_not_say_how_many_tokens(tmp_path, tiny_fasta, monke
     plan_json = tmp_path / "run/plan/plan.json"
     plan_json.write_bytes(plan_json.read_bytes()[:-20])
     assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 65_536
+
+
+def test_how_the_dataset_is_stored_stays_as_the_run_was_begun_unless_the_user_says_otherwise(tmp_path, tiny_fasta):
+    """The run is the same one: what is computed does not depend on it."""
+
+    def planned(**settings: Any) -> tuple[str, str]:
+        with open_run(small_config(tiny_fasta, tmp_path / "run", **settings)) as run:
+            return run.plan.store_dtype, run.plan.fingerprint
+
+    begun = planned(store_dtype="float16")
+    assert begun[0] == "float16"
+    assert planned() == begun
+    assert planned(store_dtype="float32") == ("float32", begun[1])
+    assert planned() == ("float32", begun[1])
+    assert planned(store_dtype="float16") == begun
+    assert planned(force_restart=True) == ("float32", begun[1])
+
+
+def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32(tmp_path, tiny_fasta):
+    """It is of an earlier version."""
+    config = small_config(tiny_fasta, tmp_path / "run")
+    with open_run(config) as run:
+        plan_json = run.paths.plan_json
+    fields = read_sealed_json(plan_json)
+    del fields["store_dtype"]
+    write_sealed_json(plan_json, fields, replace=True)
+    assert load_plan(run.paths).store_dtype == "float32"
+    with open_run(config) as run:
+        assert run.plan.store_dtype == "float32"
 
 
 def test_a_run_that_asks_for_no_more_than_ever_is_the_same_run_as_ever(tmp_path: Path, tiny_fasta: Path) -> None:

@@ -18,7 +18,14 @@ from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.failures import ConfigError
-from vnp_lib.files import FileLock, digest_file, marker_path, write_marker, write_sealed_json
+from vnp_lib.files import (
+    FileLock,
+    digest_file,
+    marker_path,
+    read_sealed_json,
+    write_marker,
+    write_sealed_json,
+)
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
@@ -335,6 +342,19 @@ def test_a_dataset_of_an_earlier_quarantine_is_not_complete(unfinished):
         unfinished
     )
     assert not verify_run(unfinished.run_dir).has_dataset
+
+
+def test_a_dataset_in_another_precision_than_the_plan_has_is_not_complete(paths, tmp_path):
+    """A run was stopped after it had been told to store another."""
+    plan = load_plan(paths)
+    fields = read_sealed_json(paths.plan_json)
+    write_sealed_json(paths.plan_json, fields | {"store_dtype": "float16"}, replace=True)
+    told = "the dataset has 40 rows, but in float32, and float16 is wanted; the next run puts it together anew"
+    assert told in said(paths)
+    assert not verify_run(paths.run_dir).has_dataset
+    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid
+    assemble(load_plan(paths), paths, records)
+    assert verify_run(paths.run_dir).has_dataset
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "file"])
