@@ -1,6 +1,7 @@
 """Runs whose checkpoints hold made-up rows, one for each sequence, without a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
-from vnp_lib.outputs import StoreDtype
+from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
@@ -119,6 +120,38 @@ def finish_run(run: Run, *, without: Sequence[int] = ()) -> Run:
         batches = [batch for batch in np.array_split(ordinals, 4) if batch.size]
         for batch_idx, batch in enumerate(batches):
             write_checkpoint(run.plan, run.paths.checkpoint(rank, batch_idx), batch)
+    return run
+
+
+def identity_of(layout: RowLayout) -> ModelIdentity:
+    return replace(MODEL, **layout.identity())
+
+
+def outputs_of(layout: RowLayout, sequence: str) -> dict[str, NDArray[np.float32]]:
+    """Arrays that only this sequence has."""
+    draw = np.random.default_rng(list(sequence.encode()))
+    shapes = {output.name: output.shape(len(sequence), DIM) for output in layout.outputs}
+    return {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def row_of(layout: RowLayout, sequence: str) -> NDArray[np.float32]:
+    return np.concatenate([values.ravel() for values in outputs_of(layout, sequence).values()])
+
+
+def write_planned(run: Run, layout: RowLayout, path: Path, ordinals: NDArray[np.int64]) -> None:
+    rows = [row_of(layout, sequence) for sequence in run.plan.fetch(ordinals)[1]]
+    if layout.is_fixed:
+        write_checkpoint(run.plan, path, ordinals, rows=np.stack(rows))
+    else:
+        widths = np.array([row.size for row in rows])
+        write_checkpoint(run.plan, path, ordinals, rows=np.concatenate(rows), offsets=offsets_of(widths))
+
+
+def finished_run_of(tmp_path: Path, layout: RowLayout, store_dtype: StoreDtype = StoreDtype.FLOAT32) -> Run:
+    run = start_run(tmp_path, model=identity_of(layout), store_dtype=store_dtype)
+    for rank in range(run.plan.num_shards):
+        for batch_idx, batch in enumerate(np.array_split(run.plan.shard_ordinals(rank), 4)):
+            write_planned(run, layout, run.paths.checkpoint(rank, batch_idx), batch)
     return run
 
 

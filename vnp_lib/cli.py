@@ -14,7 +14,7 @@ from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line
 from vnp_lib.export import export_dataset
 from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError, VnpError
-from vnp_lib.formats import FORMATS
+from vnp_lib.formats import FORMATS, RAGGED_FORMATS
 from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
@@ -85,6 +85,7 @@ def export(options: argparse.Namespace) -> ExitCode:
         done = export_dataset(
             options.run_dir,
             options.to,
+            column=options.column,
             output=options.output,
             dtype=options.store_dtype,
             replace=options.force,
@@ -191,9 +192,16 @@ def _add_export(commands: _Commands) -> None:
         description="Write the dataset in a format that other tools read, and print how to read it. Whole or not at all,\n"
         "whatever is killed when; the dataset stays as it is. Exit code 0, 1: the disk or the dataset failed, 2: something\n"
         "that was given cannot be used.",
-        epilog="formats:\n" + "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items()),
+        epilog="formats:\n"
+        + "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items())
+        + f"\n\nfor columns with values for each residue (per_tok, contacts, logits): {', '.join(RAGGED_FORMATS)}",
     )
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below")
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the column of the dataset to export: mean_33, per_tok_33; by default the only one of vectors, and all for esm-extract",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="PATH", help="the file or directory to write; by default in RUN_DIR/exports"
     )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.columns import column_names, values_at
 from vnp_lib.failures import StorageError
-from vnp_lib.outputs import RowLayout, StoreDtype
+from vnp_lib.outputs import Output, RowLayout, StoreDtype
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from torch import Tensor
@@ -134,6 +134,11 @@ class EmbeddingDataset:
         """What there is of each sequence, by name: `("mean_33",)`, `("mean_33", "per_tok_33", "contacts")`."""
         return tuple(self.metadata.get("outputs") or [f"mean_{self.metadata['identity']['layer']}"])
 
+    @cached_property
+    def columns(self) -> dict[str, Output]:
+        """The columns that hold what was computed, by name: `embedding`, or one for each of `outputs`."""
+        return dict(zip(column_names(self._layout), self._layout.outputs, strict=True))
+
     @property
     def is_one_mean(self) -> bool:
         """Whether a row is a vector: the mean of a layer, and nothing else."""
@@ -231,25 +236,30 @@ class EmbeddingDataset:
             with _damage_is_storage_error(self._path(part)):
                 yield from self._file(part).iter_batches(batch_size, columns=list(columns))
 
+    def row_groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The same, as many rows at a time as take about 4 MiB, or one that takes more: however long its sequence is."""
+        for part in range(self._num_parts):
+            with _damage_is_storage_error(self._path(part)):
+                for group in range(self._file(part).num_row_groups):
+                    yield _as_batch(self._file(part).read_row_group(group, columns=list(columns)))
+
+    def arrays_in(self, batch: pa.RecordBatch, column: str) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+        """A column of a batch: vectors as (n, dim); others, for which the batch needs `length`, as n arrays in their shapes."""
+        output, values = self.columns[column], batch.column(column)
+        if output.is_fixed:
+            return as_rows(values)
+        return [
+            values_at(values, row).reshape(output.shape(length, self.dim))
+            for row, length in enumerate(batch.column("length").to_pylist())
+        ]
+
     def _rows_in(self, batch: pa.RecordBatch) -> Rows:
-        if self.is_one_mean:
-            return as_rows(batch.column("embedding"))
-        lengths = batch.column("length").to_pylist()
-        rows: dict[str, NDArray[np.float32] | list[NDArray[np.float32]]] = {}
-        for output in self._layout.outputs:
-            column = batch.column(output.name)
-            rows[output.name] = (
-                as_rows(column)
-                if output.is_fixed
-                else [
-                    values_at(column, row).reshape(output.shape(length, self.dim)) for row, length in enumerate(lengths)
-                ]
-            )
-        return rows
+        rows = {name: self.arrays_in(batch, name) for name in self.columns}
+        return rows["embedding"] if self.is_one_mean else rows
 
     @property
     def _columns(self) -> list[str]:
-        return ["id", "length", *column_names(self._layout)]
+        return ["id", "length", *self.columns]
 
     def _part_of(self, ordinal: int) -> int:
         if "first_ordinals" in self.metadata:
@@ -284,7 +294,7 @@ class EmbeddingDataset:
         length = batch.column("length")[place].as_py()
         values = {
             output.name: values_at(batch.column(column), place).reshape(output.shape(length, self.dim))
-            for output, column in zip(self._layout.outputs, column_names(self._layout), strict=True)
+            for column, output in self.columns.items()
         }
         return batch.column("id")[place].as_py(), values[self.outputs[0]] if self.is_one_mean else values
 
@@ -304,8 +314,7 @@ class EmbeddingDataset:
     def _read_row_group(self, part: int, group: int) -> pa.RecordBatch:
         with _damage_is_storage_error(self._path(part)):
             # Without Arrow's threads, which a forked child lacks.
-            table = self._file(part).read_row_group(group, columns=self._columns, use_threads=False)
-        return table.combine_chunks().to_batches()[0]
+            return _as_batch(self._file(part).read_row_group(group, columns=self._columns, use_threads=False))
 
 
 def as_rows(embeddings: pa.FixedSizeListArray) -> NDArray[np.float32]:
@@ -354,6 +363,10 @@ def footer_of(path: Path) -> dict[str, Any]:
 def _require_footer(path: Path, part: dict[str, Any]) -> None:
     if _sha256_of_end(path, part["footer_bytes"]) != part["footer_sha256"]:
         raise StorageError(f"{path} is damaged: its footer is not the one that was written")
+
+
+def _as_batch(table: pa.Table) -> pa.RecordBatch:
+    return table.combine_chunks().to_batches()[0]
 
 
 def _sha256_of_end(path: Path, size_bytes: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from vnp_lib.embedder import PackedModel, embed_batch
 from vnp_lib.esm2 import architecture_of
+from vnp_lib.extract_files import extract_file
 from vnp_lib.failures import ConfigError, FailureKind, FastaError, SequenceTooLargeError, classify_exception
 from vnp_lib.fasta import read_fasta
 from vnp_lib.files import path_below, remove_orphaned_temporaries, replace_unsynced
 from vnp_lib.heads import with_heads
 from vnp_lib.inputs import InputPolicy, Source, read
-from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
+from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs
 from vnp_lib.packing import pack
 from vnp_lib.pooling import split_rows
 from vnp_lib.progress import RunProgress
@@ -84,7 +85,7 @@ def extract(settings: ExtractSettings) -> int:
         for batch in _batches(labels, sequences, settings.toks_per_batch):
             results = _results(network, batch.to(device), layout)
             for ordinal, label, result in zip(batch.ordinals.tolist(), batch.sequence_ids, results, strict=True):
-                _save({"label": label, **result}, paths[ordinal], settings.output_dir)
+                _save(extract_file(label, result), paths[ordinal], settings.output_dir)
             progress.advance(0, sequences=batch.num_sequences, tokens=batch.num_tokens)
     return len(labels)
 
@@ -149,22 +150,16 @@ def _batches(labels: Sequence[str], sequences: Sequence[str], token_budget: int)
 
 
 @torch.inference_mode()
-def _results(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Iterator[dict[str, Any]]:
-    """What goes into the file of each sequence, by extract.py's names. No tensor is a view: a file would hold all that it is of."""
+def _results(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Iterator[dict[Output, Tensor]]:
+    """What goes into the file of each sequence. No tensor is a view: a file would hold all that it is of."""
     lengths = batch.lengths
     rows = split_rows(_rows(network, batch, layout), layout.widths(lengths))
     for row, length in zip(rows, lengths.tolist(), strict=True):
         shapes = [output.shape(length, layout.embed_dim) for output in layout.outputs]
-        result: dict[str, Any] = {}
-        for output, part, shape in zip(
-            layout.outputs, row.split_with_sizes([prod(shape) for shape in shapes]), shapes, strict=True
-        ):
-            tensor = part.view(shape).clone()
-            if output.layer is None:
-                result[output.name] = tensor
-            else:
-                result.setdefault(_NAMES[output.kind], {})[output.layer] = tensor
-        yield result
+        parts = row.split_with_sizes([prod(shape) for shape in shapes])
+        yield {
+            output: part.view(shape).clone() for output, part, shape in zip(layout.outputs, parts, shapes, strict=True)
+        }
 
 
 def _rows(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Tensor:
@@ -179,15 +174,8 @@ def _rows(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Tensor
         ) from error
 
 
-_NAMES = {
-    OutputKind.PER_TOK: "representations",
-    OutputKind.MEAN: "mean_representations",
-    OutputKind.BOS: "bos_representations",
-}
-
-
-def _save(result: Mapping[str, Any], path: Path, output_dir: Path) -> None:
+def _save(result: dict[str, Any], path: Path, output_dir: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    torch.save(dict(result), data)
+    torch.save(result, data)
     replace_unsynced(path, data.getbuffer(), by_way_of=output_dir)

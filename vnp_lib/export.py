@@ -13,7 +13,7 @@ from pathlib import Path
 from vnp_lib.dataset import EmbeddingDataset, open_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import make_directory, remove_orphaned_temporaries, require_free_space
-from vnp_lib.formats import FORMATS, Format, Rows, ids_beside
+from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, ids_beside
 from vnp_lib.outputs import StoreDtype
 from vnp_lib.terminal import format_bytes
 
@@ -49,6 +49,7 @@ def export_dataset(
     run: Path,
     to: str,
     *,
+    column: str | None = None,
     output: Path | None = None,
     dtype: StoreDtype = StoreDtype.FLOAT32,
     replace: bool = False,
@@ -57,12 +58,13 @@ def export_dataset(
     """Write a run's dataset in another format. The dataset stays as it is.
 
     Memory is for a part of the dataset and a few batches, about 200 MiB, whatever the number of rows: for VirNucPro's files
-    400 MiB, for safetensors 8 bytes a row more. What is under the final name is whole and durable, also where the export is
+    400 MiB, for safetensors 8 bytes a row more; where residues have values of their own, the longest sequence's too. What is under the final name is whole and durable, also where the export is
     killed; what a killed one left is removed by the next one there.
 
     Args:
         run: The run directory, or the dataset in it.
-        to: One of `FORMATS`.
+        to: One of `FORMATS`; where residues have values of their own, one of `RAGGED_FORMATS`.
+        column: Of the dataset: `mean_33`. By default the only one of vectors; all of them where the format holds several.
         output: The file, or the directory for a format that is one; its suffix is added where it lacks it. By default in
             `exports` in the run directory.
         dtype: In which precision to store the values. Values that float16 cannot hold are an error.
@@ -70,16 +72,16 @@ def export_dataset(
         allow_partial: Take a dataset from which sequences are missing.
 
     Raises:
-        ConfigError: There is no dataset, it is partial, the format cannot take it, a library is missing, or something is
-            there already.
+        ConfigError: There is no dataset, it is partial, it has no such column, or several to choose from, the format cannot
+            take it, a library is missing, or something is there already.
         StorageError: The dataset is damaged, or the disk takes no more.
     """
-    chosen = FORMATS[to]
     dataset = _open(run, allow_partial=allow_partial)
+    rows = Rows(dataset=dataset, columns=_columns(dataset, to, column), dtype=dtype)
+    chosen = _format(to, rows)
     _require_dtype(to, chosen, dtype)
     _require_library(to, chosen)
-    rows = Rows(dataset=dataset, dtype=dtype)
-    path = _path(dataset, to, chosen, output)
+    path = _path(rows, to, chosen, output)
     _require_place(path, chosen, replace=replace)
     _advise(to, chosen, rows)
     try:
@@ -108,17 +110,38 @@ def _open(run: Path, *, allow_partial: bool) -> EmbeddingDataset:
         dataset = open_dataset(run)
     except StorageError as error:
         raise ConfigError(str(error)) from error
-    if not dataset.is_one_mean:
-        raise ConfigError(
-            f"{run} has {', '.join(dataset.outputs)}, and an export takes the mean of one layer alone; read it with "
-            "`vnp_lib.dataset.open_dataset`"
-        )
     if (num_missing := dataset.metadata["num_missing"]) and not allow_partial:
         raise ConfigError(
             f"{run}: {num_missing:,} sequences are missing from the dataset; start the run again to complete it, or "
             f"export what there is with --allow-partial"
         )
     return dataset
+
+
+def _columns(dataset: EmbeddingDataset, to: str, column: str | None) -> tuple[str, ...]:
+    there_are = f"{dataset.directory} has the columns {', '.join(dataset.columns)}"
+    if column is not None:
+        if column not in dataset.columns:
+            raise ConfigError(f"--column {column}: there is no such column; {there_are}")
+        return (column,)
+    if FORMATS[to].holds_several:
+        return tuple(dataset.columns)
+    vectors = [name for name, output in dataset.columns.items() if output.is_fixed]
+    columns = vectors or list(dataset.columns)
+    if len(columns) > 1:
+        raise ConfigError(f"{there_are}, and --to {to} holds one: choose with --column {columns[0]}, for example")
+    return tuple(columns)
+
+
+def _format(to: str, rows: Rows) -> Format:
+    if rows.is_fixed:
+        return FORMATS[to]
+    if to not in RAGGED_FORMATS:
+        raise ConfigError(
+            f"--to {to} has a vector for each sequence, and {', '.join(rows.columns)} has values for each residue: choose one of "
+            f"{', '.join(RAGGED_FORMATS)}, or another --column"
+        )
+    return RAGGED_FORMATS[to]
 
 
 def _require_dtype(to: str, chosen: Format, dtype: StoreDtype) -> None:
@@ -135,9 +158,11 @@ def _require_library(to: str, chosen: Format) -> None:
         )
 
 
-def _path(dataset: EmbeddingDataset, to: str, chosen: Format, output: Path | None) -> Path:
+def _path(rows: Rows, to: str, chosen: Format, output: Path | None) -> Path:
     if output is None:
-        return dataset.directory.parent / "exports" / (f"embeddings{chosen.suffixes[0]}" if chosen.suffixes else to)
+        chosen_columns = () if rows.columns == tuple(rows.dataset.columns) else rows.columns
+        name = "-".join(["embeddings" if chosen.suffixes else to, *chosen_columns])
+        return rows.dataset.directory.parent / "exports" / (name + "".join(chosen.suffixes[:1]))
     if chosen.suffixes and not output.name.endswith(chosen.suffixes):
         return output.with_name(output.name + chosen.suffixes[0])
     return output

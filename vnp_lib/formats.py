@@ -6,41 +6,47 @@ directory whole or not at all. Errors of the disk come out as OSError.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import zipfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, groupby
+from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from vnp_lib import files
 from vnp_lib.dataset import EmbeddingDataset, as_rows
+from vnp_lib.extract_files import extract_file
 from vnp_lib.failures import ConfigError
 from vnp_lib.files import durable_directory, durable_file, durable_path, path_below
 from vnp_lib.hdf5 import Hdf5File, open_hdf5
-from vnp_lib.outputs import StoreDtype, Values, as_stored
+from vnp_lib.outputs import Output, OutputKind, StoreDtype, Values, as_stored, offsets_of
 
 if TYPE_CHECKING:  # it takes seconds to import, and most formats do without
     from torch import Tensor
 
 _BATCH_BYTES = 16 * 1024**2  # of embeddings, at a time
 _CHUNK_BYTES = 1024**2  # of an HDF5 dataset: what is read to get at one row
+_BATCH_IDS = 65_536
 _VIRNUCPRO_FILE_SEQUENCES = 10_000
+_IN_SAFETENSORS = {"int64": "I64", "int32": "I32", "float32": "F32", "float16": "F16", "uint8": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is to be exported: the rows of a dataset, in input order."""
+    """What is to be exported: columns of a dataset, its rows in input order."""
 
     dataset: EmbeddingDataset
+    columns: tuple[str, ...]  # one, but for a format that holds several
     dtype: StoreDtype
 
     def __len__(self) -> int:
@@ -51,15 +57,39 @@ class Rows:
         return self.dataset.dim
 
     @property
-    def layer(self) -> int:
-        return int(self.dataset.metadata["identity"]["layer"])
+    def outputs(self) -> tuple[Output, ...]:
+        return tuple(self.dataset.columns[column] for column in self.columns)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether there is nothing but vectors."""
+        return all(output.is_fixed for output in self.outputs)
 
     @property
     def about(self) -> dict[str, str]:
-        """What the embeddings are of: model, layer, pooling, dtype of the computation, fingerprint of the run."""
+        """What the one column is of: model, layer if it is of one, pooling, dtype of the computation, fingerprint of the run."""
+        (output,) = self.outputs
         identity = self.dataset.metadata["identity"]
-        known = {name: str(identity[name]) for name in ("model", "layer", "pooling", "dtype")}
-        return known | {"fingerprint": str(self.dataset.metadata["fingerprint"])}
+        of_a_layer = {} if output.layer is None else {"layer": str(output.layer)}
+        return {
+            "model": str(identity["model"]),
+            **of_a_layer,
+            "pooling": output.kind.value,
+            "dtype": str(identity["dtype"]),
+            "fingerprint": str(self.dataset.metadata["fingerprint"]),
+        }
+
+    @property
+    def num_values(self) -> int:
+        if self.is_fixed:  # which says it without looking at each of many millions
+            return len(self) * len(self.columns) * self.dim
+        return sum(int(output.widths(self.lengths, self.dim).sum()) for output in self.outputs)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Residues, (N,)."""
+        batches = self.dataset.record_batches(_BATCH_IDS, ["length"])
+        return np.concatenate([batch.column("length").to_numpy() for batch in batches])
 
     @cached_property
     def id_width(self) -> int:
@@ -67,33 +97,56 @@ class Rows:
         return max(len(sequence_id) for ids in self.ids() for sequence_id in ids)
 
     def ids(self) -> Iterator[list[str]]:
-        for batch in self._batches("id"):
+        for batch in self.dataset.record_batches(_BATCH_IDS, ["id"]):
             yield _ids(batch)
 
     def batches(self) -> Iterator[tuple[list[str], Values]]:
-        """Ids and embeddings, (n, dim)."""
-        for batch in self._batches("id", "embedding"):
+        """Ids and vectors, (n, dim), of the one column."""
+        for batch in self._batches("id"):
             ids = _ids(batch)
-            yield ids, self._values(ids, batch)
-
-    def headers(self) -> Iterator[tuple[list[str], Values]]:
-        """FASTA headers without ">", one space between id and description, and embeddings, (n, dim)."""
-        for batch in self._batches("id", "description", "embedding"):
-            ids = _ids(batch)
-            described = zip(ids, batch.column("description").to_pylist(), strict=True)
-            yield [f"{id_} {description}".rstrip() for id_, description in described], self._values(ids, batch)
+            yield ids, self._vectors(ids, batch)
 
     def placed(self) -> Iterator[tuple[list[int], list[str], Values]]:
-        """Positions in the input, from 0, ids and embeddings, (n, dim)."""
-        for batch in self._batches("ordinal", "id", "embedding"):
+        """Positions in the input, from 0, ids and vectors, (n, dim), of the one column."""
+        for batch in self._batches("ordinal", "id"):
             ids = _ids(batch)
-            yield batch.column("ordinal").to_pylist(), ids, self._values(ids, batch)
+            yield batch.column("ordinal").to_pylist(), ids, self._vectors(ids, batch)
 
-    def _batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
-        return self.dataset.record_batches(max(1, _BATCH_BYTES // (4 * self.dim)), columns)
+    def arrays(self) -> Iterator[tuple[list[str], Sequence[Values]]]:
+        """Ids and arrays, each in its shape, of the one column."""
+        (column,) = self.columns
+        for batch in self._batches("id", "length"):
+            ids = _ids(batch)
+            yield ids, self._arrays(ids, batch, column)
 
-    def _values(self, ids: list[str], batch: pa.RecordBatch) -> Values:
-        rows = as_rows(batch.column("embedding"))
+    def headed(self) -> Iterator[tuple[str, dict[Output, Values]]]:
+        """Each sequence's FASTA header without ">", one space between id and description, and its arrays, in their shapes."""
+        for batch in self._batches("id", "description", "length"):
+            ids = _ids(batch)
+            arrays = [self._arrays(ids, batch, column) for column in self.columns]
+            for id_, description, *own in zip(ids, batch.column("description").to_pylist(), *arrays, strict=True):
+                yield f"{id_} {description}".rstrip(), dict(zip(self.outputs, own, strict=True))
+
+    def _batches(self, *beside: str) -> Iterator[pa.RecordBatch]:
+        """The columns, and others beside them."""
+        columns = [*beside, *self.columns]
+        if not self.is_fixed:
+            return self.dataset.row_groups(columns)
+        return self.dataset.record_batches(max(1, _BATCH_BYTES // (4 * self.dim * len(self.columns))), columns)
+
+    def _vectors(self, ids: list[str], batch: pa.RecordBatch) -> Values:
+        (column,) = self.columns
+        return self._as_stored(ids, as_rows(batch.column(column)))
+
+    def _arrays(self, ids: list[str], batch: pa.RecordBatch, column: str) -> Sequence[Values]:
+        arrays = self.dataset.arrays_in(batch, column)
+        if isinstance(arrays, np.ndarray):
+            return list(self._as_stored(ids, arrays))
+        flat = (self._as_stored([id_], array.reshape(1, -1)) for id_, array in zip(ids, arrays, strict=True))
+        return [values.reshape(array.shape) for values, array in zip(flat, arrays, strict=True)]
+
+    def _as_stored(self, ids: list[str], rows: NDArray[np.float32]) -> Values:
+        """Rows, (n, W), in the precision that is wanted."""
         if self.dtype is StoreDtype.FLOAT32:
             return rows
         halved = as_stored(rows, self.dtype)
@@ -113,6 +166,7 @@ class Format:
 
     write: Callable[[Rows, Path, bool], None]  # rows, where to, whether to replace what is there
     about: str  # in a line
+    holds_several: bool = False  # columns; others hold one
     suffixes: tuple[str, ...] = ()  # names that a file may have, the first by default; none: it is a directory
     has_ids_beside: bool = False  # a second file, `ids_beside`
     library: str | None = None  # needed to write it, and not among what is always there
@@ -129,7 +183,7 @@ class Format:
     def size_bytes(self, rows: Rows) -> int:
         """Space that it takes on disk, about."""
         bytes_per_value = self.bytes_per_value or np.dtype(rows.dtype).itemsize
-        return len(rows) * (rows.dim * bytes_per_value + self.bytes_per_row)
+        return rows.num_values * bytes_per_value + len(rows) * self.bytes_per_row
 
 
 def write_npy(rows: Rows, path: Path, replace: bool) -> None:
@@ -152,16 +206,12 @@ def ids_beside(path: Path) -> Path:
 
 def write_npz(rows: Rows, path: Path, replace: bool) -> None:
     """The arrays `ids` and `embeddings`, uncompressed."""
-    id_dtype = f"<U{rows.id_width}"
-    with durable_file(path, replace=replace) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("ids.npy", "w", force_zip64=True) as member:
-            _write_npy_header(member, (len(rows),), id_dtype)
-            for ids in rows.ids():
-                member.write(np.array(ids, dtype=id_dtype).tobytes())
-        with archive.open("embeddings.npy", "w", force_zip64=True) as member:
-            _write_npy_header(member, (len(rows), rows.dim), rows.dtype)
-            for _, values in rows.batches():
-                member.write(values.data)
+    _write_npz(path, [_fixed_width_ids(rows), _matrix(rows)], replace)
+
+
+def write_ragged_npz(rows: Rows, path: Path, replace: bool) -> None:
+    """The arrays `ids`, `values`, `offsets` and `lengths`, uncompressed, as `_ragged` has them."""
+    _write_npz(path, [_fixed_width_ids(rows), *_ragged(rows)], replace)
 
 
 def write_csv(rows: Rows, path: Path, replace: bool) -> None:
@@ -184,12 +234,12 @@ def write_hdf5(rows: Rows, path: Path, replace: bool) -> None:
 
 
 def write_hdf5_uniprot(rows: Rows, path: Path, replace: bool) -> None:
-    """A dataset for each accession, (D,), all at the root."""
+    """A dataset for each accession, (D,), or (L, D) where residues have their own, all at the root."""
     with durable_path(path, replace=replace) as temporary, open_hdf5(temporary) as file:
         _describe(file.root, rows)
-        for ids, values in rows.batches():
-            for sequence_id, row in zip(ids, values, strict=True):
-                file.root.create_dataset(_key(sequence_id, taken=file.root), data=row, track_times=False)
+        for ids, arrays in rows.arrays():
+            for sequence_id, array in zip(ids, arrays, strict=True):
+                file.root.create_dataset(_key(sequence_id, taken=file.root), data=array, track_times=False)
             file.require_sound()
 
 
@@ -221,23 +271,12 @@ def write_safetensors(rows: Rows, path: Path, replace: bool) -> None:
     The ids are tensors since the header, where `__metadata__` is, may have no more than 100 MB and is read as a whole by
     everybody who opens the file.
     """
-    lengths = (len(sequence_id.encode()) for ids in rows.ids() for sequence_id in ids)
-    offsets = np.zeros(len(rows) + 1, dtype="<i8")
-    np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(rows)), out=offsets[1:])
-    matrix_bytes = len(rows) * rows.dim * np.dtype(rows.dtype).itemsize
-    dtype = {StoreDtype.FLOAT32: "F32", StoreDtype.FLOAT16: "F16"}[rows.dtype]
-    tensors = (  # the widest first: so they are all aligned
-        ("id_offsets", "I64", [len(rows) + 1], offsets.nbytes),
-        ("embeddings", dtype, [len(rows), rows.dim], matrix_bytes),
-        ("ids", "U8", [int(offsets[-1])], int(offsets[-1])),
-    )
-    with durable_file(path, replace=replace) as file:
-        file.write(_safetensors_header(tensors, rows.about))
-        file.write(offsets.data)
-        for _, values in rows.batches():
-            file.write(values.data)
-        for ids in rows.ids():
-            file.write("".join(ids).encode())
+    _write_safetensors(path, [*_utf8_ids(rows), _matrix(rows)], rows.about, replace)
+
+
+def write_ragged_safetensors(rows: Rows, path: Path, replace: bool) -> None:
+    """The tensors `values`, `offsets` and `lengths`, as `_ragged` has them, and `ids` and `id_offsets` as in other exports."""
+    _write_safetensors(path, [*_utf8_ids(rows), *_ragged(rows)], rows.about, replace)
 
 
 def write_virnucpro(rows: Rows, path: Path, replace: bool) -> None:
@@ -259,22 +298,21 @@ def write_virnucpro(rows: Rows, path: Path, replace: bool) -> None:
 
 
 def write_esm_extract(rows: Rows, path: Path, replace: bool) -> None:
-    """`{header}.pt` for each sequence, as fair-esm's scripts/extract.py --include mean writes it.
+    """`{header}.pt` for each sequence, as fair-esm's scripts/extract.py writes it, with all columns.
 
-    Each is `{"label": header, "mean_representations": {layer: tensor}}`. As there, a "/" in the header makes directories;
-    what would lead elsewhere is refused.
+    Each is what `extract_file` makes of it. As there, a "/" in the header makes directories; what would lead elsewhere is
+    refused.
     """
     with durable_directory(path, replace=replace) as directory:
-        for headers, values in rows.headers():
-            for header, tensor in zip(headers, _tensors(values), strict=True):
-                target = _path_of(header, directory)
-                try:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _save({"label": header, "mean_representations": {rows.layer: tensor}}, target)
-                except (FileExistsError, NotADirectoryError):
-                    raise ConfigError(
-                        f"another sequence has the file of {header!r} already: choose another format"
-                    ) from None
+        for header, arrays in rows.headed():
+            target = _path_of(header, directory)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _save(extract_file(header, {output: _tensor(array) for output, array in arrays.items()}), target)
+            except (FileExistsError, NotADirectoryError):
+                raise ConfigError(
+                    f"another sequence has the file of {header!r} already: choose another format"
+                ) from None
 
 
 FORMATS = {
@@ -378,16 +416,49 @@ for number in range(1, len(list(Path({path!r}).iterdir())) + 1):
     ),
     "esm-extract": Format(
         write=write_esm_extract,
-        about="a directory with HEADER.pt for each sequence, as fair-esm's extract.py writes; up to a million",
+        about="a directory with HEADER.pt for each sequence, as fair-esm's extract.py writes, all columns; up to a million",
+        holds_several=True,
         bytes_per_row=6_000,  # blocks of 4 KiB
         num_rows_advised=1_000_000,
         read="""
 import torch
 from pathlib import Path
 files = [torch.load(path) for path in Path({path!r}).rglob("*.pt")]
-embeddings = {{file["label"]: file["mean_representations"] for file in files}}
+embeddings = {{file.pop("label"): file for file in files}}
 """,
     ),
+}
+
+RAGGED_FORMATS = {  # for what is as long as its sequence
+    "npz": dataclasses.replace(
+        FORMATS["npz"],
+        write=write_ragged_npz,
+        read="""
+import numpy as np
+from itertools import pairwise
+arrays = np.load({path!r})
+ids, values, lengths = arrays["ids"], arrays["values"], arrays["lengths"]
+spans = zip(pairwise(arrays["offsets"]), lengths)
+embeddings = [values[start:stop].reshape(length, -1) for (start, stop), length in spans]
+""",
+    ),
+    "hdf5-uniprot": FORMATS["hdf5-uniprot"],
+    "safetensors": dataclasses.replace(
+        FORMATS["safetensors"],
+        write=write_ragged_safetensors,
+        read="""
+from itertools import pairwise
+from safetensors import safe_open
+with safe_open({path!r}, framework="pt") as file:
+    values, lengths = file.get_tensor("values"), file.get_tensor("lengths").tolist()
+    spans = zip(pairwise(file.get_tensor("offsets").tolist()), lengths)
+    id_spans = pairwise(file.get_tensor("id_offsets").tolist())
+    text = file.get_tensor("ids").numpy().tobytes()
+ids = [text[start:stop].decode() for start, stop in id_spans]
+embeddings = [values[start:stop].reshape(length, -1) for (start, stop), length in spans]
+""",
+    ),
+    "esm-extract": FORMATS["esm-extract"],
 }
 
 
@@ -406,12 +477,92 @@ def _write_npy_header(file: IO[bytes] | io.RawIOBase, shape: tuple[int, ...], dt
     np.lib.format.write_array_header_1_0(file, described)
 
 
-def _safetensors_header(tensors: Sequence[tuple[str, str, list[int], int]], about: dict[str, str]) -> bytes:
-    """Of tensors that lie end to end, by name, dtype, shape and bytes. The length comes first, then JSON, a multiple of 8."""
-    ends = list(accumulate(size_bytes for *_, size_bytes in tensors))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Streamed:
+    """An array that is written piece by piece."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    pieces: Iterable[NDArray[Any]]  # end to end, they are its values
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def _matrix(rows: Rows) -> _Streamed:
+    """`embeddings`, (N, D)."""
+    pieces = (values for _, values in rows.batches())
+    return _Streamed(name="embeddings", dtype=np.dtype(rows.dtype), shape=(len(rows), rows.dim), pieces=pieces)
+
+
+def _ragged(rows: Rows) -> list[_Streamed]:
+    """`values`, `offsets`, int64 (N + 1,), where those of each sequence begin and end, and `lengths`, int32 (N,), residues.
+
+    `values` has a row for each residue, (R, D), of all sequences; of contacts, which are as wide as they are long, a number
+    for each pair of residues, (P,). So `values[offsets[i]:offsets[i + 1]].reshape(lengths[i], -1)` is in shape.
+    """
+    (output,) = rows.outputs
+    is_square = output.kind == OutputKind.CONTACTS
+    offsets = offsets_of(rows.lengths.astype(np.int64) ** (2 if is_square else 1))
+    width = () if is_square else output.shape(1, rows.dim)[1:]
+    values = (array for _, arrays in rows.arrays() for array in arrays)
+    return [
+        _whole("offsets", offsets),
+        _whole("lengths", rows.lengths),
+        _Streamed(name="values", dtype=np.dtype(rows.dtype), shape=(int(offsets[-1]), *width), pieces=values),
+    ]
+
+
+def _fixed_width_ids(rows: Rows) -> _Streamed:
+    dtype = np.dtype(f"<U{rows.id_width}")
+    pieces = (np.array(ids, dtype=dtype) for ids in rows.ids())
+    return _Streamed(name="ids", dtype=dtype, shape=(len(rows),), pieces=pieces)
+
+
+def _utf8_ids(rows: Rows) -> list[_Streamed]:
+    widths = (len(sequence_id.encode()) for ids in rows.ids() for sequence_id in ids)
+    offsets = offsets_of(np.fromiter(widths, dtype=np.int64, count=len(rows)))
+    pieces = (np.frombuffer("".join(ids).encode(), dtype=np.uint8) for ids in rows.ids())
+    return [
+        _whole("id_offsets", offsets),
+        _Streamed(name="ids", dtype=np.dtype(np.uint8), shape=(int(offsets[-1]),), pieces=pieces),
+    ]
+
+
+def _whole(name: str, array: NDArray[Any]) -> _Streamed:
+    return _Streamed(name=name, dtype=array.dtype, shape=array.shape, pieces=[array])
+
+
+def _write_npz(path: Path, arrays: Sequence[_Streamed], replace: bool) -> None:
+    with durable_file(path, replace=replace) as file, zipfile.ZipFile(file, "w") as archive:
+        for array in arrays:
+            with archive.open(f"{array.name}.npy", "w", force_zip64=True) as member:
+                _write_npy_header(member, array.shape, array.dtype)
+                for piece in array.pieces:
+                    member.write(piece.data)
+
+
+def _write_safetensors(path: Path, tensors: Sequence[_Streamed], about: dict[str, str], replace: bool) -> None:
+    aligned = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # the widest first: so they all are
+    with durable_file(path, replace=replace) as file:
+        file.write(_safetensors_header(aligned, about))
+        for tensor in aligned:
+            for piece in tensor.pieces:
+                file.write(piece.data)
+
+
+def _safetensors_header(tensors: Sequence[_Streamed], about: dict[str, str]) -> bytes:
+    """Of tensors that lie end to end. The length comes first, then JSON, a multiple of 8."""
+    ends = list(accumulate(tensor.size_bytes for tensor in tensors))
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"} | about}
-    for (name, dtype, shape, _), start, end in zip(tensors, chain([0], ends), ends, strict=False):
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    for tensor, start, end in zip(tensors, chain([0], ends), ends, strict=False):
+        fields[tensor.name] = {
+            "dtype": _IN_SAFETENSORS[tensor.dtype.name],
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -469,15 +620,14 @@ def _fill(file: Hdf5File, matrix: Any, names: Any, rows: Rows) -> None:
 
 def _placed_tensors(rows: Rows) -> Iterator[tuple[int, str, Tensor]]:
     for ordinals, ids, values in rows.placed():
-        yield from zip(ordinals, ids, _tensors(values), strict=True)
+        yield from zip(ordinals, ids, map(_tensor, values), strict=True)
 
 
-def _tensors(values: Values) -> Iterator[Tensor]:
-    """Rows as tensors that own their memory: torch.save writes all of the memory of which a tensor is a part."""
+def _tensor(array: Values) -> Tensor:
+    """A tensor that owns its memory: torch.save writes all of the memory of which a tensor is a part."""
     import torch
 
-    for row in torch.from_numpy(values):
-        yield row.clone()
+    return torch.from_numpy(array).clone()
 
 
 def _save(value: Any, path: Path) -> None:

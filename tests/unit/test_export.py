@@ -33,10 +33,14 @@ from tests.made_up_runs import (
     Run,
     embed,
     finish_run,
+    finished_run_of,
+    identity_of,
     made_up_records,
+    outputs_of,
     start_run,
     start_run_of,
     write_checkpoint,
+    write_planned,
 )
 from vnp_lib import formats
 from vnp_lib.cli import main
@@ -44,8 +48,8 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.export import Export, export_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import DurableOps
-from vnp_lib.formats import FORMATS, Rows, accession
-from vnp_lib.outputs import StoreDtype
+from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, accession
+from vnp_lib.outputs import RowLayout, StoreDtype
 
 ODD_IDS = ["sp|P12345|NAME_HUMAN", "tr|A0A0", "NA", "1.0", "café|½", 'a,"b"', "'", "{path}", "p:0\\1", "-inf"]
 
@@ -71,13 +75,22 @@ def read_back(done: Export) -> dict[str, Any]:
     return names
 
 
-def rows_by_id(done: Export, run: Run, to: str) -> dict[str, NDArray[Any]]:
+def in_extract_file(file: dict[str, Any], output: str) -> torch.Tensor:
+    """An output where fair-esm's script puts it, or would, by our name: `file["mean_representations"][6]` is `mean_6`."""
+    kind, _, layer = output.rpartition("_")
+    if not layer.isdigit():
+        return file[output]
+    return file["representations" if kind == "per_tok" else f"{kind}_representations"][int(layer)]
+
+
+def rows_by_id(done: Export, run: Run, to: str, output: str = "mean_6") -> dict[str, NDArray[Any]]:
     """The rows that were read back; formats that have an order are in input order."""
     names = read_back(done)
     if to == "hdf5-uniprot":
         return {sequence_id: names["embeddings"][accession(sequence_id)] for sequence_id in run.ids}
     if to == "esm-extract":
-        return {label.split()[0]: vectors[6].numpy() for label, vectors in names["embeddings"].items()}
+        files = {label.split()[0]: file for label, file in names["embeddings"].items()}
+        return {id_: in_extract_file(file, output).numpy() for id_, file in files.items()}
     assert list(names["ids"]) == run.ids
     return {str(id_): np.asarray(row) for id_, row in zip(names["ids"], names["embeddings"], strict=True)}
 
@@ -240,13 +253,17 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, to: str, monkeypa
     write_checkpoint(run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows)
     run.assemble(part_bytes=4 * 1024**2)
 
-    rows_of_all = Rows(dataset=open_dataset(run.paths.run_dir), dtype=StoreDtype.FLOAT32)
+    assert peak_bytes_of(FORMATS[to], run, "embedding", tmp_path / "x") < num_sequences * dim * 4 / 2
 
+
+def peak_bytes_of(chosen: Format, run: Run, column: str, path: Path) -> int:
+    """The memory that an export takes."""
+    rows = Rows(dataset=open_dataset(run.paths.run_dir), columns=(column,), dtype=StoreDtype.FLOAT32)
     tracemalloc.start()
-    FORMATS[to].write(rows_of_all, tmp_path / "x", False)
+    chosen.write(rows, path, False)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < num_sequences * dim * 4 / 2
+    return peak_bytes
 
 
 def with_a_value_of(run: Run, value: float) -> Run:
@@ -328,6 +345,153 @@ def test_more_rows_than_a_format_bears_are_warned_of(run: Run, tmp_path: Path, m
     caplog.clear()
     export(run, "hdf5", tmp_path / "y")
     assert not caplog.records
+
+
+OUTPUTS = ("mean_5", "mean_6", "bos_6", "max_6", "std_6", "per_tok_6", "contacts", "logits")
+EVERYTHING = RowLayout.of_names(OUTPUTS, embed_dim=DIM)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = finished_run_of(tmp_path_factory.mktemp("everything"), EVERYTHING)
+    run.assemble(part_bytes=400_000)
+    return run
+
+
+class TestADatasetOfSeveralOutputs:
+    """Each column goes where it has a place, in its own shape, and what has none is told where it has one."""
+
+    def assert_read_back(self, done: Export, run: Run, to: str, column: str, dtype: str = "float32") -> None:
+        found = rows_by_id(done, run, to, column)
+        assert len(found) == 150
+        for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
+            expected = outputs_of(EVERYTHING, sequence)[column].astype(dtype)
+            assert found[sequence_id].dtype == expected.dtype
+            assert np.array_equal(found[sequence_id], expected), sequence_id  # the shape too
+
+    @pytest.mark.parametrize("column", ["mean_5", "max_6"])
+    @pytest.mark.parametrize("to", FORMATS)
+    def test_any_vector_is_exported_as_the_mean_is(self, everything: Run, to: str, column: str, tmp_path: Path) -> None:
+        self.assert_read_back(export(everything, to, tmp_path / "x", column=column), everything, to, column)
+
+    @pytest.mark.parametrize("column", ["per_tok_6", "contacts", "logits"])
+    @pytest.mark.parametrize("to", RAGGED_FORMATS)
+    def test_values_of_residues_come_back_in_their_shapes(
+        self, everything: Run, to: str, column: str, tmp_path: Path
+    ) -> None:
+        self.assert_read_back(export(everything, to, tmp_path / "x", column=column), everything, to, column)
+        halved = export(everything, to, tmp_path / "y", column=column, dtype=StoreDtype.FLOAT16)
+        self.assert_read_back(halved, everything, to, column, "float16")
+
+    def test_the_files_of_esm_extract_hold_all_of_it(self, everything: Run, tmp_path: Path) -> None:
+        files = read_back(export(everything, "esm-extract", tmp_path / "x"))["embeddings"]
+        assert len(files) == 150
+        for label, file in files.items():
+            assert file.keys() == {
+                "representations",
+                *(f"{kind}_representations" for kind in ("mean", "bos", "max", "std")),
+                "contacts",
+                "logits",
+            }
+            sequence = everything.sequences[everything.ids.index(label.split()[0])]
+            for name, values in outputs_of(EVERYTHING, sequence).items():
+                tensor = in_extract_file(file, name)
+                assert np.array_equal(tensor.numpy(), values), name
+                assert tensor.untyped_storage().nbytes() == values.nbytes
+
+    @pytest.mark.parametrize("to", sorted(FORMATS.keys() - RAGGED_FORMATS.keys()))
+    def test_a_format_of_vectors_says_which_others_take_residues(
+        self, everything: Run, to: str, tmp_path: Path
+    ) -> None:
+        told = (
+            f"--to {to} has a vector for each sequence, and contacts has .* npz, hdf5-uniprot, safetensors, esm-extract"
+        )
+        with pytest.raises(ConfigError, match=told):
+            export(everything, to, tmp_path / "out" / "x", column="contacts")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_column_has_to_be_chosen_and_to_be_there(self, everything: Run, tmp_path: Path, capsys: Any) -> None:
+        arguments = ["export", str(everything.paths.run_dir), "--to", "npy", "--output", str(tmp_path / "x")]
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert f"has the columns {', '.join(OUTPUTS)}, and --to npy holds one: choose with --column mean_5" in told
+        assert main([*arguments, "--column", "embedding"]) == 2
+        assert "--column embedding: there is no such column; " in capsys.readouterr().err
+        assert main([*arguments, "--column", "bos_6"]) == 0
+        assert np.load(tmp_path / "x.npy").shape == (150, DIM)
+
+    def test_each_column_has_a_place_of_its_own_by_default(self, everything: Run) -> None:
+        done = [
+            export_dataset(everything.paths.run_dir, to, column=column)
+            for to in ("npz", "esm-extract")
+            for column in ("mean_5", "mean_6")
+        ]
+        assert [export.path.name for export in done] == [
+            "embeddings-mean_5.npz",
+            "embeddings-mean_6.npz",
+            "esm-extract-mean_5",
+            "esm-extract-mean_6",
+        ]
+
+    def test_what_is_said_of_a_column_is_what_it_is_of(self, everything: Run, tmp_path: Path) -> None:
+        for column, layer, kind in (
+            ("mean_5", "5", "mean"),
+            ("per_tok_6", "6", "per_tok"),
+            ("contacts", None, "contacts"),
+        ):
+            with h5py.File(export(everything, "hdf5-uniprot", tmp_path / column, column=column).path) as file:
+                assert (file.attrs.get("layer"), file.attrs["pooling"]) == (layer, kind)
+            with safe_open(
+                export(everything, "safetensors", tmp_path / column, column=column).path, framework="np"
+            ) as tensors:
+                assert (tensors.metadata().get("layer"), tensors.metadata()["pooling"]) == (layer, kind)
+
+
+@pytest.mark.parametrize("names", [["mean_6", "per_tok_6"], ["per_tok_6"]])
+def test_the_only_column_of_vectors_or_the_only_one_at_all_need_not_be_chosen(tmp_path: Path, names: list[str]) -> None:
+    layout = RowLayout.of_names(names, embed_dim=DIM)
+    run = finished_run_of(tmp_path, layout)
+    run.assemble()
+    found = rows_by_id(export(run, "npz", tmp_path / "x"), run, "npz")
+    for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
+        assert np.array_equal(found[sequence_id], outputs_of(layout, sequence)[names[0]])
+
+
+@pytest.mark.parametrize("to", sorted(RAGGED_FORMATS))
+def test_memory_is_for_the_longest_sequence_whatever_their_number(tmp_path: Path, to: str) -> None:
+    """Nearly all of 48 MB is in copies of a few sequences of up to 2,400 residues."""
+    layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
+    lengths = [2_400 - number % 12 for number in range(600)]
+    ids = [f"p{number}" for number in range(600)]
+    run = start_run_of(tmp_path, Records(ids, [""] * 600, ["M" * length for length in lengths]), identity_of(layout))
+    write_planned(run, layout, run.paths.checkpoint(0, 0), run.plan.order)
+    run.assemble(part_bytes=8 * 1024**2)
+    whole_bytes = sum(lengths) * DIM * 4
+    assert peak_bytes_of(RAGGED_FORMATS[to], run, "per_tok_6", tmp_path / "x") < 16 * 1024**2 < whole_bytes / 2
+
+
+def test_a_value_of_a_residue_that_float16_cannot_hold_is_an_error_that_names_the_sequence(tmp_path: Path) -> None:
+    layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
+    run = start_run_of(tmp_path, Records(["a", "b"], ["", ""], ["MKV", "MKVA"]), identity_of(layout))
+    rows = np.ones(7 * DIM, dtype=np.float32)
+    rows[2] = 1e6  # of the longest: it is the first in the checkpoint
+    offsets = np.array([0, 4 * DIM, 7 * DIM])
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows, offsets=offsets)
+    run.assemble()
+    with pytest.raises(ConfigError, match="the embedding of 'b' has a value of 1,000,000, and float16 ends at 65,504"):
+        export(run, "npz", tmp_path / "x", dtype=StoreDtype.FLOAT16)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_dataset_in_float16_is_exported_with_the_values_that_it_has(tmp_path: Path, to: str) -> None:
+    run = finish_run(start_run(tmp_path, store_dtype=StoreDtype.FLOAT16))
+    run.assemble()
+    for dtype in FORMATS[to].dtypes:
+        rows = rows_by_id(export(run, to, tmp_path / dtype, dtype=dtype), run, to)
+        for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
+            assert np.array_equal(
+                rows[sequence_id].astype(np.float32), embed(sequence).astype(np.float16).astype(np.float32)
+            )
 
 
 class TestHdf5:

@@ -29,7 +29,7 @@ LAYERS = (
     },
     {"fasta", "tables", "translation"},
     {"inputs"},
-    {"plan", "retry", "tokens", "attention", "terminal", "columns"},
+    {"plan", "retry", "tokens", "attention", "terminal", "columns", "extract_files"},
     {"manifest", "quarantine", "esm2", "listener", "precision", "dataset", "embeddings", "pooling", "long_sequences"},
     {"weights", "fair_esm"},
     {"heads"},

@@ -15,14 +15,24 @@ import pytest
 from numpy.typing import NDArray
 
 import vnp_lib.assembly
-from tests.made_up_runs import DIM, MODEL, Run, start_run, write_checkpoint
+from tests.made_up_runs import (
+    DIM,
+    MODEL,
+    Run,
+    finished_run_of,
+    identity_of,
+    outputs_of,
+    row_of,
+    start_run,
+    write_checkpoint,
+    write_planned,
+)
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import survey_checkpoints
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
-from vnp_lib.export import export_dataset
-from vnp_lib.failures import CheckpointError, ConfigError, FingerprintMismatchError, NumericalInstabilityError
+from vnp_lib.failures import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
 from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
-from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
+from vnp_lib.plan import RunPaths, make_plan
 from vnp_lib.verify import read_checkpoints
 
 VECTORS = RowLayout.of_names(["mean_5", "mean_6", "bos_6"], embed_dim=DIM)
@@ -31,38 +41,6 @@ ONLY_PER_TOK = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
 LAYOUTS = [VECTORS, RAGGED, ONLY_PER_TOK]
 
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["vectors", "ragged", "per_tok"])
-
-
-def identity_of(layout: RowLayout) -> ModelIdentity:
-    return replace(MODEL, **layout.identity())
-
-
-def outputs_of(layout: RowLayout, sequence: str) -> dict[str, NDArray[np.float32]]:
-    """Arrays that only this sequence has."""
-    draw = np.random.default_rng(list(sequence.encode()))
-    shapes = {output.name: output.shape(len(sequence), DIM) for output in layout.outputs}
-    return {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-
-
-def row_of(layout: RowLayout, sequence: str) -> NDArray[np.float32]:
-    return np.concatenate([values.ravel() for values in outputs_of(layout, sequence).values()])
-
-
-def write_planned(run: Run, layout: RowLayout, path: Path, ordinals: NDArray[np.int64]) -> None:
-    rows = [row_of(layout, sequence) for sequence in run.plan.fetch(ordinals)[1]]
-    if layout.is_fixed:
-        write_checkpoint(run.plan, path, ordinals, rows=np.stack(rows))
-    else:
-        widths = np.array([row.size for row in rows])
-        write_checkpoint(run.plan, path, ordinals, rows=np.concatenate(rows), offsets=offsets_of(widths))
-
-
-def finished_run(tmp_path: Path, layout: RowLayout, store_dtype: StoreDtype = StoreDtype.FLOAT32) -> Run:
-    run = start_run(tmp_path, model=identity_of(layout), store_dtype=store_dtype)
-    for rank in range(run.plan.num_shards):
-        for batch_idx, batch in enumerate(np.array_split(run.plan.shard_ordinals(rank), 4)):
-            write_planned(run, layout, run.paths.checkpoint(rank, batch_idx), batch)
-    return run
 
 
 def assert_same_outputs(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> None:
@@ -87,7 +65,7 @@ def test_every_array_is_found_under_its_id_its_place_and_its_name(
 ) -> None:
     """Copies of identical sequences included; in parts of one row, of some, and of all, with several row groups."""
     monkeypatch.setattr(vnp_lib.assembly, "_ROW_GROUP_BYTES", 20_000)
-    run = finished_run(tmp_path, layout)
+    run = finished_run_of(tmp_path, layout)
     summary = run.assemble(part_bytes=part_bytes)
     assert summary.num_rows == 150
     assert (summary.num_parts == 150, summary.num_parts == 1) == (part_bytes == 1, part_bytes == 10**9)
@@ -97,7 +75,7 @@ def test_every_array_is_found_under_its_id_its_place_and_its_name(
 
 @all_layouts
 def test_batches_give_the_outputs_by_name_in_input_order(tmp_path: Path, layout: RowLayout) -> None:
-    run = finished_run(tmp_path, layout)
+    run = finished_run_of(tmp_path, layout)
     run.assemble(part_bytes=50_000)
     place = 0
     for ids, outputs in open_dataset(run.paths.run_dir).batches(7):
@@ -111,7 +89,7 @@ def test_batches_give_the_outputs_by_name_in_input_order(tmp_path: Path, layout:
 
 def test_a_part_has_a_column_for_each_output_that_others_can_read(tmp_path: Path) -> None:
     """By pyarrow, which knows nothing of us: `length` tells the shapes."""
-    run = finished_run(tmp_path, RAGGED)
+    run = finished_run_of(tmp_path, RAGGED)
     run.assemble(part_bytes=10**9)
     table = pq.read_table(run.paths.embeddings_dir / "part-00000.parquet")
     assert table.schema.names == ["ordinal", "id", "description", "length", "original_length", *RAGGED.names]
@@ -127,7 +105,7 @@ def test_a_part_has_a_column_for_each_output_that_others_can_read(tmp_path: Path
 @all_layouts
 def test_a_dataset_in_float16_holds_the_nearest_of_each_value(tmp_path: Path, layout: RowLayout) -> None:
     """Two bytes for each in Parquet, whatever its shape; and float32 for whoever reads it with us."""
-    run = finished_run(tmp_path, layout, StoreDtype.FLOAT16)
+    run = finished_run_of(tmp_path, layout, StoreDtype.FLOAT16)
     run.assemble(part_bytes=50_000)
     schema = pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet")
     assert {schema.field(name).type.value_type for name in layout.names} == {pa.float16()}
@@ -148,7 +126,7 @@ def test_a_dataset_in_float16_holds_the_nearest_of_each_value(tmp_path: Path, la
 
 
 def test_success_json_names_the_outputs_and_the_first_ordinal_of_each_part(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, RAGGED)
+    run = finished_run_of(tmp_path, RAGGED)
     run.assemble(part_bytes=50_000)
     success = json.loads(run.paths.success.read_bytes())
     assert success["outputs"] == ["mean_6", "per_tok_6", "contacts", "logits"]
@@ -183,7 +161,7 @@ def test_sequences_in_quarantine_have_no_row_in_a_ragged_dataset_either(tmp_path
 
 @all_layouts
 def test_a_run_of_other_outputs_is_refused_and_its_checkpoints_are_not_taken(tmp_path: Path, layout: RowLayout) -> None:
-    run = finished_run(tmp_path, layout)
+    run = finished_run_of(tmp_path, layout)
     other = RowLayout.of_names(["mean_6", "bos_5"], embed_dim=DIM)
     with pytest.raises(FingerprintMismatchError, match=r"outputs is '.*' there and 'mean_6,bos_5' here"):
         make_plan(run.paths, [tmp_path / "x.fasta"], identity_of(other), num_shards=3, token_budget=200)
@@ -221,7 +199,7 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which no checkpoint holds that proves itself: it comes from the disk that the buckets are on."""
-    run = finished_run(tmp_path, RAGGED)
+    run = finished_run_of(tmp_path, RAGGED)
     take = vnp_lib.assembly._Buckets.take
 
     def spoilt(buckets: Any, part: int) -> Any:
@@ -264,14 +242,12 @@ def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path:
 
 
 def test_what_takes_vectors_says_that_there_is_more(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, RAGGED)
+    run = finished_run_of(tmp_path, RAGGED)
     run.assemble()
     dataset = open_dataset(run.paths.run_dir)
     for takes_vectors in (dataset.to_numpy, dataset.as_torch_dataset, lambda: next(dataset.torch_batches(2))):
         with pytest.raises(ValueError, match="has no single vector for each sequence, but mean_6, per_tok_6, contacts"):
             takes_vectors()
-    with pytest.raises(ConfigError, match="an export takes the mean of one layer alone"):
-        export_dataset(run.paths.run_dir, "npy")
     sequence_id, outputs = dataset.at(3)
     assert sequence_id == run.ids[3]
     assert_same_outputs(outputs, outputs_of(RAGGED, run.sequences[3]))
