@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vnp_lib.api import embed
     from vnp_lib.dataset import EmbeddingDataset, open_dataset
-    from vnp_lib.embeddings import Embeddings
+    from vnp_lib.embeddings import Embeddings, Outputs
 
 __version__ = "0.1.0"
 
-__all__ = ["EmbeddingDataset", "Embeddings", "embed", "open_dataset"]
+__all__ = ["EmbeddingDataset", "Embeddings", "Outputs", "embed", "open_dataset"]
 
 _MODULES = {
     "EmbeddingDataset": "vnp_lib.dataset",
     "Embeddings": "vnp_lib.embeddings",
+    "Outputs": "vnp_lib.embeddings",
     "embed": "vnp_lib.api",
     "open_dataset": "vnp_lib.dataset",
 }

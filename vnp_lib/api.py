@@ -6,25 +6,26 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
 from vnp_lib.assembly import assemble
-from vnp_lib.config import DType, EmbedConfig, ModelName
+from vnp_lib.config import DType, EmbedConfig, ModelName, OutputName
 from vnp_lib.dataset import open_dataset
-from vnp_lib.embeddings import Embeddings
+from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.failures import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
 from vnp_lib.files import FileLock
 from vnp_lib.inputs import STDIN, InputPolicy, find_sources, from_memory, read
+from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
 from vnp_lib.progress import RunProgress
@@ -50,9 +51,40 @@ Proteins: TypeAlias = (
 
 _SHARD = 0  # the only one
 _ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
-_ROWS_AT_A_TIME = 65_536
 
 logger = logging.getLogger(__name__)
+
+
+@overload
+def embed(
+    sequences: Proteins,
+    *,
+    model: ModelName = ...,
+    weights: str | os.PathLike[str] = ...,
+    include: None = None,
+    repr_layers: Collection[int] | None = ...,
+    device: str | torch.device = ...,
+    dtype: DType = ...,
+    token_budget: int | None = ...,
+    output_dir: str | os.PathLike[str] | None = ...,
+    progress: bool = ...,
+) -> Embeddings: ...
+
+
+@overload
+def embed(
+    sequences: Proteins,
+    *,
+    model: ModelName = ...,
+    weights: str | os.PathLike[str] = ...,
+    include: Collection[OutputName],
+    repr_layers: Collection[int] | None = ...,
+    device: str | torch.device = ...,
+    dtype: DType = ...,
+    token_budget: int | None = ...,
+    output_dir: str | os.PathLike[str] | None = ...,
+    progress: bool = ...,
+) -> Outputs: ...
 
 
 def embed(
@@ -60,13 +92,15 @@ def embed(
     *,
     model: ModelName = "esm2_t33_650M_UR50D",
     weights: str | os.PathLike[str] = "auto",
+    include: Collection[OutputName] | None = None,
+    repr_layers: Collection[int] | None = None,
     device: str | torch.device = "auto",
     dtype: DType = "auto",
     token_budget: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> Embeddings:
-    """Embed proteins with ESM-2: the mean of the last layer over the residues of each.
+) -> Embeddings | Outputs:
+    """Embed proteins with ESM-2: the mean of the last layer over the residues of each, or whatever `include` names.
 
     It works in this process, on one device, and in a notebook's running event loop too. A run (`python flows/embed.py`) uses
     all devices, and goes on by itself after a preemption or a failure.
@@ -77,6 +111,10 @@ def embed(
             here: lower case is raised, ids occur once. Identical sequences are computed once.
         model: One of fair-esm's six ESM-2 models.
         weights: A fair-esm `.pt` file; "auto": fair-esm's cache or download; "random": seeded, for trying things out.
+        include: What to compute, as a run's `--include`: "mean", "bos", "max", "std", "per_tok", "contacts", "logits". With it
+            `Outputs` are returned, with each by its name, also where it is the mean alone.
+        repr_layers: Which layers to take it from, in fair-esm's numbers: 0 is the embedding, -1 the last, which is taken by default.
+            Without `include` it is one layer.
         device: "cpu", "cuda", "cuda:1"; "auto" is a GPU where there is one.
         dtype: Precision of the model; "auto" is bfloat16 on a GPU and float32 on the CPU. Rows are float32 in any case.
         token_budget: Most tokens in one forward pass; by default what suits the device. What does not fit into memory is
@@ -101,23 +139,31 @@ def embed(
     >>> named = embed({"short": "MKL"}, model="esm2_t6_8M_UR50D", weights="random", progress=False)
     >>> bool(np.allclose(named["short"], embeddings["1"], atol=1e-5))
     True
+    >>> more = embed(["MKVLATTWQERS", "MKL"], include=["mean", "per_tok"], repr_layers=[3, -1],
+    ...              model="esm2_t6_8M_UR50D", weights="random", progress=False)
+    >>> more
+    Outputs(2 sequences: mean_3, mean_6, per_tok_3, per_tok_6)
+    >>> more.arrays["mean_6"].shape, more["1"]["per_tok_6"].shape
+    ((2, 320), (3, 320))
     """
-    settings = _checked_settings(model, os.fspath(weights), str(device), dtype, token_budget, progress)
+    layout = _layout(model, include, repr_layers)
+    settings = _checked_settings(model, layout, os.fspath(weights), str(device), dtype, token_budget, progress)
     if settings.weights == RANDOM_WEIGHTS:
         logger.warning("weights='random': an untrained model, the vectors mean nothing")
     paths, records = _told_apart(sequences)
     with _current(settings.device):
-        if output_dir is None:
-            return _embed_in_memory(_read_files(paths) if paths else _checked(records), settings)
-        if paths:
-            return _embed_into(Path(output_dir), paths, settings)
-        with _written_as_fasta(_checked(records)) as path:
-            return _embed_into(Path(output_dir), [path], settings)
+        outputs = _embed(paths, records, output_dir, settings)
+    if include is not None:
+        return outputs
+    (embeddings,) = outputs.arrays.values()
+    assert isinstance(embeddings, np.ndarray)
+    return Embeddings(ids=outputs.ids, embeddings=embeddings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
     model: ModelName
+    layout: RowLayout
     weights: str
     device: str  # "cpu" or a GPU's number, as a run's
     dtype: DType
@@ -137,16 +183,37 @@ class _Records:
         return np.fromiter(map(len, self.sequences), dtype=np.int64, count=len(self.sequences)) + NUM_SPECIAL_TOKENS
 
 
+def _layout(model: str, include: Collection[str] | None, repr_layers: Collection[int] | None) -> RowLayout:
+    """What is asked for of each sequence."""
+    from vnp_lib.esm2 import architecture_of
+
+    _require_one_of("model", model, ModelName)
+    kinds = ["mean"] if include is None else [*include]
+    if isinstance(include, str) or not kinds:
+        raise ConfigError(f"include is {include!r}; give a list of {', '.join(get_args(OutputName))}")
+    for kind in kinds:
+        _require_one_of("include", kind, OutputName)
+    architecture = architecture_of(model)
+    outputs = choose_outputs(set(map(OutputKind, kinds)), repr_layers, num_layers=architecture.num_layers)
+    if include is None and len(outputs) > 1:
+        raise ConfigError(f"repr_layers is {repr_layers!r}; for several layers give include=['mean'] too")
+    return RowLayout(outputs, architecture.embed_dim)
+
+
+def _require_one_of(name: str, value: str, type_: Any) -> None:
+    if value not in get_args(type_):
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(type_))}")
+
+
 def _checked_settings(
-    model: str, weights: str, device: str, dtype: str, token_budget: int | None, progress: bool
+    model: str, layout: RowLayout, weights: str, device: str, dtype: str, token_budget: int | None, progress: bool
 ) -> _Settings:
-    for name, value, type_ in (("model", model, ModelName), ("dtype", dtype, DType)):
-        if value not in get_args(type_):
-            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(type_))}")
+    _require_one_of("dtype", dtype, DType)
     if token_budget is not None and token_budget < 1:
         raise ConfigError(f"token_budget is {token_budget}; it must be at least 1")
     return _Settings(
         model=cast(ModelName, model),
+        layout=layout,
         weights=weights,
         device=_device_number(device),
         dtype=cast(DType, resolve_dtype(dtype, _device_number(device))),
@@ -228,11 +295,25 @@ def _checked(records: Sequence[tuple[str, str]]) -> _Records:
     return _Records(ids=texts.ids, sequences=texts.sequences, representatives=surveyor.representatives(dedup=True))
 
 
-def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:
+def _embed(
+    paths: list[Path],
+    records: list[tuple[str, str]],
+    output_dir: str | os.PathLike[str] | None,
+    settings: _Settings,
+) -> Outputs:
+    if output_dir is None:
+        return _embed_in_memory(_read_files(paths) if paths else _checked(records), settings)
+    if paths:
+        return _embed_into(Path(output_dir), paths, settings)
+    with _written_as_fasta(_checked(records)) as path:
+        return _embed_into(Path(output_dir), [path], settings)
+
+
+def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     import torch
 
     from vnp_lib.embedder import ExactModel
-    from vnp_lib.esm2 import architecture_of
+    from vnp_lib.heads import with_heads
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.weights import load_model, resolve_weights
 
@@ -241,13 +322,15 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:
     token_budget = _token_budget(settings, dtype)
     order = longest_first(records.num_tokens, records.representatives)
     batches = np.split(order, pack(records.num_tokens[order], token_budget)[1:-1])
+    network = load_model(settings.model, weights, dtype=dtype, device=device)
     runner = AsyncInferenceRunner(
-        load_model(settings.model, weights, dtype=dtype, device=device),
+        with_heads(network, settings.model, weights, settings.layout.heads),
         device,
         budget=TokenBudget(token_budget),
-        exactly=None if dtype == torch.float32 else ExactModel(settings.model, weights),
+        layout=settings.layout,
+        exactly=None if dtype == torch.float32 else ExactModel(settings.model, weights, layout=settings.layout),
     )
-    rows = np.empty((len(records.ids), architecture_of(settings.model).embed_dim), dtype=np.float32)
+    gathered = _Gathered(settings.layout, records.num_tokens - NUM_SPECIAL_TOKENS)
     with (
         _bar(settings, order.size, records.num_tokens[order].sum()) as bar,
         _told_plainly(),
@@ -256,11 +339,50 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Embeddings:
         for result in results:
             ordinals = batches[result.batch_idx]
             if len(result.sequence_ids) == ordinals.size:  # else one is too large, and the loop ends by saying so
-                rows[ordinals] = result.embeddings.numpy()
+                gathered.put(ordinals, result.embeddings.numpy())
             bar.advance(_SHARD, sequences=len(result.sequence_ids), tokens=result.num_tokens)
-    copies = np.flatnonzero(records.representatives != np.arange(len(records.ids)))
-    rows[copies] = rows[records.representatives[copies]]
-    return Embeddings(ids=records.ids, embeddings=rows)
+    gathered.fan_out(records.representatives)
+    return Outputs(ids=records.ids, arrays=gathered.arrays)
+
+
+class _Gathered:
+    """The outputs of all sequences, which come in any order."""
+
+    def __init__(self, layout: RowLayout, lengths: NDArray[np.int64]) -> None:
+        self._layout = layout
+        self._lengths = lengths
+        outputs = dict(zip(layout.names, layout.outputs, strict=True))
+        self.arrays = _space_for(outputs, lengths.size, layout.embed_dim)
+
+    def put(self, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+        """Take rows, (n, W) or end to end."""
+        if self._layout.is_fixed:
+            for array, part in zip(self.arrays.values(), np.split(rows, len(self.arrays), axis=1), strict=True):
+                array[ordinals] = part
+            return
+        widths = self._layout.widths(self._lengths[ordinals])
+        for ordinal, row in zip(ordinals.tolist(), np.split(rows, offsets_of(widths)[1:-1]), strict=True):
+            for name, values in self._layout.divide(row, int(self._lengths[ordinal])).items():
+                self.arrays[name][ordinal] = values.copy()  # or it would hold all of its batch
+
+    def fan_out(self, representatives: NDArray[np.int64]) -> None:
+        """Give each copy of a sequence what that has."""
+        copies = np.flatnonzero(representatives != np.arange(representatives.size))
+        originals = representatives[copies]
+        for array in self.arrays.values():
+            if isinstance(array, np.ndarray):
+                array[copies] = array[originals]
+                continue
+            for copy, original in zip(copies.tolist(), originals.tolist(), strict=True):
+                array[copy] = array[original].copy()
+
+
+def _space_for(outputs: Mapping[str, Output], num_sequences: int, embed_dim: int) -> dict[str, Any]:
+    """What takes the outputs of all sequences, by name: vectors (N, D), and a list where they are of different lengths."""
+    return {
+        name: np.empty((num_sequences, embed_dim), dtype=np.float32) if output.is_fixed else [None] * num_sequences
+        for name, output in outputs.items()
+    }
 
 
 def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
@@ -282,12 +404,14 @@ def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator
         yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
 
 
-def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) -> Embeddings:
+def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) -> Outputs:
     config = EmbedConfig(
         fasta=tuple(fasta),
         output_dir=output_dir,
         model=settings.model,
         weights=settings.weights,
+        include=tuple(dict.fromkeys(output.kind.value for output in settings.layout.outputs)),
+        repr_layers=settings.layout.layers or None,
         devices=settings.device,
         dtype=settings.dtype,
         shards=1,
@@ -351,14 +475,16 @@ def _written_as_fasta(records: _Records) -> Iterator[Path]:
         yield path
 
 
-def _read_whole(run_dir: Path) -> Embeddings:
+def _read_whole(run_dir: Path) -> Outputs:
     dataset = open_dataset(run_dir)
-    rows = np.empty((len(dataset), dataset.dim), dtype=np.float32)
+    arrays = _space_for(dataset.columns, len(dataset), dataset.dim)
     start = 0
-    for ids, batch in dataset.batches(_ROWS_AT_A_TIME):
-        rows[start : start + len(ids)] = batch
-        start += len(ids)
-    return Embeddings(ids=list(dataset.ids), embeddings=rows)
+    for batch in dataset.row_groups(["length", *dataset.columns]):
+        stop = start + batch.num_rows
+        for column, array in arrays.items():
+            array[start:stop] = dataset.arrays_in(batch, column)
+        start = stop
+    return Outputs(ids=list(dataset.ids), arrays=dict(zip(dataset.outputs, arrays.values(), strict=True)))
 
 
 def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgress:

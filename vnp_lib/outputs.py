@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from math import prod
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -147,6 +148,12 @@ class RowLayout:
         for output in self.outputs:
             widths += output.widths(lengths, self.embed_dim)
         return widths
+
+    def divide(self, row: NDArray[np.float32], length: int) -> dict[str, NDArray[np.float32]]:
+        """The outputs that a row, (W,), of a sequence of `length` residues consists of, by name: views of it, in their shapes."""
+        shapes = [output.shape(length, self.embed_dim) for output in self.outputs]
+        parts = np.split(row, np.cumsum([prod(shape) for shape in shapes])[:-1])
+        return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, shapes, strict=True)}
 
     def identity(self) -> dict[str, Any]:
         """What of it is in a plan's identity beside `layer` and `pooling`, which tell one mean from another by themselves."""

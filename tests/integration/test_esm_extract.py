@@ -14,7 +14,9 @@ import torch
 
 from benchmarks.networks import FAIR_ESM_ENVIRONMENT, write_weights
 from tests.support import ROOT
+from vnp_lib import embed
 from vnp_lib.cli import main
+from vnp_lib.export import export_dataset
 from vnp_lib.failures import ExitCode
 
 MODEL = "esm2_t6_8M_UR50D"
@@ -100,6 +102,28 @@ def test_every_file_is_fair_esms(tmp_path, weights, fasta, options):
     assert extract(weights, fasta, tmp_path / "ours", *options, "--nogpu") == ExitCode.DONE
     theirs = files_in(tmp_path / "theirs")
     assert len(theirs) == len(INPUT)
+    assert_same(files_in(tmp_path / "ours"), theirs, "file")
+
+
+def test_the_export_of_a_run_has_fair_esms_files_too(tmp_path, weights):
+    """Of all that it computed, from a dataset on disk: names, keys, shapes, dtypes and values."""
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(f">P1 the first\n{ALPHABET * 2}\n>sp|P3|A_B/directory\nW\n>P4\nMKVLATTWQERS\n>copy\nW\n")
+    kinds = ["mean", "bos", "per_tok", "contacts"]
+    run_fair_esm(weights, fasta, tmp_path / "theirs", "--include", *kinds, "--repr_layers", "0", "3", "6", "--nogpu")
+    embed(
+        fasta,
+        model=MODEL,
+        weights=weights,
+        device="cpu",
+        include=kinds,
+        repr_layers=[0, 3, 6],
+        output_dir=tmp_path / "run",
+        progress=False,
+    )
+    export_dataset(tmp_path / "run", "esm-extract", output=tmp_path / "ours")
+    theirs = files_in(tmp_path / "theirs")
+    assert len(theirs) == 4
     assert_same(files_in(tmp_path / "ours"), theirs, "file")
 
 

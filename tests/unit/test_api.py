@@ -22,8 +22,10 @@ from esm.model.esm2 import ESM2 as FairEsm2
 from torch import Tensor
 
 import vnp_lib.embeddings
+from tests.fair_esm import FairEsm
+from tests.fair_esm import assert_close as assert_equals_fair_esm
 from tests.support import computed_ordinals, finished_checkpoints
-from vnp_lib import Embeddings, api, embed, open_dataset
+from vnp_lib import Embeddings, Outputs, api, embed, open_dataset
 from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import (
     Failure,
@@ -35,11 +37,12 @@ from vnp_lib.failures import (
     SequenceTooLargeError,
 )
 from vnp_lib.files import marker_path
+from vnp_lib.outputs import OutputKind
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.tokens import pack_batch
 from vnp_lib.verify import verify_run
-from vnp_lib.weights import random_tensors
+from vnp_lib.weights import random_tensors, save_weights
 from vnp_lib.worker import quarantined
 
 SMALLEST = "esm2_t6_8M_UR50D"
@@ -74,9 +77,9 @@ def model_that(monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any]) -> It
     """Have `spoil(forward, input_ids, cu_seqlens, max_seqlen)` in the model's place, and count the tokens of each pass."""
     forward, passes = ESM2.forward_packed, []
 
-    def forward_packed(self: ESM2, input_ids: Tensor, *arguments: Any) -> Any:
+    def forward_packed(self: ESM2, input_ids: Tensor, *arguments: Any, **options: Any) -> Any:
         passes.append(input_ids.numel())
-        return spoil(lambda *given: forward(self, *given), input_ids, *arguments)
+        return spoil(lambda *given: forward(self, *given, **options), input_ids, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(ESM2, "forward_packed", forward_packed)
@@ -126,6 +129,78 @@ def test_a_run_directory_gets_the_dataset_and_the_same_rows_come_back(tmp_path, 
     assert_close(embeddings.embeddings, oracle)
     for row, sequence_id in enumerate(NAMED):
         np.testing.assert_array_equal(dataset[sequence_id], embeddings.embeddings[row])
+
+
+@pytest.fixture(scope="module")
+def both_heads() -> FairEsm:
+    return FairEsm(MODELS[SMALLEST], dict(random_tensors(MODELS[SMALLEST], seed=7)))
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory, both_heads: FairEsm) -> Path:
+    """fair-esm's network, as it was saved: with both heads."""
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    save_weights(path, SMALLEST, both_heads.state())
+    return path
+
+
+@pytest.mark.parametrize("include", [list(OutputKind), ["std", "mean"], {"per_tok"}, ("contacts",)])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_whatever_is_asked_for_is_fair_esms_by_name_and_id(tmp_path, weights_file, both_heads, include, in_memory):
+    """Under the names, and in the order, that a dataset has them; with a run directory it is one. Copies have it too."""
+    given = NAMED | {"a_again": NAMED["a"]}
+    outputs = embed(
+        given,
+        **SMALL | {"weights": weights_file},
+        include=include,
+        repr_layers=[-1, 3],
+        token_budget=30,
+        output_dir=None if in_memory else tmp_path / "run",
+    )
+    assert isinstance(outputs, Outputs)
+    assert outputs.ids == list(given)
+    if not in_memory:
+        assert tuple(outputs.arrays) == open_dataset(tmp_path / "run").outputs
+    for (sequence_id, found), sequence in zip(outputs, given.values(), strict=True):
+        expected = {
+            name: values
+            for name, values in both_heads.outputs(sequence, [3, 6]).items()
+            if name.removesuffix("_3").removesuffix("_6") in include
+        }
+        assert found.keys() == outputs[sequence_id].keys() == expected.keys()
+        for name, values in expected.items():
+            assert_equals_fair_esm(found[name], values, what=f"{name} of {sequence_id}")
+            np.testing.assert_array_equal(outputs[sequence_id][name], found[name])
+    for name, arrays in outputs.arrays.items():
+        assert len(arrays) == 5
+        assert isinstance(arrays, np.ndarray) == name.startswith(("mean", "bos", "max", "std"))
+        assert not np.shares_memory(arrays[0], arrays[4])
+
+
+def test_another_layer_alone_is_a_matrix_like_the_last(both_heads, weights_file, tmp_path):
+    settings = SMALL | {"weights": weights_file, "repr_layers": [3]}
+    embeddings = embed(NAMED, **settings)
+    assert isinstance(embeddings, Embeddings)
+    for sequence_id, sequence in NAMED.items():
+        expected = both_heads.outputs(sequence, [3], with_contacts=False)["mean_3"]
+        assert_equals_fair_esm(embeddings[sequence_id], expected, what=sequence_id)
+    in_a_run = embed(NAMED, **settings, output_dir=tmp_path / "run")
+    assert_close(in_a_run.embeddings, embeddings.embeddings)
+    assert open_dataset(tmp_path / "run").outputs == ("mean_3",)
+
+
+def test_a_single_mean_that_is_asked_for_by_name_has_it(oracle, tmp_path):
+    for output_dir in (None, tmp_path / "run"):
+        outputs = embed(NAMED, **SMALL, include=["mean"], output_dir=output_dir)
+        assert list(outputs.arrays) == ["mean_6"]
+        assert_close(outputs.arrays["mean_6"], oracle)
+
+
+def test_contacts_without_their_parameters_are_refused(tmp_path):
+    trunk = {name: tensor for name, tensor in random_tensors(MODELS[SMALLEST]) if not name.startswith("contact_head.")}
+    save_weights(tmp_path / "trunk.pt", SMALLEST, trunk)
+    with pytest.raises(InputError, match=r"trunk-contact-regression\.pt"):
+        embed(NAMED, **SMALL | {"weights": tmp_path / "trunk.pt"}, include=["contacts"])
 
 
 def test_batches_of_many_lengths_put_each_row_at_its_place(tiny_fasta):
@@ -309,6 +384,11 @@ def test_a_fault_in_a_file_is_told_with_its_place(tmp_path, text, told, in_memor
         ({"device": "gpu"}, "device is 'gpu'; choose"),
         ({"device": "cuda:99"}, "device is 'cuda:99', and this machine shows"),
         ({"token_budget": 0}, "token_budget is 0; it must be at least 1"),
+        ({"include": "mean"}, "include is 'mean'; give a list of mean, bos"),
+        ({"include": []}, r"include is \[\]; give a list of mean, bos"),
+        ({"include": ["mean", "means"]}, "include is 'means'; choose one of mean, bos"),
+        ({"repr_layers": [7]}, "this model has the layers 0 .* to 6"),
+        ({"repr_layers": [1, 2]}, r"repr_layers is \[1, 2\]; for several layers give include=\['mean'\] too"),
         ({"weights": "absent.pt"}, "absent.pt"),
     ],
 )
@@ -358,6 +438,18 @@ def test_embeddings_are_looked_up_by_id_and_walked_in_order():
     with pytest.raises(KeyError, match="'w' is not among the 3 ids"):
         embeddings["w"]
     assert {name: row.tolist() for name, row in embeddings} == {"x": [0, 1], "y": [2, 3], "z": [4, 5]}
+
+
+def test_outputs_are_looked_up_by_id_and_walked_in_order():
+    residues = [np.full((length, 2), length, dtype=np.float32) for length in (3, 1)]
+    outputs = Outputs(ids=["x", "y"], arrays={"mean_6": np.eye(2, dtype=np.float32), "per_tok_6": residues})
+    assert len(outputs) == 2
+    assert ("y" in outputs, "w" in outputs) == (True, False)
+    assert outputs["y"]["mean_6"].tolist() == [0, 1]
+    assert outputs["y"]["per_tok_6"] is residues[1]
+    with pytest.raises(KeyError, match="'w' is not among the 2 ids"):
+        outputs["w"]
+    assert [(name, found["per_tok_6"].shape) for name, found in outputs] == [("x", (3, 2)), ("y", (1, 2))]
 
 
 def test_embeddings_become_a_tensor_and_a_data_frame():

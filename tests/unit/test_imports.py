@@ -38,6 +38,7 @@ def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
     assert {name: getattr(vnp_lib, name).__module__ for name in vnp_lib.__all__} == {
         "EmbeddingDataset": "vnp_lib.dataset",
         "Embeddings": "vnp_lib.embeddings",
+        "Outputs": "vnp_lib.embeddings",
         "embed": "vnp_lib.api",
         "open_dataset": "vnp_lib.dataset",
     }
