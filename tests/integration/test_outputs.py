@@ -14,7 +14,7 @@ import torch
 
 from flows.embed import embed
 from tests.fair_esm import FairEsm, assert_close
-from tests.support import small_config
+from tests.support import finished_checkpoints, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS
 from vnp_lib.manifest import CheckpointManifest
@@ -122,3 +122,23 @@ def test_windows_and_half_precision_go_through_a_whole_run(tmp_path, tiny_fasta,
     found = torch.from_numpy(open_dataset(tmp_path / "run")[short.name.split()[0]])
     expected = torch.from_numpy(np.array(oracle.outputs(short.sequence, [6])["mean_6"]))
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
+
+
+def test_a_value_beyond_float16_ends_the_run_in_a_sentence_and_the_next_one_computes_nothing(
+    tmp_path, tiny_fasta, oracle
+):
+    """A last norm of a million times the weights gives such values."""
+    state = oracle.state()
+    state["emb_layer_norm_after.weight"] = state["emb_layer_norm_after.weight"] * 1e6
+    save_weights(tmp_path / "loud.pt", SMALLEST, state)
+    run_dir = tmp_path / "run"
+    outcome = run_flow(tiny_fasta, run_dir, store_dtype="float16", weights=str(tmp_path / "loud.pt"))
+    assert outcome.is_failed()
+    assert "start the run again with --store-dtype float32: nothing is computed twice" in outcome.message
+    checkpoints = finished_checkpoints(run_dir)
+    assert not RunPaths(run_dir).success.exists()
+
+    outcome = run_flow(tiny_fasta, run_dir, store_dtype="float32", weights=str(tmp_path / "loud.pt"))
+    assert outcome.is_completed(), outcome.message
+    assert finished_checkpoints(run_dir) == checkpoints
+    assert np.abs(open_dataset(run_dir).to_numpy()[1]).max() > 65_504
