@@ -218,20 +218,25 @@ ON_A_DISK_THAT_TAKES_NO_MORE = """
 import resource, sys
 from vnp_lib.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-run_dir, directory, *formats = sys.argv[1:]
+run_dir, directory, column, *formats = sys.argv[1:]
 for to in formats:
-    print(to, main(["export", run_dir, "--to", to, "--output", f"{directory}/{to}"]))
+    print(to, main(["export", run_dir, "--to", to, "--column", column, "--output", f"{directory}/{to}"]))
 """
 
 
-def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of", "column", "formats"), [("run", "embedding", FORMATS), ("everything", "per_tok_6", RAGGED_FORMATS)]
+)
+def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(
+    request: pytest.FixtureRequest, tmp_path: Path, of: str, column: str, formats: dict[str, Format]
+) -> None:
     """A real failure of the system: no file of the process may have more than a thousand bytes."""
-    directory = tmp_path / "exports"
-    command = [sys.executable, "-c", ON_A_DISK_THAT_TAKES_NO_MORE, run.paths.run_dir, directory, *FORMATS]
+    run_dir, directory = request.getfixturevalue(of).paths.run_dir, tmp_path / "exports"
+    command = [sys.executable, "-c", ON_A_DISK_THAT_TAKES_NO_MORE, run_dir, directory, column, *formats]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert ended.stdout.splitlines() == [f"{to} 1" for to in FORMATS]
-    assert len(ended.stderr.splitlines()) == len(FORMATS)
-    assert ended.stderr.count("File too large); nothing is left of it: make room") == len(FORMATS)
+    assert ended.stdout.splitlines() == [f"{to} 1" for to in formats]
+    assert len(ended.stderr.splitlines()) == len(formats)
+    assert ended.stderr.count("File too large); nothing is left of it: make room") == len(formats)
     assert names_in(directory) == []
 
 
