@@ -48,12 +48,12 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     scores = torch.empty(heads_at_once, seqlen, seqlen)
     for sequence in zip(q, k, v, attended, sums, strict=True):
         for some_heads in zip(*(states.split(heads_at_once) for states in sequence), strict=True):
-            _attend(*some_heads, scores[: len(some_heads[0])])
+            _attend(*some_heads, scores=scores[: len(some_heads[0])])
     least, most = sums.aminmax()
     return attended if least > 1 / _SAFE_SUM and most < _SAFE_SUM else None  # not so where one is NaN
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attended: Tensor, sums: Tensor, scores: Tensor) -> None:
+def _attend(q: Tensor, k: Tensor, v: Tensor, attended: Tensor, sums: Tensor, *, scores: Tensor) -> None:
     """Fill `attended`, (H, L, D), and `sums`, (H, L, 1), of some heads of one sequence; `scores`, (H, L, L), is room."""
     scores.baddbmm_(q.float(), k.float().mT, beta=0, alpha=math.log2(math.e) / math.sqrt(q.shape[-1]))
     weights = scores.exp2_()
