@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 _SHORTEST = 48  # tokens; below, the many small products are no faster
-_LONGEST_IN_FLOAT32 = 350  # tokens
+_LONGEST = {
+    torch.float32: 256,
+    torch.bfloat16: 1024,
+}  # tokens; the scores of one head, L * L, are all in memory at a time
 _SCORES_AT_ONCE = 1 << 18  # 1 MiB in float32: what lies between the products stays in a core's cache
 _SAFE_SUM = 2.0**90  # float32 ends at 2**128
 
@@ -23,10 +26,7 @@ def products_are_faster(states: Tensor) -> bool:
     """
     if states.device.type != "cpu" or torch.get_num_threads() > 1:
         return False
-    seqlen = states.shape[2]
-    return seqlen >= _SHORTEST and (
-        states.dtype == torch.bfloat16 or (states.dtype == torch.float32 and seqlen <= _LONGEST_IN_FLOAT32)
-    )
+    return _SHORTEST <= states.shape[2] <= _LONGEST.get(states.dtype, 0)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

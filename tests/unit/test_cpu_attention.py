@@ -74,8 +74,8 @@ def test_products_are_for_single_threads_and_sequences_of_middling_length():
     def is_chosen(seqlen: int, dtype: torch.dtype) -> bool:
         return products_are_faster(torch.empty(1, HEADS, seqlen, HEAD_DIM, dtype=dtype))
 
-    assert [is_chosen(seqlen, torch.float32) for seqlen in (22, 102, 1024)] == [False, True, False]
-    assert [is_chosen(seqlen, torch.bfloat16) for seqlen in (22, 102, 1024)] == [False, True, True]
+    assert [is_chosen(seqlen, torch.float32) for seqlen in (22, 102, 1000, 5000)] == [False, True, False, False]
+    assert [is_chosen(seqlen, torch.bfloat16) for seqlen in (22, 102, 1000, 5000)] == [False, True, True, False]
     assert not is_chosen(102, torch.float16)
     assert not products_are_faster(torch.empty(1, HEADS, 102, HEAD_DIM, device="meta"))
     torch.set_num_threads(2)
