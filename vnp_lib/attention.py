@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vnp_lib.cpu_attention import attend_by_products, products_are_faster
+
 Run = tuple[int, int]  # neighbours of equal length: how many sequences, and how many tokens each
 
 
@@ -123,7 +125,10 @@ def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> T
 
 def _attend_one_run(states: tuple[Tensor, ...], count: int, seqlen: int) -> Tensor:
     q, k, v = (x.view(count, seqlen, *x.shape[1:]).transpose(1, 2) for x in states)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    attended = attend_by_products(q, k, v) if products_are_faster(v) else None
+    if attended is None:
+        attended = F.scaled_dot_product_attention(q, k, v)
+    return attended.transpose(1, 2).flatten(0, 1)
 
 
 @lru_cache(maxsize=4)

@@ -397,10 +397,12 @@ def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
 def child_environment(device: str) -> dict[str, str]:
     """Give a child this process's environment and, where `device` is a GPU, sight of that GPU alone.
 
-    A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it.
+    A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it. On a CPU the child's
+    large blocks are in huge pages where the kernel has them: as it comes, glibc gives such blocks back after each layer, and has
+    thousands of pages zeroed for the next one. Tunables that this process was started with are kept.
     """
     if device == "cpu":
-        return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return os.environ | {
         "CUDA_VISIBLE_DEVICES": visible_gpu(device),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, cuBLAS need not give the same bits again

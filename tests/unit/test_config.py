@@ -171,6 +171,14 @@ def test_a_child_sees_one_gpu_within_the_mask_of_its_parent(monkeypatch, mask, d
     assert child_environment(device)["CUDA_VISIBLE_DEVICES"] == seen
 
 
+def test_a_child_on_a_cpu_has_huge_pages_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert child_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "GLIBC_TUNABLES" not in child_environment("0")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert child_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
+
+
 @pytest.mark.parametrize(("value", "expected"), [("true", True), ("1", True), ("false", False), ("", False)])
 def test_viral_checkpoint_mode_is_a_switch(monkeypatch, value, expected):
     monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", value)

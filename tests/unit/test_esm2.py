@@ -78,6 +78,21 @@ def test_every_layer_equals_fair_esm_one_sequence_at_a_time(architecture, length
         assert cosines.min() >= 0.999999, f"layer {layer}"
 
 
+def test_a_child_of_one_thread_equals_fair_esm_too():
+    """Its attention is another: `cpu_attention`."""
+    state = dict(random_tensors(MODELS[SMALLEST], seed=7))
+    batch = random_batch([400, 256, 102, 102, 48, 20])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ours = packed_states(our_model(MODELS[SMALLEST], state), batch, [6])[6]
+    finally:
+        torch.set_num_threads(before)
+    theirs = states_one_by_one(fair_esm_model(MODELS[SMALLEST], state), batch, [6])
+    expected = torch.cat([states[6] for states in theirs])
+    assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 def test_last_layer_is_the_default_and_layers_do_not_depend_on_each_other():
     network = our_model(TINY, dict(random_tensors(TINY)))
     batch = random_batch([9, 4])

@@ -22,6 +22,7 @@ LAYERS = (
         "progress",
         "heartbeat",
         "linear",
+        "cpu_attention",
         "read_ahead",
         "metrics",
         "hdf5",
