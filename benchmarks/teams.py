@@ -9,8 +9,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 # glibc gives large blocks back to the kernel at once and has every page zeroed again for the next one. That costs extract.py
-# a quarter of its time and us nothing, so all processes that are compared keep their memory.
-KEEP_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+# a quarter of its time and us nothing, so all processes that are compared keep their memory; in huge pages, as our children do.
+KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1"
+}
 
 
 class Team:
