@@ -26,7 +26,7 @@ from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.history import read_attempts
 from vnp_lib.inputs import STDIN, InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, survey
 from vnp_lib.packing import packed_tokens
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, required_bytes
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, required_bytes
 from vnp_lib.progress import format_duration
 from vnp_lib.records import Fault, LetterCounts
 from vnp_lib.run import planned_layout, planned_token_budget
@@ -69,7 +69,7 @@ class Forecast:
     num_skipped: int  # records
     num_cut: int  # sequences
     num_residues: int
-    num_tokens: int  # of the distinct sequences, BOS and EOS included
+    num_tokens: int  # that go through the model: of the distinct sequences, BOS and EOS included, of every window
     lengths: tuple[LengthBin, ...]
     median_length: float
     longest: int  # residues
@@ -117,6 +117,7 @@ def forecast(config: ForecastConfig) -> Forecast:
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
     token_budget = planned_token_budget(config, devices)
+    layout = planned_layout(config)
     token_lengths = lengths + NUM_SPECIAL_TOKENS
     batch_tokens = np.concatenate(
         [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]
@@ -132,7 +133,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         num_skipped=found.counts.num_skipped,
         num_cut=found.counts.num_cut,
         num_residues=int(found.lengths.sum(dtype=np.int64)),
-        num_tokens=int(batch_tokens.sum()),
+        num_tokens=model_tokens(lengths, layout.long_policy),
         lengths=tuple(_histogram(found.lengths)),
         median_length=float(np.median(found.lengths)) if found.num_sequences else 0.0,
         longest=int(found.lengths.max(initial=0)),
@@ -141,7 +142,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         num_batches=batch_tokens.size,
         mean_fill=float(np.minimum(batch_tokens / token_budget, 1.0).mean()) if batch_tokens.size else 0.0,
         num_over_budget=int((batch_tokens > token_budget).sum()),
-        required_bytes=required_bytes(found, planned_layout(config)),
+        required_bytes=required_bytes(found, layout),
         free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
         output_dir=str(config.output_dir),
         speed=_speed(config, one_device, len(devices)),

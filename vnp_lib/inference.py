@@ -26,7 +26,7 @@ from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import TokenBudget
-from vnp_lib.plan import checkpoint_path
+from vnp_lib.plan import checkpoint_path, model_tokens
 from vnp_lib.precision import compare, to_metadata
 from vnp_lib.read_ahead import ReadAhead
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
@@ -167,7 +167,7 @@ class AsyncInferenceRunner:
                     sequence_ids=embedded.batch.sequence_ids if embedded.batch else (),
                     embeddings=embedded.rows,
                     batch_idx=embedded.batch_idx,
-                    num_tokens=embedded.batch.num_tokens if embedded.batch else 0,
+                    num_tokens=self._model_tokens(embedded.batch) if embedded.batch else 0,
                     num_queued=ahead.num_ready(),
                 )
                 if listener.should_stop():
@@ -177,6 +177,11 @@ class AsyncInferenceRunner:
     def probe(self) -> None:
         """Raise DeviceFailedError where the device fails at a harmless sequence."""
         self._embedder.probe()
+
+    def _model_tokens(self, batch: PackedBatch) -> int:
+        if self._layout is None:
+            return batch.num_tokens
+        return model_tokens(batch.lengths, self._layout.long_policy)
 
     def _embedded(self, batches: Iterable[PackedBatch], listener: Listener) -> Iterator[EmbeddedBatch]:
         in_flight: deque[LaunchedBatch] = deque()

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
-
-VIRNUCPRO_RESIDUES = 1024
+from vnp_lib.windows import VIRNUCPRO_RESIDUES, Windows
 
 
 class LongMean(ABC):
@@ -49,27 +48,25 @@ class MeanOfTheFirst(LongMean):
 class MeanOverWindows(LongMean):
     """A long sequence goes through the model in windows, each with BOS and EOS, and of its residues' states the mean is taken.
 
-    Windows have `length` residues and begin `length - overlap` after one another, but for the last, which ends where the
-    sequence does. The state of a residue is the mean of its states in the windows that it is in, each counting alike; the row is
+    The state of a residue is the mean of its states in the windows that it is in, each counting alike; the row is
     the mean over the residues, each counting alike. So a residue in n windows of a sequence of L residues has the share
-    1 / (n L) in each. A sequence of up to `length` residues is one window: its row is what it is without windows.
+    1 / (n L) in each. The row of a sequence that is one window is what it is without windows.
     """
 
-    length: int
-    overlap: int
+    windows: Windows
 
     def divide(self, batch: PackedBatch) -> PackedBatch:
         lengths = batch.lengths
-        if not (lengths > self.length).any():
+        if not (lengths > self.windows.length).any():
             return batch
-        starts = [self.starts(length) for length in lengths.tolist()]
+        starts = [self.windows.starts(length) for length in lengths.tolist()]
         windows_of_each = np.array(list(map(len, starts)))
         boundaries = batch.cu_seqlens.tolist()
         pieces: list[Tensor] = []
         shares: list[NDArray[np.float64]] = []
         for (begin, end), length, own in zip(pairwise(boundaries), lengths.tolist(), starts, strict=True):
             tokens = batch.input_ids[begin:end]
-            spans = [(start, min(start + self.length, length)) for start in own]
+            spans = [(start, min(start + self.windows.length, length)) for start in own]
             share = 1 / (_num_windows_over(spans, length) * length)
             for start, stop in spans:
                 pieces += [tokens[:1], tokens[1 + start : 1 + stop], tokens[-1:]]
@@ -86,23 +83,12 @@ class MeanOverWindows(LongMean):
         )
         return replace(windows, shares=_with_bos_and_eos(shares))
 
-    def starts(self, length: int) -> list[int]:
-        """The first residue, from 0, of each window of a sequence of `length` residues.
-
-        Windows of 10 residues with an overlap of 4, over 25 residues: 0, 6, 12, 15.
-        """
-        if length <= self.length:
-            return [0]
-        return [*range(0, length - self.length, self.length - self.overlap), length - self.length]
-
 
 def long_mean_of(policy: str) -> LongMean | None:
     """Understand a plan's `long_policy`: `virnucpro`, `window:1022:255`; None for all that leave the mean as it is."""
-    kind, *numbers = policy.split(":")
-    if kind == "window":
-        length, overlap = map(int, numbers)
-        return MeanOverWindows(length=length, overlap=overlap)
-    return MeanOfTheFirst() if kind == "virnucpro" else None
+    if windows := Windows.of_policy(policy):
+        return MeanOverWindows(windows=windows)
+    return MeanOfTheFirst() if policy == "virnucpro" else None
 
 
 def join_windows(rows: Tensor, ordinals: NDArray[np.int64]) -> Tensor:

@@ -39,6 +39,7 @@ from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source,
 from vnp_lib.outputs import RowLayout, StoreDtype
 from vnp_lib.packing import pack
 from vnp_lib.records import Fault, SequenceChunk
+from vnp_lib.windows import Windows
 
 PLAN_SCHEMA = 2
 SEQUENCES_SCHEMA = pa.schema(
@@ -207,8 +208,8 @@ class RunPlan:
         return self.lengths[self.order]
 
     def num_tokens(self, ordinals: Ordinals) -> int:
-        """Tokens of `ordinals`, BOS and EOS included."""
-        return int(self.lengths[ordinals].sum(dtype=np.int64)) + NUM_SPECIAL_TOKENS * ordinals.size
+        """Tokens of `ordinals` that go through the model."""
+        return model_tokens(self.lengths[ordinals], self.identity["long_policy"])
 
     def shard_ordinals(self, rank: int) -> NDArray[np.int64]:
         """What shard `rank` computes, longest first: every num_shards-th of `order`, so that shards weigh the same."""
@@ -369,6 +370,14 @@ class Counted(Protocol):
     def lengths(self) -> NDArray[np.int32]: ...
     @property
     def computed_lengths(self) -> NDArray[np.int32]: ...
+
+
+def model_tokens(lengths: NDArray[np.integer[Any]], long_policy: str) -> int:
+    """Tokens that go through the model for sequences of `lengths` residues, (N,): BOS and EOS included, of every window."""
+    if (windows := Windows.of_policy(long_policy)) is None:
+        return int(lengths.sum(dtype=np.int64)) + NUM_SPECIAL_TOKENS * lengths.size
+    of_a_window = np.minimum(lengths, windows.length) + NUM_SPECIAL_TOKENS
+    return int((of_a_window * windows.counts(lengths)).sum())
 
 
 def required_bytes(plan: Counted, layout: RowLayout) -> int:

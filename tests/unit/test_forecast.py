@@ -8,18 +8,24 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from vnp_lib.cli import main
-from vnp_lib.config import ForecastConfig
-from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.config import EmbedConfig, ForecastConfig
+from vnp_lib.esm2 import ESM2
+from vnp_lib.failures import ConfigError, ExitCode, FastaError
 from vnp_lib.forecast import Forecast, forecast
+from vnp_lib.history import read_attempts
 from vnp_lib.inputs import InputPolicy, Source, read, survey
 from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
 from vnp_lib.records import LetterCounts
+from vnp_lib.run import open_run
+from vnp_lib.worker import ShardAttempt, StopFlag
 
 MODEL = "esm2_t6_8M_UR50D"
 IDENTITY = ModelIdentity(model=MODEL, weights_digest="w", layer=6, dtype="float32")
@@ -65,6 +71,52 @@ def test_a_run_is_what_was_forecast(tmp_path: Path, tiny_fasta: Path, num_shards
     assert seen.required_bytes == required_bytes(plan, RowLayout((Output.parse("mean_6"),), 320))
     assert sum(each.count for each in seen.lengths) == 81
     assert seen.can_begin
+
+
+def test_tokens_of_windows_are_those_of_the_passes_and_those_that_a_run_reports(
+    tmp_path: Path, tiny_fasta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in the passes themselves; and said batch by batch, by the history, and by how much is left."""
+    passed: list[int] = []
+    forward_packed = ESM2.forward_packed
+
+    def counting(self: ESM2, input_ids: Tensor, *arguments: Any, **options: Any) -> dict[str, Any]:
+        passed.append(input_ids.numel())
+        return forward_packed(self, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(ESM2, "forward_packed", counting)
+    windows = {"long": "window", "max_length": 20, "window_overlap": 9, "weights": "random", "token_budget": 300}
+    seen = seen_of(tiny_fasta, output_dir=tmp_path / "run", **windows)
+    events = Reported()
+    config = EmbedConfig(
+        fasta=(tiny_fasta,), output_dir=tmp_path / "run", model=MODEL, devices="cpu", shards=1, **windows
+    )
+    with open_run(config) as run:
+        left = run.num_tokens_left(run.shard_states())
+        run.prepare_shard(0)
+        assert ShardAttempt(run.shard_job(0, "cpu"), events, Unstoppable()).run() == ExitCode.DONE
+        assert run.num_tokens_left(run.shard_states()) == 0
+        (attempt,) = read_attempts(run.paths, 0)
+        plain = int(run.plan.lengths[run.plan.order].sum()) + NUM_SPECIAL_TOKENS * run.plan.num_computed
+    told = [sum(passed), sum(events.tokens), sum(each.tokens for each in attempt.checkpoints), left]
+    assert told == [seen.num_tokens] * 4
+    assert seen.num_tokens > 1.5 * plain
+
+
+class Reported:
+    """Keeps the tokens of each batch that an attempt tells of."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def send(self, event: str, **fields: Any) -> None:
+        if event == "batch":
+            self.tokens.append(fields["tokens"])
+
+
+class Unstoppable(StopFlag):
+    def install(self) -> None:
+        """Leave SIGTERM to pytest."""
 
 
 def test_there_are_never_more_shards_than_sequences(tmp_path: Path) -> None:

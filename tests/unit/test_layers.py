@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "machine", "weight_files", "outputs"},
+    {"files", "machine", "weight_files", "outputs", "windows"},
     {
         "config",
         "records",

@@ -19,6 +19,7 @@ from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import random_tensors
+from vnp_lib.windows import Windows
 
 TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
 CPU = torch.device("cpu")
@@ -94,15 +95,22 @@ def test_windows_come_to_what_is_reckoned_by_hand(length, overlap, tokens):
 
 
 def test_windows_are_where_they_are_said_to_be():
-    assert MeanOverWindows(length=10, overlap=4).starts(25) == [0, 6, 12, 15]
-    assert MeanOverWindows(length=10, overlap=4).starts(22) == [0, 6, 12]
-    assert MeanOverWindows(length=10, overlap=4).starts(11) == [0, 1]
-    assert MeanOverWindows(length=10, overlap=4).starts(10) == [0]
+    assert Windows(length=10, overlap=4).starts(25) == [0, 6, 12, 15]
+    assert Windows(length=10, overlap=4).starts(22) == [0, 6, 12]
+    assert Windows(length=10, overlap=4).starts(11) == [0, 1]
+    assert Windows(length=10, overlap=4).starts(10) == [0]
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(40, 10), (40, 0), (40, 39), (7, 2), (1, 0)])
+def test_windows_are_counted_without_being_made(length, overlap):
+    windows = Windows(length=length, overlap=overlap)
+    lengths = np.arange(1, 200, dtype=np.int32)
+    assert windows.counts(lengths).tolist() == [len(windows.starts(each)) for each in lengths.tolist()]
 
 
 def test_without_a_long_sequence_a_batch_is_computed_as_ever():
     batch = batch_of(proteins([40, 12]))
-    assert MeanOverWindows(length=40, overlap=10).divide(batch) is batch
+    assert MeanOverWindows(windows=Windows(length=40, overlap=10)).divide(batch) is batch
     assert torch.equal(collected(embedder("window:40:10"), batch).rows, collected(embedder("whole"), batch).rows)
 
 
