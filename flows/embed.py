@@ -30,7 +30,7 @@ from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.config import EmbedConfig, parse_command_line
 from vnp_lib.failures import CheckpointError, ExitCode, InputError, StorageError
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan import RunPaths, describe_input
 from vnp_lib.progress import RunProgress, format_duration
 from vnp_lib.report import write_report
 from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open_run
@@ -52,10 +52,10 @@ async def embed(config: EmbedConfig) -> State[Any]:
 
 
 def tell_of_input(run: Run) -> None:
-    """Say it where records were skipped, cut or changed, as somebody has asked for."""
-    if told := run.plan.counts.describe():
-        listed = f"; skipped records are listed in {run.paths.skipped}" if run.plan.counts.num_skipped else ""
-        get_run_logger().warning("of the input: %s%s", told, listed)
+    """Say it where records were skipped, cut or changed, or are the same."""
+    if told := describe_input(run.plan.counts, run.paths):
+        level = logging.WARNING if run.plan.counts.is_altered else logging.INFO
+        get_run_logger().log(level, "of the input: %s", told)
 
 
 async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:

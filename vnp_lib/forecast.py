@@ -65,9 +65,7 @@ class Forecast:
     num_computed: int  # distinct ones
     num_refused: int  # records; a file that cannot be used as a whole counts as one
     refusals: tuple[str, ...]  # the first ones: file, line, id, and what is wrong
-    letters: LetterCounts  # of all records
-    num_skipped: int  # records
-    num_cut: int  # sequences
+    input: InputCounts  # what is done to it
     num_residues: int
     num_tokens: int  # that go through the model: of the distinct sequences, BOS and EOS included, of every window
     lengths: tuple[LengthBin, ...]
@@ -84,10 +82,6 @@ class Forecast:
     speed: Speed | None  # of all devices together
 
     @property
-    def num_duplicates(self) -> int:
-        return self.num_sequences - self.num_computed
-
-    @property
     def expected_s(self) -> float | None:
         return self.num_tokens / self.speed.tokens_per_s if self.speed else None
 
@@ -101,8 +95,7 @@ class Forecast:
         return not self.num_refused and self.has_room and self.num_sequences > 0
 
     def to_json(self) -> dict[str, Any]:
-        derived = {"num_duplicates": self.num_duplicates, "expected_s": self.expected_s, "can_begin": self.can_begin}
-        return asdict(self) | derived
+        return asdict(self) | {"expected_s": self.expected_s, "can_begin": self.can_begin}
 
 
 def forecast(config: ForecastConfig) -> Forecast:
@@ -129,9 +122,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         num_computed=found.num_computed,
         num_refused=found.num_refused,
         refusals=found.refusals,
-        letters=found.counts.letters,
-        num_skipped=found.counts.num_skipped,
-        num_cut=found.counts.num_cut,
+        input=found.counts,
         num_residues=int(found.lengths.sum(dtype=np.int64)),
         num_tokens=model_tokens(lengths, layout.long_policy),
         lengths=tuple(_histogram(found.lengths)),
@@ -316,15 +307,14 @@ def _mean_speed(run_dir: Path, model: str) -> Speed:
 
 
 def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
-    yield "sequences", f"{seen.num_sequences:,}: {seen.num_computed:,} distinct, {seen.num_duplicates:,} copies"
+    yield "sequences", f"{seen.num_sequences:,}, {seen.num_computed:,} distinct"
     yield "residues", f"{seen.num_residues:,}; {seen.num_tokens:,} tokens to compute"
     yield "lengths", f"median {seen.median_length:,.0f}, longest {seen.longest:,} residues"
-    if mended := list(_mended(seen.letters)):
+    if done := seen.input.describe():
+        skipped = RunPaths(Path(seen.output_dir)).skipped
+        yield "input", done + (f"; a run lists skipped records in {skipped}" if seen.input.num_skipped else "")
+    if mended := list(_mended(seen.input.letters)):
         yield "letters", ", ".join(mended)
-    if seen.num_skipped:
-        yield "skipped", f"{seen.num_skipped:,}, which a run lists in {RunPaths(Path(seen.output_dir)).skipped}"
-    if seen.num_cut:
-        yield "cut", f"{seen.num_cut:,} sequences"
     yield (
         "batches",
         (
@@ -348,7 +338,7 @@ def _mended(letters: LetterCounts) -> Iterator[str]:
     if letters.unknown:
         yield f"{letters.unknown:,} X"
     if letters.read_as_unknown:
-        yield f"{letters.read_as_unknown:,} J read as X"
+        yield f"{letters.read_as_unknown:,} J, read as X"
     if letters.lower_case:
         yield f"{letters.lower_case:,} in lower case, raised"
     if letters.final_stops:

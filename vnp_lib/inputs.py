@@ -29,6 +29,7 @@ from vnp_lib.records import (
 from vnp_lib.source import COMPRESSIONS, suffix_of, unchanging
 from vnp_lib.tables import is_table, read_table, row_of
 from vnp_lib.translation import NUCLEOTIDES, six_frames
+from vnp_lib.windows import VIRNUCPRO_RESIDUES
 
 if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
     from vnp_lib.config import DuplicateIds, EmbedConfig, InvalidResidues, LongSequences, Translation
@@ -86,6 +87,9 @@ class InputCounts:
 
     num_skipped: int = 0  # records
     num_cut: int = 0  # sequences
+    num_windowed: int = 0  # sequences whose mean is taken over windows
+    num_in_part: int = 0  # sequences whose mean is that of their first residues, as VirNucPro takes it
+    num_duplicates: int = 0  # sequences that are not computed again, since they are identical to one before
     letters: LetterCounts = field(default_factory=LetterCounts)
 
     @classmethod
@@ -96,18 +100,22 @@ class InputCounts:
         return asdict(self)
 
     def __add__(self, other: InputCounts) -> InputCounts:
-        return InputCounts(
-            num_skipped=self.num_skipped + other.num_skipped,
-            num_cut=self.num_cut + other.num_cut,
-            letters=self.letters + other.letters,
-        )
+        return InputCounts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether a record has no row, or one that is not simply that of the sequence as it stands there."""
+        return replace(self, num_duplicates=0).describe() != ""
 
     def describe(self) -> str:
-        """Say what a policy did to the input: `3 records skipped, 12 letters read as unknown`; "" if nothing."""
+        """Say what was done to the input: `3 records skipped, 12 letters read as unknown`; "" if nothing."""
         done = (
             (self.num_skipped, "record", "skipped"),
             (self.num_cut, "sequence", "cut short"),
-            (self.letters.mapped, "letter", "read as unknown"),
+            (self.num_windowed, "sequence", "averaged over windows"),
+            (self.num_in_part, "sequence", f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues"),
+            (self.letters.mapped + self.letters.read_as_unknown, "letter", "read as unknown"),
+            (self.num_duplicates, "duplicate", "not computed again"),
         )
         return ", ".join(
             f"{count:,} {what if count == 1 else what + 's'} {became}" for count, what, became in done if count
@@ -124,12 +132,20 @@ class InputChunk:
     original_lengths: NDArray[np.int32]  # the same before any was cut
     refused: list[Fault]  # by record
     skipped: list[Fault]  # by record
+    num_windowed: int
+    num_in_part: int
     letters: LetterCounts
 
     @property
     def counts(self) -> InputCounts:
-        num_cut = int(np.count_nonzero(self.lengths != self.original_lengths))
-        return InputCounts(num_skipped=len(self.skipped), num_cut=num_cut, letters=self.letters)
+        """All but the duplicates, which a chunk alone does not tell."""
+        return InputCounts(
+            num_skipped=len(self.skipped),
+            num_cut=int(np.count_nonzero(self.lengths != self.original_lengths)),
+            num_windowed=self.num_windowed,
+            num_in_part=self.num_in_part,
+            letters=self.letters,
+        )
 
 
 def find_sources(fasta: Sequence[Path], *, stdin: Path) -> list[Source]:
@@ -299,6 +315,8 @@ def _translated(checked: CheckedChunk, policy: InputPolicy) -> Iterator[CheckedC
 def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
     lengths = np.fromiter(map(len, checked.usable.sequences), dtype=np.int32, count=len(checked.usable.sequences))
     skips = policy.invalid_residues == "skip"
+    most = VIRNUCPRO_RESIDUES if policy.long == "virnucpro" else policy.max_length
+    num_long = int(np.count_nonzero(lengths > most)) if most is not None else 0
     chunk = InputChunk(
         usable=checked.usable,
         records=checked.records,
@@ -306,10 +324,11 @@ def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
         original_lengths=lengths,
         refused=[] if skips else checked.faults,
         skipped=checked.faults if skips else [],
+        num_windowed=num_long if policy.long == "window" else 0,
+        num_in_part=num_long if policy.long == "virnucpro" else 0,
         letters=checked.letters,
     )
-    most = policy.max_length
-    if policy.long not in ("error", "truncate", "skip") or most is None or lengths.max(initial=0) <= most:
+    if policy.long not in ("error", "truncate", "skip") or most is None or not num_long:
         return chunk
     if policy.long == "truncate":
         cut = replace(chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences])

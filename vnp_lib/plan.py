@@ -359,6 +359,12 @@ def longest_first(lengths: NDArray[np.integer[Any]], representatives: Ordinals) 
     return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
+def describe_input(counts: InputCounts, paths: RunPaths) -> str:
+    """Say what was done to a run's input, and where it is listed; "" if nothing."""
+    listed = f"; skipped records are listed in {paths.skipped}" if counts.num_skipped else ""
+    return counts.describe() + listed
+
+
 class Counted(Protocol):
     """What a run is about; a `RunPlan` is."""
 
@@ -440,12 +446,16 @@ class Surveyor:
         return _repeats(self._id_digests)
 
     def representatives(self, *, dedup: bool) -> NDArray[np.int64]:
-        """The ordinal of the first identical sequence, or without `dedup` its own, (N,). Ids are forgotten first."""
+        """The ordinal of the first identical sequence, or without `dedup` its own, (N,).
+
+        To be asked for once, when all is added: ids are forgotten then, and the duplicates are among the counts.
+        """
         self._id_digests.clear()
         representatives = np.arange(len(self._sequence_digests) // _EMPTY_DIGEST.digest_size)
         if dedup:
             repeats, firsts = _repeats(self._sequence_digests)
             representatives[repeats] = firsts
+            self.counts += InputCounts(num_duplicates=repeats.size)
         return representatives
 
     def finish(self, sources: Sequence[Source], policy: InputPolicy) -> _Survey:
@@ -456,11 +466,12 @@ class Surveyor:
             repeats, firsts = self.repeated_ids()
             if repeats.size:
                 raise _duplicate_ids(sources, policy, repeats, firsts)
+        representatives = self.representatives(dedup=policy.dedup)
         return _Survey(
             sequences_sha256=self._sha256.hexdigest(),
             num_residues=self._num_residues,
             counts=self.counts,
-            representatives=self.representatives(dedup=policy.dedup),
+            representatives=representatives,
         )
 
 

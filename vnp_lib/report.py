@@ -20,7 +20,7 @@ from vnp_lib.files import write_file
 from vnp_lib.history import Attempt, read_attempts, utc_now
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.packing import packed_tokens
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, describe_input
 from vnp_lib.progress import format_duration
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.status import RunStatus, read_status
@@ -63,6 +63,7 @@ def render_report(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetim
         title=f"{plan.identity['model']}, {plan.num_sequences:,} sequences",
         written_at=_time(status.at),
         running="No run is going on." if status.running is None else f"A run is going on: {status.running}.",
+        input=describe_input(status.input, paths),
         tiles=list(_tiles(status, attempts, sizes_bytes, num_failures=len(failures))),
         notes=status.notes,
         pictures={

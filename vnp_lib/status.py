@@ -24,8 +24,9 @@ from vnp_lib.dataset import describe_rows, open_dataset
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
+from vnp_lib.inputs import InputCounts
 from vnp_lib.manifest import CheckpointManifest, ShardStatus
-from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
 from vnp_lib.precision import Certificate
 from vnp_lib.progress import format_duration
 from vnp_lib.quarantine import Quarantine
@@ -90,6 +91,7 @@ class RunStatus:
     dtype: str
     num_sequences: int  # in the input
     num_computed: int  # distinct ones
+    input: InputCounts  # what was done to it
     num_done: int
     num_quarantined: int | None  # None: the quarantine cannot be read
     shards: tuple[ShardProgress, ...]
@@ -178,6 +180,7 @@ def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]
         dtype=plan.identity["dtype"],
         num_sequences=plan.num_sequences,
         num_computed=plan.num_computed,
+        input=plan.counts,
         num_done=sum(shard.num_done for shard in shards) if is_complete else min(num_recorded, plan.num_computed),
         num_quarantined=None if quarantined is None else len(quarantined),
         shards=shards,
@@ -307,6 +310,8 @@ def _headline(status: RunStatus) -> Iterator[Text]:
     going_on = "no run is going on" if status.running is None else f"a run is going on: {status.running}"
     yield plain(f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences", style="bold")
     yield plain(going_on, style="" if status.running is None else "green")
+    if told := describe_input(status.input, RunPaths(status.run_dir)):
+        yield plain(f"of the input: {told}", style="yellow" if status.input.is_altered else "")
 
 
 _STYLES = {ShardState.RUNNING: "green", ShardState.FAILED: "bold red", ShardState.STOPPED: "yellow"}

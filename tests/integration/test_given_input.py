@@ -24,7 +24,9 @@ from tests.support import EXAMPLE, assert_same_rows, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError
+from vnp_lib.inputs import InputCounts
 from vnp_lib.plan import RunPaths
+from vnp_lib.status import open_status
 from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
@@ -66,7 +68,7 @@ def mean_rows(records: list[tuple[str, str]]) -> list[np.ndarray]:
     return rows
 
 
-def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path) -> None:
+def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog) -> None:
     """Each row of the table has its row in the dataset, by its place; each is what fair-esm gives for what is left of it."""
     with dnaio.open(EXAMPLE) as file:
         records = [(record.id, record.sequence) for record, _ in zip(file, range(12), strict=False)]
@@ -92,7 +94,13 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path) -> None
     num_cut = sum(len(aa) > MOST for _, aa in records)
     assert num_cut > 0
     assert dataset.metadata["input"]["num_cut"] == num_cut
-    assert f"12 sequences embedded, {num_cut} sequences cut short" in outcome.message
+    told = f"{num_cut} sequences cut short, 1 duplicate not computed again"
+    assert outcome.message.startswith(f"12 sequences embedded, {told}, shards:")
+    assert f"of the input: {told}" in caplog.text
+    status = open_status(tmp_path / "run")()
+    assert status.input == InputCounts.from_json(dataset.metadata["input"])
+    assert status.input.describe() == told
+    assert f"Of the input: {told}." in RunPaths(tmp_path / "run").report.read_text()
 
 
 def test_what_is_piped_goes_on_without_a_pipe_and_is_not_mixed_with_other_input(

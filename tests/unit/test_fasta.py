@@ -2,9 +2,11 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from backports import zstd
 
 from vnp_lib.failures import FastaError
-from vnp_lib.inputs import InputChunk, InputPolicy, Places, Source, find_sources
+from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources
 from vnp_lib.inputs import read as read_source
 from vnp_lib.records import LETTERS, LetterCounts
 
@@ -306,10 +308,46 @@ def test_long_sequences_are_taken_cut_or_left_out(
     assert list(zip(chunk.usable.ids, chunk.usable.sequences, strict=True)) == records
     assert chunk.lengths.tolist() == [len(sequence) for _, sequence in records]
     assert chunk.original_lengths.tolist() == original_lengths
-    assert chunk.counts.num_cut == (2 if long == "truncate" else 0)
+    counts = InputCounts(num_cut=2 * (long == "truncate"), num_skipped=2 * (long == "skip"))
+    assert replace(chunk.counts, letters=LetterCounts()) == counts
     assert [(fault.record, fault.sequence_id) for fault in chunk.skipped] == (
         [(0, "a"), (3, "d")] if long == "skip" else []
     )
+
+
+def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(tmp_path: Path) -> None:
+    (chunk,) = chunks_of(write(tmp_path / "x.fasta", LONG), long="window", max_length=4)
+    assert chunk.counts.describe() == "2 sequences averaged over windows"
+    long = "".join(f">p{length}\n{'M' * length}\n" for length in (1023, 1024, 1025, 4000))
+    (chunk,) = chunks_of(write(tmp_path / "y.fasta", long), long="virnucpro")
+    assert chunk.counts.describe() == "2 sequences averaged over the first 1,024 residues"
+    assert chunk.counts.is_altered
+
+
+def test_what_was_done_is_said_for_one_and_for_many() -> None:
+    letters = LetterCounts(unknown=9, read_as_unknown=1, mapped=1200, lower_case=5, final_stops=7)
+    counts = InputCounts(num_skipped=1, num_cut=2, num_windowed=1, num_in_part=2, num_duplicates=1, letters=letters)
+    assert counts.describe() == (
+        "1 record skipped, 2 sequences cut short, 1 sequence averaged over windows, 2 sequences averaged over the first 1,024 "
+        "residues, 1,201 letters read as unknown, 1 duplicate not computed again"
+    )
+    assert InputCounts.from_json(json.loads(json.dumps((counts + counts).to_json()))) == counts + counts
+    of_an_earlier_version = {"num_skipped": 1, "num_cut": 0, "letters": {}}
+    assert InputCounts.from_json(of_an_earlier_version) == InputCounts(num_skipped=1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_altered"),
+    [
+        (InputCounts(), False),
+        (InputCounts(num_duplicates=3), False),
+        (InputCounts(letters=LetterCounts(unknown=3, lower_case=3, final_stops=3)), False),
+        (InputCounts(letters=LetterCounts(read_as_unknown=1)), True),
+        (InputCounts(num_cut=1, num_duplicates=3), True),
+    ],
+)
+def test_input_is_altered_where_a_row_is_not_that_of_its_record(counts: InputCounts, is_altered: bool) -> None:
+    assert counts.is_altered == is_altered
 
 
 def test_long_sequences_are_refused_by_line_where_that_is_asked_for(tmp_path: Path) -> None:

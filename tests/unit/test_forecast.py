@@ -170,7 +170,7 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
 
 def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
     seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
-    assert seen.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2)
+    assert seen.input.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2)
 
 
 def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:
@@ -185,8 +185,8 @@ def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:
         RunPaths(tmp_path / "run"), fasta, IDENTITY, num_shards=1, token_budget=100, policy=InputPolicy(**policy)
     )
     assert (seen.num_sequences, seen.num_computed) == (plan.num_sequences, plan.num_computed) == (5, 5)
-    assert (seen.num_skipped, seen.num_cut) == (plan.counts.num_skipped, plan.counts.num_cut) == (4, 2)
-    assert (seen.letters, seen.num_residues, seen.can_begin) == (plan.counts.letters, plan.num_residues, True)
+    assert (plan.counts.num_skipped, plan.counts.num_cut) == (4, 2)
+    assert (seen.input, seen.num_residues, seen.can_begin) == (plan.counts, plan.num_residues, True)
 
 
 def test_a_pattern_without_a_match_is_refused_beside_the_rest(tmp_path: Path) -> None:
@@ -283,12 +283,13 @@ def test_the_command_writes_nothing_and_prints_for_people_and_machines(tmp_path:
     ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "3: 2 distinct, 1 copies" in text
+    assert "3, 2 distinct " in text
+    assert "1 duplicate not computed again " in text
     assert "      1 to      49  ████████████████████████████████████████ 3\n" in text
     assert "the run can begin" in text
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["num_sequences"], told["num_duplicates"], told["can_begin"]) == (3, 1, True)
+    assert (told["num_sequences"], told["input"]["num_duplicates"], told["can_begin"]) == (3, 1, True)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -238,6 +238,7 @@ def test_ids_that_occur_twice_are_kept_where_that_is_asked_for(tmp_path: Path) -
     plan = plan_of(tmp_path / "run", fasta, duplicate_ids="keep")
     assert plan.ids(np.arange(4)) == ["a", "b", "a", "a"]
     assert plan.representatives.tolist() == [0, 1, 2, 0]
+    assert plan.counts.describe() == "1 duplicate not computed again"
     once = write_fasta(tmp_path / "y.fasta", [("a", "MKV"), ("b", "MKL")])
     assert plan_of(tmp_path / "1", once, duplicate_ids="keep").fingerprint == plan_of(tmp_path / "2", once).fingerprint
 
@@ -246,6 +247,7 @@ def test_without_dedup_every_sequence_is_computed_and_the_run_is_another(tmp_pat
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKVL"), ("c", "MKV")])
     plan = plan_of(tmp_path / "run", fasta, dedup=False)
     assert (plan.num_computed, plan.representatives.tolist(), plan.order.tolist()) == (3, [0, 1, 2], [1, 0, 2])
+    assert plan.counts.num_duplicates == 0
     with pytest.raises(FingerprintMismatchError, match="dedup is False there and None here"):
         plan_of(tmp_path / "run", fasta)
 

@@ -21,6 +21,7 @@ from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause, FailureKind, StorageError
 from vnp_lib.history import Attempt, CheckpointEntry, Ending
+from vnp_lib.inputs import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
@@ -205,6 +206,17 @@ def test_the_page_tells_the_runs_counts(tmp_path: Path) -> None:
     assert "in checkpoints: 1" in tiles
     assert plan.fingerprint in page.text
     assert len(page.pictures) == 5
+
+
+def test_the_page_tells_what_was_done_to_the_input(tmp_path: Path) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(f">a\n{'MKV' * 20}\n>b\nMK1\n")
+    policy = InputPolicy(invalid_residues="skip", long="window", max_length=40)
+    paths = RunPaths(tmp_path / "run<b>")
+    plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
+    told = f"1 record skipped, 1 sequence averaged over windows; skipped records are listed in {paths.skipped}."
+    assert f"Of the input: {told}" in page_of(plan, paths).text
+    assert "Of the input" not in page_of(*run_of(tmp_path / "run<b>", 1)).text
 
 
 def test_shards_of_an_earlier_division_are_in_the_picture(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import FileLock
 from vnp_lib.history import AttemptHistory
+from vnp_lib.inputs import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
@@ -166,6 +167,24 @@ def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunP
     assert (complete.num_done, complete.tokens_left, complete.num_quarantined) == (39, 0, 1)
     assert "transient, 0:03:00 ago: attempt 1/3 (SIGKILL)" in drawn(seen)
     assert "in quarantine: 1\n" in drawn(seen)
+
+
+def test_what_was_done_to_the_input_is_told(paths: RunPaths, tmp_path: Path, capsys) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(">a\nMKV\n>b\nMK1\n>c\nMKVJL\n>d\nMKV\n")
+    policy = InputPolicy(invalid_residues="skip", long="truncate", max_length=4)
+    plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
+    told = (
+        "of the input: 1 record skipped, 1 sequence cut short, 1 letter read as unknown, 1 duplicate not computed again; "
+        f"skipped records are listed in {paths.skipped}\n"
+    )
+    assert told in drawn(status_of(plan, paths), width=300)
+    assert main(["status", str(paths.run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["input"] == plan.counts.to_json()
+
+
+def test_of_input_that_was_taken_as_it_is_nothing_is_told(plan: RunPlan, paths: RunPaths) -> None:
+    assert "of the input" not in drawn(status_of(plan, paths))
 
 
 def test_another_division_before_makes_the_counts_approximate(plan: RunPlan, paths: RunPaths) -> None:
