@@ -167,7 +167,12 @@ def _add_status(commands: _Commands) -> None:
         "run directory.",
     )
     parser.add_argument(
-        "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="draw it again every 5 s, until Ctrl-C"
+        "--watch",
+        nargs="?",
+        type=_seconds,
+        const=5.0,
+        metavar="SECONDS",
+        help="draw it again every 5 seconds, or as many, until Ctrl-C",
     )
     parser.set_defaults(command=status)
 
@@ -295,11 +300,11 @@ def _add_verify_model(commands: _Commands) -> None:
     default = {name: field.default for name, field in EmbedConfig.model_fields.items()}
     parser.add_argument("--model", choices=get_args(ModelName), default=default["model"], help="%(default)s by default")
     parser.add_argument(
-        "--weights", default=default["weights"], help="as a run takes them: 'auto', 'random', or a path"
+        "--weights", default=default["weights"], metavar="TEXT", help="as a run takes them: 'auto', 'random', or a path"
     )
     parser.add_argument("--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it")
     parser.add_argument(
-        "--device", default="auto", help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number"
+        "--device", default="auto", metavar="TEXT", help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number"
     )
     parser.set_defaults(command=verify_model)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -103,9 +103,9 @@ class RuntimeConfig(BaseModel):
         60.0, ge=0, title="Wait after a preemption (s)", description="Seconds to wait after a preemption."
     )
     backoff_base_s: float = Field(
-        1.0, ge=0, description="Delay of the first retry after a passing failure; it doubles."
+        1.0, ge=0, description="Seconds before the first retry after a passing failure; they double."
     )
-    backoff_max_s: float = Field(60.0, ge=0, description="Longest delay of a retry after a passing failure.")
+    backoff_max_s: float = Field(60.0, ge=0, description="Most seconds before a retry after a passing failure.")
     grace_s: float = Field(30.0, gt=0, description="Seconds a child has to save its work when it is told to stop.")
     startup_limit_s: float = Field(900.0, gt=0, description="Seconds a child may take to load the model.")
     silence_limit_s: float = Field(600.0, gt=0, description="Seconds without progress after which a child is stopped.")
@@ -247,7 +247,7 @@ class EmbedConfig(BaseModel):
         description="'six-frame': the input is nucleotides; what is embedded are the proteins that VirNucPro makes of them.",
     )
     chunk_length: ChunkLength = Field(
-        500, title="Chunk length (nucleotides)", description="Length of the chunks that are translated."
+        500, title="Chunk length (nucleotides)", description="Nucleotides of the chunks that are translated."
     )
     id_column: str = Field("id", description="Column of CSV, TSV and Parquet files that holds the ids.")
     sequence_column: str = Field("sequence", description="Column of these that holds the sequences.")
@@ -269,7 +269,7 @@ class ForecastConfig(EmbedConfig):
 
     output_dir: Path = Field(Path(), description="Where the run would be: the space on that disk is looked at.")
     tokens_per_second: float | None = Field(
-        None, gt=0, description="Speed of all devices together, for the time that the run would take."
+        None, gt=0, description="Tokens per second of all devices together, for the time that the run would take."
     )
     speed_of: Path | None = Field(
         None,
@@ -305,16 +305,20 @@ input would be refused, or the disk has no room, 2: an option cannot be used."""
 class _HelpFormatter(argparse.HelpFormatter):
     """Leaves out what only a programmer reads: Python's type names, defaults that are None, a page of usage."""
 
-    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N", "float": "SECONDS"} | {
+    _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N"} | {
         f"tuple[{{{','.join(get_args(OutputName))}}},...]": "OUTPUTS",
         "tuple[int,...]": "LAYERS",
     }
 
-    def add_usage(self, usage: str | None, *args: Any, **kwargs: Any) -> None:
-        super().add_usage("%(prog)s --fasta FILES --output-dir DIR [options]", *args, **kwargs)
+    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], *args: Any, **kwargs: Any) -> None:
+        needed = [each for each in actions if "(required)" in (each.help or "")]
+        told = " ".join(f"{each.option_strings[0]} {self._metavar_formatter(each, '')(1)[0]}" for each in needed)
+        super().add_usage(f"%(prog)s {told} [options]", actions, *args, **kwargs)
 
     def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
-        if isinstance(action.metavar, str):
+        if action.metavar == "float":
+            action.metavar = "SECONDS" if "seconds" in (action.help or "").lower() else "N"
+        elif isinstance(action.metavar, str):
             action.metavar = self._METAVARS.get(action.metavar, action.metavar)
         return super()._metavar_formatter(action, default_metavar)
 

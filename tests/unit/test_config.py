@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -11,10 +12,14 @@ import pytest
 from pydantic import ValidationError
 
 from vnp_lib import config
+from vnp_lib.cli import main
 from vnp_lib.config import (
     EmbedConfig,
+    ForecastConfig,
+    RuntimeConfig,
     child_environment,
     parse_command_line,
+    parse_forecast_command_line,
     resolve_devices,
     viral_checkpoint_mode,
 )
@@ -127,6 +132,50 @@ def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
     assert "VNP_TOKEN_BUDGET" in text
     assert "tuple[" not in text
     assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("parse", "settings"), [(parse_command_line, EmbedConfig), (parse_forecast_command_line, ForecastConfig)]
+)
+def test_help_names_what_a_number_counts(parse, settings, capsys, monkeypatch):
+    """Seconds are called so where they are in the form's title, and nowhere else."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = dict(re.findall(r"^  --(\S+) ([A-Z]+)\b", capsys.readouterr().out, re.MULTILINE))
+    numbers = titles_of_numbers(settings) | titles_of_numbers(RuntimeConfig, "runtime.")
+    assert "runtime.grace_s" in numbers
+    for name, title in numbers.items():
+        assert told[name.replace("_", "-")] == ("SECONDS" if title.endswith("(s)") else "N"), name
+
+
+def titles_of_numbers(settings, prefix=""):
+    properties = settings.model_json_schema()["properties"]
+    numbers = {
+        name
+        for name, field in settings.model_fields.items()
+        if {int, float} & {field.annotation, *get_args(field.annotation)}
+    }
+    return {prefix + name: properties[name]["title"] for name in numbers}
+
+
+@pytest.mark.parametrize("command", ["status", "export", "report", "esm-extract", "verify", "verify-model"])
+def test_help_of_a_command_names_values_by_what_they_are(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = re.findall(r"^  --[\w-]+ \[?([A-Z_]+)\b", capsys.readouterr().out, re.MULTILINE)
+    assert set(told) <= {"N", "SECONDS", "TEXT", "PATH", "FORMAT", "DTYPE"}
+
+
+def test_usage_has_the_options_that_are_needed(capsys):
+    for parse, usage in (
+        (parse_command_line, "usage: python flows/embed.py --fasta FILES --output-dir DIR [options]"),
+        (parse_forecast_command_line, "usage: vnp plan --fasta FILES [options]"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        assert capsys.readouterr().out.splitlines()[0] == usage
 
 
 def test_descriptions_suit_the_form_too_which_has_no_options():
