@@ -152,7 +152,7 @@ async def show_summary(run: Run, summary: DatasetSummary, *, elapsed_s: float, n
 
 def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> str:
     """The summary's text. `num_tokens` went through the model in this flow run, in `elapsed_s` seconds all in all."""
-    identity = run.plan.identity
+    identity, report = run.plan.identity, run.paths.report.resolve()
     facts = {
         "sequences embedded": f"{summary.num_rows:,}",
         "distinct ones computed": f"{run.plan.num_computed:,}",
@@ -161,7 +161,7 @@ def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float,
         "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
         "precision": summary.precision.describe() if summary.precision else f"{identity['dtype']}, not compared",
         "dataset": f"`{summary.path.resolve()}`, {format_bytes(summary.size_bytes)}, parts: {summary.num_parts:,}",
-        "report": f"[`{run.paths.report.resolve()}`]({run.paths.report.resolve().as_uri()})",
+        "report": f"[{_escaped(str(report))}]({report.as_uri()})",
         "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
         "fingerprint": f"`{run.plan.fingerprint}`",
     }
@@ -192,7 +192,11 @@ def _quarantine_in_markdown(run: Run) -> list[str]:
 def _cell(text: str) -> str:
     """Text that Prefect's UI shows as it is, in lines that fit a column: it takes what is in a table for Markdown."""
     lines = textwrap.wrap(textwrap.shorten(text, _LONGEST_MESSAGE, placeholder=" ..."), _LINE)
-    return "<br>".join(re.sub(r"([\\`*<\[|])", r"\\\1", printable(line)) for line in lines)
+    return "<br>".join(map(_escaped, lines))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*<\[\]|])", r"\\\1", printable(text))
 
 
 def _headline(status: RunStatus) -> str:

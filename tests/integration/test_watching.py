@@ -88,7 +88,8 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
     assert shown["vnp-summary"].description == "7 sequences embedded, 1 in quarantine"
     assert "| sequences embedded | 7 |" in summary
     assert r"| sp\|nan_2\|X |" in summary
-    assert str(tmp_path / "run" / "report.html") in summary
+    report = tmp_path / "run" / "report.html"
+    assert f"| report | [{report}]({report.as_uri()}) |" in summary
     assert [event for event, _ in emitted].count("vnp.shard.preempted") == 1
     events = dict(emitted)
     assert events["vnp.sequence.quarantined"]["id"] == "sp|nan_2|X"
