@@ -21,7 +21,7 @@ from vnp_lib.outputs import NUM_LOGITS, OutputKind
 from vnp_lib.weight_files import read_tensors
 from vnp_lib.weights import RANDOM_SEED, Weights, load_contact_regression
 
-_MAP_VALUES = 2**20  # of each attention head that are in memory at a time; one sequence's are, however many
+MAP_VALUES = 2**20  # of each attention head that are in memory at a time; one sequence's are, however many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +69,12 @@ class ContactMaps:
         weight = self._regression.weight[layer]
         pairs = zip(q.split_with_sizes(tokens_of_runs), k.split_with_sizes(tokens_of_runs), strict=True)
         for (count, tokens), (queries, keys), sums in zip(self._runs, pairs, self._sums, strict=True):
-            at_a_time = max(1, _MAP_VALUES // tokens**2)
+            at_a_time = max(1, MAP_VALUES // tokens**2)
             queries, keys = (x.view(count, tokens, *x.shape[1:]).transpose(1, 2) for x in (queries, keys))
             for start in range(0, count, at_a_time):
                 some = slice(start, start + at_a_time)
-                maps = _attention(queries[some].float(), keys[some].float())
-                sums[some] += _evidence(maps[..., 1:-1, 1:-1], weight)
+                # without a name for the maps, under which they would last until there are the next ones
+                sums[some] += _evidence(_attention(queries[some].float(), keys[some].float()), weight)
 
     def probabilities(self) -> list[Tensor]:
         """How probable contacts are, float32 (L, L) for each sequence."""
@@ -87,10 +87,12 @@ def _attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _evidence(maps: Tensor, weight: Tensor) -> Tensor:
-    """The weighted sum over the heads, (B, L, L), of maps, (B, H, L, L), made symmetric and corrected.
+    """The weighted sum over the heads, (B, L, L), of the residues' maps, made symmetric and corrected.
 
-    The correction of a symmetric map S is r r^T / sum(S), with r the sums of its rows: the average product (Dunn et al. 2008).
+    Maps are (B, H, T, T), BOS and EOS included. The correction of a symmetric map S is r r^T / sum(S), with r the sums of its
+    rows: the average product (Dunn et al. 2008).
     """
+    maps = maps[..., 1:-1, 1:-1]
     summed = torch.einsum("h,bhij->bij", weight, maps)
     row_sums = maps.sum(-1) + maps.sum(-2)  # of the symmetric maps, (B, H, L)
     shares = (weight / row_sums.sum(-1)).unsqueeze(-1) * row_sums

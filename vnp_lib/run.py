@@ -386,7 +386,8 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
         return TOKENS_UNSEEN
     import torch
 
-    return choose_token_budget(config.model, getattr(torch, resolve_dtype(config.dtype, devices[0])), devices)
+    dtype = getattr(torch, resolve_dtype(config.dtype, devices[0]))
+    return choose_token_budget(config.model, dtype, devices, planned_layout(config))
 
 
 def _directories(paths: RunPaths) -> list[Path]:

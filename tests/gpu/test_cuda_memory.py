@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ pytest.importorskip("pynvml")
 from vnp_lib.config import visible_gpu
 from vnp_lib.embedder import Embedder
 from vnp_lib.esm2 import MODELS
-from vnp_lib.gpu_memory import bytes_per_token, choose_token_budget, tokens_that_fit
+from vnp_lib.gpu_memory import choose_token_budget, mean_of_the_last, pass_bytes, tokens_that_fit
 from vnp_lib.machine import free_gpu_bytes
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
@@ -70,7 +71,8 @@ def test_a_token_takes_what_is_reckoned(model_name, dtype):
     before = torch.cuda.memory_allocated()
     embedder.collect(embedder.launch(batch))
     taken = torch.cuda.max_memory_allocated() - before
-    reckoned = bytes_per_token(MODELS[model_name], dtype) * batch.num_tokens
+    architecture, seqlens = MODELS[model_name], np.diff(batch.cu_seqlens.numpy())
+    reckoned = pass_bytes(architecture, dtype, mean_of_the_last(architecture), seqlens)
     print(f"{model_name} {dtype}: {taken / reckoned:.3f} of what is reckoned")
     assert 0.8 <= taken / reckoned <= 1 / SHARE_FOR_THEM
 
@@ -81,7 +83,8 @@ def test_as_many_tokens_as_are_said_to_fit_do(dtype):
     architecture, spare_bytes = MODELS[M650], 2**30
     embedder = embed_whole(M650, dtype)
     weight_bytes = architecture.num_parameters * dtype.itemsize
-    tokens = tokens_that_fit(architecture, dtype, weight_bytes + 2**30 + spare_bytes)
+    free_bytes = weight_bytes + 2**30 + spare_bytes
+    tokens = tokens_that_fit(architecture, dtype, free_bytes, mean_of_the_last(architecture))
     assert tokens >= 8192
     with spare_memory(spare_bytes):
         for seqlen, fill in ((1024, 1.0), (700, 0.97), (256, 1.0), (130, 0.99), (33, 1.0)):

@@ -967,8 +967,8 @@ _CURES = (
     Mutant(
         name="activations-reckoned-too-small",
         module="gpu_memory",
-        before="_WIDTHS_OF_A_TOKEN = 10\n",
-        after="_WIDTHS_OF_A_TOKEN = 9\n",
+        before="_WIDTHS_OF_A_LAYER = 10\n",
+        after="_WIDTHS_OF_A_LAYER = 9\n",
         caught_by=(f"{_GPU_MEMORY}::test_a_forward_pass_holds_what_is_reckoned",),
     ),
     Mutant(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Collection, Sequence
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,11 +20,14 @@ from vnp_lib.esm2 import ESM2, MODELS, Architecture
 from vnp_lib.failures import ConfigError
 from vnp_lib.gpu_memory import (
     TOKENS_UNSEEN,
-    bytes_per_token,
     choose_token_budget,
+    mean_of_the_last,
     most_useful_tokens,
+    pass_bytes,
     tokens_that_fit,
 )
+from vnp_lib.heads import ContactRegression, HeadedModel, LanguageModelHead
+from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.tokens import pack_batch
 from vnp_lib.weights import random_tensors
 
@@ -88,20 +94,93 @@ def a_machine_with(monkeypatch: pytest.MonkeyPatch, *, mask: str = "", **free_by
 def test_memory_beside_the_weights_holds_so_many_tokens(
     model: str, dtype: torch.dtype, free_bytes: int, tokens: int
 ) -> None:
-    assert tokens_that_fit(MODELS[model], dtype, free_bytes) == tokens
+    assert tokens_that_fit(MODELS[model], dtype, free_bytes, mean_of_the_last(MODELS[model])) == tokens
+
+
+def test_contacts_take_the_more_the_longer_a_sequence_may_be() -> None:
+    """What fits is so for one sequence of them all: its maps of one layer, twice, and the sum of all layers'.
+
+    324 T**2 + (5 * 2560 * 2 + 2 * 2560 * 4 + 8 + 4 * 64) T = 58.6e9 bytes that can be used, T = 13,379.
+    """
+    layout = layout_of(MODELS[B3], ["contacts"])
+    assert tokens_that_fit(MODELS[B3], BFLOAT16, 80 * GB, layout) == 13_312
+
+
+def test_residues_of_every_layer_are_there_twice_in_float32() -> None:
+    """And once as they were computed: 37 * (2 + 4 + 4) * 2560 + 8 + 4 * 64 bytes a token, T = 61,859."""
+    layout = layout_of(MODELS[B3], ["per_tok"], range(37))
+    assert tokens_that_fit(MODELS[B3], BFLOAT16, 80 * GB, layout) == 61_440
+
+
+TINY = Architecture(num_layers=4, embed_dim=128, attention_heads=4)
+
+
+def layout_of(architecture: Architecture, include: Sequence[str], layers: Collection[int] | None = None) -> RowLayout:
+    outputs = choose_outputs(list(map(OutputKind, include)), layers, num_layers=architecture.num_layers)
+    return RowLayout(outputs, architecture.embed_dim)
+
+
+@cache
+def headed(dtype: torch.dtype, kinds: tuple[OutputKind, ...]) -> ESM2 | HeadedModel:
+    network = ESM2.from_fair_esm(TINY, random_tensors(TINY), dtype=dtype)
+    dim = TINY.embed_dim
+    shapes = {
+        "dense_weight": (dim, dim),
+        "dense_bias": (dim,),
+        "norm_weight": (dim,),
+        "norm_bias": (dim,),
+        "bias": (33,),
+    }
+    language_model = LanguageModelHead(**{name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()})
+    regression = ContactRegression(weight=torch.ones(TINY.num_layers, TINY.attention_heads), bias=torch.zeros(1))
+    return (
+        HeadedModel(
+            network,
+            language_model=language_model if OutputKind.LOGITS in kinds else None,
+            contact_regression=regression if OutputKind.CONTACTS in kinds else None,
+        )
+        if kinds
+        else network
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [[98] * 20, range(200, 20, -5)], ids=["equal", "mixed"])
-def test_a_forward_pass_holds_what_is_reckoned(dtype: torch.dtype, lengths: list[int]) -> None:
-    """Counted: the bytes of all tensors that are alive at once, beside the weights, at their most."""
-    architecture = Architecture(num_layers=2, embed_dim=256, attention_heads=4)
-    network = ESM2.from_fair_esm(architecture, random_tensors(architecture), dtype=dtype)
+@pytest.mark.parametrize(
+    "lengths",
+    [[98] * 8, range(200, 20, -20), [400], [30] * 30, [5] * 90],
+    ids=["equal", "mixed", "one", "short", "tiny"],
+)
+@pytest.mark.parametrize(
+    ("include", "layers"),
+    [
+        (["mean"], None),
+        (["mean"], [1, 2, 4]),
+        (["mean", "bos", "max", "std"], range(5)),
+        (["per_tok"], None),
+        (["per_tok"], range(5)),
+        (["logits"], None),
+        (["contacts"], None),
+        (list(OutputKind), [1, 4]),
+    ],
+    ids=lambda given: ",".join(map(str, given or ["last"])),
+)
+def test_a_forward_pass_holds_what_is_reckoned(
+    dtype: torch.dtype, lengths: list[int], include: list[str], layers: Collection[int] | None
+) -> None:
+    """Counted: the bytes of all tensors that are alive at once, beside the weights, at their most.
+
+    Of several outputs it is reckoned as if the largest of all stages came last.
+    """
+    layout = layout_of(TINY, include, layers)
+    model = headed(dtype, layout.heads)
     ids = [str(length) for length in range(len(lengths))]
     batch = pack_batch(["A" * length for length in lengths], ids, range(len(ids)), batch_idx=0)
-    with torch.inference_mode(), LiveBytes() as live:
-        embed_batch(network, batch)
-    assert live.most == pytest.approx(bytes_per_token(architecture, dtype) * batch.num_tokens, rel=0.02)
+    with torch.inference_mode():
+        embed_batch(model, pack_batch(["A"], ["a"], [0], batch_idx=0), layout)  # what it looks up is kept from now on
+        with LiveBytes() as live:
+            embed_batch(model, batch, layout)
+    reckoned = pass_bytes(TINY, dtype, layout, np.diff(batch.cu_seqlens.numpy()))
+    assert 0.999 <= reckoned / live.most <= (1.02 if len(include) == 1 and layers is None else 1.15)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -95,7 +95,7 @@ def shapes(lengths: list[int], layout: RowLayout) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("tokens", [10**9, 70], ids=["whole", "in-pieces"])
 @pytest.mark.parametrize("map_values", [2**20, 2 * 62**2, 1], ids=["all-maps", "two-maps", "one-map"])
 def test_contacts_and_logits_are_what_fair_esm_gives_for_each_sequence_alone(weights, monkeypatch, tokens, map_values):
-    monkeypatch.setattr(vnp_lib.heads, "_MAP_VALUES", map_values)
+    monkeypatch.setattr(vnp_lib.heads, "MAP_VALUES", map_values)
     sequences = proteins(LENGTHS)
     embedder = Embedder(network_of(weights, BOTH), CPU, budget=TokenBudget(tokens), layout=LAYOUT)
     found = outputs_in(embedder.collect(embedder.launch(batch_of(sequences))).rows, LENGTHS)
