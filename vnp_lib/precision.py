@@ -7,8 +7,12 @@ are computed, what lies between the two goes into the checkpoint that holds them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +23,8 @@ from vnp_lib.plan import Ordinals, RunPlan
 NUM_SAMPLED = 64
 LONGEST_SAMPLED = 1022  # residues; in float32 a much longer one may not fit, and would take long
 LEAST_COSINE = 0.999  # below it, people are warned
+
+_BLOCK = 2**20  # numbers of two rows that are compared at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +38,45 @@ class Comparison:
     @classmethod
     def between(cls, ordinal: int, row: NDArray[np.float32], exact: NDArray[np.float32]) -> Self:
         """Compare two rows, (W,)."""
-        ours, theirs = row.astype(np.float64), exact.astype(np.float64)
-        norms = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
-        return cls(
-            ordinal=ordinal,
-            max_abs_difference=float(np.abs(ours - theirs).max()),
-            cosine=float(ours @ theirs) / norms if norms else 0.0,
-        )
+        most, product, squares = 0.0, 0.0, np.zeros(2)
+        for start in range(0, row.size, _BLOCK):
+            ours, theirs = (each[start : start + _BLOCK].astype(np.float64) for each in (row, exact))
+            most = float(np.maximum(most, np.abs(ours - theirs).max()))
+            product += float(ours @ theirs)
+            squares += ours @ ours, theirs @ theirs
+        norms = float(np.sqrt(squares).prod())
+        return cls(ordinal=ordinal, max_abs_difference=most, cosine=product / norms if norms else 0.0)
+
+
+class ExactRows(Mapping[int, NDArray[np.float32]]):
+    """Rows in float32, (W,), by ordinal, in a file that has no name and ends with the process: memory holds the one that is asked for.
+
+    Rows with the states of all residues and with contacts would be a gigabyte, for the model with 3B parameters.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # it is open as long as we are
+        weakref.finalize(self, self._file.close)
+        self._places: dict[int, tuple[int, int]] = {}  # first byte, numbers
+        self._end = 0
+
+    def keep(self, ordinal: int, row: NDArray[np.float32]) -> None:
+        """Write a row, (W,). OSError where the disk is full; then it is as if there were none."""
+        self._file.seek(self._end)
+        if self._file.write(row.data) != row.nbytes:
+            raise OSError(f"{row.nbytes:,} bytes of a row do not fit on the disk")
+        self._places[ordinal] = self._end, row.size
+        self._end += row.nbytes
+
+    def __getitem__(self, ordinal: int) -> NDArray[np.float32]:
+        start, size = self._places[ordinal]
+        return np.frombuffer(os.pread(self._file.fileno(), 4 * size, start), dtype=np.float32)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +127,9 @@ def compare(
     """Compare those of the B rows, each (W,), whose exact row is known and finite."""
     known = np.flatnonzero(np.isin(ordinals, list(exact)))
     return [
-        Comparison.between(ordinal, rows[place], exact[ordinal])
+        Comparison.between(ordinal, rows[place], own)
         for place, ordinal in zip(known.tolist(), ordinals[known].tolist(), strict=True)
-        if np.isfinite(exact[ordinal]).all()
+        if np.isfinite(own := exact[ordinal]).all()
     ]
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.outputs import OutputKind, RowLayout
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
-from vnp_lib.precision import sampled_ordinals
+from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
@@ -276,7 +276,7 @@ class ShardAttempt:
         plain = RowLayout.of_identity({"layer": architecture.num_layers}, embed_dim=architecture.embed_dim)
         return None if layout == plain else layout
 
-    def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> dict[int, NDArray[np.float32]]:
+    def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> Mapping[int, NDArray[np.float32]]:
         """Embed this shard's part of the sample in float32, before the run's own model takes the memory.
 
         Each sequence is announced like a batch: should the process die of it, it is accused.
@@ -285,12 +285,12 @@ class ShardAttempt:
         alone = [
             (idx, own[place : place + 1]) for idx, own in work.batches for place in np.flatnonzero(np.isin(own, sample))
         ]
-        rows = {}
+        rows = ExactRows(self._paths.shard_dir(self._job.rank))
         for batch in read_batches(plan, alone):
             ordinal = int(batch.ordinals[0])
             self._events.send("computing", batch_idx=batch.batch_idx, ordinal=ordinal)
             try:
-                rows[ordinal] = model(batch).flatten().numpy()
+                rows.keep(ordinal, model(batch).flatten().numpy())
             except Exception as error:  # to measure harms nothing; what is bad is judged when its batch comes
                 logger.warning("%r is not compared with float32: %s", batch.sequence_ids[0], error)
             self._events.send("exact_row", ordinal=ordinal)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
-from vnp_lib.precision import Certificate, Comparison, compare, from_metadata, sampled_ordinals, to_metadata
+from vnp_lib.precision import Certificate, Comparison, ExactRows, compare, from_metadata, sampled_ordinals, to_metadata
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="bfloat16")
 
@@ -54,6 +58,48 @@ def test_rows_are_compared_with_those_of_their_own_ordinals():
 
 def test_an_exact_row_that_is_not_finite_compares_with_nothing():
     assert compare(np.array([0]), np.ones((1, 2), np.float32), {0: np.array([np.nan, 1.0], np.float32)}) == []
+
+
+def test_exact_rows_are_compared_in_the_memory_of_one(tmp_path):
+    """As they would be from memory; the file that they are in has no name."""
+    draw = np.random.default_rng(1)
+    rows = [draw.standard_normal(size, dtype=np.float32) for size in (300_000, 7, 1_500_000, 200_000)]
+    exact = {ordinal: row + draw.normal(0, 1e-3, row.size).astype(np.float32) for ordinal, row in enumerate(rows)}
+    kept = ExactRows(tmp_path)
+    for ordinal, row in exact.items():
+        kept.keep(ordinal, row)
+    assert not list(tmp_path.iterdir())
+    assert kept.keys() == exact.keys()
+    assert all(np.array_equal(kept[ordinal], row) for ordinal, row in exact.items())
+    tracemalloc.start()
+    try:
+        compared = compare(np.arange(4), rows, kept)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < rows[2].nbytes + 4 * 2**20 * 8 + 2**16
+    assert compared == compare(np.arange(4), rows, exact)
+    for ordinal, row in enumerate(rows):
+        ours, theirs = row.astype(np.float64), exact[ordinal].astype(np.float64)
+        assert compared[ordinal].max_abs_difference == np.abs(ours - theirs).max()
+        cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
+        assert compared[ordinal].cosine == pytest.approx(cosine, abs=1e-12)
+
+
+def test_a_row_that_does_not_fit_on_the_disk_is_as_if_it_were_not_there(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = ExactRows(tmp_path)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        kept.keep(0, np.ones(200, np.float32))
+        with pytest.raises(OSError, match="do not fit"):
+            kept.keep(1, np.ones(100, np.float32))
+        kept.keep(2, np.ones(50, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {ordinal: row.sum() for ordinal, row in kept.items()} == {0: 200, 2: 50}
 
 
 def test_a_certificate_is_the_worst_of_all():
