@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from vnp_lib.failures import (
     NumericalInstabilityError,
     StorageError,
 )
+from vnp_lib.history import utc_now
 from vnp_lib.inputs import InputCounts
 from vnp_lib.outputs import RowLayout, StoreDtype, Values, as_stored, offsets_of
 from vnp_lib.packing import pack
@@ -75,10 +76,6 @@ class DatasetSummary:
         return ", ".join(filter(None, [rows, self.counts.describe()]))
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
 def assemble(
     plan: RunPlan,
     paths: RunPaths,
@@ -86,7 +83,7 @@ def assemble(
     *,
     quarantined: frozenset[int] = frozenset(),
     allow_missing: bool = False,
-    clock: Callable[[], datetime] = _utc_now,
+    clock: Callable[[], datetime] = utc_now,
     part_bytes: int = _PART_BYTES,
 ) -> DatasetSummary:
     """Put the dataset together from checkpoints; each is read once, and its digest checked.
