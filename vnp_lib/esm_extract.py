@@ -66,10 +66,8 @@ def extract(settings: ExtractSettings) -> int:
     weights_file = settings.model_location if settings.model_location.endswith(".pt") else None
     model = model_of(Path(weights_file)) if weights_file else settings.model_location
     architecture = architecture_of(model)
-    layers = _layer_numbers(settings.repr_layers, architecture.num_layers)
-    outputs = choose_outputs(
-        {OutputKind(kind) for kind in settings.include}, layers, num_layers=architecture.num_layers
-    )
+    kinds = {OutputKind(kind) for kind in settings.include}
+    outputs = choose_outputs(kinds, settings.repr_layers, num_layers=architecture.num_layers)
     layout = RowLayout(outputs, architecture.embed_dim)
     labels, sequences = _read(settings.fasta_file)
     paths = [_path_of(label, settings.output_dir) for label in labels]
@@ -94,14 +92,6 @@ def _require_sensible(settings: ExtractSettings) -> None:
     for option in ("toks_per_batch", "truncation_seq_length"):
         if getattr(settings, option) < 1:
             raise ConfigError(f"--{option} is {getattr(settings, option)}; it must be at least 1")
-
-
-def _layer_numbers(repr_layers: Sequence[int], num_layers: int) -> list[int]:
-    """Count from the front: of 6 layers, -1 is 6 and -7 is 0."""
-    for layer in repr_layers:
-        if not -(num_layers + 1) <= layer <= num_layers:
-            raise ConfigError(f"--repr_layers {layer}: this model has 0 to {num_layers}, or -{num_layers + 1} to -1")
-    return [layer % (num_layers + 1) for layer in repr_layers]
 
 
 def _read(path: Path) -> tuple[list[str], list[str]]:
