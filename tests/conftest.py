@@ -27,6 +27,15 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
 
 
+@pytest.fixture
+def inference_mode() -> Iterator[None]:
+    """Torch without what learning needs, as our own calls of a network have it."""
+    import torch  # seconds to import: for those who ask for it
+
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_fasta(tmp_path_factory):
     """Forty proteins of 5 to 60 residues."""

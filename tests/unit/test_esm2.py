@@ -1,39 +1,22 @@
 """The network is fair-esm's to the last digits that count."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from esm.model.esm2 import ESM2 as FairEsm2
+from torch import nn
 
+from tests.networks import CPU, RANDOM, SMALLEST, TINY
 from vnp_lib import attention
 from vnp_lib.embedder import embed_batch
 from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.failures import ConfigError
+from vnp_lib.fair_esm import fair_esm_network
 from vnp_lib.pooling import mean_pool
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.weights import Weights, load_model, random_tensors
+from vnp_lib.weights import load_model, random_tensors
 
-SMALLEST = "esm2_t6_8M_UR50D"
-TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
-RANDOM = Weights(source="random", digest="random:seed=0")
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-def fair_esm_model(architecture: Architecture, state: dict[str, torch.Tensor]) -> FairEsm2:
-    oracle = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads).eval()
-    missing, unexpected = oracle.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(name.startswith(("lm_head.", "contact_head.")) or "rot_emb" in name for name in missing)
-    return oracle
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def our_model(architecture: Architecture, state: dict[str, torch.Tensor]) -> ESM2:
@@ -50,7 +33,7 @@ def packed_states(network: ESM2, batch: PackedBatch, repr_layers: list[int] | No
     return network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, repr_layers)["representations"]
 
 
-def states_one_by_one(oracle: FairEsm2, batch: PackedBatch, repr_layers: list[int]) -> list[dict[int, torch.Tensor]]:
+def states_one_by_one(oracle: nn.Module, batch: PackedBatch, repr_layers: list[int]) -> list[dict[int, torch.Tensor]]:
     sequences = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
     outputs = [oracle(tokens[None], repr_layers=repr_layers)["representations"] for tokens in sequences]
     return [{layer: states[0] for layer, states in output.items()} for output in outputs]
@@ -68,7 +51,7 @@ def test_every_layer_equals_fair_esm_one_sequence_at_a_time(architecture, length
     layers = list(range(architecture.num_layers + 1))
     batch = random_batch(lengths)
     ours = packed_states(our_model(architecture, state), batch, layers)
-    theirs = states_one_by_one(fair_esm_model(architecture, state), batch, layers)
+    theirs = states_one_by_one(fair_esm_network(architecture, state), batch, layers)
 
     for layer in layers:
         expected = torch.cat([states[layer] for states in theirs])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import vnp_lib.heads
 from tests.fair_esm import FairEsm, assert_close
+from tests.networks import CPU, SMALLEST
 from vnp_lib.embedder import Embedder, ExactModel
 from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import WeightsError
@@ -22,18 +22,12 @@ from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 
-SMALLEST = "esm2_t6_8M_UR50D"
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
 ARCHITECTURE = MODELS[SMALLEST]
-CPU = torch.device("cpu")
 LENGTHS = [60, 60, 60, 33, 33, 9, 2, 1, 1]
 LAYOUT = RowLayout.of_names(["mean_6", "per_tok_3", "contacts", "logits"], embed_dim=ARCHITECTURE.embed_dim)
 BOTH = (OutputKind.CONTACTS, OutputKind.LOGITS)
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def draw(shape: tuple[int, ...], seed: int) -> Tensor:

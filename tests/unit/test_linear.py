@@ -7,11 +7,7 @@ import torch.nn.functional as F
 from vnp_lib import linear
 from vnp_lib.linear import Linear, convolution_is_faster, convolved
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

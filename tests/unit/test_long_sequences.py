@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.fair_esm import FairEsm, assert_close
+from tests.networks import CPU, TINY
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import ESM2, Architecture
+from vnp_lib.esm2 import ESM2
 from vnp_lib.long_sequences import MeanOverWindows
 from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.packing import TokenBudget
@@ -21,8 +22,6 @@ from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import random_tensors
 from vnp_lib.windows import Windows
 
-TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
-CPU = torch.device("cpu")
 LENGTHS = [95, 61, 41, 40, 12, 1]
 OUTPUTS = choose_outputs([OutputKind.MEAN], [1, 3], num_layers=3)
 

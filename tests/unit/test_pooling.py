@@ -14,9 +14,10 @@ from torch import Tensor
 
 import vnp_lib.inference
 from tests.fair_esm import FairEsm, assert_close
+from tests.networks import CPU, TINY
 from vnp_lib.checkpoint import load_checkpoint
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import ESM2, Architecture
+from vnp_lib.esm2 import ESM2
 from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.outputs import RowLayout
 from vnp_lib.packing import TokenBudget
@@ -24,8 +25,6 @@ from vnp_lib.plan import checkpoint_path
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import random_tensors
 
-TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
-CPU = torch.device("cpu")
 LAYERS = [0, 2, 3]
 FIXED = ["mean_2", "mean_3", "bos_0", "max_3", "std_2", "std_3"]
 RAGGED = ["mean_3", "per_tok_2", "per_tok_3"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import EsmConfig, EsmForMaskedLM, EsmModel
 
 from benchmarks.networks import transformers_network
+from tests.networks import CPU
 from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import WeightsError
 from vnp_lib.tokens import LETTERS, pack_batch
@@ -22,13 +22,8 @@ from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights
 
 MODEL = "esm2_t6_8M_UR50D"
 REVISION = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
-CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from urllib.error import URLError
@@ -14,16 +13,16 @@ from urllib.error import URLError
 import esm.pretrained
 import pytest
 import torch
-from esm.model.esm2 import ESM2 as FairEsm2
 from safetensors.torch import save_file
 
-from vnp_lib.esm2 import ESM2, MODELS, Architecture
+from tests.networks import CPU, RANDOM, SMALLEST, TINY
+from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import WeightsError
+from vnp_lib.fair_esm import fair_esm_network
 from vnp_lib.weight_files import name_in_transformers
 from vnp_lib.weights import (
     OFFICIAL_DIGESTS,
     OFFICIAL_REGRESSION_DIGESTS,
-    Weights,
     is_official,
     load_contact_regression,
     load_model,
@@ -32,16 +31,7 @@ from vnp_lib.weights import (
     save_weights,
 )
 
-SMALLEST = "esm2_t6_8M_UR50D"
-TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
-RANDOM = Weights(source="random", digest="random:seed=0")
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def test_random_weights_are_the_same_on_every_machine():
@@ -53,11 +43,7 @@ def test_random_weights_are_the_same_on_every_machine():
 
 
 def fair_esm_state() -> dict[str, torch.Tensor]:
-    architecture = MODELS[SMALLEST]
-    fair_esm = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads)
-    fair_esm.load_state_dict(dict(random_tensors(architecture)), strict=False)
-    state: dict[str, torch.Tensor] = fair_esm.state_dict()
-    return state
+    return fair_esm_network(MODELS[SMALLEST], dict(random_tensors(MODELS[SMALLEST]))).state_dict()
 
 
 @pytest.fixture

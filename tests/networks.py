@@ -1,0 +1,13 @@
+"""Networks that several test modules share, by their sizes, and the weights that need no file."""
+
+from __future__ import annotations
+
+import torch
+
+from vnp_lib.esm2 import Architecture
+from vnp_lib.weights import Weights
+
+SMALLEST = "esm2_t6_8M_UR50D"
+TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
+RANDOM = Weights(source="random", digest="random:seed=0")
+CPU = torch.device("cpu")
