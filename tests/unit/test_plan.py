@@ -15,6 +15,7 @@ import pytest
 from esm.data import Alphabet
 
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
+from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.packing import pack
@@ -299,6 +300,17 @@ def test_the_same_sequences_come_by_in_another_way_are_the_same_run(tmp_path: Pa
     assert first.fingerprint == second.fingerprint
     assert (first.counts.num_skipped, second.counts.num_skipped) == (2, 0)
     assert not RunPaths(tmp_path / "run").skipped.exists()
+
+
+def test_a_plan_that_has_not_counted_all_that_is_counted_now_is_the_same_run(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKV")])
+    first, paths = plan_of(tmp_path / "run", fasta), RunPaths(tmp_path / "run")
+    told = read_sealed_json(paths.plan_json)
+    told["input"] = {"num_skipped": 0, "num_cut": 0, "letters": told["input"]["letters"]}
+    write_sealed_json(paths.plan_json, told, replace=True)
+    assert load_plan(paths).counts.num_duplicates == 0
+    second = plan_of(tmp_path / "run", fasta)
+    assert (second.counts.num_duplicates, second.fingerprint) == (1, first.fingerprint)
 
 
 def test_a_policy_that_leads_to_other_sequences_is_refused(tmp_path: Path) -> None:
