@@ -392,7 +392,7 @@ def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
         return CPU_TOKEN_BUDGET
     from vnp_lib.gpu_memory import choose_token_budget
 
-    return choose_token_budget(settings.model, dtype, [settings.device])
+    return choose_token_budget(settings.model, dtype, [settings.device], settings.layout)
 
 
 def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[PackedBatch]:

@@ -35,14 +35,14 @@ _MOST_MULTIPLICATIONS = 4.8e13  # a pass of 16,384 tokens through the model with
 logger = logging.getLogger(__name__)
 
 
-def choose_token_budget(model: str, dtype: torch.dtype, devices: Sequence[str], layout: RowLayout | None = None) -> int:
+def choose_token_budget(model: str, dtype: torch.dtype, devices: Sequence[str], layout: RowLayout) -> int:
     """Choose the most tokens of a forward pass on this machine's GPUs, by the one that has the least memory free.
 
     Args:
         model: By fair-esm's name.
         dtype: Of its weights.
         devices: GPUs, by number.
-        layout: What a row is; None: the mean of the last layer.
+        layout: What a row is.
 
     Raises:
         ConfigError: The model does not fit into one of them.
@@ -53,7 +53,7 @@ def choose_token_budget(model: str, dtype: torch.dtype, devices: Sequence[str], 
     if not told:
         return TOKENS_UNSEEN
     free_bytes, device = min(told)
-    fit = tokens_that_fit(architecture, dtype, free_bytes, layout or mean_of_the_last(architecture))
+    fit = tokens_that_fit(architecture, dtype, free_bytes, layout)
     if not fit:
         raise ConfigError(
             f"{model} with {_weight_bytes(architecture, dtype) / 2**30:.1f} GiB of weights does not fit into GPU {device}, "
@@ -218,11 +218,6 @@ def most_useful_tokens(architecture: Architecture) -> int:
     """
     useful = int(_MOST_MULTIPLICATIONS / architecture.num_parameters) // _STEP * _STEP
     return min(max(useful, TOKENS_UNSEEN), _MOST_TOKENS)
-
-
-def mean_of_the_last(architecture: Architecture) -> RowLayout:
-    """The layout of a row that is the mean of the last layer and nothing else."""
-    return RowLayout((Output(kind=OutputKind.MEAN, layer=architecture.num_layers),), architecture.embed_dim)
 
 
 def _weight_bytes(architecture: Architecture, dtype: torch.dtype) -> int:

@@ -14,9 +14,10 @@ pytest.importorskip("pynvml")
 
 from vnp_lib.config import visible_gpu
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import MODELS
-from vnp_lib.gpu_memory import choose_token_budget, mean_of_the_last, pass_bytes, tokens_that_fit
+from vnp_lib.esm2 import MODELS, Architecture
+from vnp_lib.gpu_memory import choose_token_budget, pass_bytes, tokens_that_fit
 from vnp_lib.machine import free_gpu_bytes
+from vnp_lib.outputs import RowLayout
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model
@@ -57,6 +58,10 @@ def spare_memory(num_bytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def means_of(architecture: Architecture) -> RowLayout:
+    return RowLayout.of_names([f"mean_{architecture.num_layers}"], embed_dim=architecture.embed_dim)
+
+
 def test_nvml_tells_what_cuda_tells():
     free_bytes = free_gpu_bytes(visible_gpu("0"))
     assert free_bytes == pytest.approx(torch.cuda.mem_get_info()[0], abs=2**30)
@@ -72,7 +77,7 @@ def test_a_token_takes_what_is_reckoned(model_name, dtype):
     embedder.collect(embedder.launch(batch))
     taken = torch.cuda.max_memory_allocated() - before
     architecture, seqlens = MODELS[model_name], np.diff(batch.cu_seqlens.numpy())
-    reckoned = pass_bytes(architecture, dtype, mean_of_the_last(architecture), seqlens)
+    reckoned = pass_bytes(architecture, dtype, means_of(architecture), seqlens)
     print(f"{model_name} {dtype}: {taken / reckoned:.3f} of what is reckoned")
     assert 0.8 <= taken / reckoned <= 1 / SHARE_FOR_THEM
 
@@ -84,7 +89,7 @@ def test_as_many_tokens_as_are_said_to_fit_do(dtype):
     embedder = embed_whole(M650, dtype)
     weight_bytes = architecture.num_parameters * dtype.itemsize
     free_bytes = weight_bytes + 2**30 + spare_bytes
-    tokens = tokens_that_fit(architecture, dtype, free_bytes, mean_of_the_last(architecture))
+    tokens = tokens_that_fit(architecture, dtype, free_bytes, means_of(architecture))
     assert tokens >= 8192
     with spare_memory(spare_bytes):
         for seqlen, fill in ((1024, 1.0), (700, 0.97), (256, 1.0), (130, 0.99), (33, 1.0)):
@@ -92,6 +97,6 @@ def test_as_many_tokens_as_are_said_to_fit_do(dtype):
 
 
 def test_the_budget_of_this_gpu_fits_into_it():
-    tokens = choose_token_budget(M650, torch.bfloat16, ["0"])
+    tokens = choose_token_budget(M650, torch.bfloat16, ["0"], means_of(MODELS[M650]))
     embedder = embed_whole(M650, torch.bfloat16)
     embedder.collect(embedder.launch(batch_of(tokens, 512)))

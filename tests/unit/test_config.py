@@ -165,7 +165,7 @@ def test_help_of_a_command_names_values_by_what_they_are(command, capsys, monkey
     with pytest.raises(SystemExit):
         main([command, "--help"])
     told = re.findall(r"^  --[\w-]+ \[?([A-Z_]+)\b", capsys.readouterr().out, re.MULTILINE)
-    assert set(told) <= {"N", "SECONDS", "TEXT", "PATH", "FORMAT", "DTYPE"}
+    assert set(told) <= {"N", "SECONDS", "TEXT", "PATH", "FORMAT", "DTYPE", "NAME"}
 
 
 def test_usage_has_the_options_that_are_needed(capsys):

@@ -71,7 +71,7 @@ def test_a_child_of_one_thread_equals_fair_esm_too():
         ours = packed_states(our_model(MODELS[SMALLEST], state), batch, [6])[6]
     finally:
         torch.set_num_threads(before)
-    theirs = states_one_by_one(fair_esm_model(MODELS[SMALLEST], state), batch, [6])
+    theirs = states_one_by_one(fair_esm_network(MODELS[SMALLEST], state), batch, [6])
     expected = torch.cat([states[6] for states in theirs])
     assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
 

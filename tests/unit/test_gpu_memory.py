@@ -21,7 +21,6 @@ from vnp_lib.failures import ConfigError
 from vnp_lib.gpu_memory import (
     TOKENS_UNSEEN,
     choose_token_budget,
-    mean_of_the_last,
     most_useful_tokens,
     pass_bytes,
     tokens_that_fit,
@@ -94,7 +93,7 @@ def a_machine_with(monkeypatch: pytest.MonkeyPatch, *, mask: str = "", **free_by
 def test_memory_beside_the_weights_holds_so_many_tokens(
     model: str, dtype: torch.dtype, free_bytes: int, tokens: int
 ) -> None:
-    assert tokens_that_fit(MODELS[model], dtype, free_bytes, mean_of_the_last(MODELS[model])) == tokens
+    assert tokens_that_fit(MODELS[model], dtype, free_bytes, layout_of(MODELS[model], ["mean"])) == tokens
 
 
 def test_contacts_take_the_more_the_longer_a_sequence_may_be() -> None:
@@ -226,7 +225,7 @@ def test_more_memory_makes_no_longer_passes_than_do_good(
 ) -> None:
     assert most_useful_tokens(MODELS[model]) == tokens
     nvml = a_machine_with(monkeypatch, number_0=140 * GB)
-    assert choose_token_budget(model, BFLOAT16, ["0"]) == tokens
+    assert choose_token_budget(model, BFLOAT16, ["0"], layout_of(MODELS[model], ["mean"])) == tokens
     assert not nvml.is_open
 
 
@@ -248,15 +247,15 @@ def test_the_gpu_with_the_least_memory_free_decides(
     """Of those that the run has. One that does not tell does not count."""
     gpus = {"number_0": 80 * GB, "number_1": 1_200_000_000, "number_2": None, "MIG-3-4": 1_200_000_000}
     a_machine_with(monkeypatch, mask=mask, **gpus)
-    assert choose_token_budget(M8, BFLOAT16, devices) == tokens
+    assert choose_token_budget(M8, BFLOAT16, devices, layout_of(MODELS[M8], ["mean"])) == tokens
 
 
 def test_without_nvml_it_is_what_suits_most_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert choose_token_budget(B3, BFLOAT16, ["0"]) == 16_384
+    assert choose_token_budget(B3, BFLOAT16, ["0"], layout_of(MODELS[B3], ["mean"])) == 16_384
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     a_machine_with(monkeypatch, number_0=80 * GB, number_1=24 * GB)
     with pytest.raises(ConfigError, match=r"15B.* 28\.1 GiB .* GPU 1, which has 22\.4 GiB free; take .*--model"):
-        choose_token_budget(B15, BFLOAT16, ["0", "1"])
+        choose_token_budget(B15, BFLOAT16, ["0", "1"], layout_of(MODELS[B15], ["mean"]))
