@@ -178,8 +178,8 @@ def choose_outputs(
     absent = [layer for layer in asked if not -num_layers - 1 <= layer <= num_layers]
     if absent or not asked:
         raise ConfigError(
-            f"layers {','.join(map(str, asked))} are asked for: this model has 0 (its embedding) to {num_layers}, and -1 is the "
-            f"last one"
+            f"layers {','.join(map(str, asked))} are asked for: this model has the layers 0 (its embedding) to {num_layers}; "
+            f"-1 is the last one"
         )
     layers: list[int | None] = [*sorted({layer % (num_layers + 1) for layer in asked})]
     return tuple(

@@ -202,7 +202,10 @@ def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_wr
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--include", "mean", "--repr_layers", "7"], "layers 7 are asked for: this model has 0 (its embedding) to 6"),
+        (
+            ["--include", "mean", "--repr_layers", "7"],
+            "layers 7 are asked for: this model has the layers 0 (its embedding) to 6",
+        ),
         (["--include", "mean", "--repr_layers", "-8"], "layers -8 are asked for"),
         (["--include", "mean", "--toks_per_batch", "0"], "--toks_per_batch is 0; it must be at least 1"),
         (["--include", "mean", "--truncation_seq_length", "0"], "--truncation_seq_length is 0"),

@@ -37,7 +37,9 @@ def test_a_choice_comes_to_the_same_outputs_in_whatever_order_it_is_given(includ
 
 @pytest.mark.parametrize("layers", [[34], [-35], [0, 34], []])
 def test_a_layer_that_the_model_has_not_is_refused_with_those_that_it_has(layers):
-    with pytest.raises(ConfigError, match=r"layers .* are asked for: this model has 0 \(its embedding\) to 33"):
+    with pytest.raises(
+        ConfigError, match=r"layers .* are asked for: this model has the layers 0 \(its embedding\) to 33"
+    ):
         names("mean", layers)
 
 

@@ -175,7 +175,7 @@ def test_what_is_computed_is_part_of_what_a_run_is(tmp_path: Path, tiny_fasta: P
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"repr_layers": (7,)}, r"layers 7 are asked for: this model has 0 \(its embedding\) to 6"),
+        ({"repr_layers": (7,)}, r"layers 7 are asked for: this model has the layers 0 \(its embedding\) to 6"),
         (
             {"long": "window", "max_length": 30, "window_overlap": 30},
             "windows of 30 residues overlap by less than that",
