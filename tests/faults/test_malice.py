@@ -23,14 +23,9 @@ from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import files
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import (
-    AsyncCheckpointWriter,
-    heal_shard,
-    load_checkpoint,
-    resume_from_checkpoints,
-    survey_checkpoints,
-    validate_checkpoint_pt,
-)
+from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.failures import CheckpointError, ConfigError, StorageError
 from vnp_lib.files import FileLock, digest_file, marker_path, write_marker

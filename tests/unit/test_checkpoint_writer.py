@@ -20,24 +20,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from vnp_lib import checkpoint, files
+from vnp_lib import checkpoint, checkpoint_file, files
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
     CheckpointTrigger,
-    CheckpointWriteError,
-    Damage,
-    Survey,
-    batch_idx_of,
-    heal_shard,
-    load_checkpoint,
     resume_from_checkpoints,
-    set_aside,
-    survey_checkpoints,
     validate_checkpoint_pt,
 )
-from vnp_lib.failures import CheckpointError, FingerprintMismatchError, NumericalInstabilityError, StorageError
+from vnp_lib.checkpoint_file import batch_idx_of, load_checkpoint, set_aside
+from vnp_lib.checkpoint_survey import Damage, Survey, heal_shard, survey_checkpoints
+from vnp_lib.failures import (
+    CheckpointError,
+    CheckpointWriteError,
+    FingerprintMismatchError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.files import DurableOps, marker_path, read_marker, write_file, write_marker
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import checkpoint_path
 
 RUN = "f1" * 32
 
@@ -48,10 +49,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-def checkpoint_file(checkpoints_dir: Path, batch_idx: int, *, rank: int = 0) -> Path:
-    return checkpoints_dir / f"shard_{rank}" / f"batch_{batch_idx:05d}.pt"
 
 
 def ids_of(ordinals: list[int]) -> list[str]:
@@ -75,7 +72,7 @@ def write(path: Path, ordinals: list[int], *, rows: Tensor | None = None, finger
 
 def write_shard(checkpoints_dir: Path, num_checkpoints: int, *, rank: int = 0, rows: int = 3) -> list[Path]:
     """Checkpoints of `rows` ordinals each, counted through."""
-    paths = [checkpoint_file(checkpoints_dir, batch_idx, rank=rank) for batch_idx in range(num_checkpoints)]
+    paths = [checkpoint_path(checkpoints_dir, rank, batch_idx) for batch_idx in range(num_checkpoints)]
     for batch_idx, path in enumerate(paths):
         write(path, list(range(batch_idx * rows, (batch_idx + 1) * rows)))
     return paths
@@ -246,7 +243,7 @@ def test_a_threshold_that_makes_no_sense_is_named(settings: dict[str, Any], name
 
 
 def test_writer_creates_pt_with_done_marker(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0, 1])
     assert path.is_file()
     assert marker_path(path).is_file()
@@ -575,9 +572,11 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, deny: Any, operation: str, co
     slept: list[float] = []
     deny(operation, [code] * 4)
     with AsyncCheckpointWriter(sleep=slept.append) as writer:
-        writer.write_checkpoint_async(checkpoint_file(tmp_path, 0), rows_of([0, 1]), ids_of([0, 1]), {})
+        writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), rows_of([0, 1]), ids_of([0, 1]), {})
     assert slept == [1, 5, 15, 30]
-    assert np.array_equal(load_checkpoint(checkpoint_file(tmp_path, 0), fingerprint=None).embeddings, rows_of([0, 1]))
+    assert np.array_equal(
+        load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None).embeddings, rows_of([0, 1])
+    )
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
@@ -586,7 +585,7 @@ def test_a_disk_that_stays_full_ends_in_a_clear_error_and_spoils_nothing(tmp_pat
     slept: list[float] = []
     deny("write", [errno.ENOSPC] * 1000)
     writer = AsyncCheckpointWriter(sleep=slept.append)
-    writer.write_checkpoint_async(checkpoint_file(tmp_path, 2), rows_of([6]), ids_of([6]), {})
+    writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 2), rows_of([6]), ids_of([6]), {})
     with pytest.raises(
         StorageError, match=r"batch_00002.pt: the disk is full .* make room and start the same run again"
     ):
@@ -603,11 +602,11 @@ def test_after_an_io_error_the_rows_are_written_once_more_to_a_new_file(
 ) -> None:
     (tmp_path / "shard_0").mkdir()
     deny(operation, [errno.EIO])
-    write(checkpoint_file(tmp_path, 0), [0, 1])
-    assert validate_checkpoint_pt(checkpoint_file(tmp_path, 0)) == (True, "")
+    write(checkpoint_path(tmp_path, 0, 0), [0, 1])
+    assert validate_checkpoint_pt(checkpoint_path(tmp_path, 0, 0)) == (True, "")
     deny(operation, [errno.EIO] * 2)
     with pytest.raises(StorageError, match="see to the storage"):
-        write(checkpoint_file(tmp_path, 1), [2, 3])
+        write(checkpoint_path(tmp_path, 0, 1), [2, 3])
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
@@ -664,7 +663,7 @@ def test_a_committed_checkpoint_is_in_the_manifest(tmp_path: Path) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     manifest.initialize(2, "", "")
     with AsyncCheckpointWriter(manifest=manifest, rank=1) as writer:
-        writer.write_checkpoint_async(checkpoint_file(tmp_path, 7, rank=1), torch.ones(3, 2), ["a", "b", "c"], {})
+        writer.write_checkpoint_async(checkpoint_path(tmp_path, 1, 7), torch.ones(3, 2), ["a", "b", "c"], {})
     shard = manifest.get_shard_status(1)
     assert shard is not None
     assert (shard["last_checkpoint_batch"], shard["total_sequences"]) == (7, 3)
@@ -675,13 +674,13 @@ def test_a_committed_checkpoint_is_in_the_manifest(tmp_path: Path) -> None:
 def test_a_lost_manifest_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     with AsyncCheckpointWriter(manifest=manifest, rank=0) as writer:
-        writer.write_checkpoint_async(checkpoint_file(tmp_path, 0), torch.ones(1, 2), ["a"], {})
-    assert validate_checkpoint_pt(checkpoint_file(tmp_path, 0)) == (True, "")
+        writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), torch.ones(1, 2), ["a"], {})
+    assert validate_checkpoint_pt(checkpoint_path(tmp_path, 0, 0)) == (True, "")
     assert "is committed, but the manifest does not know it yet" in caplog.text
 
 
 def test_another_writers_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0, 1])
     before = path.read_bytes()
     with pytest.raises(StorageError, match="another writer has just written it"):
@@ -692,7 +691,7 @@ def test_another_writers_checkpoint_is_never_overwritten(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("remainder", ["file", "marker", "damaged"])
 def test_what_a_crash_left_under_the_name_is_moved_aside(tmp_path: Path, remainder: str) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0, 1])
     if remainder == "file":
         marker_path(path).unlink()
@@ -714,14 +713,14 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
     while not is_over:
         monkeypatch.setattr(files, "ops", UnsyncedOps())
         run = tmp_path / str(kill_at)
-        write(checkpoint_file(run, 0), [0, 1])
+        write(checkpoint_path(run, 0, 0), [0, 1])
         if remainder is not None:
-            write(checkpoint_file(run, 1), [2, 3])
-            (checkpoint_file(run, 1) if remainder == "marker" else marker_path(checkpoint_file(run, 1))).unlink()
+            write(checkpoint_path(run, 0, 1), [2, 3])
+            (checkpoint_path(run, 0, 1) if remainder == "marker" else marker_path(checkpoint_path(run, 0, 1))).unlink()
         dying = DyingOps(kill_at)
         monkeypatch.setattr(files, "ops", dying)
         try:
-            write(checkpoint_file(run, 1), [2, 3])
+            write(checkpoint_path(run, 0, 1), [2, 3])
         except (Killed, CheckpointWriteError):
             assert dying.is_dead
         is_over = not dying.is_dead
@@ -731,7 +730,7 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
         is_done = survey_checkpoints(run, RUN, verify_digests=True).done_mask(5)
         assert is_done[:2].all()
         assert is_done[2] == is_done[3]
-        write(checkpoint_file(run, next_batch_idx), [ordinal for ordinal in range(5) if not is_done[ordinal]])
+        write(checkpoint_path(run, 0, next_batch_idx), [ordinal for ordinal in range(5) if not is_done[ordinal]])
         loaded = [
             load_checkpoint(record.path, fingerprint=RUN)
             for record in survey_checkpoints(run, RUN, verify_digests=True).valid
@@ -757,7 +756,7 @@ def test_hostile_ids_are_data(tmp_path: Path) -> None:
         "batch_00000.pt",
         "é" * 200,
     ]
-    path = checkpoint_file(tmp_path / "run", 0)
+    path = checkpoint_path(tmp_path / "run", 0, 0)
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(path, torch.ones(len(ids), 2), ids, {"ordinals": list(range(len(ids)))})
     assert load_checkpoint(path, fingerprint=None).sequence_ids == ids
@@ -846,7 +845,7 @@ def test_no_cut_or_grown_checkpoint_passes(tmp_path: Path, length: int | str) ->
 
 
 def test_no_flipped_bit_of_a_marker_passes(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0, 1, 2])
     for position in range(0, marker_path(path).stat().st_size * 8 - 8, 5):
         flip_bit(marker_path(path), position)
@@ -858,14 +857,14 @@ def test_no_flipped_bit_of_a_marker_passes(tmp_path: Path) -> None:
 
 
 def test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0, 1, 2])
     marker_path(path).write_bytes(b"")
     assert validate_checkpoint_pt(path) == (False, "its marker is empty, though it names its run")
 
 
 def test_an_empty_marker_is_never_enough_for_the_flow(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write_by_hand(path, content_by_hand())
     assert validate_checkpoint_pt(path) == (True, "")
     with pytest.raises(CheckpointError, match="not JSON"):
@@ -894,7 +893,7 @@ def test_a_quick_survey_sees_a_file_of_another_size(tmp_path: Path) -> None:
 def test_a_file_that_does_not_fit_its_marker_never_reaches_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0, 1, 2])
     flip_bit(path, 9000)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has been given the bytes"))
@@ -904,7 +903,7 @@ def test_a_file_that_does_not_fit_its_marker_never_reaches_torch(
 
 def test_what_a_killed_writer_left_unpublished_is_not_read(tmp_path: Path) -> None:
     """Another file and another marker, each whole, under their temporary names."""
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [3, 4])
     for source in (path, marker_path(path)):
         source.rename(source.with_name(f".tmp-{source.name}-host-7-0123abcd"))
@@ -917,7 +916,7 @@ def test_what_a_killed_writer_left_unpublished_is_not_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fingerprint", ["ee" * 32, None])
 def test_a_checkpoint_of_another_run_is_not_believed(tmp_path: Path, fingerprint: str | None) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     metadata = {"ordinals": [0]} | ({"fingerprint": fingerprint} if fingerprint else {})
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(path, torch.ones(1, 2), ["a"], metadata)
@@ -1005,7 +1004,7 @@ def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(tmp_path: Path, pl
         os.mkdir: (str(proof),),
     }[function]
     trap = RunsCode(function, *arguments)
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     changes: dict[str, Any] = {place: trap}
     write_by_hand(path, trap if place in ("whole", "plain pickle") else content_by_hand(**changes))
     if place == "plain pickle":
@@ -1022,7 +1021,7 @@ def test_torch_by_itself_would_run_no_code_either(tmp_path: Path, monkeypatch: p
     """Were our look at the pickle to miss something."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand(metadata=RunsCode(os.mkdir, str(tmp_path / "proof"))))
-    monkeypatch.setattr(checkpoint, "_check_archive", lambda *_: None)
+    monkeypatch.setattr(checkpoint_file, "_check_archive", lambda *_: None)
     assert "Weights only load failed" in validate_checkpoint_pt(path)[1]
     assert not (tmp_path / "proof").exists()
 
@@ -1174,7 +1173,7 @@ def test_much_damage_means_that_the_storage_is_failing(
 
 
 def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     targets = []
     for ordinal in range(2):
         write(path, [ordinal])
@@ -1188,7 +1187,7 @@ def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in between, a file without a marker is left, which is no damage; and both names are synced each time."""
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write(path, [0])
     steps: list[str] = []
 
@@ -1249,8 +1248,8 @@ def test_resume_force_restart_ignores_checkpoints(tmp_path: Path) -> None:
 
 
 def test_resume_loads_valid_pt_checkpoints_in_order(tmp_path: Path) -> None:
-    write(checkpoint_file(tmp_path, 1), [7, 2])
-    write(checkpoint_file(tmp_path, 0), [9, 4, 5])
+    write(checkpoint_path(tmp_path, 0, 1), [7, 2])
+    write(checkpoint_path(tmp_path, 0, 0), [9, 4, 5])
     ids, embeddings, resume_batch_idx, corrupted_ids = resume_from_checkpoints(tmp_path, 0)
     assert ids == ids_of([9, 4, 5, 7, 2])
     assert embeddings is not None
@@ -1273,7 +1272,7 @@ def test_resume_data_integrity_shapes_align(tmp_path: Path) -> None:
     for batch_idx, rows in enumerate((5, 3)):
         ids = [f"{batch_idx}-{row}" for row in range(rows)]
         write_by_hand(
-            checkpoint_file(tmp_path, batch_idx),
+            checkpoint_path(tmp_path, 0, batch_idx),
             {"embeddings": torch.randn(rows, 128), "sequence_ids": ids, "metadata": {}},
         )
     resumed = resume_from_checkpoints(tmp_path, 0)
@@ -1286,7 +1285,7 @@ def test_resume_data_integrity_shapes_align(tmp_path: Path) -> None:
 def test_resume_data_integrity_no_corruption(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = torch.arange(30, dtype=dtype).reshape(10, 3)
     content = {"embeddings": rows, "sequence_ids": [str(row) for row in range(10)], "metadata": {}}
-    write_by_hand(checkpoint_file(tmp_path, 0), content)
+    write_by_hand(checkpoint_path(tmp_path, 0, 0), content)
     resumed = resume_from_checkpoints(tmp_path, 0)
     assert resumed.embeddings is not None
     assert np.array_equal(resumed.embeddings, np.arange(30).reshape(10, 3))
@@ -1333,8 +1332,8 @@ def test_a_forced_restart_moves_the_old_checkpoints_aside(tmp_path: Path) -> Non
 
 
 def test_rows_of_another_width_are_not_mixed_in(tmp_path: Path) -> None:
-    write(checkpoint_file(tmp_path, 0), [0, 1])
-    write(checkpoint_file(tmp_path, 1), [2, 3], rows=torch.ones(2, 7))
+    write(checkpoint_path(tmp_path, 0, 0), [0, 1])
+    write(checkpoint_path(tmp_path, 0, 1), [2, 3], rows=torch.ones(2, 7))
     resumed = resume_from_checkpoints(tmp_path, 0)
     assert resumed.ids == ids_of([0, 1])
     assert resumed.corrupted_ids == ids_of([2, 3])
@@ -1374,7 +1373,7 @@ def test_resuming_sets_the_manifests_counts_from_what_is_used(tmp_path: Path, ca
 
 
 def test_a_json_marker_by_another_hand_is_refused(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
+    path = checkpoint_path(tmp_path, 0, 0)
     write_by_hand(path, content_by_hand())
     marker_path(path).unlink()
     write_file(marker_path(path), json.dumps({"rows": 3}).encode())

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from vnp_lib.checkpoint import (
-    AsyncCheckpointWriter,
-    heal_shard,
-    load_checkpoint,
-    resume_from_checkpoints,
-    survey_checkpoints,
-    validate_checkpoint_pt,
-)
+from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.failures import CheckpointError, NumericalInstabilityError
 from vnp_lib.files import digest_file, marker_path, write_marker
 

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from vnp_lib import status
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import FileLock

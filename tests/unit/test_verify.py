@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.failures import ConfigError
 from vnp_lib.files import (
