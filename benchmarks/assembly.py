@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.figures import peak_mb
 from vnp_lib.assembly import DatasetSummary, assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.plan import ModelIdentity, RunPaths, load_plan, make_plan
 
 RESIDUES = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)

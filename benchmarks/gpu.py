@@ -46,56 +46,8 @@ class Variant:
 
 def variants(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[Variant]:
     """fair-esm and transformers with extract.py's batches and with larger ones; ours with all budgets, compiled last."""
-    padded = (STOCK_TOKENS, *budgets[:2])
-    for name, autocast, gemm_dtype in (
-        (FAIR_ESM, None, torch.float32),
-        ("fair-esm autocast bfloat16", torch.bfloat16, torch.bfloat16),
-    ):
-        yield Variant(
-            name=name,
-            gemm_dtype=gemm_dtype,
-            build=lambda architecture, state, device: fair_esm_network(architecture, state, device=device),
-            engine=lambda network, device, budget, autocast=autocast: InBatches(
-                FairEsm(network, device=device, autocast=autocast), budget
-            ),
-            budgets=padded,
-        )
-    if torch.float16 in dtypes:
-        yield Variant(
-            name="fair-esm half()",
-            gemm_dtype=torch.float16,
-            build=lambda architecture, state, device: fair_esm_network(architecture, state, device=device).half(),
-            engine=lambda network, device, budget: InBatches(FairEsm(network, device=device), budget),
-            budgets=padded,
-        )
-    yield Variant(
-        name="transformers SDPA bfloat16",
-        gemm_dtype=torch.bfloat16,
-        build=lambda architecture, state, device: _with_parameters_in(
-            transformers_network(architecture, state, device=device), torch.bfloat16
-        ),
-        engine=lambda network, device, budget: InBatches(Transformers(network, device=device), budget),
-        budgets=padded,
-    )
-    for dtype in dtypes:
-        yield Variant(
-            name=f"ours {_name(dtype)}",
-            gemm_dtype=dtype,
-            build=lambda architecture, state, device, dtype=dtype: our_network(
-                architecture, state, dtype=dtype, device=device
-            ),
-            engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
-            budgets=budgets,
-        )
-    yield Variant(
-        name=f"ours {_name(dtypes[0])}, compiled",
-        gemm_dtype=dtypes[0],
-        build=lambda architecture, state, device: _compiled(
-            our_network(architecture, state, dtype=dtypes[0], device=device)
-        ),
-        engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
-        budgets=budgets,
-    )
+    yield from _peers(dtypes, (STOCK_TOKENS, *budgets[:2]))
+    yield from _ours(dtypes, budgets)
 
 
 def gemm_tflops(dtype: torch.dtype, device: torch.device, *, size: int, repeats: int) -> float:
@@ -133,6 +85,61 @@ def measure_variant(
             }
         del engine
         _free(device)
+
+
+def _peers(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[Variant]:
+    for name, autocast, gemm_dtype in (
+        (FAIR_ESM, None, torch.float32),
+        ("fair-esm autocast bfloat16", torch.bfloat16, torch.bfloat16),
+    ):
+        yield Variant(
+            name=name,
+            gemm_dtype=gemm_dtype,
+            build=lambda architecture, state, device: fair_esm_network(architecture, state, device=device),
+            engine=lambda network, device, budget, autocast=autocast: InBatches(
+                FairEsm(network, device=device, autocast=autocast), budget
+            ),
+            budgets=budgets,
+        )
+    if torch.float16 in dtypes:
+        yield Variant(
+            name="fair-esm half()",
+            gemm_dtype=torch.float16,
+            build=lambda architecture, state, device: fair_esm_network(architecture, state, device=device).half(),
+            engine=lambda network, device, budget: InBatches(FairEsm(network, device=device), budget),
+            budgets=budgets,
+        )
+    yield Variant(
+        name="transformers SDPA bfloat16",
+        gemm_dtype=torch.bfloat16,
+        build=lambda architecture, state, device: _with_parameters_in(
+            transformers_network(architecture, state, device=device), torch.bfloat16
+        ),
+        engine=lambda network, device, budget: InBatches(Transformers(network, device=device), budget),
+        budgets=budgets,
+    )
+
+
+def _ours(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[Variant]:
+    for dtype in dtypes:
+        yield Variant(
+            name=f"ours {_name(dtype)}",
+            gemm_dtype=dtype,
+            build=lambda architecture, state, device, dtype=dtype: our_network(
+                architecture, state, dtype=dtype, device=device
+            ),
+            engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
+            budgets=budgets,
+        )
+    yield Variant(
+        name=f"ours {_name(dtypes[0])}, compiled",
+        gemm_dtype=dtypes[0],
+        build=lambda architecture, state, device: _compiled(
+            our_network(architecture, state, dtype=dtypes[0], device=device)
+        ),
+        engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
+        budgets=budgets,
+    )
 
 
 def _measure(

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.assembly import DatasetSummary, assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointRecord, survey_checkpoints
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_file import CheckpointRecord
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
 

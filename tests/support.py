@@ -95,6 +95,14 @@ def computed_ordinals(run_dir: Path) -> list[int]:
     return [ordinal for path in finished_checkpoints(run_dir) for ordinal in read_marker(path)["ordinals"]]
 
 
+def flip_bit(path: Path, position: int | None = None) -> None:
+    """Turn one bit of a file over: the one at `position`, counted from the lowest of its first byte, or one in its middle."""
+    data = bytearray(path.read_bytes())
+    position = len(data) // 2 * 8 if position is None else position
+    data[position // 8] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
 def workers_of(run_dir: Path) -> list[int]:
     """Process ids of the children that work in a run directory or below."""
     found = []

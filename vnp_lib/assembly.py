@@ -46,7 +46,7 @@ from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.read_ahead import map_ahead
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
-    from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
+    from vnp_lib.checkpoint_file import Checkpoint, CheckpointRecord
 
 _PART_BYTES = 128 * 1024**2  # of embeddings
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
@@ -141,7 +141,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> 
     Raises:
         CheckpointError: It does not prove itself, or does not fit; says what to do.
     """
-    from vnp_lib.checkpoint import load_checkpoint
+    from vnp_lib.checkpoint_file import load_checkpoint
 
     _require_planned(plan, record)
     checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)

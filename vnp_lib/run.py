@@ -39,7 +39,7 @@ from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint import Survey
+    from vnp_lib.checkpoint_survey import Survey
     from vnp_lib.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Run:
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
         """Look into the markers of all checkpoints, or of one shard's."""
-        from vnp_lib.checkpoint import survey_checkpoints
+        from vnp_lib.checkpoint_survey import survey_checkpoints
 
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank)
 
@@ -111,7 +111,7 @@ class Run:
         Raises:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
-        from vnp_lib.checkpoint import set_aside
+        from vnp_lib.checkpoint_file import set_aside
 
         survey = read_checkpoints(self.plan, self.paths)
         survey.require_sound_storage()

@@ -364,7 +364,7 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
     This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
     left, suspects come first, in their order, each as a batch of its own.
     """
-    from vnp_lib.checkpoint import heal_shard
+    from vnp_lib.checkpoint_survey import heal_shard
 
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
     is_done = done_or_set_aside(plan, paths)
@@ -380,7 +380,7 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
 
 def done_or_set_aside(plan: RunPlan, paths: RunPaths) -> NDArray[np.bool_]:
     """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them."""
-    from vnp_lib.checkpoint import survey_checkpoints
+    from vnp_lib.checkpoint_survey import survey_checkpoints
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     is_done = survey.done_mask(plan.num_sequences)

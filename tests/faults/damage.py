@@ -9,7 +9,9 @@ from pathlib import Path
 from tests.faults.compare import Outcome, assert_recovers, committed_files, committed_ordinals
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.checkpoint import load_checkpoint, survey_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint import validate_checkpoint_pt
+from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.failures import CheckpointError, StorageError
 from vnp_lib.files import marker_path

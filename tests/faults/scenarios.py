@@ -11,7 +11,8 @@ from pathlib import Path
 from tests.faults.ops import CountingOps, install
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.checkpoint import load_checkpoint
+from tests.support import flip_bit
+from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.plan import RunPaths
 
 
@@ -67,7 +68,7 @@ def damaged_dataset(run_dir: Path) -> None:
     """A whole run with a bit flipped in a part of its dataset."""
     _whole_run(run_dir)
     part = RunPaths(run_dir).embeddings_dir / "part-00001.parquet"
-    _flip_a_bit(part, part.stat().st_size // 2)
+    flip_bit(part)
 
 
 SCENARIOS = (
@@ -115,10 +116,4 @@ def _whole_run(run_dir: Path) -> None:
 def _damage_a_row(checkpoint: Path) -> None:
     """Where only the digest can tell: the file still loads, and all of its values are finite."""
     rows = load_checkpoint(checkpoint, fingerprint=None).embeddings.tobytes()
-    _flip_a_bit(checkpoint, checkpoint.read_bytes().index(rows))
-
-
-def _flip_a_bit(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
+    flip_bit(checkpoint, 8 * checkpoint.read_bytes().index(rows))

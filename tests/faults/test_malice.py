@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoints import RUN, vouch_for
 from tests.faults.compare import Outcome, assert_untouched, committed_files, outcome_of
 from tests.faults.damage import copy_of, whole_run
 from tests.faults.figures import record_figure
@@ -23,23 +24,18 @@ from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import files
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import (
-    AsyncCheckpointWriter,
-    heal_shard,
-    load_checkpoint,
-    resume_from_checkpoints,
-    survey_checkpoints,
-    validate_checkpoint_pt,
-)
+from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.failures import CheckpointError, ConfigError, StorageError
-from vnp_lib.files import FileLock, digest_file, marker_path, write_marker
+from vnp_lib.files import FileLock, marker_path
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.run import open_run
 from vnp_lib.supervisor import run_child
 
-RUN = "f1" * 32
+GOOD_FIELDS = {"rows": 1, "ordinals": [0], "fingerprint": RUN}  # of a marker beside `good_content`
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 MEMORY_BYTES = 64 * 1024**2
 MEMORY_PER_BYTE = 128  # `]` is a list of 56 bytes, and a place in the list around it
@@ -52,11 +48,6 @@ def scratch() -> Iterator[Path]:
     directory = scratch_directory()
     yield directory
     shutil.rmtree(directory)
-
-
-def vouch_for(path: Path) -> None:
-    """Write the marker that the file would have if it were a checkpoint of one row."""
-    write_marker(path, digest_file(path), rows=1, width=4, dtype="float32", ordinals=[0], fingerprint=RUN)
 
 
 def peak_growth_bytes(act) -> int:
@@ -76,7 +67,7 @@ def test_the_forger_can_forge(tmp_path):
     """A forged file whose content is right is believed: what refuses the others is what is in them."""
     path = tmp_path / "batch_00000.pt"
     path.write_bytes(archive(good_content()))
-    vouch_for(path)
+    vouch_for(path, **GOOD_FIELDS)
     assert load_checkpoint(path, fingerprint=RUN).sequence_ids == ["a"]
 
 
@@ -90,7 +81,7 @@ def test_no_forged_checkpoint_is_believed_and_none_runs_code(scratch, has_marker
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
         if has_marker:
-            vouch_for(path)
+            vouch_for(path, **GOOD_FIELDS)
 
         growth_bytes = peak_growth_bytes(lambda run=run, path=path, name=name: _require_refusal(run, path, name))
 
@@ -165,8 +156,7 @@ def forge(path: Path, name: str, canary: Path) -> None:
     marker_path(path).unlink()
     if name in FORGED_INTO_A_RUN:
         path.write_bytes(dict(forgeries(canary))[name])
-        fields = {"ordinals": ordinals, "fingerprint": held.metadata["fingerprint"]}
-        write_marker(path, digest_file(path), rows=len(ordinals), width=8, dtype="float32", **fields)
+        vouch_for(path, rows=len(ordinals), width=8, ordinals=ordinals, fingerprint=held.metadata["fingerprint"])
         return
     changed = {"ordinals of nobody": [each + 10_000 for each in ordinals], "ordinals in another order": ordinals[::-1]}
     ids = [f"x{id_}" for id_ in held.sequence_ids] if name == "other ids" else held.sequence_ids

@@ -10,7 +10,7 @@ import torch
 
 from flows.embed import embed
 from tests.support import small_config
-from vnp_lib.checkpoint import load_checkpoint
+from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import BatchFailedError, NumericalInstabilityError, StorageError
 from vnp_lib.files import marker_path

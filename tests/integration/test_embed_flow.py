@@ -22,7 +22,7 @@ from prefect.serializers import PickleSerializer
 from flows.embed import embed, embed_one
 from flows.results import is_plain_result
 from flows.shard_run import embed_shard_run
-from tests.support import EXAMPLE, assert_same_rows, free_port, scrape, small_config
+from tests.support import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
@@ -207,9 +207,7 @@ def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(tmp_path, tiny_f
     assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
     paths = RunPaths(tmp_path / "run")
     paths.success.unlink()
-    content = bytearray(paths.checkpoint(0, 0).read_bytes())
-    content[len(content) // 2] ^= 1
-    paths.checkpoint(0, 0).write_bytes(content)
+    flip_bit(paths.checkpoint(0, 0))
     outcome = run_flow(tiny_fasta, tmp_path / "run")
     assert outcome.is_completed(), outcome.message
     assert_same_rows(tmp_path / "run", whole)

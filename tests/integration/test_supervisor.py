@@ -13,7 +13,7 @@ import pytest
 
 from tests.poison import Way, patch
 from tests.support import is_alive, small_config, wait_until, workers_of
-from vnp_lib.checkpoint import survey_checkpoints
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan

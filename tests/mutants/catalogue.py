@@ -8,6 +8,8 @@ from pathlib import Path
 _FILES = "tests/unit/test_files.py"
 _FASTA = "tests/unit/test_fasta.py"
 _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
+_CHECKPOINT_FILE = "tests/unit/test_checkpoint_file.py"
+_CHECKPOINT_SURVEY = "tests/unit/test_checkpoint_survey.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
 _PLAN = "tests/unit/test_plan.py"
 _ASSEMBLY_TESTS = "tests/unit/test_assembly.py"
@@ -270,44 +272,45 @@ _WRITER = (
         name="marker-before-the-file",
         module="checkpoint",
         before=(
-            "        digest = self._persist(path, lambda: _save(path, content))\n"
-            "        self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))\n"
+            "        digest = self._persist(path, lambda: save_content(path, content))\n"
+            "        self._persist(path, lambda: write_marker(path, digest, **content.marker_fields()))\n"
         ),
         after=(
             "        import io\n\n"
+            "        from vnp_lib.checkpoint_file import _canonical, digest_stream\n\n"
             "        data = io.BytesIO()\n"
             "        torch.save(_canonical(content._asdict(), {}), data)\n"
             "        data.seek(0)\n"
             "        digest = digest_stream(data)\n"
-            "        self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))\n"
-            "        self._persist(path, lambda: _save(path, content))\n"
+            "        self._persist(path, lambda: write_marker(path, digest, **content.marker_fields()))\n"
+            "        self._persist(path, lambda: save_content(path, content))\n"
         ),
         caught_by=(f"{_CHECKPOINT}::test_the_marker_is_written_after_the_file_is_durable",),
     ),
     Mutant(
         name="marker-by-touch",
         module="checkpoint",
-        before="self._persist(path, lambda: write_marker(path, digest, **_marker_fields(content)))",
+        before="self._persist(path, lambda: write_marker(path, digest, **content.marker_fields()))",
         after="marker_path(path).touch()",
         caught_by=(f"{_CHECKPOINT}::test_writer_creates_pt_with_done_marker",),
     ),
     Mutant(
         name="manifest-before-the-checkpoint",
         module="checkpoint",
-        before="        digest = self._persist(path, lambda: _save(path, content))\n",
+        before="        digest = self._persist(path, lambda: save_content(path, content))\n",
         after=(
             "        self._record(path, rows=len(sequence_ids))\n"
-            "        digest = self._persist(path, lambda: _save(path, content))\n"
+            "        digest = self._persist(path, lambda: save_content(path, content))\n"
         ),
         caught_by=(f"{_CHECKPOINT}::test_the_marker_is_written_after_the_file_is_durable",),
     ),
     Mutant(
         name="writer-error-swallowed",
         module="checkpoint",
-        before="        digest = self._persist(path, lambda: _save(path, content))\n",
+        before="        digest = self._persist(path, lambda: save_content(path, content))\n",
         after=(
             "        try:\n"
-            "            digest = self._persist(path, lambda: _save(path, content))\n"
+            "            digest = self._persist(path, lambda: save_content(path, content))\n"
             "        except StorageError as error:\n"
             '            return logger.error("continuing without a checkpoint: %s", error)\n'
         ),
@@ -364,7 +367,7 @@ _WRITER = (
     ),
     Mutant(
         name="bytes-depend-on-who-made-the-strings",
-        module="checkpoint",
+        module="checkpoint_file",
         before="torch.save(_canonical(content._asdict(), {}), ",
         after="torch.save(content._asdict(), ",
         caught_by=(f"{_CHECKPOINT}::test_the_same_content_gives_the_same_bytes",),
@@ -378,7 +381,7 @@ _WRITER = (
     ),
     Mutant(
         name="rows-that-are-not-finite-written",
-        module="checkpoint",
+        module="checkpoint_file",
         before="    if not _is_finite(content.embeddings):\n        raise NumericalInstabilityError",
         after="    if False:\n        raise NumericalInstabilityError",
         caught_by=(f"{_CHECKPOINT}::test_what_no_reader_would_take_is_refused_at_the_door",),
@@ -388,21 +391,21 @@ _WRITER = (
 _READER = (
     Mutant(
         name="digest-not-compared",
-        module="checkpoint",
+        module="checkpoint_file",
         before='    if digest_stream(file).sha256 != marker["sha256"]:\n',
         after="    if False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_two_files_that_changed_places_are_not_believed",),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_two_files_that_changed_places_are_not_believed",),
     ),
     Mutant(
         name="size-not-compared",
-        module="checkpoint",
+        module="checkpoint_file",
         before='    if size_bytes != marker["size_bytes"]:\n',
         after="    if False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_a_quick_survey_sees_a_file_of_another_size",),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_quick_survey_sees_a_file_of_another_size",),
     ),
     Mutant(
         name="content-read-before-its-digest",
-        module="checkpoint",
+        module="checkpoint_file",
         before=(
             "            _verify_digest(file, marker)\n        content = _parse(file, may_be_integers=marker is None)\n"
         ),
@@ -413,63 +416,63 @@ _READER = (
             "            file.seek(0)\n"
             "            _verify_digest(file, marker)\n"
         ),
-        caught_by=(f"{_CHECKPOINT}::test_a_file_that_does_not_fit_its_marker_never_reaches_torch",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_a_file_that_does_not_fit_its_marker_never_reaches_torch",),
     ),
     Mutant(
         name="pickles-that-run-code-loaded",
-        module="checkpoint",
+        module="checkpoint_file",
         before="weights_only=True)\n",
         after="weights_only=False)\n",
-        caught_by=(f"{_CHECKPOINT}::test_torch_by_itself_would_run_no_code_either",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_torch_by_itself_would_run_no_code_either",),
     ),
     Mutant(
         name="pickle-not-looked-at",
-        module="checkpoint",
+        module="checkpoint_file",
         before="        _check_pickle(archive.read",
         after="        len(archive.read",
-        caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
     ),
     Mutant(
         name="compressed-members-unpacked",
-        module="checkpoint",
+        module="checkpoint_file",
         before="        if any(member.compress_type != zipfile.ZIP_STORED for member in members):\n",
         after="        if False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_an_archive_with_compressed_members_is_refused",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_an_archive_with_compressed_members_is_refused",),
     ),
     Mutant(
         name="strides-that-claim-more-than-the-file-believed",
-        module="checkpoint",
+        module="checkpoint_file",
         before="    if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):\n",
         after="    if False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
     ),
     Mutant(
         name="empty-marker-believed",
-        module="checkpoint",
+        module="checkpoint_file",
         before='    elif "fingerprint" in content.metadata:\n',
         after="    elif False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch",),
     ),
     Mutant(
         name="empty-marker-believed-in-the-flow",
-        module="checkpoint",
+        module="checkpoint_file",
         before="may_be_bare=False)",
         after="may_be_bare=True)",
-        caught_by=(f"{_CHECKPOINT}::test_an_empty_marker_is_never_enough_for_the_flow",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_an_empty_marker_is_never_enough_for_the_flow",),
     ),
     Mutant(
         name="marker-and-content-not-compared",
-        module="checkpoint",
+        module="checkpoint_file",
         before="        _require_agreement(content, marker)\n",
         after="        pass\n",
-        caught_by=(f"{_CHECKPOINT}::test_a_marker_that_says_otherwise_is_not_believed",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_a_marker_that_says_otherwise_is_not_believed",),
     ),
     Mutant(
         name="rows-that-are-not-finite-read",
-        module="checkpoint",
+        module="checkpoint_file",
         before="    if not _is_finite(content.embeddings):\n        raise CheckpointError",
         after="    if False:\n        raise CheckpointError",
-        caught_by=(f"{_CHECKPOINT}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
     ),
     Mutant(
         name="temporary-marker-trusted",
@@ -479,7 +482,7 @@ _READER = (
             "    marker = next(path.parent.glob(f'.tmp-{path.name}.done-*'), marker_path(path))\n"
             "    fields = read_sealed_json(marker)\n"
         ),
-        caught_by=(f"{_CHECKPOINT}::test_what_a_killed_writer_left_unpublished_is_not_read",),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_what_a_killed_writer_left_unpublished_is_not_read",),
     ),
     Mutant(
         name="temporary-manifest-trusted",
@@ -493,10 +496,10 @@ _READER = (
 _RESUME = (
     Mutant(
         name="fingerprint-of-a-checkpoint-not-compared",
-        module="checkpoint",
+        module="checkpoint_file",
         before='    if fingerprint is not None and marker.get("fingerprint") != fingerprint:\n',
         after="    if False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_a_checkpoint_of_another_run_is_not_believed",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_a_checkpoint_of_another_run_is_not_believed",),
     ),
     Mutant(
         name="fingerprint-not-compared-on-resume",
@@ -524,45 +527,45 @@ _RESUME = (
     ),
     Mutant(
         name="survey-stops-at-the-first-damage",
-        module="checkpoint",
-        before="            damaged.append(_damage(path, error))\n    return Survey(",
-        after="            damaged.append(_damage(path, error))\n            break\n    return Survey(",
-        caught_by=(f"{_CHECKPOINT}::test_a_damaged_checkpoint_in_the_middle_costs_that_one",),
+        module="checkpoint_survey",
+        before="            damaged.append(Damage.of(path, error))\n    return Survey(",
+        after="            damaged.append(Damage.of(path, error))\n            break\n    return Survey(",
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_damaged_checkpoint_in_the_middle_costs_that_one",),
     ),
     Mutant(
         name="shard-healed-without-reading-it",
-        module="checkpoint",
+        module="checkpoint_survey",
         before='f"shard_{rank}", rank, fingerprint, verify_digests=True)',
         after='f"shard_{rank}", rank, fingerprint, verify_digests=False)',
-        caught_by=(f"{_CHECKPOINT}::test_healing_a_shard_frees_the_damaged_and_touches_no_other",),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_healing_a_shard_frees_the_damaged_and_touches_no_other",),
     ),
     Mutant(
         name="names-that-nobody-synced-believed",
-        module="checkpoint",
+        module="checkpoint_survey",
         before="        _sync_names(shard_dir)\n",
         after="        pass\n",
-        caught_by=(f"{_CHECKPOINT}::test_a_name_that_no_writer_synced_is_synced_before_it_is_believed",),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_name_that_no_writer_synced_is_synced_before_it_is_believed",),
     ),
     Mutant(
         name="file-moved-before-its-marker",
-        module="checkpoint",
+        module="checkpoint_file",
         before="((marker_path(path), marker_path(target)), (path, target))",
         after="((path, target), (marker_path(path), marker_path(target)))",
-        caught_by=(f"{_CHECKPOINT}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
     ),
     Mutant(
         name="move-not-synced",
         module="files",
         before="    fsync_directory(target.parent)\n    fsync_directory(source.parent)\n",
         after="    fsync_directory(target.parent)\n",
-        caught_by=(f"{_CHECKPOINT}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
     ),
     Mutant(
         name="failing-storage-worked-on",
-        module="checkpoint",
+        module="checkpoint_survey",
         before="    if len(lost) > 3 and len(lost) * 100 > total:\n",
         after="    if False:\n",
-        caught_by=(f"{_CHECKPOINT}::test_much_damage_means_that_the_storage_is_failing",),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_much_damage_means_that_the_storage_is_failing",),
     ),
     Mutant(
         name="resumed-ids-through-a-set",
@@ -746,7 +749,7 @@ _ASSEMBLY = (
     ),
     Mutant(
         name="offsets-that-do-not-ascend-accepted",
-        module="checkpoint",
+        module="checkpoint_file",
         before="    ascends = all(start < stop for start, stop in pairwise(offsets))\n",
         after="    ascends = True\n",
         caught_by=(f"{_RAGGED}::test_offsets_that_do_not_fit_the_values_are_damage",),

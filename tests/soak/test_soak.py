@@ -21,7 +21,8 @@ from tests.soak.children import Journal, journalling, read_journal, sabotaged
 from tests.soak.machine import slowness
 from tests.soak.storm import ORPHANS_LEAVE_WITHIN_S, Fault, Storm, Struck
 from tests.support import ROOT, CommandLine, wait_until, workers_of
-from vnp_lib.checkpoint import MAX_IN_FLIGHT, survey_checkpoints
+from vnp_lib.checkpoint import MAX_IN_FLIGHT
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.quarantine import Quarantine

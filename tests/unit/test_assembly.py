@@ -29,8 +29,10 @@ from tests.made_up_runs import (
     start_run,
     write_checkpoint,
 )
+from tests.support import flip_bit
 from vnp_lib.assembly import DatasetSummary, assemble
-from vnp_lib.checkpoint import CheckpointRecord, survey_checkpoints
+from vnp_lib.checkpoint_file import CheckpointRecord
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.failures import (
     CheckpointError,
@@ -335,9 +337,7 @@ def test_a_dataset_from_before_there_were_partial_ones_is_complete_and_stays(run
 
 def test_a_checkpoint_with_a_flipped_bit_makes_no_dataset(run: Run) -> None:
     path = run.paths.checkpoint(1, 2)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip_bit(path)
     with pytest.raises(CheckpointError, match=str(path)):
         run.assemble()
     assert not run.paths.success.exists()
@@ -390,15 +390,15 @@ def test_a_record_with_ordinals_that_were_not_planned_is_refused(
 
 def test_a_row_that_is_not_finite_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints refuse such rows; were one to come through, the dataset does too."""
-    load = vnp_lib.checkpoint.load_checkpoint
+    load = vnp_lib.checkpoint_file.load_checkpoint
 
-    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint.Checkpoint:
+    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint_file.Checkpoint:
         checkpoint = load(path, fingerprint=fingerprint)
         if path == run.paths.checkpoint(0, 0):
             checkpoint.embeddings[0, 3] = np.inf
         return checkpoint
 
-    monkeypatch.setattr(vnp_lib.checkpoint, "load_checkpoint", load_with_a_bad_row)
+    monkeypatch.setattr(vnp_lib.checkpoint_file, "load_checkpoint", load_with_a_bad_row)
     with pytest.raises(NumericalInstabilityError, match=r"not finite, the first of 'p\d+'"):
         run.assemble()
     assert not run.paths.success.exists()
@@ -538,9 +538,7 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeyp
     def distribute_and_damage(*arguments: object) -> object:
         comparisons = distribute(*arguments)  # type: ignore[arg-type]
         (bucket,) = run.paths.assembly_dir.glob("bucket-00002-*")
-        data = bytearray(bucket.read_bytes())
-        data[20] ^= 1
-        bucket.write_bytes(data)
+        flip_bit(bucket, 8 * 20)
         return comparisons
 
     monkeypatch.setattr(vnp_lib.assembly, "_distribute", distribute_and_damage)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
-import pickle
 import threading
-import warnings
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,26 +16,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.checkpoints import RUN, content_by_hand, ids_of, rows_of, write_by_hand, write_checkpoint, write_shard
+from tests.support import flip_bit
 from vnp_lib import checkpoint, files
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
     CheckpointTrigger,
-    CheckpointWriteError,
-    Damage,
-    Survey,
-    batch_idx_of,
-    heal_shard,
-    load_checkpoint,
     resume_from_checkpoints,
-    set_aside,
-    survey_checkpoints,
     validate_checkpoint_pt,
 )
-from vnp_lib.failures import CheckpointError, FingerprintMismatchError, NumericalInstabilityError, StorageError
-from vnp_lib.files import DurableOps, marker_path, read_marker, write_file, write_marker
+from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
+from vnp_lib.failures import (
+    CheckpointWriteError,
+    FingerprintMismatchError,
+    NumericalInstabilityError,
+    StorageError,
+)
+from vnp_lib.files import DurableOps, marker_path, read_marker
 from vnp_lib.manifest import CheckpointManifest
-
-RUN = "f1" * 32
+from vnp_lib.plan import checkpoint_path
 
 
 class Clock:
@@ -48,55 +44,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-def checkpoint_file(checkpoints_dir: Path, batch_idx: int, *, rank: int = 0) -> Path:
-    return checkpoints_dir / f"shard_{rank}" / f"batch_{batch_idx:05d}.pt"
-
-
-def ids_of(ordinals: list[int]) -> list[str]:
-    return [f"seq{ordinal}" for ordinal in ordinals]
-
-
-def rows_of(ordinals: list[int], width: int = 4) -> Tensor:
-    """A row that only its ordinal can have."""
-    return torch.tensor(ordinals, dtype=torch.float32)[:, None] * 100 + torch.arange(width)
-
-
-def write(path: Path, ordinals: list[int], *, rows: Tensor | None = None, fingerprint: str = RUN) -> None:
-    with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(
-            path,
-            rows_of(ordinals) if rows is None else rows,
-            ids_of(ordinals),
-            {"ordinals": ordinals, "fingerprint": fingerprint},
-        )
-
-
-def write_shard(checkpoints_dir: Path, num_checkpoints: int, *, rank: int = 0, rows: int = 3) -> list[Path]:
-    """Checkpoints of `rows` ordinals each, counted through."""
-    paths = [checkpoint_file(checkpoints_dir, batch_idx, rank=rank) for batch_idx in range(num_checkpoints)]
-    for batch_idx, path in enumerate(paths):
-        write(path, list(range(batch_idx * rows, (batch_idx + 1) * rows)))
-    return paths
-
-
-def write_by_hand(path: Path, content: Any) -> None:
-    """As other tools do: torch.save and an empty marker."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
-    marker_path(path).touch()
-
-
-def content_by_hand(rows: int = 3, **changes: Any) -> dict[str, Any]:
-    ids = [f"s{row}" for row in range(rows)]
-    return {"embeddings": torch.ones(rows, 4), "sequence_ids": ids, "metadata": {}} | changes
-
-
-def flip_bit(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position // 8] ^= 1 << position % 8
-    path.write_bytes(data)
 
 
 class HeldWriter(AsyncCheckpointWriter):
@@ -246,8 +193,8 @@ def test_a_threshold_that_makes_no_sense_is_named(settings: dict[str, Any], name
 
 
 def test_writer_creates_pt_with_done_marker(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0, 1])
+    path = checkpoint_path(tmp_path, 0, 0)
+    write_checkpoint(path, [0, 1])
     assert path.is_file()
     assert marker_path(path).is_file()
     marker = read_marker(path)
@@ -278,7 +225,7 @@ def test_writer_pt_contains_correct_data(tmp_path: Path) -> None:
 
 
 def test_writer_atomic_write_no_temp_file_remains(tmp_path: Path) -> None:
-    write(tmp_path / "batch_00000.pt", [0])
+    write_checkpoint(tmp_path / "batch_00000.pt", [0])
     assert sorted(os.listdir(tmp_path)) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
@@ -406,7 +353,7 @@ def test_a_view_saves_its_own_rows_only(tmp_path: Path, view: Callable[[Tensor],
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_floating_type_comes_back_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = torch.nn.Parameter(torch.randn(3, 5).to(dtype))
-    write(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
+    write_checkpoint(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
     saved = torch.load(tmp_path / "batch_00000.pt", weights_only=True)["embeddings"]
     assert saved.dtype == dtype
     assert not saved.requires_grad
@@ -420,7 +367,7 @@ def test_every_floating_type_comes_back_exactly(tmp_path: Path, dtype: torch.dty
 )
 def test_every_memory_layout_of_numpy_is_taken(tmp_path: Path, rows: Any) -> None:
     rows.flags.writeable = False
-    write(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
+    write_checkpoint(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
     assert (load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=RUN).embeddings == rows).all()
 
 
@@ -456,7 +403,7 @@ def test_what_no_reader_would_take_is_refused_at_the_door(
 
 def test_rows_whose_sum_is_too_large_are_finite_all_the_same(tmp_path: Path) -> None:
     rows = torch.full((3, 4), torch.finfo(torch.float32).max)
-    write(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
+    write_checkpoint(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
     assert (load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=RUN).embeddings == rows.numpy()).all()
 
 
@@ -575,9 +522,11 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, deny: Any, operation: str, co
     slept: list[float] = []
     deny(operation, [code] * 4)
     with AsyncCheckpointWriter(sleep=slept.append) as writer:
-        writer.write_checkpoint_async(checkpoint_file(tmp_path, 0), rows_of([0, 1]), ids_of([0, 1]), {})
+        writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), rows_of([0, 1]), ids_of([0, 1]), {})
     assert slept == [1, 5, 15, 30]
-    assert np.array_equal(load_checkpoint(checkpoint_file(tmp_path, 0), fingerprint=None).embeddings, rows_of([0, 1]))
+    assert np.array_equal(
+        load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None).embeddings, rows_of([0, 1])
+    )
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
@@ -586,7 +535,7 @@ def test_a_disk_that_stays_full_ends_in_a_clear_error_and_spoils_nothing(tmp_pat
     slept: list[float] = []
     deny("write", [errno.ENOSPC] * 1000)
     writer = AsyncCheckpointWriter(sleep=slept.append)
-    writer.write_checkpoint_async(checkpoint_file(tmp_path, 2), rows_of([6]), ids_of([6]), {})
+    writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 2), rows_of([6]), ids_of([6]), {})
     with pytest.raises(
         StorageError, match=r"batch_00002.pt: the disk is full .* make room and start the same run again"
     ):
@@ -603,11 +552,11 @@ def test_after_an_io_error_the_rows_are_written_once_more_to_a_new_file(
 ) -> None:
     (tmp_path / "shard_0").mkdir()
     deny(operation, [errno.EIO])
-    write(checkpoint_file(tmp_path, 0), [0, 1])
-    assert validate_checkpoint_pt(checkpoint_file(tmp_path, 0)) == (True, "")
+    write_checkpoint(checkpoint_path(tmp_path, 0, 0), [0, 1])
+    assert validate_checkpoint_pt(checkpoint_path(tmp_path, 0, 0)) == (True, "")
     deny(operation, [errno.EIO] * 2)
     with pytest.raises(StorageError, match="see to the storage"):
-        write(checkpoint_file(tmp_path, 1), [2, 3])
+        write_checkpoint(checkpoint_path(tmp_path, 0, 1), [2, 3])
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
@@ -627,7 +576,7 @@ def test_a_failed_fsync_is_never_repeated_on_its_descriptor(tmp_path: Path, monk
             super().fsync(fd)
 
     monkeypatch.setattr(files, "ops", FailingFsync())
-    write(tmp_path / "batch_00000.pt", [0])
+    write_checkpoint(tmp_path / "batch_00000.pt", [0])
     assert FailingFsync.synced == [1, 2, 3]  # the first file, the second file, the marker: each once
 
 
@@ -664,7 +613,7 @@ def test_a_committed_checkpoint_is_in_the_manifest(tmp_path: Path) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     manifest.initialize(2, "", "")
     with AsyncCheckpointWriter(manifest=manifest, rank=1) as writer:
-        writer.write_checkpoint_async(checkpoint_file(tmp_path, 7, rank=1), torch.ones(3, 2), ["a", "b", "c"], {})
+        writer.write_checkpoint_async(checkpoint_path(tmp_path, 1, 7), torch.ones(3, 2), ["a", "b", "c"], {})
     shard = manifest.get_shard_status(1)
     assert shard is not None
     assert (shard["last_checkpoint_batch"], shard["total_sequences"]) == (7, 3)
@@ -675,32 +624,32 @@ def test_a_committed_checkpoint_is_in_the_manifest(tmp_path: Path) -> None:
 def test_a_lost_manifest_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     with AsyncCheckpointWriter(manifest=manifest, rank=0) as writer:
-        writer.write_checkpoint_async(checkpoint_file(tmp_path, 0), torch.ones(1, 2), ["a"], {})
-    assert validate_checkpoint_pt(checkpoint_file(tmp_path, 0)) == (True, "")
+        writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), torch.ones(1, 2), ["a"], {})
+    assert validate_checkpoint_pt(checkpoint_path(tmp_path, 0, 0)) == (True, "")
     assert "is committed, but the manifest does not know it yet" in caplog.text
 
 
 def test_another_writers_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0, 1])
+    path = checkpoint_path(tmp_path, 0, 0)
+    write_checkpoint(path, [0, 1])
     before = path.read_bytes()
     with pytest.raises(StorageError, match="another writer has just written it"):
-        write(path, [2, 3])
+        write_checkpoint(path, [2, 3])
     assert path.read_bytes() == before
     assert validate_checkpoint_pt(path) == (True, "")
 
 
 @pytest.mark.parametrize("remainder", ["file", "marker", "damaged"])
 def test_what_a_crash_left_under_the_name_is_moved_aside(tmp_path: Path, remainder: str) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0, 1])
+    path = checkpoint_path(tmp_path, 0, 0)
+    write_checkpoint(path, [0, 1])
     if remainder == "file":
         marker_path(path).unlink()
     elif remainder == "marker":
         path.unlink()
     else:
         flip_bit(path, 8000)
-    write(path, [2, 3])
+    write_checkpoint(path, [2, 3])
     assert load_checkpoint(path, fingerprint=RUN).sequence_ids == ids_of([2, 3])
     assert len(list((tmp_path / "shard_0" / "damaged").iterdir())) == (2 if remainder == "damaged" else 1)
 
@@ -714,14 +663,14 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
     while not is_over:
         monkeypatch.setattr(files, "ops", UnsyncedOps())
         run = tmp_path / str(kill_at)
-        write(checkpoint_file(run, 0), [0, 1])
+        write_checkpoint(checkpoint_path(run, 0, 0), [0, 1])
         if remainder is not None:
-            write(checkpoint_file(run, 1), [2, 3])
-            (checkpoint_file(run, 1) if remainder == "marker" else marker_path(checkpoint_file(run, 1))).unlink()
+            write_checkpoint(checkpoint_path(run, 0, 1), [2, 3])
+            (checkpoint_path(run, 0, 1) if remainder == "marker" else marker_path(checkpoint_path(run, 0, 1))).unlink()
         dying = DyingOps(kill_at)
         monkeypatch.setattr(files, "ops", dying)
         try:
-            write(checkpoint_file(run, 1), [2, 3])
+            write_checkpoint(checkpoint_path(run, 0, 1), [2, 3])
         except (Killed, CheckpointWriteError):
             assert dying.is_dead
         is_over = not dying.is_dead
@@ -731,7 +680,9 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
         is_done = survey_checkpoints(run, RUN, verify_digests=True).done_mask(5)
         assert is_done[:2].all()
         assert is_done[2] == is_done[3]
-        write(checkpoint_file(run, next_batch_idx), [ordinal for ordinal in range(5) if not is_done[ordinal]])
+        write_checkpoint(
+            checkpoint_path(run, 0, next_batch_idx), [ordinal for ordinal in range(5) if not is_done[ordinal]]
+        )
         loaded = [
             load_checkpoint(record.path, fingerprint=RUN)
             for record in survey_checkpoints(run, RUN, verify_digests=True).valid
@@ -757,7 +708,7 @@ def test_hostile_ids_are_data(tmp_path: Path) -> None:
         "batch_00000.pt",
         "é" * 200,
     ]
-    path = checkpoint_file(tmp_path / "run", 0)
+    path = checkpoint_path(tmp_path / "run", 0, 0)
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(path, torch.ones(len(ids), 2), ids, {"ordinals": list(range(len(ids)))})
     assert load_checkpoint(path, fingerprint=None).sequence_ids == ids
@@ -809,431 +760,8 @@ def test_validate_shape_mismatch_fails(tmp_path: Path) -> None:
 
 
 def test_validate_valid_checkpoint_passes(tmp_path: Path) -> None:
-    write(tmp_path / "batch_00000.pt", [0, 1, 2])
+    write_checkpoint(tmp_path / "batch_00000.pt", [0, 1, 2])
     assert validate_checkpoint_pt(tmp_path / "batch_00000.pt") == (True, "")
-
-
-def test_a_file_that_is_not_there_is_invalid(tmp_path: Path) -> None:
-    assert validate_checkpoint_pt(tmp_path / "batch_00000.pt") == (False, "the file is missing")
-
-
-def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path: Path) -> None:
-    """torch.load checks no CRC: by itself it takes a flipped bit, such as the last one here."""
-    path = tmp_path / "batch_00000.pt"
-    write(path, [0, 1, 2])
-    size_bits = path.stat().st_size * 8
-    for position in range(0, size_bits, 23):
-        flip_bit(path, position)
-        with pytest.raises(CheckpointError, match="sha256"):
-            load_checkpoint(path, fingerprint=RUN)
-        assert not validate_checkpoint_pt(path)[0]
-        flip_bit(path, position)
-    flip_bit(path, size_bits // 2)
-    torch.load(path, weights_only=True)
-    flip_bit(path, size_bits // 2)
-    assert validate_checkpoint_pt(path) == (True, "")
-
-
-@pytest.mark.parametrize("length", [0, 1, 10, 511, 512, 1000, -1, "grown"])
-def test_no_cut_or_grown_checkpoint_passes(tmp_path: Path, length: int | str) -> None:
-    path = tmp_path / "batch_00000.pt"
-    write(path, [0, 1, 2])
-    whole = path.read_bytes()
-    path.write_bytes(whole + b"\0" if isinstance(length, str) else whole[:length])
-    with pytest.raises(CheckpointError, match="bytes"):
-        load_checkpoint(path, fingerprint=RUN)
-    assert not validate_checkpoint_pt(path)[0]
-
-
-def test_no_flipped_bit_of_a_marker_passes(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0, 1, 2])
-    for position in range(0, marker_path(path).stat().st_size * 8 - 8, 5):
-        flip_bit(marker_path(path), position)
-        survey = survey_checkpoints(tmp_path, RUN, verify_digests=False)
-        assert survey.valid == ()
-        assert [damage.path for damage in survey.damaged] == [path]
-        assert not validate_checkpoint_pt(path)[0]
-        flip_bit(marker_path(path), position)
-
-
-def test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0, 1, 2])
-    marker_path(path).write_bytes(b"")
-    assert validate_checkpoint_pt(path) == (False, "its marker is empty, though it names its run")
-
-
-def test_an_empty_marker_is_never_enough_for_the_flow(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write_by_hand(path, content_by_hand())
-    assert validate_checkpoint_pt(path) == (True, "")
-    with pytest.raises(CheckpointError, match="not JSON"):
-        load_checkpoint(path, fingerprint=None)
-    assert survey_checkpoints(tmp_path, RUN, verify_digests=False).valid == ()
-
-
-def test_two_files_that_changed_places_are_not_believed(tmp_path: Path) -> None:
-    first, second = write_shard(tmp_path, 2)
-    first.rename(tmp_path / "x")
-    second.rename(first)
-    (tmp_path / "x").rename(second)
-    assert survey_checkpoints(tmp_path, RUN, verify_digests=True).valid == ()
-
-
-def test_a_quick_survey_sees_a_file_of_another_size(tmp_path: Path) -> None:
-    """It reads the markers only, and asks the file system for the sizes."""
-    first, second = write_shard(tmp_path, 2)
-    with first.open("ab") as file:
-        file.write(b"\0")
-    survey = survey_checkpoints(tmp_path, RUN, verify_digests=False)
-    assert [record.path for record in survey.valid] == [second]
-    assert [damage.path for damage in survey.damaged] == [first]
-
-
-def test_a_file_that_does_not_fit_its_marker_never_reaches_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0, 1, 2])
-    flip_bit(path, 9000)
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has been given the bytes"))
-    with pytest.raises(CheckpointError, match="bytes have changed"):
-        load_checkpoint(path, fingerprint=RUN)
-
-
-def test_what_a_killed_writer_left_unpublished_is_not_read(tmp_path: Path) -> None:
-    """Another file and another marker, each whole, under their temporary names."""
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [3, 4])
-    for source in (path, marker_path(path)):
-        source.rename(source.with_name(f".tmp-{source.name}-host-7-0123abcd"))
-    assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
-    write(path, [0, 1, 2])
-    (record,) = survey_checkpoints(tmp_path, RUN, verify_digests=True).valid
-    assert record.ordinals.tolist() == [0, 1, 2]
-    assert resume_from_checkpoints(tmp_path, 0).ids == ids_of([0, 1, 2])
-
-
-@pytest.mark.parametrize("fingerprint", ["ee" * 32, None])
-def test_a_checkpoint_of_another_run_is_not_believed(tmp_path: Path, fingerprint: str | None) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    metadata = {"ordinals": [0]} | ({"fingerprint": fingerprint} if fingerprint else {})
-    with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(path, torch.ones(1, 2), ["a"], metadata)
-    with pytest.raises(CheckpointError, match=f"is of the run {fingerprint!r}, and this run is '{RUN}'"):
-        load_checkpoint(path, fingerprint=RUN)
-    (damage,) = survey_checkpoints(tmp_path, RUN, verify_digests=True).damaged
-    assert "is of the run" in damage.reason
-    assert not damage.is_unfinished
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ([1, 2], "holds a list"),
-        (content_by_hand(extra=1), "unknown key: 'extra'"),
-        (content_by_hand(embeddings=[1.0]), "no plain tensor"),
-        (content_by_hand(embeddings=torch.ones(3, 4).to_sparse()), "_rebuild_sparse_tensor"),
-        (content_by_hand(embeddings=torch.nn.Parameter(torch.ones(3, 4))), "_rebuild_parameter"),
-        (content_by_hand(embeddings=torch.ones(3, 4, dtype=torch.complex64)), "ComplexFloatStorage"),
-        (content_by_hand(embeddings=torch.ones(3, 4, dtype=torch.bool)), "BoolStorage"),
-        (content_by_hand(embeddings=torch.ones(3)), "shape mismatch"),
-        (content_by_hand(embeddings=torch.ones(3, 0)), "shape mismatch"),
-        (content_by_hand(embeddings=torch.ones(3, 1).expand(3, 1 << 40)), "claims more than the file holds"),
-        (content_by_hand(embeddings=torch.ones(4, 3).T), "claims more than the file holds"),
-        (content_by_hand(embeddings=torch.full((3, 4), torch.nan)), "not finite"),
-        (content_by_hand(sequence_ids=("a", "b", "c")), "no list of strings"),
-        (content_by_hand(sequence_ids=["a", "b", 3]), "no list of strings"),
-        (content_by_hand(metadata=[]), "metadata is no dict"),
-        (content_by_hand(metadata={"ordinals": [0, 1]}), "3 rows, 2 ordinals"),
-        (content_by_hand(metadata={"ordinals": [0, 1, 1]}), "twice"),
-        (content_by_hand(metadata={"ordinals": [0, 1, 2**63]}), "whole numbers"),
-        (content_by_hand(metadata={"ordinals": torch.arange(3)}), "more than one tensor"),
-        (content_by_hand(metadata={"ordinals": 3}), "whole numbers"),
-    ],
-)
-@pytest.mark.parametrize("has_digest", [True, False])
-def test_content_that_is_no_checkpoint_is_refused_with_the_reason(
-    tmp_path: Path, content: Any, reason: str, has_digest: bool
-) -> None:
-    """Also where a marker vouches for the bytes."""
-    path = tmp_path / "batch_00000.pt"
-    write_by_hand(path, content)
-    if has_digest:
-        vouch_for(path)
-    is_valid, found = validate_checkpoint_pt(path)
-    assert not is_valid
-    assert reason in found
-
-
-def test_a_marker_that_says_otherwise_is_not_believed(tmp_path: Path) -> None:
-    path = tmp_path / "batch_00000.pt"
-    write_by_hand(path, content_by_hand(metadata={"ordinals": [4, 5, 6]}))
-    vouch_for(path, ordinals=[4, 5, 7])
-    assert validate_checkpoint_pt(path) == (False, "its ordinals is not what its marker says")
-
-
-def vouch_for(path: Path, **fields: Any) -> None:
-    marker_path(path).unlink()
-    shape = {"rows": 3, "width": 4, "dtype": "float32"}
-    write_marker(path, files.digest_file(path), **shape | fields)
-
-
-class RunsCode:
-    """What `pickle.load` of it would do."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize("place", ["whole", "embeddings", "sequence_ids", "metadata", "plain pickle"])
-@pytest.mark.parametrize(
-    "function", [os.system, exec, eval, open, Path.touch, os.mkdir], ids=lambda each: each.__name__
-)
-def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(tmp_path: Path, place: str, function: Any) -> None:
-    proof = tmp_path / "proof"
-    arguments = {
-        os.system: (f"touch {proof}",),
-        exec: (f"open({str(proof)!r}, 'w')",),
-        eval: (f"open({str(proof)!r}, 'w')",),
-        open: (str(proof), "w"),
-        Path.touch: (proof,),
-        os.mkdir: (str(proof),),
-    }[function]
-    trap = RunsCode(function, *arguments)
-    path = checkpoint_file(tmp_path, 0)
-    changes: dict[str, Any] = {place: trap}
-    write_by_hand(path, trap if place in ("whole", "plain pickle") else content_by_hand(**changes))
-    if place == "plain pickle":
-        path.write_bytes(pickle.dumps(trap))
-    assert "failed to load" in validate_checkpoint_pt(path)[1]
-    vouch_for(path)
-    with pytest.raises(CheckpointError, match="failed to load"):
-        load_checkpoint(path, fingerprint=None)
-    assert resume_from_checkpoints(tmp_path, 0).ids == []
-    assert not proof.exists()
-
-
-def test_torch_by_itself_would_run_no_code_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were our look at the pickle to miss something."""
-    path = tmp_path / "batch_00000.pt"
-    write_by_hand(path, content_by_hand(metadata=RunsCode(os.mkdir, str(tmp_path / "proof"))))
-    monkeypatch.setattr(checkpoint, "_check_archive", lambda *_: None)
-    assert "Weights only load failed" in validate_checkpoint_pt(path)[1]
-    assert not (tmp_path / "proof").exists()
-
-
-@pytest.mark.parametrize("member", ["archive/data/0", "archive/data.pkl"])
-def test_an_archive_with_compressed_members_is_refused(tmp_path: Path, member: str) -> None:
-    """A deflated member can claim a thousand times the file's size."""
-    write_by_hand(tmp_path / "plain.pt", content_by_hand())
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
-        for each in plain.infolist():
-            name = each.filename.replace("plain/", "archive/")
-            compression = zipfile.ZIP_DEFLATED if name == member else zipfile.ZIP_STORED
-            bomb.writestr(name, plain.read(each), compress_type=compression)
-    marker_path(tmp_path / "bomb.pt").touch()
-    assert validate_checkpoint_pt(tmp_path / "bomb.pt") == (
-        False,
-        "failed to load: a member of the archive is compressed",
-    )
-
-
-def test_an_archive_whose_members_claim_more_than_it_holds_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "batch_00000.pt"
-    write_by_hand(path, content_by_hand())
-    data = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        claimed = archive.getinfo("batch_00000/data/0")
-    size = claimed.file_size.to_bytes(4, "little")
-    central = data.rindex(b"PK\x01\x02", 0, data.rindex(b"batch_00000/data/0"))
-    entry = data[central:].replace(size, (1 << 30).to_bytes(4, "little"), 2)
-    path.write_bytes(data[:central] + entry)
-    is_valid, reason = validate_checkpoint_pt(path)
-    assert not is_valid
-    assert reason == "failed to load: the members of the archive claim more than the file holds"
-
-
-def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever torch.load makes of the bytes."""
-    path = tmp_path / "batch_00000.pt"
-    write_by_hand(path, content_by_hand())
-    monkeypatch.setattr(torch, "load", lambda *_, **__: content_by_hand(rows=1000))
-    assert validate_checkpoint_pt(path) == (False, "embeddings claims more than the file holds")
-
-
-def test_random_damage_to_an_unproven_file_is_always_a_reason_never_a_crash(tmp_path: Path) -> None:
-    """An empty marker leaves the content to speak for itself: whatever it holds, the answer is a pair."""
-    path = tmp_path / "batch_00000.pt"
-    write_by_hand(path, content_by_hand())
-    whole = path.read_bytes()
-    random = np.random.default_rng(7)
-    pickled = whole.index(b"\x80\x02")
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for position in random.integers(pickled, pickled + 400, size=3):
-            damaged[position] = random.integers(256)
-        path.write_bytes(damaged)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of its bytes
-            is_valid, reason = validate_checkpoint_pt(path)
-        assert is_valid is (reason == "")
-
-
-# --- surveying ---
-
-
-def test_a_survey_gives_every_valid_checkpoint_in_order(tmp_path: Path) -> None:
-    for rank in (10, 2):
-        write_shard(tmp_path, 12, rank=rank, rows=1)
-    (tmp_path / "shard_2" / "job.json").touch()
-    (tmp_path / "shard_x").mkdir()
-    (tmp_path / "manifest.json").touch()
-    survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
-    assert [(record.rank, record.batch_idx) for record in survey.valid] == [
-        (rank, batch_idx) for rank in (2, 10) for batch_idx in range(12)
-    ]
-    assert survey.damaged == ()
-    record = survey.valid[3]
-    assert record.ordinals.dtype == np.int64
-    assert record.ordinals.tolist() == [3]
-    assert (record.rows, record.width, record.dtype, record.fingerprint) == (1, 4, "float32", RUN)
-    assert record.size_bytes == record.path.stat().st_size
-    assert survey.done_mask(20).nonzero()[0].tolist() == list(range(12))
-
-
-def test_a_survey_of_nothing_is_empty(tmp_path: Path) -> None:
-    assert survey_checkpoints(tmp_path / "none", RUN, verify_digests=True) == Survey(valid=(), damaged=())
-
-
-def test_a_damaged_checkpoint_in_the_middle_costs_that_one(tmp_path: Path) -> None:
-    paths = write_shard(tmp_path, 4)
-    flip_bit(paths[1], 9000)
-    survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
-    assert [record.path for record in survey.valid] == [paths[0], paths[2], paths[3]]
-    assert [damage.path for damage in survey.damaged] == [paths[1]]
-    assert len(survey_checkpoints(tmp_path, RUN, verify_digests=False).valid) == 4
-
-
-def test_what_a_stopped_writer_left_is_told_from_damage(tmp_path: Path) -> None:
-    paths = write_shard(tmp_path, 3)
-    marker_path(paths[0]).unlink()
-    paths[1].unlink()
-    survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
-    assert [(damage.path, damage.is_unfinished) for damage in survey.damaged] == [(paths[0], True), (paths[1], False)]
-
-
-def test_a_name_that_no_writer_synced_is_synced_before_it_is_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_shard(tmp_path, 1)
-    synced: list[Path] = []
-    monkeypatch.setattr(files.ops, "fsync_directory", synced.append)
-    survey_checkpoints(tmp_path, RUN, verify_digests=False)
-    assert synced == [tmp_path / "shard_0"]
-
-
-def test_a_read_only_directory_can_be_surveyed(tmp_path: Path, deny: Any) -> None:
-    write_shard(tmp_path, 1)
-    deny("fsync_directory", [errno.EROFS])
-    assert len(survey_checkpoints(tmp_path, RUN, verify_digests=True).valid) == 1
-
-
-def test_too_many_open_files_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_shard(tmp_path, 1)
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(StorageError, match="Too many open files") as caught:
-        survey_checkpoints(tmp_path, RUN, verify_digests=True)
-    assert not isinstance(caught.value, CheckpointError)
-
-
-@pytest.mark.parametrize(
-    ("valid", "damaged", "unfinished", "is_failing"),
-    [(0, 3, 0, False), (0, 4, 0, True), (1000, 4, 0, False), (300, 4, 0, True), (396, 4, 0, False), (0, 0, 50, False)],
-)
-def test_much_damage_means_that_the_storage_is_failing(
-    valid: int, damaged: int, unfinished: int, is_failing: bool
-) -> None:
-    def lost(count: int, is_unfinished: bool) -> tuple[Damage, ...]:
-        return tuple(Damage(path=Path("a"), reason="sha256", is_unfinished=is_unfinished) for _ in range(count))
-
-    survey = Survey(valid=(None,) * valid, damaged=lost(damaged, False) + lost(unfinished, True))  # type: ignore[arg-type]
-    if is_failing:
-        with pytest.raises(StorageError, match=f"{damaged} of {valid + damaged} checkpoints are damaged: the storage"):
-            survey.require_sound_storage()
-    else:
-        survey.require_sound_storage()
-
-
-def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    targets = []
-    for ordinal in range(2):
-        write(path, [ordinal])
-        targets.append(set_aside(path))
-    assert [load_checkpoint(target, fingerprint=RUN).sequence_ids for target in targets] == [["seq0"], ["seq1"]]
-    assert {target.parent for target in targets} == {tmp_path / "shard_0" / "damaged"}
-    assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
-
-
-def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in between, a file without a marker is left, which is no damage; and both names are synced each time."""
-    path = checkpoint_file(tmp_path, 0)
-    write(path, [0])
-    steps: list[str] = []
-
-    class Recording(DurableOps):
-        def replace(self, source: Path, target: Path) -> None:
-            steps.append(source.suffix)
-            super().replace(source, target)
-
-        def fsync_directory(self, path: Path) -> None:
-            steps.append(path.name)
-            super().fsync_directory(path)
-
-    monkeypatch.setattr(files, "ops", Recording())
-    set_aside(path)
-    made_directory = ["shard_0"]
-    assert steps == [*made_directory, ".done", "damaged", "shard_0", ".pt", "damaged", "shard_0"]
-
-
-def test_healing_a_shard_frees_the_damaged_and_touches_no_other(tmp_path: Path) -> None:
-    paths = write_shard(tmp_path, 3)
-    write_shard(tmp_path, 1, rank=1)
-    flip_bit(paths[1], 9000)
-    assert heal_shard(tmp_path, 0, RUN) == 3
-    assert [path.exists() for path in paths] == [True, False, True]
-    assert heal_shard(tmp_path, 1, RUN) == 1
-    assert heal_shard(tmp_path, 2, RUN) == 0
-
-
-def test_a_shard_on_failing_storage_is_left_as_it_is(tmp_path: Path) -> None:
-    paths = write_shard(tmp_path, 5)
-    for path in paths[:4]:
-        flip_bit(path, 9000)
-    with pytest.raises(StorageError, match="4 of 5 checkpoints are damaged: the storage is failing"):
-        heal_shard(tmp_path, 0, RUN)
-    assert all(path.exists() for path in paths)
-
-
-@pytest.mark.parametrize("name", ["batch_0.pt", "batch_00000.pt.done", "batch_000000.pt", "batch_-0001.pt", "a.pt"])
-def test_what_is_no_checkpoints_name_has_no_number(name: str) -> None:
-    with pytest.raises(ValueError, match="no name of a checkpoint"):
-        batch_idx_of(Path(name))
-
-
-def test_a_number_may_outgrow_five_digits() -> None:
-    assert batch_idx_of(Path("shard_0/batch_123456.pt")) == 123456
 
 
 # --- resuming ---
@@ -1249,8 +777,8 @@ def test_resume_force_restart_ignores_checkpoints(tmp_path: Path) -> None:
 
 
 def test_resume_loads_valid_pt_checkpoints_in_order(tmp_path: Path) -> None:
-    write(checkpoint_file(tmp_path, 1), [7, 2])
-    write(checkpoint_file(tmp_path, 0), [9, 4, 5])
+    write_checkpoint(checkpoint_path(tmp_path, 0, 1), [7, 2])
+    write_checkpoint(checkpoint_path(tmp_path, 0, 0), [9, 4, 5])
     ids, embeddings, resume_batch_idx, corrupted_ids = resume_from_checkpoints(tmp_path, 0)
     assert ids == ids_of([9, 4, 5, 7, 2])
     assert embeddings is not None
@@ -1273,7 +801,7 @@ def test_resume_data_integrity_shapes_align(tmp_path: Path) -> None:
     for batch_idx, rows in enumerate((5, 3)):
         ids = [f"{batch_idx}-{row}" for row in range(rows)]
         write_by_hand(
-            checkpoint_file(tmp_path, batch_idx),
+            checkpoint_path(tmp_path, 0, batch_idx),
             {"embeddings": torch.randn(rows, 128), "sequence_ids": ids, "metadata": {}},
         )
     resumed = resume_from_checkpoints(tmp_path, 0)
@@ -1286,7 +814,7 @@ def test_resume_data_integrity_shapes_align(tmp_path: Path) -> None:
 def test_resume_data_integrity_no_corruption(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = torch.arange(30, dtype=dtype).reshape(10, 3)
     content = {"embeddings": rows, "sequence_ids": [str(row) for row in range(10)], "metadata": {}}
-    write_by_hand(checkpoint_file(tmp_path, 0), content)
+    write_by_hand(checkpoint_path(tmp_path, 0, 0), content)
     resumed = resume_from_checkpoints(tmp_path, 0)
     assert resumed.embeddings is not None
     assert np.array_equal(resumed.embeddings, np.arange(30).reshape(10, 3))
@@ -1300,8 +828,8 @@ def test_after_a_stop_every_number_from_there_on_is_free_to_be_written(tmp_path:
     assert resumed.corrupted_ids == ids_of([6, 7, 8])  # of the cut one nothing is known, and nothing is made up
     assert [path.exists() for path in paths] == [True, False, False]
     assert not marker_path(paths[1]).exists()
-    write(paths[1], [3, 4, 5])
-    write(paths[2], [6, 7, 8])
+    write_checkpoint(paths[1], [3, 4, 5])
+    write_checkpoint(paths[2], [6, 7, 8])
     assert resume_from_checkpoints(tmp_path, 0).ids == ids_of(list(range(9)))
 
 
@@ -1328,13 +856,13 @@ def test_skipping_on_failing_storage_is_refused(tmp_path: Path) -> None:
 def test_a_forced_restart_moves_the_old_checkpoints_aside(tmp_path: Path) -> None:
     (path,) = write_shard(tmp_path, 1)
     resume_from_checkpoints(tmp_path, 0, force_restart=True)
-    write(path, [0])
+    write_checkpoint(path, [0])
     assert len(list((tmp_path / "shard_0" / "superseded").glob("*.pt"))) == 1
 
 
 def test_rows_of_another_width_are_not_mixed_in(tmp_path: Path) -> None:
-    write(checkpoint_file(tmp_path, 0), [0, 1])
-    write(checkpoint_file(tmp_path, 1), [2, 3], rows=torch.ones(2, 7))
+    write_checkpoint(checkpoint_path(tmp_path, 0, 0), [0, 1])
+    write_checkpoint(checkpoint_path(tmp_path, 0, 1), [2, 3], rows=torch.ones(2, 7))
     resumed = resume_from_checkpoints(tmp_path, 0)
     assert resumed.ids == ids_of([0, 1])
     assert resumed.corrupted_ids == ids_of([2, 3])
@@ -1371,14 +899,3 @@ def test_resuming_sets_the_manifests_counts_from_what_is_used(tmp_path: Path, ca
         resume_from_checkpoints(tmp_path, 0, manifest=manifest)
     assert manifest.get_global_progress()["total_sequences_checkpointed"] == 3
     assert "the file has 10 bytes" in caplog.text
-
-
-def test_a_json_marker_by_another_hand_is_refused(tmp_path: Path) -> None:
-    path = checkpoint_file(tmp_path, 0)
-    write_by_hand(path, content_by_hand())
-    marker_path(path).unlink()
-    write_file(marker_path(path), json.dumps({"rows": 3}).encode())
-    assert not validate_checkpoint_pt(path)[0]
-    marker_path(path).unlink()
-    write_marker(path, files.digest_file(path))
-    assert validate_checkpoint_pt(path) == (False, "its marker has no rows")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import vnp_lib.assembly
 from tests.made_up_runs import DIM, Run, embed, finish_run, start_run
+from tests.support import flip_bit
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.failures import StorageError
 
@@ -138,9 +139,7 @@ def test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row(run: Run, seed
     run.assemble()
     rng = np.random.default_rng(seed)
     path = sorted(run.paths.embeddings_dir.iterdir())[rng.integers(5)]
-    data = bytearray(path.read_bytes())
-    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(data)
+    flip_bit(path, int(rng.integers(8 * path.stat().st_size)))
 
     assert any(path.name in damage for damage in verify_dataset(run.paths.run_dir))
     try:

@@ -42,6 +42,7 @@ from tests.made_up_runs import (
     write_checkpoint,
     write_planned,
 )
+from tests.support import flip_bit
 from vnp_lib import formats
 from vnp_lib.cli import main
 from vnp_lib.dataset import open_dataset
@@ -333,10 +334,8 @@ def test_the_command_says_what_it_wrote_and_what_it_cannot_use(run: Run, tmp_pat
 
 def test_damage_of_the_dataset_is_no_export(run: Run, tmp_path: Path, capsys: Any) -> None:
     part = run.paths.embeddings_dir / "part-00002.parquet"
-    data = bytearray(part.read_bytes())
     group = pq.ParquetFile(part).metadata.row_group(0)
-    data[group.column(group.num_columns - 1).data_page_offset + 100] ^= 1  # among the embeddings
-    part.write_bytes(data)
+    flip_bit(part, 8 * (group.column(group.num_columns - 1).data_page_offset + 100))  # among the embeddings
     assert main(["export", str(run.paths.run_dir), "--to", "npy", "--output", str(tmp_path / "out" / "x")]) == 1
     assert "part-00002.parquet is damaged" in capsys.readouterr().err
     assert names_in(tmp_path / "out") == []

@@ -15,7 +15,8 @@ import torch
 from flows.embed import embed
 from flows.hooks import failure_of
 from tests.support import small_config, workers_of
-from vnp_lib.checkpoint import AsyncCheckpointWriter, heal_shard
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_survey import heal_shard
 from vnp_lib.config import RuntimeConfig
 from vnp_lib.failures import (
     CircuitBreakerOpenError,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vnp_lib import checkpoint
-from vnp_lib.checkpoint import load_checkpoint, validate_checkpoint_pt
+from vnp_lib.checkpoint import validate_checkpoint_pt
+from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.failures import CheckpointWriteError, SequenceTooLargeError
 from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.listener import Listener

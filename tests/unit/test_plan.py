@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from esm.data import Alphabet
 
+from tests.support import flip_bit
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.inputs import InputPolicy
@@ -369,10 +370,7 @@ def test_a_flipped_bit_in_the_plan_is_noticed_and_mended_from_the_input(tmp_path
     plan_of(tmp_path / "run", fasta)
     whole = {path: content for path, (_, _, content) in snapshot(tmp_path / "run").items()}
     path = tmp_path / "run" / "plan" / name
-    data = bytearray(path.read_bytes())
-    rng = np.random.default_rng(seed)
-    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(data)
+    flip_bit(path, int(np.random.default_rng(seed).integers(8 * path.stat().st_size)))
 
     with pytest.raises(StorageError, match=name):
         load_plan(RunPaths(tmp_path / "run"))

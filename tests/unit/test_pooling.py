@@ -15,7 +15,7 @@ from torch import Tensor
 import vnp_lib.inference
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
-from vnp_lib.checkpoint import load_checkpoint
+from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.embedder import Embedder
 from vnp_lib.esm2 import ESM2
 from vnp_lib.inference import AsyncInferenceRunner

@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from vnp_lib.checkpoint import (
-    AsyncCheckpointWriter,
-    heal_shard,
-    load_checkpoint,
-    resume_from_checkpoints,
-    survey_checkpoints,
-    validate_checkpoint_pt,
-)
+from tests.checkpoints import vouch_for
+from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.failures import CheckpointError, NumericalInstabilityError
-from vnp_lib.files import digest_file, marker_path, write_marker
+from vnp_lib.files import marker_path
 
 VALUES = np.arange(9, dtype=np.float32)
 OFFSETS = [0, 2, 3, 9]
@@ -35,8 +31,7 @@ def forge(path: Path, **changes: Any) -> None:
     """What no writer of ours writes, under a marker that fits it."""
     content = {"embeddings": torch.from_numpy(VALUES), "sequence_ids": IDS, "metadata": METADATA | changes}
     torch.save(content, path)
-    digest = digest_file(path)
-    write_marker(path, digest, rows=3, width=0, dtype="float32", ordinals=[4, 0, 2], fingerprint="f")
+    vouch_for(path, width=0, ordinals=METADATA["ordinals"], fingerprint=METADATA["fingerprint"])
 
 
 @pytest.fixture

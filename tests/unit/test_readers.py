@@ -1,4 +1,4 @@
-"""The dataset in the hands of other libraries: the README's own lines, run as they stand there."""
+"""The dataset in the hands of other libraries: the documentation's own lines, run as they stand there."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.guides import blocks_of
 from tests.made_up_runs import Run, finish_run, made_up_records, start_run_of
 from tests.support import ROOT
 from vnp_lib.formats import FORMATS
 from vnp_lib.outputs import StoreDtype
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+README, GUIDE = "README.md", "docs/how-to/read-the-dataset.md"
 KEEP = "\nimport numpy\nnumpy.savez('seen.npz', ids=[str(id_) for id_ in ids], embeddings=numpy.asarray(embeddings))\n"
 
 
 @pytest.fixture(params=StoreDtype)
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
-    """Its directory is `runs/mine`, as in the README, and the sequence that the README asks for is in it."""
+    """Its directory is `runs/mine`, as in the documentation, and the sequence that the documentation asks for is in it."""
     (tmp_path / "runs").mkdir()
     records = made_up_records()
     records.ids[7] = "P12345"
@@ -33,19 +33,31 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
     return run
 
 
-def lines_with(library: str) -> str:
-    (block,) = [block for block in BLOCKS if re.search(rf"^(import|from) {library}\b", block, flags=re.MULTILINE)]
-    return block
+def lines_with(library: str, page: str) -> str:
+    """Where a page reads all ids and embeddings with a library."""
+    programs = [block.code for block in blocks_of((ROOT / page).read_text()) if "\nids, embeddings = " in block.code]
+    (lines,) = [code for code in programs if re.search(rf"^(import|from) {library}\b", code, flags=re.MULTILINE)]
+    return lines
 
 
-@pytest.mark.parametrize("library", ["vnp_lib.dataset", "pandas", "polars", "duckdb", "datasets"])
-def test_every_row_is_read_with_its_id(run: Run, library: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("library", "page"),
+    [
+        ("vnp_lib.dataset", README),
+        ("pandas", README),
+        ("pandas", GUIDE),
+        ("polars", GUIDE),
+        ("duckdb", GUIDE),
+        ("datasets", GUIDE),
+    ],
+)
+def test_every_row_is_read_with_its_id(run: Run, library: str, page: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "huggingface"),
         "PYTHONPATH": str(ROOT),
     }
-    code = lines_with(library) + KEEP
+    code = lines_with(library, page) + KEEP
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
     with np.load(tmp_path / "seen.npz") as seen:
         assert seen["ids"].tolist() == run.ids
@@ -55,5 +67,5 @@ def test_every_row_is_read_with_its_id(run: Run, library: str, tmp_path: Path) -
 
 
 def test_the_readme_lists_every_format_of_export() -> None:
-    rows = re.findall(r"^\| `--to ([\w-]+)` \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `--to ([\w-]+)` \|", (ROOT / README).read_text(), flags=re.MULTILINE)
     assert rows == list(FORMATS)

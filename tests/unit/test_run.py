@@ -11,7 +11,6 @@ import torch
 
 from tests.support import small_config
 from vnp_lib import gpu_memory
-from vnp_lib.config import EmbedConfig
 from vnp_lib.failures import ConfigError, RunDirectoryBusyError
 from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.plan import load_plan
@@ -20,9 +19,7 @@ from vnp_lib.run import attach_run, open_run
 
 def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_path: Path, tiny_fasta: Path) -> None:
     """And the directory is free again when the first run ends."""
-    config = EmbedConfig(
-        fasta=(tiny_fasta,), output_dir=tmp_path / "run", model="esm2_t6_8M_UR50D", weights="random", devices="cpu"
-    )
+    config = small_config(tiny_fasta, tmp_path / "run")
     holder = f"process {os.getpid()} on .*, to run on this directory; waited 0 s"
     with open_run(config), pytest.raises(RunDirectoryBusyError, match=holder), open_run(config):
         pass
@@ -36,23 +33,13 @@ def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_pa
 )
 def test_children_that_run_at_once_share_the_cores(tmp_path, tiny_fasta, monkeypatch, devices, shards, num_threads):
     monkeypatch.setattr("vnp_lib.run.num_cores", lambda: 8)
-    config = EmbedConfig(
-        fasta=(tiny_fasta,),
-        output_dir=tmp_path / "run",
-        model="esm2_t6_8M_UR50D",
-        weights="random",
-        devices=devices,
-        shards=shards,
-    )
-    with open_run(config) as run:
+    with open_run(small_config(tiny_fasta, tmp_path / "run", devices=devices, shards=shards)) as run:
         assert run.shard_job(0, "cpu").num_threads == num_threads
 
 
 def test_a_shard_on_another_machine_has_all_its_cores(tmp_path, tiny_fasta, monkeypatch):
     monkeypatch.setattr("vnp_lib.run.resolve_devices", lambda devices, model: ("cpu", "cpu"))
-    config = EmbedConfig(
-        fasta=(tiny_fasta,), output_dir=tmp_path / "run", model="esm2_t6_8M_UR50D", weights="random", devices="cpu"
-    )
+    config = small_config(tiny_fasta, tmp_path / "run", devices="cpu", shards=None)
     with open_run(config) as run:
         joined = attach_run(config, run.plan.fingerprint)
     assert joined.devices == ("cpu",)

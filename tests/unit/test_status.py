@@ -14,9 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.support import flip_bit
 from vnp_lib import status
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import FileLock
@@ -290,9 +292,8 @@ def test_a_damaged_plan_is_refused_in_a_sentence(plan: RunPlan, paths: RunPaths,
 
 def test_the_plan_is_not_read_whole(plan: RunPlan, paths: RunPaths) -> None:
     """A flipped bit in a sequence is `vnp verify`'s affair: nothing here depends on it."""
-    data = bytearray(paths.sequences.read_bytes())
-    data[data.index(plan.fetch(plan.order[:1])[1][0].encode())] ^= 1
-    paths.sequences.write_bytes(data)
+    sequence = plan.fetch(plan.order[:1])[1][0].encode()
+    flip_bit(paths.sequences, 8 * paths.sequences.read_bytes().index(sequence))
     assert load_plan_of(paths.run_dir).num_sequences == 40
 
 

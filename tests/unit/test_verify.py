@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import flip_bit
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, survey_checkpoints
+from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.failures import ConfigError
 from vnp_lib.files import (
@@ -70,12 +72,6 @@ def paths(template, tmp_path) -> RunPaths:
     return RunPaths(tmp_path / "run")
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
@@ -100,17 +96,17 @@ def test_a_whole_run_is_well(paths, capsys):
 
 
 DAMAGE: list[tuple[str, Callable[[RunPaths], object], str, dict[int, int]]] = [
-    ("a flipped bit in a checkpoint", lambda paths: flip(paths.checkpoint(0, 1)), "batch_00001.pt: its sha256", {0: 7}),
+    ("a flipped bit in a checkpoint", lambda paths: flip_bit(paths.checkpoint(0, 1)), "batch_00001.pt: its sha256", {0: 7}),
     ("a cut checkpoint", lambda paths: os.truncate(paths.checkpoint(1, 2), 99), "batch_00002.pt: the file has 99 bytes", {1: 6}),
     ("a checkpoint that is gone", lambda paths: paths.checkpoint(0, 0).unlink(), "batch_00000.pt: the file is missing", {0: 7}),
-    ("a flipped bit in a marker", lambda paths: flip(marker_path(paths.checkpoint(0, 0))), "00000.pt.done is", {0: 7}),
+    ("a flipped bit in a marker", lambda paths: flip_bit(marker_path(paths.checkpoint(0, 0))), "00000.pt.done is", {0: 7}),
     ("an empty marker", lambda paths: os.truncate(marker_path(paths.checkpoint(0, 0)), 0), "torn or damaged", {0: 7}),
     ("a manifest that is torn", lambda paths: os.truncate(paths.manifest, 9), "torn or damaged", {}),
     ("a manifest that is gone", lambda paths: paths.manifest.unlink(), "manifest.json is missing", {}),
     ("a manifest that is behind", lambda paths: forget(paths), "records 0 checkpoints of shard 1 with 0 sequences, and", {}),
-    ("a flipped bit in the dataset", lambda paths: flip(paths.embeddings_dir / "part-00000.parquet"), "is damaged: its sha256", {}),
+    ("a flipped bit in the dataset", lambda paths: flip_bit(paths.embeddings_dir / "part-00000.parquet"), "is damaged: its sha256", {}),
     ("a part that is gone", lambda paths: (paths.embeddings_dir / "part-00000.parquet").unlink(), "has 0 bytes", {}),
-    ("a flipped bit in _SUCCESS.json", lambda paths: flip(paths.success), "_SUCCESS.json is", {}),
+    ("a flipped bit in _SUCCESS.json", lambda paths: flip_bit(paths.success), "_SUCCESS.json is", {}),
     ("a dataset of another run", lambda paths: replace_fingerprint(paths), "is of another run", {}),
     ("rows with other ids", lambda paths: rewrite(paths, ids=True), "gives its rows other ids than the plan", {0: 7}),
     ("rows that the plan has not", lambda paths: rewrite(paths, ids=False), "ordinals that the plan does not compute", {0: 7}),
@@ -172,8 +168,8 @@ def test_damage_is_said_and_what_it_costs(paths, capsys, do, said, to_compute):
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_damaged_plan_is_said_and_checkpoints_are_looked_at_without_it(paths, name, is_gone):
     path = paths.plan_dir / name
-    path.unlink() if is_gone else flip(path)
-    flip(paths.checkpoint(1, 0))
+    path.unlink() if is_gone else flip_bit(path)
+    flip_bit(paths.checkpoint(1, 0))
     report = verify_run(paths.run_dir)
     assert len(report.damage) == 2
     assert name in report.damage[0]
@@ -184,8 +180,8 @@ def test_a_damaged_plan_is_said_and_checkpoints_are_looked_at_without_it(paths, 
 
 def test_a_failing_storage_is_said(paths):
     for number in range(NUM_CHECKPOINTS):
-        flip(paths.checkpoint(0, number))
-        flip(paths.checkpoint(1, number))
+        flip_bit(paths.checkpoint(0, number))
+        flip_bit(paths.checkpoint(1, number))
     report = verify_run(paths.run_dir)
     assert any("the storage is failing; the next run will refuse to go on" in line for line in report.damage)
     assert report.to_compute == {0: 20, 1: 20}
@@ -231,7 +227,7 @@ def test_a_dead_holder_of_the_lock_is_no_run(paths):
 
 
 def test_json_says_the_same(paths, capsys):
-    flip(paths.checkpoint(0, 1))
+    flip_bit(paths.checkpoint(0, 1))
     assert main(["verify", "--json", str(paths.run_dir)]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["run_dir"] == str(paths.run_dir)
@@ -303,7 +299,7 @@ def test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies
 def test_sequences_of_a_damaged_quarantine_are_to_compute_and_the_dataset_is_not_complete(unfinished):
     set_aside(unfinished, 0, 4)
     assemble_unfinished(unfinished)
-    flip(unfinished.quarantine)
+    flip_bit(unfinished.quarantine)
     before = tree(unfinished.run_dir)
     report = verify_run(unfinished.run_dir)
     assert [line for line in report.damage if "damaged in line" in line and "move the file away" in line]

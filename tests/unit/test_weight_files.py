@@ -15,6 +15,7 @@ from transformers import EsmConfig, EsmForMaskedLM, EsmModel
 
 from benchmarks.networks import transformers_network
 from tests.networks import CPU
+from tests.support import flip_bit
 from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import WeightsError
 from vnp_lib.tokens import LETTERS, pack_batch
@@ -177,9 +178,7 @@ def test_digest_is_that_of_the_file_or_of_the_files_digests(in_one_file, in_seve
 
 def test_a_file_that_is_not_what_the_hub_named_it_by_is_refused(cached):
     blob = next((cached / "blobs").iterdir())
-    content = bytearray(blob.read_bytes())
-    content[-1] ^= 1
-    blob.write_bytes(content)
+    flip_bit(blob)
     with pytest.raises(WeightsError, match=rf"is damaged: its sha256 is .*, not what {blob} is named by; download"):
         resolve_weights(MODEL, str(cached))
 

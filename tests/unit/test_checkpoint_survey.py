@@ -1,0 +1,159 @@
+"""What a survey finds of a run's checkpoints, and what is done about the damaged ones."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import RUN, ids_of, write_checkpoint, write_shard
+from tests.support import flip_bit
+from vnp_lib import files
+from vnp_lib.checkpoint import resume_from_checkpoints
+from vnp_lib.checkpoint_survey import Damage, Survey, heal_shard, survey_checkpoints
+from vnp_lib.failures import CheckpointError, StorageError
+from vnp_lib.files import marker_path
+from vnp_lib.plan import checkpoint_path
+
+
+def test_a_survey_gives_every_valid_checkpoint_in_order(tmp_path: Path) -> None:
+    for rank in (10, 2):
+        write_shard(tmp_path, 12, rank=rank, rows=1)
+    (tmp_path / "shard_2" / "job.json").touch()
+    (tmp_path / "shard_x").mkdir()
+    (tmp_path / "manifest.json").touch()
+    survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
+    assert [(record.rank, record.batch_idx) for record in survey.valid] == [
+        (rank, batch_idx) for rank in (2, 10) for batch_idx in range(12)
+    ]
+    assert survey.damaged == ()
+    record = survey.valid[3]
+    assert record.ordinals.dtype == np.int64
+    assert record.ordinals.tolist() == [3]
+    assert (record.rows, record.width, record.dtype, record.fingerprint) == (1, 4, "float32", RUN)
+    assert record.size_bytes == record.path.stat().st_size
+    assert survey.done_mask(20).nonzero()[0].tolist() == list(range(12))
+
+
+def test_a_survey_of_nothing_is_empty(tmp_path: Path) -> None:
+    assert survey_checkpoints(tmp_path / "none", RUN, verify_digests=True) == Survey(valid=(), damaged=())
+
+
+def test_a_quick_survey_sees_a_file_of_another_size(tmp_path: Path) -> None:
+    """It reads the markers only, and asks the file system for the sizes."""
+    first, second = write_shard(tmp_path, 2)
+    with first.open("ab") as file:
+        file.write(b"\0")
+    survey = survey_checkpoints(tmp_path, RUN, verify_digests=False)
+    assert [record.path for record in survey.valid] == [second]
+    assert [damage.path for damage in survey.damaged] == [first]
+
+
+def test_what_a_killed_writer_left_unpublished_is_not_read(tmp_path: Path) -> None:
+    """Another file and another marker, each whole, under their temporary names."""
+    path = checkpoint_path(tmp_path, 0, 0)
+    write_checkpoint(path, [3, 4])
+    for source in (path, marker_path(path)):
+        source.rename(source.with_name(f".tmp-{source.name}-host-7-0123abcd"))
+    assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
+    write_checkpoint(path, [0, 1, 2])
+    (record,) = survey_checkpoints(tmp_path, RUN, verify_digests=True).valid
+    assert record.ordinals.tolist() == [0, 1, 2]
+    assert resume_from_checkpoints(tmp_path, 0).ids == ids_of([0, 1, 2])
+
+
+def test_two_files_that_changed_places_are_not_believed(tmp_path: Path) -> None:
+    first, second = write_shard(tmp_path, 2)
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    assert survey_checkpoints(tmp_path, RUN, verify_digests=True).valid == ()
+
+
+def test_a_damaged_checkpoint_in_the_middle_costs_that_one(tmp_path: Path) -> None:
+    paths = write_shard(tmp_path, 4)
+    flip_bit(paths[1], 9000)
+    survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
+    assert [record.path for record in survey.valid] == [paths[0], paths[2], paths[3]]
+    assert [damage.path for damage in survey.damaged] == [paths[1]]
+    assert len(survey_checkpoints(tmp_path, RUN, verify_digests=False).valid) == 4
+
+
+def test_what_a_stopped_writer_left_is_told_from_damage(tmp_path: Path) -> None:
+    paths = write_shard(tmp_path, 3)
+    marker_path(paths[0]).unlink()
+    paths[1].unlink()
+    survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
+    assert [(damage.path, damage.is_unfinished) for damage in survey.damaged] == [(paths[0], True), (paths[1], False)]
+
+
+def test_a_name_that_no_writer_synced_is_synced_before_it_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path, 1)
+    synced: list[Path] = []
+    monkeypatch.setattr(files.ops, "fsync_directory", synced.append)
+    survey_checkpoints(tmp_path, RUN, verify_digests=False)
+    assert synced == [tmp_path / "shard_0"]
+
+
+def test_a_read_only_directory_can_be_surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path, 1)
+
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.ops, "fsync_directory", refuse)
+    assert len(survey_checkpoints(tmp_path, RUN, verify_digests=True).valid) == 1
+
+
+def test_too_many_open_files_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path, 1)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match="Too many open files") as caught:
+        survey_checkpoints(tmp_path, RUN, verify_digests=True)
+    assert not isinstance(caught.value, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("valid", "damaged", "unfinished", "is_failing"),
+    [(0, 3, 0, False), (0, 4, 0, True), (1000, 4, 0, False), (300, 4, 0, True), (396, 4, 0, False), (0, 0, 50, False)],
+)
+def test_much_damage_means_that_the_storage_is_failing(
+    valid: int, damaged: int, unfinished: int, is_failing: bool
+) -> None:
+    def lost(count: int, is_unfinished: bool) -> tuple[Damage, ...]:
+        return tuple(Damage(path=Path("a"), reason="sha256", is_unfinished=is_unfinished) for _ in range(count))
+
+    survey = Survey(valid=(None,) * valid, damaged=lost(damaged, False) + lost(unfinished, True))  # type: ignore[arg-type]
+    if is_failing:
+        with pytest.raises(StorageError, match=f"{damaged} of {valid + damaged} checkpoints are damaged: the storage"):
+            survey.require_sound_storage()
+    else:
+        survey.require_sound_storage()
+
+
+def test_healing_a_shard_frees_the_damaged_and_touches_no_other(tmp_path: Path) -> None:
+    paths = write_shard(tmp_path, 3)
+    write_shard(tmp_path, 1, rank=1)
+    flip_bit(paths[1], 9000)
+    assert heal_shard(tmp_path, 0, RUN) == 3
+    assert [path.exists() for path in paths] == [True, False, True]
+    assert heal_shard(tmp_path, 1, RUN) == 1
+    assert heal_shard(tmp_path, 2, RUN) == 0
+
+
+def test_a_shard_on_failing_storage_is_left_as_it_is(tmp_path: Path) -> None:
+    paths = write_shard(tmp_path, 5)
+    for path in paths[:4]:
+        flip_bit(path, 9000)
+    with pytest.raises(StorageError, match="4 of 5 checkpoints are damaged: the storage is failing"):
+        heal_shard(tmp_path, 0, RUN)
+    assert all(path.exists() for path in paths)

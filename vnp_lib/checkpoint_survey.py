@@ -1,0 +1,137 @@
+"""What is on disk: which checkpoints of a run or a shard can be believed by their markers, and which are damaged."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from vnp_lib.checkpoint_file import CheckpointRecord, checkpoint_paths, read_record, set_aside
+from vnp_lib.failures import CheckpointError, StorageError, StorageFailingError
+from vnp_lib.files import fsync_directory, marker_path
+
+_SHARD_DIRECTORY = re.compile(r"shard_(0|[1-9]\d*)")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """A checkpoint that cannot be used."""
+
+    path: Path  # of the .pt, which itself may be missing
+    reason: str
+    is_unfinished: bool  # without a marker: its writer was stopped, the disk has lost nothing
+
+    @classmethod
+    def of(cls, path: Path, error: CheckpointError) -> Self:
+        """The damage that `error` has told of."""
+        return cls(path=path, reason=str(error), is_unfinished=not marker_path(path).exists())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """All checkpoints of a run, in order of shard and number."""
+
+    valid: tuple[CheckpointRecord, ...]
+    damaged: tuple[Damage, ...]
+
+    def done_mask(self, num_sequences: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of a run's ordinals are in valid checkpoints, bool (num_sequences,)."""
+        is_done = np.zeros(num_sequences, dtype=bool)
+        for record in self.valid:
+            is_done[record.ordinals[record.ordinals < num_sequences]] = True  # assembly refuses what has others
+        return is_done
+
+    def require_sound_storage(self) -> None:
+        """Raise StorageFailingError where more than 3 checkpoints and more than 1 % were finished and are damaged now."""
+        lost = [damage for damage in self.damaged if not damage.is_unfinished]
+        require_few_lost(lost, total=len(self.valid) + len(lost))
+
+
+def survey_checkpoints(
+    checkpoints_dir: Path, fingerprint: str, *, verify_digests: bool, rank: int | None = None
+) -> Survey:
+    """Read all markers under `checkpoints_dir`, or one shard's, and judge the checkpoints by them. Moves nothing.
+
+    What is found is synced: a writer killed between publishing and syncing a name leaves one that a power cut could undo.
+
+    Args:
+        checkpoints_dir: Has a `shard_{rank}` for each shard, of this run's number of shards or another. May be missing.
+        fingerprint: A checkpoint of another run counts as damaged.
+        verify_digests: Read every file and compare its sha256; otherwise only its size.
+        rank: Of the one shard to look at.
+
+    Raises:
+        StorageError: A file cannot be read for a reason that is not damage (permission, too many open files).
+    """
+    surveys = [
+        _survey_shard(shard_dir, each, fingerprint, verify_digests=verify_digests)
+        for each, shard_dir in _shard_directories(checkpoints_dir)
+        if rank in (None, each)
+    ]
+    return Survey(
+        valid=tuple(record for survey in surveys for record in survey.valid),
+        damaged=tuple(damage for survey in surveys for damage in survey.damaged),
+    )
+
+
+def heal_shard(checkpoints_dir: Path, rank: int, fingerprint: str) -> int:
+    """Read one shard's checkpoints whole, move the damaged ones aside, and return the number of the next one.
+
+    Only for who holds the shard's lock: another's checkpoint between its file and its marker looks damaged.
+
+    Raises:
+        StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
+    """
+    survey = _survey_shard(checkpoints_dir / f"shard_{rank}", rank, fingerprint, verify_digests=True)
+    survey.require_sound_storage()
+    for damage in survey.damaged:
+        logger.warning("%s cannot be used: %s", damage.path, damage.reason)
+        set_aside(damage.path)
+    return survey.valid[-1].batch_idx + 1 if survey.valid else 0
+
+
+def require_few_lost(lost: Sequence[Damage], *, total: int) -> None:
+    """Raise StorageFailingError where more than 3 checkpoints, and more than 1 % of `total`, are lost."""
+    if len(lost) > 3 and len(lost) * 100 > total:
+        reasons = "; ".join(f"{each.path}: {each.reason}" for each in lost[:3])
+        raise StorageFailingError(
+            f"{len(lost)} of {total} checkpoints are damaged: the storage is failing. See to it before anything is computed "
+            f"again; the first are: {reasons}"
+        )
+
+
+def _shard_directories(checkpoints_dir: Path) -> list[tuple[int, Path]]:
+    if not checkpoints_dir.is_dir():
+        return []
+    found = [(match, path) for path in checkpoints_dir.iterdir() if (match := _SHARD_DIRECTORY.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found if path.is_dir())
+
+
+def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:
+    paths = checkpoint_paths(shard_dir)
+    if paths:
+        _sync_names(shard_dir)
+    valid: list[CheckpointRecord] = []
+    damaged: list[Damage] = []
+    for path in paths:
+        try:
+            valid.append(read_record(path, rank, fingerprint, verify_digest=verify_digests))
+        except CheckpointError as error:
+            damaged.append(Damage.of(path, error))
+    return Survey(valid=tuple(valid), damaged=tuple(damaged))
+
+
+def _sync_names(shard_dir: Path) -> None:
+    try:
+        fsync_directory(shard_dir)
+    except OSError as error:
+        if error.errno != errno.EROFS:  # what cannot be written to is looked at as it is
+            raise StorageError(f"{shard_dir} cannot be synced: {error}") from error
