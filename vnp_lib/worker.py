@@ -214,8 +214,8 @@ class ShardAttempt:
         job = self._job
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
-        if job.is_deterministic:  # else not even called: it imports torch's compiler, which takes seconds
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        if job.is_deterministic:
+            torch.set_deterministic_debug_mode("warn")  # without torch's compiler, unlike `use_deterministic_algorithms`
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
