@@ -231,7 +231,7 @@ def test_a_second_sigterm_waits_for_nobody(
     after = finished_checkpoints(run_dir)
     assert {path: after[path] for path in before} == before
     assert_each_computed_once(run_dir)
-    assert_same_rows(run_dir, uninterrupted[0])
+    assert_same_rows(run_dir, uninterrupted)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_a_deployed_run_that_is_preempted_is_rescheduled_and_loses_nothing(
     assert process.returncode == 0, out + err
     assert state_names(flow_run_id)[-3:] == ["AwaitingRetry", "Running", "Completed"]
     assert_each_computed_once(run_dir)
-    assert_same_rows(run_dir, uninterrupted[0])
+    assert_same_rows(run_dir, uninterrupted)
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_a_run_that_is_cancelled_from_outside_stays_cancelled_and_leaves_nobody_
 
     assert state_names(flow_run_id)[-1] == "Cancelled"
     assert_each_computed_once(run_dir)
-    assert_same_rows(run_dir, uninterrupted[0])
+    assert_same_rows(run_dir, uninterrupted)
 
 
 def shards_with_checkpoints(run_dir: Path) -> set[int]:
