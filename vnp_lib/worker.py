@@ -217,9 +217,7 @@ class ShardAttempt:
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
         if job.is_deterministic:
-            torch.set_deterministic_debug_mode(
-                "warn"
-            )  # without torch's compiler, unlike `use_deterministic_algorithms`
+            torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports torch's compiler
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
@@ -259,7 +257,7 @@ class ShardAttempt:
         )
 
     def _is_worth_a_trial(self, work: PendingWork) -> bool:
-        """Whether so much is left that it pays to try which way to multiply is faster; and the way may differ by attempt."""
+        """Whether it pays to try which way to multiply is faster, and each attempt may find its own."""
         from vnp_lib.esm2 import architecture_of
 
         architecture = architecture_of(self._job.model)
