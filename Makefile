@@ -15,7 +15,7 @@ embed: $(VENV)/.installed
 		--model esm2_t6_8M_UR50D --weights random
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest tests/faults --faults=full --timeout=14400

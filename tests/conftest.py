@@ -6,12 +6,13 @@ import os
 import random
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import dnaio
 import pytest
 
 from tests.faults.figures import table
-from tests.support import EXAMPLE, ROOT, SMALL_MODEL, CommandLine
+from tests.support import EXAMPLE, ROOT, CommandLine, embed_alone
 
 # Threads that spin while they wait for each other crawl as soon as anything else wants a processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -83,12 +84,9 @@ def served_command_line(tmp_path_factory, prefect_server) -> CommandLine:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(command_line, tmp_path_factory, short_fasta):
-    """The short input, embedded by the command line and left alone: its run directory, and how the process ended."""
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    ended = command_line.run("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL)
-    assert ended.returncode == 0, ended.stderr
-    return run_dir, ended
+def uninterrupted(tmp_path_factory, short_fasta) -> Path:
+    """The run directory of the short input, embedded where nobody interrupts."""
+    return embed_alone(short_fasta, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 @pytest.fixture

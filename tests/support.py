@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from vnp_lib.api import embed
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
 from vnp_lib.files import read_marker
@@ -35,6 +36,16 @@ def small_config(
     defaults = {"model": "esm2_t6_8M_UR50D", "weights": "random", "devices": "cpu,cpu", "shards": 2}
     quick = RuntimeConfig(**{"backoff_base_s": 0.01, **(runtime or {})})
     return EmbedConfig(fasta=(fasta,), output_dir=output_dir, runtime=quick, **{**defaults, **settings})
+
+
+def embed_alone(fasta: Path, run_dir: Path) -> Path:
+    """Embed in this process what `small_config` embeds, with no server and no child that anything could befall.
+
+    Returns:
+        The run directory.
+    """
+    embed(fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=run_dir, progress=False)
+    return run_dir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,11 @@ class ESM2(nn.Module):
         """
         with torch.device("meta"):
             network = cls(architecture, by_convolution=by_convolution)
-        network = network.to(dtype).to_empty(device=device or torch.device("cpu"))
+        empty = {
+            name: torch.empty(parameter.shape, dtype=dtype, device=device or torch.device("cpu"))
+            for name, parameter in network.named_parameters()
+        }
+        network.load_state_dict(empty, assign=True)  # not `to_empty`: for that torch imports its compiler, too
         rooms = dict(network._rooms())
         for name, tensor in tensors:
             room = rooms.pop(name, None)

@@ -330,7 +330,8 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
     with paths.sequences.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
-    lengths = table.column("length").to_numpy()
+    column = np.from_dlpack(table.column("length").combine_chunks())  # `to_numpy` would import pandas
+    lengths = column.astype(np.int32, copy=False)
     mapped.madvise(mmap.MADV_DONTNEED)  # of which they are a small part
     representatives = _narrowed(np.load(paths.representatives))
     return RunPlan(

@@ -49,6 +49,7 @@ _LOCK_POLL_S = 5.0
 _ONE_SIGNAL_S = 1.0
 _MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
 _ORPHAN_LIMIT_S = 60.0
+_WORTH_A_TRIAL = 200_000_000_000  # multiplications: ten times those of the trial that finds the faster way to do them
 
 
 class ShardJob(BaseModel):
@@ -81,6 +82,7 @@ class PendingWork:
     batches: list[tuple[int, NDArray[Any]]]  # (batch_idx, ordinals), in the plan's order
     num_done: int
     tokens_done: int
+    tokens_left: int
     next_checkpoint: int
 
     @property
@@ -214,8 +216,8 @@ class ShardAttempt:
         job = self._job
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
-        if job.is_deterministic:  # else not even called: it imports torch's compiler, which takes seconds
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        if job.is_deterministic:
+            torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports torch's compiler
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
@@ -230,7 +232,7 @@ class ShardAttempt:
             weights,
             dtype=getattr(torch, job.dtype),
             device=device,
-            by_convolution=job.is_deterministic or None,
+            by_convolution=None if self._is_worth_a_trial(work) else True,
         )
         return AsyncInferenceRunner(
             with_heads(model, job.model, weights, heads),
@@ -253,6 +255,14 @@ class ShardAttempt:
             exactly=None if is_exact else ExactModel(job.model, weights, layout=layout),
             exact_rows=exact_rows,
         )
+
+    def _is_worth_a_trial(self, work: PendingWork) -> bool:
+        """Whether it pays to try which way to multiply is faster, and each attempt may find its own."""
+        from vnp_lib.esm2 import architecture_of
+
+        architecture = architecture_of(self._job.model)
+        num_weights = 12 * architecture.num_layers * architecture.embed_dim**2
+        return not self._job.is_deterministic and work.tokens_left * num_weights > _WORTH_A_TRIAL
 
     def _unchanged_weights(self, plan: RunPlan, heads: Sequence[OutputKind]) -> Weights:
         """Find what the run was begun with. InputError where it is something else by now."""
@@ -374,6 +384,7 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
         batches=_left(plan.shard_batches(rank), is_done, suspects),
         num_done=done.size,
         tokens_done=plan.num_tokens(done),
+        tokens_left=plan.num_tokens(ordinals_of_shard) - plan.num_tokens(done),
         next_checkpoint=next_checkpoint,
     )
 

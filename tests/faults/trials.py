@@ -96,6 +96,8 @@ def serve() -> None:
     """Run the trials that are asked for on standard input, until it ends."""
     sys.modules["torch.nn.attention.varlen"] = None  # with its imports, forking would take twice as long
 
+    import numpy as np
+    import pyarrow as pa
     import torch
 
     from tests.faults import workload
@@ -105,6 +107,7 @@ def serve() -> None:
     workload.put_doubles_in_place()
     for module in call(workload.modules_of_a_run).value:
         importlib.import_module(module)  # once, and not in every trial
+    pa.array(np.zeros(1))  # it looks for pandas once, and not in every trial
     gc.collect()
     gc.freeze()  # a collection would touch, and so copy, every page that a child shares with us
     answers = os.fdopen(os.dup(1), "wb")

@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import SMALL_MODEL, assert_same_rows, computed_ordinals, finished_checkpoints, wait_until, workers_of
+from flows.embed import main
+from tests.support import (
+    SMALL_MODEL,
+    assert_same_rows,
+    computed_ordinals,
+    embed_alone,
+    finished_checkpoints,
+    wait_until,
+    workers_of,
+)
 from vnp_lib import embed, open_dataset
 from vnp_lib.files import marker_path
 from vnp_lib.plan import RunPaths
@@ -23,8 +32,17 @@ SMALL_CHECKPOINTS = ("--shards", 2, "--token-budget", 128, "--runtime.checkpoint
 PROTEIN = ">a\nMKVLATTWQERS\n"
 
 
-def test_a_run_ends_with_the_dataset_and_how_to_read_it(uninterrupted):
-    run_dir, ended = uninterrupted
+@pytest.fixture(scope="module")
+def first_run(command_line, tmp_path_factory, short_fasta):
+    """The short input, embedded by somebody who has set up nothing: the run directory, and how the process ended."""
+    run_dir = tmp_path_factory.mktemp("first") / "run"
+    ended = command_line.run("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL)
+    assert ended.returncode == 0, ended.stderr
+    return run_dir, ended
+
+
+def test_a_run_ends_with_the_dataset_and_how_to_read_it(first_run):
+    run_dir, ended = first_run
     assert f"dataset: {run_dir}/embeddings" in ended.stdout
     assert "69 sequences embedded" in ended.stdout
     assert ended.stderr.count("vectors mean nothing") == 1
@@ -33,9 +51,9 @@ def test_a_run_ends_with_the_dataset_and_how_to_read_it(uninterrupted):
     exec(snippet, {})
 
 
-def test_the_library_gives_the_rows_of_a_run(uninterrupted, short_fasta):
+def test_the_library_gives_the_rows_of_a_run(first_run, short_fasta):
     """To the last digits that count: the batches are others."""
-    run_dir, _ = uninterrupted
+    run_dir, _ = first_run
     dataset = open_dataset(run_dir)
     embeddings = embed(short_fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu")
     assert embeddings.ids == list(dataset.ids)
@@ -43,10 +61,10 @@ def test_the_library_gives_the_rows_of_a_run(uninterrupted, short_fasta):
         np.testing.assert_allclose(row, dataset[sequence_id], atol=1e-5, err_msg=sequence_id)
 
 
-def test_the_library_goes_on_where_a_run_ended(uninterrupted, short_fasta, tmp_path):
+def test_the_library_goes_on_where_a_run_ended(first_run, short_fasta, tmp_path):
     """Of a run that lost a shard's last checkpoint and its dataset, that is what is computed again."""
     run_dir = tmp_path / "run"
-    shutil.copytree(uninterrupted[0], run_dir)
+    shutil.copytree(first_run[0], run_dir)
     shutil.rmtree(RunPaths(run_dir).embeddings_dir)
     lost, *kept = finished_checkpoints(run_dir)
     marker_path(lost).unlink()
@@ -54,8 +72,8 @@ def test_the_library_goes_on_where_a_run_ended(uninterrupted, short_fasta, tmp_p
     embeddings = embed(
         short_fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=run_dir, progress=False
     )
-    assert_same_rows(run_dir, uninterrupted[0])
-    assert embeddings.ids == list(open_dataset(uninterrupted[0]).ids)
+    assert_same_rows(run_dir, first_run[0])
+    assert embeddings.ids == list(open_dataset(first_run[0]).ids)
     assert {*kept} <= {*finished_checkpoints(run_dir)}
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
 
@@ -83,7 +101,7 @@ def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(
     after = finished_checkpoints(run_dir)
     assert {path: after[path] for path in before} == before
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
-    assert_same_rows(run_dir, uninterrupted[0])
+    assert_same_rows(run_dir, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +109,9 @@ def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(
     [("served_command_line", signal.SIGTERM, 143), ("command_line", signal.SIGINT, 130)],
 )
 def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
-    request, served_command_line, tmp_path, short_fasta, uninterrupted, server, signum, code
+    request, tmp_path, short_fasta, uninterrupted, server, signum, code
 ):
-    """SIGTERM to the process, Ctrl-C to its group: the children save what they have, and the next run goes on."""
+    """SIGTERM to the process, Ctrl-C to its group: the children save what they have, and what comes next goes on."""
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
     process = request.getfixturevalue(server).start(*arguments)
@@ -109,11 +127,10 @@ def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
     num_done = len(computed_ordinals(run_dir))
     assert 10 <= num_done < 66
 
-    ended = served_command_line.run(*arguments)
+    embed_alone(short_fasta, run_dir)
 
-    assert ended.returncode == 0, ended.stderr
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
-    assert_same_rows(run_dir, uninterrupted[0])
+    assert_same_rows(run_dir, uninterrupted)
 
 
 def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
@@ -140,9 +157,6 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
             return ("--fasta", good, "--output-dir", out, "--weights", tmp_path / "w.pt"), "w.pt"
         case "directory that is a file":
             return ("--fasta", good, "--output-dir", good / "out", "--weights", "random"), "--output-dir"
-        case "duplicate id far down":
-            (tmp_path / "twice.fasta").write_text(PROTEIN + ">b\nMKV\n" + PROTEIN)
-            return ("--fasta", tmp_path / "twice.fasta", "--output-dir", out, *SMALL_MODEL), "'a'"
         case "cut gz":
             (tmp_path / "cut.fasta.gz").write_bytes(gzip.compress(PROTEIN.encode() * 100)[:-20])
             return ("--fasta", tmp_path / "cut.fasta.gz", "--output-dir", out), "cut short"
@@ -160,16 +174,25 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
         "wrong value",
         "missing weights",
         "directory that is a file",
-        "duplicate id far down",
         "cut gz",
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_sentence(served_command_line, tmp_path, name):
-    """On standard error, with exit code 2, without a traceback, and without a run directory left behind."""
+def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path, capsys, name):
+    """On standard error, with exit code 2, and without a run directory left behind."""
     arguments, words = unusable(name, tmp_path)
-    ended = served_command_line.run(*arguments)
+    assert main([*map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_duplicate_id_far_down_is_said_in_a_sentence(served_command_line, tmp_path):
+    """By the flow, which has begun by then: without a traceback, and without a run directory left behind."""
+    (tmp_path / "in.fasta").write_text(PROTEIN + ">b\nMKV\n" + PROTEIN)
+    ended = served_command_line.run("--fasta", tmp_path / "in.fasta", "--output-dir", tmp_path / "out", *SMALL_MODEL)
     assert ended.returncode == 2, ended.stderr
-    assert words in ended.stderr
+    assert "'a'" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     assert not (tmp_path / "out").exists()

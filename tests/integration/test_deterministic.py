@@ -42,22 +42,27 @@ def digests(run_dir: Path) -> list[str]:
     return [part["sha256"] for part in json.loads(RunPaths(run_dir).success.read_text())["parts"]]
 
 
-def test_a_run_that_is_killed_gives_the_same_bytes(tmp_path, sabotage, tiny_fasta):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, prefect_server, tiny_fasta) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert run_flow(tiny_fasta, run_dir).is_completed()
+    return run_dir
+
+
+def test_a_run_that_is_killed_gives_the_same_bytes(tmp_path, sabotage, tiny_fasta, whole):
     """On one device at a time instead of two, too: the division into shards stays, and each child has one core."""
-    assert run_flow(tiny_fasta, tmp_path / "whole").is_completed()
     sabotage(KILLED_ON_THE_WAY)
     outcome = run_flow(tiny_fasta, tmp_path / "killed", devices="cpu")
     assert outcome.is_completed(), outcome.message
     manifest = CheckpointManifest(RunPaths(tmp_path / "killed").manifest)
     assert [len(manifest.failures(rank)) for rank in (0, 1)] == [1, 1]
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "killed") == digests(whole)
 
 
-def test_another_division_is_refused(tmp_path, tiny_fasta):
-    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
-    before = digests(tmp_path / "run")
-    outcome = run_flow(tiny_fasta, tmp_path / "run", shards=3)
+def test_another_division_is_refused(tiny_fasta, whole):
+    before = digests(whole)
+    outcome = run_flow(tiny_fasta, whole, shards=3)
     error = asyncio.run(outcome.aresult(raise_on_failure=False))
     assert isinstance(error, FingerprintMismatchError)
     assert "'2 shards, 200 tokens a batch' there and '3 shards, 200 tokens a batch' here" in str(error)
-    assert digests(tmp_path / "run") == before
+    assert digests(whole) == before

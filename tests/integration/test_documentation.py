@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
-from matplotlib.testing.compare import compare_images
 
 from benchmarks.networks import write_weights
 from tests.guides import LANGUAGES, copy_of_the_repository, environment_of_a_reader, run_page, runnable_pages, table_in
@@ -82,6 +81,8 @@ def test_a_page_about_a_dataset_does_what_it_says(read, page):
 
 @pytest.mark.soak
 def test_the_tutorial_ends_with_its_picture(read):
+    from matplotlib.testing.compare import compare_images
+
     checkout = read(TUTORIAL)
     assert compare_images(str(ROOT / "docs/images/tutorial.png"), str(checkout / "tutorial.png"), tol=5) is None
     assert files_without_a_word(checkout / "runs/tutorial") == []

@@ -71,6 +71,12 @@ def whole(tmp_path_factory, prefect_server, tiny_fasta):
     return run_dir
 
 
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of `whole`, to be damaged and gone on with."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
 @pytest.fixture(scope="module")
 def records():
     with dnaio.open(EXAMPLE) as file:
@@ -150,17 +156,16 @@ def importing(record, canary):
 
 
 @pytest.mark.parametrize("forge", [pickled, importing])
-def test_a_forged_result_is_not_let_read(whole, tiny_fasta, tmp_path, monkeypatch, forge):
+def test_a_forged_result_is_not_let_read(finished, tiny_fasta, tmp_path, monkeypatch, forge):
     """Prefect would run what is in it: it reads a result as the result itself says. The shard's checkpoints are asked instead."""
     monkeypatch.syspath_prepend(tmp_path)
     canary = tmp_path / "canary"
-    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
-    path = min(RunPaths(run_dir).results_dir.iterdir())
+    path = min(RunPaths(finished).results_dir.iterdir())
     assert is_plain_result(path)
     forged = json.dumps(forge(json.loads(path.read_bytes()), canary), separators=(",", ":"))
 
     path.write_text(forged)
-    outcome = run_flow(tiny_fasta, run_dir)
+    outcome = run_flow(tiny_fasta, finished)
 
     assert outcome.is_completed()
     assert task_states(outcome) == {"shard-000": "Completed", "shard-001": "Cached"}
@@ -191,44 +196,40 @@ def test_the_flow_of_one_shard_serves_the_metrics_of_that_shard(example_run, mon
     }
 
 
-def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(tmp_path, tiny_fasta, whole):
+def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(finished, tiny_fasta, whole):
     """A persisted result counts for no more than the checkpoints on disk."""
-    assert run_flow(tiny_fasta, tmp_path / "run", shards=2).is_completed()
-    for path in RunPaths(tmp_path / "run").shard_dir(1).glob("batch_*"):
+    for path in RunPaths(finished).shard_dir(1).glob("batch_*"):
         path.unlink()
-    outcome = run_flow(tiny_fasta, tmp_path / "run", shards=2)
+    outcome = run_flow(tiny_fasta, finished)
     assert outcome.is_completed(), outcome.message
     assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Completed"}
-    assert_same_rows(tmp_path / "run", whole)
+    assert_same_rows(finished, whole)
 
 
-def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(tmp_path, tiny_fasta, whole):
+def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(finished, tiny_fasta, whole):
     """Markers and sizes still fit, so that assembly is the first to see it; the same flow run mends it."""
-    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
-    paths = RunPaths(tmp_path / "run")
+    paths = RunPaths(finished)
     paths.success.unlink()
     flip_bit(paths.checkpoint(0, 0))
-    outcome = run_flow(tiny_fasta, tmp_path / "run")
+    outcome = run_flow(tiny_fasta, finished)
     assert outcome.is_completed(), outcome.message
-    assert_same_rows(tmp_path / "run", whole)
+    assert_same_rows(finished, whole)
 
 
 @pytest.mark.parametrize("settings", [{"shards": 5}, {"shards": 1, "token_budget": 100}])
-def test_another_division_keeps_what_is_done(tmp_path, tiny_fasta, settings):
+def test_another_division_keeps_what_is_done(finished, tiny_fasta, settings):
     """More or fewer shards, another token budget: no sequence is computed a second time."""
-    assert run_flow(tiny_fasta, tmp_path / "run", shards=2).is_completed()
-    paths = RunPaths(tmp_path / "run")
+    paths = RunPaths(finished)
     paths.success.unlink()
     files = {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")}
-    outcome = run_flow(tiny_fasta, tmp_path / "run", **settings)
+    outcome = run_flow(tiny_fasta, finished, **settings)
     assert outcome.is_completed(), outcome.message
     assert {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")} == files
 
 
-def test_another_model_is_refused_and_nothing_is_touched(tmp_path, tiny_fasta):
-    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, tiny_fasta):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    outcome = run_flow(tiny_fasta, tmp_path / "run", dtype="bfloat16")
+    outcome = run_flow(tiny_fasta, finished, dtype="bfloat16")
     assert outcome.is_failed()
     error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
     assert isinstance(error, FingerprintMismatchError)
@@ -238,12 +239,11 @@ def test_another_model_is_refused_and_nothing_is_touched(tmp_path, tiny_fasta):
     assert after == before
 
 
-def test_force_restart_moves_the_old_run_aside(tmp_path, tiny_fasta):
-    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
-    outcome = run_flow(tiny_fasta, tmp_path / "run", dtype="bfloat16", force_restart=True)
+def test_force_restart_moves_the_old_run_aside(finished, tiny_fasta):
+    outcome = run_flow(tiny_fasta, finished, dtype="bfloat16", force_restart=True)
     assert outcome.is_completed(), outcome.message
-    assert open_dataset(tmp_path / "run").metadata["identity"]["dtype"] == "bfloat16"
-    assert open_dataset(tmp_path / "run" / "superseded_1").metadata["identity"]["dtype"] == "float32"
+    assert open_dataset(finished).metadata["identity"]["dtype"] == "bfloat16"
+    assert open_dataset(finished / "superseded_1").metadata["identity"]["dtype"] == "float32"
 
 
 def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):

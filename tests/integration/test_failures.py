@@ -10,7 +10,7 @@ import pytest
 
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
-from tests.support import assert_same_rows, small_config, workers_of
+from tests.support import assert_same_rows, embed_alone, small_config, workers_of
 from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
@@ -58,11 +58,9 @@ def proteins(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory, prefect_server, proteins) -> Path:
+def oracle(tmp_path_factory, proteins) -> Path:
     """The same proteins embedded by a model that none of them harms."""
-    run_dir = tmp_path_factory.mktemp("oracle") / "run"
-    assert run_flow(proteins, run_dir, **ONE_SHARD).is_completed()
-    return run_dir
+    return embed_alone(proteins, tmp_path_factory.mktemp("oracle") / "run")
 
 
 def assert_all_but(run_dir: Path, oracle_dir: Path, bad: list[str]) -> None:

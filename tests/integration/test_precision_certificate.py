@@ -11,7 +11,7 @@ import pytest
 
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
-from tests.support import small_config
+from tests.support import embed_alone, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
@@ -64,10 +64,8 @@ def precision(run_dir: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory, prefect_server, tiny_fasta) -> Path:
-    run_dir = tmp_path_factory.mktemp("exact") / "run"
-    assert run_flow(tiny_fasta, run_dir, dtype="float32").is_completed()
-    return run_dir
+def exact(tmp_path_factory, tiny_fasta) -> Path:
+    return embed_alone(tiny_fasta, tmp_path_factory.mktemp("exact") / "run")
 
 
 def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fasta, exact):
@@ -97,7 +95,7 @@ def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fa
 
 def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
     sabotage(WORSE_THAN_HALF_PRECISION)
-    assert run_flow(tiny_fasta, tmp_path / "run").is_completed()
+    assert run_flow(tiny_fasta, tmp_path / "run", devices="cpu", shards=1).is_completed()
     assert precision(tmp_path / "run")["lowest_cosine"] < 0.999
     assert "that is poor for half precision; --dtype float32 is exact" in caplog.text
 

@@ -239,7 +239,7 @@ def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterru
 
     assert sorted(story.gpus.shards_on("second")) == [0, 1, 2, 3]
     assert story.causes_of_failures() == ["preempted"]
-    story.assert_right(uninterrupted[0], kept=before)
+    story.assert_right(uninterrupted, kept=before)
 
 
 def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(story, cluster, start_machine, uninterrupted):
@@ -266,7 +266,7 @@ def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(story,
     assert cluster.used_slots() == 0
     assert story.gpus.shards_on("third")
     assert story.gpus.shards_on("fourth")
-    story.assert_right(uninterrupted[0], kept=before)
+    story.assert_right(uninterrupted, kept=before)
 
 
 def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(story, start_machine, uninterrupted):
@@ -286,7 +286,7 @@ def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(story, star
         story.wait_until_complete(run)
 
     assert {run.state_name for run in story.shard_runs()} <= {"Completed", "Cancelled"}
-    story.assert_right(uninterrupted[0], kept={})
+    story.assert_right(uninterrupted, kept={})
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "the button in the UI"])
@@ -320,7 +320,7 @@ def test_a_cancelled_run_takes_its_shards_with_it(story, cluster, start_machine,
     with story.running() as run:
         story.wait_until_complete(run)
 
-    story.assert_right(uninterrupted[0], kept=before)
+    story.assert_right(uninterrupted, kept=before)
 
 
 def test_the_shards_of_a_run_that_is_rescheduled_go_on(story, cluster, start_machine, uninterrupted):
@@ -346,4 +346,4 @@ def test_the_shards_of_a_run_that_is_rescheduled_go_on(story, cluster, start_mac
         assert client.read_flow_run(flow_run_id).state_name == "Completed"
 
     assert [run.state_name for run in story.shard_runs()] == ["Completed"] * NUM_SHARDS
-    story.assert_right(uninterrupted[0], kept={})
+    story.assert_right(uninterrupted, kept={})

@@ -20,7 +20,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import is_valid_schema
 from prefect.utilities.schema_tools.validation import validate as validate_against_form
 from prefect.utilities.templating import find_placeholders
-from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from tests.support import ROOT
 from vnp_lib.config import RuntimeConfig
@@ -53,6 +52,10 @@ A_CLUSTER_OF_OURS = {
 
 def render_job(**job_variables: Any) -> dict[str, Any]:
     """Make the manifest that Prefect's Kubernetes worker sends to the cluster for a flow run."""
+    from prefect_kubernetes.worker import (
+        KubernetesWorkerJobConfiguration,  # seconds to import: for those who ask for it
+    )
+
     with temporary_settings({PREFECT_API_URL: "http://prefect.test:4200/api"}):
         rendering = KubernetesWorkerJobConfiguration.from_template_and_values(
             TEMPLATE, job_variables, client=get_client()

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
@@ -538,6 +537,8 @@ def small_run(tmp_path: Path, ids: list[str], descriptions: Sequence[str] = ()) 
 
 
 def test_anndata_reads_it_a_part_at_a_time_too(run: Run, tmp_path: Path) -> None:
+    import anndata  # seconds to import: for those who ask for it
+
     export(run, "h5ad", tmp_path / "x.h5ad")
     table = anndata.read_h5ad(tmp_path / "x.h5ad", backed="r")
     assert table.shape == (150, DIM)

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -114,6 +116,20 @@ def test_fetch_reads_ids_and_sequences_in_the_order_asked_for(tmp_path: Path) ->
     assert ids == plan.ids(ordinals) == [records[ordinal][0].partition(" ")[0] for ordinal in ordinals]
     assert sequences == [records[ordinal][1] for ordinal in ordinals]
     assert plan.fetch(np.empty(0, dtype=np.int64)) == ([], [])
+
+
+def test_a_plan_is_loaded_without_pandas(tmp_path: Path) -> None:
+    """Where it is installed, Arrow imports it for what might be its own, and every child loads a plan."""
+    plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100)))
+    code = f"""
+import sys
+from vnp_lib.plan import RunPaths, load_plan
+from pathlib import Path
+load_plan(RunPaths(Path({str(tmp_path / "run")!r})))
+print("pandas" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "False\n"
 
 
 def test_a_loaded_plan_is_the_one_that_was_made(tmp_path: Path) -> None:

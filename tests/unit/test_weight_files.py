@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import EsmConfig, EsmForMaskedLM, EsmModel
 
 from benchmarks.networks import transformers_network
 from tests.networks import CPU
@@ -96,11 +98,11 @@ def test_a_model_in_the_hubs_cache_is_taken_at_its_main_revision(cached):
     assert_are_the_random_ones(parameters_at(cached))
 
 
-@pytest.mark.parametrize("network_class", [EsmModel, EsmForMaskedLM])
+@pytest.mark.parametrize("network_class", ["EsmModel", "EsmForMaskedLM"])
 def test_every_layer_is_what_transformers_computes_with_the_file(tmp_path, network_class):
     """Their own initial parameters, saved by themselves: no mapping of ours is on their side."""
     torch.manual_seed(3)
-    network = network_class(hugging_face_config()).eval()
+    network = getattr(transformers(), network_class)(hugging_face_config()).eval()
     for parameter in network.parameters():
         parameter.add_(torch.rand_like(parameter).sub_(0.5).mul_(0.1))  # biases and norms begin as zeros and ones
     network.save_pretrained(tmp_path)
@@ -117,9 +119,14 @@ def test_every_layer_is_what_transformers_computes_with_the_file(tmp_path, netwo
         assert (ours[layer] - expected).abs().max() <= 2e-5 * expected.abs().max(), f"layer {layer}"
 
 
-def hugging_face_config() -> EsmConfig:
+def transformers() -> ModuleType:
+    """Hugging Face's library. It takes seconds to import: for those who ask for it."""
+    return importlib.import_module("transformers")
+
+
+def hugging_face_config() -> Any:
     """What the config.json of facebook/esm2_t6_8M_UR50D says."""
-    return EsmConfig(
+    return transformers().EsmConfig(
         vocab_size=33,
         mask_token_id=32,
         pad_token_id=1,

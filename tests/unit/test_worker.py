@@ -83,6 +83,7 @@ def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(plan: RunP
     left = np.concatenate([ordinals for _, ordinals in work.batches])
     assert left.tolist() == [*ours[:3], *ours[6:8], *ours[10:]]
     assert (work.num_sequences, work.num_done) == (ours.size - 5, 5)
+    assert work.tokens_left == plan.num_tokens(left)
     assert work.next_checkpoint == 2
 
 
