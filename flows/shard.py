@@ -147,7 +147,7 @@ class _Follower:
                 self._logger.warning("%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message)
                 tell_of_quarantine(self._run, sequence_id, message)
             case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
-                self._logger.info("checkpoint %d is on disk: %d rows", number, rows)
+                self._logger.debug("checkpoint %d is on disk: %d rows", number, rows)
 
     async def _show(self) -> None:
         percent = 100.0 * self._sequences / max(self._total, 1)

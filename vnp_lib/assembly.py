@@ -48,10 +48,10 @@ from vnp_lib.read_ahead import map_ahead
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
     from vnp_lib.checkpoint_file import Checkpoint, CheckpointRecord
 
-_PART_BYTES = 128 * 1024**2  # of embeddings
+_PART_BYTES = 64 * 1024**2  # of embeddings; as many are in memory as there are threads
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
 _BLOCK_BYTES = 512 * 1024  # of rows
-_THREADS = 2  # each has a part in memory
+_THREADS = 2
 _VALUE_BYTES = np.dtype(np.float32).itemsize
 _NUM_SHOWN = 10
 
