@@ -69,9 +69,9 @@ VARIANTS = (
 class Teams:
     """The processes in which variants run: one with all cores, and one for each core."""
 
-    def __init__(self, cores: int) -> None:
-        self._whole = Team(processes=1, threads=cores)
-        self._split = Team(processes=cores, threads=1)
+    def __init__(self, cores: int, *, huge_pages: bool) -> None:
+        self._whole = Team(processes=1, threads=cores, huge_pages=huge_pages)
+        self._split = Team(processes=cores, threads=1, huge_pages=huge_pages)
 
     def embed(self, variant: Variant, model: str, weights: Path, sequences: Sequence[str]) -> tuple[float, np.ndarray]:
         """Seconds from letters to rows, as the parent sees it, and the rows in order."""
@@ -191,6 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=2, help="how many to use; more leave the measured ones in peace")
     parser.add_argument("--chunks", type=int, default=3, help="batches of extract.py's, of each input")
     parser.add_argument("--chunk-tokens", type=int, default=STOCK_TOKENS, help="tokens of such a batch")
+    parser.add_argument("--huge-pages", action="store_true", help="for the memory of all that are compared")
     parser.add_argument("--rounds", type=int, default=2, help="how often each chunk, and the whole programs, are run")
     parser.add_argument(
         "--program-proteins", type=int, default=1000, help="proteins for the whole programs; 0: leave out"
@@ -214,7 +215,7 @@ def bench_chunks(results: Results, output: Path, scratch: Path, given: argparse.
         "log-normal mix": log_normal_mix(2000),
         "VirNucPro ORFs": virnucpro_orfs(2000),
     }
-    teams = Teams(len(os.sched_getaffinity(0)))
+    teams = Teams(len(os.sched_getaffinity(0)), huge_pages=given.huge_pages)
     results["linear_layers"] = teams.linear_layers()
     for model in (NAMES[short] for short in given.models):
         for input_name, sequences in inputs.items():

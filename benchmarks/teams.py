@@ -9,20 +9,19 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 # glibc gives large blocks back to the kernel at once and has every page zeroed again for the next one. That costs extract.py
-# a quarter of its time and us nothing, so all processes that are compared keep their memory; in huge pages, as our children do.
-KEEP_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1"
-}
+# a quarter of its time and us nothing, so all processes that are compared keep their memory.
+_KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+_IN_HUGE_PAGES = ":glibc.malloc.hugetlb=1"  # as our children are
 
 
 class Team:
     """As many processes as asked for, with so many threads each."""
 
-    def __init__(self, *, processes: int, threads: int) -> None:
+    def __init__(self, *, processes: int, threads: int, huge_pages: bool = False) -> None:
         self.size = processes
         context = multiprocessing.get_context("spawn")
         before = dict(os.environ)
-        os.environ.update(KEEP_MEMORY)
+        os.environ["GLIBC_TUNABLES"] = _KEEP_MEMORY + (_IN_HUGE_PAGES if huge_pages else "")
         try:
             self._members = [context.Pipe() for _ in range(processes)]
             self._processes = [
