@@ -58,8 +58,9 @@ def export_dataset(
     """Write a run's dataset in another format. The dataset stays as it is.
 
     Memory is for a part of the dataset and a few batches, about 200 MiB, whatever the number of rows: for VirNucPro's files
-    400 MiB, for safetensors 8 bytes a row more; where residues have values of their own, the longest sequence's too. What is under the final name is whole and durable, also where the export is
-    killed; what a killed one left is removed by the next one there.
+    400 MiB, for safetensors 8 bytes a row more; where residues have values of their own, the longest sequence's too. What is
+    under the final name is whole and durable, also where the export is killed; what a killed one left is removed by the next
+    one there.
 
     Args:
         run: The run directory, or the dataset in it.

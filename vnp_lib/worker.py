@@ -380,11 +380,12 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
     is_done = done_or_set_aside(plan, paths)
     ordinals_of_shard = plan.shard_ordinals(rank)
     done = ordinals_of_shard[is_done[ordinals_of_shard]]
+    tokens_done = plan.num_tokens(done)
     return PendingWork(
         batches=_left(plan.shard_batches(rank), is_done, suspects),
         num_done=done.size,
-        tokens_done=plan.num_tokens(done),
-        tokens_left=plan.num_tokens(ordinals_of_shard) - plan.num_tokens(done),
+        tokens_done=tokens_done,
+        tokens_left=plan.num_tokens(ordinals_of_shard) - tokens_done,
         next_checkpoint=next_checkpoint,
     )
 
