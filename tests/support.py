@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,13 +55,14 @@ class CommandLine:
 
     prefect_home: Path
     api_url: str | None = None  # of a standing server; without one, each run starts its own
+    cwd: Path = ROOT
 
     def start(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
         """Start it as the leader of a process group of its own, with these environment variables.
 
         What it says goes to the file `log`, or else to pipes.
         """
-        return self._start("flows/embed.py", *arguments, log=log, **variables)
+        return self._start(os.path.relpath(ROOT / "flows" / "embed.py", self.cwd), *arguments, log=log, **variables)
 
     def start_prefect(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
         """Start the command `prefect` in its place."""
@@ -76,7 +78,7 @@ class CommandLine:
             environment["PREFECT_API_URL"] = self.api_url
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
+            cwd=self.cwd,
             env=environment | {"PREFECT_HOME": str(self.prefect_home)} | variables,
             stdout=output,
             stderr=output,
@@ -122,7 +124,9 @@ def workers_of(run_dir: Path) -> list[int]:
             command = (process / "cmdline").read_bytes().decode().split("\0")
         except (OSError, ValueError):
             continue
-        if "vnp_lib.worker" in command and any(part.startswith(str(run_dir)) for part in command):
+        if any(part.endswith("vnp_lib/run_worker.py") for part in command) and any(
+            part.startswith(str(run_dir)) for part in command
+        ):
             found.append(int(process.name))
     return found
 
@@ -208,3 +212,16 @@ def descendants_of(pid: int) -> list[int]:
         found += children
         queue += children
     return found
+
+
+def write_foreign_code(directory: Path) -> Path:
+    """Fill a directory with files that a worker process must not import: another `vnp_lib`, and names of the libraries.
+
+    The other `vnp_lib` gives the first residue's representation in place of the mean of all.
+    """
+    shutil.copytree(ROOT / "vnp_lib", directory / "vnp_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    with (directory / "vnp_lib" / "pooling.py").open("a") as pooling:
+        pooling.write("\n\ndef mean_pool(hidden, cu_seqlens):\n    return hidden[cu_seqlens[:-1].long() + 1].float()\n")
+    for name in ("random", "json", "numpy", "torch", "pyarrow", "safetensors", "sitecustomize"):
+        (directory / f"{name}.py").write_text(f"raise ImportError('{name}.py of the current directory is imported')\n")
+    return directory

@@ -404,10 +404,16 @@ def child_environment(device: str) -> dict[str, str]:
     A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it. On a CPU the child's
     large blocks are in huge pages where the kernel has them: as it comes, glibc gives such blocks back after each layer, and has
     thousands of pages zeroed for the next one. Tunables that this process was started with are kept.
+
+    Empty entries of PYTHONPATH are left out. `export PYTHONPATH=$PYTHONPATH:/some/where` makes one where there was none before,
+    and Python takes it for the current directory.
     """
+    inherited = {**os.environ}
+    if path := os.pathsep.join(filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))):
+        inherited["PYTHONPATH"] = path
     if device == "cpu":
-        return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | {
+        return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | inherited | {"CUDA_VISIBLE_DEVICES": ""}
+    return inherited | {
         "CUDA_VISIBLE_DEVICES": visible_gpu(device),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, cuBLAS need not give the same bits again
     }

@@ -35,6 +35,7 @@ from vnp_lib.plan import (
     make_plan,
 )
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.software import package_in_use
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
 
@@ -76,6 +77,7 @@ class Run:
         self.quarantine = Quarantine(self.paths.quarantine, num_sequences=plan.num_sequences)
         self.metrics = RunMetrics()
         self._weights = weights
+        self._package = package_in_use()  # now, when what is on disk is what this process has imported
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
         """Look into the markers of all checkpoints, or of one shard's."""
@@ -154,6 +156,7 @@ class Run:
             suspects=self._suspects(failures),
             is_careful=bool(failures) and failures[-1].accuses_batch,
             quarantines=self.config.on_poison == "quarantine",
+            package=self._package,
         )
 
     def scale_token_budget(self, rank: int, device: str, scale: float) -> None:

@@ -27,6 +27,11 @@ _LONGEST_EVENT_BYTES = 2**20
 _followed: set[asyncio.subprocess.Process] = set()  # children that are not known to be gone
 
 
+def worker_command(job_path: Path) -> list[str]:
+    """Return the command of a worker process. It imports nothing from the current directory, and this process's `vnp_lib`."""
+    return [sys.executable, "-P", str(Path(__file__).with_name("run_worker.py").absolute()), str(job_path)]
+
+
 async def run_child(
     job_path: Path,
     *,
@@ -47,10 +52,7 @@ async def run_child(
     """
     with open(log_path, "ab", opener=_open_no_link) as log:
         child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "vnp_lib.worker",
-            str(job_path),
+            *worker_command(job_path),
             stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the child that we are gone
             stdout=asyncio.subprocess.PIPE,
             stderr=log,

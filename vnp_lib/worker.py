@@ -1,4 +1,4 @@
-"""The child process of one attempt on one shard: `python -m vnp_lib.worker job.json`.
+"""The child process of one attempt on one shard, as `run_worker.py` starts it.
 
 It says what it does as JSON lines on standard output and logs to standard error. It stops at the next batch boundary
 when it gets SIGTERM or when its parent is gone, with everything that it computed on disk. Before the first batch
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, LockTimeoutError, classify_exception
 from vnp_lib.files import FileLock, remove_orphaned_temporaries
@@ -36,6 +36,7 @@ from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.software import Package, package_in_use, require_same_package
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.embedder import ExactModel
@@ -73,6 +74,7 @@ class ShardJob(BaseModel):
     quarantines: bool = True  # sets aside what has no finite row; else that ends the attempt
     checkpoint_seq_threshold: int
     checkpoint_time_threshold: float
+    package: Package = Field(default_factory=package_in_use)  # of the parent: the worker refuses to be another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -435,7 +437,9 @@ def main(arguments: Sequence[str]) -> int:
     stop = StopFlag()
     threading.Thread(target=_stop_when_the_parent_is_gone, args=(stop,), daemon=True).start()
     try:
-        job = ShardJob.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+        text = Path(arguments[0]).read_text(encoding="utf-8")
+        require_same_package(json.loads(text).get("package"))  # before the rest, whose fields may be another version's
+        job = ShardJob.model_validate_json(text)
         return ShardAttempt(job, events, stop).run()
     except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
         logger.exception("the attempt failed")
@@ -450,7 +454,3 @@ def _stop_when_the_parent_is_gone(stop: StopFlag) -> None:
     stop.set()
     time.sleep(_ORPHAN_LIMIT_S)
     os._exit(ExitCode.STOPPED)  # it hangs, and nobody else is there to notice
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.support import (
     finished_checkpoints,
     wait_until,
     workers_of,
+    write_foreign_code,
 )
 from vnp_lib import embed, open_dataset
 from vnp_lib.files import marker_path
@@ -185,6 +187,16 @@ def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path, capsys, name):
     assert words in said.err
     assert said.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_computes_with_its_own_code_wherever_it_is_started(
+    served_command_line, tmp_path, short_fasta, uninterrupted
+):
+    """Beside another checkout's `vnp_lib`, and files that are called as Python's and others' libraries."""
+    elsewhere = replace(served_command_line, cwd=write_foreign_code(tmp_path))
+    ended = elsewhere.run("--fasta", short_fasta, "--output-dir", "run", *SMALL_MODEL)
+    assert ended.returncode == 0, ended.stderr
+    assert_same_rows(tmp_path / "run", uninterrupted)
 
 
 def test_a_duplicate_id_far_down_is_said_in_a_sentence(served_command_line, tmp_path):

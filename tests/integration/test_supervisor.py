@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.poison import Way, patch
-from tests.support import is_alive, small_config, wait_until, workers_of
+from tests.support import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.files import make_directory, write_file
@@ -104,6 +104,23 @@ def test_a_job_that_cannot_be_done_is_reported_in_words(job):
     failure = failure_of(job, at_batch(1, lambda: None))
     assert failure.is_permanent
     assert "weights of esm2_t6_8M_UR50D" in failure.message
+
+
+def test_a_child_imports_nothing_from_the_current_directory(job, tmp_path, monkeypatch):
+    """Not by an empty entry of PYTHONPATH either, as `PYTHONPATH=$PYTHONPATH:/some/where` makes it."""
+    monkeypatch.chdir(write_foreign_code(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}{tmp_path / 'nothing'}{os.pathsep}")
+    assert asyncio.run(follow(job, at_batch(1, lambda: None)))["event"] == "done"
+
+
+def test_a_child_refuses_to_be_other_code_than_its_parent(job, tmp_path, sabotage):
+    """Here it has imported a foreign `vnp_lib` before it could do anything about it."""
+    foreign = write_foreign_code(tmp_path)
+    sabotage(f"sys.path.insert(0, {str(foreign)!r}); import vnp_lib; sys.path.pop(0)")
+    failure = failure_of(job, at_batch(1, lambda: None))
+    assert (failure.cause, rows_on_disk(job)) == (FailureCause.CONFIGURATION, 0)
+    assert str(foreign / "vnp_lib") in failure.message
+    assert str(ROOT / "vnp_lib") in failure.message
 
 
 def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):

@@ -26,6 +26,8 @@ _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
 _EXPORT = "tests/unit/test_export.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
+_SOFTWARE = "tests/unit/test_software.py"
+_SUPERVISOR = "tests/integration/test_supervisor.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1134,6 +1136,30 @@ _INPUT = (
     ),
 )
 
+_CODE = (
+    Mutant(
+        name="worker-of-any-code",
+        module="software",
+        before='starter.get("code_sha256") == ours.code_sha256',
+        after='"code_sha256" in starter',
+        caught_by=(f"{_SOFTWARE}::test_a_job_of_other_code_is_refused",),
+    ),
+    Mutant(
+        name="worker-by-its-name",
+        module="supervisor",
+        before='"-P", str(Path(__file__).with_name("run_worker.py").absolute())',
+        after='"-m", "vnp_lib.worker"',
+        caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
+    ),
+    Mutant(
+        name="empty-entry-of-the-path-kept",
+        module="config",
+        before='filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))',
+        after='inherited.pop("PYTHONPATH", "").split(os.pathsep)',
+        caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
+    ),
+)
+
 MUTANTS = (
     *_INPUT,
     *_DURABLE_FILES,
@@ -1146,4 +1172,5 @@ MUTANTS = (
     *_SET_ASIDE,
     *_CURES,
     *_EXPORTS,
+    *_CODE,
 )

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "machine", "weight_files", "outputs", "windows"},
+    {"files", "software", "machine", "weight_files", "outputs", "windows"},
     {
         "config",
         "records",
@@ -48,7 +48,7 @@ LAYERS = (
     {"checkpoint", "formats", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
     {"inference", "assembly", "export", "pictures", "esm_extract"},
     {"worker", "verify", "status"},
-    {"run", "report"},
+    {"run_worker", "run", "report"},
     {"judgement", "forecast", "verify_model", "api"},
     {"cli"},
     {"__main__"},
