@@ -287,8 +287,8 @@ def classify_exit(
         ran_out_of_host_memory: Whether the kernel's OOM killer has struck since the child was started.
         last_event: What it said last.
     """
-    signum = -exit_code if exit_code < 0 else exit_code - 128
-    cause = _SIGNAL_CAUSES.get(signum, FailureCause.SILENT_EXIT)
+    signum = _fatal_signal(exit_code)
+    cause = FailureCause.SILENT_EXIT if signum is None else _SIGNAL_CAUSES.get(signum, FailureCause.KILLED)
     if cause == FailureCause.KILLED and ran_out_of_host_memory:
         cause = FailureCause.HOST_OOM
     if cause in _SUSPICIOUS and is_probing:
@@ -296,7 +296,7 @@ def classify_exit(
     after = f" after {last_event!r}" if last_event else ""
     return Failure(
         cause=cause,
-        message=f"the child left with {describe_exit(exit_code)}{after}",
+        message=f"the child left with {describe_exit(exit_code)}{after}{_SIGNAL_ADVICE.get(signum, '')}",
         batch_idx=batch_idx,
         ordinal=ordinal,
         exit_code=exit_code,
@@ -305,20 +305,53 @@ def classify_exit(
 
 def describe_exit(exit_code: int) -> str:
     """Name an exit code: 1 is "exit code 1", -9 and 137 are "SIGKILL"."""
-    signum = -exit_code if exit_code < 0 else exit_code - 128
-    if signum in _SIGNAL_CAUSES:
-        return signal.Signals(signum).name
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    signum = _fatal_signal(exit_code)
+    if signum is None:
+        return f"exit code {exit_code}"
+    return signal.Signals(signum).name if signum in _NAMED_SIGNALS else f"signal {signum}"
 
 
+def _fatal_signal(exit_code: int) -> int | None:
+    """The signal that ended a process, also where a shell or a container says it as 128 + signal."""
+    if exit_code < 0:
+        return -exit_code
+    signum = exit_code - 128
+    return signum if signum in _NAMED_SIGNALS and signum not in _HARMLESS_SIGNALS else None
+
+
+_NAMED_SIGNALS = frozenset(map(int, signal.Signals))
+
+# A process stops or takes no notice unless it has a handler: 128 + such a number is an exit code like any other.
+_HARMLESS_SIGNALS = frozenset(
+    {
+        *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
+        *(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+    }
+)
+
+# A process sends itself four of them when it crashes, and only these may accuse a protein. All others come from outside, at
+# whatever is in the model just then, which is mostly the longest: what is not listed is "killed".
 _SIGNAL_CAUSES: dict[int, FailureCause] = {
     signal.SIGTERM: FailureCause.PREEMPTED,
-    signal.SIGKILL: FailureCause.KILLED,
+    signal.SIGHUP: FailureCause.PREEMPTED,  # a terminal or a session that has ended
+    signal.SIGINT: FailureCause.PREEMPTED,
+    signal.SIGQUIT: FailureCause.PREEMPTED,
+    signal.SIGUSR1: FailureCause.PREEMPTED,  # Slurm's --signal=USR1@60 announces the end of a job with it
+    signal.SIGUSR2: FailureCause.PREEMPTED,
+    signal.SIGXCPU: FailureCause.CONFIGURATION,
+    signal.SIGXFSZ: FailureCause.CONFIGURATION,
+    signal.SIGSYS: FailureCause.CONFIGURATION,
     signal.SIGBUS: FailureCause.STORAGE,  # a memory-mapped file that was cut, or /dev/shm is full
     signal.SIGSEGV: FailureCause.NATIVE_CRASH,
     signal.SIGABRT: FailureCause.NATIVE_CRASH,
     signal.SIGILL: FailureCause.NATIVE_CRASH,
     signal.SIGFPE: FailureCause.NATIVE_CRASH,
+}
+
+_SIGNAL_ADVICE: dict[int | None, str] = {
+    signal.SIGXCPU: "; its processor time is limited (ulimit -t, or a batch system's): run it where there is no such limit",
+    signal.SIGXFSZ: "; the size of its files is limited (ulimit -f): raise the limit",
+    signal.SIGSYS: "; a security filter (seccomp, a container's profile) forbids a system call that it needs",
 }
 
 # By the numbers of cudaError_t: AcceleratorError.error_code.
@@ -355,6 +388,7 @@ _ERRNO_CAUSES: dict[int, FailureCause] = {
     errno.ENOTCONN: FailureCause.STORAGE,
     errno.ENODEV: FailureCause.STORAGE,
     errno.EREMOTEIO: FailureCause.STORAGE,
+    errno.EFBIG: FailureCause.CONFIGURATION,  # ulimit -f, or a file system whose files are small
     errno.EACCES: FailureCause.CONFIGURATION,
     errno.EPERM: FailureCause.CONFIGURATION,
 }

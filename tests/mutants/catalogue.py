@@ -26,6 +26,7 @@ _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
 _EXPORT = "tests/unit/test_export.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
+_FAILURES = "tests/unit/test_failures.py"
 _SOFTWARE = "tests/unit/test_software.py"
 _SUPERVISOR = "tests/integration/test_supervisor.py"
 
@@ -1150,6 +1151,13 @@ _CODE = (
         before='"-P", str(Path(__file__).with_name("run_worker.py").absolute())',
         after='"-m", "vnp_lib.worker"',
         caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
+    ),
+    Mutant(
+        name="any-signal-accuses",
+        module="failures",
+        before="_SIGNAL_CAUSES.get(signum, FailureCause.KILLED)",
+        after="_SIGNAL_CAUSES.get(signum, FailureCause.SILENT_EXIT)",
+        caught_by=(f"{_FAILURES}::test_of_all_signals_only_those_of_a_crash_accuse_a_protein",),
     ),
     Mutant(
         name="empty-entry-of-the-path-kept",

@@ -6,6 +6,9 @@ import errno
 import os
 import pickle
 import signal
+import subprocess
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,7 +187,9 @@ EXITS = [
     (1, C.SILENT_EXIT),
     (2, C.SILENT_EXIT),
     (42, C.SILENT_EXIT),
-    (-signal.SIGHUP, C.SILENT_EXIT),
+    (129, C.PREEMPTED),
+    (-signal.SIGXCPU, C.CONFIGURATION),
+    (128 + signal.SIGWINCH, C.SILENT_EXIT),
     (255, C.SILENT_EXIT),
 ]
 
@@ -198,6 +203,44 @@ def test_an_exception_has_its_cause(error, cause):
 def test_an_exit_code_has_its_cause(exit_code, cause):
     failure = classify_exit(exit_code)
     assert (failure.cause, failure.exit_code) == (cause, exit_code)
+
+
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+REQUESTS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+LIMITS = {signal.SIGXCPU: "ulimit -t", signal.SIGXFSZ: "ulimit -f", signal.SIGSYS: "seccomp"}
+
+
+HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH, *range(signal.SIGSTOP, signal.SIGURG)}
+
+
+def test_of_all_signals_only_those_of_a_crash_accuse_a_protein(tmp_path):
+    """Real processes are ended by each that ends one."""
+    codes = {signum: exit_code_of(signum, tmp_path) for signum in signal.valid_signals() - HARMLESS}
+    judged = {signum: classify_exit(code, batch_idx=3, ordinal=7) for signum, code in codes.items()}
+    assert len(judged) > 50
+    assert {signum for signum, failure in judged.items() if failure.accuses_batch} == CRASHES
+    assert {signum for signum, failure in judged.items() if failure.kind == FailureKind.SPOT_PREEMPTION} == REQUESTS
+    assert {signum for signum, failure in judged.items() if failure.is_permanent} == {*LIMITS}
+    assert all(limit in judged[signum].message for signum, limit in LIMITS.items())
+
+
+def by_default(signum: int) -> None:
+    if signum != signal.SIGKILL:
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def exit_code_of(signum: int, cwd: Path) -> int:
+    """Send a signal to a process that has no handler for it, wherever the tests themselves were started."""
+    process = subprocess.Popen(["sleep", "60"], cwd=cwd, preexec_fn=partial(by_default, signum))
+    process.send_signal(signum)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("signum", [*signal.Signals])
+def test_a_shell_says_a_signal_in_its_own_way(signum):
+    """But 128 + a signal that ends nothing is a code of somebody's own."""
+    by_shell, itself = (classify_exit(code, batch_idx=3) for code in (128 + signum, -signum))
+    assert by_shell.cause == itself.cause or (by_shell.cause, itself.cause) == (C.SILENT_EXIT, C.KILLED)
 
 
 @pytest.mark.parametrize("exit_code", [137, -signal.SIGKILL])
