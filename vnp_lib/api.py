@@ -6,13 +6,13 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offse
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
 from vnp_lib.progress import RunProgress
+from vnp_lib.proteins import Proteins, RecordsInMemory, files_or_records
 from vnp_lib.run import (
     CPU_TOKEN_BUDGET,
     RANDOM_WEIGHTS,
@@ -44,10 +45,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the argum
     import torch
 
     from vnp_lib.tokens import PackedBatch
-
-Proteins: TypeAlias = (
-    str | os.PathLike[str] | Mapping[str, str] | Iterable[str] | Iterable[tuple[str, str]] | Iterable[os.PathLike[str]]
-)
 
 _SHARD = 0  # the only one
 _ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
@@ -67,6 +64,8 @@ def embed(
     dtype: DType = ...,
     token_budget: int | None = ...,
     output_dir: str | os.PathLike[str] | None = ...,
+    id_column: str = ...,
+    sequence_column: str = ...,
     progress: bool = ...,
 ) -> Embeddings: ...
 
@@ -83,6 +82,8 @@ def embed(
     dtype: DType = ...,
     token_budget: int | None = ...,
     output_dir: str | os.PathLike[str] | None = ...,
+    id_column: str = ...,
+    sequence_column: str = ...,
     progress: bool = ...,
 ) -> Outputs: ...
 
@@ -98,6 +99,8 @@ def embed(
     dtype: DType = "auto",
     token_budget: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    id_column: str = "id",
+    sequence_column: str = "sequence",
     progress: bool = True,
 ) -> Embeddings | Outputs:
     """Embed proteins with ESM-2: the mean of the last layer over the residues of each, or whatever `include` names.
@@ -107,8 +110,11 @@ def embed(
 
     Args:
         sequences: A list of sequences, whose ids are then "0", "1" and so on; a dictionary of sequences by id; pairs of id and
-            sequence; or the path of a FASTA file, or a list of `Path`s. Whatever is mended or refused in a FASTA file is so
-            here: lower case is raised, ids occur once. Identical sequences are computed once.
+            sequence; Biopython's records, as `SeqIO.parse` gives them; a pandas Series, whose index has the ids; a DataFrame of
+            pandas or polars or a pyarrow Table, with columns for ids and sequences; or the path of a FASTA file, a table or
+            a directory, or a list of paths. A sequence is a text, bytes, or what has its letters as `str`, as Biopython's
+            `Seq`. Ids may be whole numbers, and come back as texts. Whatever is mended or refused in a FASTA file is so here:
+            lower case is raised, ids occur once. Identical sequences are computed once.
         model: One of fair-esm's six ESM-2 models.
         weights: A fair-esm `.pt` file; "auto": fair-esm's cache or download; "random": seeded, for trying things out.
         include: What to compute, as a run's `--include`: "mean", "bos", "max", "std", "per_tok", "contacts", "logits". With it
@@ -121,6 +127,8 @@ def embed(
             computed in smaller pieces.
         output_dir: A run directory. With it, checkpoints and the dataset are written there as a run writes them, and the
             same call goes on where an earlier one, or a run, was stopped. Without it nothing is written.
+        id_column: Column of tables, in memory or in files, that holds the ids.
+        sequence_column: Column of these that holds the sequences.
         progress: Show a bar on a terminal or in a notebook.
 
     Returns:
@@ -147,12 +155,14 @@ def embed(
     ((2, 320), (3, 320))
     """
     layout = _layout(model, include, repr_layers)
-    settings = _checked_settings(model, layout, os.fspath(weights), str(device), dtype, token_budget, progress)
+    settings = _checked_settings(
+        model, layout, os.fspath(weights), str(device), dtype, token_budget, id_column, sequence_column, progress
+    )
     if settings.weights == RANDOM_WEIGHTS:
         logger.warning("weights='random': an untrained model, the vectors mean nothing")
-    paths, records = _told_apart(sequences)
+    given = files_or_records(sequences, id_column=id_column, sequence_column=sequence_column)
     with _current(settings.device):
-        outputs = _embed(paths, records, output_dir, settings)
+        outputs = _embed(given, output_dir, settings)
     if include is not None:
         return outputs
     (embeddings,) = outputs.arrays.values()
@@ -168,12 +178,15 @@ class _Settings:
     device: str  # "cpu" or a GPU's number, as a run's
     dtype: DType
     token_budget: int | None
+    id_column: str  # of files that are tables
+    sequence_column: str
     progress: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Records:
     ids: list[str]  # N, each once
+    descriptions: list[str]
     sequences: list[str]
     representatives: NDArray[np.int64]  # place of the first identical sequence, (N,)
 
@@ -206,7 +219,15 @@ def _require_one_of(name: str, value: str, type_: Any) -> None:
 
 
 def _checked_settings(
-    model: str, layout: RowLayout, weights: str, device: str, dtype: str, token_budget: int | None, progress: bool
+    model: str,
+    layout: RowLayout,
+    weights: str,
+    device: str,
+    dtype: str,
+    token_budget: int | None,
+    id_column: str,
+    sequence_column: str,
+    progress: bool,
 ) -> _Settings:
     _require_one_of("dtype", dtype, DType)
     if token_budget is not None and token_budget < 1:
@@ -218,6 +239,8 @@ def _checked_settings(
         device=_device_number(device),
         dtype=cast(DType, resolve_dtype(dtype, _device_number(device))),
         token_budget=token_budget,
+        id_column=id_column,
+        sequence_column=sequence_column,
         progress=progress,
     )
 
@@ -247,43 +270,25 @@ def _current(device: str) -> AbstractContextManager[None]:
     return nullcontext() if device == "cpu" else torch.cuda.device(int(device))
 
 
-def _told_apart(sequences: Proteins) -> tuple[list[Path], list[tuple[str, str]]]:
-    """FASTA files, or else pairs of id and sequence."""
-    if isinstance(sequences, str | os.PathLike):
-        if not os.path.exists(sequences):
-            raise FastaError(f"{os.fspath(sequences)}: there is no such file; a single sequence goes into a list")
-        return [Path(sequences)], []
-    given: list[Any] = [*(sequences.items() if isinstance(sequences, Mapping) else sequences)]
-    if given and all(isinstance(item, os.PathLike) for item in given):
-        return [Path(item) for item in given], []
-    has_ids = not (given and isinstance(given[0], str))
-    records = given if has_ids else [(str(place), sequence) for place, sequence in enumerate(given)]
-    for place, record in enumerate(records):
-        is_pair = isinstance(record, tuple | list) and len(record) == 2
-        if not (is_pair and all(isinstance(part, str) for part in record)):
-            raise FastaError(
-                f"record {place} is {given[place]!r:.60}; give sequences as strings, pairs of id and sequence, or paths of "
-                "FASTA files as Path"
-            )
-    return [], [(sequence_id, sequence) for sequence_id, sequence in records]
-
-
-def _read_files(paths: Sequence[Path]) -> _Records:
-    policy = InputPolicy()
+def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
+    policy = InputPolicy(id_column=settings.id_column, sequence_column=settings.sequence_column)
     sources = find_sources(paths, stdin=STDIN)
     surveyor = Surveyor()
     ids: list[str] = []
+    descriptions: list[str] = []
     sequences: list[str] = []
     for chunk in chain.from_iterable(read(source, policy) for source in sources):
         surveyor.add(chunk)
         ids += chunk.usable.ids
+        descriptions += chunk.usable.descriptions
         sequences += chunk.usable.sequences
-    return _Records(ids=ids, sequences=sequences, representatives=surveyor.finish(sources, policy).representatives)
+    representatives = surveyor.finish(sources, policy).representatives
+    return _Records(ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives)
 
 
-def _checked(records: Sequence[tuple[str, str]]) -> _Records:
-    chunk = from_memory([sequence_id for sequence_id, _ in records], [sequence for _, sequence in records])
-    texts = chunk.usable
+def _checked(records: RecordsInMemory) -> _Records:
+    chunk = from_memory(records.ids, records.sequences)
+    texts = replace(chunk.usable, descriptions=records.descriptions)
     surveyor = Surveyor()
     surveyor.add(chunk)
     repeats, firsts = surveyor.repeated_ids()
@@ -292,20 +297,23 @@ def _checked(records: Sequence[tuple[str, str]]) -> _Records:
             f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
             "of its own"
         )
-    return _Records(ids=texts.ids, sequences=texts.sequences, representatives=surveyor.representatives(dedup=True))
+    return _Records(
+        ids=texts.ids,
+        descriptions=texts.descriptions,
+        sequences=texts.sequences,
+        representatives=surveyor.representatives(dedup=True),
+    )
 
 
 def _embed(
-    paths: list[Path],
-    records: list[tuple[str, str]],
-    output_dir: str | os.PathLike[str] | None,
-    settings: _Settings,
+    given: list[Path] | RecordsInMemory, output_dir: str | os.PathLike[str] | None, settings: _Settings
 ) -> Outputs:
     if output_dir is None:
-        return _embed_in_memory(_read_files(paths) if paths else _checked(records), settings)
-    if paths:
-        return _embed_into(Path(output_dir), paths, settings)
-    with _written_as_fasta(_checked(records)) as path:
+        records = _checked(given) if isinstance(given, RecordsInMemory) else _read_files(given, settings)
+        return _embed_in_memory(records, settings)
+    if not isinstance(given, RecordsInMemory):
+        return _embed_into(Path(output_dir), given, settings)
+    with _written_as_fasta(_checked(given)) as path:
         return _embed_into(Path(output_dir), [path], settings)
 
 
@@ -416,6 +424,8 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
         dtype=settings.dtype,
         shards=1,
         token_budget=settings.token_budget,
+        id_column=settings.id_column,
+        sequence_column=settings.sequence_column,
         on_poison="fail",
     )
     check_at_the_door(config)
@@ -471,7 +481,8 @@ def _written_as_fasta(records: _Records) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vnp-") as directory:
         path = Path(directory) / "sequences.fasta"
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(f">{name}\n{text}\n" for name, text in zip(records.ids, records.sequences, strict=True))
+            for name, description, text in zip(records.ids, records.descriptions, records.sequences, strict=True):
+                file.write(f">{name} {description}".rstrip() + f"\n{text}\n")
         yield path
 
 

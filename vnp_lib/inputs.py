@@ -148,6 +148,11 @@ class InputChunk:
         )
 
 
+def has_fasta_suffix(path: Path) -> bool:
+    """Whether it is called as FASTA files are; their compression does not matter."""
+    return suffix_of(path) in _FASTA_SUFFIXES
+
+
 def find_sources(fasta: Sequence[Path], *, stdin: Path) -> list[Source]:
     """The files that are meant by paths, patterns and directories, in this order; those of one pattern or directory sorted.
 

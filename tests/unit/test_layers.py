@@ -30,7 +30,7 @@ LAYERS = (
     },
     {"fasta", "tables", "translation"},
     {"inputs"},
-    {"plan", "retry", "tokens", "attention", "terminal", "columns", "extract_files", "checkpoint_file"},
+    {"plan", "proteins", "retry", "tokens", "attention", "terminal", "columns", "extract_files", "checkpoint_file"},
     {
         "manifest",
         "quarantine",
