@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from vnp_lib import forecast
-from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line
+from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line, weights_path
 from vnp_lib.export import export_dataset
 from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError, VnpError
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS
@@ -20,6 +20,7 @@ from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
 from vnp_lib.terminal import console
+from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.verify import verify_run
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; what cannot be used is said in one sentence, with exit code 2."""
     parser = _parser()
-    options, others = parser.parse_known_args(arguments)
-    options.others = others
-    if others and options.command is not plan:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
+        options, others = parser.parse_known_args(arguments)
+        options.others = others
+        if others and options.command is not plan:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
         return int(options.command(options))
     except InputError as error:
         print(error, file=sys.stderr)
@@ -153,7 +154,7 @@ def _as_json() -> argparse.ArgumentParser:
 
 def _on_a_run() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --output-dir was")
+    options.add_argument("run_dir", type=_run_dir, metavar="RUN_DIR", help="what --output-dir was")
     return options
 
 
@@ -208,7 +209,7 @@ def _add_export(commands: _Commands) -> None:
         help="the column of the dataset to export: mean_33, per_tok_33; by default the only one of vectors, and all for esm-extract",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="the file or directory to write; by default in RUN_DIR/exports"
+        "--output", type=_output, metavar="PATH", help="the file or directory to write; by default in RUN_DIR/exports"
     )
     parser.add_argument(
         "--store-dtype",
@@ -247,8 +248,8 @@ def _add_esm_extract(commands: _Commands) -> None:
         "1: memory or the disk did not suffice, 2: an argument, the input or a label cannot be used.",
     )
     parser.add_argument("model_location", help="the path of a model's .pt file, or its name")
-    parser.add_argument("fasta_file", type=Path, help="FASTA file, also compressed")
-    parser.add_argument("output_dir", type=Path, help="directory for the files")
+    parser.add_argument("fasta_file", type=user_path, help="FASTA file, also compressed")
+    parser.add_argument("output_dir", type=_output, help="directory for the files")
     parser.add_argument("--toks_per_batch", type=int, default=4096, metavar="N", help="tokens in a forward pass (4096)")
     parser.add_argument(
         "--repr_layers",
@@ -300,13 +301,30 @@ def _add_verify_model(commands: _Commands) -> None:
     default = {name: field.default for name, field in EmbedConfig.model_fields.items()}
     parser.add_argument("--model", choices=get_args(ModelName), default=default["model"], help="%(default)s by default")
     parser.add_argument(
-        "--weights", default=default["weights"], metavar="TEXT", help="as a run takes them: 'auto', 'random', or a path"
+        "--weights",
+        type=weights_path,
+        default=default["weights"],
+        metavar="TEXT",
+        help="as a run takes them: 'auto', 'random', or a path",
     )
     parser.add_argument("--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it")
     parser.add_argument(
         "--device", default="auto", metavar="TEXT", help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number"
     )
     parser.set_defaults(command=verify_model)
+
+
+def _run_dir(text: str) -> Path:
+    path = user_path(text, PathUse.RUN)
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path}: {'this is a file' if path.exists() else 'there is no such directory'}; give a run directory"
+        )
+    return path
+
+
+def _output(text: str) -> Path:
+    return user_path(text, PathUse.OUTPUT)
 
 
 def _seconds(text: str) -> float:

@@ -36,6 +36,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from vnp_lib.failures import ConfigError
 from vnp_lib.machine import num_cpu_children
+from vnp_lib.user_paths import AnyPath, PathUse, user_inputs, user_path
 
 ModelName = Literal[
     "esm2_t6_8M_UR50D",
@@ -71,7 +72,38 @@ def _several(value: object) -> object:
 
 Outputs = Annotated[tuple[OutputName, ...], NoDecode, BeforeValidator(_split_at_commas)]
 Layers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_several)]
-Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_at_commas)]
+
+
+def _told_as_a_value(read: Callable[[Any], object]) -> BeforeValidator:
+    """Have pydantic report what `read` raises as it does any other value that does not fit.
+
+    `read` gives text: in JSON, which has no paths, pydantic takes nothing else for one.
+    """
+
+    def validated(value: Any) -> object:
+        try:
+            return read(value)
+        except ConfigError as error:
+            raise PydanticCustomError("path", "{told}", {"told": str(error)}) from None
+        except TypeError:
+            raise PydanticCustomError("path", "{told}", {"told": f"{value!r} is not a path"}) from None
+
+    return BeforeValidator(validated)
+
+
+def _path(use: PathUse) -> BeforeValidator:
+    return _told_as_a_value(lambda given: str(user_path(given, use)))
+
+
+def weights_path(given: AnyPath) -> str:
+    """Return what `weights` means: "auto" and "random" are themselves, all else is a path. Raises as `user_path`."""
+    return given if given in ("auto", "random") else str(user_path(given, PathUse.WEIGHTS))
+
+
+InputPaths = Annotated[tuple[Path, ...], NoDecode, _told_as_a_value(lambda given: tuple(map(str, user_inputs(given))))]
+OutputPath = Annotated[Path, _path(PathUse.OUTPUT)]
+RunPath = Annotated[Path, _path(PathUse.RUN)]
+WeightsPath = Annotated[str, _told_as_a_value(weights_path)]
 IpAddress = Annotated[str, AfterValidator(lambda text: str(ip_address(text)))]
 
 
@@ -124,17 +156,17 @@ class EmbedConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Embed", field_title_generator=_form_title)
 
-    fasta: Paths = Field(
+    fasta: InputPaths = Field(
         title="FASTA files",
         min_length=1,
         description="FASTA files, plain or compressed (gz, bz2, xz, zst), a directory of them, a pattern such as 'x/*.fa', or - for "
         "standard input; CSV, TSV and Parquet by their suffix. On a command line, several with commas between.",
     )
-    output_dir: Path = Field(
+    output_dir: OutputPath = Field(
         title="Run directory", description="Run directory: made where missing, continued where it holds a run begun."
     )
     model: ModelName = Field("esm2_t36_3B_UR50D", description="ESM-2 model, by fair-esm's name.")
-    weights: str = Field(
+    weights: WeightsPath = Field(
         "auto",
         description="A fair-esm .pt file, or Hugging Face's safetensors or their directory; 'auto': fair-esm's cache or download; "
         "'random': seeded, for trying things out.",
@@ -267,11 +299,11 @@ class EmbedConfig(BaseModel):
 class ForecastConfig(EmbedConfig):
     """Say what a run would be. All options of a run are taken. Nothing on disk is changed."""
 
-    output_dir: Path = Field(Path(), description="Where the run would be: the space on that disk is looked at.")
+    output_dir: OutputPath = Field(Path(), description="Where the run would be: the space on that disk is looked at.")
     tokens_per_second: float | None = Field(
         None, gt=0, description="Tokens per second of all devices together, for the time that the run would take."
     )
-    speed_of: Path | None = Field(
+    speed_of: RunPath | None = Field(
         None,
         description="Run directory with the same model on such devices, to take the speed from; if not given, --output-dir "
         "where that is one.",
@@ -358,6 +390,8 @@ def _explain(detail: Mapping[str, object]) -> str:
     option = "--" + ".".join(str(part).replace("_", "-") for part in location if not isinstance(part, int))
     if detail["type"] == "missing":
         return f"{option} is needed (see --help)"
+    if detail["type"] == "path":
+        return f"{option} {detail['msg']}"
     message = str(detail["msg"])
     return f"{option}: {message[:1].lower()}{message[1:]}; it was {detail['input']!r}"
 

@@ -25,6 +25,7 @@ from vnp_lib import files
 from vnp_lib.columns import column_names, values_at
 from vnp_lib.failures import StorageError
 from vnp_lib.outputs import Output, RowLayout, StoreDtype
+from vnp_lib.user_paths import PathUse, user_path
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from torch import Tensor
@@ -50,15 +51,16 @@ def open_dataset(path: Path | str) -> EmbeddingDataset:
 
     Raises:
         StorageError: There is no dataset, or a part of it is missing or has another size.
+        ConfigError: The path is an address, or names an unknown user or variable.
     """
-    directory = _find_dataset(Path(path))
+    directory = _find_dataset(user_path(path, PathUse.RUN))
     return EmbeddingDataset(directory, read_success(directory))
 
 
 def verify_dataset(path: Path | str) -> list[str]:
     """Read every byte of a dataset and say what is wrong with it: nothing, if it is whole."""
     try:
-        directory = _find_dataset(Path(path))
+        directory = _find_dataset(user_path(path, PathUse.RUN))
         success = read_success(directory)
     except StorageError as error:
         return [str(error)]
