@@ -29,7 +29,7 @@ from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.config import EmbedConfig, parse_command_line
-from vnp_lib.failures import CheckpointError, ExitCode, InputError, StorageError
+from vnp_lib.failures import CheckpointError, ExitCode, InputError
 from vnp_lib.plan import RunPaths, describe_input
 from vnp_lib.progress import RunProgress, format_duration
 from vnp_lib.report import write_report
@@ -134,10 +134,10 @@ def warn_of_poor_precision(summary: DatasetSummary) -> None:
 
 
 def write_page(run: Run) -> None:
-    """Write `report.html`. A run does not fail for want of it."""
+    """Write `report.html`. A run does not fail for want of it, whatever a drawing library says about its caches or fonts."""
     try:
         write_report(run.plan, run.paths)
-    except StorageError as error:
+    except Exception as error:
         get_run_logger().warning("no report is written: %s", error)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from vnp_lib.assembly import assemble
 from vnp_lib.config import DType, EmbedConfig, ModelName, OutputName
@@ -28,7 +27,7 @@ from vnp_lib.inputs import STDIN, InputPolicy, find_sources, from_memory, read
 from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
-from vnp_lib.progress import RunProgress
+from vnp_lib.progress import RunProgress, error_console
 from vnp_lib.proteins import Proteins, RecordsInMemory, files_or_records
 from vnp_lib.run import (
     CPU_TOKEN_BUDGET,
@@ -500,7 +499,7 @@ def _read_whole(run_dir: Path) -> Outputs:
 
 def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgress:
     """A bar on standard error or in a notebook; elsewhere nothing, not even a line now and then."""
-    console = Console(stderr=True, quiet=not settings.progress)
+    console = error_console(quiet=not settings.progress)
     return RunProgress(total_sequences=num_sequences, total_tokens=num_tokens, log_interval_s=math.inf, console=console)
 
 

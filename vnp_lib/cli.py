@@ -19,6 +19,7 @@ from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
+from vnp_lib.streams import output_error, standard_streams
 from vnp_lib.terminal import console
 from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.verify import verify_run
@@ -32,7 +33,19 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; what cannot be used is said in one sentence, with exit code 2."""
+    """Run a command and return its exit code; what cannot be used is said in one sentence, with exit code 2.
+
+    A reader of standard output that leaves early (`| head`) changes nothing; a disk that is full there is an error.
+    """
+    with standard_streams():
+        code = _run_command(arguments)
+        if error := output_error():
+            print(f"standard output cannot be written: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            return code or ExitCode.FAILED
+        return code
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     try:
         options, others = parser.parse_known_args(arguments)

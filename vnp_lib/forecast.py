@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -31,11 +31,12 @@ from vnp_lib.progress import format_duration
 from vnp_lib.records import Fault, LetterCounts
 from vnp_lib.run import planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
-from vnp_lib.terminal import format_bytes, plain
+from vnp_lib.terminal import bar, format_bytes, plain
 
 _MOST_REFUSALS_SHOWN = 5
 _FIRST_BIN_END = 50  # residues; each bin of the histogram is as wide as all before it
 _BAR_LETTERS = 40
+_NARROWEST_TABLE = 40  # columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,12 +143,7 @@ def forecast(config: ForecastConfig) -> Forecast:
 
 def render(seen: Forecast) -> RenderableType:
     """Draw it for a terminal."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for name, text in _facts(seen):
-        table.add_row(name, plain(text))
-    return Group(table, "", *_bars(seen.lengths), "", *_verdict(seen))
+    return Group(_Facts(tuple(_facts(seen))), "", _Bars(seen.lengths), "", *_verdict(seen))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -347,11 +343,39 @@ def _mended(letters: LetterCounts) -> Iterator[str]:
         yield f"{letters.mapped:,} of no amino acid, read as X"
 
 
-def _bars(bins: Sequence[LengthBin]) -> Iterator[Text]:
-    most = max((each.count for each in bins), default=1)
-    for each in bins:
-        bar = "█" * max(1, round(_BAR_LETTERS * each.count / most)) if each.count else ""
-        yield plain(f"{each.least:>7,} to {each.most:>7,}  {bar} {each.count:,}")
+class _Facts:
+    """What is told of a run, name and text side by side where there is room for both."""
+
+    def __init__(self, facts: Sequence[tuple[str, str]]) -> None:
+        self._facts = facts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < _NARROWEST_TABLE:
+            yield from (plain(f"{name}: {text}") for name, text in self._facts)
+            return
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        for name, text in self._facts:
+            table.add_row(name, plain(text))
+        yield table
+
+
+class _Bars:
+    """The histogram, with bars as long as the terminal has room for."""
+
+    def __init__(self, bins: Sequence[LengthBin]) -> None:
+        self._bins = bins
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        most = max((each.count for each in self._bins), default=1)
+        lines = [
+            (f"{each.least:>7,} to {each.most:>7,}  ", f" {each.count:,}", each.count / most) for each in self._bins
+        ]
+        words = max((len(span) + len(count) for span, count, _ in lines), default=0)
+        width = max(1, min(_BAR_LETTERS, options.max_width - words))
+        for span, count, share in lines:
+            yield plain(f"{span}{bar(share, options, width=width)}{count}")
 
 
 def _verdict(seen: Forecast) -> Iterator[Text]:

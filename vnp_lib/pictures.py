@@ -186,7 +186,9 @@ def _histogram(
 @contextmanager
 def _drawn(width: float, height: float) -> Iterator[tuple[Axes, Callable[[], str]]]:
     """Axes to draw on, and a function that gives the picture then."""
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a matplotlibrc of the user's is for the user's pictures
+        matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
 
         def drawn() -> str:
@@ -234,7 +236,8 @@ def _dates(axes: Axes, attempts: Sequence[Attempt]) -> None:
     start, end = _span(attempts)
     margin = (end - start) / 60
     axes.set_xlim(start - margin, end + margin)
-    locator = AutoDateLocator(tz=UTC, maxticks=9)  # type: ignore[no-untyped-call]
+    # With at least 5 ticks, as it comes, it has no fitting step for spans just below 5 minutes, hours or days, and warns.
+    locator = AutoDateLocator(tz=UTC, minticks=3, maxticks=9)  # type: ignore[no-untyped-call]
     axes.xaxis_date(tz=UTC)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))  # type: ignore[no-untyped-call]

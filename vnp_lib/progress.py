@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -9,9 +10,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from vnp_lib.streams import best_effort
+
+_PATIENCE_S = 1.0  # with a reader of standard error that takes nothing
+_USUAL_WIDTH = 80  # columns
+
 
 class RunProgress:
-    """Counts what has been embedded and shows it on standard error.
+    """Counts what has been embedded and shows it on standard error, as far as that can be written.
 
     The bar and the time left go by tokens, since the longest sequences come first; people are told sequences.
     """
@@ -28,7 +34,7 @@ class RunProgress:
         self._total_sequences = total_sequences
         self._total_tokens = total_tokens
         self._log_interval_s = log_interval_s
-        self._console = console or Console(stderr=True)
+        self._console = console or error_console()
         self._clock = clock
         self._done: dict[int, tuple[int, int]] = {}  # sequences and tokens, by shard
         self._measured_tokens = 0
@@ -107,6 +113,18 @@ class RunProgress:
         elif self._clock() >= self._next_line_at:
             self._next_line_at = self._clock() + self._log_interval_s
             self._console.print(self.describe(), highlight=False)
+
+
+def error_console(*, quiet: bool = False) -> Console:
+    """Standard error, for what is only shown: a full disk, a reader that has left or is paused do not matter."""
+    return with_some_width(Console(file=best_effort(sys.stderr, patience_s=_PATIENCE_S), quiet=quiet))
+
+
+def with_some_width(console: Console) -> Console:
+    """Give a console the usual width where COLUMNS or the terminal says 0, on which nothing can be drawn."""
+    if console.width < 1:
+        console.width = _USUAL_WIDTH
+    return console
 
 
 def format_duration(seconds: float) -> str:

@@ -5,7 +5,10 @@ It can be written at any time, also while the run is going on, and says then how
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -46,8 +49,34 @@ def write_report(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime
 
 
 def render_report(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now) -> str:
-    """Make the page, and write nothing."""
-    from vnp_lib import pictures  # imports matplotlib, which takes a second
+    """Make the page, and write nothing.
+
+    Raises:
+        StorageError: There are no pictures, since Matplotlib cannot be used here.
+    """
+    with _quiet_matplotlib():
+        return _render(plan, paths, clock=clock)
+
+
+@contextmanager
+def _quiet_matplotlib() -> Iterator[None]:
+    """Keep to ourselves what Matplotlib says of its caches, fonts and settings: nobody who reads a report can use it."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) -> str:
+    try:
+        from vnp_lib import pictures  # imports matplotlib, which takes a second
+    except (ImportError, OSError, ValueError) as error:  # no directory for its cache; an MPLBACKEND that does not exist
+        told = " ".join(str(error).split())
+        raise StorageError(f"Matplotlib cannot be used, so no report can be drawn: {told}") from error
 
     status = read_status(plan, paths, clock=clock)
     recorded = _recorded_shards(paths)

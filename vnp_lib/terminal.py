@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from datetime import datetime
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.progress import format_duration
+from vnp_lib.progress import format_duration, with_some_width
 
 _WIDTH_OF_A_FILE = 140  # columns, where there is no terminal to ask
+_WIDER_THAN_ANY = 10_000
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def console() -> Console:
     """Standard output, for tables: nothing in what is printed is taken for markup."""
-    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
-    return Console(width=width, markup=False, highlight=False, emoji=False)
+    width = None if sys.stdout.isatty() else shutil.get_terminal_size((_WIDTH_OF_A_FILE, 0)).columns
+    return with_some_width(Console(width=width, markup=False, highlight=False, emoji=False))
+
+
+def bar(share: float, options: ConsoleOptions, *, width: int) -> str:
+    """Draw a share of 1 as a bar of up to `width` letters that the output's encoding has; more than nothing is seen."""
+    return ("#" if options.ascii_only else "█") * max(1 if share > 0 else 0, round(width * share))
+
+
+def natural_width(table: Table, console: Console, options: ConsoleOptions) -> int:
+    """Columns that a table takes if nothing in it is cut or wrapped."""
+    return Measurement.get(console, options.update(max_width=_WIDER_THAN_ANY), table).maximum
 
 
 def plain(text: str, style: str = "") -> Text:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -26,7 +26,7 @@ from vnp_lib.failures import ConfigError
 from vnp_lib.fair_esm import fair_esm_network
 from vnp_lib.precision import LEAST_COSINE
 from vnp_lib.run import resolve_dtype, torch_device_name
-from vnp_lib.terminal import plain
+from vnp_lib.terminal import natural_width, plain
 from vnp_lib.tokens import PackedBatch, pack_batch
 from vnp_lib.weights import Weights, is_official, load_model, parameters_of, resolve_weights
 
@@ -200,7 +200,7 @@ def _packed() -> PackedBatch:
 
 def render(report: ModelReport) -> RenderableType:
     """Draw it for a terminal."""
-    return Group(*_headline(report), _table(report), *_verdict(report))
+    return Group(*_headline(report), _Layers(report), *_verdict(report))
 
 
 def _headline(report: ModelReport) -> Iterator[Text]:
@@ -214,6 +214,26 @@ def _headline(report: ModelReport) -> Iterator[Text]:
     }[report.is_official]
     residues = sum(map(len, SEQUENCES.values()))
     yield plain(f"{len(SEQUENCES)} sequences, {residues:,} residues")
+
+
+class _Layers:
+    """A table where the terminal has room for its numbers, and else a paragraph for each layer."""
+
+    def __init__(self, report: ModelReport) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = _table(self._report)
+        if natural_width(table, console, options) <= options.max_width:
+            yield table
+            return
+        for each in self._report.layers:
+            yield plain(
+                f"layer {each.layer}: largest difference {each.max_abs_difference:.2g}, "
+                f"{each.relative_difference:.1e} of the largest value, "
+                f"lowest cosine of a residue {each.lowest_cosine:.6f}"
+                + ("" if each.is_within(self._report.tolerance) else "; too far")
+            )
 
 
 def _table(report: ModelReport) -> Table:

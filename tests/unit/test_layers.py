@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"failures"},
-    {"files", "software", "machine", "weight_files", "outputs", "windows", "user_paths"},
+    {"files", "software", "machine", "weight_files", "outputs", "windows", "user_paths", "streams"},
     {
         "config",
         "records",

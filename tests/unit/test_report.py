@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -314,3 +317,39 @@ def test_pictures_do_not_grow_with_the_run() -> None:
 def test_sequences_of_one_length_have_a_histogram() -> None:
     assert "sequences" in svg_of(pictures.lengths_histogram(np.array([166, 166], dtype=np.int32)))
     assert "sequences" in svg_of(pictures.lengths_histogram(np.array([1], dtype=np.int32)))
+
+
+@pytest.mark.parametrize(
+    "seconds", [1, 45, 61, 299, 3_599, 5 * 3_600 - 9, 100_000, 5 * 86_400 - 900, 40 * 86_400, 900 * 86_400]
+)
+def test_a_run_of_any_duration_has_its_times(seconds: int) -> None:
+    """Without a word from Matplotlib, which is an error here, and with two ticks or more."""
+    svg = svg_of(pictures.attempts_over_time([attempt(ending=Ending.DONE, seconds=seconds)], [0]))
+    assert 2 <= len(re.findall(r'id="xtick_\d+"', svg)) <= 9
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"MPLCONFIGDIR": "/proc/none", "MPLBACKEND": "TkAgg"}, 0, ""),
+        ({"MPLBACKEND": "module://not_installed"}, 0, ""),
+        ({"MATPLOTLIBRC": "{rc}"}, 0, ""),
+        ({"MPLBACKEND": "NoSuchBackend"}, 2, "Matplotlib cannot be used"),
+    ],
+)
+def test_settings_of_matplotlib_are_for_other_pictures(tmp_path: Path, variables, code: int, said: str) -> None:
+    """Its caches, back end and settings, whole or broken: not a word of them, and a sentence where it cannot be used."""
+    _, paths = run_of(tmp_path, 1)
+    rc = tmp_path / "matplotlibrc"
+    rc.write_text("no.such.setting: 1\nfigure.facecolor: black\nsvg.fonttype: path\n")
+    environment = os.environ | {name: value.format(rc=rc) for name, value in variables.items()}
+    ended = subprocess.run(
+        [sys.executable, "-m", "vnp_lib", "report", paths.run_dir],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ended.stderr == "" if not said else said in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from vnp_lib.inputs import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
-from vnp_lib.status import RunStatus, ShardState, load_plan_of, read_status, render
+from vnp_lib.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
 from vnp_lib.terminal import format_bytes
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
@@ -235,6 +236,27 @@ def test_of_very_many_shards_the_interesting_ones_are_drawn(paths: RunPaths, tmp
     assert len(lines) < 50
     assert sum(line.startswith("  150  failed") for line in lines) == 1
     assert sum("160 stopped" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("width", [10_000, 140, 100, 80, 60, 40, 30, 20])
+def test_numbers_are_never_cut(plan: RunPlan, paths: RunPaths, width: int) -> None:
+    """However narrow the terminal: a table where it has room, and else a paragraph for each shard."""
+    shard = replace(
+        status_of(plan, paths).shards[0],
+        num_sequences=12_345_678,
+        num_done=12_345_678,
+        tokens_per_s=1_234_567.0,
+        device="GPU-5ab2-1",
+        failure=LastFailure(kind="oom", cause="device_memory", message="out of memory", reason="tried again", at=NOON),
+    )
+    seen = replace(status_of(plan, paths), shards=(shard, replace(shard, rank=1, num_done=0)), at=NOON)
+    lines = drawn(seen, width).splitlines()
+    words = " ".join(lines).split()
+    assert max(map(len, lines)) <= width
+    assert "\u2026" not in "".join(words)
+    assert sum("12,345,678" in word for word in words) >= 3
+    assert sum("1,234,567" in word for word in words) == 2
+    assert any("100.0" in word for word in words)
 
 
 def test_the_command_prints_for_people_and_for_machines(plan: RunPlan, paths: RunPaths, capsys) -> None:
