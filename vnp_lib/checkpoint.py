@@ -29,6 +29,7 @@ from vnp_lib.checkpoint_file import (
     require_committable,
     save_content,
     set_aside,
+    tensor_of,
     to_numpy,
 )
 from vnp_lib.checkpoint_survey import Damage, require_few_lost
@@ -37,8 +38,17 @@ from vnp_lib.failures import CheckpointError, CheckpointWriteError, FingerprintM
 from vnp_lib.files import make_directory, marker_path, write_marker
 from vnp_lib.manifest import CheckpointManifest
 
-DEFAULT_SEQ_THRESHOLD = 10_000
-DEFAULT_TIME_THRESHOLD_S = 300.0
+
+class _DefaultCount(int):
+    """A number that nobody has given: 10,000 that are given stay 10,000 in viral mode."""
+
+
+class _DefaultSeconds(float):
+    """The same of a time."""
+
+
+DEFAULT_SEQ_THRESHOLD = _DefaultCount(10_000)
+DEFAULT_TIME_THRESHOLD_S = _DefaultSeconds(300.0)
 VIRAL_SEQ_THRESHOLD = 5_000
 VIRAL_TIME_THRESHOLD_S = 180.0
 
@@ -56,7 +66,7 @@ T = TypeVar("T")
 class CheckpointTrigger:
     """When to write a checkpoint: after so many sequences or so much time since the last.
 
-    With `VIRNUCPRO_VIRAL_CHECKPOINT_MODE` set, thresholds left at their defaults become 5,000 sequences and 180 s.
+    With `VIRNUCPRO_VIRAL_CHECKPOINT_MODE` set they are 5,000 sequences and 180 s, unless one of the two is given.
     """
 
     def __init__(
@@ -67,10 +77,9 @@ class CheckpointTrigger:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if viral_checkpoint_mode():
-            seq_threshold = VIRAL_SEQ_THRESHOLD if seq_threshold == DEFAULT_SEQ_THRESHOLD else seq_threshold
-            if time_threshold_sec == DEFAULT_TIME_THRESHOLD_S:
-                time_threshold_sec = VIRAL_TIME_THRESHOLD_S
+        is_given = seq_threshold is not DEFAULT_SEQ_THRESHOLD or time_threshold_sec is not DEFAULT_TIME_THRESHOLD_S
+        if viral_checkpoint_mode() and not is_given:
+            seq_threshold, time_threshold_sec = VIRAL_SEQ_THRESHOLD, VIRAL_TIME_THRESHOLD_S
         if not seq_threshold > 0:
             raise ValueError(f"seq_threshold is {seq_threshold}; it must be positive")
         if not time_threshold_sec > 0:
@@ -165,7 +174,6 @@ class AsyncCheckpointWriter:
             Resolves when the checkpoint is committed, to the seconds that writing it took.
 
         Raises:
-            CheckpointWriteError: An earlier checkpoint could not be written.
             TypeError, ValueError: What was given is no checkpoint. Nothing has been written.
             NumericalInstabilityError: A row is not finite.
         """
@@ -187,18 +195,22 @@ class AsyncCheckpointWriter:
             pieces: (rows, D) each, or (values,), on the CPU; together they are the checkpoint's rows.
 
         As `write_checkpoint_async` otherwise, except that what is no checkpoint, or not finite, is its future's error.
+
+        Raises:
+            CheckpointWriteError: An earlier checkpoint could not be written.
         """
         size_bytes = sum(piece.nbytes for piece in pieces)
-        return self._begun(
-            lambda: self._executor.submit(self._write_pieces, Path(checkpoint_path), pieces, sequence_ids, metadata),
-            size_bytes,
-        )
+
+        def begin() -> Future[float]:
+            self._raise_failures()
+            return self._executor.submit(self._write_pieces, Path(checkpoint_path), pieces, sequence_ids, metadata)
+
+        return self._begun(begin, size_bytes)
 
     def _begun(self, begin: Callable[[], Future[float]], size_bytes: int) -> Future[float]:
         """Begin to write, once there is room for it."""
         self._in_flight.enter(size_bytes)
         try:
-            self._raise_failures()
             future = begin()
         except BaseException:
             self._in_flight.leave(size_bytes)
@@ -246,7 +258,7 @@ class AsyncCheckpointWriter:
         if failures:
             self._are_failures_told = True
             told = "; ".join(str(failure) for failure in failures)
-            raise CheckpointWriteError(f"{len(failures)} checkpoints could not be written: {told}") from failures[0]
+            raise CheckpointWriteError(f"{len(failures)} checkpoint write(s) failed: {told}") from failures[0]
 
     def _write_pieces(
         self, checkpoint_path: Path, pieces: Sequence[Tensor], sequence_ids: list[str], metadata: dict[str, Any]
@@ -294,7 +306,8 @@ class AsyncCheckpointWriter:
             return
         try:
             self._manifest.update_shard_checkpoint(self._rank, batch_idx_of(path), rows, path.name)
-        except (StorageError, OSError) as error:  # the checkpoint is committed, and the manifest can be made from it
+        # The checkpoint is committed, and the manifest can be made from it.
+        except (StorageError, OSError, ValueError) as error:
             logger.warning("%s is committed, but the manifest does not know it yet: %s", path, error)
 
 
@@ -400,9 +413,12 @@ def _require_array(embeddings: object) -> None:
 
 
 def _snapshot(embeddings: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    if isinstance(embeddings, Tensor):
-        return embeddings.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return torch.from_numpy(np.array(embeddings, dtype=embeddings.dtype.newbyteorder("="), order="C"))
+    if isinstance(embeddings, np.ndarray):
+        return tensor_of(embeddings)
+    on_cpu = embeddings.to("cpu")
+    if on_cpu.dtype == torch.bfloat16 or on_cpu.requires_grad is True:  # NumPy takes neither
+        return on_cpu.detach().clone(memory_format=torch.contiguous_format)
+    return tensor_of(on_cpu.numpy())
 
 
 def _make_way(path: Path) -> None:

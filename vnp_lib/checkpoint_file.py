@@ -7,7 +7,7 @@ size_bytes and sha256 of the file, rows, width (0 where they differ), dtype, and
 where the metadata has them. The bytes of a checkpoint are a function of its content: no times, no host, no addresses.
 
 What a reader believes, in this order: the marker, the file's size and sha256 by the marker, and only then its content,
-read by `torch.load(weights_only=True)` and by nothing else.
+read by `torch.load(weights_only=True)` and by nothing else. Other tools save `embeddings` as a NumPy array: that is read too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vnp_lib.array_pickle import ARRAY_GLOBALS, arrays_allowed, require_plain_arrays
 from vnp_lib.failures import CheckpointError, NumericalInstabilityError, StorageError
 from vnp_lib.files import FileDigest, digest_stream, durable_file, make_directory, marker_path, move_file, read_marker
 
@@ -50,10 +51,12 @@ _OPCODES = re.compile(
     r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|(LONG_)?BIN(PUT|GET)|"
     r"EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|SETITEMS?"
 )
+_ARRAY_OPCODE = "BUILD"  # beside these, for a NumPy array
 _GLOBALS = re.compile(
     r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Half|BFloat16|Float|Double|Int|Long)Storage"
 )
 _MAX_CALLS = 2  # of _rebuild_tensor_v2, and of OrderedDict for its hooks
+_MAX_CALLS_OF_ARRAY = 4  # of _reconstruct, dtype, and encode for its bytes and for a letter
 _MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
 
 logger = logging.getLogger(__name__)
@@ -272,6 +275,11 @@ def to_numpy(embeddings: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
+def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
+    """A copy of an array as a tensor, contiguous, in the machine's byte order."""
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
 def _is_finite(embeddings: Tensor) -> bool:
     # What is not finite shows in the sum, which takes a fiftieth of the time; a sum can also be too large by itself.
     return bool(torch.isfinite(embeddings.sum())) or bool(torch.isfinite(embeddings).all())
@@ -355,9 +363,10 @@ def _verify_digest(file: BinaryIO, marker: dict[str, Any]) -> None:
 def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
     size_bytes = os.fstat(file.fileno()).st_size
     try:
-        _check_archive(file, size_bytes)
+        holds_array = _check_archive(file, size_bytes)
         file.seek(0)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with arrays_allowed() if holds_array else nullcontext():
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except _NOT_A_CHECKPOINT as error:
         raise CheckpointError(f"failed to load: {error}") from error
     content = _as_content(loaded)
@@ -367,8 +376,12 @@ def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
     return content
 
 
-def _check_archive(file: BinaryIO, size_bytes: int) -> None:
-    """Refuse what torch.load could make more of than the file holds; ValueError says why."""
+def _check_archive(file: BinaryIO, size_bytes: int) -> bool:
+    """Refuse what torch.load could make more of than the file holds; ValueError says why.
+
+    Returns:
+        Whether it holds a NumPy array.
+    """
     _require_plain_directory(file, size_bytes)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -381,7 +394,7 @@ def _check_archive(file: BinaryIO, size_bytes: int) -> None:
             raise ValueError("two members of the archive have one name")
         if any(name.endswith("/constants.pkl") for name in names):
             raise ValueError("it is a program (TorchScript)")
-        _check_pickle(archive.read(members[0].filename.split("/")[0] + "/data.pkl"))
+        return _check_pickle(archive.read(members[0].filename.split("/")[0] + "/data.pkl"))
 
 
 def _require_plain_directory(file: BinaryIO, size_bytes: int) -> None:
@@ -400,26 +413,38 @@ def _require_plain_directory(file: BinaryIO, size_bytes: int) -> None:
         raise ValueError("the directory of the archive is not where it says")
 
 
-def _check_pickle(data: bytes) -> None:
+def _check_pickle(data: bytes) -> bool:
+    """Refuse a pickle that does more than a checkpoint's; ValueError says why. Say whether it holds a NumPy array."""
     counts: Counter[str] = Counter()
+    holds_array = False
     for opcode, argument, _ in pickletools.genops(data):
         counts[opcode.name] += 1
-        if not _OPCODES.fullmatch(opcode.name):
+        if not _OPCODES.fullmatch(opcode.name) and opcode.name != _ARRAY_OPCODE:
             raise ValueError(f"its pickle has the operation {opcode.name}, which no checkpoint needs")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
-            raise ValueError(f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs")
+            if not ARRAY_GLOBALS.fullmatch(str(argument)):
+                raise ValueError(f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs")
+            holds_array = True
+    if counts[_ARRAY_OPCODE] and not holds_array:
+        raise ValueError(f"its pickle has the operation {_ARRAY_OPCODE}, which no checkpoint needs")
     num_tuples = sum(counts[name] for name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))
-    if counts["REDUCE"] > _MAX_CALLS or counts["BINPERSID"] > 1 or num_tuples > _MAX_TUPLES:
+    most_calls = _MAX_CALLS_OF_ARRAY if holds_array else _MAX_CALLS
+    if counts["REDUCE"] > most_calls or counts["BINPERSID"] > 1 or num_tuples > _MAX_TUPLES:
         raise ValueError("its pickle builds more than one tensor and plain values")
+    if holds_array:
+        require_plain_arrays(data)
+    return holds_array
 
 
 def _as_content(loaded: Any) -> CheckpointContent:
     if type(loaded) is not dict:
         raise CheckpointError(f"it holds a {type(loaded).__name__}, not a dict")
     if missing := [key for key in _KEYS if key not in loaded]:
-        raise CheckpointError(f"missing key: {', '.join(missing)}")
+        raise CheckpointError(f"missing required keys: {', '.join(missing)}")
     if len(loaded) > len(_KEYS):
         raise CheckpointError(f"unknown key: {', '.join(repr(key) for key in loaded if key not in _KEYS)}")
+    if isinstance(loaded["embeddings"], np.ndarray):
+        loaded["embeddings"] = tensor_of(loaded["embeddings"])
     return CheckpointContent(**loaded)
 
 

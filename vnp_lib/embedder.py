@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
+from vnp_lib.foreign_model import representations_of
 from vnp_lib.heads import with_heads
 from vnp_lib.long_sequences import join_windows, long_mean_of
 from vnp_lib.outputs import RowLayout, offsets_of
@@ -35,7 +36,7 @@ class PackedModel(Protocol):
     def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
         """Give `{"representations": {layer: states}}`, the states (T, D).
 
-        Where a layout asks for more than the mean of the last layer, it takes `repr_layers` too, as `ESM2` does.
+        A model that takes `repr_layers` too is always told them. One with a `forward` of its own need not have this method.
         """
 
 
@@ -45,8 +46,7 @@ def embed_batch(model: PackedModel, batch: PackedBatch, layout: RowLayout | None
     Without a layout they are the mean over the residues of the highest layer that the model gives, (B, D).
     """
     if layout is None:
-        output = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-        representations = output["representations"]
+        representations = representations_of(model, batch)
         return mean_pool(representations[max(representations)], batch.cu_seqlens)
     asked: dict[str, Any] = {"repr_layers": layout.layers}
     computed = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, **asked)

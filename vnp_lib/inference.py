@@ -19,7 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.checkpoint import AsyncCheckpointWriter, CheckpointTrigger, resume_from_checkpoints
+from vnp_lib.checkpoint import (
+    DEFAULT_SEQ_THRESHOLD,
+    DEFAULT_TIME_THRESHOLD_S,
+    AsyncCheckpointWriter,
+    CheckpointTrigger,
+    resume_from_checkpoints,
+)
 from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
 from vnp_lib.failures import SequenceTooLargeError
 from vnp_lib.listener import Listener
@@ -53,7 +59,7 @@ class AsyncInferenceRunner:
     """Embeds batches on one device and keeps what it has computed in `checkpoint_dir/shard_{rank}/`.
 
     Args:
-        model: A model on `device`, in eval mode.
+        model: A model on `device`, in eval mode, with `forward_packed`, `forward` for padded batches, or both.
         device: Where it is.
         enable_streams: On a GPU, fetch the rows of a batch while the next one is computed.
         checkpoint_dir: Folder of all shards' checkpoints; None keeps nothing.
@@ -76,8 +82,8 @@ class AsyncInferenceRunner:
         enable_streams: bool = True,
         checkpoint_dir: Path | None = None,
         rank: int = 0,
-        checkpoint_seq_threshold: int = 10_000,
-        checkpoint_time_threshold: float = 300.0,
+        checkpoint_seq_threshold: int = DEFAULT_SEQ_THRESHOLD,
+        checkpoint_time_threshold: float = DEFAULT_TIME_THRESHOLD_S,
         manifest: CheckpointManifest | None = None,
         input_fingerprint: str = "",
         model_config_hash: str = "",
@@ -87,6 +93,8 @@ class AsyncInferenceRunner:
         exactly: Callable[[PackedBatch], Tensor] | None = None,
         exact_rows: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
+        if rank < 0:
+            raise ValueError(f"rank must be non-negative, and is {rank}")
         device = torch.device(device)
         self._embedder = Embedder(model, device, budget=budget or TokenBudget(), layout=layout, exactly=exactly)
         self._layout = layout
@@ -326,6 +334,9 @@ class _Unsaved:
                 "ordinals": ordinals.tolist(),
                 "batches": [batch.batch_idx for batch in batches],
                 "reason": reason,
+                "trigger_reason": reason,  # these three by VirNucPro's names
+                "batch_idx": number,
+                "num_sequences": ordinals.size,
             },
         )
         written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))

@@ -71,7 +71,7 @@ class CheckpointManifest:
     def exists(self) -> bool:
         return self.path.is_file()
 
-    def initialize(self, world_size: int, input_fingerprint: str, model_config_hash: str) -> None:
+    def initialize(self, world_size: int, input_fingerprint: str = "", model_config_hash: str = "") -> None:
         """Write a manifest of `world_size` shards in progress, unless there is one: that is left as it is."""
         with self._exclusive():
             if not self.exists():

@@ -36,6 +36,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # int32 (B + 1,), first 0, last T
     max_seqlen: int  # tokens, BOS and EOS included
     shares: Tensor | None = None  # float32 (T,), what each token counts for in a mean; None: all residues alike
+    is_padded: bool = False  # as it came
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, batch_idx: int, first_ordinal: int) -> PackedBatch:
@@ -55,7 +56,8 @@ class PackedBatch:
         ordinals = mapping.get("ordinals")
         if ordinals is None:
             ordinals = range(first_ordinal, first_ordinal + len(sequence_ids))
-        return _checked_batch(batch_idx, ordinals, sequence_ids, input_ids, cu_seqlens)
+        batch = _checked_batch(batch_idx, ordinals, sequence_ids, input_ids, cu_seqlens)
+        return batch if mapping.get("cu_seqlens") is not None else replace(batch, is_padded=True)
 
     @property
     def num_sequences(self) -> int:
@@ -81,7 +83,8 @@ class PackedBatch:
             self.input_ids[is_kept],
             _boundaries(seqlens[keep]),
         )
-        return selected if self.shares is None else replace(selected, shares=self.shares[is_kept])
+        shares = None if self.shares is None else self.shares[is_kept]
+        return replace(selected, shares=shares, is_padded=self.is_padded)
 
     def split(self, token_budget: int) -> list[PackedBatch]:
         """Cut it into batches of at most `token_budget` tokens, in order; a longer sequence is one of its own."""

@@ -242,8 +242,7 @@ class ShardAttempt:
             enable_streams=not job.is_careful,
             checkpoint_dir=self._paths.checkpoints_dir,
             rank=job.rank,
-            checkpoint_seq_threshold=job.checkpoint_seq_threshold,
-            checkpoint_time_threshold=job.checkpoint_time_threshold,
+            **_checkpoint_thresholds(job),
             manifest=CheckpointManifest(self._paths.manifest),
             input_fingerprint=job.fingerprint,
             model_config_hash=job.weights_digest,
@@ -354,6 +353,16 @@ class _Reporter(Listener):
             sequence = quarantined(self._plan, ordinal, failure, attempts=2)
             self._quarantine.add(sequence)
             self._events.send("quarantined", id=sequence.id, message=failure.message)
+
+
+def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
+    """The thresholds of a job, or nothing where both are the defaults, which the environment may change."""
+    from vnp_lib.checkpoint import DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S
+
+    thresholds = (job.checkpoint_seq_threshold, job.checkpoint_time_threshold)
+    if thresholds == (DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S):
+        return {}
+    return dict(zip(("checkpoint_seq_threshold", "checkpoint_time_threshold"), thresholds, strict=True))
 
 
 def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int) -> QuarantinedSequence:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 _FILES = "tests/unit/test_files.py"
 _FASTA = "tests/unit/test_fasta.py"
+_CONTRACT = "tests/unit/test_reference_contract.py"
 _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
 _CHECKPOINT_FILE = "tests/unit/test_checkpoint_file.py"
 _CHECKPOINT_SURVEY = "tests/unit/test_checkpoint_survey.py"
@@ -322,8 +323,8 @@ _WRITER = (
     Mutant(
         name="writer-error-not-told-at-the-next-checkpoint",
         module="checkpoint",
-        before="            self._raise_failures()\n            future = begin()",
-        after="            future = begin()",
+        before="            self._raise_failures()\n            return self._executor.submit(self._write_pieces",
+        after="            return self._executor.submit(self._write_pieces",
         caught_by=(f"{_CHECKPOINT}::test_an_error_surfaces_at_the_next_checkpoint_and_stays",),
     ),
     Mutant(
@@ -357,15 +358,15 @@ _WRITER = (
     Mutant(
         name="tensor-of-the-caller-not-copied",
         module="checkpoint",
-        before='embeddings.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)',
-        after='embeddings.detach().to("cpu").contiguous()',
+        before="return tensor_of(on_cpu.numpy())",
+        after="return on_cpu.detach().contiguous()",
         caught_by=(f"{_CHECKPOINT}::test_writer_copies_numpy_data_safely[tensor]",),
     ),
     Mutant(
         name="array-of-the-caller-not-copied",
-        module="checkpoint",
-        before="np.array(embeddings, dtype=",
-        after="np.asarray(embeddings, dtype=",
+        module="checkpoint_file",
+        before="np.array(array, dtype=",
+        after="np.asarray(array, dtype=",
         caught_by=(f"{_CHECKPOINT}::test_writer_copies_numpy_data_safely[numpy]",),
     ),
     Mutant(
@@ -431,9 +432,30 @@ _READER = (
     Mutant(
         name="pickle-not-looked-at",
         module="checkpoint_file",
-        before="        _check_pickle(archive.read",
-        after="        len(archive.read",
+        before="        return _check_pickle(archive.read",
+        after="        return not len(archive.read",
         caught_by=(f"{_CHECKPOINT_FILE}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",),
+    ),
+    Mutant(
+        name="calls-of-numpy-not-looked-at",
+        module="checkpoint_file",
+        before="        require_plain_arrays(data)\n",
+        after="        pass\n",
+        caught_by=(f"{_CONTRACT}::test_numpys_reconstructors_build_arrays_of_numbers_and_nothing_else",),
+    ),
+    Mutant(
+        name="array-of-another-size-than-its-bytes",
+        module="array_pickle",
+        before="if _num_values(shape) * itemsize == size:",
+        after="if _num_values(shape) * itemsize >= 0 <= size:",
+        caught_by=(f"{_CONTRACT}::test_an_array_that_claims_more_values_than_its_bytes_hold_is_not_built",),
+    ),
+    Mutant(
+        name="layers-not-passed",
+        module="foreign_model",
+        before="    if takes_any or not _binds(signature, *arguments):",
+        after="    if takes_any:",
+        caught_by=(f"{_CONTRACT}::test_a_model_by_another_hand_is_served_packed_and_padded",),
     ),
     Mutant(
         name="compressed-members-unpacked",

@@ -266,7 +266,8 @@ def test_writer_gpu_to_cpu_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Tensor, "numpy", recorded_numpy)
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(tmp_path / "batch_00000.pt", embeddings, ["a", "b", "c"], {})
-    assert transfers == [("to cpu", threading.current_thread().name)]
+    here = threading.current_thread().name
+    assert transfers == [("to cpu", here), ("numpy", here)]
     loaded = torch.load(tmp_path / "batch_00000.pt", weights_only=True)["embeddings"]
     assert loaded.device.type == "cpu"
     assert torch.equal(loaded, embeddings.cpu())
@@ -301,7 +302,7 @@ def test_writer_async_failure_propagates(tmp_path: Path, monkeypatch: pytest.Mon
     first, second = (tmp_path / f"batch_0000{batch_idx}.pt" for batch_idx in range(2))
     writer.write_checkpoint_async(first, torch.ones(1, 2), ["a"], {})
     writer.write_checkpoint_async(second, torch.ones(1, 2), ["b"], {})
-    with pytest.raises(RuntimeError, match=r"1 checkpoints could not be written: .*batch_00001.pt.*the disk said no"):
+    with pytest.raises(RuntimeError, match=r"1 checkpoint write\(s\) failed: .*batch_00001.pt.*the disk said no"):
         writer.wait_all()
     writer.shutdown()
     assert validate_checkpoint_pt(first) == (True, "")
@@ -470,7 +471,7 @@ def test_an_error_surfaces_at_the_next_checkpoint_and_stays(tmp_path: Path, deny
     future = writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
     assert isinstance(future.exception(timeout=30), StorageError)
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
-        writer.write_checkpoint_async(tmp_path / "batch_00001.pt", torch.ones(1, 2), ["a"], {})
+        writer.hand_over(tmp_path / "batch_00001.pt", [torch.ones(1, 2)], ["a"], {})
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         writer.wait_all()
     assert not writer.has_pending()
@@ -749,7 +750,7 @@ def test_validate_missing_keys_fails(tmp_path: Path) -> None:
     write_by_hand(tmp_path / "batch_00000.pt", {"embeddings": torch.ones(3, 4)})
     is_valid, reason = validate_checkpoint_pt(tmp_path / "batch_00000.pt")
     assert not is_valid
-    assert reason == "missing key: sequence_ids, metadata"
+    assert reason == "missing required keys: sequence_ids, metadata"
 
 
 def test_validate_shape_mismatch_fails(tmp_path: Path) -> None:

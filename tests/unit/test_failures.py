@@ -128,7 +128,7 @@ EXCEPTIONS = [
     (os_error(errno.ENOSPC), C.DISK_FULL),
     (os_error(errno.EDQUOT), C.DISK_FULL),
     (caused_by(StorageError("batch_00001.pt: make room"), os_error(errno.ENOSPC)), C.DISK_FULL),
-    (CheckpointWriteError("1 checkpoints could not be written: No space left on device"), C.STORAGE),
+    (CheckpointWriteError("1 checkpoint write(s) failed: No space left on device"), C.STORAGE),
     (
         caused_by(CheckpointWriteError("1 checkpoints"), caused_by(StorageError("x"), os_error(errno.EDQUOT))),
         C.DISK_FULL,

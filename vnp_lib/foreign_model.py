@@ -1,0 +1,78 @@
+"""Call a model that is not ours as VirNucPro does: packed or padded, and with the layers that it is to give."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vnp_lib.tokens import PAD, PackedBatch
+
+_LAYERS_OF_ESM2_3B = 36  # what VirNucPro asks for, whatever the model
+
+
+def representations_of(model: Any, batch: PackedBatch) -> Mapping[int, Tensor]:
+    """The states of every token that a model gives of a batch, (T, D), by layer.
+
+    A batch that came padded goes to `forward(input_ids, repr_layers)`, where the model has such a method, and any other to
+    `forward_packed(input_ids, cu_seqlens, max_seqlen, repr_layers)`. The layer that is asked for is the last one.
+    """
+    layers = [_last_layer(model)]
+    has_packed = callable(getattr(model, "forward_packed", None))
+    if not has_packed or (batch.is_padded and _has_forward(model)):
+        is_token, input_ids = _padded(batch)
+        given: Mapping[int, Tensor] = _called(model.forward, (input_ids,), layers)["representations"]
+        return {layer: states[is_token] for layer, states in given.items()}
+    arguments = (batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
+    packed: Mapping[int, Tensor] = _called(model.forward_packed, arguments, layers)["representations"]
+    return packed
+
+
+def _last_layer(model: Any) -> int:
+    for owner in (getattr(model, "architecture", None), model):
+        num_layers = getattr(owner, "num_layers", None)
+        if isinstance(num_layers, int):
+            return num_layers
+    return _LAYERS_OF_ESM2_3B
+
+
+def _has_forward(model: Any) -> bool:
+    """Whether it has a padded pass that takes the layers; `nn.Module` has one that only says that there is none."""
+    if not callable(getattr(model, "forward", None)) or getattr(type(model), "forward", None) is nn.Module.forward:
+        return False
+    signature = inspect.signature(model.forward)
+    return _binds(signature, None, repr_layers=[]) or _binds(signature, None, [])
+
+
+def _padded(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Which places of the padded batch are tokens, bool (B, L), and the batch, (B, L)."""
+    places = torch.arange(batch.max_seqlen, device=batch.input_ids.device)
+    is_token = places < batch.cu_seqlens.diff()[:, None]
+    input_ids = torch.full(is_token.shape, PAD, dtype=batch.input_ids.dtype, device=batch.input_ids.device)
+    input_ids[is_token] = batch.input_ids
+    return is_token, input_ids
+
+
+def _called(method: Callable[..., Any], arguments: tuple[Any, ...], layers: list[int]) -> Any:
+    """Call with `repr_layers` by name; by position where it has another name; without it where the method knows none."""
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):
+        return method(*arguments, repr_layers=layers)
+    if _binds(signature, *arguments, repr_layers=layers):
+        return method(*arguments, repr_layers=layers)
+    takes_any = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values())
+    if takes_any or not _binds(signature, *arguments):
+        return method(*arguments, layers)
+    return method(*arguments)
+
+
+def _binds(signature: inspect.Signature, *arguments: Any, **named: Any) -> bool:
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
