@@ -21,6 +21,7 @@ import re
 import struct
 import uuid
 import zipfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,7 +36,15 @@ from torch import Tensor
 
 from vnp_lib.array_pickle import ARRAY_GLOBALS, arrays_allowed, require_plain_arrays
 from vnp_lib.failures import CheckpointError, NumericalInstabilityError, StorageError
-from vnp_lib.files import FileDigest, digest_stream, durable_file, make_directory, marker_path, move_file, read_marker
+from vnp_lib.files import (
+    FileDigest,
+    digest_stream,
+    durable_file,
+    make_directory,
+    marker_path,
+    move_file,
+    read_marker_arrays,
+)
 
 _KEYS = ("embeddings", "sequence_ids", "metadata")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -334,7 +343,7 @@ def _read_marker(path: Path) -> dict[str, Any]:
     if not marker_path(path).exists():
         raise CheckpointError("missing .done marker: it was never finished")
     try:
-        marker = read_marker(path)
+        marker = read_marker_arrays(path)
     except StorageError as error:
         raise CheckpointError(str(error)) from error
     for key, kind in (("size_bytes", int), ("sha256", str), ("rows", int), ("width", int), ("dtype", str)):
@@ -485,17 +494,22 @@ def _num_rows(offsets: Any, num_values: int) -> int:
 
 
 def _ordinals(values: Any, *, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    if type(values) is not list or not all(type(value) is int and 0 <= value < 2**63 for value in values):
-        raise CheckpointError("ordinals is no list of whole numbers from 0")
-    if len(values) != rows:
-        raise CheckpointError(f"shape mismatch: {rows} rows, {len(values)} ordinals")
-    ordinals = np.array(values, dtype=np.int64)
-    if np.unique(ordinals).size != rows:
+    """Validate ordinals: a list, or an array of a marker's, which holds whole numbers from 0."""
+    if not isinstance(values, array):
+        if type(values) is not list or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+            raise CheckpointError("ordinals is no list of whole numbers from 0")
+        values = array("q", values)
+    ordinals = np.asarray(values)
+    if ordinals.size != rows:
+        raise CheckpointError(f"shape mismatch: {rows} rows, {ordinals.size} ordinals")
+    in_order = np.sort(ordinals)
+    if (in_order[1:] == in_order[:-1]).any():
         raise CheckpointError("an ordinal is there twice")
-    return ordinals
+    return ordinals.astype(np.int64)
 
 
 def _require_agreement(content: CheckpointContent, marker: dict[str, Any]) -> None:
     for key, value in content.marker_fields().items():
-        if marker.get(key) != value:
+        said = marker.get(key)
+        if (said.tolist() if isinstance(said, array) else said) != value:
             raise CheckpointError(f"its {key} is not what its marker says")

@@ -22,19 +22,24 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from vnp_lib import packed_integers
 from vnp_lib.failures import LockTimeoutError, StorageError
+from vnp_lib.mounts import locks_are_shared
+from vnp_lib.processes import ProcessIdentity
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-MARKER_SCHEMA = 1
+MARKER_SCHEMA = 2
+_MARKER_SCHEMAS = (1, MARKER_SCHEMA)  # the first has lists of numbers as JSON has them
 MAX_JSON_BYTES = 32 * 1024**2
 FOREIGN_TEMPORARY_AGE_S = 3600.0
 
@@ -42,6 +47,8 @@ _MOST_NAME_BYTES = 255  # of a file, on all common file systems
 _READ_BLOCK_BYTES = 1024**2
 _FILE_MODE = 0o640
 _LOCK_POLL_S = 0.005
+_TEMPORARY = re.compile(r"\.tmp-(.+)@([^@]+)@([^@]+)@([^@]+)@([1-9]\d{0,6})@(\d+)@[0-9a-f]{8}", re.DOTALL)
+_TEMPORARY_BEFORE = re.compile(r"\.tmp-(.+)-([1-9]\d{0,6})-[0-9a-f]{8}", re.DOTALL)
 
 
 class DurableOps:
@@ -236,8 +243,18 @@ def write_json(path: Path, value: Any, *, replace: bool = False) -> FileDigest:
 
 
 def write_sealed_json(path: Path, fields: dict[str, Any], *, replace: bool = False) -> FileDigest:
-    """Write an object with a `seal`, the sha256 of its other fields: a flipped bit that is still JSON does not pass."""
-    return write_json(path, {**fields, "seal": _seal(fields)}, replace=replace)
+    """Write an object with a `seal`, the sha256 of its other fields: a flipped bit that is still JSON does not pass.
+
+    Raises:
+        StorageError: It would be larger than 32 MiB, which nobody could read. Nothing is written.
+        OSError: As `durable_file`.
+    """
+    data = _sealed(fields)
+    if len(data) > MAX_JSON_BYTES:
+        raise StorageError(
+            f"{path} would have {len(data):,} bytes, and no more than {MAX_JSON_BYTES:,} are read of such a file: it is not written"
+        )
+    return write_file(path, data, replace=replace)
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
@@ -255,12 +272,10 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise StorageError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file")
     try:
-        fields = json.loads(data)
-        is_as_written = isinstance(fields, dict) and canonical_json(fields) == data
-        is_sealed = is_as_written and fields.pop("seal", None) == _seal(fields)
+        fields = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is torn or damaged: not JSON ({error})") from error
-    if not is_sealed:
+    if not isinstance(fields, dict) or not _is_sealed(data, fields.pop("seal", None)):
         raise StorageError(f"{path} is damaged: its seal does not fit its content")
     return cast(dict[str, Any], fields)
 
@@ -278,11 +293,17 @@ def marker_path(path: Path) -> Path:
 def write_marker(path: Path, digest: FileDigest, **fields: Any) -> FileDigest:
     """Say durably that `path` is whole: a sealed JSON object of schema, size_bytes, sha256 and `fields`.
 
+    A field that is a list of whole numbers is packed: it would take longer to read than all the rest.
+
     Raises:
         FileExistsError: `path` has a marker.
         OSError: As `durable_file`.
     """
-    return write_sealed_json(marker_path(path), {**fields, "schema": MARKER_SCHEMA, **asdict(digest)})
+    packed = {
+        name: packed_integers.pack(value) or value if isinstance(value, list) else value
+        for name, value in fields.items()
+    }
+    return write_sealed_json(marker_path(path), {**packed, "schema": MARKER_SCHEMA, **asdict(digest)})
 
 
 def read_marker(path: Path) -> dict[str, Any]:
@@ -292,11 +313,24 @@ def read_marker(path: Path) -> dict[str, Any]:
         StorageError: There is none, it is damaged, or another version of this software wrote it.
         OSError: The system could not read it.
     """
+    fields = read_marker_arrays(path)
+    return {name: value.tolist() if isinstance(value, array) else value for name, value in fields.items()}
+
+
+def read_marker_arrays(path: Path) -> dict[str, Any]:
+    """The same, with lists of whole numbers as arrays where the writer has packed them."""
     marker = marker_path(path)
     fields = read_sealed_json(marker)
-    if fields.get("schema") != MARKER_SCHEMA:
-        raise StorageError(f"{marker} has schema {fields.get('schema')!r}; this version reads {MARKER_SCHEMA}")
-    return fields
+    if fields.get("schema") not in _MARKER_SCHEMAS:
+        known = " and ".join(map(str, _MARKER_SCHEMAS))
+        raise StorageError(f"{marker} has schema {fields.get('schema')!r}; this version reads {known}")
+    try:
+        return {
+            name: packed_integers.unpack(value) if packed_integers.is_packed(value) else value
+            for name, value in fields.items()
+        }
+    except ValueError as error:
+        raise StorageError(f"{marker} is damaged: {error}") from error
 
 
 def digest_file(path: Path) -> FileDigest:
@@ -318,7 +352,8 @@ def digest_stream(file: BinaryIO) -> FileDigest:
 def make_directory(path: Path) -> None:
     """Make `path` and what is missing above it, durably.
 
-    The directory above `path` is synced even where `path` is there: whoever made it may have died before doing so.
+    The directory above `path` is synced even where `path` is there: whoever made it may have died before doing so. One
+    that may not be opened, such as another user's of mode 0711, is left unsynced.
     """
     if not path.parent.is_dir():
         make_directory(path.parent)
@@ -327,7 +362,8 @@ def make_directory(path: Path) -> None:
     except FileExistsError:
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "there is a file where a directory has to be", str(path)) from None
-    fsync_directory(path.parent)
+    with suppress(PermissionError):
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:
@@ -387,15 +423,24 @@ def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> No
         raise
 
 
-def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] = time.time) -> list[Path]:
+def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] | None = None) -> list[Path]:
     """Remove the temporary files and directories in `directory` whose writers are gone, and say which.
 
-    A writer of this host is gone when its process is. Of another host's processes nothing can be known: their files
-    count as orphaned when nobody has written to them for an hour. Nothing else is ever touched.
+    A writer of this machine is gone when its process is, whoever has its id by now. Of other machines' and containers'
+    processes nothing can be known: their files count as orphaned when nobody has written to them for an hour, by the
+    clock of the file system. Nothing else is ever touched.
+
+    Args:
+        clock: Seconds since the epoch, in the place of the file system's clock.
     """
     removed = []
-    for path in sorted(directory.glob(".tmp-*")):
-        if _is_orphaned(path, now_s=clock()):
+    now_s: float | None = None
+    for path in filter(_is_temporary, sorted(directory.glob(".tmp-*"))):
+        is_orphaned = _writer_is_gone(path)
+        if is_orphaned is None:
+            now_s = now_s or (clock() if clock is not None else _file_system_time(directory))
+            is_orphaned = _age_s(path, now_s=now_s) > FOREIGN_TEMPORARY_AGE_S
+        if is_orphaned:
             with suppress(FileNotFoundError):
                 _remove(path)
                 removed.append(path)
@@ -410,9 +455,24 @@ class LockHolder:
     pid: int
     since: str  # ISO 8601, UTC
     purpose: str
+    boot: str = ""  # as of `ProcessIdentity`; version 1.0 did not write it
+    pid_namespace: str = ""
+    started_at: str = "0"
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}, to {self.purpose}"
+
+    @property
+    def process(self) -> ProcessIdentity:
+        """Which process it is. One that version 1.0 has named is taken to be of this boot and this container."""
+        here = ProcessIdentity.current()
+        return ProcessIdentity(
+            host=self.host,
+            boot=self.boot or here.boot,
+            pid_namespace=self.pid_namespace or here.pid_namespace,
+            pid=self.pid,
+            started_at=self.started_at,
+        )
 
 
 class FileLock:
@@ -493,16 +553,36 @@ class FileLock:
     def holder(self) -> LockHolder | None:
         """Who holds the lock, from the lock file: a holder that died leaves its name there, though not the lock."""
         try:
-            return LockHolder(**json.loads(self.path.read_bytes()))
+            holder = LockHolder(**json.loads(self.path.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
+        return holder if isinstance(holder.pid, int) else None
 
     def presumed_holder(self) -> LockHolder | None:
-        """Who holds the lock, as far as can be told without trying it: who is dead, on this host, does not."""
+        """Who holds the lock, as far as can be told: who is dead, on this machine, does not.
+
+        Whether another machine's process is dead, the lock itself says, if it is one that machines share: it is tried,
+        shared, for a moment.
+        """
         holder = self.holder()
-        if holder is None or (holder.host == socket.gethostname() and not _is_alive(holder.pid)):
+        if holder is None or (holder.process.is_visible() and not holder.process.is_alive()):
+            return None
+        if not holder.process.is_visible() and locks_are_shared(self.path.parent) and self._is_free():
             return None
         return holder
+
+    def _is_free(self) -> bool:
+        try:
+            fd = ops.open(self.path, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            ops.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            ops.close(fd)
+        return True
 
     def _wait_for_lock(self, fd: int, deadline_s: float, timeout_s: float) -> None:
         while True:
@@ -519,7 +599,7 @@ class FileLock:
 
     def _sign(self, fd: int) -> None:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = LockHolder(host=socket.gethostname(), pid=os.getpid(), since=since, purpose=self._purpose)
+        holder = LockHolder(**asdict(ProcessIdentity.current()), since=since, purpose=self._purpose)
         with suppress(OSError):  # a full disk takes no name, but the lock is ours all the same
             os.ftruncate(fd, 0)
             os.pwrite(fd, canonical_json(asdict(holder)), 0)
@@ -578,32 +658,75 @@ def _is_same_file(path: Path, written: os.stat_result) -> bool:
         return False
 
 
-def _seal(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(fields)).hexdigest()
+def _sealed(fields: dict[str, Any]) -> bytes:
+    """Canonical JSON of `fields` and their seal, each serialised once: a manifest has megabytes."""
+    before = canonical_json({key: value for key, value in fields.items() if key < "seal"})[1:-2]
+    after = canonical_json({key: value for key, value in fields.items() if key > "seal"})[1:-2]
+    seal = hashlib.sha256(_object([before, after])).hexdigest()
+    return _object([before, f'"seal":"{seal}"'.encode("ascii"), after])
+
+
+def _object(members: Sequence[bytes]) -> bytes:
+    return b"{" + b",".join(filter(None, members)) + b"}\n"
+
+
+def _is_sealed(data: bytes, seal: object) -> bool:
+    """Whether the bytes without their seal are those that it was made of, byte for byte."""
+    if not isinstance(seal, str):
+        return False
+    before, found, after = data.partition(f'"seal":"{seal}"'.encode())
+    if before.endswith(b","):
+        before = before[:-1]
+    else:
+        after = after.removeprefix(b",")
+    return bool(found) and hashlib.sha256(before + after).hexdigest() == seal
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _temporary_path(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    """A name beside `path` that says who writes: its parts are divided by a sign that no host name has."""
+    writer = ProcessIdentity.current()
+    identity = (writer.host, writer.boot, writer.pid_namespace, writer.pid, writer.started_at, uuid.uuid4().hex[:8])
+    return path.with_name(f".tmp-{path.name}@" + "@".join(map(str, identity)))
 
 
-def _is_orphaned(path: Path, *, now_s: float) -> bool:
-    if not re.fullmatch(r"\.tmp-.+-[1-9]\d{0,6}-[0-9a-f]{8}", path.name):
-        return False
-    _, writer_host_pid = path.name.split("-", 1)
-    before_pid, pid, _ = writer_host_pid.rsplit("-", 2)
-    if before_pid.endswith(f"-{socket.gethostname()}"):
-        return not _is_alive(int(pid))
+def _is_temporary(path: Path) -> bool:
+    return bool(_TEMPORARY.fullmatch(path.name) or _TEMPORARY_BEFORE.fullmatch(path.name))
+
+
+def _writer_is_gone(path: Path) -> bool | None:
+    """Whether a temporary file's writer has ended; None where that cannot be told from here."""
+    if match := _TEMPORARY.fullmatch(path.name):
+        _, host, boot, pid_namespace, pid, started_at = match.groups()
+        writer = ProcessIdentity(host=host, boot=boot, pid_namespace=pid_namespace, pid=int(pid), started_at=started_at)
+        return not writer.is_alive() if writer.is_visible() else None
+    # As version 1.0 named them. Where the host's name begins is clear only if the file's has no hyphen.
+    match = _TEMPORARY_BEFORE.fullmatch(path.name)
+    assert match is not None
+    if match[1].partition("-")[2] != socket.gethostname():
+        return None
+    writer = replace(ProcessIdentity.current(), pid=int(match[2]), started_at="0")
+    return not writer.is_alive()
+
+
+def _age_s(path: Path, *, now_s: float) -> float:
     try:
-        return now_s - path.lstat().st_mtime > FOREIGN_TEMPORARY_AGE_S
+        return now_s - path.lstat().st_mtime
     except FileNotFoundError:
-        return False
+        return 0.0
 
 
-def _is_alive(pid: int) -> bool:
+def _file_system_time(directory: Path) -> float:
+    """What time it is by the clock that stamps the files of a directory: over a network, not this machine's."""
+    path = _temporary_path(directory / "clock")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        ops.close(ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            return path.lstat().st_mtime
+        finally:
+            ops.unlink(path)
+    except OSError:
+        return time.time()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import mmap
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -668,4 +669,10 @@ def _is_computed(representatives: Ordinals) -> NDArray[np.bool_]:
 
 
 def _tree_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Sum the sizes of all files; workers of an earlier run, which still save, may rename or remove some meanwhile."""
+    size_bytes = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size_bytes += os.lstat(os.path.join(parent, name)).st_size
+    return size_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -140,7 +140,7 @@ def _failures_of(recorded: dict[int, dict[str, Any]], rank: int) -> list[dict[st
 def _checkpoint_sizes(paths: RunPaths) -> Iterator[int]:
     for marker in sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt.done")):
         path = marker.with_name(marker.name.removesuffix(".done"))
-        if path.is_file():
+        with suppress(FileNotFoundError):  # a run that is going on may move it aside meanwhile
             yield path.stat().st_size
 
 

@@ -142,8 +142,8 @@ _DURABLE_FILES = (
     Mutant(
         name="shared-temporary-name",
         module="files",
-        before='f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"',
-        after='f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}-00000000"',
+        before="writer.started_at, uuid.uuid4().hex[:8])",
+        after='writer.started_at, "00000000")',
         caught_by=(f"{_FILES}::TestDurableFile::test_two_writers_of_one_name_do_not_meet_before_they_publish",),
     ),
     Mutant(
@@ -163,15 +163,32 @@ _DURABLE_FILES = (
     Mutant(
         name="temporaries-removed-blindly",
         module="files",
-        before="        if _is_orphaned(path, now_s=clock()):\n",
+        before="        if is_orphaned:\n",
         after="        if True:\n",
         caught_by=(f"{_FILES}::TestOrphanedTemporaries::test_only_our_own_and_only_those_of_the_dead_go",),
     ),
     Mutant(
+        name="reused-process-id-taken-for-the-writer",
+        module="processes",
+        before=" or started_at == self.started_at",
+        after=" or True",
+        caught_by=(
+            "tests/unit/test_processes.py::test_a_later_process_with_the_same_id_is_another",
+            f"{_FILES}::TestOrphanedTemporaries::test_a_writer_is_known_by_machine_boot_container_and_start",
+        ),
+    ),
+    Mutant(
+        name="what-nobody-can-read-written",
+        module="files",
+        before="    data = _sealed(fields)\n    if len(data) > MAX_JSON_BYTES:\n",
+        after="    data = _sealed(fields)\n    if False:\n",
+        caught_by=(f"{_FILES}::TestSealedJson::test_what_nobody_could_read_is_not_written",),
+    ),
+    Mutant(
         name="temporaries-of-the-living-removed",
         module="files",
-        before="return not _is_alive(int(pid))",
-        after="return True",
+        before="return not writer.is_alive() if writer.is_visible() else None",
+        after="return True if writer.is_visible() else None",
         caught_by=(
             f"{_FILES}::TestDurableFile::test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death",
         ),
@@ -179,8 +196,8 @@ _DURABLE_FILES = (
     Mutant(
         name="seal-not-compared",
         module="files",
-        before='fields.pop("seal", None) == _seal(fields)',
-        after='fields.pop("seal", None) is not None',
+        before=" and hashlib.sha256(before + after).hexdigest() == seal",
+        after="",
         caught_by=(f"{_FILES}::TestSealedJson::test_no_flipped_bit_passes",),
     ),
     Mutant(
@@ -504,7 +521,7 @@ _READER = (
         module="files",
         before="    marker = marker_path(path)\n    fields = read_sealed_json(marker)\n",
         after=(
-            "    marker = next(path.parent.glob(f'.tmp-{path.name}.done-*'), marker_path(path))\n"
+            "    marker = next(path.parent.glob(f'.tmp-{path.name}.done*'), marker_path(path))\n"
             "    fields = read_sealed_json(marker)\n"
         ),
         caught_by=(f"{_CHECKPOINT_SURVEY}::test_what_a_killed_writer_left_unpublished_is_not_read",),

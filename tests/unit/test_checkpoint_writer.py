@@ -200,7 +200,7 @@ def test_writer_creates_pt_with_done_marker(tmp_path: Path) -> None:
     marker = read_marker(path)
     digest = files.digest_file(path)
     assert marker == {
-        "schema": 1,
+        "schema": 2,
         "size_bytes": digest.size_bytes,
         "sha256": digest.sha256,
         "rows": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from vnp_lib.files import (
     write_marker,
     write_sealed_json,
 )
+from vnp_lib.processes import ProcessIdentity
 
 PUBLISH_STEPS = ["open", "write", "fsync", "close", "link", "unlink", "fsync_directory"]
 REPLACE_STEPS = ["open", "write", "fsync", "close", "replace", "fsync_directory"]
@@ -269,7 +271,8 @@ with durable_file(Path(sys.argv[1])) as file:
         assert writer.stdout.readline() == "writing\n"
         assert remove_orphaned_temporaries(tmp_path) == []
         (temporary,) = tmp_path.iterdir()
-        assert temporary.name.startswith(f".tmp-a-{socket.gethostname()}-{writer.pid}-")
+        assert temporary.name.startswith(f".tmp-a@{socket.gethostname()}@")
+        assert f"@{writer.pid}@" in temporary.name
         writer.send_signal(signal.SIGKILL)
         writer.communicate(timeout=30)
         assert remove_orphaned_temporaries(tmp_path) == [temporary]
@@ -365,6 +368,39 @@ class TestOrphanedTemporaries:
         assert removed == ([path] if goes else [])
         assert path.exists() is not goes
 
+    @pytest.mark.parametrize(
+        ("other", "goes"),
+        [
+            ({}, False),
+            ({"started_at": "1"}, True),  # the id is another process's by now
+            ({"host": "X-" + socket.gethostname()}, False),
+            ({"pid_namespace": "1"}, False),  # another container of a machine whose name it shares
+            ({"boot": "00000001"}, False),  # or another machine of the same name
+        ],
+    )
+    def test_a_writer_is_known_by_machine_boot_container_and_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str], goes: bool
+    ) -> None:
+        writer = dataclasses.replace(ProcessIdentity.current(), **other)
+        with monkeypatch.context() as patch:
+            patch.setattr(ProcessIdentity, "current", classmethod(lambda cls: writer))
+            path = files._temporary_path(tmp_path / "a-b@c.pt")
+        path.touch()
+        assert remove_orphaned_temporaries(tmp_path) == ([path] if goes else [])
+
+    def test_of_a_host_whose_name_ends_as_ours_nothing_is_known(self, tmp_path: Path) -> None:
+        """As version 1.0 named them."""
+        host = f"node-{socket.gethostname()}"
+        (tmp_path / f".tmp-batch_00000.pt-{host}-{pid_of_a_dead_process()}-0123abcd").touch()
+        assert remove_orphaned_temporaries(tmp_path) == []
+
+    def test_age_goes_by_the_clock_of_the_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """This machine's may be hours ahead of a file server's."""
+        (tmp_path / ".tmp-batch_00000.pt-elsewhere-7-0123abcd").touch()
+        monkeypatch.setattr(time, "time", lambda: 10e9)
+        assert remove_orphaned_temporaries(tmp_path) == []
+        assert len(os.listdir(tmp_path)) == 1
+
 
 class TestSealedJson:
     FIELDS = {"rows": 3, "ordinals": [0, 1, 2], "fingerprint": "ab", "share": 0.5, "error": None}
@@ -422,6 +458,21 @@ class TestSealedJson:
         with pytest.raises(StorageError, match=reason):
             read_sealed_json(tmp_path / "a")
 
+    def test_what_nobody_could_read_is_not_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "MAX_JSON_BYTES", 1000)
+        write_sealed_json(tmp_path / "a", {"a": "x" * 900})
+        with pytest.raises(StorageError, match=r"would have 1,0\d\d bytes, and no more than 1,000 are read"):
+            write_sealed_json(tmp_path / "a", {"a": "x" * 1000}, replace=True)
+        assert read_sealed_json(tmp_path / "a") == {"a": "x" * 900}
+
+    @pytest.mark.parametrize("keys", ["", "a", "z", "az", ["sea", "seal_"], ["fingerprint", "schema", "size"]])
+    def test_it_is_canonical_json_wherever_the_seal_comes(self, tmp_path: Path, keys: Sequence[str]) -> None:
+        fields = {key: f'"seal":"{key}"' for key in keys}
+        write_sealed_json(tmp_path / "a", fields)
+        seal = hashlib.sha256(canonical_json(fields)).hexdigest()
+        assert (tmp_path / "a").read_bytes() == canonical_json({**fields, "seal": seal})
+        assert read_sealed_json(tmp_path / "a") == fields
+
     def test_a_missing_file_is_a_storage_error(self, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="missing"):
             read_sealed_json(tmp_path / "a")
@@ -440,16 +491,39 @@ class TestMarker:
         write_marker(path, digest, rows=1, fingerprint="ab")
         assert marker_path(path) == tmp_path / "batch_00000.pt.done"
         assert read_marker(path) == {
-            "schema": 1,
+            "schema": 2,
             "size_bytes": 4,
             "sha256": hashlib.sha256(b"rows").hexdigest(),
             "rows": 1,
             "fingerprint": "ab",
         }
 
+    def test_numbers_are_packed_and_no_flipped_bit_of_them_passes(self, tmp_path: Path) -> None:
+        path = tmp_path / "a"
+        write_marker(path, write_file(path, b"rows"), ordinals=[70_000, 0, 3])
+        assert read_marker(path)["ordinals"] == [70_000, 0, 3]
+        whole = marker_path(path).read_bytes()
+        assert b"70000" not in whole
+        for position in range(len(whole) * 8):
+            flipped = bytearray(whole)
+            flipped[position // 8] ^= 1 << position % 8
+            marker_path(path).write_bytes(flipped)
+            with pytest.raises(StorageError):
+                read_marker(path)
+
+    def test_one_of_version_1_0_is_read(self, tmp_path: Path) -> None:
+        fields = {"schema": 1, "size_bytes": 4, "sha256": "ab", "rows": 2, "ordinals": [5, 3]}
+        write_sealed_json(tmp_path / "a.done", fields)
+        assert read_marker(tmp_path / "a") == fields
+
+    def test_packed_numbers_that_nobody_packed_are_damage(self, tmp_path: Path) -> None:
+        write_sealed_json(tmp_path / "a.done", {"schema": 2, "ordinals": {"dtype": "u4", "base64": "AAAA"}})
+        with pytest.raises(StorageError, match="is damaged"):
+            read_marker(tmp_path / "a")
+
     def test_one_of_another_version_is_refused(self, tmp_path: Path) -> None:
-        write_sealed_json(tmp_path / "a.done", {"schema": 2})
-        with pytest.raises(StorageError, match=r"has schema 2; this version reads 1"):
+        write_sealed_json(tmp_path / "a.done", {"schema": 3})
+        with pytest.raises(StorageError, match=r"has schema 3; this version reads 1 and 2"):
             read_marker(tmp_path / "a")
 
 
@@ -466,6 +540,22 @@ class TestDirectories:
         ops = use_ops(RecordingOps())
         make_directory(tmp_path / "a")
         assert ops.calls == ["mkdir", "fsync_directory"]
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_a_parent_that_may_be_passed_but_not_opened_is_accepted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+    ) -> None:
+        """As /scratch of mode 0711 is. The tests may run as root, who may open anything."""
+        if is_there:
+            (tmp_path / "mine").mkdir()
+
+        class Refusing(DurableOps):
+            def fsync_directory(self, path: Path) -> None:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(files, "ops", Refusing())
+        make_directory(tmp_path / "mine")
+        assert (tmp_path / "mine").is_dir()
 
     def test_a_file_in_the_way_is_said(self, tmp_path: Path) -> None:
         (tmp_path / "a").touch()
@@ -631,6 +721,38 @@ for _ in range(50):
         with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
             FileLock(tmp_path / "a.lock", purpose="try").acquire(timeout_s=0)
         assert (tmp_path / "precious").read_text() == "content"
+
+    @pytest.mark.parametrize(
+        ("other", "is_presumed"),
+        [
+            ({}, True),
+            ({"started_at": "1"}, False),
+            ({"host": "a-pod-that-is-gone"}, False),
+            ({"host": "elsewhere"}, True),
+        ],
+    )
+    def test_who_is_gone_is_not_presumed_to_hold_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str], is_presumed: bool
+    ) -> None:
+        """A process id that is another's by now; a machine of which only the lock can tell."""
+        path = tmp_path / "a.lock"
+        monkeypatch.setattr(files, "locks_are_shared", lambda directory: other.get("host") != "elsewhere")
+        holder = FileLock(path, purpose="stay")
+        with holder.held(timeout_s=0):
+            named = json.loads(path.read_bytes()) | other
+            assert FileLock(path, purpose="look").presumed_holder() is not None
+            path.write_text(json.dumps(named))
+        path.write_text(json.dumps(named))
+        presumed = FileLock(path, purpose="look").presumed_holder()
+        assert (presumed is not None) is is_presumed
+
+    def test_a_holder_on_another_machine_is_told_by_the_lock_while_it_holds(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.lock"
+        with FileLock(path, purpose="stay").held(timeout_s=0):
+            path.write_text(json.dumps(json.loads(path.read_bytes()) | {"host": "elsewhere"}))
+            presumed = FileLock(path, purpose="look").presumed_holder()
+        assert presumed is not None
+        assert presumed.host == "elsewhere"
 
     @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"host": "h"}), "\x00"])
     def test_a_lock_file_that_names_nobody_is_no_obstacle(self, tmp_path: Path, content: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (
-    {"failures"},
+    {"failures", "processes", "mounts", "packed_integers"},
     {"files", "software", "machine", "weight_files", "outputs", "windows", "user_paths", "streams"},
     {
         "config",

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -436,6 +437,26 @@ def test_a_disk_without_room_is_refused_with_both_figures(tmp_path: Path, monkey
     paths.shard_dir(0).mkdir(parents=True)
     paths.checkpoint(0, 0).write_bytes(bytes(1000))
     check_free_space(paths, plan, RowLayout(MEAN, 320))
+
+
+def test_a_file_that_goes_while_the_room_is_counted_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of an earlier run save yet: they rename their temporary files."""
+    paths = RunPaths(tmp_path / "run")
+    plan = plan_of(paths.run_dir, write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
+    paths.shard_dir(0).mkdir(parents=True)
+    (paths.shard_dir(0) / ".tmp-x").touch()
+    stat = os.lstat
+
+    def lstat_late(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(".tmp-x"):
+            Path(path).unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat_late)
+    check_free_space(paths, plan, RowLayout(MEAN, 320))
+    assert not (paths.shard_dir(0) / ".tmp-x").exists()
 
 
 def test_every_path_of_a_run_is_where_the_readme_says() -> None:

@@ -1,0 +1,64 @@
+"""Read which file system a path is on, and what is known of its locks."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MOUNTINFO = Path("/proc/self/mountinfo")
+
+# With these, flock excludes processes of one machine only: by its nature, or since it was mounted so.
+_LOCAL_LOCKS = re.compile(r"beegfs|9p|fuse(\..*)?|virtiofs")
+_LOCAL_LOCK_OPTIONS = frozenset({"localflock", "nolock", "nobrl", "local_lock=flock", "local_lock=all"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A mounted file system."""
+
+    point: Path
+    kind: str  # "ext4", "nfs4", "fuse.gcsfuse"
+    options: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"a file system of type {self.kind}, mounted on {self.point}"
+
+    @property
+    def has_shared_locks(self) -> bool:
+        """Whether a lock that one machine holds is seen by the others, as far as is known."""
+        return not _LOCAL_LOCKS.fullmatch(self.kind) and not self.options & _LOCAL_LOCK_OPTIONS
+
+
+def mount_of(path: Path) -> Mount | None:
+    """Find the mount that `path`, which exists, is on; None where the system does not say."""
+    try:
+        device = os.stat(path).st_dev
+        lines = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    number, resolved = f"{os.major(device)}:{os.minor(device)}", path.resolve()
+    # Where one was mounted over another, the later line counts.
+    mounts = [_parse(line) for line in reversed(lines) if " - " in line]
+    above = [(numbered, mount) for numbered, mount in mounts if resolved.is_relative_to(mount.point)]
+    # Some file systems, such as btrfs and overlay, give files another device number than their mount's.
+    of_device = [mount for numbered, mount in above if numbered == number]
+    return max(of_device or [mount for _, mount in above], key=lambda mount: len(mount.point.parts), default=None)
+
+
+def locks_are_shared(path: Path) -> bool:
+    """Whether locks on the file system of `path` are seen by other machines, as far as is known."""
+    mount = mount_of(path)
+    return mount is None or mount.has_shared_locks
+
+
+def _parse(line: str) -> tuple[str, Mount]:
+    of_mount, _, of_file_system = line.partition(" - ")
+    fields, (kind, *others) = of_mount.split(" "), of_file_system.split(" ")
+    options = frozenset([*fields[5].split(","), *others[-1].split(",")])
+    return fields[2], Mount(point=Path(_unescaped(fields[4])), kind=kind, options=options)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
