@@ -30,6 +30,7 @@ from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.config import EmbedConfig, parse_command_line
 from vnp_lib.failures import CheckpointError, ExitCode, InputError
+from vnp_lib.inputs import describe_left_out
 from vnp_lib.plan import RunPaths, describe_input
 from vnp_lib.progress import RunProgress, format_duration
 from vnp_lib.report import write_report
@@ -52,7 +53,9 @@ async def embed(config: EmbedConfig) -> State[Any]:
 
 
 def tell_of_input(run: Run) -> None:
-    """Say it where records were skipped, cut or changed, or are the same."""
+    """Say it where files were left out, or records were skipped, cut or changed, or are the same."""
+    for told in describe_left_out(run.config.fasta):
+        get_run_logger().warning(told)
     if told := describe_input(run.plan.counts, run.paths):
         level = logging.WARNING if run.plan.counts.is_altered else logging.INFO
         get_run_logger().log(level, "of the input: %s", told)

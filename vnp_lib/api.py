@@ -23,7 +23,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.failures import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
 from vnp_lib.files import FileLock
-from vnp_lib.inputs import STDIN, InputPolicy, find_sources, from_memory, read
+from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, from_memory, read
 from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
@@ -272,6 +272,8 @@ def _current(device: str) -> AbstractContextManager[None]:
 def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
     policy = InputPolicy(id_column=settings.id_column, sequence_column=settings.sequence_column)
     sources = find_sources(paths, stdin=STDIN)
+    for told in describe_left_out(paths):
+        logger.warning(told)
     surveyor = Surveyor()
     ids: list[str] = []
     descriptions: list[str] = []

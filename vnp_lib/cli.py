@@ -52,10 +52,18 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         options.others = others
         if others and options.command is not plan:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
+        if "run_dir" in options:
+            _require_directory(options.run_dir)
         return int(options.command(options))
     except InputError as error:
         print(error, file=sys.stderr)
         return ExitCode.UNUSABLE_INPUT
+
+
+def _require_directory(path: Path) -> None:
+    if not path.is_dir():
+        what = "it is a file" if path.exists() else "there is no such directory"
+        raise ConfigError(f"{path} is not a run directory: {what}")
 
 
 def verify(options: argparse.Namespace) -> ExitCode:
@@ -328,12 +336,7 @@ def _add_verify_model(commands: _Commands) -> None:
 
 
 def _run_dir(text: str) -> Path:
-    path = user_path(text, PathUse.RUN)
-    if not path.is_dir():
-        raise ConfigError(
-            f"{path}: {'this is a file' if path.exists() else 'there is no such directory'}; give a run directory"
-        )
-    return path
+    return user_path(text, PathUse.RUN)
 
 
 def _output(text: str) -> Path:

@@ -24,7 +24,18 @@ from vnp_lib import spool
 from vnp_lib.config import ForecastConfig, resolve_devices
 from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.history import read_attempts
-from vnp_lib.inputs import STDIN, InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, survey
+from vnp_lib.inputs import (
+    STDIN,
+    InputChunk,
+    InputCounts,
+    InputPolicy,
+    Places,
+    Source,
+    describe_left_out,
+    find_sources,
+    places_of,
+    survey,
+)
 from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, required_bytes
 from vnp_lib.progress import format_duration
@@ -61,6 +72,7 @@ class Forecast:
     """What a run would be. Counts are of the records that can be used."""
 
     fasta: tuple[str, ...]
+    left_out: tuple[str, ...]  # of each directory and pattern, what of it is not read
     model: str
     num_sequences: int
     num_computed: int  # distinct ones
@@ -118,6 +130,7 @@ def forecast(config: ForecastConfig) -> Forecast:
     )
     return Forecast(
         fasta=tuple(map(str, config.fasta)),
+        left_out=tuple(describe_left_out(config.fasta)),
         model=config.model,
         num_sequences=found.num_sequences,
         num_computed=found.num_computed,
@@ -174,7 +187,7 @@ def _read(config: ForecastConfig) -> _Input:
     surveyor, refused = Surveyor(), _Refused()
     lengths = [np.empty(0, dtype=np.int32)]
     with _stdin_kept(config) as stdin:
-        sources = list(_sources(config.fasta, stdin, refused))
+        sources = find_sources(config.fasta, stdin=stdin, refuse=refused.add_file)
         for source in sources:
             places = Places(source)
             for chunk in _surveyed(source, policy, refused):
@@ -205,14 +218,6 @@ def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
         path = kept if kept.exists() else Path(directory, kept.name)
         spool.keep(sys.stdin.buffer, path)
         yield path
-
-
-def _sources(fasta: Sequence[Path], stdin: Path, refused: _Refused) -> Iterator[Source]:
-    for given in fasta:
-        try:
-            yield from find_sources([given], stdin=stdin)
-        except FastaError as error:
-            refused.add_file(error)
 
 
 def _surveyed(source: Source, policy: InputPolicy, refused: _Refused) -> Iterator[InputChunk]:
@@ -306,6 +311,8 @@ def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
     yield "sequences", f"{seen.num_sequences:,}, {seen.num_computed:,} distinct"
     yield "residues", f"{seen.num_residues:,}; {seen.num_tokens:,} tokens to compute"
     yield "lengths", f"median {seen.median_length:,.0f}, longest {seen.longest:,} residues"
+    for told in seen.left_out:
+        yield "files", told
     if done := seen.input.describe():
         skipped = RunPaths(Path(seen.output_dir)).skipped
         yield "input", done + (f"; a run lists skipped records in {skipped}" if seen.input.num_skipped else "")

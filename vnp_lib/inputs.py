@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.failures import FastaError
 from vnp_lib.fasta import header_lines, read_fasta
+from vnp_lib.input_files import FASTA_SUFFIXES, NUCLEOTIDE_SUFFIXES, find_files
 from vnp_lib.records import (
     PROTEINS,
     CheckedChunk,
@@ -26,7 +27,7 @@ from vnp_lib.records import (
     check,
     nucleotide_share,
 )
-from vnp_lib.source import COMPRESSIONS, suffix_of, unchanging
+from vnp_lib.source import suffix_of, unchanging
 from vnp_lib.tables import is_table, read_table, row_of
 from vnp_lib.translation import NUCLEOTIDES, six_frames
 from vnp_lib.windows import VIRNUCPRO_RESIDUES
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
 
 STDIN = Path("-")
 
-_FASTA_SUFFIXES = (".fa", ".fasta", ".fas", ".faa", ".fna", ".ffn", ".frn", ".mpfa", ".pep")
 _LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
 _MOST_SHARE_IN_PROTEINS = 0.95
 _SAMPLE = 1000  # records
@@ -79,6 +79,7 @@ class Source:
 
     path: Path
     name: str  # for people
+    rather: str = ""  # `'dir/*.faa'`, where other files are nucleotides by their names, or this one alone is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,20 +151,41 @@ class InputChunk:
 
 def has_fasta_suffix(path: Path) -> bool:
     """Whether it is called as FASTA files are; their compression does not matter."""
-    return suffix_of(path) in _FASTA_SUFFIXES
+    return suffix_of(path) in FASTA_SUFFIXES
 
 
-def find_sources(fasta: Sequence[Path], *, stdin: Path) -> list[Source]:
+def _raise(error: FastaError) -> None:
+    raise error
+
+
+def find_sources(fasta: Sequence[Path], *, stdin: Path, refuse: Callable[[FastaError], None] = _raise) -> list[Source]:
     """The files that are meant by paths, patterns and directories, in this order; those of one pattern or directory sorted.
 
     Args:
         fasta: What was given; `-` is standard input.
         stdin: Where that is kept.
+        refuse: What is done with an error; as it comes, it is raised.
 
     Raises:
-        FastaError: A pattern that nothing matches, or a directory without FASTA files.
+        FastaError: A file that is not there, a pattern that nothing matches, a directory without FASTA files, or a file that is
+            meant twice.
     """
-    return [source for given in fasta for source in _sources_of(given, stdin)]
+    sources: list[Source] = []
+    for given in fasta:
+        try:
+            sources += _sources_of(given, stdin)
+        except FastaError as error:
+            refuse(error)
+    return _each_kind_pointed_at_the_other(list(_distinct(sources, refuse)))
+
+
+def describe_left_out(fasta: Sequence[Path]) -> list[str]:
+    """Say of each directory and pattern what was left out of it; of those that `find_sources` refuses, nothing."""
+    told = []
+    for given in fasta:
+        with suppress(FastaError):
+            told.append("" if given == STDIN else find_files(given).describe_left_out())
+    return [each for each in told if each]
 
 
 def survey(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> Iterator[InputChunk]:
@@ -177,7 +199,7 @@ def survey(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> It
     with _named(source), unchanging(source.path):
         for raw in _read(source.path, policy, chunk_size):
             if num_read == 0:
-                _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy)
+                _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy, source.rather)
             checked = check(raw, alphabet, first_record=num_read, maps_unknown=policy.invalid_residues == "map")
             num_read += len(raw.headers)
             for part in _translated(checked, policy):
@@ -262,19 +284,44 @@ def places_of(sources: Sequence[Source], policy: InputPolicy, ordinals: Collecti
 def _sources_of(given: Path, stdin: Path) -> list[Source]:
     if given == STDIN:
         return [Source(path=stdin, name="standard input")]
-    paths = [given]
-    if given.is_dir():
-        paths = sorted(path for path in given.iterdir() if suffix_of(path) in _FASTA_SUFFIXES and path.is_file())
-        if not paths:
-            raise FastaError(
-                f"{given}: there is no FASTA file in this directory; wanted are names that end in "
-                f"{', '.join(_FASTA_SUFFIXES)}, or one of these and {', '.join(COMPRESSIONS)}"
-            )
-    elif any(letter in str(given) for letter in "*?[") and not given.exists():
-        paths = sorted(map(Path, glob.glob(str(given), recursive=True)))
-        if not paths:
-            raise FastaError(f"{given}: nothing matches this pattern; mend it, or give the files by name")
-    return [Source(path=path, name=str(path)) for path in paths]
+    return [Source(path=path, name=str(path)) for path in find_files(given).paths]
+
+
+def _distinct(sources: list[Source], refuse: Callable[[FastaError], None]) -> Iterator[Source]:
+    """Each file once: its records would be there twice, under the same ids."""
+    first: dict[object, Source] = {}
+    for source in sources:
+        try:
+            found = os.stat(source.path)
+        except OSError:  # whoever reads it says so
+            yield source
+            continue
+        before = first.setdefault((found.st_dev, found.st_ino), source)
+        if before is source:
+            yield source
+        elif before.name == source.name:
+            refuse(FastaError(f"{source.name}: this is given twice; give it once"))
+        else:
+            refuse(FastaError(f"{source.name}: this is the same file as {before.name}; give one of them"))
+
+
+def _each_kind_pointed_at_the_other(sources: list[Source]) -> list[Source]:
+    is_nucleotides = [suffix_of(source.path) in NUCLEOTIDE_SUFFIXES for source in sources]
+    if len(set(is_nucleotides)) < 2:
+        return sources
+    patterns: dict[bool, dict[str, None]] = {False: {}, True: {}}
+    for source, kind in zip(sources, is_nucleotides, strict=True):
+        patterns[kind].setdefault(_pattern_of(source.path))
+    return [
+        replace(source, rather=f"'{','.join(patterns[not kind])}'")
+        for source, kind in zip(sources, is_nucleotides, strict=True)
+    ]
+
+
+def _pattern_of(path: Path) -> str:
+    """The pattern of the files beside it whose names end as its does."""
+    num_suffixes = 1 if suffix_of(path) == path.suffix.lower() else 2
+    return str(path.parent / f"*{''.join(path.suffixes[-num_suffixes:])}")
 
 
 @contextmanager
@@ -294,17 +341,20 @@ def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk
     return read_fasta(path, chunk_size=chunk_size)
 
 
-def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPolicy) -> None:
+def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPolicy, rather: str = "") -> None:
     """Raise FastaError where these are nucleotides and should be proteins, or the other way round."""
+    others = f"; or give the other files: {rather}" if rather else ""
     share = nucleotide_share(sequences)
     seen = f"{share:.0%} of the letters in the first {len(sequences)} records are A, C, G, T, U or N"
     if not policy.translate and share >= _MOST_SHARE_IN_PROTEINS:
         raise FastaError(
             f"{path}: this looks like nucleotides ({seen}); ESM-2 takes proteins: translate it first, for example with "
-            f"`prodigal -a` or `seqkit translate`, or as VirNucPro does with --translate six-frame"
+            f"`prodigal -a` or `seqkit translate`, or as VirNucPro does with --translate six-frame{others}"
         )
     if policy.translate and any(sequences) and share < _LEAST_SHARE_IN_NUCLEOTIDES:
-        raise FastaError(f"{path}: this looks like proteins ({seen}); take --translate away to embed them as they are")
+        raise FastaError(
+            f"{path}: this looks like proteins ({seen}); take --translate away to embed them as they are{others}"
+        )
 
 
 def _translated(checked: CheckedChunk, policy: InputPolicy) -> Iterator[CheckedChunk]:

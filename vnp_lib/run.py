@@ -19,7 +19,7 @@ from vnp_lib import spool
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
-from vnp_lib.inputs import STDIN, InputPolicy, find_sources, read
+from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
 from vnp_lib.machine import num_cores
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
@@ -36,6 +36,7 @@ from vnp_lib.plan import (
 )
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.software import package_in_use
+from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
 
@@ -198,9 +199,7 @@ def check_at_the_door(config: EmbedConfig) -> None:
         from vnp_lib.metrics_page import require_free_port
 
         require_free_port(config.metrics_address, config.metrics_port)
-    existing = next(path for path in (config.output_dir, *config.output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output-dir {config.output_dir}: {existing} is not a directory that can be written")
+    _look_at_output(config)
 
 
 def _look_at_input(config: EmbedConfig) -> None:
@@ -211,6 +210,28 @@ def _look_at_input(config: EmbedConfig) -> None:
     files = [given for given in config.fasta if given != STDIN]
     for source in find_sources(files, stdin=stdin):
         next(read(source, InputPolicy.of(config)))
+    for told in describe_left_out(config.fasta):
+        logger.warning(told)
+
+
+def _look_at_output(config: EmbedConfig) -> None:
+    """See that the run directory is there or can be made, and that it is not one of the input's."""
+    output_dir = config.output_dir
+    if os.path.islink(output_dir) and not os.path.exists(output_dir):
+        raise ConfigError(
+            f"--output-dir {output_dir}: this is a link to {shown(os.readlink(output_dir))}, and there is no such directory; "
+            "make it, or give another one"
+        )
+    above = output_dir.absolute()
+    existing = next(path for path in (output_dir, *above.parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output-dir {output_dir}: {existing} is not a directory that can be written")
+    for given in config.fasta:
+        if given != STDIN and os.path.isdir(given) and os.path.exists(output_dir) and given.samefile(output_dir):
+            raise ConfigError(
+                f"--output-dir {output_dir}: this is the directory of the input too, and a run fills its own with many files; give "
+                f"another one, for example {output_dir / 'run'}, or name the files, as in --fasta '{given / '*.fasta'}'"
+            )
 
 
 def kind_of(device: str) -> str:

@@ -75,10 +75,13 @@ def user_inputs(given: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
     list is one path.
 
     Raises:
-        ConfigError: As `user_path`; or there is nothing between two commas.
+        ConfigError: As `user_path`; or there is nothing between two commas, or standard input is given twice.
     """
     items = _divided(given) if isinstance(given, str) else [given] if isinstance(given, os.PathLike) else [*given]
-    return tuple(Path("-") if str(item).strip() in _STDIN_NAMES else user_path(item, PathUse.INPUT) for item in items)
+    paths = tuple(Path("-") if str(item).strip() in _STDIN_NAMES else user_path(item, PathUse.INPUT) for item in items)
+    if paths.count(Path("-")) > 1:
+        raise ConfigError("-: standard input is given twice, and can be read once; give it once")
+    return paths
 
 
 def is_pattern(text: str) -> bool:

@@ -189,7 +189,7 @@ def test_a_header_that_is_not_utf8_is_refused_by_its_line(tmp_path: Path) -> Non
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "x.fasta") == f"{tmp_path / 'x.fasta'}: there is no such file"
     (tmp_path / "x.fasta").mkdir()
-    assert refusal(tmp_path / "*.fasta").startswith(f"{tmp_path / 'x.fasta'}: this is a directory")
+    assert refusal(tmp_path / "*.fasta").startswith(f"{tmp_path / '*.fasta'}: only directories match this pattern")
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:

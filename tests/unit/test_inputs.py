@@ -94,6 +94,7 @@ class TestFiles:
         assert refusal(tmp_path).startswith(f"{tmp_path}: there is no FASTA file in this directory; wanted are names")
 
     def test_standard_input_is_where_it_is_kept(self, tmp_path: Path) -> None:
+        write(tmp_path / "x.fa", ">a\nM\n")
         assert found(tmp_path / "x.fa", Path("-")) == [tmp_path / "x.fa", Path("kept")]
 
 

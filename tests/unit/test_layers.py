@@ -29,7 +29,7 @@ LAYERS = (
         "torch_rows",
         "array_pickle",
     },
-    {"fasta", "tables", "translation"},
+    {"fasta", "tables", "translation", "input_files"},
     {"inputs"},
     {"plan", "proteins", "retry", "tokens", "attention", "terminal", "columns", "extract_files", "checkpoint_file"},
     {

@@ -305,8 +305,8 @@ def test_words_that_mean_weights_are_no_paths(weights: str) -> None:
     [
         ("s3://bucket/run", "s3://bucket/run: addresses are not read; give a directory on a disk of this machine"),
         ("$ABSENT/run", "$ABSENT/run: the environment variable ABSENT is not set"),
-        ("~/nowhere", "/home/me/nowhere: there is no such directory; give a run directory"),
-        ("file", "file: this is a file; give a run directory"),
+        ("~/nowhere", "/home/me/nowhere is not a run directory: there is no such directory"),
+        ("file", "file is not a run directory: it is a file"),
     ],
 )
 def test_a_command_on_a_run_says_what_is_wrong_with_its_path(command, run_dir, told, capsys) -> None:

@@ -1,0 +1,358 @@
+"""Which files are meant by paths, patterns and directories, and that nothing is left out without a word."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.support import ROOT
+from vnp_lib import embed
+from vnp_lib.config import EmbedConfig, ForecastConfig
+from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.forecast import forecast, render
+from vnp_lib.input_files import FASTA_SUFFIXES, find_files
+from vnp_lib.inputs import InputPolicy, describe_left_out, find_sources, read
+from vnp_lib.run import check_at_the_door
+
+CASES = ROOT / "tests/data/cases"
+PROTEIN = ">a\nMKVLATTWQERS\n"
+NUCLEOTIDES = ">n\n" + "ACGTTGCA" * 9 + "\n"
+NOT_UTF8 = os.fsdecode(b"prot\xe9ine.fasta")
+SMALLEST = {"model": "esm2_t6_8M_UR50D", "weights": "random", "devices": "cpu"}
+
+
+def write(path: Path, content: str = PROTEIN) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def names(given: Path) -> list[str]:
+    return [path.name for path in find_files(given).paths]
+
+
+def refusal(*given: Path) -> str:
+    with pytest.raises(FastaError) as caught:
+        list(chain.from_iterable(read(source, InputPolicy()) for source in find_sources(given, stdin=Path("kept"))))
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """As somebody who is not root, for whom permissions count."""
+    before = os.getresuid()
+    if 0 in before:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(*before)
+
+
+class TestDirectory:
+    @pytest.mark.parametrize("suffix", FASTA_SUFFIXES)
+    @pytest.mark.parametrize("compression", ["", ".gz", ".ZST"])
+    def test_names_of_fasta_files_are_taken(self, tmp_path: Path, suffix: str, compression: str) -> None:
+        name = f"x{suffix.upper()}{compression}"
+        write(tmp_path / name)
+        assert names(tmp_path) == [name]
+
+    def test_what_else_is_there_is_said_by_name_and_number(self, tmp_path: Path) -> None:
+        for name in [
+            "a.faa",
+            "b.txt",
+            "c.csv",
+            "README",
+            "old/x.faa",
+            "z.faa/x",
+            ".DS_Store",
+            "._a.faa",
+            ".hidden.faa",
+        ]:
+            write(tmp_path / name)
+        os.mkfifo(tmp_path / "pipe.faa")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.path.relpath(tmp_path / "sock.faa"))
+        assert names(tmp_path) == ["a.faa"]
+        assert find_files(tmp_path).describe_left_out() == (
+            f"{tmp_path}: 1 file is read, 10 are left out: README, b.txt, c.csv, old/, pipe.faa and 2 more, 3 hidden"
+        )
+
+    def test_a_directory_of_fasta_files_alone_leaves_nothing_out(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.faa")
+        assert find_files(tmp_path).describe_left_out() == ""
+
+    def test_hidden_files_alone_are_counted(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.faa")
+        write(tmp_path / "._a.faa")
+        assert find_files(tmp_path).describe_left_out() == f"{tmp_path}: 1 file is read, 1 is left out: 1 hidden"
+
+    def test_one_without_fasta_files_is_refused_with_what_it_holds(self, tmp_path: Path) -> None:
+        write(tmp_path / "x.csv")
+        told = refusal(tmp_path)
+        assert told.startswith(
+            f"{tmp_path}: there is no FASTA file in this directory; wanted are names that end in .fa, "
+        )
+        assert told.endswith("; it holds x.csv")
+
+    def test_a_link_in_it_that_leads_nowhere_is_refused(self, tmp_path: Path) -> None:
+        """It was to be a file with proteins."""
+        write(tmp_path / "a.faa")
+        (tmp_path / "b.faa").symlink_to("gone.faa")
+        assert refusal(tmp_path) == (
+            f"{tmp_path}/b.faa: this is a link to gone.faa, and there is no such file; mend the link"
+        )
+
+    def test_a_name_in_it_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        write(tmp_path / NOT_UTF8)
+        assert refusal(tmp_path) == (
+            rf"{tmp_path}/prot\xe9ine.fasta: this name is not UTF-8 text; rename the file, or give a link to it whose name is"
+        )
+        assert refusal(tmp_path / "*.fasta") == refusal(tmp_path)
+
+    def test_one_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
+        write(tmp_path / "in/a.faa")
+        tmp_path.chmod(0o700)
+        with without_rights():
+            assert refusal(tmp_path / "in") == f"{tmp_path}/in: this cannot be read (Permission denied)"
+
+
+class TestPattern:
+    def test_directories_that_match_are_left_out_and_said(self, tmp_path: Path) -> None:
+        for name in ["a.faa", "b/x.faa", "c.faa/x"]:
+            write(tmp_path / name)
+        assert names(tmp_path / "*") == ["a.faa"]
+        assert (
+            find_files(tmp_path / "*").describe_left_out()
+            == f"{tmp_path}/*: 1 file is read, 2 are left out: b/, c.faa/"
+        )
+        assert names(tmp_path / "**") == ["a.faa", "x.faa", "x"]
+
+    def test_one_that_only_directories_match_is_refused_with_a_deeper_one(self, tmp_path: Path) -> None:
+        write(tmp_path / "s1/x.faa")
+        assert refusal(tmp_path / "s*") == (
+            f"{tmp_path}/s*: only directories match this pattern; say which files in them, as in '{tmp_path}/s*/*.faa'"
+        )
+
+    @pytest.mark.parametrize("name", ["x[1].fa", "a*b.fa", "why?.fa", "[", "x[1]"])
+    def test_a_file_or_directory_of_that_very_name_is_meant(self, tmp_path: Path, name: str) -> None:
+        write(tmp_path / name)
+        write(tmp_path / "dir" / name / "in.fa")
+        write(tmp_path / "x1.fa")
+        assert names(tmp_path / name) == [name]
+        assert names(tmp_path / "dir" / name) == ["in.fa"]
+
+
+class TestFile:
+    @pytest.mark.parametrize(
+        ("there", "given", "told"),
+        [
+            ("x.fasta.gz", "x.fasta", "x.fasta: there is no such file; is it x.fasta.gz?"),
+            ("Proteins.fasta", "proteins.fasta", "; is it Proteins.fasta?"),
+            (
+                "cafe\u0301.fasta",
+                "caf\u00e9.fasta",
+                "; is it cafe\u0301.fasta, whose accents are other characters that look the same?",
+            ),
+            ("other.fasta", "x.csv", "x.csv: there is no such file"),
+        ],
+    )
+    def test_one_that_is_not_there_is_refused_with_one_that_is_called_alike(self, tmp_path, there, given, told) -> None:
+        write(tmp_path / there)
+        assert refusal(tmp_path / given).endswith(told)
+
+    def test_a_directory_that_is_not_there_is_said(self, tmp_path: Path) -> None:
+        assert refusal(tmp_path / "data/x.faa").endswith(f"there is no such file, nor a directory {tmp_path}/data")
+
+    def test_a_relative_path_is_refused_with_where_it_was_looked_for(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert refusal(Path("x.faa")) == f"x.faa: there is no such file in {tmp_path}"
+
+    def test_a_link_that_leads_nowhere_is_called_so(self, tmp_path: Path) -> None:
+        (tmp_path / "x.faa").symlink_to(tmp_path / "gone")
+        assert refusal(tmp_path / "x.faa").startswith(
+            f"{tmp_path}/x.faa: this is a link to {tmp_path}/gone, and there is no"
+        )
+
+    def test_a_link_to_itself_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "x.faa").symlink_to("x.faa")
+        told = f"{tmp_path}/x.faa: the file cannot be read (Too many levels of symbolic links)"
+        assert refusal(tmp_path / "x.faa") == refusal(tmp_path) == told
+
+    def test_a_pipe_and_a_socket_are_refused(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.path.relpath(tmp_path / "sock"))
+        for name in ("pipe", "sock"):
+            assert refusal(tmp_path / name).startswith(f"{tmp_path}/{name}: this is a pipe or a device")
+
+    def test_one_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.faa")
+        path.chmod(0)
+        for directory in (tmp_path, *tmp_path.parents[:2]):
+            directory.chmod(0o755)
+        with without_rights():
+            assert refusal(path) == f"{path}: the file cannot be read (Permission denied)"
+
+    def test_one_in_a_file_is_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.faa") / "y"
+        assert refusal(path) == f"{path}: this cannot be read (Not a directory)"
+
+
+class TestTwice:
+    def test_the_same_name_is_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.faa")
+        assert refusal(path, path) == f"{path}: this is given twice; give it once"
+
+    @pytest.mark.parametrize("make", [os.symlink, os.link])
+    def test_another_name_of_the_same_file_is_refused(self, tmp_path: Path, make) -> None:
+        """Whether ids may occur twice or not: nobody wants all of them to."""
+        path = write(tmp_path / "x.faa")
+        make(path, tmp_path / "y.faa")
+        expected = f"{tmp_path}/y.faa: this is the same file as {path}; give one of them"
+        assert refusal(tmp_path) == refusal(path, tmp_path / "y.faa") == refusal(tmp_path / "?.faa") == expected
+
+    def test_what_a_pattern_and_a_path_both_mean_is_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.faa")
+        assert (
+            refusal(path, tmp_path / "*.faa") == refusal(tmp_path, path) == f"{path}: this is given twice; give it once"
+        )
+        assert refusal(tmp_path / "." / "x.faa", tmp_path / "../" / tmp_path.name / "x.faa").endswith(
+            "give one of them"
+        )
+
+    def test_other_files_with_the_same_content_are_two(self, tmp_path: Path) -> None:
+        write(tmp_path / "1/x.faa")
+        write(tmp_path / "2/x.faa")
+        assert len(find_sources([tmp_path / "1", tmp_path / "2"], stdin=Path("kept"))) == 2
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("files", "given", "advice"),
+        [
+            (["p.faa", "p.ffn", "p.fna"], "", "'{dir}/*.faa'"),
+            (["p.faa", "p.ffn"], "*", "'{dir}/*.faa'"),
+            (["q.fna.gz", "z.faa.gz", "z.pep"], "", "'{dir}/*.faa.gz,{dir}/*.pep'"),
+            (["a.fasta", "b.frn"], "", "'{dir}/*.fasta'"),
+        ],
+    )
+    def test_nucleotides_beside_proteins_are_refused_with_the_pattern_of_the_proteins(
+        self, tmp_path: Path, files: list[str], given: str, advice: str
+    ) -> None:
+        for name in files:
+            is_protein = any(part in name for part in (".faa", ".pep", ".fasta"))
+            text = (PROTEIN if is_protein else NUCLEOTIDES).encode()
+            (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        told = refusal(tmp_path / given)
+        assert "looks like nucleotides" in told
+        assert told.endswith("; or give the other files: " + advice.format(dir=tmp_path))
+
+    def test_proteins_beside_nucleotides_to_translate_are_refused_with_the_pattern_of_these(
+        self, tmp_path: Path
+    ) -> None:
+        write(tmp_path / "p.faa")
+        write(tmp_path / "p.fna", NUCLEOTIDES)
+        sources = find_sources([tmp_path], stdin=Path("kept"))
+        with pytest.raises(FastaError, match=rf"looks like proteins .*; or give the other files: '{tmp_path}/\*.fna'$"):
+            list(read(sources[0], InputPolicy(translate="six-frame")))
+
+    def test_nucleotides_alone_are_refused_without_it(self, tmp_path: Path) -> None:
+        assert refusal(write(tmp_path / "p.fna", NUCLEOTIDES)).endswith("with --translate six-frame")
+
+
+class TestTold:
+    """By whoever reads a directory."""
+
+    LEFT_OUT = "1 file is read, 2 are left out: d.txt, old/"
+
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        for name in ["in/a.faa", "in/d.txt", "in/old/b.faa"]:
+            write(tmp_path / name)
+        return tmp_path / "in"
+
+    def test_a_run_says_it_before_anything_is_made(self, directory: Path, tmp_path: Path, caplog) -> None:
+        check_at_the_door(EmbedConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
+        assert caplog.messages == [f"{directory}: {self.LEFT_OUT}"]
+        assert not (tmp_path / "run").exists()
+
+    def test_vnp_plan_says_it(self, directory: Path, tmp_path: Path) -> None:
+        seen = forecast(ForecastConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
+        assert seen.to_json()["left_out"] == (f"{directory}: {self.LEFT_OUT}",)
+        with (console := Console(width=1000)).capture() as shown:
+            console.print(render(seen))
+        assert f"{directory}: {self.LEFT_OUT}" in shown.get()
+
+    def test_python_says_it(self, directory: Path, caplog) -> None:
+        with caplog.at_level(logging.WARNING, "vnp_lib.api"):
+            embed(directory, model=SMALLEST["model"], weights="random", device="cpu", progress=False)
+        assert f"{directory}: {self.LEFT_OUT}" in caplog.messages
+
+    def test_what_cannot_be_used_has_nothing_left_out(self, tmp_path: Path) -> None:
+        assert describe_left_out([tmp_path / "absent", Path("-")]) == []
+
+    def test_the_case_of_five_files(self) -> None:
+        """What the files are is said by whoever reads them; the text file is left out."""
+        found = find_files(CASES / "directory")
+        assert {"a.faa", "c.aa", "e.fsa_aa"} <= {path.name for path in found.paths}
+        assert "d.txt" in found.left_out
+
+
+def test_vnp_plan_refuses_a_file_that_is_given_twice_and_counts_it_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.faa")
+    seen = forecast(ForecastConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST))
+    assert (seen.num_sequences, seen.refusals) == (1, (f"{path}: this is given twice; give it once",))
+
+
+class TestOutput:
+    def at_the_door(self, fasta: Path, output_dir: Path) -> None:
+        check_at_the_door(EmbedConfig(fasta=(fasta,), output_dir=output_dir, **SMALLEST))
+
+    def refusal(self, fasta: Path, output_dir: Path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            self.at_the_door(fasta, output_dir)
+        (line,) = str(caught.value).splitlines()
+        return line
+
+    def test_a_file_or_what_is_in_one_cannot_be_a_run_directory(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.faa")
+        for output_dir in (path, path / "run", path / "a/b"):
+            assert self.refusal(path, output_dir) == (
+                f"--output-dir {output_dir}: {path} is not a directory that can be written"
+            )
+
+    def test_the_directory_of_the_input_cannot_be_one(self, tmp_path: Path) -> None:
+        """It would be filled, and with --force-restart emptied."""
+        path = write(tmp_path / "in/x.faa")
+        (tmp_path / "link").symlink_to("in")
+        for output_dir in (path.parent, tmp_path / "link"):
+            assert "this is the directory of the input too" in self.refusal(path.parent, output_dir)
+            self.at_the_door(path.parent, output_dir / "run")
+            self.at_the_door(path, output_dir)
+
+    def test_a_link_that_leads_nowhere_cannot_be_one(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.faa")
+        (tmp_path / "run").symlink_to("/scratch/gone")
+        assert self.refusal(path, tmp_path / "run").startswith(
+            f"--output-dir {tmp_path}/run: this is a link to /scratch/gone, and there is no such directory; make it"
+        )
+
+    def test_a_directory_that_may_not_be_looked_into_cannot_be_one(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "in/x.faa")
+        (tmp_path / "closed").mkdir(mode=0o700)
+        for directory in (tmp_path, *tmp_path.parents[:2]):
+            directory.chmod(0o755)
+        with without_rights():
+            for output_dir in (tmp_path / "closed", tmp_path / "closed/run"):
+                assert self.refusal(path, output_dir).endswith("closed is not a directory that can be written")

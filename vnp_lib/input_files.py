@@ -1,0 +1,158 @@
+"""The files that are meant by paths, patterns and directories, and what of these is left out."""
+
+from __future__ import annotations
+
+import glob
+import os
+import unicodedata
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+from vnp_lib.failures import FastaError
+from vnp_lib.source import COMPRESSIONS, suffix_of
+from vnp_lib.user_paths import is_pattern, is_utf8, shown
+
+NUCLEOTIDE_SUFFIXES = (".ffn", ".fna", ".frn")
+FASTA_SUFFIXES = (
+    *(".fa", ".fasta", ".fas", ".fsa", ".mpfa"),
+    *(".faa", ".fsa_aa", ".aa", ".pep"),
+    *NUCLEOTIDE_SUFFIXES,
+)
+
+_NUM_SHOWN = 5
+_MOST_SIBLINGS = 10_000  # whose names are looked at for one that is like another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFiles:
+    """What a path, a pattern or a directory stands for."""
+
+    given: Path
+    paths: tuple[Path, ...]  # those of a pattern or directory sorted
+    left_out: tuple[str, ...] = ()  # names of what else is there, sorted; directories end with a slash
+    num_hidden: int = 0  # files that are left out too, whose names begin with a dot
+
+    def describe_left_out(self) -> str:
+        """Say what was left out: `data: 1 file is read, 2 are left out: d.txt, old/`; "" if nothing was."""
+        if not self.left_out and not self.num_hidden:
+            return ""
+        names = ", ".join(self.left_out[:_NUM_SHOWN])
+        more = len(self.left_out) - _NUM_SHOWN
+        if more > 0:
+            names += f" and {more:,} more"
+        hidden = f"{self.num_hidden:,} hidden" if self.num_hidden else ""
+        number = len(self.left_out) + self.num_hidden
+        return (
+            f"{shown(self.given)}: {len(self.paths):,} {'file is' if len(self.paths) == 1 else 'files are'} read, "
+            f"{number:,} {'is' if number == 1 else 'are'} left out: {', '.join(filter(None, [names, hidden]))}"
+        )
+
+
+def find_files(given: Path) -> FoundFiles:
+    """Find the files that are meant by a path, a pattern or a directory.
+
+    A directory stands for the files in it whose names end as those of FASTA files do, compressed or not. Hidden ones are left
+    out, and what is in its subdirectories. A pattern stands for the files that match.
+
+    Raises:
+        FastaError: A file that is not there or whose name is not UTF-8, a pattern that nothing matches, or a directory without
+            FASTA files.
+    """
+    try:
+        found = _found(given)
+    except FileNotFoundError:
+        raise FastaError(f"{shown(given)}: there is no such file{_hint(given)}") from None
+    except OSError as error:
+        raise FastaError(f"{shown(given)}: this cannot be read ({error.strerror or error})") from error
+    for path in found.paths:
+        _require_usable(path)
+    return found
+
+
+def _found(given: Path) -> FoundFiles:
+    if os.path.isdir(given):
+        return _files_in(given)
+    if is_pattern(str(given)):
+        return _files_matching(given)
+    given.lstat()
+    return FoundFiles(given=given, paths=(given,))
+
+
+def _files_in(directory: Path) -> FoundFiles:
+    entries = sorted(directory.iterdir())
+    hidden = [entry for entry in entries if entry.name.startswith(".")]
+    seen = [entry for entry in entries if not entry.name.startswith(".")]
+    # A link that leads nowhere is taken, and refused when it is read: it was to be a file.
+    taken = [entry for entry in seen if suffix_of(entry) in FASTA_SUFFIXES and _is_file_or_link(entry)]
+    left_out = tuple(_name_of(entry) for entry in seen if entry not in set(taken))
+    found = FoundFiles(given=directory, paths=tuple(taken), left_out=left_out, num_hidden=len(hidden))
+    if not taken:
+        held = f"; it holds {', '.join(left_out[:_NUM_SHOWN])}" if left_out else ""
+        raise FastaError(
+            f"{shown(directory)}: there is no FASTA file in this directory; wanted are names that end in "
+            f"{', '.join(FASTA_SUFFIXES)}, or one of these and {', '.join(COMPRESSIONS)}{held}"
+        )
+    return found
+
+
+def _files_matching(pattern: Path) -> FoundFiles:
+    matching = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    if not matching:
+        raise FastaError(f"{shown(pattern)}: nothing matches this pattern; mend it, or give the files by name")
+    paths = tuple(path for path in matching if not os.path.isdir(path))
+    if not paths:
+        raise FastaError(
+            f"{shown(pattern)}: only directories match this pattern; say which files in them, as in '{pattern}/*.faa'"
+        )
+    return FoundFiles(
+        given=pattern, paths=paths, left_out=tuple(_name_of(path) for path in matching if path not in set(paths))
+    )
+
+
+def _hint(absent: Path) -> str:
+    """What may have been meant by a file that is not there: `; is it x.fasta.gz?`."""
+    directory = absent.parent
+    if not directory.is_dir():
+        return f", nor a directory {shown(directory)}"
+    names = {_looks_of(path.name): path.name for path in islice(directory.iterdir(), _MOST_SIBLINGS)}
+    looks = _looks_of(absent.name)
+    alike = get_close_matches(looks, names, n=1, cutoff=0.8)
+    if alike:
+        same = (
+            ", whose accents are other characters that look the same"
+            if absent.name.casefold() != looks == alike[0]
+            else ""
+        )
+        return f"; is it {shown(names[alike[0]])}{same}?"
+    return "" if absent.is_absolute() else f" in {shown(Path.cwd() / directory)}"
+
+
+def _looks_of(name: str) -> str:
+    """What cannot be told apart by looking is the same: accents are composed on one system and decomposed on another."""
+    return unicodedata.normalize("NFD", name).casefold()
+
+
+def _name_of(path: Path) -> str:
+    return shown(path.name) + ("/" if os.path.isdir(path) else "")
+
+
+def _is_file_or_link(path: Path) -> bool:
+    return path.is_file() or (path.is_symlink() and not path.is_dir())
+
+
+def _require_usable(path: Path) -> None:
+    if not is_utf8(os.fsencode(path)):
+        raise FastaError(
+            f"{shown(path)}: this name is not UTF-8 text; rename the file, or give a link to it whose name is"
+        )
+    try:
+        path.stat()
+    except FileNotFoundError:
+        target = shown(os.readlink(path))
+        raise FastaError(
+            f"{shown(path)}: this is a link to {target}, and there is no such file; mend the link"
+        ) from None
+    except OSError:
+        pass  # whoever reads it says so
