@@ -30,8 +30,9 @@ from vnp_lib.failures import ShardFailedError
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.run import open_run
-from vnp_lib.supervisor import Event, run_child
+from vnp_lib.supervisor import run_child
 from vnp_lib.worker import find_pending_work
+from vnp_lib.worker_events import Event
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 NUM_SEQUENCES = 4_000  # some minutes of work: no trial comes to its end

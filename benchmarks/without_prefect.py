@@ -15,7 +15,8 @@ from vnp_lib.assembly import assemble
 from vnp_lib.config import EmbedConfig
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.run import Run, open_run
-from vnp_lib.supervisor import Event, run_child
+from vnp_lib.supervisor import run_child
+from vnp_lib.worker_events import Event
 
 
 def main(model: str, weights: str, fasta: str, output_dir: str) -> None:

@@ -16,7 +16,8 @@ from flows.results import is_plain_result
 from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run, ShardState
-from vnp_lib.supervisor import Event, run_child
+from vnp_lib.supervisor import run_child
+from vnp_lib.worker_events import Event
 
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
 

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import json
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vnp_lib.config import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
+from vnp_lib.liveness import ProcessState, Silence
 from vnp_lib.machine import control_group
+from vnp_lib.worker_events import Event, EventReader
 
-Event = dict[str, Any]
 OnEvent = Callable[[Event], Awaitable[None]]
 T = TypeVar("T")
 
-_LONGEST_EVENT_BYTES = 2**20
+STOP_LINE = b"stop\n"  # to a worker, on its standard input; its end means that the parent is gone
 
-_followed: set[asyncio.subprocess.Process] = set()  # children that are not known to be gone
+_ALONE_FACTOR = 5  # on the silence limit, for a sequence that is computed alone since an attempt was silent at it
+_LOOK_EVERY_S = 1.0  # for signs of life; oftener where a limit is short
+_LOOK_AT_EXIT_S = 0.1
+
+# Workers that are not known to be gone, and the seconds each has to save its work.
+_followed: dict[asyncio.subprocess.Process, float] = {}
 
 
 def worker_command(job_path: Path) -> list[str]:
@@ -53,21 +59,18 @@ async def run_child(
     with open(log_path, "ab", opener=_open_no_link) as log:
         child = await asyncio.create_subprocess_exec(
             *worker_command(job_path),
-            stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the child that we are gone
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             start_new_session=True,  # a Ctrl-C is for us; we decide when the child stops
-            limit=_LONGEST_EVENT_BYTES,
             env=child_environment(device),
         )
-    _followed.add(child)
+    _followed[child] = grace_s
     attempt = _Followed(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)
     try:
-        assert child.stdout is not None
-        while line := await _within(attempt.limit_s, _read_line(child.stdout)):
-            attempt.hear(json.loads(line))
-            await on_event(attempt.last)
-        await _within(grace_s, child.wait())
+        async for event in _events(child, attempt):
+            await on_event(event)
+        await _wait_for_exit(child, grace_s)
     except TimeoutError:
         raise ShardFailedError(attempt.silence()) from None
     finally:
@@ -77,36 +80,81 @@ async def run_child(
     return attempt.last
 
 
+async def _events(child: asyncio.subprocess.Process, attempt: _Followed) -> AsyncIterator[Event]:
+    """Yield what a worker reports, up to the end of its reports.
+
+    Raises:
+        TimeoutError: It was silent for longer than the attempt allows at that moment.
+    """
+    assert child.stdout is not None
+    reader = EventReader(child.stdout)
+    look_every_s = min(_LOOK_EVERY_S, attempt.shortest_limit_s / 8)
+    silence = Silence(look_every_s=look_every_s)
+    seen, was_stopped = ProcessState.of(child.pid), False
+    while not reader.is_at_end:
+        if (event := await reader.next(within_s=look_every_s)) is not None:
+            if attempt.hear(event):
+                silence.end()
+            yield event
+            silence.skip()
+            continue
+        before, seen = seen, ProcessState.of(child.pid)
+        if seen.is_stopped or (attempt.may_work_silently and seen.has_worked_since(before, look_every_s)):
+            silence.end()
+        # After a late look, what the worker sent in the meantime is read before it is judged.
+        elif silence.look() >= attempt.limit_s and not silence.was_late:
+            raise TimeoutError
+        if seen.is_stopped != was_stopped:
+            was_stopped = seen.is_stopped
+            told = "is stopped by a signal or a debugger, and waited for" if was_stopped else "goes on"
+            yield {"event": "log", "level": logging.WARNING, "message": f"worker process {child.pid} {told}"}
+
+
 class _Followed:
     """What a child has said so far, and what that tells when it stops talking."""
 
     def __init__(self, *, startup_limit_s: float, silence_limit_s: float) -> None:
         self.last: Event = {}
         self.limit_s = startup_limit_s
+        self.shortest_limit_s = min(startup_limit_s, silence_limit_s)
+        self.may_work_silently = True  # it reads, checks, loads or saves: what it reads and writes are signs of life
+        self._doing = "its start"
         self._startup_limit_s = startup_limit_s
         self._silence_limit_s = silence_limit_s
         self._in_model: list[tuple[int, int | None]] = []  # batch_idx, and ordinal of a single sequence; oldest first
         self._is_probing = False
         self._oom_kills_before = host_oom_kills()
 
-    def hear(self, event: Event) -> None:
-        self.last = event
+    def hear(self, event: Event) -> bool:
+        """Take note of an event, and say whether it is a sign of life."""
+        was_waiting = self.last.get("event") == "waiting"
+        if was_waiting and event["event"] in ("waiting", "log"):
+            return False  # the limit is on all of the waiting
+        if event["event"] not in ("log", "alive"):
+            self.last = event
+            self._doing = repr(event["event"])
         match event:
-            case {"event": "waiting" | "started"}:
-                self.limit_s = self._startup_limit_s
+            case {"event": "waiting"}:
+                self._allow(self._startup_limit_s, silent_work=False)
+            case {"event": "started" | "loading" | "saving"}:
+                self._allow(self._startup_limit_s, silent_work=True)
             case {"event": "probing"}:
                 self._is_probing = True
-            case {"event": "computing", "batch_idx": int(batch_idx), "ordinal": ordinal}:
-                self.limit_s = self._silence_limit_s
+            case {"event": "computing", "batch_idx": int(batch_idx), "ordinal": int() | None as ordinal}:
+                factor = _ALONE_FACTOR if event.get("is_suspect") is True else 1
+                slowest_s = event.get("slowest_s")
+                least_s = slowest_s if isinstance(slowest_s, int | float) else 0.0
+                self._allow(max(factor * self._silence_limit_s, least_s), silent_work=False)
                 self._is_probing = False
                 self._in_model.append((batch_idx, ordinal))
-            case {"event": "batch" | "exact_row"}:
+            case {"event": "batch" | "exact_row"} if self._in_model:
                 self._in_model.pop(0)
+        return True
 
     def failure(self, exit_code: int) -> Failure:
         """Judge a child that left with a code other than 0: by its own last word where it had one."""
-        if self.last.get("event") == "failed":
-            return Failure.from_json(self.last["failure"] | {"exit_code": exit_code})
+        if (reported := self._reported(exit_code)) is not None:
+            return reported
         batch_idx, ordinal = self._suspect()
         return classify_exit(
             exit_code,
@@ -118,15 +166,32 @@ class _Followed:
         )
 
     def silence(self) -> Failure:
-        if self.last.get("event") == "failed":  # it hangs on its way out, and what it said holds
-            return Failure.from_json(self.last["failure"])
+        """Judge a child that was stopped since it gave no sign of life."""
+        if (reported := self._reported(None)) is not None:  # it hangs on its way out, and what it said holds
+            return reported
+        if self.last.get("event") == "waiting":
+            told = f"{self.last.get('message')}; given up after {self.limit_s:g} s (--runtime.startup-limit-s)"
+            return Failure(cause=FailureCause.STORAGE, message=told)
         batch_idx, ordinal = self._suspect()
+        option = "startup" if self.may_work_silently else "silence"
         return Failure(
             cause=FailureCause.HARDWARE if self._is_probing else FailureCause.HANG,
-            message=f"no progress for {self.limit_s:g} s after {self.last.get('event', 'its start')!r}; it was stopped",
+            message=f"no progress for {self.limit_s:g} s after {self._doing} (--runtime.{option}-limit-s); it was stopped",
             batch_idx=batch_idx,
             ordinal=ordinal,
         )
+
+    def _allow(self, limit_s: float, *, silent_work: bool) -> None:
+        self.limit_s = limit_s
+        self.may_work_silently = silent_work
+
+    def _reported(self, exit_code: int | None) -> Failure | None:
+        """The failure that the child reported itself, if it did and that can be read."""
+        if self.last.get("event") != "failed":
+            return None
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            return Failure.from_json(self.last["failure"] | ({} if exit_code is None else {"exit_code": exit_code}))
+        return None
 
     def _suspect(self) -> tuple[int | None, int | None]:
         return self._in_model[0] if self._in_model else (None, None)
@@ -142,26 +207,24 @@ def host_oom_kills(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("
 
 
 async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
-    """End a child and wait for it, through any number of cancellations: SIGTERM, and after the grace SIGKILL.
+    """End a child and wait for it, through any number of cancellations: asked to stop, and after the grace SIGKILL.
 
     asyncio delivers a cancellation more than once on the way out of a program. Were the wait to end at the first,
     the child would lose its pipe while it saves.
     """
-    deadline = time.monotonic() + grace_s
     cancelled: asyncio.CancelledError | None = None
-    with suppress(ProcessLookupError):
-        child.terminate()
+    waited = Silence(look_every_s=_LOOK_AT_EXIT_S)
+    _ask_to_stop(child)
     while child.returncode is None:
-        if time.monotonic() >= deadline:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+        if waited.look() >= grace_s:
+            _kill(child)
         try:
-            await _within(max(0.1, deadline - time.monotonic()), child.wait())
+            await _within(_LOOK_AT_EXIT_S, child.wait())
         except TimeoutError:
             pass
         except asyncio.CancelledError as error:
             cancelled = error
-    _followed.discard(child)
+    _followed.pop(child, None)
     if cancelled:
         raise cancelled
 
@@ -169,18 +232,65 @@ async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
 def kill_children() -> None:
     """End every child at once. What it has not committed is computed again."""
     for child in _followed:
-        if child.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+        _kill(child)
 
 
-atexit.register(kill_children)  # where even the wait for them was broken off; a deaf child would outlive us
+def has_children() -> bool:
+    """Whether there are children that may have something to save."""
+    return any(child.returncode is None for child in _followed)
 
 
-async def _read_line(stream: asyncio.StreamReader) -> bytes:
-    """Read one line; empty at the end of the stream, also where a killed writer left half a line."""
-    line = await stream.readline()
-    return line if line.endswith(b"\n") else b""
+def _ask_to_stop(child: asyncio.subprocess.Process) -> None:
+    """Ask a child to save and leave: on its pipe, and by SIGTERM, which ends one that does not listen yet.
+
+    The line comes first: by it, the child knows the signal for the same request, whatever signals it got before.
+    """
+    if child.returncode is None and child.stdin is not None:
+        with suppress(OSError, RuntimeError):
+            child.stdin.write(STOP_LINE)
+    with suppress(ProcessLookupError):
+        child.terminate()
+        child.send_signal(signal.SIGCONT)  # a stopped process could not save
+
+
+def _kill(child: asyncio.subprocess.Process) -> None:
+    if child.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _leave_no_child() -> None:
+    """Give children that save the rest of their time where even the wait for them was broken off; then kill them."""
+    for child in _followed:
+        _ask_to_stop(child)
+    began_at_s = time.monotonic()
+    for child, grace_s in _followed.items():
+        while _is_running(child) and time.monotonic() - began_at_s < grace_s:
+            time.sleep(_LOOK_AT_EXIT_S)
+    kill_children()
+
+
+atexit.register(_leave_no_child)
+
+
+def _is_running(child: asyncio.subprocess.Process) -> bool:
+    """Whether a child runs, without its event loop; its exit code may be taken by whoever else waits for it."""
+    if child.returncode is not None:
+        return False
+    try:
+        return os.waitpid(child.pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
+
+
+async def _wait_for_exit(child: asyncio.subprocess.Process, limit_s: float) -> None:
+    """Wait for a child that has closed its pipe. TimeoutError where it does not leave."""
+    waited = Silence(look_every_s=_LOOK_AT_EXIT_S)
+    while child.returncode is None:
+        with suppress(TimeoutError):
+            await _within(_LOOK_AT_EXIT_S, child.wait())
+        if child.returncode is None and waited.look() >= limit_s:
+            raise TimeoutError
 
 
 async def _within(seconds: float, awaitable: Awaitable[T]) -> T:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,8 @@ from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.software import Package, package_in_use, require_same_package
+from vnp_lib.stop_signals import Request, StopRequests
+from vnp_lib.worker_events import EventStream
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.embedder import ExactModel
@@ -47,9 +49,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for i
 logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 5.0
-_ONE_SIGNAL_S = 1.0
 _MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
-_ORPHAN_LIMIT_S = 60.0
+_ORPHAN_LIMIT_S = 60
 _WORTH_A_TRIAL = 200_000_000_000  # multiplications: ten times those of the trial that finds the faster way to do them
 
 
@@ -93,33 +94,34 @@ class PendingWork:
 
 
 class StopFlag:
-    """Set by SIGTERM or by the parent's end, from where the loop asks for it. A second SIGTERM means: leave at once.
+    """Set by SIGTERM, by the parent or by its end, from where the loop asks for it. SIGTERM may also ask to leave at once.
 
-    That is one that comes a second after the first or later. Closer together they are one: a service manager signals every
-    process, and our parent passes on what it gets.
+    It does when it comes 8 s or more after the first, see `StopRequests`. The parent's request comes on its pipe before the
+    parent's SIGTERM: however late that is, it is no second one.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.is_installed = False
-        self._clock = clock
+        self._requests = StopRequests(clock=clock)
         self._is_set = False
-        self._signalled_at_s: float | None = None
 
     def install(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
         self.is_installed = True
 
     def set(self) -> None:
+        """Take note of the parent's request, or of its end."""
+        self._requests.restart()
         self._is_set = True
 
     def is_set(self) -> bool:
         return self._is_set
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        now_s = self._clock()
-        if self._signalled_at_s is not None and now_s - self._signalled_at_s >= _ONE_SIGNAL_S:
+        if _has_word_from_parent():  # which the thread that reads it has not come to yet
+            self._requests.restart()
+        if self._requests.hear() == Request.HURRY:
             os._exit(ExitCode.STOPPED)
-        self._signalled_at_s = self._signalled_at_s or now_s
         self._is_set = True
 
 
@@ -127,19 +129,6 @@ class Events(Protocol):
     """Where an attempt says what it does."""
 
     def send(self, event: str, **fields: object) -> None: ...
-
-
-class EventStream:
-    """JSON lines to the parent, on what was standard output; stray prints go to the log instead."""
-
-    def __init__(self) -> None:
-        self._descriptor = os.dup(1)
-        os.dup2(2, 1)
-
-    def send(self, event: str, **fields: object) -> None:
-        """Write one line. A parent that no longer reads must not keep us from saving."""
-        with suppress(OSError):
-            os.write(self._descriptor, json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
 class _EventHandler(logging.Handler):
@@ -440,11 +429,11 @@ def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the attempt that a job file describes; what went wrong is in the last event."""
-    events = EventStream()
+    stop = StopFlag()
+    events = EventStream(is_stopping=stop.is_set)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("vnp_lib").addHandler(_EventHandler(events))
-    stop = StopFlag()
-    threading.Thread(target=_stop_when_the_parent_is_gone, args=(stop,), daemon=True).start()
+    threading.Thread(target=_heed_the_parent, args=(stop,), daemon=True).start()
     try:
         text = Path(arguments[0]).read_text(encoding="utf-8")
         require_same_package(json.loads(text).get("package"))  # before the rest, whose fields may be another version's
@@ -456,10 +445,23 @@ def main(arguments: Sequence[str]) -> int:
         return ExitCode.FAILED
 
 
-def _stop_when_the_parent_is_gone(stop: StopFlag) -> None:
-    os.read(0, 1)  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
-    if not stop.is_installed:  # nothing has been computed
-        os.kill(os.getpid(), signal.SIGTERM)
-    stop.set()
-    time.sleep(_ORPHAN_LIMIT_S)
+def _heed_the_parent(stop: StopFlag) -> None:
+    """Stop when the parent asks for it on standard input, or when that ends since the parent is gone."""
+    while True:
+        select.select([0], [], [])
+        stop.set()  # before the word is taken out of the pipe, where a handler of SIGTERM looks for it
+        word = os.read(0, 4096)  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
+        if not stop.is_installed:  # nothing has been computed
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not word:
+            break
+    for _ in range(_ORPHAN_LIMIT_S):  # not at once: it may be stopped and continued in between
+        time.sleep(1.0)
     os._exit(ExitCode.STOPPED)  # it hangs, and nobody else is there to notice
+
+
+def _has_word_from_parent() -> bool:
+    try:
+        return bool(select.select([0], [], [], 0)[0])
+    except (OSError, ValueError):  # there is no standard input
+        return False

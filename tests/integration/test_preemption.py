@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from tests.support import (
     wait_until,
     workers_of,
 )
+from vnp_lib.plan import RunPaths
+from vnp_lib.stop_signals import HURRY_AFTER_S
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +123,10 @@ from pathlib import Path
 from prefect.exceptions import TerminationSignal
 
 from flows.signals import sigterm_cancels_the_flow
+from vnp_lib import stop_signals
 from vnp_lib.supervisor import run_child
+
+stop_signals.HURRY_AFTER_S = 1.5
 
 async def follow(job):
     async def on_event(event):
@@ -160,8 +165,8 @@ except (TerminationSignal, asyncio.CancelledError):
     ["pass", "call_for_ever(loop)", "working = loop.create_task(work_for_ever())"],
     ids=["out of the selector", "in a callback", "in a task"],
 )
-def test_sigterm_stops_the_flow_and_a_second_one_its_children_wherever_they_strike(tmp_path, busy):
-    """The child is deaf: the first SIGTERM has the flow wait for it, the second one has it killed."""
+def test_sigterms_stop_the_flow_and_a_late_one_its_children_wherever_they_strike(tmp_path, busy):
+    """The child is deaf: the flow waits for it, however many follow the first; one that comes much later has it killed."""
     child = tmp_path / "child"
     child.write_text(f"""#!/bin/sh
     trap 'touch {tmp_path}/told' TERM
@@ -178,7 +183,10 @@ def test_sigterm_stops_the_flow_and_a_second_one_its_children_wherever_they_stri
     with nobody_left_of(process, tmp_path):
         process.send_signal(signal.SIGTERM)
         wait_until((tmp_path / "told").exists, timeout_s=ORPHANS_LIVE_S)
-        time.sleep(0.5)
+        for _ in range(5):
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
         assert process.poll() is None
         assert is_alive(pid)
 
@@ -197,8 +205,57 @@ def nobody_left_of(process: subprocess.Popen[Any], directory: Path) -> Iterator[
             os.kill(pid, signal.SIGKILL)
 
 
+SEVERAL = {
+    "a wrapper passes it on": [(0.05, signal.SIGTERM)],
+    "three within a second": [(0.5, signal.SIGTERM), (0.5, signal.SIGTERM)],
+    "a burst": [(0.002, signal.SIGTERM)] * 8,
+    "over seconds": [(2.5, signal.SIGTERM)] * 2,
+    "Ctrl-C before and after": [(0.1, signal.SIGINT), (0.3, signal.SIGTERM)],
+}
+
+
 @pytest.mark.soak
-def test_a_second_sigterm_waits_for_nobody(
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("further", SEVERAL.values(), ids=SEVERAL)
+def test_several_signals_of_one_preemption_save_what_one_saves(
+    served_command_line, sabotage, tmp_path, short_fasta, first, further
+):
+    """Nothing is in a checkpoint before, and a child takes two seconds to save."""
+    sabotage("""
+    import time
+    from vnp_lib.checkpoint import AsyncCheckpointWriter
+    wait_all = AsyncCheckpointWriter.wait_all
+    AsyncCheckpointWriter.wait_all = lambda self, *arguments: (time.sleep(2), wait_all(self, *arguments))[1]
+    import vnp_lib.esm2
+    original = vnp_lib.esm2.ESM2.forward_packed
+    def slow(*arguments, **others):
+        time.sleep(0.1)
+        return original(*arguments, **others)
+    vnp_lib.esm2.ESM2.forward_packed = slow
+    """)
+    run_dir = tmp_path / "run"
+    process = served_command_line.start(
+        *("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_CHILDREN, "--token-budget", 128),
+        *("--runtime.checkpoint-seq-threshold", 1000),
+    )
+    with nobody_left_of(process, run_dir):
+        histories = [RunPaths(run_dir).history(rank) for rank in (0, 1)]
+        wait_until(lambda: process.poll() is not None or all(path.exists() for path in histories))
+        time.sleep(2.0)
+        assert finished_checkpoints(run_dir) == {}
+        process.send_signal(first)
+        for pause_s, number in further:
+            time.sleep(pause_s)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 143), err
+    assert shards_with_checkpoints(run_dir) == {0, 1}, err
+    wait_until(lambda: workers_of(run_dir) == group_of(process.pid) == [], timeout_s=1.0)
+
+
+@pytest.mark.soak
+def test_a_late_second_sigterm_waits_for_nobody(
     command_line, served_command_line, sabotage, tmp_path, short_fasta, uninterrupted
 ):
     """One child takes a minute to save and the other one is deaf: neither holds up the flow, or outlives it."""
@@ -208,7 +265,9 @@ def test_a_second_sigterm_waits_for_nobody(
         from vnp_lib.checkpoint import AsyncCheckpointWriter
         AsyncCheckpointWriter.wait_all = lambda self: time.sleep(60)
         if rank == 1:
+            import vnp_lib.worker
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            vnp_lib.worker.StopFlag.set = lambda self: None
     """)
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_CHILDREN, *SMALL_CHECKPOINTS)
@@ -216,7 +275,7 @@ def test_a_second_sigterm_waits_for_nobody(
     with nobody_left_of(process, run_dir):
         wait_until(lambda: process.poll() is not None or shards_with_checkpoints(run_dir) == {0, 1})
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
+        time.sleep(HURRY_AFTER_S + 0.5)
         assert process.poll() is None
         assert len(workers_of(run_dir)) == 2
         before = finished_checkpoints(run_dir)

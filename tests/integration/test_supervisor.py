@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.files import make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.run import open_run
+from vnp_lib.stop_signals import HURRY_AFTER_S
 from vnp_lib.supervisor import run_child
 
 pytestmark = pytest.mark.slow
@@ -130,7 +132,8 @@ def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
     assert computed <= rows_on_disk(job) < NUM_COMPUTED
 
 
-def test_a_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, sabotage):
+@pytest.mark.soak
+def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, sabotage):
     """Without what it has not committed, and without a word; its second batch would take an hour."""
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">good_{i}\n{'ACDEFGHIKL' * 6}{'M' * i}\n" for i in range(10)) + ">bad\nWWWWHAC\n")
@@ -143,7 +146,7 @@ def test_a_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, sabota
         if (heard["checkpoint"], heard["computing"]) == (1, 2):
             heard["checkpoint"] = 0
             os.kill(the_worker(job), signal.SIGTERM)
-            await asyncio.sleep(1.1)
+            await asyncio.sleep(HURRY_AFTER_S + 0.1)
             os.kill(the_worker(job), signal.SIGTERM)
 
     failure = failure_of(job, on_event)
@@ -160,10 +163,55 @@ def test_a_killed_child_is_named_by_its_signal(job):
     assert rows_on_disk(job) >= 0
 
 
-def test_a_frozen_child_is_noticed_and_killed(job):
-    failure = failure_of(job, at_batch(3, signal_the_worker(job, signal.SIGSTOP)), silence_limit_s=1.0, grace_s=1.0)
+def test_a_child_that_stands_still_at_a_batch_is_noticed_and_killed(job, sabotage):
+    sabotage("""
+    import time, vnp_lib.esm2
+    vnp_lib.esm2.ESM2.forward_packed = lambda *arguments: time.sleep(3600)
+    """)
+    failure = failure_of(job, at_batch(1, lambda: None), silence_limit_s=1.0, grace_s=1.0)
     assert failure.kind == FailureKind.TRANSIENT
-    assert failure.message.startswith("no progress for 1 s")
+    assert failure.message.startswith("no progress for ")
+    assert "after 'computing' (--runtime.silence-limit-s)" in failure.message
+
+
+def test_a_child_that_is_stopped_and_continued_has_lost_nothing(job):
+    """SIGSTOP for longer than the limit, as a person or a gang scheduler sends it: that is not silence, and it is said."""
+    seen = Counter()
+    said = []
+
+    async def on_event(event):
+        seen[event["event"]] += 1
+        if event["event"] == "log":
+            said.append(event["message"])
+        if event["event"] == "batch" and seen["batch"] == 3:
+            pid = the_worker(job)
+            os.kill(pid, signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(3.0, os.kill, pid, signal.SIGCONT)
+
+    last = asyncio.run(follow(job, on_event, silence_limit_s=1.0))
+    assert last["event"] == "done"
+    assert rows_on_disk(job) == NUM_COMPUTED
+    assert sum("is stopped by a signal" in message for message in said) == 1
+
+
+def _follow_to_its_end(job: Path) -> None:
+    asyncio.run(follow(job, at_batch(3, job.with_name("begun").touch), silence_limit_s=1.0))
+
+
+def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
+    """As by Ctrl-Z, gang scheduling, a paused virtual machine: the clock went on, and nobody was there to speak or hear."""
+    supervisor = multiprocessing.get_context("spawn").Process(target=_follow_to_its_end, args=(job,))
+    supervisor.start()
+    wait_until(lambda: job.with_name("begun").exists() or not supervisor.is_alive())
+    stopped = (the_worker(job), supervisor.pid)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(3.0)
+    for pid in reversed(stopped):
+        os.kill(pid, signal.SIGCONT)
+    supervisor.join(timeout=120)
+    assert supervisor.exitcode == 0
+    assert rows_on_disk(job) == NUM_COMPUTED
 
 
 def test_a_child_that_hangs_on_its_way_out_has_failed_as_it_said(job, sabotage):

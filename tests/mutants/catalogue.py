@@ -754,16 +754,30 @@ _LOOP = (
     Mutant(
         name="sigterm-ignored-by-the-worker",
         module="worker",
-        before="        self._signalled_at_s = self._signalled_at_s or now_s\n        self._is_set = True\n",
-        after="        self._signalled_at_s = self._signalled_at_s or now_s\n",
-        caught_by=(f"{_WORKER}::test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once",),
+        before="            os._exit(ExitCode.STOPPED)\n        self._is_set = True\n",
+        after="            os._exit(ExitCode.STOPPED)\n",
+        caught_by=(f"{_WORKER}::test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry",),
     ),
     Mutant(
-        name="second-sigterm-ignored-by-the-worker",
+        name="late-sigterm-ignored-by-the-worker",
         module="worker",
-        before="        if self._signalled_at_s is not None and now_s",
-        after="        if False and now_s",
-        caught_by=(f"{_WORKER}::test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once",),
+        before="        if self._requests.hear() == Request.HURRY:\n",
+        after="        if False:\n",
+        caught_by=(f"{_WORKER}::test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry",),
+    ),
+    Mutant(
+        name="sigterm-of-the-parent-taken-for-a-second-one",
+        module="worker",
+        before="        if _has_word_from_parent():  # which",
+        after="        if False:  # which",
+        caught_by=(f"{_WORKER}::test_a_late_sigterm_of_the_parent_does_not_hurry",),
+    ),
+    Mutant(
+        name="repeated-sigterm-taken-for-haste",
+        module="stop_signals",
+        before="now_s - self._asked_at_s >= HURRY_AFTER_S",
+        after="True",
+        caught_by=(f"{_WORKER}::test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry",),
     ),
 )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +116,85 @@ def test_an_attempt_waits_while_another_has_the_shard(
     assert events.names == ["waiting", "started", "done"]
 
 
-@pytest.mark.parametrize(("seconds_later", "end"), [(0.9, "still here"), (1.0, "")])
-def test_sigterm_sets_the_flag_and_a_second_one_ends_the_process_at_once(seconds_later: float, end: str) -> None:
-    """Unless it comes with the first: then both are the same, by way of the parent and straight from whoever sent it."""
-    code = f"""
+def run_signalled(code: str, *, stdin: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has a StopFlag installed, whose clock it sets by `now[0] = ...`."""
+    begin = """
 import os, signal
 from vnp_lib.worker import StopFlag
-times = iter([5.0, 5.0 + {seconds_later}])
-stop = StopFlag(clock=lambda: next(times))
+now = [5.0]
+stop = StopFlag(clock=lambda: now[0])
 stop.install()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", begin + code], stdin=stdin, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(("seconds_later", "end"), [(7.9, "still here"), (8.0, "")])
+def test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry(seconds_later: float, end: str) -> None:
+    """However many they are: of a service manager, of wrappers that pass theirs on, and of the parent."""
+    code = f"""
 print(stop.is_set())
-os.kill(os.getpid(), signal.SIGTERM)
+for now[0] in (5.0, 5.05, 6.5, 12.0):
+    os.kill(os.getpid(), signal.SIGTERM)
 print(stop.is_set(), flush=True)
+now[0] = 5.0 + {seconds_later}
 os.kill(os.getpid(), signal.SIGTERM)
 print("still here", end="", flush=True)
 """
-    process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    with open_pipe() as (read_end, _):
+        process = run_signalled(code, stdin=read_end)
     assert process.stdout == f"False\nTrue\n{end}"
     assert process.returncode == (0 if end else ExitCode.STOPPED)
+
+
+@pytest.mark.parametrize("told", ["stop.set()", "pass"], ids=["heard", "not read yet"])
+def test_a_late_sigterm_of_the_parent_does_not_hurry(told: str) -> None:
+    """The service manager's came long before; the parent had been busy, and wrote its word first."""
+    code = f"""
+os.kill(os.getpid(), signal.SIGTERM)
+now[0] = 60.0
+{told}
+os.kill(os.getpid(), signal.SIGTERM)
+print("saves")
+"""
+    with open_pipe() as (read_end, write_end):
+        if told == "pass":
+            os.write(write_end, b"stop\n")
+        process = run_signalled(code, stdin=read_end)
+    assert (process.stdout, process.returncode) == ("saves\n", 0)
+
+
+@contextmanager
+def open_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe that stays open, by its two ends."""
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def test_the_parents_word_stops_a_child_that_never_sees_its_sigterm() -> None:
+    code = """
+import threading, time
+from vnp_lib.worker import _heed_the_parent
+threading.Thread(target=_heed_the_parent, args=(stop,), daemon=True).start()
+print("ready", flush=True)
+while not stop.is_set():
+    time.sleep(0.01)
+"""
+    begin = "from vnp_lib.worker import StopFlag\nstop = StopFlag()\nstop.install()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", begin + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdin.write("stop\n")
+        process.stdin.flush()
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> None:
@@ -138,10 +202,10 @@ def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> 
     code = """
 import time
 from vnp_lib import embedder, worker
-worker._ORPHAN_LIMIT_S = 0.2
+worker._ORPHAN_LIMIT_S = 1
 stop = worker.StopFlag()
 stop.install()
-worker.threading.Thread(target=worker._stop_when_the_parent_is_gone, args=(stop,), daemon=True).start()
+worker.threading.Thread(target=worker._heed_the_parent, args=(stop,), daemon=True).start()
 time.sleep(300)
 """
     process = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=60)
