@@ -262,11 +262,12 @@ def test_a_late_second_sigterm_waits_for_nobody(
     sabotage("""
     if attempt == 1:
         import signal, time
+        if rank == 1:  # before there are threads
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         from vnp_lib.checkpoint import AsyncCheckpointWriter
         AsyncCheckpointWriter.wait_all = lambda self: time.sleep(60)
         if rank == 1:
             import vnp_lib.worker
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             vnp_lib.worker.StopFlag.set = lambda self: None
     """)
     run_dir = tmp_path / "run"

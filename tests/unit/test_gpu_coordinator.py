@@ -244,9 +244,10 @@ def test_sigterm_handler_waits_for_checkpoints(tmp_path, short_fasta):
 @pytest.mark.slow
 def test_a_child_that_does_not_hear_sigterm_is_killed_after_the_grace(tmp_path, short_fasta, sabotage):
     sabotage("""
-    import signal, vnp_lib.worker
+    import signal
     signal.signal = lambda *_: None
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads
+    import vnp_lib.worker
     vnp_lib.worker.StopFlag.set = lambda self: None
     """)
     waited_s = asyncio.run(stop_when_computing(settings(short_fasta, tmp_path / "run"), 0, grace_s=1.0))
