@@ -12,9 +12,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from vnp_lib import cli, failures
+from vnp_lib.characters import CLASSES
 from vnp_lib.config import EmbedConfig, RuntimeConfig, parse_command_line
 
 _WIDTH = "100"  # letters of a line of --help
+_SETTING = ("option, variable", "default", "means")
 
 
 def run_options() -> str:
@@ -37,12 +39,12 @@ def help_of_vnp(*arguments: str) -> str:
 
 def run_settings() -> str:
     """The table of a run's settings."""
-    return _table(_settings_of(EmbedConfig, option="--", variable="VNP_"))
+    return _table(_settings_of(EmbedConfig, option="--", variable="VNP_"), head=_SETTING)
 
 
 def runtime_settings() -> str:
     """The table of the settings for when things go wrong or take long."""
-    return _table(_settings_of(RuntimeConfig, option="--runtime.", variable="VNP_RUNTIME__"))
+    return _table(_settings_of(RuntimeConfig, option="--runtime.", variable="VNP_RUNTIME__"), head=_SETTING)
 
 
 def error_tree() -> str:
@@ -51,8 +53,15 @@ def error_tree() -> str:
     return _as_text(failures.__doc__.partition("\n\n")[2])
 
 
+def character_classes() -> str:
+    """The table of the classes of characters in sequence text."""
+    rows = ((each.name, each.members, each.error, each.map, each.skip) for each in CLASSES)
+    return _table(rows, head=("class", "characters", "`error`", "`map`", "`skip`"))
+
+
 GENERATED: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (run_options, vnp_commands, run_settings, runtime_settings, error_tree)
+    make.__name__: make
+    for make in (run_options, vnp_commands, run_settings, runtime_settings, error_tree, character_classes)
 }
 
 
@@ -84,9 +93,9 @@ def _default_of(field: FieldInfo) -> str:
     return f"`{told}`"
 
 
-def _table(rows: Iterator[tuple[str, ...]]) -> str:
-    """A Markdown table of settings."""
-    lines = [("option, variable", "default", "means"), ("---", "---", "---"), *rows]
+def _table(rows: Iterator[tuple[str, ...]], *, head: tuple[str, ...]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

@@ -159,7 +159,7 @@ class EmbedConfig(BaseModel):
     fasta: InputPaths = Field(
         title="FASTA files",
         min_length=1,
-        description="FASTA files, plain or compressed (gz, bz2, xz, zst), a directory of them, a pattern such as 'x/*.fa', or - for "
+        description="FASTA files, plain or compressed (gz, bz2, xz, zst, zip), a directory of them, a pattern such as 'x/*.fa', or - for "
         "standard input; CSV, TSV and Parquet by their suffix. On a command line, several with commas between.",
     )
     output_dir: OutputPath = Field(
@@ -243,8 +243,9 @@ class EmbedConfig(BaseModel):
     verbose: CliImplicitFlag[bool] = Field(False, description="Show Prefect's own log lines on the console too.")
     invalid_residues: InvalidResidues = Field(
         "error",
-        description="What becomes of letters that are no amino acids. 'error': the run is refused; 'map': each is read as X; 'skip': "
-        "such records are left out, empty ones too, and listed in plan/skipped.jsonl.",
+        description="What becomes of letters that are no amino acids, and of a * that is not at the end. 'error': the run is refused; "
+        "'map': each is read as X; 'skip': such records are left out, empty ones too, and listed in plan/skipped.jsonl. Gaps, digits "
+        "and punctuation, which show that the text is no sequence, are never read as X. White space is removed.",
     )
     duplicate_ids: DuplicateIds = Field(
         "error",

@@ -1,85 +1,199 @@
-"""Reading FASTA files, chunk by chunk, in the records' own words; and finding their lines."""
+"""Reading FASTA and FASTQ files, chunk by chunk, in the records' own words; and finding their lines."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 import dnaio
+import numpy as np
 
+from vnp_lib.characters import INVISIBLE, WHITE_SPACE
 from vnp_lib.failures import FastaError
+from vnp_lib.file_kinds import is_fastq, kind_of
 from vnp_lib.records import RawChunk
-from vnp_lib.source import open_source
+from vnp_lib.source import open_text, refuse_kind, start_of
 
-_CHUNK_LETTERS = 16 * 1024**2
+_CHUNK_BYTES = 16 * 1024**2
+_BLOCK_BYTES = 128 * 1024
+
+_MARGIN = re.compile(f"[{WHITE_SPACE}{INVISIBLE}]*")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of it
+
+# Lines that begin with one of these, or are empty, are what they look like.
+_PLAIN_STARTS = np.zeros(256, dtype=bool)
+_PLAIN_STARTS[np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz*->\n", dtype=np.uint8)] = True
 
 
 def read_fasta(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
-    """Read every record of a file, in order; lines that begin with `#` are comments.
+    """Read every record of a FASTA file, in order; lines that begin with `#` or `;` are comments.
 
-    A chunk has `chunk_size` records, or fewer where they are long: about 16 million letters are enough, but a record is never
-    divided.
+    Lines end as on Unix, on Windows or on an old Macintosh. White space and invisible characters, such as a byte order mark, may
+    stand before the `>` of a header. A chunk has `chunk_size` records, or fewer where they are long: about 16 million letters are
+    enough, but a record is never divided.
 
     Raises:
-        FastaError: As `open_source`; or the file is no FASTA, or not UTF-8.
+        FastaError: As `open_text`; or the file is no FASTA, or not UTF-8.
     """
-    sequences: list[str] = []
-
-    def put_down(header: str, sequence: str, _qualities: None) -> str:
-        sequences.append(sequence)  # an object per record would keep the garbage collector busy
-        return header
-
-    with open_source(path) as file, dnaio.FastaReader(file, sequence_class=put_down) as reader:
+    with open_text(path) as file:
+        start = start_of(file)
+        if is_fastq(start):
+            raise FastaError(
+                f"{path}: this is FASTQ, whose nucleotides are read with --translate six-frame only; give proteins as FASTA"
+            )
+        if kind := kind_of(start):
+            refuse_kind(path, kind)
         try:
-            records = iter(reader)
-            while headers := _take(records, sequences, chunk_size):
-                yield RawChunk(headers=headers, sequences=sequences)
-                sequences = []
-        except (dnaio.FileFormatError, UnicodeDecodeError) as error:
+            yield from _chunks(file, chunk_size)
+        except (_NoHeaderError, UnicodeDecodeError) as error:
             raise FastaError(_what_is_wrong(path)) from error
 
 
+def read_fastq(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
+    """Read every record of a FASTQ file, in order, without its qualities.
+
+    Raises:
+        FastaError: As `open_text`; or a record is not four lines of ASCII.
+    """
+    with open_text(path) as file:
+        try:
+            headers: list[str] = []
+            sequences: list[str] = []
+            for record in dnaio.FastqReader(file):
+                headers.append(record.name)
+                sequences.append(record.sequence)
+                if len(headers) == chunk_size:
+                    yield RawChunk(headers=headers, sequences=sequences)
+                    headers, sequences = [], []
+            if headers:
+                yield RawChunk(headers=headers, sequences=sequences)
+        except dnaio.FileFormatError as error:
+            reason = " ".join(str(error).split())
+            raise FastaError(f"{path}: this FASTQ cannot be read ({reason}); mend it or make it again") from error
+
+
+def holds_fastq(path: Path) -> bool:
+    """Whether a file is FASTQ, by its first bytes, whatever its name. Raises as `open_text`."""
+    with open_text(path) as file:
+        return is_fastq(start_of(file))
+
+
 def header_lines(path: Path) -> Iterator[int]:
-    """The line number, from 1, of each record's header, in order. Raises as `open_source`."""
-    return (number for number, line in _numbered_lines(path) if line.lstrip().startswith(">"))
+    """The line number, from 1, of each record's header, in order. Raises as `open_text`."""
+    if holds_fastq(path):
+        return count(1, 4)
+    return (number for number, line in _numbered_lines(path) if line.startswith(">", _margin_of(line)))
 
 
-def _take(records: Iterator[str], sequences: list[str], chunk_size: int) -> list[str]:
-    """Headers of the next chunk, while their sequences are put down. Twice as many at a time, so that looking costs nothing."""
+class _NoHeaderError(Exception):
+    """Text stands before the first header."""
+
+
+def _chunks(file: BinaryIO, chunk_size: int) -> Iterator[RawChunk]:
     headers: list[str] = []
-    num_letters = num_before = 0
-    while len(headers) < chunk_size and num_letters < _CHUNK_LETTERS:
-        headers += islice(records, min(chunk_size - len(headers), max(1, len(headers))))
-        if len(headers) == num_before:
-            break
-        num_letters += sum(map(len, sequences[num_before:]))
-        num_before = len(headers)
-    return headers
+    sequences: list[str] = []  # one less than headers: the last is still being read
+    rest: list[str] = []  # of that
+    num_bytes = 0
+    for text in _plain_text(file):
+        before, *records = f"\n{text}".split("\n>")
+        if headers:
+            rest.append(before)
+        elif _margin_of(before) < len(before):
+            raise _NoHeaderError
+        if records:
+            if headers:
+                sequences.append("".join(rest).replace("\n", ""))
+            ends = [record.find("\n") for record in records]  # of headers; an object each would keep the collector busy
+            headers += [record[:end] if end >= 0 else record for record, end in zip(records, ends, strict=True)]
+            bodies = [record[end + 1 :] if end >= 0 else "" for record, end in zip(records, ends, strict=True)]
+            rest = [bodies.pop()]
+            sequences += [body.replace("\n", "") for body in bodies]
+        num_bytes += len(text)
+        if len(sequences) >= chunk_size or num_bytes >= _CHUNK_BYTES:
+            is_much = num_bytes >= _CHUNK_BYTES
+            num_taken = len(sequences) if is_much else len(sequences) // chunk_size * chunk_size
+            yield from _divided(headers[:num_taken], sequences[:num_taken], chunk_size)
+            headers, sequences = headers[num_taken:], sequences[num_taken:]
+            num_bytes = 0
+    if headers:
+        sequences.append("".join(rest).replace("\n", ""))
+        yield from _divided(headers, sequences, chunk_size)
+
+
+def _divided(headers: list[str], sequences: list[str], chunk_size: int) -> Iterator[RawChunk]:
+    for start in range(0, len(headers), chunk_size):
+        stop = start + chunk_size
+        yield RawChunk(headers=headers[start:stop], sequences=sequences[start:stop])
+
+
+def _plain_text(file: BinaryIO) -> Iterator[str]:
+    """Whole lines of a file, without comments; each ends with a line feed, and nothing is before the `>` of a header."""
+    for lines in _whole_lines(file):
+        if b"\r" in lines:
+            lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        codes = np.frombuffer(lines, dtype=np.uint8)
+        starts = np.flatnonzero(codes[:-1] == ord("\n")) + 1
+        if lines.isascii() and _PLAIN_STARTS[codes[:1]].all() and _PLAIN_STARTS[codes[starts]].all():
+            yield lines.decode()
+        else:
+            yield "".join(map(_plain_line, lines.decode().split("\n")))
+
+
+def _plain_line(line: str) -> str:
+    margin = _margin_of(line)
+    if line.startswith((">", "#", ";"), margin):
+        # What stood before a header goes after it, so that it is counted with what is removed.
+        return f"{line[margin:]}\n{line[:margin]}\n" if line[margin] == ">" else ""
+    return f"{line}\n" if line else ""
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Blocks of a file that end where a line ends, but for the last, which is given a line feed."""
+    pieces: list[bytes] = []
+    while block := file.read(_BLOCK_BYTES):
+        # A carriage return at the end of a block may be half of a line end.
+        stop = max(block.rfind(b"\n"), block.rfind(b"\r", 0, len(block) - 1)) + 1
+        if not stop:
+            pieces.append(block)
+            continue
+        yield b"".join([*pieces, block[:stop]])
+        pieces = [block[stop:]]
+    if any(pieces):
+        yield b"".join([*pieces, b"\n"])
+
+
+def _margin_of(line: str) -> int:
+    """How many white and invisible characters a line begins with."""
+    margin = _MARGIN.match(line)
+    assert margin is not None
+    return margin.end()
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open_source(path) as file, io.TextIOWrapper(file, encoding="utf-8", errors="replace") as text:
+    with (
+        open_text(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape") as text,
+    ):
         yield from enumerate(text, start=1)
 
 
 def _what_is_wrong(path: Path) -> str:
     """Say why a file cannot be read as FASTA text at all."""
-    start = next((line.strip() for _, line in _numbered_lines(path) if line.strip()), "")
-    if not start.startswith(">"):
-        return f"{path}: this is not FASTA but {_kind_of_file(start)}; its first line must start with '>'"
-    number = next(number for number, line in _numbered_lines(path) if "\ufffd" in line)
-    return (
-        f"{path}, line {number}: this is not UTF-8 text; convert it first, for example with `iconv -f latin1 -t utf8`"
-    )
+    has_header = False
+    for number, line in _numbered_lines(path):
+        text = line[_margin_of(line) :]
+        has_header = has_header or text.startswith(">")
+        if not has_header and text and not text.startswith(("#", ";")):
+            return f"{path}: this is not FASTA but {_described(text)}; its first line must start with '>'"
+        if _NOT_UTF8.search(line):
+            return f"{path}, line {number}: this is not UTF-8 text; convert it first, for example with `iconv -f latin1 -t utf8`"
+    return f"{path}: the file was changed while it was read; wait until it is complete, then start again"
 
 
-def _kind_of_file(start: str) -> str:
-    if not start[:80].isprintable() or "\ufffd" in start[:80]:
-        return "a binary file"
-    if start.startswith("@"):
-        return "FASTQ, by its looks"
-    if start.startswith(("LOCUS", "ID  ")):
-        return "a GenBank, EMBL or UniProt flat file, by its looks"
-    return f"text that starts with {start[:40]!r}"
+def _described(text: str) -> str:
+    start = text.rstrip()[:80]
+    return f"text that starts with {start[:40]!r}" if start.replace("\t", " ").isprintable() else "a binary file"

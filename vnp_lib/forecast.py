@@ -346,6 +346,10 @@ def _mended(letters: LetterCounts) -> Iterator[str]:
         yield f"{letters.lower_case:,} in lower case, raised"
     if letters.final_stops:
         yield f"{letters.final_stops:,} final * dropped"
+    if letters.white_space:
+        yield f"{letters.white_space:,} of white space removed"
+    if letters.invisible:
+        yield f"{letters.invisible:,} invisible removed"
     if letters.mapped:
         yield f"{letters.mapped:,} of no amino acid, read as X"
 

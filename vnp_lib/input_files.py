@@ -11,15 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from vnp_lib.failures import FastaError
-from vnp_lib.source import COMPRESSIONS, suffix_of
+from vnp_lib.source import COMPRESSIONS, FASTA_SUFFIXES, suffix_of
 from vnp_lib.user_paths import is_pattern, is_utf8, shown
-
-NUCLEOTIDE_SUFFIXES = (".ffn", ".fna", ".frn")
-FASTA_SUFFIXES = (
-    *(".fa", ".fasta", ".fas", ".fsa", ".mpfa"),
-    *(".faa", ".fsa_aa", ".aa", ".pep"),
-    *NUCLEOTIDE_SUFFIXES,
-)
 
 _NUM_SHOWN = 5
 _MOST_SIBLINGS = 10_000  # whose names are looked at for one that is like another

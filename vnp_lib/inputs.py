@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.failures import FastaError
-from vnp_lib.fasta import header_lines, read_fasta
-from vnp_lib.input_files import FASTA_SUFFIXES, NUCLEOTIDE_SUFFIXES, find_files
+from vnp_lib.fasta import header_lines, holds_fastq, read_fasta, read_fastq
+from vnp_lib.input_files import find_files
 from vnp_lib.records import (
     PROTEINS,
     CheckedChunk,
@@ -27,7 +27,7 @@ from vnp_lib.records import (
     check,
     nucleotide_share,
 )
-from vnp_lib.source import suffix_of, unchanging
+from vnp_lib.source import FASTA_SUFFIXES, NUCLEOTIDE_SUFFIXES, suffix_of, unchanging
 from vnp_lib.tables import is_table, read_table, row_of
 from vnp_lib.translation import NUCLEOTIDES, six_frames
 from vnp_lib.windows import VIRNUCPRO_RESIDUES
@@ -232,7 +232,7 @@ def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
                 f"record {record}: the id {sequence_id!r} has white space in it; replace that, for example by '_'"
             )
     policy = InputPolicy()
-    raw = RawChunk(headers=ids, sequences=["".join(sequence.split()) for sequence in sequences])
+    raw = RawChunk(headers=ids, sequences=[sequence.replace("\n", " ") for sequence in sequences])
     _refuse_other_kind("these sequences", raw.sequences[:_SAMPLE], policy)
     chunk = _under_policy(check(raw, PROTEINS, first_record=0), policy)
     if chunk.refused:
@@ -338,6 +338,8 @@ def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk
         return read_table(
             path, id_column=policy.id_column, sequence_column=policy.sequence_column, chunk_size=chunk_size
         )
+    if policy.translate and holds_fastq(path):
+        return read_fastq(path, chunk_size=chunk_size)
     return read_fasta(path, chunk_size=chunk_size)
 
 

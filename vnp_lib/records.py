@@ -1,25 +1,34 @@
 """Records of the input: as they stand in a file, and as the model takes them.
 
-What cannot be taken is a fault that names the record and says what to do. Four things are mended, the same way everywhere:
-lower case is raised, white space is taken out, one `*` at the end of a protein (a stop codon) is dropped, and J, which
-fair-esm's alphabet lacks, is read as X.
+What cannot be taken is a fault that names the record and says what to do. What becomes of each character is the table in
+`characters`: lower case is raised, white space and invisible characters are removed, one `*` at the end of a protein (a stop codon)
+is dropped, and J, which fair-esm's alphabet lacks, is read as X, the same way everywhere.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from string import ascii_uppercase
 
-import numpy as np
+from vnp_lib.characters import INVISIBLE, WHITE_SPACE, class_of, is_mapped
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBUXZO"
 
-_WHITE_SPACE = b" \t\v\f\r"
+_WHITE_SPACE = b" \t\v\f\r"  # of ASCII; a line break is between two sequences
+_INVISIBLE = b"\x1a"  # of ASCII
 _LOWER_CASE = b"abcdefghijklmnopqrstuvwxyz"
-_NUCLEOTIDES = "ACGTUN"
+_NUCLEOTIDES = b"ACGTUN"
+_NO_LETTERS = bytes(set(range(128)) - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"})
+
+_WHITE_SPACE_BEYOND_ASCII = re.compile(f"(?![\0-\x7f])[{WHITE_SPACE}]")
+_INVISIBLE_BEYOND_ASCII = re.compile(f"(?![\0-\x7f])[{INVISIBLE}]")
+_BEYOND_ASCII = re.compile("[^\0-\x7f]")
+_MARGINS = re.compile(f"^[{WHITE_SPACE}{INVISIBLE}]+|[{WHITE_SPACE}{INVISIBLE}]+$")
+# Two letters and a semicolon, as Biopython's reader has them: complete proteins, fragments, DNA, RNA and others.
+_NBRF_HEADER = re.compile(r"(?:P1|F1|D1|DL|DC|RL|RC|N1|N3|XX);\S")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,8 @@ class LetterCounts:
     read_as_unknown: int = 0  # J, which becomes X
     lower_case: int = 0  # raised
     final_stops: int = 0  # `*` at the end of a sequence, dropped
+    white_space: int = 0  # removed
+    invisible: int = 0  # byte order marks, zero-width characters and the like, removed
     mapped: int = 0  # whatever else the model does not know, made an X since that was asked for
 
     def __add__(self, other: LetterCounts) -> LetterCounts:
@@ -79,41 +90,65 @@ class Alphabet:
     """The letters that sequences are made of, and what is made of others."""
 
     letters: str  # upper case
-    unknown: str  # the letter for what is not known
+    residue: str  # what they stand for
+    unknown: str  # the letter for a residue that is not known
     read_as_unknown: str = ""  # upper-case letters that are read as that one, unasked
     drops_final_stop: bool = False
-    advice: Callable[[str], str]  # what to do about a letter that is none of these
+    advice: Mapping[str, str] = field(default_factory=dict)  # on single characters, before that of their class
 
     def is_normal(self, lines: bytes) -> bool:
         """Whether there is nothing in it but `letters` and line ends."""
-        codes = np.frombuffer(lines, dtype=np.uint8)
-        num_before_a = np.count_nonzero(codes < ord("A"))
-        is_upper_case = num_before_a == lines.count(b"\n") and codes.max(initial=0) <= ord("Z")
-        return bool(is_upper_case and not any(letter in lines for letter in self._other_letters))
+        return not lines.translate(None, delete=self._normal)
 
-    def normalise(self, lines: bytes) -> bytes:
-        """Mend what is mended; it need not be normal then."""
-        text = lines.translate(self._mended, delete=_WHITE_SPACE)
-        return (text + b"\n").replace(b"*\n", b"\n")[:-1] if self.drops_final_stop and b"*" in text else text
+    def normalise(self, text: str) -> tuple[bytes, LetterCounts]:
+        """Mend what is mended in lines, and count it; they need not be normal then."""
+        num_white_space = num_invisible = 0
+        if not text.isascii():
+            text, num_white_space = _WHITE_SPACE_BEYOND_ASCII.subn("", text)
+            text, num_invisible = _INVISIBLE_BEYOND_ASCII.subn("", text)
+        lines = text.encode("utf-8", "surrogatepass")
+        visible = lines.translate(None, delete=_INVISIBLE)
+        joined = visible.translate(None, delete=_WHITE_SPACE)
+        counts = LetterCounts(
+            unknown=_count_in_any_case(joined, self.unknown),
+            read_as_unknown=sum(_count_in_any_case(joined, letter) for letter in self.read_as_unknown),
+            lower_case=len(joined) - len(joined.translate(None, delete=_LOWER_CASE)),
+            final_stops=(joined + b"\n").count(b"*\n") if self.drops_final_stop else 0,
+            white_space=num_white_space + len(visible) - len(joined),
+            invisible=num_invisible + len(lines) - len(visible),
+        )
+        lines = joined.translate(self._mended)
+        if counts.final_stops:
+            lines = (lines + b"\n").replace(b"*\n", b"\n")[:-1]
+        return lines, counts
 
     def map_unknown(self, lines: bytes) -> tuple[bytes, int]:
-        """Put the unknown letter for every character that is not normal, and say for how many."""
-        mapped, count = re.subn(f"[^{self.letters}\n]", self.unknown, lines.decode())
-        return mapped.encode(), count
+        """Put the unknown letter for each character that stands for a residue, and say for how many."""
+        num_mapped = len(lines) - len(lines.translate(None, delete=self._mapped))
+        lines = lines.translate(bytes.maketrans(self._mapped, self.unknown.encode() * len(self._mapped)))
+        if lines.isascii():
+            return lines, num_mapped
+        characters = set(_BEYOND_ASCII.findall(text := lines.decode("utf-8", "surrogatepass")))
+        for character in filter(is_mapped, characters):
+            num_mapped += text.count(character)
+            text = text.replace(character, self.unknown)
+        return text.encode("utf-8", "surrogatepass"), num_mapped
 
-    def count(self, lines: bytes) -> LetterCounts:
-        """Count what `normalise` would mend."""
-        text = lines.translate(None, delete=_WHITE_SPACE)
-        return LetterCounts(
-            unknown=_count_in_any_case(text, self.unknown),
-            read_as_unknown=sum(_count_in_any_case(text, letter) for letter in self.read_as_unknown),
-            lower_case=len(text) - len(text.translate(None, delete=_LOWER_CASE)),
-            final_stops=(text + b"\n").count(b"*\n") if self.drops_final_stop else 0,
-        )
+    def advise(self, character: str) -> str:
+        """Say what to do about a character that is none of its letters."""
+        letters = "".join(sorted(self.letters + self.read_as_unknown))
+        advice = self.advice.get(character) or class_of(character).advice
+        return advice.format(letters=letters, unknown=self.unknown, residue=self.residue)
 
     @cached_property
-    def _other_letters(self) -> list[bytes]:
-        return [letter.encode() for letter in ascii_uppercase if letter not in self.letters]
+    def _normal(self) -> bytes:
+        return self.letters.encode() + b"\n"
+
+    @cached_property
+    def _mapped(self) -> bytes:
+        """What of ASCII is read as unknown where that is asked for."""
+        others = (chr(code) for code in range(128) if chr(code) not in self.letters + "\n")
+        return "".join(filter(is_mapped, others)).encode()
 
     @cached_property
     def _mended(self) -> bytes:
@@ -122,17 +157,7 @@ class Alphabet:
         return bytes.maketrans((known.lower() + unknown + unknown.lower()).encode(), mended.encode())
 
 
-def _advice_on_proteins(letter: str) -> str:
-    if letter == "*":
-        return "a stop codon inside a protein: cut the sequence there, or write X"
-    if letter in "-.":
-        return "gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`"
-    return f"allowed are the letters {''.join(sorted(LETTERS + 'J'))}: write X for an unknown residue"
-
-
-PROTEINS = Alphabet(
-    letters=LETTERS, unknown="X", read_as_unknown="J", drops_final_stop=True, advice=_advice_on_proteins
-)
+PROTEINS = Alphabet(letters=LETTERS, residue="residue", unknown="X", read_as_unknown="J", drops_final_stop=True)
 
 
 def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknown: bool = False) -> CheckedChunk:
@@ -144,13 +169,16 @@ def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknow
         first_record: The number in its file of the chunk's first record, from 0.
         maps_unknown: Take the alphabet's unknown letter for whatever is not in it.
     """
-    lines = "\n".join(chunk.sequences).encode()
-    if alphabet.is_normal(lines):
+    text = "\n".join(chunk.sequences)
+    if text.isascii() and alphabet.is_normal(lines := text.encode()):
         sequences, letters = chunk.sequences, LetterCounts(unknown=lines.count(alphabet.unknown.encode()))
         usable = _whole(chunk.headers, sequences)
     else:
-        lines, letters = _mend(lines, alphabet, maps_unknown=maps_unknown)
-        sequences = lines.decode().split("\n")
+        lines, letters = alphabet.normalise(text)
+        if maps_unknown:
+            lines, num_mapped = alphabet.map_unknown(lines)
+            letters += LetterCounts(mapped=num_mapped)
+        sequences = lines.decode("utf-8", "surrogatepass").split("\n")
         usable = _whole(chunk.headers, sequences) if alphabet.is_normal(lines) else None
     records = range(first_record, first_record + len(sequences))
     if usable is not None:
@@ -164,52 +192,76 @@ def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknow
     return CheckedChunk(usable=usable, records=kept, faults=faults, letters=letters)
 
 
-def _mend(lines: bytes, alphabet: Alphabet, *, maps_unknown: bool) -> tuple[bytes, LetterCounts]:
-    letters = alphabet.count(lines)
-    lines = alphabet.normalise(lines)
-    if not maps_unknown:
-        return lines, letters
-    lines, num_mapped = alphabet.map_unknown(lines)
-    return lines, letters + LetterCounts(mapped=num_mapped)
-
-
 def nucleotide_share(sequences: Sequence[str]) -> float:
     """The share of A, C, G, T, U and N, in either case, in all of their letters; 0 where there are none."""
-    residues = "".join(sequences).upper()
-    return sum(map(residues.count, _NUCLEOTIDES)) / len(residues) if residues else 0.0
+    text = "".join(sequences).encode("ascii", "ignore").upper()
+    letters = text.translate(None, delete=_NO_LETTERS)
+    return 1 - len(letters.translate(None, delete=_NUCLEOTIDES)) / len(letters) if letters else 0.0
 
 
 def _whole(headers: list[str], sequences: list[str]) -> SequenceChunk | None:
-    """Take headers apart; None where a record has no id or no letters."""
-    ids = [words[0] if (words := header.split(None, 1)) else "" for header in headers]
-    if "" in sequences or "" in ids or not all(map(str.startswith, headers, ids)):
+    """Take headers apart; None where a record has no letters, or an id that cannot be used."""
+    if "" in sequences:
         return None
-    descriptions = list(map(str.lstrip, map(str.removeprefix, headers, ids)))
-    return SequenceChunk(ids=ids, descriptions=descriptions, sequences=sequences)
+    if not "".join(headers).isascii():
+        headers = list(map(_without_margins, headers))
+    ids = [words[0] if (words := header.split(None, 1)) else "" for header in headers]
+    if "" in ids:
+        return None
+    if all(map(str.startswith, headers, ids)):
+        rests = list(map(str.strip, map(str.removeprefix, headers, ids)))
+    else:
+        rests = [header.lstrip()[len(first) :].strip() for header, first in zip(headers, ids, strict=True)]
+    joined = "".join(ids)
+    if not joined.isprintable() or not joined.isascii() or ";" in joined:
+        ids = list(map(_without_margins, ids))
+        if "" in ids or any(map(_reason_of_id, ids)):
+            return None
+    return SequenceChunk(ids=ids, descriptions=rests, sequences=sequences)
+
+
+def _without_margins(text: str) -> str:
+    """Take white space and invisible characters away at both ends."""
+    return _MARGINS.sub("", text)
 
 
 def _id_of(header: str) -> str:
-    words = header.split(None, 1)
-    return words[0] if words else ""
+    """The first word of a header, as fair-esm, Biopython, samtools and seqkit take it."""
+    words = _without_margins(header).split(None, 1)
+    return _without_margins(words[0]) if words else ""
 
 
 def _faults(headers: list[str], sequences: list[str], alphabet: Alphabet, first_record: int) -> Iterator[Fault]:
     for record, (header, sequence) in enumerate(zip(headers, sequences, strict=True), start=first_record):
-        if reason := _reason(header, sequence, alphabet):
-            yield Fault(record=record, sequence_id=_id_of(header), reason=reason)
+        sequence_id = _id_of(header)
+        reason = (
+            f"a record has no id (its header is {f'>{header}'!r}); write one after the '>'" if not sequence_id else ""
+        )
+        if reason := reason or _reason_of_id(sequence_id) or _reason(sequence_id, sequence, alphabet):
+            yield Fault(record=record, sequence_id=sequence_id, reason=reason)
 
 
-def _reason(header: str, sequence: str, alphabet: Alphabet) -> str | None:
-    sequence_id = _id_of(header)
-    if not sequence_id or header[0].isspace():
-        return f"a record has no id (its header is {f'>{header}'!r}); write one right after the '>'"
+def _reason_of_id(sequence_id: str) -> str:
+    """Say why an id cannot be used, or "": it becomes a key, a cell and the name of a file."""
+    if _NBRF_HEADER.match(sequence_id):
+        return (
+            f"the header of {sequence_id!r} is one of NBRF/PIR format, whose second line is a title; convert the file to FASTA "
+            f"first, for example with Biopython: SeqIO.convert('x.pir', 'pir', 'x.fasta', 'fasta')"
+        )
+    for character in sequence_id if not sequence_id.isprintable() else "":
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            return f"the id {sequence_id!r} has the control character {character!r} in it; take that out"
+    return ""
+
+
+def _reason(sequence_id: str, sequence: str, alphabet: Alphabet) -> str:
     if not sequence:
         return f"sequence {sequence_id!r} has no residues; take the record out"
-    strange = sequence if not alphabet.is_normal(sequence.encode()) else ""
+    strange = "" if sequence.isascii() and alphabet.is_normal(sequence.encode()) else sequence
     for position, letter in enumerate(strange, start=1):
         if letter not in alphabet.letters:
-            return f"sequence {sequence_id!r} has {letter!r} at position {position}; {alphabet.advice(letter)}"
-    return None
+            return f"sequence {sequence_id!r} has {letter!r} at position {position}; {alphabet.advise(letter)}"
+    return ""
 
 
 def _count_in_any_case(text: bytes, letter: str) -> int:

@@ -2,38 +2,80 @@
 
 from __future__ import annotations
 
-import lzma
+import codecs
 import os
+import re
 import stat
-import zlib
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NoReturn
 
-from backports.zstd import ZstdError
-from isal.igzip_lib import IsalError
-from xopen import xopen
-
+from vnp_lib import decompression
+from vnp_lib.decompression import BLOCK_BYTES, DAMAGE, buffered, decompressed, is_compressed
 from vnp_lib.failures import FastaError
+from vnp_lib.file_kinds import START_BYTES, FileKind, binary_kind_of, zip_kind_of
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSIONS = (*decompression.COMPRESSIONS, ".zip")
 
-# Decompressors share no base class; isal's stub takes its class for an instance.
-_DAMAGE: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError, IsalError, ZstdError)  # type: ignore[assignment]
+PROTEIN_SUFFIXES = (".faa", ".fsa_aa", ".aa", ".mpfa", ".pep")
+NUCLEOTIDE_SUFFIXES = (".ffn", ".fna", ".frn")
+FASTA_SUFFIXES = (".fa", ".fasta", ".fas", ".fsa", *PROTEIN_SUFFIXES, *NUCLEOTIDE_SUFFIXES)
+
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK00PK\x03\x04")
+
+# How text begins that is not in UTF-8, with the codec for it: byte order marks, and "> ", ";", "#" or "@" without one.
+_ENCODINGS = (
+    (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "utf-32"),
+    (re.compile(rb"\xff\xfe|\xfe\xff"), "utf-16"),
+    (re.compile(rb"[>;#@]\0[^\0]\0"), "utf-16-le"),
+    (re.compile(rb"\0[>;#@]\0[^\0]"), "utf-16-be"),
+)
 
 
 @contextmanager
 def open_source(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, plain or gz, bz2, xz or zst, told apart by their content.
+    """Open a file for reading, plain or gz, bz2, xz, zst or zip, told apart by their content.
+
+    Of a zip archive the FASTA files are read, one after another, or the only file.
 
     Raises:
-        FastaError: It is missing, no file, unreadable or damaged.
+        FastaError: It is missing, no file, unreadable or damaged, or an archive of something else.
     """
-    with _failures_told(path):
+    with _failures_told(path), ExitStack() as stack:
         _require_readable_twice(path)
-        with xopen(path, "rb", threads=0) as file:
-            yield file
+        file = stack.enter_context(path.open("rb", buffering=BLOCK_BYTES))
+        if start_of(file).startswith(_ZIP):
+            yield buffered(_unzipped(path, stack.enter_context(zipfile.ZipFile(file))))
+        else:
+            yield _decompressing(file, path)
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of text as `open_source` does; what is read is UTF-8, also where the file is UTF-16 or UTF-32.
+
+    Raises:
+        FastaError: As `open_source`; or it is no text, by its first bytes.
+    """
+    with open_source(path) as file:
+        start = start_of(file)
+        if kind := binary_kind_of(start):
+            refuse_kind(path, kind)
+        encoding = next((name for mark, name in _ENCODINGS if mark.match(start)), None)
+        with _failures_told(path):
+            yield file if encoding is None else buffered(_recoded(file, encoding))
+
+
+def start_of(file: BinaryIO) -> bytes:
+    """Return the first bytes of a file that `open_source` gave, which are still to be read afterwards."""
+    return file.peek(START_BYTES)[:START_BYTES]  # type: ignore[attr-defined, no-any-return]
+
+
+def refuse_kind(path: Path, kind: FileKind) -> NoReturn:
+    """Raise FastaError for a file of a kind that is not read."""
+    raise FastaError(f"{path}: this is not FASTA but {kind.name}; {kind.advice.format(path=path)}")
 
 
 @contextmanager
@@ -59,14 +101,81 @@ def suffix_of(path: Path) -> str:
 def _failures_told(path: Path) -> Iterator[None]:
     try:
         yield
-    except _DAMAGE as error:
-        raise FastaError(f"{path}: the compressed file is cut short or damaged ({error}); copy it again") from error
+    except DAMAGE as error:
+        raise FastaError(
+            f"{path}: the compressed file is cut short or damaged ({error}); copy or make it again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FastaError(
+            f"{path}: this is not the {error.encoding} text that it begins as; save it as UTF-8"
+        ) from error
     except FileNotFoundError as error:
         raise FastaError(f"{path}: there is no such file") from error
     except IsADirectoryError as error:
         raise FastaError(f"{path}: this is a directory; give the files in it") from error
+    except NotImplementedError as error:
+        raise FastaError(
+            f"{path}: this zip archive is compressed in a way that is not known here ({error}); unpack it first"
+        ) from error
     except OSError as error:
         raise FastaError(f"{path}: the file cannot be read ({error.strerror or error})") from error
+
+
+def _decompressing(file: BinaryIO, path: Path) -> BinaryIO:
+    return buffered(decompressed(file, str(path))) if is_compressed(start_of(file)) else file
+
+
+def _unzipped(path: Path, archive: zipfile.ZipFile) -> Iterator[bytes]:
+    """The FASTA files of an archive, decompressed, each beginning on a line of its own."""
+    for member in _members(path, archive):
+        with archive.open(member) as file:
+            content = _decompressing(file, path)  # type: ignore[arg-type]
+            while block := content.read(BLOCK_BYTES):
+                yield block
+        yield b"\n"
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    files = [
+        member
+        for member in archive.infolist()
+        if not member.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in member.filename.split("/"))
+    ]
+    names = [member.filename for member in files]
+    if kind := zip_kind_of(names):
+        refuse_kind(path, kind)
+    suffixes = [suffix_of(Path(name)) for name in names]
+    if set(suffixes) & {*PROTEIN_SUFFIXES} and set(suffixes) & {*NUCLEOTIDE_SUFFIXES}:
+        raise FastaError(
+            f"{path}: there are proteins and nucleotides in this zip archive ({_listed(names)}); take out what is to be "
+            f"embedded, for example with `unzip -p {path} '*.faa' > proteins.fasta`"
+        )
+    chosen = [member for member, suffix in zip(files, suffixes, strict=True) if suffix in FASTA_SUFFIXES]
+    chosen = chosen or (files if len(files) == 1 else [])
+    if not chosen:
+        raise FastaError(
+            f"{path}: there is no FASTA file in this zip archive ({_listed(names)}); wanted are names that end in "
+            f"{', '.join(FASTA_SUFFIXES)}"
+        )
+    if any(member.flag_bits & 1 for member in chosen):
+        raise FastaError(f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`")
+    return chosen
+
+
+def _listed(names: list[str]) -> str:
+    """Name the first of some files."""
+    if not names:
+        return "it is empty"
+    shown = ", ".join(PurePosixPath(name).name for name in names[:5])
+    return f"it holds {shown}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def _recoded(file: BinaryIO, encoding: str) -> Iterator[bytes]:
+    """Turn text of another encoding into UTF-8."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while block := file.read(BLOCK_BYTES):
+        yield decoder.decode(block).encode()
+    yield decoder.decode(b"", final=True).encode()
 
 
 def _require_readable_twice(path: Path) -> None:

@@ -13,8 +13,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from vnp_lib.failures import FastaError
+from vnp_lib.file_kinds import binary_kind_of
 from vnp_lib.records import RawChunk
-from vnp_lib.source import open_source, suffix_of
+from vnp_lib.source import open_source, open_text, start_of, suffix_of
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PARQUET = (".parquet", ".pq")
@@ -33,16 +34,16 @@ def read_table(path: Path, *, id_column: str, sequence_column: str, chunk_size: 
         FastaError: As `open_source`; or the file is not what its name says, lacks a column, or a cell is no UTF-8 text.
     """
     columns = (id_column, sequence_column)
-    with open_source(path) as file:
+    with (open_text if _is_csv(path) else open_source)(path) as file:
         try:
             for batch in (_csv_batches if _is_csv(path) else _parquet_batches)(path, file, columns):
                 for start in range(0, batch.num_rows, chunk_size):
                     headers, sequences = (_texts(batch.column(name).slice(start, chunk_size)) for name in columns)
                     yield RawChunk(
                         headers=[" ".join(header.splitlines()) for header in headers],
-                        sequences=["".join(sequence.splitlines()) for sequence in sequences],
+                        sequences=[sequence.replace("\n", " ") for sequence in sequences],
                     )
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             kind = path.suffix if path.suffix.lower() in _PARQUET else suffix_of(path)
             raise FastaError(f"{path}: this cannot be read as {kind.removeprefix('.')} ({error}); mend it") from error
 
@@ -58,11 +59,13 @@ def _is_csv(path: Path) -> bool:
 
 def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     delimiter = _DELIMITERS[suffix_of(path)]
-    with open_source(path) as again:
+    with open_text(path) as again:
         lines = csv.reader(io.TextIOWrapper(again, "utf-8-sig", errors="replace", newline=""), delimiter=delimiter)
         names = next(filter(None, lines), [])
     if not names:
         return
+    if names[0].startswith(">"):
+        raise FastaError(f"{path}: this is FASTA, by its looks, and no table; have its name end in .fasta")
     _require_columns(path, names, columns)
     yield from pa.csv.open_csv(
         file,
@@ -78,6 +81,9 @@ def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator
 
 
 def _parquet_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    kind = binary_kind_of(start := start_of(file))
+    if kind and not start.startswith(b"PAR1"):
+        raise FastaError(f"{path}: this is not Parquet but {kind.name}; {kind.advice.format(path=path)}")
     parquet = pq.ParquetFile(file)
     _require_columns(path, parquet.schema_arrow.names, columns)
     yield from parquet.iter_batches(columns=list(columns))

@@ -27,16 +27,14 @@ from numpy.typing import NDArray
 
 from vnp_lib.records import Alphabet, SequenceChunk
 
+_RNA = "this is RNA: write T instead, for example with `seqkit seq --rna2dna`"
 
-def _advice(letter: str) -> str:
-    if letter in "Uu":
-        return "this is RNA: write T instead, for example with `seqkit seq --rna2dna`"
-    if letter in "-.":
-        return "gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`"
-    return "allowed are A, C, G, T and the letters for several of them, such as N: write N for an unknown nucleotide"
-
-
-NUCLEOTIDES = Alphabet(letters="ACGTRYSWKMBDHVN", unknown="N", advice=_advice)
+NUCLEOTIDES = Alphabet(
+    letters="ACGTRYSWKMBDHVN",
+    residue="nucleotide",
+    unknown="N",
+    advice={"U": _RNA, "u": _RNA, "*": "this is no nucleotide: write {unknown} for an unknown {residue}"},
+)
 
 _BASES = "TCAG"  # each two places from its complement
 _AMINO_ACIDS = "FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEEGGGG"  # of TTT, TTC, ..., GGG

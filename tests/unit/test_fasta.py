@@ -141,14 +141,16 @@ def test_several_files_are_read_in_order_and_never_share_a_chunk(tmp_path: Path)
         pytest.param(">bad\nMKV**\n", "sequence 'bad' has '*' at position 4", id="two stops"),
         pytest.param(">bad\nM-KV\n", "sequence 'bad' has '-' at position 2; gaps belong to an alignment", id="gap"),
         pytest.param(">bad\nMK\n V.\n", "sequence 'bad' has '.' at position 4; gaps belong", id="dot"),
-        pytest.param(">bad\nMK1\n", "sequence 'bad' has '1' at position 3; allowed are the letters ABCDEF", id="digit"),
+        pytest.param(">bad\nMK1\n", "sequence 'bad' has '1' at position 3; the lines are numbered", id="digit"),
         pytest.param(">bad\nMK<mask>\n", "sequence 'bad' has '<' at position 3", id="the model's own tokens"),
         pytest.param(">bad\nMKé\n", "sequence 'bad' has 'é' at position 3", id="not ASCII"),
         pytest.param(">bad\nMK\0V\n", r"sequence 'bad' has '\x00' at position 3", id="NUL"),
         pytest.param(">bad words\n>c\nMKV\n", "sequence 'bad' has no residues", id="nothing between two headers"),
         pytest.param(">bad\n*\n", "sequence 'bad' has no residues", id="only a stop"),
         pytest.param(">\nMKV\n", "a record has no id (its header is '>')", id="no header"),
-        pytest.param("> bad\nMKV\n", "a record has no id (its header is '> bad')", id="white space before the id"),
+        pytest.param("> \nMKV\n", "a record has no id (its header is '> ')", id="white space alone"),
+        pytest.param(">b\0d x\nMKV\n", r"the id 'b\x00d' has the control character '\x00' in it", id="NUL in an id"),
+        pytest.param(">P1;CRAB\nCRYSTALLIN\n", "the header of 'P1;CRAB' is one of NBRF/PIR format", id="NBRF"),
     ],
 )
 @pytest.mark.parametrize("chunk_size", [1, 3, 8192])
@@ -168,11 +170,9 @@ def test_the_line_is_that_of_the_file_at_fault(tmp_path: Path) -> None:
     [
         pytest.param(b"", "there is no sequence in it", id="empty"),
         pytest.param(b"\n \n", "there is no sequence in it", id="blank"),
-        pytest.param(b"@r1\nACGT\n+\nIIII\n", "this is not FASTA but FASTQ", id="FASTQ"),
-        pytest.param(b"LOCUS       NC_1  5 bp\n", "this is not FASTA but a GenBank, EMBL or UniProt", id="GenBank"),
         pytest.param(b"id,sequence\n", "this is not FASTA but text that starts with 'id,sequence'", id="CSV"),
         pytest.param(b"MKV\n>a\nMKV\n", "this is not FASTA but text that starts with 'MKV'", id="no header first"),
-        pytest.param(b"\x89PNG\r\n\x1a\n\xff\x00", "this is not FASTA but a binary file", id="binary"),
+        pytest.param(b"\x90\r\n\x1a\n\xff\x00", "this is not FASTA but a binary file", id="binary"),
         pytest.param(b"\x00\x01\x02", "this is not FASTA but a binary file", id="control characters"),
     ],
 )
@@ -247,30 +247,30 @@ def test_records_at_fault_are_named_together_as_far_as_a_person_reads(tmp_path: 
 
 ODD = """>good
 MKVL
->gap one
-MK-VL.
+>accent one
+MÉKVL
 >stop
 MK*VL**
 >empty
->digits
-mé1*
+>script
+mβ一*
 """
 
 
 def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_for(tmp_path: Path) -> None:
-    """One X a character, é too; what is mended without being asked for is mended before. An empty record is refused as ever."""
+    """One X a letter; what is mended without being asked for is mended before. An empty record is refused as ever."""
     path = write(tmp_path / "x.fasta", ODD)
     assert refusal(path, invalid_residues="map").startswith(f"{path}, line 7: sequence 'empty' has no residues")
     mended = write(tmp_path / "y.fasta", ODD.replace(">empty\n", ""))
     assert read(mended, invalid_residues="map") == [
         ("good", "", "MKVL"),
-        ("gap", "one", "MKXVLX"),
+        ("accent", "one", "MXKVL"),
         ("stop", "", "MKXVLX"),
-        ("digits", "", "MXX"),
+        ("script", "", "MXX"),
     ]
     (chunk,) = chunks_of(mended, invalid_residues="map")
-    assert chunk.counts.letters == LetterCounts(mapped=6, final_stops=2, lower_case=1)
-    assert chunk.counts.describe() == "6 letters read as unknown"
+    assert chunk.counts.letters == LetterCounts(mapped=5, final_stops=2, lower_case=1)
+    assert chunk.counts.describe() == "5 letters read as unknown"
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
@@ -279,7 +279,7 @@ def test_records_at_fault_are_left_out_where_that_is_asked_for(tmp_path: Path, c
     assert read(path, chunk_size=chunk_size, invalid_residues="skip") == [("good", "", "MKVL"), ("last", "", "MKV")]
     chunks = chunks_of(path, chunk_size=chunk_size, invalid_residues="skip")
     skipped = [(fault.record, fault.sequence_id) for chunk in chunks for fault in chunk.skipped]
-    assert skipped == [(1, "gap"), (2, "stop"), (3, "empty"), (4, "digits"), (5, "")]
+    assert skipped == [(1, "accent"), (2, "stop"), (3, "empty"), (4, "script"), (5, "")]
     assert [record for chunk in chunks for record in chunk.records] == [0, 6]
 
 
@@ -407,7 +407,9 @@ def test_lines_are_found_in_any_order(tmp_path: Path) -> None:
 def test_long_records_make_small_chunks(tmp_path: Path) -> None:
     """Memory holds a chunk, and a chunk of thousands of chromosomes would be too much."""
     path = write(tmp_path / "x.fasta", "".join(f">p{number}\n{'MKVL' * 1_000_000}\n" for number in range(12)))
-    assert [len(chunk.usable.ids) for chunk in chunks_of(path)] == [8, 4]
+    sizes = [len(chunk.usable.ids) for chunk in chunks_of(path)]
+    assert sum(sizes) == 12
+    assert max(sizes) <= 5
 
 
 def test_the_example_is_what_its_readme_says() -> None:

@@ -147,7 +147,7 @@ mkvl
 
 >stop
 MK*VL
-> no id
+>
 MKVL
 """
 
@@ -170,7 +170,7 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
 
 def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
     seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
-    assert seen.input.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2)
+    assert seen.input.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2, white_space=1)
 
 
 def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
     [
         ("ACGU", "sequence 'b' has 'U' at position 4; this is RNA: write T instead"),
         ("ACG-", "sequence 'b' has '-' at position 4; gaps belong to an alignment"),
-        ("ACGE", "sequence 'b' has 'E' at position 4; allowed are A, C, G, T and the letters for several"),
+        ("ACGE", "sequence 'b' has 'E' at position 4; allowed are the letters ABCDGHKMNRSTVWY: write N for"),
         ("", "sequence 'b' has no residues"),
     ],
 )
