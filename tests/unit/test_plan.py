@@ -332,7 +332,7 @@ def test_a_plan_that_has_not_counted_all_that_is_counted_now_is_the_same_run(tmp
 
 
 def test_a_policy_that_leads_to_other_sequences_is_refused(tmp_path: Path) -> None:
-    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "M1V")])
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MéV")])
     plan_of(tmp_path / "run", fasta, invalid_residues="skip")
     with pytest.raises(FingerprintMismatchError, match="num_sequences is 1 there and 2 here"):
         plan_of(tmp_path / "run", fasta, invalid_residues="map")
