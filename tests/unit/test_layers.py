@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (
-    {"failures", "processes", "mounts", "packed_integers", "liveness", "stop_signals", "worker_events", "characters", "file_kinds", "decompression"},
+    {
+        "failures",
+        "processes",
+        "mounts",
+        "packed_integers",
+        "liveness",
+        "stop_signals",
+        "worker_events",
+        "characters",
+        "file_kinds",
+        "decompression",
+    },
     {"files", "software", "machine", "weight_files", "outputs", "windows", "user_paths", "streams"},
     {
         "config",
