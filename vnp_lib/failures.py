@@ -216,6 +216,7 @@ class Failure:
     ordinal: int | None = None  # the sequence that was in it alone
     sequence_ids: tuple[str, ...] = ()  # the first of that batch, ten at most
     exit_code: int | None = None  # negative: the signal that ended the child
+    batch_sha256: str = ""  # of the batch's ordinals, once it is judged: the plan may be divided into others later
 
     @property
     def kind(self) -> FailureKind:
@@ -252,6 +253,7 @@ class Failure:
             ordinal=record.get("ordinal"),
             sequence_ids=tuple(record["sequence_ids"]),
             exit_code=record["exit_code"],
+            batch_sha256=record.get("batch_sha256", ""),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecisi
         session: Of this flow run: what a person may have mended since the last one does not count any more.
     """
     recorded = run.manifest.get_shard_status(rank) or {}
+    failure = _with_batch(run, rank, failure)
     history = counted_failures(recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0))
     decision = RetryPolicy.from_config(run.config.runtime).decide(failure, history)
     if decision.is_circuit_open and run.config.on_poison == "quarantine":
@@ -58,6 +60,15 @@ def counted_failures(records: Sequence[dict[str, Any]], session: str, *, num_don
         or failure.kind == FailureKind.SPOT_PREEMPTION
         or (record["session"] == session and record.get("num_done", num_done) == num_done)
     ]
+
+
+def _with_batch(run: Run, rank: int, failure: Failure) -> Failure:
+    """Name an accused batch by what is in it."""
+    if not failure.accuses_batch or failure.ordinal is not None:
+        return failure
+    assert failure.batch_idx is not None
+    ordinals = run.plan.shard_batches(rank)[failure.batch_idx]
+    return replace(failure, batch_sha256=hashlib.sha256(ordinals.astype("<i8").tobytes()).hexdigest())
 
 
 def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> RetryDecision:

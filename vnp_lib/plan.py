@@ -137,6 +137,11 @@ class RunPaths:
         return self.run_dir / "quarantine.jsonl"
 
     @property
+    def superseded_quarantine(self) -> Path:
+        """Lines of it that are of an earlier run on this directory."""
+        return self.run_dir / "quarantine.superseded.jsonl"
+
+    @property
     def embeddings_dir(self) -> Path:
         return self.run_dir / "embeddings"
 

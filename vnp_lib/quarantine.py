@@ -1,7 +1,8 @@
 """The quarantine: sequences that are set aside, and why: the process dies of them, or their embedding is not finite.
 
 `quarantine.jsonl` has a line for each, by ordinal: a JSON object that pandas, jq and DuckDB read. Its `sha256` is that of
-its other fields, so that a line with a flipped bit is an error and never sets another sequence aside. Every change happens
+its other fields, so that a line with a flipped bit is an error and never sets another sequence aside. Its `fingerprint` is that
+of the run: ordinals are positions in that run's input, and a line of any other run sets nothing aside. Every change happens
 under a lock between processes and replaces the file as a whole, so that readers need no lock.
 
 That whole lines are gone cannot be seen, and does no harm: a sequence that has lost its line is tried again by the next
@@ -13,16 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
-from vnp_lib.failures import QuarantineFullError, StorageError
+import numpy as np
+
+from vnp_lib.failures import FailureCause, QuarantineFullError, StorageError
 from vnp_lib.files import FileLock, canonical_json, fsync_directory, write_file
+from vnp_lib.plan import RunPaths, RunPlan
 
 LOCK_TIMEOUT_S = 30.0
-
-_LEAST_LIMIT = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +41,27 @@ class QuarantinedSequence:
     message: str
     attempts: int  # how often it failed alone
     at: str  # ISO 8601, UTC
+    fingerprint: str  # of the run; "" in lines of vnp 0.1.0, which told no run
+    sequence_sha256: str  # of its residues
 
 
-def quarantine_limit(num_sequences: int) -> int:
-    """How many of `num_sequences` may be in quarantine: one in a thousand, or 100 where that is more."""
-    return max(_LEAST_LIMIT, num_sequences // 1000)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineLimit:
+    """How many sequences of a run may be set aside. More of them are not bad proteins but a broken set-up."""
+
+    total: int
+    not_finite: int  # of these, without a finite row
+
+    @classmethod
+    def of(cls, num_computed: int) -> Self:
+        """Say it for a run of so many different sequences.
+
+        One in a hundred of up to 10,000 and one in a thousand of 100,000 or more, 100 in between. Of a small input 3 in any case,
+        and a quarter of it, or 10, where they end the process. A protein that has no finite row in float32 either is so rare
+        that more than 3 are taken for the set-up's fault there.
+        """
+        share = min(num_computed // 100, max(100, num_computed // 1000))
+        return cls(total=max(3, min(10, num_computed // 4), share), not_finite=max(3, share))
 
 
 class Quarantine:
@@ -52,46 +72,57 @@ class Quarantine:
     file cannot be written; all that it has changed is durable when it returns.
     """
 
-    def __init__(self, path: Path, *, num_sequences: int) -> None:
-        """`num_sequences` is that of the whole input: ordinals are below it, and the limit follows from it."""
+    def __init__(self, path: Path, *, num_sequences: int, num_computed: int, fingerprint: str) -> None:
+        """Open the file of a run.
+
+        Args:
+            path: Of the file, which need not be there.
+            num_sequences: Of the whole input: ordinals are below it.
+            num_computed: Of these, the different ones, from which the limit follows.
+            fingerprint: Of the run.
+        """
         self.path = path
         self._num_sequences = num_sequences
+        self._num_computed = num_computed
+        self._fingerprint = fingerprint
         self._lock = FileLock(path.with_suffix(".lock"), purpose=f"update {path.name}")
 
-    def add(self, sequence: QuarantinedSequence) -> bool:
-        """Set a sequence aside. False where its ordinal is there already: the file is left as it is.
+    @classmethod
+    def of(cls, plan: RunPlan, paths: RunPaths) -> Self:
+        """Open that of a run."""
+        return cls(
+            paths.quarantine,
+            num_sequences=plan.num_sequences,
+            num_computed=plan.num_computed,
+            fingerprint=plan.fingerprint,
+        )
+
+    def add(self, *sequences: QuarantinedSequence) -> bool:
+        """Set sequences of this run aside. False where their ordinals are there already: the file is left as it is.
 
         Raises:
-            QuarantineFullError: There are as many as may be; nothing is written.
-            ValueError: The input has no such ordinal.
+            QuarantineFullError: They would be more than may be; nothing is written.
+            ValueError: The input has no such ordinal, or one is of another run.
         """
-        if not 0 <= sequence.ordinal < self._num_sequences:
-            raise ValueError(f"ordinal {sequence.ordinal} is not among {self._num_sequences:,} sequences")
+        for sequence in sequences:
+            if not 0 <= sequence.ordinal < self._num_sequences:
+                raise ValueError(f"ordinal {sequence.ordinal} is not among {self._num_sequences:,} sequences")
+            if sequence.fingerprint != self._fingerprint:
+                raise ValueError(f"{sequence.id!r} is of the run {sequence.fingerprint!r}, not {self._fingerprint!r}")
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
-            sequences = self.read()
-            if any(each.ordinal == sequence.ordinal for each in sequences):
-                fsync_directory(self.path.parent)  # whoever added it may have died before doing so
+            held, others = self._read()
+            present = {each.ordinal for each in held}
+            added = [sequence for sequence in sequences if sequence.ordinal not in present]
+            if not added:
+                fsync_directory(self.path.parent)  # whoever added them may have died before doing so
                 return False
-            self._require_room(len(sequences))
-            self._write([*sequences, sequence])
+            self._require_room([*held, *added])
+            self._write([*held, *added], others)
             return True
 
     def read(self) -> list[QuarantinedSequence]:
-        """All that are set aside, by ordinal; none where there is no file."""
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        sequences: list[QuarantinedSequence] = []
-        for number, line in enumerate(lines, start=1):
-            sequence = _unsealed(line)
-            if sequence is None:
-                raise self._damaged(number, "its sha256 does not fit its other fields")
-            least = sequences[-1].ordinal + 1 if sequences else 0
-            if not least <= sequence.ordinal < self._num_sequences:
-                raise self._damaged(number, f"ordinal {sequence.ordinal} is out of order, or not in the input")
-            sequences.append(sequence)
-        return sequences
+        """All of this run that are set aside, by ordinal; none where there is no file."""
+        return self._read()[0]
 
     def ordinals(self) -> frozenset[int]:
         """Positions in the input of all that are set aside; those of their copies are not among them."""
@@ -101,23 +132,61 @@ class Quarantine:
         """Take out again those of `ordinals` that are there, as when they turn out to be computed."""
         released = frozenset(ordinals)
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
-            sequences = self.read()
+            sequences, others = self._read()
             kept = [sequence for sequence in sequences if sequence.ordinal not in released]
             if len(kept) < len(sequences):
-                self._write(kept)
+                self._write(kept, others)
 
-    def _require_room(self, num_held: int) -> None:
-        if num_held >= quarantine_limit(self._num_sequences):
+    def set_others_aside(self, target: Path) -> int:
+        """Move the lines of other runs to the end of `target`, and return how many there were."""
+        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
+            sequences, others = self._read()
+            if others:
+                earlier = target.read_bytes() if target.exists() else b""
+                write_file(target, earlier + b"".join(others), replace=True)
+                self._write(sequences, [])
+            return len(others)
+
+    def _read(self) -> tuple[list[QuarantinedSequence], list[bytes]]:
+        """The sequences of this run, and the lines of others."""
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return [], []
+        sequences: list[QuarantinedSequence] = []
+        others = []
+        for number, line in enumerate(lines, start=1):
+            sequence = _unsealed(line)
+            if sequence is None:
+                raise self._damaged(number, "its sha256 does not fit its other fields")
+            if sequence.fingerprint != self._fingerprint:
+                others.append(line)
+                continue
+            least = sequences[-1].ordinal + 1 if sequences else 0
+            if not least <= sequence.ordinal < self._num_sequences:
+                raise self._damaged(number, f"ordinal {sequence.ordinal} is out of order, or not in the input")
+            sequences.append(sequence)
+        return sequences, others
+
+    def _require_room(self, sequences: list[QuarantinedSequence]) -> None:
+        limit = QuarantineLimit.of(self._num_computed)
+        num_not_finite = sum(each.cause == FailureCause.NUMERICAL_INSTABILITY for each in sequences)
+        if num_not_finite > limit.not_finite:
+            raise broken_set_up(f"{num_not_finite:,} of {self._num_computed:,} sequences", self.path)
+        if len(sequences) > limit.total:
+            causes = ", ".join(
+                f"{count:,} {cause}" for cause, count in Counter(each.cause for each in sequences).items()
+            )
             raise QuarantineFullError(
-                f"{num_held:,} of {self._num_sequences:,} sequences are in quarantine already, which is as many as may be: "
-                f"so many failures point to a broken set-up, not to bad proteins. Look at the causes and messages in "
-                f"{self.path} and at the shards' worker.log: is it a device, the driver, the weights or the precision? "
-                f"Mend that, move {self.path} away, and start the run again: it tries these sequences again"
+                f"{len(sequences):,} of {self._num_computed:,} sequences fail ({causes}), and at most {limit.total:,} are set "
+                f"aside: so many point to a broken set-up, not to bad proteins. Look at the messages in {self.path} and at the "
+                f"shards' worker.log: is it a device, the driver, or the memory? Mend that, move {self.path} away, and start "
+                f"the run again: it tries these sequences again"
             )
 
-    def _write(self, sequences: list[QuarantinedSequence]) -> None:
+    def _write(self, sequences: list[QuarantinedSequence], others: list[bytes]) -> None:
         ordered = sorted(sequences, key=lambda sequence: sequence.ordinal)
-        write_file(self.path, b"".join(map(_sealed, ordered)), replace=True)
+        write_file(self.path, b"".join([*map(_sealed, ordered), *others]), replace=True)
 
     def _damaged(self, number: int, fault: str) -> StorageError:
         return StorageError(
@@ -126,17 +195,35 @@ class Quarantine:
         )
 
 
+def broken_set_up(told: str, path: Path) -> QuarantineFullError:
+    """Say that so many sequences (`told`) have no finite embedding that it cannot be their fault."""
+    return QuarantineFullError(
+        f"{told} have no finite embedding, in float32 neither: so many point to a broken set-up, not to bad proteins. Are the "
+        f"weights whole (`vnp verify-model` compares them with fair-esm), and does the device compute rightly (--devices cpu "
+        f"shows it)? Mend that, move {path} away where it is there, and start the run again: it tries these sequences again"
+    )
+
+
+def sequence_digest(plan: RunPlan, ordinal: int) -> str:
+    """The sha256 of a sequence's residues."""
+    (residues,) = plan.fetch(np.array([ordinal]))[1]
+    return hashlib.sha256(residues.encode()).hexdigest()
+
+
 def _sealed(sequence: QuarantinedSequence) -> bytes:
-    fields = asdict(sequence)
+    return _seal(asdict(sequence))
+
+
+def _seal(fields: dict[str, object]) -> bytes:
     return canonical_json(fields | {"sha256": hashlib.sha256(canonical_json(fields)).hexdigest()})
 
 
 def _unsealed(line: bytes) -> QuarantinedSequence | None:
-    """None unless `line` is, byte for byte, what `_sealed` writes."""
+    """None unless `line` is, byte for byte, what `_sealed` writes, or what it wrote before it told the run."""
     try:
         fields = json.loads(line)
         fields.pop("sha256")
-        sequence = QuarantinedSequence(**fields)
-        return sequence if _sealed(sequence) == line else None
+        sequence = QuarantinedSequence(**({"fingerprint": "", "sequence_sha256": ""} | fields))
+        return sequence if _seal(fields) == line else None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None

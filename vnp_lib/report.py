@@ -153,7 +153,7 @@ def _batch_tokens(plan: RunPlan) -> NDArray[np.int64]:
 
 def _quarantined(plan: RunPlan, paths: RunPaths) -> list[QuarantinedSequence]:
     try:
-        return Quarantine(paths.quarantine, num_sequences=plan.num_sequences).read()
+        return Quarantine.of(plan, paths).read()
     except (StorageError, OSError):
         return []  # the status has a note of it
 

@@ -25,7 +25,7 @@ class CircuitBreaker:
     """Counts how often a batch of a shard, or a sequence, has failed, and says when that is enough."""
 
     def __init__(self, *, limit: int, strikes: Iterable[tuple[object, ...]] = ()) -> None:
-        """`strikes` are the earlier failures, each by its key: for a batch (rank, batch_idx)."""
+        """`strikes` are the earlier failures, each by its key."""
         self._limit = limit
         self._strikes = Counter(strikes)
 
@@ -104,7 +104,7 @@ class RetryPolicy:
             limit=self.max_retries_poison, strikes=[_accused(past) for past in history if past.accuses_batch]
         )
         count = breaker.record(*accused)
-        name = f"{accused[0]} {accused[1]}"
+        name = f"batch {failure.batch_idx}" if failure.ordinal is None else f"sequence {failure.ordinal}"
         if breaker.is_open(*accused):
             reason = f"circuit breaker: {name} failed {count} times ({failure.message})"
             return RetryDecision(retry=False, delay_s=self.backoff_base_s, reason=reason, is_circuit_open=True)
@@ -112,6 +112,11 @@ class RetryPolicy:
         return RetryDecision(retry=True, delay_s=self.backoff_base_s, reason=reason)
 
 
-def _accused(failure: Failure) -> tuple[str, int | None]:
-    """What a failure is blamed on: the sequence that was alone in the model, else the batch."""
-    return ("batch", failure.batch_idx) if failure.ordinal is None else ("sequence", failure.ordinal)
+def _accused(failure: Failure) -> tuple[str, int | str | None]:
+    """What a failure is blamed on: the sequence that was alone in the model, else the batch, by what is in it.
+
+    With other shards, or another token budget, a batch of the same number has other sequences.
+    """
+    if failure.ordinal is not None:
+        return "sequence", failure.ordinal
+    return "batch", failure.batch_sha256 or failure.batch_idx

@@ -34,7 +34,7 @@ from vnp_lib.plan import (
     load_plan,
     make_plan,
 )
-from vnp_lib.quarantine import Quarantine
+from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.software import package_in_use
 from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
@@ -75,7 +75,7 @@ class Run:
         self.plan = plan
         self.paths = RunPaths(config.output_dir)
         self.manifest = CheckpointManifest(self.paths.manifest)
-        self.quarantine = Quarantine(self.paths.quarantine, num_sequences=plan.num_sequences)
+        self.quarantine = Quarantine.of(plan, self.paths)
         self.metrics = RunMetrics()
         self._weights = weights
         self._package = package_in_use()  # now, when what is on disk is what this process has imported
@@ -285,10 +285,28 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             model_config_hash=weights.digest,
             records=survey.valid,
         )
-        if held := run.quarantine.ordinals():  # where locks do not work, two runs may have come to different ends
-            is_done = survey.done_mask(plan.num_sequences)
-            run.quarantine.release(ordinal for ordinal in held if is_done[ordinal])
+        _release_the_innocent(run, survey)
         yield run
+
+
+def _release_the_innocent(run: Run, survey: Survey) -> None:
+    """Take out of quarantine what is of another run, whose ordinals are other sequences, and what has been computed."""
+    if num_others := run.quarantine.set_others_aside(run.paths.superseded_quarantine):
+        logger.warning(
+            "%d sequences were set aside by another run on this directory, or by one that did not say of which run they were: "
+            "they count no more, and what was said of them is in %s",
+            num_others,
+            run.paths.superseded_quarantine,
+        )
+    if held := run.quarantine.read():
+        is_done = survey.done_mask(
+            run.plan.num_sequences
+        )  # where locks do not work, two runs may have come to different ends
+        run.quarantine.release(
+            each.ordinal
+            for each in held
+            if is_done[each.ordinal] or each.sequence_sha256 != sequence_digest(run.plan, each.ordinal)
+        )
 
 
 def attach_run(config: EmbedConfig, fingerprint: str) -> Run:

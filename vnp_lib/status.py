@@ -286,7 +286,7 @@ def _redivision(plan: RunPlan, recorded: dict[int, dict[str, Any]], num_quaranti
 
 def _quarantined(plan: RunPlan, paths: RunPaths) -> tuple[frozenset[int] | None, list[str]]:
     try:
-        return Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals(), []
+        return Quarantine.of(plan, paths).ordinals(), []
     except (StorageError, OSError) as error:
         return None, [str(error)]
 

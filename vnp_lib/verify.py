@@ -208,7 +208,7 @@ def _manifest(paths: RunPaths, valid: tuple[CheckpointRecord, ...]) -> Iterator[
 def _quarantined(paths: RunPaths, plan: RunPlan) -> tuple[frozenset[int], list[str]]:
     """Ordinals, and damage: where the file is damaged its sequences count as not set aside, for they are tried again."""
     try:
-        return Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals(), []
+        return Quarantine.of(plan, paths).ordinals(), []
     except (StorageError, OSError) as error:
         return frozenset(), [str(error)]
 

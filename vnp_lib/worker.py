@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +36,7 @@ from vnp_lib.outputs import OutputKind, RowLayout
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, sequence_digest
 from vnp_lib.software import Package, package_in_use, require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
 from vnp_lib.worker_events import EventStream
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 5.0
 _MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
+_MOST_IN_A_ROW = 20  # sequences without a finite row
 _ORPHAN_LIMIT_S = 60
 _WORTH_A_TRIAL = 200_000_000_000  # multiplications: ten times those of the trial that finds the faster way to do them
 
@@ -301,14 +303,20 @@ class ShardAttempt:
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
         listener = _Reporter(self._job, plan, self._events, self._stop, self._history)
         batches = read_batches(plan, work.batches)
-        for result in runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener):
-            self._events.send(
-                "batch",
-                batch_idx=result.batch_idx,
-                sequences=len(result.sequence_ids),
-                tokens=result.num_tokens,
-                queued=result.num_queued,
-            )
+        with closing(runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener)) as results:
+            for result in results:
+                self._events.send(
+                    "batch",
+                    batch_idx=result.batch_idx,
+                    sequences=len(result.sequence_ids),
+                    tokens=result.num_tokens,
+                    queued=result.num_queued,
+                )
+                if result.sequence_ids:
+                    listener.set_aside()
+                listener.require_finite_rows()
+        if not self._stop.is_set():
+            listener.set_aside()
 
 
 class _Reporter(Listener):
@@ -320,7 +328,8 @@ class _Reporter(Listener):
         self._events = events
         self._stop = stop
         self._history = history
-        self._quarantine = Quarantine(RunPaths(job.run_dir).quarantine, num_sequences=plan.num_sequences)
+        self._quarantine = Quarantine.of(plan, RunPaths(job.run_dir))
+        self._not_finite: list[QuarantinedSequence] = []  # one after the other, none with a finite row in between
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
@@ -338,10 +347,25 @@ class _Reporter(Listener):
             super().on_not_finite(batch)
         cause = FailureCause.NUMERICAL_INSTABILITY
         failure = Failure(cause=cause, message="its embedding is not finite, computed alone in float32 too")
-        for ordinal in batch.ordinals.tolist():
-            sequence = quarantined(self._plan, ordinal, failure, attempts=2)
-            self._quarantine.add(sequence)
-            self._events.send("quarantined", id=sequence.id, message=failure.message)
+        self._not_finite += [quarantined(self._plan, each, failure, attempts=2) for each in batch.ordinals.tolist()]
+
+    def set_aside(self) -> None:
+        """Put what has no finite row in quarantine, now that another row is finite, or there is nothing left to compute.
+
+        No sooner: where no row is finite any more it is the device or the weights, and what was computed just then is to be
+        tried again.
+        """
+        if not self._not_finite:
+            return
+        self._quarantine.add(*self._not_finite)
+        for sequence in self._not_finite:
+            self._events.send("quarantined", id=sequence.id, message=sequence.message)
+        self._not_finite = []
+
+    def require_finite_rows(self) -> None:
+        """Raise QuarantineFullError where one sequence after the other has no finite row."""
+        if len(self._not_finite) >= _MOST_IN_A_ROW:
+            raise broken_set_up(f"{len(self._not_finite)} sequences one after the other", self._quarantine.path)
 
 
 def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
@@ -365,6 +389,8 @@ def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int)
         message=failure.message,
         attempts=attempts,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=plan.fingerprint,
+        sequence_sha256=sequence_digest(plan, ordinal),
     )
 
 
@@ -396,7 +422,7 @@ def done_or_set_aside(plan: RunPlan, paths: RunPaths) -> NDArray[np.bool_]:
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     is_done = survey.done_mask(plan.num_sequences)
-    is_done[list(Quarantine(paths.quarantine, num_sequences=plan.num_sequences).ordinals())] = True
+    is_done[list(Quarantine.of(plan, paths).ordinals())] = True
     return is_done
 
 

@@ -30,7 +30,7 @@ def run_flow(fasta: Path, run_dir: Path, *, runtime: dict | None = None, **setti
 
 def quarantined(run_dir: Path) -> list[str]:
     paths = RunPaths(run_dir)
-    held = Quarantine(paths.quarantine, num_sequences=load_plan(paths).num_sequences).read()
+    held = Quarantine.of(load_plan(paths), paths).read()
     return sorted(sequence.id for sequence in held)
 
 

@@ -108,6 +108,6 @@ def test_measuring_harms_nothing(tmp_path, sabotage):
     outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run")
     assert outcome.is_completed(), outcome.message
     paths = RunPaths(tmp_path / "run")
-    held = Quarantine(paths.quarantine, num_sequences=load_plan(paths).num_sequences).read()
+    held = Quarantine.of(load_plan(paths), paths).read()
     assert sorted(each.id for each in held) == ["exception_9", "exit_4", "nan_17"]
     assert precision(tmp_path / "run")["num_compared"] == len(open_dataset(tmp_path / "run")) == 21

@@ -188,7 +188,7 @@ def assert_nothing_is_lost(
 
 
 def quarantined(run_dir: Path, plan: RunPlan) -> set[int]:
-    return set(Quarantine(RunPaths(run_dir).quarantine, num_sequences=plan.num_sequences).ordinals())
+    return set(Quarantine.of(plan, RunPaths(run_dir)).ordinals())
 
 
 def rows_of(run_dir: Path) -> dict[str, NDArray[np.float32]]:

@@ -276,7 +276,8 @@ def test_what_a_run_has_in_quarantine_has_no_row_and_that_is_said(tmp_path, orac
         path.unlink()
     shutil.rmtree(paths.embeddings_dir)
     failure = Failure(cause=FailureCause.NUMERICAL_INSTABILITY, message="not finite")
-    Quarantine(paths.quarantine, num_sequences=4).add(quarantined(load_plan(paths), 3, failure, attempts=2))
+    plan = load_plan(paths)
+    Quarantine.of(plan, paths).add(quarantined(plan, 3, failure, attempts=2))
     embeddings = embed(NAMED, **SMALL, token_budget=19, output_dir=paths.run_dir)
     assert embeddings.ids == ["a", "b", "c"]
     assert_close(embeddings.embeddings, oracle[:3])

@@ -12,7 +12,7 @@ from tests.support import small_config
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.judgement import counted_failures, judge
 from vnp_lib.manifest import MAX_FAILURES_KEPT
-from vnp_lib.quarantine import quarantine_limit
+from vnp_lib.quarantine import QuarantineLimit
 from vnp_lib.retry import RetryDecision
 from vnp_lib.run import Run, open_run
 
@@ -70,6 +70,19 @@ def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:
     assert run.quarantine.read() == []
 
 
+def test_a_strike_counts_for_the_sequences_of_a_batch_and_not_for_its_number(tmp_path: Path, tiny_fasta: Path) -> None:
+    """With another token budget batch 1 has other sequences; with the first one again it has the same."""
+    reasons = []
+    for token_budget in (200, 90, 200):
+        with open_run(small_config(tiny_fasta, tmp_path / "run", token_budget=token_budget)) as run:
+            reasons.append(judge(run, 0, died(batch_idx=1), session="s").reason)
+    assert [reason.split(" (")[0] for reason in reasons] == [
+        "batch 1 failed 1 of 2 times",
+        "batch 1 failed 1 of 2 times",
+        "circuit breaker: batch 1 failed 2 times",
+    ]
+
+
 def test_with_on_poison_fail_the_shard_fails_and_nothing_is_set_aside(tmp_path: Path, tiny_fasta: Path) -> None:
     with open_run(small_config(tiny_fasta, tmp_path / "run", on_poison="fail")) as run:
         decision = judge_twice(run, died(batch_idx=0))
@@ -80,9 +93,9 @@ def test_with_on_poison_fail_the_shard_fails_and_nothing_is_set_aside(tmp_path: 
 
 
 def test_a_full_quarantine_ends_the_shard_and_says_what_that_means(tmp_path: Path) -> None:
-    count = quarantine_limit(0) + 1
+    count = QuarantineLimit.of(20).total + 1
     fasta = tmp_path / "many.fasta"
-    fasta.write_text("".join(f">p{i}\nMKV{'A' * i}\n" for i in range(count)))
+    fasta.write_text("".join(f">p{i}\nMKV{'A' * i}\n" for i in range(20)))
     with open_run(small_config(fasta, tmp_path / "run", shards=1)) as run:
         decisions = [judge_twice(run, died(batch_idx=0, ordinal=ordinal)) for ordinal in range(count)]
     assert [decision.retry for decision in decisions] == [True] * (count - 1) + [False]

@@ -32,7 +32,7 @@ from vnp_lib.run import ShardState, check_at_the_door
 
 @pytest.fixture
 def quarantine(tmp_path: Path) -> Quarantine:
-    return Quarantine(tmp_path / "quarantine.jsonl", num_sequences=100)
+    return Quarantine(tmp_path / "quarantine.jsonl", num_sequences=100, num_computed=100, fingerprint="f")
 
 
 @contextmanager
@@ -139,6 +139,8 @@ def test_the_quarantine_is_counted_as_it_is_on_disk(quarantine: Quarantine) -> N
             message=failure.message,
             attempts=2,
             at="2026-11-22T00:00:00+00:00",
+            fingerprint="f",
+            sequence_sha256="",
         )
     )
     assert page_of(metrics, quarantine)["vnp_quarantined_sequences"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,11 +13,16 @@ import pytest
 
 from vnp_lib import files, quarantine
 from vnp_lib.failures import FailureCause, FailureKind, LockTimeoutError, QuarantineFullError, StorageError
-from vnp_lib.files import DurableOps, FileLock
+from vnp_lib.files import DurableOps, FileLock, canonical_json
 from vnp_lib.inputs import InputPolicy, find_sources, read
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence, quarantine_limit
+from vnp_lib.quarantine import Quarantine, QuarantinedSequence, QuarantineLimit
 
 NUM_SEQUENCES = 1000
+OURS = "0123abcd"
+
+
+def open_of(path: Path, num_sequences: int = NUM_SEQUENCES, *, fingerprint: str = OURS) -> Quarantine:
+    return Quarantine(path, num_sequences=num_sequences, num_computed=num_sequences, fingerprint=fingerprint)
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(path: Path) -> Quarantine:
-    return Quarantine(path, num_sequences=NUM_SEQUENCES)
+    return open_of(path)
 
 
 def sequence(ordinal: int, sequence_id: str | None = None) -> QuarantinedSequence:
@@ -39,6 +45,8 @@ def sequence(ordinal: int, sequence_id: str | None = None) -> QuarantinedSequenc
         message="AcceleratorError: device-side assert triggered",
         attempts=3,
         at="2026-11-22T12:00:00+00:00",
+        fingerprint=OURS,
+        sequence_sha256="f00d",
     )
 
 
@@ -50,7 +58,7 @@ def test_where_there_is_no_file_nothing_is_in_quarantine(opened: Quarantine, pat
 
 def test_what_is_added_is_read_back_by_ordinal(opened: Quarantine, path: Path) -> None:
     assert all(opened.add(sequence(ordinal)) for ordinal in (7, 999, 0, 42))
-    reopened = Quarantine(path, num_sequences=NUM_SEQUENCES)
+    reopened = open_of(path)
     assert reopened.read() == [sequence(ordinal) for ordinal in (0, 7, 42, 999)]
     assert reopened.ordinals() == {0, 7, 42, 999}
 
@@ -72,20 +80,32 @@ def test_the_first_entry_of_an_ordinal_stays(opened: Quarantine, path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("num_sequences", "limit"),
-    [(0, 100), (1, 100), (100_000, 100), (100_999, 100), (101_000, 101), (10_000_000, 10_000)],
+    ("num_computed", "total", "not_finite"),
+    [
+        (0, 3, 3),
+        (1, 3, 3),
+        (12, 3, 3),
+        (20, 5, 3),
+        (53, 10, 3),
+        (999, 10, 9),
+        (1_500, 15, 15),
+        (10_000, 100, 100),
+        (100_999, 100, 100),
+        (10_000_000, 10_000, 10_000),
+    ],
 )
-def test_one_in_a_thousand_may_be_in_quarantine_and_a_hundred_in_any_case(num_sequences: int, limit: int) -> None:
-    assert quarantine_limit(num_sequences) == limit
+def test_a_small_share_may_be_in_quarantine(num_computed: int, total: int, not_finite: int) -> None:
+    assert QuarantineLimit.of(num_computed) == QuarantineLimit(total=total, not_finite=not_finite)
 
 
-@pytest.mark.parametrize(("num_sequences", "limit"), [(1000, 100), (103_000, 103)])
+@pytest.mark.parametrize(("num_sequences", "limit"), [(48, 10), (103_000, 103)])
 def test_one_more_than_may_be_is_refused_and_nothing_is_written(path: Path, num_sequences: int, limit: int) -> None:
-    opened = Quarantine(path, num_sequences=num_sequences)
+    opened = open_of(path, num_sequences)
     assert all(opened.add(sequence(ordinal)) for ordinal in range(limit))
     before = path.stat().st_ino, path.read_bytes()
     with pytest.raises(
-        QuarantineFullError, match=rf"^{limit} of {num_sequences:,} sequences .* broken set-up, not to bad"
+        QuarantineFullError,
+        match=rf"^{limit + 1} of {num_sequences:,} sequences fail \({limit + 1} device_assert\).* broken set-up, not to bad",
     ):
         opened.add(sequence(limit))
     assert not opened.add(sequence(limit - 1))
@@ -93,6 +113,24 @@ def test_one_more_than_may_be_is_refused_and_nothing_is_written(path: Path, num_
 
     opened.release([5])
     assert opened.add(sequence(limit))
+
+
+def test_without_a_finite_row_fewer_may_be_and_the_likely_causes_are_named(path: Path) -> None:
+    """All that come together are refused together, and others may be added yet."""
+    opened = open_of(path, 53)
+    not_finite = [replace(sequence(ordinal), cause=FailureCause.NUMERICAL_INSTABILITY) for ordinal in range(4)]
+    with pytest.raises(QuarantineFullError, match=r"^4 of 53 sequences have no finite .*weights .*device.*quarantine"):
+        opened.add(*not_finite)
+    assert opened.read() == []
+    assert opened.add(*not_finite[:3], sequence(3))
+    assert opened.ordinals() == {0, 1, 2, 3}
+
+
+def test_copies_do_not_raise_the_limit(path: Path) -> None:
+    opened = Quarantine(path, num_sequences=100_000, num_computed=8, fingerprint=OURS)
+    opened.add(*map(sequence, range(3)))
+    with pytest.raises(QuarantineFullError, match="4 of 8 sequences"):
+        opened.add(sequence(3))
 
 
 @pytest.mark.parametrize("ordinal", [-1, NUM_SEQUENCES])
@@ -167,10 +205,10 @@ import sys
 from pathlib import Path
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 path, (first, count, num_sequences) = Path(sys.argv[1]), map(int, sys.argv[2:])
-opened = Quarantine(path, num_sequences=num_sequences)
+opened = Quarantine(path, num_sequences=num_sequences, num_computed=num_sequences, fingerprint="")
 added = [
     opened.add(QuarantinedSequence(ordinal=ordinal, id=f"p{ordinal}", length=9, kind="k", cause="c", message="m",
-                                   attempts=3, at="2026-11-22T12:00:00+00:00"))
+                                   attempts=3, at="2026-11-22T12:00:00+00:00", fingerprint="", sequence_sha256=""))
     for ordinal in range(first, first + count)
 ]
 print(sum(added))
@@ -185,7 +223,7 @@ def test_four_processes_that_add_at_the_same_time_lose_nothing_and_double_nothin
     added = [int(process.communicate(timeout=120)[0]) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     assert sum(added) == 125
-    assert [each.ordinal for each in Quarantine(path, num_sequences=200_000).read()] == list(range(125))
+    assert [each.ordinal for each in open_of(path, 200_000, fingerprint="").read()] == list(range(125))
 
 
 @pytest.mark.parametrize("change", ["add", "release"])
@@ -270,7 +308,7 @@ def test_lines_that_are_sealed_but_doubled_out_of_order_or_of_another_input_are_
             opened.read()
     path.write_bytes(first + second)
     with pytest.raises(StorageError, match="line 2: ordinal 999 is out of order, or not in the input"):
-        Quarantine(path, num_sequences=999).read()
+        open_of(path, 999).read()
 
 
 def test_a_damaged_file_is_left_as_it_is(opened: Quarantine, path: Path) -> None:
@@ -298,7 +336,8 @@ HOSTILE_IDS = [
 ]
 
 
-def test_ids_may_hold_anything(opened: Quarantine, path: Path) -> None:
+def test_ids_may_hold_anything(path: Path) -> None:
+    opened = open_of(path, 10_000)
     for ordinal, sequence_id in enumerate(HOSTILE_IDS):
         assert opened.add(sequence(ordinal, sequence_id))
     assert [each.id for each in opened.read()] == HOSTILE_IDS
@@ -325,3 +364,43 @@ def test_a_link_in_the_place_of_the_file_is_replaced_and_not_written_through(
     assert (tmp_path / "precious").read_bytes() == b""
     assert not path.is_symlink()
     assert opened.ordinals() == {1}
+
+
+def line_of_0_1_0(ordinal: int) -> bytes:
+    """As the version wrote it that did not say of which run it was."""
+    fields = asdict(sequence(ordinal))
+    del fields["fingerprint"], fields["sequence_sha256"]
+    return canonical_json(fields | {"sha256": hashlib.sha256(canonical_json(fields)).hexdigest()})
+
+
+def test_what_another_run_has_set_aside_counts_for_nothing(opened: Quarantine, path: Path) -> None:
+    """Its ordinals are other sequences, and may be more than this input has."""
+    another = open_of(path, fingerprint="another")
+    another.add(*(replace(sequence(ordinal), fingerprint="another") for ordinal in (1, 999)))
+    path.write_bytes(path.read_bytes() + line_of_0_1_0(2))
+    assert opened.read() == open_of(path, 5).read() == []
+    assert opened.add(sequence(1))
+    assert opened.ordinals() == {1}
+    assert another.ordinals() == {1, 999}
+    with pytest.raises(ValueError, match="'p3' is of the run '0123abcd', not 'another'"):
+        another.add(sequence(3))
+
+
+def test_lines_of_other_runs_are_kept_in_a_file_of_their_own(opened: Quarantine, path: Path, tmp_path: Path) -> None:
+    aside = tmp_path / "superseded.jsonl"
+    assert opened.set_others_aside(aside) == 0
+    assert not path.exists()
+    path.write_bytes(line_of_0_1_0(7))
+    assert opened.set_others_aside(aside) == 1
+    opened.add(sequence(3))
+    path.write_bytes(path.read_bytes() + line_of_0_1_0(5))
+    assert opened.set_others_aside(aside) == 1
+    assert aside.read_bytes() == line_of_0_1_0(7) + line_of_0_1_0(5)
+    assert opened.read() == [sequence(3)]
+    assert opened.set_others_aside(aside) == 0
+
+
+def test_a_line_of_another_run_with_a_flipped_bit_is_damage(opened: Quarantine, path: Path) -> None:
+    path.write_bytes(line_of_0_1_0(7).replace(b'"ordinal":7', b'"ordinal":6'))
+    with pytest.raises(StorageError, match="damaged in line 1"):
+        opened.read()

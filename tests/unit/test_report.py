@@ -142,8 +142,10 @@ def test_hostile_text_is_shown_and_never_obeyed(tmp_path: Path) -> None:
         message=HOSTILE,
         attempts=2,
         at="2026",
+        fingerprint=plan.fingerprint,
+        sequence_sha256="",
     )
-    Quarantine(paths.quarantine, num_sequences=plan.num_sequences).add(sequence)
+    Quarantine.of(plan, paths).add(sequence)
     page = page_of(plan, paths)
     assert "script" not in {tag for tag, _ in page.tags}
     assert "b" not in {tag for tag, attributes in page.tags if attributes}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import torch
 
 from tests.support import small_config
 from vnp_lib import gpu_memory
-from vnp_lib.failures import ConfigError, RunDirectoryBusyError
+from vnp_lib.failures import ConfigError, Failure, FailureCause, RunDirectoryBusyError
 from vnp_lib.files import read_sealed_json, write_sealed_json
-from vnp_lib.plan import load_plan
+from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.quarantine import Quarantine
 from vnp_lib.run import attach_run, open_run
+from vnp_lib.worker import quarantined
 
 
 def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_path: Path, tiny_fasta: Path) -> None:
@@ -177,3 +182,54 @@ def test_what_cannot_be_computed_is_refused_and_leaves_no_directory(
     with pytest.raises(ConfigError, match=reason), open_run(small_config(tiny_fasta, tmp_path / "run", **settings)):
         pass
     assert not (tmp_path / "run").exists()
+
+
+FAILED_ALONE = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
+
+
+def plan_and_set_aside(fasta: Path, run_dir: Path, ordinal: int) -> None:
+    """Begin a run, and put a sequence of it in quarantine."""
+    with open_run(small_config(fasta, run_dir)) as run:
+        run.quarantine.add(quarantined(run.plan, ordinal, FAILED_ALONE, attempts=2))
+
+
+@pytest.mark.parametrize(
+    "begin_anew",
+    [
+        lambda paths: [shutil.rmtree(directory) for directory in (paths.plan_dir, paths.checkpoints_dir)],
+        lambda paths: paths.plan_json.write_text("damaged"),
+    ],
+    ids=["plan and checkpoints removed", "a damaged plan"],
+)
+def test_what_another_input_has_in_quarantine_keeps_no_sequence_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, begin_anew: Callable[[RunPaths], object]
+) -> None:
+    """Neither one of the same place nor one of the same id; what was said of the old one is kept, and that is said."""
+    paths, fasta = RunPaths(tmp_path / "run"), tmp_path / "in.fasta"
+    fasta.write_text(">a\nMKV\n>b\nMKVL\n>c\nMKVLA\n")
+    plan_and_set_aside(fasta, paths.run_dir, 1)
+    begin_anew(paths)
+    fasta.write_text(">a\nMKV\n>b\nMKVW\n>c\nMKVLA\n")
+    with open_run(small_config(fasta, paths.run_dir)) as run:
+        assert run.quarantine.read() == []
+        assert sum(state.num_done for state in run.shard_states()) == 0
+    assert '"id":"b"' in paths.superseded_quarantine.read_text()
+    assert f"what was said of them is in {paths.superseded_quarantine}" in caplog.text
+
+
+def test_what_a_run_has_set_aside_stays_so_while_its_plan_is_written_anew(tmp_path: Path, tiny_fasta: Path) -> None:
+    paths = RunPaths(tmp_path / "run")
+    plan_and_set_aside(tiny_fasta, paths.run_dir, 7)
+    paths.plan_json.write_text("damaged")
+    with open_run(small_config(tiny_fasta, paths.run_dir, token_budget=90, shards=1)) as run:
+        assert run.quarantine.ordinals() == {7}
+    assert not paths.superseded_quarantine.exists()
+
+
+def test_a_line_whose_sequence_is_another_sets_nothing_aside(tmp_path: Path, tiny_fasta: Path) -> None:
+    """Though it names this run, and its seal fits."""
+    with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
+        named = quarantined(run.plan, 7, FAILED_ALONE, attempts=2)
+        run.quarantine.add(replace(named, sequence_sha256="0" * 64), quarantined(run.plan, 8, FAILED_ALONE, attempts=2))
+    with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
+        assert Quarantine.of(run.plan, run.paths).ordinals() == {8}

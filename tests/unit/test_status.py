@@ -151,9 +151,18 @@ def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunP
     fail(paths, 1, "an older one")
     fail(paths, 1, "the child left with SIGKILL")
     sequence = QuarantinedSequence(
-        ordinal=3, id="p", length=9, kind="poison_input", cause="native_crash", message="m", attempts=2, at="2026"
+        ordinal=3,
+        id="p",
+        length=9,
+        kind="poison_input",
+        cause="native_crash",
+        message="m",
+        attempts=2,
+        at="2026",
+        fingerprint=plan.fingerprint,
+        sequence_sha256="",
     )
-    Quarantine(paths.quarantine, num_sequences=plan.num_sequences).add(sequence)
+    Quarantine.of(plan, paths).add(sequence)
     seen = status_of(plan, paths)
     failure = seen.shards[1].failure
     assert failure is not None

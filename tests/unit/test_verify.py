@@ -19,7 +19,7 @@ from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
-from vnp_lib.failures import ConfigError
+from vnp_lib.failures import ConfigError, Failure, FailureCause
 from vnp_lib.files import (
     FileLock,
     digest_file,
@@ -30,8 +30,9 @@ from vnp_lib.files import (
 )
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, load_plan, make_plan
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.quarantine import Quarantine
 from vnp_lib.verify import verify_run
+from vnp_lib.worker import quarantined
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 NUM_CHECKPOINTS = 3  # of each of the two shards, with 6 or 7 sequences each
@@ -260,16 +261,14 @@ def compute(paths: RunPaths, batch_idx: int, ordinals: list[int]) -> None:
 def assemble_unfinished(paths: RunPaths, *, allow_missing: bool = False) -> None:
     plan = load_plan(paths)
     records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid
-    quarantined = Quarantine(paths.quarantine, num_sequences=12).ordinals()
+    quarantined = Quarantine.of(plan, paths).ordinals()
     assemble(plan, paths, records, quarantined=quarantined, allow_missing=allow_missing)
 
 
 def set_aside(paths: RunPaths, *ordinals: int) -> None:
-    for ordinal in ordinals:
-        sequence = QuarantinedSequence(
-            ordinal=ordinal, id=f"p{ordinal}", length=9, kind="k", cause="c", message="m", attempts=3, at="now"
-        )
-        Quarantine(paths.quarantine, num_sequences=12).add(sequence)
+    plan = load_plan(paths)
+    failure = Failure(cause=FailureCause.NATIVE_CRASH, message="m")
+    Quarantine.of(plan, paths).add(*(quarantined(plan, ordinal, failure, attempts=3) for ordinal in ordinals))
 
 
 def said(paths: RunPaths) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from vnp_lib import embedder, worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError
+from vnp_lib.esm2 import ESM2
+from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, QuarantineFullError
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
@@ -217,7 +219,7 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan
     ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
     commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
-    quarantine = Quarantine(paths.quarantine, num_sequences=plan.num_sequences)
+    quarantine = Quarantine.of(plan, paths)
     quarantine.add(worker.quarantined(plan, ours[4], failure, attempts=2))
     suspects = [ours[7], others[0], ours[1], ours[4], ours[3]]
     work = find_pending_work(plan, paths, 0, suspects=suspects)
@@ -257,3 +259,84 @@ def test_a_float32_model_that_does_not_fit_is_loaded_once_and_the_run_goes_on_wi
     assert attempt._exact_rows(plan, find_pending_work(plan, paths, 0), exact) == {}
     assert loads == [torch.float32]
     assert events.names == ["computing", "exact_row"]
+
+
+class Stopped(Events):
+    """Sets the stop flag when so many batches have been computed."""
+
+    def __init__(self, stop: StopFlag, after: int) -> None:
+        super().__init__()
+        self._stop, self._after = stop, after
+
+    def send(self, event: str, **fields: object) -> None:
+        super().send(event, **fields)
+        if self.names.count("batch") == self._after:
+            self._stop.set()
+
+
+def give_no_finite_row(monkeypatch: pytest.MonkeyPatch, to: Callable[[int], bool]) -> None:
+    """Have the network give NaN for each sequence of so many tokens that `to` says yes."""
+    original = ESM2.forward_packed
+
+    def forward_packed(self: ESM2, input_ids: Any, cu_seqlens: Any, max_seqlen: int, repr_layers: Any = None) -> Any:
+        output = original(self, input_ids, cu_seqlens, max_seqlen, repr_layers)
+        for start, end in pairwise(cu_seqlens.tolist()):
+            if to(end - start):
+                for states in output["representations"].values():
+                    states[start:end] = float("nan")
+        return output
+
+    monkeypatch.setattr(ESM2, "forward_packed", forward_packed)
+
+
+@pytest.fixture
+def twenty_four(tmp_path: Path) -> Path:
+    """Proteins of 24 to 1 residues, in this order."""
+    path = tmp_path / "in.fasta"
+    path.write_text("".join(f">p{length}\n{'M' * length}\n" for length in range(24, 0, -1)))
+    return path
+
+
+def test_a_device_that_gives_no_finite_row_any_more_ends_the_attempt_and_blames_no_protein(
+    paths: RunPaths, twenty_four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 20 in a row; what was computed before is kept."""
+    plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
+    give_no_finite_row(monkeypatch, lambda tokens: tokens <= 22)
+    with pytest.raises(QuarantineFullError, match=r"^2\d sequences one after the other .*weights.*device"):
+        ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
+    assert Quarantine.of(plan, paths).read() == []
+    assert find_pending_work(plan, paths, 0).num_done == 4
+
+
+def test_a_protein_without_a_finite_row_is_set_aside_once_another_has_one(
+    paths: RunPaths, twenty_four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or once nothing is left to compute. A stop before that leaves it for the next attempt."""
+    plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
+    give_no_finite_row(monkeypatch, lambda tokens: tokens in (26, 25))
+    stop = StopFlag()
+    assert ShardAttempt(job_of(plan, paths), Stopped(stop, after=2), stop).run_in_lock() == ExitCode.STOPPED
+    assert Quarantine.of(plan, paths).read() == []
+    stop = StopFlag()
+    assert ShardAttempt(job_of(plan, paths), Stopped(stop, after=3), stop).run_in_lock() == ExitCode.STOPPED
+    assert [each.id for each in Quarantine.of(plan, paths).read()] == ["p24", "p23"]
+
+
+def test_the_last_of_all_is_set_aside_without_another_after_it(
+    paths: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.fasta").write_text(">p\nMKVLA\n")
+    plan = make_plan(paths, [tmp_path / "in.fasta"], MODEL, num_shards=1, token_budget=26)
+    give_no_finite_row(monkeypatch, lambda tokens: True)
+    assert ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run() == ExitCode.DONE
+    assert Quarantine.of(plan, paths).ordinals() == {0}
+
+
+def test_many_without_a_finite_row_among_others_end_the_attempt(
+    paths: RunPaths, twenty_four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
+    give_no_finite_row(monkeypatch, lambda tokens: tokens % 3 == 0)
+    with pytest.raises(QuarantineFullError, match="4 of 24 sequences have no finite embedding"):
+        ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
