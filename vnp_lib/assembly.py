@@ -2,7 +2,8 @@
 
 It takes two passes over the rows, two threads, and memory for three checkpoints or two parts: rows are first distributed over
 one temporary bucket for each part, copies of identical sequences included; then each bucket is put in order, checked against
-the plan, and written. `dataset.py` reads what comes of it.
+the plan, and written. All of that is done beside the dataset that may be there, and the two are exchanged at the end.
+`dataset.py` reads what comes of it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from vnp_lib import files
 from vnp_lib.columns import columns_of, fields_of
-from vnp_lib.dataset import DATASET_SCHEMA, describe_rows, footer_of, read_success, verify_dataset
+from vnp_lib.dataset import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
 from vnp_lib.failures import (
     CheckpointError,
     ConfigError,
@@ -54,6 +55,8 @@ _BLOCK_BYTES = 512 * 1024  # of rows
 _THREADS = 2
 _VALUE_BYTES = np.dtype(np.float32).itemsize
 _NUM_SHOWN = 10
+_ABOUT = ("model", "layer", "pooling", "dtype")  # of the identity, in every part
+_TEMPORARY_PREFIX = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +91,11 @@ def assemble(
 ) -> DatasetSummary:
     """Put the dataset together from checkpoints; each is read once, and its digest checked.
 
-    Afterwards `paths.embeddings_dir` holds `part-*.parquet` and, written last, `_SUCCESS.json`; all is durable. An assembly
-    that is interrupted leaves no `_SUCCESS.json`, and the next one starts over. A whole dataset of the same content is
-    left as it is; so is one from which nothing is missing, though by now a checkpoint is gone.
+    Afterwards `paths.embeddings_dir` holds `part-*.parquet` and `_SUCCESS.json`; all is durable. A dataset that was there
+    stays, whole, until the new one is, and the two are exchanged at one stroke; where the file system knows no such thing,
+    there is no dataset for the time of two renames. An assembly that is interrupted changes nothing, and the next one starts
+    over. A whole dataset of the same content is left as it is; so is one from which nothing is missing, though by now a
+    checkpoint is gone. What somebody else has put into `paths.embeddings_dir` stays there.
 
     Args:
         plan: The plan that the checkpoints follow.
@@ -106,28 +111,46 @@ def assemble(
         IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, and may not be missing; or it is in
             both; or nothing at all is computed.
         NumericalInstabilityError: A row is not finite.
-        ConfigError: The plan has values stored in float16, and one is beyond that. The checkpoints are as they were.
+        ConfigError: The plan has values stored in float16, and one is beyond that; or a Parquet file that is not ours lies among
+            the parts. Checkpoints and dataset are as they were.
         CheckpointError: A checkpoint does not prove itself or does not fit the plan.
         StorageError: The dataset cannot be written.
     """
     is_quarantined = with_copies(plan, quarantined)
     try:
+        _settle(paths)
         if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):
             records = sorted(records, key=lambda record: (record.rank, record.batch_idx))
             is_missing = _find_missing(plan, records, is_quarantined, allow_missing=allow_missing)
             content = _content(plan, is_quarantined, is_missing)
             if not (is_missing.any() and _is_whole(paths, content)):
-                _start_over(paths)
+                require_own_parts(paths)
                 has_row = ~is_quarantined & ~is_missing
                 _write_dataset(plan, paths, records, has_row, content, clock().isoformat(), part_bytes)
+                _put_in_place(paths)
         _sync_names(paths)  # whoever put it together may have died before doing so
-        shutil.rmtree(paths.assembly_dir, ignore_errors=True)
     except OSError as error:
         raise StorageError(
             f"{paths.embeddings_dir}: the dataset cannot be written ({error}); mend that and start the run again: "
             f"nothing is computed twice"
         ) from error
+    finally:
+        if not paths.replaced_dataset.is_dir():  # else the next assembly ends what this one was stopped at
+            shutil.rmtree(paths.assembly_dir, ignore_errors=True)
     return _summary(paths)
+
+
+def require_own_parts(paths: RunPaths) -> None:
+    """Raise ConfigError where a Parquet file that no run of ours has written lies among the parts of the dataset."""
+    if not paths.embeddings_dir.is_dir():
+        return
+    own = _own_names(paths.embeddings_dir)
+    foreign = sorted(path for path in paths.embeddings_dir.glob("*.parquet") if path.name not in own)
+    if foreign:
+        raise ConfigError(
+            f"{foreign[0]} is not of this run, or damaged, and whoever reads {paths.embeddings_dir}/*.parquet would take its rows "
+            f"for the dataset's: move it to another directory"
+        )
 
 
 def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLayout:
@@ -224,17 +247,67 @@ def _refuse_ordinals(plan: RunPlan, mask: NDArray[np.bool_], what: str) -> None:
         raise IncompleteDatasetError(f"{ordinals.size:,} of {mask.size:,} sequences {what}: ordinals {listed}{more}")
 
 
-def _start_over(paths: RunPaths) -> None:
-    """Remove what an earlier assembly left, `_SUCCESS.json` first."""
-    files.make_directory(paths.embeddings_dir)
-    if paths.success.exists():
-        files.ops.unlink(paths.success)
-        files.fsync_directory(paths.embeddings_dir)
-    for part in sorted(paths.embeddings_dir.glob("part-*.parquet")):
-        files.ops.unlink(part)
-    files.remove_orphaned_temporaries(paths.embeddings_dir)
+def _settle(paths: RunPaths) -> None:
+    """Bring what an earlier assembly was stopped at to an end, and remove what else it left."""
+    if paths.replaced_dataset.is_dir():
+        if not os.path.lexists(paths.embeddings_dir):  # stopped between two renames
+            is_written = (paths.new_dataset / paths.success.name).exists()
+            _move(paths.new_dataset if is_written else paths.replaced_dataset, paths.embeddings_dir)
+        if paths.replaced_dataset.is_dir():
+            _give_back(paths)
     shutil.rmtree(paths.assembly_dir, ignore_errors=True)
-    paths.assembly_dir.mkdir()
+
+
+def _put_in_place(paths: RunPaths) -> None:
+    """Exchange the new dataset for what is in its place."""
+    if not os.path.lexists(paths.embeddings_dir):
+        _move(paths.new_dataset, paths.embeddings_dir)
+        return
+    _move(paths.new_dataset, paths.replaced_dataset)
+    if not files.exchange_directories(paths.embeddings_dir, paths.replaced_dataset):
+        _move(paths.replaced_dataset, paths.new_dataset)
+        _move(paths.embeddings_dir, paths.replaced_dataset)
+        _move(paths.new_dataset, paths.embeddings_dir)
+    _give_back(paths)
+
+
+def _give_back(paths: RunPaths) -> None:
+    """Remove the dataset that was replaced, `_SUCCESS.json` last, and give what else lay beside it its place again."""
+    own = _own_names(paths.replaced_dataset)
+    for path in sorted(paths.replaced_dataset.iterdir(), key=lambda path: path.name == paths.success.name):
+        if path.name in own:
+            files.ops.unlink(path)
+        elif not path.name.startswith(_TEMPORARY_PREFIX):
+            _move(path, paths.embeddings_dir / path.name)
+    shutil.rmtree(paths.replaced_dataset)
+
+
+def _move(source: Path, target: Path) -> None:
+    files.ops.replace(source, target)
+    files.fsync_directory(target.parent)
+    files.fsync_directory(source.parent)
+
+
+def _own_names(directory: Path) -> set[str]:
+    """The names in a directory that are of a dataset of ours: those that `_SUCCESS.json` lists, itself, and what else is marked so."""
+    listed: set[str] = set()
+    success = directory / SUCCESS_NAME
+    if success.exists():
+        listed.add(success.name)
+        with suppress(StorageError):
+            listed |= {part["name"] for part in files.read_sealed_json(success)["parts"]}
+    return listed | {
+        path.name for path in directory.glob("part-*.parquet") if path.name not in listed and _is_marked(path)
+    }
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a Parquet file says of itself that it is a part of a dataset of ours."""
+    try:
+        marks = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    return {name.encode() for name in (*_ABOUT, "fingerprint")} <= marks.keys()
 
 
 def _write_dataset(
@@ -246,6 +319,8 @@ def _write_dataset(
     created_at: str,
     part_bytes: int,
 ) -> None:
+    for directory in (paths.assembly_dir, paths.new_dataset):
+        files.make_directory(directory)
     division = _divide(plan, planned_layout(plan, records), part_bytes)
     buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
     comparisons = _distribute(plan, records, buckets)
@@ -266,7 +341,7 @@ def _write_dataset(
         "parts": list(map_ahead(write, range(division.starts.size), threads=_THREADS)),
         "created_at": created_at,
     }
-    files.write_sealed_json(paths.success, success, replace=True)
+    files.write_sealed_json(paths.new_dataset / paths.success.name, success)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -505,8 +580,8 @@ def _write_part(
     values = _as_stored(plan, division.layout, ordinals, rows)
     columns = columns_of(division.layout, values, plan.lengths[ordinals], is_large=division.is_large)
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
-    path = paths.embeddings_dir / f"part-{part:05d}.parquet"
-    with files.durable_file(path, replace=True) as file:
+    path = paths.new_dataset / f"part-{part:05d}.parquet"
+    with files.durable_file(path) as file:
         _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
     plan.forget_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
@@ -559,7 +634,7 @@ def _named(plan: RunPlan, ordinal: np.int64) -> str:
 
 
 def _schema(plan: RunPlan, division: _Division) -> pa.Schema:
-    about = {name: str(plan.identity[name]) for name in ("model", "layer", "pooling", "dtype")}
+    about = {name: str(plan.identity[name]) for name in _ABOUT}
     return pa.schema(
         [
             pa.field("ordinal", pa.int64(), nullable=False),

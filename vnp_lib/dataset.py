@@ -33,13 +33,13 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from vnp_lib.torch_rows import EmbeddingRows
 
 DATASET_SCHEMA = 1
+SUCCESS_NAME = "_SUCCESS.json"
 
 Row: TypeAlias = Any  # float32 (D,), or a dict of float32 arrays by output
 Rows: TypeAlias = Any  # float32 (n, D), or a dict by output of float32 (n, D) or n float32 arrays
 
 _BATCH_ROWS = 1024
 _SEVERAL = -1  # in the place of a row
-_SUCCESS_NAME = "_SUCCESS.json"
 _NONE_SHA256 = hashlib.sha256().hexdigest()  # of no ordinals
 _FOOTER_TAIL_BYTES = 8  # its length and "PAR1" end a Parquet file
 
@@ -338,7 +338,7 @@ def read_success(directory: Path) -> dict[str, Any]:
     One that says nothing of missing rows was written when there could be none; one that says nothing of precision, when it
     was not measured; one that says nothing of how values are stored, when it was in float32.
     """
-    success = files.read_sealed_json(directory / _SUCCESS_NAME)
+    success = files.read_sealed_json(directory / SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
         raise StorageError(f"{directory} has schema {success['schema']}; this version reads {DATASET_SCHEMA}")
     for part in success["parts"]:
@@ -379,12 +379,12 @@ def _sha256_of_end(path: Path, size_bytes: int) -> str:
 
 def _find_dataset(path: Path) -> Path:
     for directory in (path, path / "embeddings"):
-        if (directory / _SUCCESS_NAME).exists():
+        if (directory / SUCCESS_NAME).exists():
             return directory
     if not path.is_dir():
         raise StorageError(f"{path}: there is no such directory")
     raise StorageError(
-        f"{path}: there is no complete dataset here (no {_SUCCESS_NAME}); start the run again with the same output "
+        f"{path}: there is no complete dataset here (no {SUCCESS_NAME}); start the run again with the same output "
         f"directory, and it goes on where it ended"
     )
 
@@ -396,7 +396,7 @@ def _damage(directory: Path, part: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return (
-        None if digest.sha256 == part["sha256"] else f"{path} is damaged: its sha256 is not the one of {_SUCCESS_NAME}"
+        None if digest.sha256 == part["sha256"] else f"{path} is damaged: its sha256 is not the one of {SUCCESS_NAME}"
     )
 
 

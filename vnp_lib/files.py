@@ -10,6 +10,7 @@ Every system call that decides what a crash leaves behind goes through `ops`, so
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -47,6 +48,7 @@ _MOST_NAME_BYTES = 255  # of a file, on all common file systems
 _READ_BLOCK_BYTES = 1024**2
 _FILE_MODE = 0o640
 _LOCK_POLL_S = 0.005
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2
 _TEMPORARY = re.compile(r"\.tmp-(.+)@([^@]+)@([^@]+)@([^@]+)@([1-9]\d{0,6})@(\d+)@[0-9a-f]{8}", re.DOTALL)
 _TEMPORARY_BEFORE = re.compile(r"\.tmp-(.+)-([1-9]\d{0,6})-[0-9a-f]{8}", re.DOTALL)
 
@@ -71,6 +73,10 @@ class DurableOps:
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
+
+    def exchange(self, first: Path, second: Path) -> None:
+        """Give each of two names what is under the other, at one stroke. OSError where system or file system cannot."""
+        _exchange(first, second)
 
     def unlink(self, path: Path) -> None:
         os.unlink(path)
@@ -347,6 +353,23 @@ def digest_stream(file: BinaryIO) -> FileDigest:
         sha256.update(block)
         size_bytes += len(block)
     return FileDigest(size_bytes=size_bytes, sha256=sha256.hexdigest())
+
+
+def exchange_directories(first: Path, second: Path) -> bool:
+    """Exchange two directories at one stroke, durably, and say whether that is possible here.
+
+    Raises:
+        OSError: They could not be exchanged for another reason.
+    """
+    try:
+        ops.exchange(first, second)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+            return False
+        raise
+    fsync_directory(first.parent)
+    fsync_directory(second.parent)
+    return True
 
 
 def make_directory(path: Path) -> None:
@@ -730,3 +753,11 @@ def _file_system_time(directory: Path) -> float:
             ops.unlink(path)
     except OSError:
         return time.time()
+
+
+def _exchange(first: Path, second: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):  # of glibc from 2.28 on, and of Linux
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(first))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(first))

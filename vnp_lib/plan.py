@@ -154,6 +154,16 @@ class RunPaths:
         return self.run_dir / ".assembly"
 
     @property
+    def new_dataset(self) -> Path:
+        """What is to take the place of `embeddings_dir`, while it is written."""
+        return self.assembly_dir / "new"
+
+    @property
+    def replaced_dataset(self) -> Path:
+        """What `embeddings_dir` was before, for a moment; or what it is to be at the next."""
+        return self.assembly_dir / "replaced"
+
+    @property
     def report(self) -> Path:
         return self.run_dir / "report.html"
 

@@ -120,6 +120,12 @@ class Disk:
         to_directory.change(**{new_name: moved})
         from_directory.change(**{old_name: None})
 
+    def _exchange(self, first: Path, second: Path, _: None) -> None:
+        one, other = self._find(first), self._find(second)
+        for path, entry in ((first, other), (second, one)):
+            directory, name = self._place(path)
+            directory.change(**{name: entry})
+
     def _unlink(self, path: Path, _: None) -> None:
         directory, name = self._place(path)
         directory.change(**{name: None})

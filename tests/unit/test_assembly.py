@@ -1,10 +1,13 @@
 """Assembly: every sequence's own row, once, in input order; and nothing that only looks like a dataset."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -471,48 +474,147 @@ def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
 
 
 def test_an_interrupted_assembly_is_invisible_and_starts_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.assemble()
-    whole = files_of(run.paths.embeddings_dir)
     write_part = vnp_lib.assembly._write_part
 
     def write_two_parts(*arguments: object) -> dict[str, object]:
-        if (run.paths.embeddings_dir / "part-00001.parquet").exists():
+        if (run.paths.new_dataset / "part-00001.parquet").exists():
             raise KeyboardInterrupt
         return write_part(*arguments)  # type: ignore[arg-type]
 
-    (run.paths.embeddings_dir / "part-00000.parquet").unlink()
-    (run.paths.embeddings_dir / "part-00077.parquet").write_bytes(b"of an earlier assembly")
     monkeypatch.setattr(vnp_lib.assembly, "_write_part", write_two_parts)
     with pytest.raises(KeyboardInterrupt):
         run.assemble()
     monkeypatch.undo()
+    assert not run.paths.embeddings_dir.exists()
     with pytest.raises(StorageError, match="there is no complete dataset here"):
         open_dataset(run.paths.run_dir)
 
     run.assemble()
-    assert files_of(run.paths.embeddings_dir) == whole
+    assert_rows(run, without=[])
     assert not run.paths.assembly_dir.exists()
 
 
-def test_success_json_is_gone_for_good_before_any_part_is_touched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_an_older_version_left_without_a_dataset_make_way(run: Run) -> None:
+    """It wrote them in place: they are known by what they say of themselves."""
+    run.assemble(part_bytes=1)
+    run.paths.success.unlink()
     run.assemble()
-    (run.paths.embeddings_dir / "part-00001.parquet").write_bytes(b"damaged")
-    steps: list[str] = []
+    assert len(list(run.paths.embeddings_dir.iterdir())) == 5
+    assert_rows(run, without=[])
 
-    class Recording(DurableOps):
-        def unlink(self, path: Path) -> None:
-            steps.append(path.name)
-            super().unlink(path)
 
-        def fsync_directory(self, path: Path) -> None:
-            steps.append(f"{path.name}/")
-            super().fsync_directory(path)
+OLD, NEW = StoreDtype.FLOAT32, StoreDtype.FLOAT16
 
-    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class DyingOps(DurableOps):
+    """Ends the process before the n-th operation on a directory, as far as the disk can tell: nothing happens any more."""
+
+    def __init__(self, kill_at: int, *, can_exchange: bool) -> None:
+        self.kill_at = kill_at
+        self.is_dead = False
+        self._can_exchange = can_exchange
+        for name in ("mkdir", "link", "replace", "exchange", "unlink", "fsync_directory"):
+            setattr(self, name, self._mortal(name))
+
+    def mortal_rmtree(self, rmtree: Callable[..., None]) -> Callable[..., None]:
+        return lambda *arguments, **named: None if self.is_dead else rmtree(*arguments, **named)
+
+    def _mortal(self, name: str) -> Callable[..., Any]:
+        real = getattr(DurableOps, name)
+
+        def act(*arguments: Any) -> Any:
+            self.kill_at -= 1
+            self.is_dead |= self.kill_at < 0
+            if self.is_dead:
+                raise Killed
+            if name == "exchange" and not self._can_exchange:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return None if name.startswith("fsync") else real(self, *arguments)
+
+        return act
+
+
+@pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two renames"])
+def test_killed_at_any_operation_the_old_dataset_or_the_new_one_is_there_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    """And what lies beside it. Where directories cannot be exchanged, there is nothing under its name for two renames."""
+    made = finish_run(start_run(tmp_path, num_sequences=12))
+    made.assemble(part_bytes=10**9)
+    for name in ("notes.txt", "mine/x.csv"):
+        (made.paths.embeddings_dir / name).parent.mkdir(exist_ok=True)
+        (made.paths.embeddings_dir / name).write_text(name)
+    seen: list[StoreDtype | None] = []
+    kill_at, is_over = 0, False
+    while not is_over:
+        run_dir = tmp_path / str(kill_at)
+        shutil.copytree(made.paths.run_dir, run_dir)
+        run = made._replace(paths=RunPaths(run_dir), plan=replace(made.plan, store_dtype=NEW))
+        ops = DyingOps(kill_at, can_exchange=can_exchange)
+        with monkeypatch.context() as patched, suppress(Killed):
+            patched.setattr(vnp_lib.files, "ops", ops)
+            patched.setattr(vnp_lib.assembly.shutil, "rmtree", ops.mortal_rmtree(shutil.rmtree))
+            run.assemble(part_bytes=10**9)
+        is_over = not ops.is_dead
+        is_there = run.paths.embeddings_dir.exists()
+        seen.append(StoreDtype(open_dataset(run_dir).metadata["store_dtype"]) if is_there else None)
+        assert not is_there or verify_dataset(run_dir) == []
+
+        run.assemble(part_bytes=10**9)
+        assert open_dataset(run_dir).metadata["store_dtype"] == NEW
+        assert verify_dataset(run_dir) == []
+        names = {path.relative_to(run.paths.embeddings_dir).as_posix() for path in run.paths.embeddings_dir.rglob("*")}
+        assert names == {"_SUCCESS.json", "part-00000.parquet", "notes.txt", "mine", "mine/x.csv"}
+        assert not run.paths.assembly_dir.exists()
+        shutil.rmtree(run_dir)
+        kill_at += 1
+    order = [OLD, NEW] if can_exchange else [OLD, None, NEW]
+    assert list(dict.fromkeys(seen)) == order
+    assert [seen.count(each) > 2 for each in (OLD, NEW)] == [True, True]
+
+
+def test_what_float16_cannot_hold_leaves_the_old_dataset_as_it_was(run: Run) -> None:
+    ordinals = run.plan.shard_ordinals(0)
+    rows = np.stack([embed(sequence) for sequence in run.plan.fetch(ordinals)[1]])
+    rows[4, 5] = 1e6
+    shutil.rmtree(run.paths.shard_dir(0))
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), ordinals, rows=rows)
     run.assemble()
-    removed = steps.index("_SUCCESS.json")
-    assert steps[removed + 1] == "embeddings/"
-    assert not [step for step in steps[:removed] if step.startswith("part-")]
+    before = files_of(run.paths.embeddings_dir)
+    with pytest.raises(ConfigError, match="beyond 65,504"):
+        run._replace(plan=replace(run.plan, store_dtype=NEW)).assemble()
+    assert files_of(run.paths.embeddings_dir) == before
+    assert not run.paths.assembly_dir.exists()
+    run.assemble()
+    assert files_of(run.paths.embeddings_dir) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["part-00000-1f2e-c000.snappy.parquet", "part-00007.parquet", "table.parquet"],
+    ids=["Spark's", "ours", "any"],
+)
+@pytest.mark.parametrize("has_dataset", [True, False])
+def test_a_parquet_file_of_somebody_else_is_never_removed_and_never_mixed_in(
+    run: Run, name: str, has_dataset: bool
+) -> None:
+    if has_dataset:
+        run.assemble()
+        (run.paths.embeddings_dir / "part-00001.parquet").unlink()
+    foreign = run.paths.embeddings_dir / name
+    foreign.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"id": ["theirs"]}), foreign)
+    before = files_of(run.paths.embeddings_dir)
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is not of this run.* move it to another directory"):
+        run.assemble()
+    assert files_of(run.paths.embeddings_dir) == before
+    foreign.rename(run.paths.run_dir / name)
+    run.assemble()
+    assert_rows(run, without=[])
 
 
 def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
