@@ -40,7 +40,7 @@ from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, required_bytes
 from vnp_lib.progress import format_duration
 from vnp_lib.records import Fault, LetterCounts
-from vnp_lib.run import planned_layout, planned_token_budget
+from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
 from vnp_lib.terminal import bar, format_bytes, plain
 
@@ -74,6 +74,7 @@ class Forecast:
     fasta: tuple[str, ...]
     left_out: tuple[str, ...]  # of each directory and pattern, what of it is not read
     model: str
+    weights: str  # where they are, or would be downloaded to
     num_sequences: int
     num_computed: int  # distinct ones
     num_refused: int  # records; a file that cannot be used as a whole counts as one
@@ -116,7 +117,9 @@ def forecast(config: ForecastConfig) -> Forecast:
 
     Raises:
         ConfigError: A device that is not there, or a `speed_of` that tells no speed.
+        WeightsError: Weights that a run would refuse.
     """
+    weights = _describe_weights(config)
     one_device = _speed_of_one_device(config)
     found = _read(config)
     devices = resolve_devices(config.devices, config.model)
@@ -132,6 +135,7 @@ def forecast(config: ForecastConfig) -> Forecast:
         fasta=tuple(map(str, config.fasta)),
         left_out=tuple(describe_left_out(config.fasta)),
         model=config.model,
+        weights=weights,
         num_sequences=found.num_sequences,
         num_computed=found.num_computed,
         num_refused=found.num_refused,
@@ -261,6 +265,16 @@ class _Refused:
         return self._files + self._records + self._repeats
 
 
+def _describe_weights(config: ForecastConfig) -> str:
+    """Say where the weights are, after a look at them as a run looks."""
+    from vnp_lib.weights import published_path
+
+    found = look_at_model(config)
+    if found is None:
+        return f"not here yet: a run downloads them to {published_path(config.model)}"
+    return config.weights if found.path is None else str(found.path)
+
+
 def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:
     """Bins of 1 to 49, 50 to 99, 100 to 199 residues and so on, from the shortest sequence's to the longest's."""
     ends = [_FIRST_BIN_END]
@@ -310,6 +324,7 @@ def _mean_speed(run_dir: Path, model: str) -> Speed:
 def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
     yield "sequences", f"{seen.num_sequences:,}, {seen.num_computed:,} distinct"
     yield "residues", f"{seen.num_residues:,}; {seen.num_tokens:,} tokens to compute"
+    yield "weights", seen.weights
     yield "lengths", f"median {seen.median_length:,.0f}, longest {seen.longest:,} residues"
     for told in seen.left_out:
         yield "files", told

@@ -192,14 +192,32 @@ def check_at_the_door(config: EmbedConfig) -> None:
         InputError: A file, a device or a directory that cannot be used.
     """
     _look_at_input(config)
-    if config.weights not in ("auto", RANDOM_WEIGHTS) and not Path(config.weights).is_file():
-        raise ConfigError(f"--weights {config.weights}: there is no such file; give a path, 'auto' or 'random'")
     planned_devices(config)
     if config.metrics_port is not None and config.executor == "local":  # else a shard of the last run may have it yet
         from vnp_lib.metrics_page import require_free_port
 
         require_free_port(config.metrics_address, config.metrics_port)
     _look_at_output(config)
+    look_at_model(config)
+
+
+def look_at_model(config: EmbedConfig) -> Weights | None:
+    """See that the weights are there and are the model's, and have what the outputs need; their numbers are not read.
+
+    Returns:
+        The weights, without their digest; None where a run would download them.
+
+    Raises:
+        InputError: They cannot be used, or the model has no such layer.
+    """
+    from vnp_lib.heads import check_heads
+    from vnp_lib.weights import look_at_weights
+
+    layout = planned_layout(config)
+    weights = look_at_weights(config.model, config.weights)
+    if weights is not None and config.weights != "auto":  # else what is missing of them is downloaded
+        check_heads(config.model, weights, layout.heads)
+    return weights
 
 
 def _look_at_input(config: EmbedConfig) -> None:

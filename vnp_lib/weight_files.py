@@ -6,6 +6,7 @@ What is read stays in the file, mapped into memory, until it is used.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from argparse import Namespace
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vnp_lib.failures import WeightsError
+from vnp_lib.user_paths import PathUse, user_path
 
 _SAFETENSORS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -41,6 +43,22 @@ _OF_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.b
 _FAIR_ESM_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 _DAMAGE = (EOFError, RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
 
+_START_BYTES = 4096
+_OF_OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")
+_LFS_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/")
+_STAND_INS = {
+    "a web page, of an error or a log-in": re.compile(
+        rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error|!--)", re.IGNORECASE
+    ),
+    "JSON text, of a server's error": re.compile(rb"\s*\{\s*\""),
+    "compressed with gzip": re.compile(rb"\x1f\x8b"),
+    "compressed with xz": re.compile(rb"\xfd7zXZ"),
+    "compressed with zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "compressed with bzip2": re.compile(rb"BZh\d"),
+    "an HDF5 file, of TensorFlow": re.compile(rb"\x89HDF"),
+    "a GGUF file": re.compile(rb"GGUF"),
+}
+
 
 def locate_weights(path: Path) -> Path:
     """Find the file that holds the parameters, or the index of those that do.
@@ -53,18 +71,17 @@ def locate_weights(path: Path) -> Path:
         An absolute path. Links stay as they are: in the hub's cache they lead to files whose names tell nothing.
 
     Raises:
-        WeightsError: A directory where there is none, or one of several revisions would have to be guessed.
+        ConfigError: As `user_path`.
+        WeightsError: There is nothing; or it is a directory where there is none, or one of several revisions would have to be
+            guessed.
     """
-    path = path.expanduser().absolute()
-    if not path.is_dir():
-        return path
-    directory = _snapshot(path) if (path / "snapshots").is_dir() else path
-    for name in (_INDEX, _SAFETENSORS):
-        if (directory / name).exists():
-            return directory / name
-    if pickled := sorted(directory.glob("*.bin")):
-        raise _cannot_read_pickles(pickled[0])
-    raise WeightsError(f"cannot read the weights at {path} (it is a directory without {_SAFETENSORS}): {_WANTED}")
+    given, path = path, user_path(path, PathUse.WEIGHTS).absolute()
+    with _reading(path):
+        if not os.path.lexists(path):
+            raise WeightsError(
+                f"cannot read the weights at {path} (No such file or directory): {_instead_of_absent(given)}"
+            )
+        return _file_in(path) if path.is_dir() else path
 
 
 def files_of(located: Path) -> tuple[Path, ...]:
@@ -76,6 +93,7 @@ def files_of(located: Path) -> tuple[Path, ...]:
     if not located.name.endswith(".index.json"):
         return (located,)
     with _reading(located):
+        _require_no_stand_in(located)
         files = tuple(located.parent / name for name in _names_in_index(located))
     if missing := [file.name for file in files if not file.exists()]:
         raise WeightsError(
@@ -93,11 +111,19 @@ def read_tensors(located: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in files_of(located):
-        if file.suffix == ".bin":
-            raise _cannot_read_pickles(file)
         with _reading(file):
-            tensors |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_fair_esm(file)
+            _require_no_stand_in(file)
+            if file.suffix == ".bin":
+                raise _cannot_read_pickles(file)
+            tensors |= _read_safetensors(file) if _is_safetensors(file) else _read_fair_esm(file)
     return tensors
+
+
+def is_read_whole(located: Path) -> bool:
+    """Whether `read_tensors` reads all of its numbers at once: they are in a file as torch wrote it before version 1.6."""
+    (file, *others) = files_of(located)
+    with _reading(file), file.open("rb") as opened:
+        return not others and opened.read(len(_OF_OLD_TORCH)) == _OF_OLD_TORCH
 
 
 def save_fair_esm(path: Path, settings: Namespace, state: Mapping[str, Tensor]) -> None:
@@ -120,6 +146,43 @@ def _name_in_fair_esm(name: str) -> str:
     return name
 
 
+def _file_in(path: Path) -> Path:
+    directory = _snapshot(path) if (path / "snapshots").is_dir() else path
+    for name in (_INDEX, _SAFETENSORS):
+        if os.path.lexists(directory / name):
+            return directory / name
+    if pickled := sorted(directory.glob("*.bin")):
+        raise _cannot_read_pickles(pickled[0])
+    raise WeightsError(
+        f"cannot read the weights at {path} (it is a directory without {_SAFETENSORS}): {_instead_of_directory(directory)}"
+    )
+
+
+def _instead_of_absent(given: Path) -> str:
+    name = str(given)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not given.parent.exists():
+        return f"a model on Hugging Face is fetched with `hf download {name} --local-dir weights`; then give `weights`"
+    if re.fullmatch(r"esm2_\w+", name):
+        return f"the name of a model is given with --model; {_WANTED}"
+    return _WANTED
+
+
+def _instead_of_directory(directory: Path) -> str:
+    """What to do about a directory that has no safetensors under the name that they have."""
+    names = sorted(path.name for path in directory.iterdir())
+    models = sorted((name for name in names if name.startswith("models--")), key=lambda name: "esm2" not in name)
+    files = [
+        name for name in names if name.endswith((".pt", ".pth", ".safetensors")) and "contact-regression" not in name
+    ]
+    if found := models or files:
+        return f"it holds {', '.join(found[:5])}: give the path of the one that is meant"
+    if any(name.endswith((".h5", ".msgpack", ".onnx", ".gguf")) for name in names):
+        return f"parameters of other frameworks are not read; {_WANTED}"
+    if "config.json" in names or any("token" in name or name == "vocab.txt" for name in names):
+        return "the tokenizer and settings alone are there, and no parameters: download the model again, with `hf download`"
+    return _WANTED
+
+
 def _snapshot(cached: Path) -> Path:
     """The revision that is to be taken of a model in the hub's cache: `main`, or the only one."""
     snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
@@ -136,6 +199,42 @@ def _names_in_index(index: Path) -> list[str]:
     if not names or any(Path(name).name != name for name in names):  # nothing outside of the index's directory
         raise ValueError("it names no files, or files elsewhere")
     return names
+
+
+def _require_no_stand_in(path: Path) -> None:
+    """Raise an error where a file holds what others put in the place of one: by its size and its first bytes.
+
+    Raises:
+        WeightsError: It is a pointer of Git LFS.
+        ValueError: It is something else; what it is, as the end of a sentence.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_START_BYTES)
+    if _LFS_POINTER.match(start):
+        stands_for = re.search(rb"\nsize (\d+)", start)
+        of_size = f" of {int(stands_for[1]):,} bytes" if stands_for else ""
+        raise WeightsError(
+            f"{path} is a pointer of Git LFS, not the file{of_size} that it stands for: run `git lfs pull` where it was cloned, "
+            "or download the file itself"
+        )
+    if not size:
+        raise ValueError("it is empty")
+    is_json = path.suffix == ".json"
+    kind = next((kind for kind, pattern in _STAND_INS.items() if pattern.match(start)), None)
+    if kind and not (is_json and start.lstrip().startswith(b"{")):
+        raise ValueError(f"it is {kind}")
+    if size < _START_BYTES and not is_json and start.isascii() and start.decode().replace("\n", "").isprintable():
+        line = start.decode().strip().partition("\n")[0]
+        raise ValueError(f"it is text, {line[:60]!r}, which a server may have sent in its place")
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise ValueError(f"it is cut short, at {size:,} bytes")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content, for a file in the hub's cache has no suffix; one that is damaged by its suffix."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -158,6 +257,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_fair_esm(path: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("it has no 'model', which fair-esm's have")
     named = {_FAIR_ESM_PREFIX.sub("", name): tensor for name, tensor in content["model"].items()}
     return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
@@ -170,9 +271,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise WeightsError(f"cannot read the weights at {path} ({error.strerror or error}): {_WANTED}") from error
     except _DAMAGE as error:
         whose = "Hugging Face's" if path.suffix in (".safetensors", ".json") else "fair-esm's"
-        raise WeightsError(
-            f"{path} is damaged or no file of {whose} ({type(error).__name__}): remove it and get it again"
-        ) from error
+        what = str(error) if isinstance(error, ValueError) else type(error).__name__
+        raise WeightsError(f"{path} is damaged or no file of {whose} ({what}): remove it and get it again") from error
 
 
 def _cannot_read_pickles(path: Path) -> WeightsError:

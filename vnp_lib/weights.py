@@ -23,7 +23,7 @@ from vnp_lib.failures import WeightsError
 from vnp_lib.files import digest_file
 from vnp_lib.linear import convolution_is_faster
 from vnp_lib.tokens import ALPHABET_SIZE
-from vnp_lib.weight_files import files_of, locate_weights, read_tensors, save_fair_esm
+from vnp_lib.weight_files import files_of, is_read_whole, locate_weights, read_tensors, save_fair_esm
 
 RANDOM_SEED = 0
 
@@ -71,7 +71,31 @@ class Weights:
 
     source: Literal["file", "random"]
     path: Path | None = None  # where source is "file": that file, or the index of several
-    digest: str  # sha256 of the file, of several files that of their digests, or how the random ones were drawn
+    digest: str  # sha256 of the file, of several files that of their digests, or how the random ones were drawn; "": not read
+
+
+def look_at_weights(model: str, weights: str) -> Weights | None:
+    """Find a model's weights and see that they are the model's, by their names and shapes: the numbers are not read.
+
+    Args:
+        model, weights: As `resolve_weights` takes them. Nothing is downloaded.
+
+    Returns:
+        Those that `resolve_weights` would give, but without their digest; None where it would download them.
+
+    Raises:
+        ConfigError, WeightsError: As `resolve_weights`.
+    """
+    architecture = architecture_of(model)
+    if weights == "random":
+        return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
+    path = _hub_path(model) if weights == "auto" else Path(weights)
+    if weights == "auto" and not path.exists():
+        return None
+    path = locate_weights(path)
+    if not is_read_whole(path):
+        _checked_state(path, model, architecture)
+    return Weights(source="file", path=path, digest="")
 
 
 def resolve_weights(model: str, weights: str) -> Weights:
@@ -249,6 +273,11 @@ def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> T
 def _hub_path(model: str) -> Path:
     """Where fair-esm itself looks for its file, and puts it: torch.hub's cache."""
     return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
+
+
+def published_path(model: str) -> Path:
+    """Where fair-esm's file of a model is looked for, and put when it is downloaded."""
+    return _hub_path(model)
 
 
 def _hub_file(model: str) -> Path:

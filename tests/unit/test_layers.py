@@ -23,9 +23,10 @@ LAYERS = (
         "file_kinds",
         "decompression",
     },
-    {"files", "software", "machine", "weight_files", "outputs", "windows", "user_paths", "streams"},
+    {"files", "software", "machine", "outputs", "windows", "user_paths", "streams"},
     {
         "config",
+        "weight_files",
         "records",
         "source",
         "spool",
