@@ -19,7 +19,7 @@ from vnp_lib.esm2 import ESM2, architecture_of
 from vnp_lib.failures import WeightsError
 from vnp_lib.outputs import NUM_LOGITS, OutputKind
 from vnp_lib.weight_files import read_tensors
-from vnp_lib.weights import RANDOM_SEED, Weights, load_contact_regression
+from vnp_lib.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
 
 MAP_VALUES = 2**20  # of each attention head that are in memory at a time; one sequence's are, however many
 
@@ -202,6 +202,7 @@ def _language_model_tensors(model: str, weights: Weights) -> dict[str, Tensor]:
             f"logits need the head of the language model, and {weights.path} does not hold that of {model} "
             f"({_IN_FAIR_ESM[wrong[0]]} is missing or of another shape): take fair-esm's file"
         )
+    require_finite({_IN_FAIR_ESM[name]: tensor for name, tensor in found.items()}, weights.path)
     return found
 
 

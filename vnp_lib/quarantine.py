@@ -200,7 +200,7 @@ def broken_set_up(told: str, path: Path) -> QuarantineFullError:
     return QuarantineFullError(
         f"{told} have no finite embedding, in float32 neither: so many point to a broken set-up, not to bad proteins. Are the "
         f"weights whole (`vnp verify-model` compares them with fair-esm), and does the device compute rightly (--devices cpu "
-        f"shows it)? Mend that, move {path} away where it is there, and start the run again: it tries these sequences again"
+        f"shows it)? Mend that, move {path} away if there is one, and start the run again: it tries these sequences again"
     )
 
 

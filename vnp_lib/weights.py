@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Literal
 
@@ -156,9 +156,12 @@ def load_model(
         by_convolution: How float32 is multiplied on a CPU, see `Linear`; None tries which way is faster.
 
     Raises:
-        WeightsError: The file has gone, is damaged, or is of another model.
+        WeightsError: The file has gone, is damaged, or is of another model; or it holds values that are not finite, or are not
+            in `dtype`.
     """
     architecture, tensors = architecture_of(model), parameters_of(model, weights)
+    if weights.path is not None:
+        tensors = _each_finite(tensors, weights.path, dtype)
     if device.type != "cpu" or dtype != torch.float32:
         by_convolution = False
     elif by_convolution is None:
@@ -177,6 +180,33 @@ def parameters_of(model: str, weights: Weights) -> Iterable[tuple[str, Tensor]]:
     if weights.path is None:
         return random_tensors(architecture)
     return _checked_state(weights.path, model, architecture).items()
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Raise WeightsError where a parameter is not finite in `dtype`: no embedding that it has part in would be.
+
+    A pass over the numbers, at 8 GB/s for float32 on one processor; NaN comes through `aminmax`.
+    """
+    largest = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        low, high = (float(value) for value in tensor.aminmax())
+        if not (isfinite(low) and isfinite(high)):
+            raise WeightsError(
+                f"{path}: the parameter {name} holds NaN or infinity, so that embeddings would, too: these weights are damaged "
+                f"or of a training that failed; get them again"
+            )
+        if max(-low, high) > largest:
+            kind = str(dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"{path}: the parameter {name} holds {max(-low, high):g}, and {kind} ends at {largest:g}; choose --dtype float32"
+            )
+
+
+def _each_finite(tensors: Iterable[tuple[str, Tensor]], path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Pass parameters on one by one, each while its numbers are in memory."""
+    for name, tensor in tensors:
+        require_finite({name: tensor}, path, dtype)
+        yield name, tensor
 
 
 def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -209,6 +239,7 @@ def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tenso
             f"contacts of {model} need its contact regression, and {beside} {'is another' if beside.exists() else 'is not there'}: "
             f"get it from {_contact_regression_url(model)}"
         )
+    require_finite({name: tensors[name] for name in shapes}, beside if beside.exists() else weights.path)
     weight, bias = (tensors[name].to(torch.float32, copy=True) for name in shapes)
     return weight, bias
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,18 @@ def test_a_bad_protein_costs_itself_and_nothing_else(tmp_path, sabotage, protein
     assert (success["num_quarantined"], success["num_missing"]) == (3, 0)
     assert [record["ordinal"] for record in failures(tmp_path / "run")] == [None, None, 4, 4]
     assert workers_of(tmp_path) == []
+
+
+def test_a_set_up_that_gives_few_a_finite_row_fails_and_says_what_it_may_be(tmp_path, sabotage):
+    """However small the input; a second run fails as well, for it is counted on disk."""
+    write_proteins(tmp_path / "in.fasta", 12, dict.fromkeys(range(1, 12, 2), Way.NAN))
+    sabotage(patch(Way.NAN))
+    for _ in range(2):
+        outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run", token_budget=80)
+        assert outcome.is_failed()
+        assert re.search("[4-6] of 12 sequences have no finite embedding, in float32 neither: so many", outcome.message)
+        assert len(quarantined(tmp_path / "run")) <= 3
+    assert {failure["cause"] for failure in failures(tmp_path / "run")} <= {"quarantine_full"}
 
 
 def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(tmp_path, sabotage, proteins, oracle):

@@ -27,6 +27,7 @@ _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
 _EXPORT = "tests/unit/test_export.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
+_WEIGHTS = "tests/unit/test_weights.py"
 _FAILURES = "tests/unit/test_failures.py"
 _SOFTWARE = "tests/unit/test_software.py"
 _SUPERVISOR = "tests/integration/test_supervisor.py"
@@ -947,6 +948,13 @@ _SET_ASIDE = (
         before="return sequence if _seal(fields) == line else None",
         after="return sequence",
         caught_by=(f"{_QUARANTINE}::test_no_flipped_bit_passes",),
+    ),
+    Mutant(
+        name="weights-that-are-not-finite-loaded",
+        module="weights",
+        before="        tensors = _each_finite(tensors, weights.path, dtype)\n",
+        after="        pass\n",
+        caught_by=(f"{_WEIGHTS}::test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter",),
     ),
     Mutant(
         name="another-runs-quarantine-believed",

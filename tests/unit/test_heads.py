@@ -173,6 +173,19 @@ def test_weights_without_a_head_are_refused_for_it_alone(tmp_path: Path):
     assert isinstance(network_of(weights, ()), ESM2)
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("contact_head.regression.bias", OutputKind.CONTACTS), ("lm_head.layer_norm.weight", OutputKind.LOGITS)],
+)
+def test_a_head_that_is_not_finite_is_refused_for_it_alone(tmp_path: Path, name: str, head: OutputKind):
+    broken = state() | {name: torch.full_like(state()[name], float("nan"))}
+    save_weights(tmp_path / "model.pt", SMALLEST, broken)
+    weights = resolve_weights(SMALLEST, str(tmp_path / "model.pt"))
+    with pytest.raises(WeightsError, match=f"{name} holds NaN"):
+        check_heads(SMALLEST, weights, (head,))
+    assert isinstance(network_of(weights, ()), ESM2)
+
+
 def test_random_heads_are_the_same_every_time():
     weights = Weights(source="random", digest="random:seed=0")
     batch = batch_of(["MKVLWAALLG"])

@@ -97,6 +97,28 @@ def test_weights_are_cast_on_the_way(weights_file):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.3.self_attn.q_proj.weight", "layers.5.fc2.bias"])
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter(tmp_path, name, value):
+    """One number suffices, as a single letter's row: most proteins would have no finite embedding."""
+    state = dict(random_tensors(MODELS[SMALLEST]))
+    state[name].view(-1)[-3] = value
+    save_weights(tmp_path / "weights.pt", SMALLEST, state)
+    weights = resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
+    with pytest.raises(WeightsError, match=rf"weights\.pt: the parameter {re.escape(name)} holds NaN or infinity"):
+        load_model(SMALLEST, weights, dtype=torch.bfloat16, device=CPU)
+
+
+def test_weights_beyond_half_precision_are_refused_in_that_and_no_other(tmp_path):
+    state = dict(random_tensors(MODELS[SMALLEST]))
+    state["layers.0.fc1.bias"][7] = -70_000
+    save_weights(tmp_path / "weights.pt", SMALLEST, state)
+    weights = resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
+    with pytest.raises(WeightsError, match=r"layers\.0\.fc1\.bias holds 70000, and float16 ends at 65504; .* float32"):
+        load_model(SMALLEST, weights, dtype=torch.float16, device=CPU)
+    load_model(SMALLEST, weights, dtype=torch.bfloat16, device=CPU)
+
+
 def test_file_of_another_size_is_refused(weights_file):
     with pytest.raises(WeightsError, match=r"6 layers of width 320, but esm2_t12_35M_UR50D has 12 of width 480"):
         resolve_weights("esm2_t12_35M_UR50D", str(weights_file))
