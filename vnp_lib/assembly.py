@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ _THREADS = 2
 _VALUE_BYTES = np.dtype(np.float32).itemsize
 _NUM_SHOWN = 10
 _ABOUT = ("model", "layer", "pooling", "dtype")  # of the identity, in every part
+_PARTS = "part-*.parquet"
 _TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -151,6 +153,11 @@ def require_own_parts(paths: RunPaths) -> None:
             f"{foreign[0]} is not of this run, or damaged, and whoever reads {paths.embeddings_dir}/*.parquet would take its rows "
             f"for the dataset's: move it to another directory"
         )
+
+
+def is_of_a_dataset(path: Path) -> bool:
+    """Whether a file is one that an assembly has written, by its name and by what it says of itself."""
+    return path.name == SUCCESS_NAME or (fnmatchcase(path.name, _PARTS) and _is_marked(path))
 
 
 def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLayout:
@@ -296,9 +303,7 @@ def _own_names(directory: Path) -> set[str]:
         listed.add(success.name)
         with suppress(StorageError):
             listed |= {part["name"] for part in files.read_sealed_json(success)["parts"]}
-    return listed | {
-        path.name for path in directory.glob("part-*.parquet") if path.name not in listed and _is_marked(path)
-    }
+    return listed | {path.name for path in directory.glob(_PARTS) if path.name not in listed and _is_marked(path)}
 
 
 def _is_marked(path: Path) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib import spool
+from vnp_lib.assembly import require_own_parts
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
@@ -35,6 +36,7 @@ from vnp_lib.plan import (
     make_plan,
 )
 from vnp_lib.quarantine import Quarantine, sequence_digest
+from vnp_lib.run_directory import move_aside, require_no_others
 from vnp_lib.software import package_in_use
 from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
@@ -198,6 +200,10 @@ def check_at_the_door(config: EmbedConfig) -> None:
 
         require_free_port(config.metrics_address, config.metrics_port)
     _look_at_output(config)
+    paths = RunPaths(config.output_dir)
+    require_no_others(paths)
+    if not config.force_restart:
+        require_own_parts(paths)
     look_at_model(config)
 
 
@@ -283,8 +289,10 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
     is_new = not paths.run_dir.exists()
     with _locked(paths):
         try:
+            require_no_others(paths)
             if config.force_restart:
-                _move_aside(paths)
+                move_aside(paths)
+            require_own_parts(paths)
             for directory in (paths.run_dir, *_directories(paths)):
                 remove_orphaned_temporaries(directory)
             with _stdin_kept(config, paths):
@@ -480,16 +488,3 @@ def _locked(paths: RunPaths) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _move_aside(paths: RunPaths) -> None:
-    """Keep what the directory holds under `superseded_N`, the lock file excepted: whoever waits for it waits on."""
-    earlier = {*paths.run_dir.glob("superseded_*")}
-    held = sorted({*paths.run_dir.iterdir()} - earlier - {paths.run_lock})
-    if not held:
-        return
-    aside = paths.run_dir / f"superseded_{len(earlier) + 1}"
-    make_directory(aside)
-    for path in held:
-        path.rename(aside / path.name)
-    logger.warning("--force-restart: what %s held is in %s now", paths.run_dir, aside)

@@ -884,6 +884,20 @@ _ASSEMBLY = (
         caught_by=(f"{_ASSEMBLY_TESTS}::test_what_float16_cannot_hold_leaves_the_old_dataset_as_it_was",),
     ),
     Mutant(
+        name="everything-moved-aside",
+        module="run_directory",
+        before="    own = _own_entries(paths)\n",
+        after="    own = sorted({*paths.run_dir.iterdir()} - {paths.run_lock})\n",
+        caught_by=("tests/unit/test_run_directory.py::test_a_forced_restart_moves_what_is_a_runs_and_nothing_else",),
+    ),
+    Mutant(
+        name="superseded-numbered-by-count",
+        module="run_directory",
+        before="{max(earlier, default=0) + 1}",
+        after="{len(earlier) + 1}",
+        caught_by=("tests/unit/test_run_directory.py::test_a_forced_restart_counts_from_the_highest",),
+    ),
+    Mutant(
         name="parts-of-others-not-looked-for",
         module="assembly",
         before="                require_own_parts(paths)\n",

@@ -60,7 +60,7 @@ LAYERS = (
     {"heads", "foreign_model"},
     {"checkpoint", "formats", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
     {"inference", "assembly", "export", "pictures", "esm_extract"},
-    {"worker", "verify", "status"},
+    {"worker", "verify", "status", "run_directory"},
     {"run_worker", "run", "report"},
     {"judgement", "forecast", "verify_model", "api"},
     {"cli"},
