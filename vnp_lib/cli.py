@@ -268,8 +268,8 @@ def _add_esm_extract(commands: _Commands) -> None:
         "LABEL is the whole header line. Values are those of float32. What is there under these names is replaced. Exit code 0, "
         "1: memory or the disk did not suffice, 2: an argument, the input or a label cannot be used.",
     )
-    parser.add_argument("model_location", help="the path of a model's .pt file, or its name")
-    parser.add_argument("fasta_file", type=user_path, help="FASTA file, also compressed")
+    parser.add_argument("model_location", help="the path of a model's parameters, as a run takes them, or its name")
+    parser.add_argument("fasta_file", type=user_path, help="FASTA file, also compressed; or a pipe")
     parser.add_argument("output_dir", type=_output, help="directory for the files")
     parser.add_argument("--toks_per_batch", type=int, default=4096, metavar="N", help="tokens in a forward pass (4096)")
     parser.add_argument(

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,22 +25,28 @@ import torch
 from torch import Tensor
 
 from vnp_lib.embedder import PackedModel, embed_batch
-from vnp_lib.esm2 import architecture_of
+from vnp_lib.esm2 import MODELS, architecture_of
 from vnp_lib.extract_files import extract_file
 from vnp_lib.failures import ConfigError, FailureKind, FastaError, SequenceTooLargeError, classify_exception
-from vnp_lib.fasta import read_fasta
+from vnp_lib.fasta import holds_fastq, read_fasta
 from vnp_lib.files import path_below, remove_orphaned_temporaries, replace_unsynced
 from vnp_lib.heads import with_heads
-from vnp_lib.inputs import InputPolicy, Source, read
+from vnp_lib.inputs import MOST_NUCLEOTIDES_IN_PROTEINS, STDIN, Source, named, refusal
 from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs
 from vnp_lib.packing import pack
 from vnp_lib.pooling import split_rows
 from vnp_lib.progress import RunProgress
+from vnp_lib.records import PROTEINS, check, nucleotide_share
+from vnp_lib.source import unchanging
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch, pack_batch
 from vnp_lib.weights import load_model, model_of, resolve_weights
 
 Kind = Literal["mean", "per_tok", "bos", "contacts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_SAMPLE = 1000  # sequences
+# fair-esm's alphabet has tokens for gaps, which some write for a residue that is not known.
+_FAIR_ESM = replace(PROTEINS, letters=PROTEINS.letters + "-.")
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +55,7 @@ logger = logging.getLogger(__name__)
 class ExtractSettings:
     """The arguments of `esm-extract`, by its names."""
 
-    model_location: str  # the path of a model's .pt file, or its name
+    model_location: str  # a model's name, or the path of its parameters
     fasta_file: Path
     output_dir: Path
     toks_per_batch: int = 4096
@@ -63,7 +74,7 @@ def extract(settings: ExtractSettings) -> int:
         OSError: The disk takes no more.
     """
     _require_sensible(settings)
-    weights_file = settings.model_location if settings.model_location.endswith(".pt") else None
+    weights_file = settings.model_location if _is_path(settings.model_location) else None
     model = model_of(Path(weights_file)) if weights_file else settings.model_location
     architecture = architecture_of(model)
     kinds = {OutputKind(kind) for kind in settings.include}
@@ -89,20 +100,64 @@ def extract(settings: ExtractSettings) -> int:
 
 
 def _require_sensible(settings: ExtractSettings) -> None:
+    if settings.output_dir.exists() and not settings.output_dir.is_dir():
+        raise ConfigError(f"{settings.output_dir}: this is a file; give a directory for the files")
     for option in ("toks_per_batch", "truncation_seq_length"):
         if getattr(settings, option) < 1:
             raise ConfigError(f"--{option} is {getattr(settings, option)}; it must be at least 1")
 
 
+def _is_path(model_location: str) -> bool:
+    """fair-esm takes what ends in .pt for a path, and all else for a name. We read other files and directories too."""
+    if model_location in MODELS:
+        return False
+    return "/" in model_location or model_location.endswith((".pt", ".safetensors")) or os.path.lexists(model_location)
+
+
 def _read(path: Path) -> tuple[list[str], list[str]]:
     """Labels, which are whole header lines, and sequences."""
-    chunks = read(Source(path=path, name=str(path)), InputPolicy(duplicate_ids="keep"))
-    sequences = [sequence for chunk in chunks for sequence in chunk.usable.sequences]
-    labels = [header.strip() for chunk in read_fasta(path) for header in chunk.headers]
+    labels: list[str] = []
+    sequences: list[str] = []
+    with _readable_twice(path) as file:
+        source = Source(path=file, name="standard input" if path == STDIN else str(path))
+        with named(source), unchanging(file):
+            if holds_fastq(file):
+                raise FastaError(f"{file}: this is FASTQ, which holds nucleotides; give proteins as FASTA")
+            for raw in read_fasta(file):
+                checked = check(raw, _FAIR_ESM, first_record=len(labels))
+                if checked.faults:
+                    raise refusal(source, checked.faults)
+                labels += [header.strip() for header in raw.headers]
+                sequences += checked.usable.sequences
+            _require_distinct_proteins(file, labels, sequences)
+    return labels, sequences
+
+
+def _require_distinct_proteins(path: Path, labels: list[str], sequences: list[str]) -> None:
+    if not labels:
+        raise FastaError(f"{path}: there is no sequence in it; give a file with at least one record")
+    if nucleotide_share(sequences[:_SAMPLE]) >= MOST_NUCLEOTIDES_IN_PROTEINS:
+        raise FastaError(
+            f"{path}: this looks like nucleotides; ESM-2 takes proteins: translate it first, for example with `seqkit translate`"
+        )
     label, count = Counter(labels).most_common(1)[0]
     if count > 1:
         raise FastaError(f"{path}: {count} sequences have the header {label!r}, and each would have the same file")
-    return labels, sequences
+
+
+@contextmanager
+def _readable_twice(path: Path) -> Iterator[Path]:
+    """Give the file itself; or of a pipe, as `<(zcat x.fasta.gz)` is one, what comes out of it, in a file for as long as it is read."""
+    pipe = Path("/dev/stdin") if path == STDIN and not path.exists() else path
+    if pipe.exists() and stat.S_ISCHR(pipe.stat().st_mode):
+        raise FastaError(f"{path}: this is a device; give a file or a pipe")
+    if not pipe.is_fifo():
+        yield pipe
+        return
+    with NamedTemporaryFile(prefix="vnp-", suffix=".fasta") as copy, pipe.open("rb") as piped:
+        shutil.copyfileobj(piped, copy)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def _path_of(label: str, directory: Path) -> Path:

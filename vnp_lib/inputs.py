@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
 STDIN = Path("-")
 
 _LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
-_MOST_SHARE_IN_PROTEINS = 0.95
+MOST_NUCLEOTIDES_IN_PROTEINS = 0.95  # a share of the letters
 _SAMPLE = 1000  # records
 _NUM_SHOWN = 5
 
@@ -196,7 +196,7 @@ def survey(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> It
     """
     alphabet = NUCLEOTIDES if policy.translate else PROTEINS
     num_read = 0
-    with _named(source), unchanging(source.path):
+    with named(source), unchanging(source.path):
         for raw in _read(source.path, policy, chunk_size):
             if num_read == 0:
                 _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy, source.rather)
@@ -213,7 +213,7 @@ def read(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> Iter
     with unchanging(source.path):  # a record is at fault for being half written, too
         for chunk in survey(source, policy, chunk_size=chunk_size):
             if chunk.refused:
-                raise _refusal(source, chunk)
+                raise refusal(source, chunk.refused)
             yield chunk
 
 
@@ -264,6 +264,24 @@ class Places:
         """The same for people: `proteins.fasta, line 8`."""
         ((what, number),) = self.find(record).items()
         return f"{self._source.name}, {what} {number}"
+
+
+@contextmanager
+def named(source: Source) -> Iterator[None]:
+    """Have errors call it what people do: where standard input is kept is no concern of theirs."""
+    try:
+        yield
+    except FastaError as error:
+        raise FastaError(str(error).replace(str(source.path), source.name)) from error
+
+
+def refusal(source: Source, faults: Sequence[Fault]) -> FastaError:
+    """Name the first records that are refused, each in a line."""
+    places = Places(source)
+    lines = [f"{places.describe(fault.record)}: {fault.reason}" for fault in faults[:_NUM_SHOWN]]
+    if len(faults) > _NUM_SHOWN:
+        lines.append(f"and {len(faults) - _NUM_SHOWN:,} more among the first that were read")
+    return FastaError("\n".join(lines))
 
 
 def places_of(sources: Sequence[Source], policy: InputPolicy, ordinals: Collection[int]) -> dict[int, tuple[str, str]]:
@@ -324,15 +342,6 @@ def _pattern_of(path: Path) -> str:
     return str(path.parent / f"*{''.join(path.suffixes[-num_suffixes:])}")
 
 
-@contextmanager
-def _named(source: Source) -> Iterator[None]:
-    """Have errors call it what people do: where standard input is kept is no concern of theirs."""
-    try:
-        yield
-    except FastaError as error:
-        raise FastaError(str(error).replace(str(source.path), source.name)) from error
-
-
 def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk]:
     if is_table(path):
         return read_table(
@@ -348,7 +357,7 @@ def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPoli
     others = f"; or give the other files: {rather}" if rather else ""
     share = nucleotide_share(sequences)
     seen = f"{share:.0%} of the letters in the first {len(sequences)} records are A, C, G, T, U or N"
-    if not policy.translate and share >= _MOST_SHARE_IN_PROTEINS:
+    if not policy.translate and share >= MOST_NUCLEOTIDES_IN_PROTEINS:
         raise FastaError(
             f"{path}: this looks like nucleotides ({seen}); ESM-2 takes proteins: translate it first, for example with "
             f"`prodigal -a` or `seqkit translate`, or as VirNucPro does with --translate six-frame{others}"
@@ -422,12 +431,3 @@ def _without_long(chunk: InputChunk, most: int, *, skips: bool) -> InputChunk:
 
 def _in_order(faults: list[Fault]) -> list[Fault]:
     return sorted(faults, key=attrgetter("record"))
-
-
-def _refusal(source: Source, chunk: InputChunk) -> FastaError:
-    """Name the first records of a chunk that are refused, each in a line."""
-    places = Places(source)
-    lines = [f"{places.describe(fault.record)}: {fault.reason}" for fault in chunk.refused[:_NUM_SHOWN]]
-    if len(chunk.refused) > _NUM_SHOWN:
-        lines.append(f"and {len(chunk.refused) - _NUM_SHOWN:,} more among the first that were read")
-    return FastaError("\n".join(lines))

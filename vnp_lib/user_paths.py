@@ -193,7 +193,7 @@ def _instead_of_address(text: str, use: PathUse) -> str:
             scheme, f"curl --location --remote-name {quoted}"
         )
         get = "hf download facebook/esm2_... --local-dir weights" if is_hub else get
-        return f"weights are not fetched from an address; get them with `{get}` and give their path, or 'auto'"
+        return f"weights are not fetched from an address; get them with `{get}` and give their path"
     show = {
         "s3": f"aws s3 cp {quoted} -",
         "gs": f"gcloud storage cat {quoted}",
