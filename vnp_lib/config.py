@@ -375,9 +375,24 @@ def parse_forecast_command_line(arguments: Sequence[str]) -> ForecastConfig:
     return ForecastConfig.model_validate(_given(_ForecastCli, arguments))
 
 
+def _parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """Do what `parse_args` does, and say what is at fault where a shell has put files in the place of a pattern."""
+    given, others = parser.parse_known_args(arguments, namespace)
+    if others and all(os.path.lexists(other) for other in others):
+        raise ConfigError(
+            f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}: these paths belong to no option; quote a pattern, as in "
+            "--fasta 'x/*.faa', so that the shell leaves it as it is, or put commas between several files"
+        )
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return given
+
+
 def _given(model: type[BaseSettings], arguments: Sequence[str]) -> dict[str, Any]:
     try:
-        source = CliSettingsSource[Any](model, formatter_class=_HelpFormatter)
+        source = CliSettingsSource[Any](model, formatter_class=_HelpFormatter, parse_args_method=_parse_arguments)
         return CliApp.run(model, cli_args=list(arguments), cli_settings_source=source).model_dump()
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None

@@ -273,6 +273,15 @@ class TestSettings:
             assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("parse", [parse_command_line, parse_forecast_command_line])
+def test_a_pattern_that_the_shell_has_expanded_is_refused_with_quotes_as_advice(parse) -> None:
+    files = [touch(f"{name}.faa") for name in "abcde"]
+    assert refusal(lambda: parse(["--fasta", *files, "--output-dir", "out"])) == (
+        "b.faa, c.faa, d.faa and more: these paths belong to no option; quote a pattern, as in --fasta 'x/*.faa', so that the shell "
+        "leaves it as it is, or put commas between several files"
+    )
+
+
 @pytest.mark.usefixtures("_needed")
 def test_the_run_that_a_speed_is_taken_from_is_a_path_like_any() -> None:
     assert parse_forecast_command_line(["--speed-of", "~/x"]).speed_of == Path("/home/me/x")
