@@ -1273,8 +1273,40 @@ _CODE = (
     ),
 )
 
+_PATHS = (
+    Mutant(
+        name="a-comma-always-divides",
+        module="user_paths",
+        before="range(most, 1, -1)",
+        after="range(1, 1, -1)",
+        caught_by=("tests/unit/test_user_paths.py::TestSeveralPaths::test_a_name_that_has_a_comma_in_it_is_that_file",),
+    ),
+    Mutant(
+        name="a-file-given-twice-is-read-twice",
+        module="inputs",
+        before="        if before is source:\n",
+        after="        if True:\n",
+        caught_by=("tests/unit/test_input_files.py::TestTwice::test_another_name_of_the_same_file_is_refused",),
+    ),
+    Mutant(
+        name="nothing-is-said-of-what-is-left-out",
+        module="run",
+        before="    for told in describe_left_out(config.fasta):\n",
+        after="    for told in []:\n",
+        caught_by=("tests/unit/test_input_files.py::TestTold::test_a_run_says_it_before_anything_is_made",),
+    ),
+    Mutant(
+        name="weights-are-not-looked-at-before-a-run",
+        module="run",
+        before="        require_own_parts(paths)\n    look_at_model(config)\n",
+        after="        require_own_parts(paths)\n",
+        caught_by=("tests/unit/test_weights_look.py::test_what_are_no_weights_is_refused_by_all_in_the_same_sentence",),
+    ),
+)
+
 MUTANTS = (
     *_INPUT,
+    *_PATHS,
     *_DURABLE_FILES,
     *_LOCKS,
     *_WRITER,
