@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import unicodedata
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -106,6 +107,10 @@ def _files_matching(pattern: Path) -> FoundFiles:
 
 def _hint(absent: Path) -> str:
     """What may have been meant by a file that is not there: `; is it x.fasta.gz?`."""
+    if "{" in absent.name or "}" in absent.name:
+        return "; braces are expanded by a shell only: put commas between the files, or use a pattern with * or [...]"
+    if any(Path(part).exists() for part in re.split(r"[;:\s]+", str(absent)) if part):
+        return "; put commas between several files"
     directory = absent.parent
     if not directory.is_dir():
         return f", nor a directory {shown(directory)}"

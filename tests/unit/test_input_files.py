@@ -23,6 +23,7 @@ from vnp_lib.input_files import find_files
 from vnp_lib.inputs import InputPolicy, describe_left_out, find_sources, read
 from vnp_lib.run import check_at_the_door
 from vnp_lib.source import FASTA_SUFFIXES
+from vnp_lib.user_paths import user_inputs
 
 CASES = ROOT / "tests/data/cases"
 PROTEIN = ">a\nMKVLATTWQERS\n"
@@ -171,6 +172,17 @@ class TestFile:
     def test_one_that_is_not_there_is_refused_with_one_that_is_called_alike(self, tmp_path, there, given, told) -> None:
         write(tmp_path / there)
         assert refusal(tmp_path / given).endswith(told)
+
+    @pytest.mark.parametrize("separator", [" ", ";", ":", "\t", "; "])
+    def test_several_with_something_else_between_are_refused_with_commas_as_advice(
+        self, tmp_path: Path, separator: str
+    ) -> None:
+        files = [str(write(tmp_path / name)) for name in ("a.faa", "b.faa")]
+        assert refusal(Path(separator.join(files))).endswith("there is no such file; put commas between several files")
+
+    def test_braces_are_refused_with_what_to_do(self, tmp_path: Path) -> None:
+        for given in user_inputs(f"{tmp_path}/{{a,b}}.faa"):
+            assert "braces are expanded by a shell only" in refusal(given)
 
     def test_a_directory_that_is_not_there_is_said(self, tmp_path: Path) -> None:
         assert refusal(tmp_path / "data/x.faa").endswith(f"there is no such file, nor a directory {tmp_path}/data")
