@@ -89,7 +89,7 @@ def look_at_weights(model: str, weights: str) -> Weights | None:
     architecture = architecture_of(model)
     if weights == "random":
         return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
-    path = _hub_path(model) if weights == "auto" else Path(weights)
+    path = published_path(model) if weights == "auto" else Path(weights)
     if weights == "auto" and not path.exists():
         return None
     path = locate_weights(path)
@@ -231,7 +231,7 @@ def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tenso
         weight, bias = (torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values())
         return weight, bias
     beside = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
-    if weights.path == _hub_path(model):
+    if weights.path == published_path(model):
         _require_published_regression(model, beside)
     tensors = read_tensors(beside if beside.exists() else weights.path)
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
@@ -301,18 +301,13 @@ def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> T
     return noise.mul_(sqrt(3 * variance / noise.shape[1]))
 
 
-def _hub_path(model: str) -> Path:
-    """Where fair-esm itself looks for its file, and puts it: torch.hub's cache."""
+def published_path(model: str) -> Path:
+    """Where fair-esm's own file of a model is looked for, and put when it is downloaded: torch.hub's cache, as by fair-esm."""
     return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
 
 
-def published_path(model: str) -> Path:
-    """Where fair-esm's file of a model is looked for, and put when it is downloaded."""
-    return _hub_path(model)
-
-
 def _hub_file(model: str) -> Path:
-    path = _hub_path(model)
+    path = published_path(model)
     if not path.exists():
         _download(_url(model), path, what=f"weights of {model}")
     return path
