@@ -61,11 +61,11 @@ class ProcessState:
         """Read a process's state. A process that is gone, or a system without /proc, tells nothing."""
         is_stopped, cpu_s, io_bytes = False, 0.0, 0
         with suppress(OSError, ValueError, IndexError):
-            fields = (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            fields = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             is_stopped = fields[0] in ("T", "t")
             cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         with suppress(OSError, ValueError):
-            counters = dict(line.split(": ") for line in (proc / str(pid) / "io").read_text().splitlines())
+            counters = dict(line.split(": ") for line in (proc / str(pid) / "io").read_text(encoding="utf-8").splitlines())
             io_bytes = sum(int(counters.get(name, 0)) for name in ("rchar", "wchar", "read_bytes"))
         return cls(is_stopped=is_stopped, cpu_s=cpu_s, io_bytes=io_bytes)
 

@@ -44,11 +44,11 @@ def available_memory_bytes(
     root: Path = Path("/sys/fs/cgroup"),
 ) -> int:
     """How much memory can be had: of the machine, or of the control group that this process is held in."""
-    lines = meminfo.read_text().splitlines()
+    lines = meminfo.read_text(encoding="utf-8").splitlines()
     of_the_machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
         group = control_group(cgroup, root)
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        limit, used = ((group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
         return min(of_the_machine, int(limit) - int(used))
     except (OSError, StopIteration, ValueError):  # no such group, or "max"
         return of_the_machine
@@ -56,7 +56,7 @@ def available_memory_bytes(
 
 def control_group(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Path:
     """Find the directory of this process's control group. OSError or StopIteration where there is none."""
-    own = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::")).removeprefix("0::")
+    own = next(line for line in cgroup.read_text(encoding="utf-8").splitlines() if line.startswith("0::")).removeprefix("0::")
     return root / own.lstrip("/")
 
 

@@ -200,7 +200,7 @@ class _Followed:
 def host_oom_kills(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
     """How often the kernel's OOM killer has struck in this process's control group; 0 where that cannot be told."""
     try:
-        events = (control_group(cgroup, root) / "memory.events").read_text().splitlines()
+        events = (control_group(cgroup, root) / "memory.events").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in events if line.startswith("oom_kill ")).split()[1])
     except (OSError, StopIteration, ValueError):
         return 0

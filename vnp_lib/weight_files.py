@@ -187,7 +187,7 @@ def _snapshot(cached: Path) -> Path:
     """The revision that is to be taken of a model in the hub's cache: `main`, or the only one."""
     snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
     main = cached / "refs/main"
-    if main.is_file() and (named := cached / "snapshots" / main.read_text().strip()) in snapshots:
+    if main.is_file() and (named := cached / "snapshots" / main.read_text(encoding="utf-8").strip()) in snapshots:
         return named
     if len(snapshots) != 1:
         raise WeightsError(f"{cached} holds {len(snapshots)} revisions, and none is main: give the path of one of them")
