@@ -77,7 +77,7 @@ _SIGNATURES = (
     _starting(rb"SQLite format 3\0", "an SQLite database", _EXPORT),
     _starting(rb"(?:\x7fELF|MZ.{2,}PE\0\0|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe)", "a program", _NOT_TEXT),
     _starting(rb"\x93NUMPY", "a NumPy array", _NOT_TEXT),
-    _starting(rb"\x80[\x02-\x05][^\x80-\xbf]", "a Python pickle", _NOT_TEXT),
+    _starting(rb"\x80[\x02-\x05]", "a Python pickle", _NOT_TEXT),
     _starting(rb".{8}\{\"__metadata__|.{2}\0{6}\{\"", "a safetensors file", _WEIGHTS),
     _starting(rb"(?:RDX|RDA)[23]\n", "a file of R", "write the sequences from R with `Biostrings::writeXStringSet`"),
     _starting(rb"BAM\x01", "a BAM file", "convert it first, with `samtools fasta {path} > reads.fasta`"),
@@ -103,15 +103,15 @@ _SIGNATURES = (
     ),
     _starting(rb"\xb1HMMERb|HMMER[23]", "an HMMER profile", _NOT_TEXT),
     _starting(
-        rb"version https://git-lfs\.github\.com",
+        rb"\s*version https://git-lfs\.github\.com",
         "a Git LFS pointer, which stands for the file",
         "fetch the file itself with `git lfs pull`",
     ),
     _starting(
-        rb"version https://hawser\.", "a Git LFS pointer, which stands for the file", "fetch it with `git lfs pull`"
+        rb"\s*version https://hawser\.", "a Git LFS pointer, which stands for the file", "fetch it with `git lfs pull`"
     ),
     _starting(
-        rb"\.?/?\.git/annex/objects|/annex/objects",
+        rb"\s*[./]*(?:git/)?annex/objects/",
         "a git-annex pointer, which stands for the file",
         "fetch it with `git annex get`",
     ),

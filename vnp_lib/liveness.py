@@ -65,7 +65,9 @@ class ProcessState:
             is_stopped = fields[0] in ("T", "t")
             cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         with suppress(OSError, ValueError):
-            counters = dict(line.split(": ") for line in (proc / str(pid) / "io").read_text(encoding="utf-8").splitlines())
+            counters = dict(
+                line.split(": ") for line in (proc / str(pid) / "io").read_text(encoding="utf-8").splitlines()
+            )
             io_bytes = sum(int(counters.get(name, 0)) for name in ("rchar", "wchar", "read_bytes"))
         return cls(is_stopped=is_stopped, cpu_s=cpu_s, io_bytes=io_bytes)
 

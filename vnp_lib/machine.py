@@ -56,7 +56,9 @@ def available_memory_bytes(
 
 def control_group(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Path:
     """Find the directory of this process's control group. OSError or StopIteration where there is none."""
-    own = next(line for line in cgroup.read_text(encoding="utf-8").splitlines() if line.startswith("0::")).removeprefix("0::")
+    own = next(line for line in cgroup.read_text(encoding="utf-8").splitlines() if line.startswith("0::")).removeprefix(
+        "0::"
+    )
     return root / own.lstrip("/")
 
 

@@ -29,8 +29,8 @@ _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK00PK\x03\x04")
 _ENCODINGS = (
     (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "utf-32"),
     (re.compile(rb"\xff\xfe|\xfe\xff"), "utf-16"),
-    (re.compile(rb"[>;#@]\0[^\0]\0"), "utf-16-le"),
-    (re.compile(rb"\0[>;#@]\0[^\0]"), "utf-16-be"),
+    (re.compile(rb"[>;#@]\0(?!\0\0)"), "utf-16-le"),
+    (re.compile(rb"\0[>;#@](?!\0\0)"), "utf-16-be"),
 )
 
 
@@ -130,9 +130,11 @@ def _unzipped(path: Path, archive: zipfile.ZipFile) -> Iterator[bytes]:
     for member in _members(path, archive):
         with archive.open(member) as file:
             content = _decompressing(file, path)  # type: ignore[arg-type]
+            last = b""
             while block := content.read(BLOCK_BYTES):
-                yield block
-        yield b"\n"
+                yield (last := block)
+            if not last.endswith((b"\n", b"\r")):
+                yield b"\n"
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

@@ -60,7 +60,9 @@ def _is_csv(path: Path) -> bool:
 def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     delimiter = _DELIMITERS[suffix_of(path)]
     with open_text(path) as again:
-        lines = csv.reader(io.TextIOWrapper(again, encoding="utf-8-sig", errors="replace", newline=""), delimiter=delimiter)
+        lines = csv.reader(
+            io.TextIOWrapper(again, encoding="utf-8-sig", errors="replace", newline=""), delimiter=delimiter
+        )
         names = next(filter(None, lines), [])
     if not names:
         return

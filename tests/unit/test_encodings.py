@@ -66,7 +66,14 @@ def test_every_text_is_opened_with_its_encoding(path: Path) -> None:
 def test_text_that_is_opened_without_its_encoding_is_seen(tmp_path: Path) -> None:
     """The test above can fail."""
     module = tmp_path / "module.py"
-    lines = ["open(p)", "p.open('w')", "p.read_text()", "io.TextIOWrapper(f)", "subprocess.run(c, text=True)", "os.fdopen(3)"]
+    lines = [
+        "open(p)",
+        "p.open('w')",
+        "p.read_text()",
+        "io.TextIOWrapper(f)",
+        "subprocess.run(c, text=True)",
+        "os.fdopen(3)",
+    ]
     fine = ["open(p, 'rb')", "p.open('rb')", "open(p, encoding='utf-8')", "subprocess.run(c)", "p.read_bytes()"]
     module.write_text("\n".join([*lines, *fine]), encoding="utf-8")
     assert opened_without_encoding(module) == [1, 2, 3, 4, 5, 6]
@@ -126,7 +133,18 @@ def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
     """Ids that the console's encoding lacks are written as it can."""
     path = tmp_path / "x.fasta"
     path.write_bytes(">β1\nMK-V\n>é\nMK\n".encode())
-    command = [sys.executable, "-m", "vnp_lib", "plan", "--fasta", str(path), "--model", "esm2_t6_8M_UR50D", "--devices", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "vnp_lib",
+        "plan",
+        "--fasta",
+        str(path),
+        "--model",
+        "esm2_t6_8M_UR50D",
+        "--devices",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ASCII, capture_output=True, check=False, timeout=60)
     told = (done.stdout + done.stderr).decode()
     assert (done.returncode, "Traceback" in told) == (1, False)
