@@ -203,7 +203,8 @@ def _whole(headers: list[str], sequences: list[str]) -> SequenceChunk | None:
     """Take headers apart; None where a record has no letters, or an id that cannot be used."""
     if "" in sequences:
         return None
-    if not "".join(headers).isascii():
+    joined = "".join(headers)
+    if not joined.isascii() or _INVISIBLE.decode() in joined:
         headers = list(map(_without_margins, headers))
     ids = [words[0] if (words := header.split(None, 1)) else "" for header in headers]
     if "" in ids:
