@@ -1210,6 +1210,34 @@ _EXPORTS = (
 
 _INPUT = (
     Mutant(
+        name="punctuation-read-as-residues",
+        module="characters",
+        before="    return class_of(character).map == Treatment.UNKNOWN\n",
+        after="    return class_of(character).error == Treatment.REFUSED\n",
+        caught_by=("tests/unit/test_characters.py::test_a_file_is_treated_as_the_table_says",),
+    ),
+    Mutant(
+        name="records-after-compressed-data-dropped",
+        module="decompression",
+        before="            _require_nothing_of_worth(data, file, kind)\n",
+        after="",
+        caught_by=("tests/unit/test_source.py::TestCompression::test_records_that_follow_are_never_dropped",),
+    ),
+    Mutant(
+        name="half-a-line-end-taken-for-a-whole-one",
+        module="fasta",
+        before='block.rfind(b"\\r", 0, len(block) - 1)',
+        after='block.rfind(b"\\r")',
+        caught_by=("tests/unit/test_source.py::TestEncodings::test_line_ends_are_seen_where_blocks_of_the_file_end",),
+    ),
+    Mutant(
+        name="byte-order-mark-taken-for-an-id",
+        module="records",
+        before="    if not joined.isascii() or _INVISIBLE.decode() in joined:\n",
+        after="    if False:\n",
+        caught_by=("tests/unit/test_characters.py::test_the_id_is_the_first_word_of_a_header",),
+    ),
+    Mutant(
         name="records-at-fault-left-out-unasked",
         module="inputs",
         before="        if chunk.refused:\n",
