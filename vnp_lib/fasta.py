@@ -155,8 +155,8 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
     """Blocks of a file that end where a line ends, but for the last, which is given a line feed."""
     pieces: list[bytes] = []
     while block := file.read(_BLOCK_BYTES):
-        # A carriage return at the end of a block may be half of a line end.
-        stop = max(block.rfind(b"\n"), block.rfind(b"\r", 0, len(block) - 1)) + 1
+        # Half of a line end of Windows makes an empty line at worst.
+        stop = max(block.rfind(b"\n"), block.rfind(b"\r")) + 1
         if not stop:
             pieces.append(block)
             continue

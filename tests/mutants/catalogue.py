@@ -1224,10 +1224,10 @@ _INPUT = (
         caught_by=("tests/unit/test_source.py::TestCompression::test_records_that_follow_are_never_dropped",),
     ),
     Mutant(
-        name="half-a-line-end-taken-for-a-whole-one",
+        name="line-cut-where-a-block-ends",
         module="fasta",
-        before='block.rfind(b"\\r", 0, len(block) - 1)',
-        after='block.rfind(b"\\r")',
+        before="        pieces = [block[stop:]]\n",
+        after="        pieces = []\n",
         caught_by=("tests/unit/test_source.py::TestEncodings::test_line_ends_are_seen_where_blocks_of_the_file_end",),
     ),
     Mutant(

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from docs.from_code import character_classes
 from vnp_lib.characters import CLASSES, CharacterClass, Treatment, class_of
 from vnp_lib.failures import FastaError
 from vnp_lib.inputs import InputChunk, InputPolicy, Source, from_memory, read
@@ -191,8 +190,3 @@ def test_a_header_that_shows_nothing_has_no_id(tmp_path: Path, header: str) -> N
     path.write_bytes(f">{header}\nMK\n".encode())
     with pytest.raises(FastaError, match="line 1: a record has no id"):
         chunk_of(path)
-
-
-def test_the_documentation_has_every_class() -> None:
-    table = character_classes()
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {name}" for name in BY_NAME]

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from docs.from_code import help_of_vnp, names_of_vnp_commands, run_options, run_settings, runtime_settings
+from docs.from_code import (
+    character_classes,
+    help_of_vnp,
+    names_of_vnp_commands,
+    run_options,
+    run_settings,
+    runtime_settings,
+)
 from docs.links import fetched_from_elsewhere, link_as_in_site
 from tests.guides import LANGUAGES, blocks_of, pages, run_page, table_in
 from tests.support import ROOT
+from vnp_lib.characters import CLASSES
 from vnp_lib.failures import ExitCode, Failure, FailureCause, FailureKind
 
 NOT_RUN = {
@@ -169,3 +177,9 @@ def test_a_link_to_elsewhere_and_what_is_our_own_are_not(element):
 )
 def test_a_link_between_files_of_the_repository_becomes_one_of_the_site(page, link, in_site):
     assert link_as_in_site(f"see [it]({link}), or not", page) == f"see [it]({in_site}), or not"
+
+
+def test_every_class_of_characters_has_its_row() -> None:
+    rows = character_classes().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {each.name}" for each in CLASSES]
+    assert "<!-- generated: character_classes -->" in (ROOT / "docs/how-to/input.md").read_text(encoding="utf-8")
