@@ -28,6 +28,36 @@ _INVISIBLE_BEYOND_ASCII = re.compile(f"(?![\0-\x7f])[{INVISIBLE}]")
 _BEYOND_ASCII = re.compile("[^\0-\x7f]")
 _MARGINS = re.compile(f"^[{WHITE_SPACE}{INVISIBLE}]+|[{WHITE_SPACE}{INVISIBLE}]+$")
 # Two letters and a semicolon, as Biopython's reader has them: complete proteins, fragments, DNA, RNA and others.
+_CODES = [
+    "ALA",
+    "ARG",
+    "ASN",
+    "ASP",
+    "CYS",
+    "GLN",
+    "GLU",
+    "GLY",
+    "HIS",
+    "ILE",
+    "LEU",
+    "LYS",
+    "MET",
+    "PHE",
+    "PRO",
+    "SER",
+    "THR",
+    "TRP",
+    "TYR",
+    "VAL",
+    "SEC",
+    "PYL",
+    "ASX",
+    "GLX",
+    "XAA",
+    "UNK",
+    "TER",
+]
+_IN_CODES = re.compile(f"(?:{'|'.join(_CODES)}){{4,}}")
 _NBRF_HEADER = re.compile(r"(?:P1|F1|D1|DL|DC|RL|RC|N1|N3|XX);\S")
 
 
@@ -179,17 +209,26 @@ def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknow
             lines, num_mapped = alphabet.map_unknown(lines)
             letters += LetterCounts(mapped=num_mapped)
         sequences = lines.decode("utf-8", "surrogatepass").split("\n")
-        usable = _whole(chunk.headers, sequences) if alphabet.is_normal(lines) else None
+        is_usable = alphabet.is_normal(lines) and not (
+            (letters.lower_case or letters.white_space) and any(map(_is_in_codes, chunk.sequences))
+        )
+        usable = _whole(chunk.headers, sequences) if is_usable else None
     records = range(first_record, first_record + len(sequences))
     if usable is not None:
         return CheckedChunk(usable=usable, records=records, faults=[], letters=letters)
-    faults = list(_faults(chunk.headers, sequences, alphabet, first_record))
+    faults = list(_faults(chunk, sequences, alphabet, first_record))
     kept = sorted({*records} - {fault.record for fault in faults})
     usable = _whole(
         [chunk.headers[record - first_record] for record in kept], [sequences[record - first_record] for record in kept]
     )
     assert usable is not None
     return CheckedChunk(usable=usable, records=kept, faults=faults, letters=letters)
+
+
+def _is_in_codes(text: str) -> bool:
+    """Whether it is written as `Met Lys Val Leu`: by its case or its spaces, since MET is three residues too."""
+    letters = "".join(text.split()).upper()
+    return letters != text and _IN_CODES.fullmatch(letters) is not None and len({*re.findall("...", letters)}) >= 3
 
 
 def nucleotide_share(sequences: Sequence[str]) -> float:
@@ -232,13 +271,14 @@ def _id_of(header: str) -> str:
     return _without_margins(words[0]) if words else ""
 
 
-def _faults(headers: list[str], sequences: list[str], alphabet: Alphabet, first_record: int) -> Iterator[Fault]:
-    for record, (header, sequence) in enumerate(zip(headers, sequences, strict=True), start=first_record):
+def _faults(chunk: RawChunk, sequences: list[str], alphabet: Alphabet, first_record: int) -> Iterator[Fault]:
+    texts = zip(chunk.headers, chunk.sequences, sequences, strict=True)
+    for record, (header, text, sequence) in enumerate(texts, start=first_record):
         sequence_id = _id_of(header)
         reason = (
             f"a record has no id (its header is {f'>{header}'!r}); write one after the '>'" if not sequence_id else ""
         )
-        if reason := reason or _reason_of_id(sequence_id) or _reason(sequence_id, sequence, alphabet):
+        if reason := reason or _reason_of_id(sequence_id) or _reason(sequence_id, text, sequence, alphabet):
             yield Fault(record=record, sequence_id=sequence_id, reason=reason)
 
 
@@ -255,13 +295,17 @@ def _reason_of_id(sequence_id: str) -> str:
     return ""
 
 
-def _reason(sequence_id: str, sequence: str, alphabet: Alphabet) -> str:
+def _reason(sequence_id: str, text: str, sequence: str, alphabet: Alphabet) -> str:
     if not sequence:
         return f"sequence {sequence_id!r} has no residues; take the record out"
     strange = "" if sequence.isascii() and alphabet.is_normal(sequence.encode()) else sequence
     for position, letter in enumerate(strange, start=1):
         if letter not in alphabet.letters:
             return f"sequence {sequence_id!r} has {letter!r} at position {position}; {alphabet.advise(letter)}"
+    if _is_in_codes(text):
+        return (
+            f"sequence {sequence_id!r} is in three-letter codes ({sequence[:12]}...); write a letter for each residue"
+        )
     return ""
 
 

@@ -190,3 +190,21 @@ def test_a_header_that_shows_nothing_has_no_id(tmp_path: Path, header: str) -> N
     path.write_bytes(f">{header}\nMK\n".encode())
     with pytest.raises(FastaError, match="line 1: a record has no id"):
         chunk_of(path)
+
+
+@pytest.mark.parametrize("text", ["MET LYS VAL LEU ALA", "MetLysValLeu", "met lys\tval\xa0leu gly", "Met-free Lys"])
+def test_three_letter_codes_are_not_read_as_single_letters(tmp_path: Path, text: str) -> None:
+    path = in_fasta(tmp_path, text.replace("-free ", "ValLeu "))
+    for policy in ("error", "map"):
+        with pytest.raises(FastaError, match=r"line 1: sequence 'a' is in three-letter codes \(MET"):
+            chunk_of(path, policy)
+    assert [fault.record for fault in chunk_of(path, "skip").skipped] == [0]
+
+
+@pytest.mark.parametrize("text", ["ala ala ala ala", "met lys val", "met lys val leu a", "METVALLYSALA"])
+def test_proteins_that_look_like_codes_are_read(tmp_path: Path, text: str) -> None:
+    """Of one residue repeated, of few residues, or without anything that shows how they were meant."""
+    expected = text.replace(" ", "").upper()
+    assert chunk_of(in_fasta(tmp_path, text)).usable.sequences == [expected]
+    with_others = chunk_of(in_fasta(tmp_path, f"{text}\n>b\nM-K\n>c\nMet Lys Val Leu"), "skip")
+    assert (with_others.usable.sequences, len(with_others.skipped)) == ([expected], 2)
