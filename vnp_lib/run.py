@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +20,10 @@ from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.dataset import stored_dtype
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.file_system import try_file_system
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
 from vnp_lib.machine import num_cores
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
 from vnp_lib.plan import (
@@ -39,6 +39,7 @@ from vnp_lib.plan import (
 )
 from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.run_directory import move_aside, require_no_others
+from vnp_lib.run_record import RunRecord
 from vnp_lib.software import package_in_use
 from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
@@ -78,7 +79,12 @@ class Run:
         self.devices = devices
         self.plan = plan
         self.paths = RunPaths(config.output_dir)
-        self.manifest = CheckpointManifest(self.paths.manifest)
+        self.manifest = RunRecord(
+            self.paths.manifest,
+            world_size=plan.num_shards,
+            input_fingerprint=plan.fingerprint,
+            model_config_hash=weights.digest,
+        )
         self.quarantine = Quarantine.of(plan, self.paths)
         self.metrics = RunMetrics()
         self._weights = weights
@@ -94,6 +100,13 @@ class Run:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
         is_done = done_or_set_aside(self.plan, self.paths)
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
+
+    def look_again(self) -> bool:
+        """Say whether all shards are complete, after having the system forget what it remembers of the directories."""
+        from vnp_lib.checkpoint_survey import refresh_listings
+
+        refresh_listings(self.paths.checkpoints_dir)
+        return all(shard.is_complete for shard in self.shard_states())
 
     def shard_state(self, rank: int) -> ShardState:
         """The same for one shard."""
@@ -125,7 +138,9 @@ class Run:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
         from vnp_lib.checkpoint_file import set_aside
+        from vnp_lib.checkpoint_survey import wait_for_listed_files
 
+        wait_for_listed_files(self.paths.checkpoints_dir)
         survey = read_checkpoints(self.plan, self.paths)
         survey.require_sound_storage()
         for damage in survey.damaged:
@@ -332,7 +347,10 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             records=survey.valid,
         )
         _release_the_innocent(run, survey)
-        yield run
+        try:
+            yield run
+        finally:
+            run.manifest.close()
 
 
 def _release_the_innocent(run: Run, survey: Survey) -> None:
@@ -369,6 +387,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
         raise InputError(f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})")
     if plan.identity["weights_digest"] != weights.digest:
         raise InputError(f"the weights of {config.model} on this machine are not those that the run was begun with")
+    _try_file_system(config.output_dir, is_new=False)  # which may be mounted otherwise here
     devices = tuple(dict.fromkeys(resolve_devices(config.devices, config.model)))  # one child has all cores of the CPU
     return Run(config=config, devices=devices, weights=weights, plan=plan)
 
@@ -507,10 +526,12 @@ def _directories(paths: RunPaths) -> list[Path]:
 
 @contextmanager
 def _locked(paths: RunPaths) -> Iterator[None]:
+    is_new = not paths.run_dir.exists()
     try:
         make_directory(paths.run_dir)
+        _try_file_system(paths.run_dir, is_new=is_new)
         lock = FileLock(paths.run_lock, purpose="run on this directory")
-        lock.acquire(timeout_s=0)
+        _take(lock)
     except LockTimeoutError as error:
         raise RunDirectoryBusyError(f"{paths.run_dir} is in use: {error}. Wait for it, or stop it first.") from None
     except OSError as error:
@@ -519,3 +540,26 @@ def _locked(paths: RunPaths) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _take(lock: FileLock) -> None:
+    try:
+        lock.acquire(timeout_s=0)
+    except LockTimeoutError:
+        if lock.presumed_holder() is not None:
+            raise
+        # Who only looks whether a run is going on holds the lock for a moment, and leaves no name.
+        lock.acquire(timeout_s=1.0)
+
+
+def _try_file_system(directory: Path, *, is_new: bool) -> None:
+    abilities = try_file_system(directory)
+    try:
+        abilities.require_usable()
+    except ConfigError:
+        if is_new:
+            with suppress(OSError):
+                directory.rmdir()
+        raise
+    if abilities.warning is not None:
+        logger.warning("%s", abilities.warning)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import small_config
 from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.files import FileLock
 from vnp_lib.judgement import counted_failures, judge
 from vnp_lib.manifest import MAX_FAILURES_KEPT
 from vnp_lib.quarantine import QuarantineLimit
@@ -80,6 +81,14 @@ def test_silence_alone_never_sets_a_sequence_aside(tmp_path: Path, tiny_fasta: P
         for told in (repr(run.plan.ids([ordinal])[0]), "residues", "--runtime.silence-limit-s", "--allow-partial"):
             assert told in decision.reason
         assert run.manifest.get_shard_status(0)["error"] == decision.reason
+
+
+def test_a_manifest_that_takes_nothing_changes_no_decision(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """The policy judges from memory: a lock that somebody holds for ever, as a full disk, ends nothing."""
+    with FileLock(run.paths.manifest.with_suffix(".lock"), purpose="hang").held(timeout_s=0):
+        decision = judge_twice(run, died(batch_idx=1))
+        assert "batch 1 failed 2 times" in decision.reason
+        assert run.shard_job(0, "cpu").suspects == tuple(run.plan.shard_batches(0)[1].tolist())
 
 
 def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:
