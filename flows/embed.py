@@ -37,6 +37,7 @@ from vnp_lib.plan import RunPaths, describe_input
 from vnp_lib.progress import RunProgress, format_duration
 from vnp_lib.report import write_report
 from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open_run
+from vnp_lib.software import describe_software, is_mixed
 
 _MOST_ROUNDS = 3
 
@@ -97,6 +98,7 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
 async def tell_of_dataset(run: Run, summary: DatasetSummary, started_at: float, num_tokens: int) -> None:
     """Say what there is now: in the log, on a page, in Prefect."""
     warn_of_poor_precision(summary)
+    warn_of_mixed_software(summary)
     write_page(run)
     await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
     tell_of_completion(run, summary)
@@ -166,6 +168,16 @@ def warn_of_poor_precision(summary: DatasetSummary) -> None:
     if summary.precision and summary.precision.is_poor:
         get_run_logger().warning(
             "%s: that is poor for half precision; --dtype float32 is exact", summary.precision.describe()
+        )
+
+
+def warn_of_mixed_software(summary: DatasetSummary) -> None:
+    """Say it where an upgrade in the middle of the run has left rows of two versions."""
+    if is_mixed(summary.software):
+        get_run_logger().warning(
+            "the dataset was computed by several versions (%s): their rows differ by rounding; --force-restart computes all "
+            "with one",
+            describe_software(summary.software),
         )
 
 

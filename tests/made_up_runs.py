@@ -64,12 +64,15 @@ def write_checkpoint(
     ids: list[str] | None = None,
     rows: NDArray[np.float32] | None = None,
     offsets: NDArray[np.int64] | None = None,
+    software: dict[str, str] | None = None,
 ) -> None:
     """Write what a shard would; or other ids or rows in its place, end to end where there are offsets."""
     planned_ids, sequences = plan.fetch(ordinals)
     if rows is None:
         rows = np.stack([embed(sequence) for sequence in sequences])
     metadata: dict[str, Any] = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+    if software is not None:
+        metadata["software"] = software
     if offsets is not None:
         metadata["offsets"] = offsets.tolist()
     with AsyncCheckpointWriter() as writer:

@@ -14,10 +14,10 @@ import shutil
 import threading
 import uuid
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -46,6 +46,7 @@ from vnp_lib.packing import pack
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.read_ahead import map_ahead
+from vnp_lib.software import Software, SoftwareShare, describe_software
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
     from vnp_lib.checkpoint_file import Checkpoint, CheckpointRecord
@@ -78,6 +79,7 @@ class DatasetSummary:
     size_bytes: int
     precision: Certificate | None  # of what went through the model in half precision
     counts: InputCounts  # of the input
+    software: tuple[SoftwareShare, ...]  # that computed it
 
     def describe(self) -> str:
         """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
@@ -345,8 +347,9 @@ def _write_dataset(
         files.make_directory(directory)
     division = _divide(plan, planned_layout(plan, records), part_bytes)
     buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
-    comparisons = _distribute(plan, records, buckets)
+    comparisons, software = _distribute(plan, records, buckets)
     precision = Certificate.of(comparisons)
+    division = replace(division, software=describe_software(software))
 
     def write(part: int) -> dict[str, Any]:
         return _write_part(plan, paths, division, part, buckets.take(part), has_row)
@@ -360,6 +363,7 @@ def _write_dataset(
         "dim": division.layout.embed_dim,
         **division.described,
         "precision": asdict(precision) if precision else None,
+        "software": [share.to_json() for share in software],
         "parts": list(map_ahead(write, range(division.starts.size), threads=_THREADS)),
         "created_at": created_at,
     }
@@ -375,6 +379,7 @@ class _Division:
     num_sequences: int
     most_values: int  # of a part
     described: dict[str, Any]  # what `_SUCCESS.json` says of it
+    software: str = ""  # that computed them, for every part
 
     @property
     def is_large(self) -> bool:
@@ -408,9 +413,12 @@ def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
     )
 
 
-def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets) -> list[Comparison]:
-    """Give every row to its bucket, and return what the checkpoints say of how exact their rows are."""
+def _distribute(
+    plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets
+) -> tuple[list[Comparison], tuple[SoftwareShare, ...]]:
+    """Give every row to its bucket, and return what the checkpoints say of how exact their rows are, and what computed them."""
     comparisons: list[Comparison] = []
+    software: Counter[Software] = Counter()
     copies = _Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
 
@@ -422,11 +430,13 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
         is_placed[record.ordinals] = True
         used = set(record.ordinals[rows].tolist())
         comparisons += [each for each in from_metadata(checkpoint.metadata) if each.ordinal in used]
+        software[Software.of_metadata(checkpoint.metadata)] += rows.size
         ordinals, sources = copies.fan_out(record.ordinals[rows])
         buckets.append(ordinals, checkpoint, rows[sources])
         plan.forget_pages()
     buckets.flush()
-    return comparisons
+    shares = (SoftwareShare(software=each, sequences=count) for each, count in (+software).items())
+    return comparisons, tuple(sorted(shares, key=lambda share: astuple(share.software)))
 
 
 def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, layout: RowLayout) -> None:
@@ -682,7 +692,7 @@ def _schema(plan: RunPlan, division: _Division) -> pa.Schema:
             pa.field("original_length", pa.int32(), nullable=False),
             *fields_of(division.layout, plan.store_dtype, is_large=division.is_large),
         ],
-        metadata=about | {"fingerprint": plan.fingerprint},
+        metadata=about | {"fingerprint": plan.fingerprint, "software": division.software},
     )
 
 
@@ -698,4 +708,5 @@ def _summary(paths: RunPaths) -> DatasetSummary:
         size_bytes=sum(part["size_bytes"] for part in success["parts"]),
         precision=Certificate(**success["precision"]) if success["precision"] else None,
         counts=InputCounts.from_json(success["input"]),
+        software=tuple(map(SoftwareShare.from_json, success["software"])),
     )

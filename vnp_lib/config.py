@@ -215,8 +215,8 @@ class EmbedConfig(BaseModel):
     )
     deterministic: CliImplicitFlag[bool] = Field(
         False,
-        description="The same bytes at every run, whatever is killed when: the division into shards and batches is kept, a "
-        "child on the CPU uses one core, and memory that does not suffice ends the run.",
+        description="The same bytes at every run, whatever is killed when: the division into shards and batches is kept, and "
+        "with it vnp, torch and the kind of processor or GPU; a child on the CPU uses one core, and memory that does not suffice ends the run.",
     )
     on_poison: Literal["quarantine", "fail"] = Field(
         "quarantine",

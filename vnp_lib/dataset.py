@@ -336,8 +336,9 @@ def read_success(directory: Path) -> dict[str, Any]:
     """Raises StorageError where it is damaged, or a part is missing or of another size.
 
     One that says nothing of missing rows was written when there could be none; one that says nothing of precision, when it
-    was not measured; one that says nothing of how values are stored, when it was in float32; and one that says nothing of
-    lengths before sequences were cut, when that was not looked at.
+    was not measured; one that says nothing of how values are stored, when it was in float32; one that says nothing of lengths
+    before sequences were cut, when that was not looked at; and one that says nothing of the software that computed it, when
+    checkpoints did not tell.
     """
     success = files.read_sealed_json(directory / SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
@@ -356,6 +357,7 @@ def read_success(directory: Path) -> dict[str, Any]:
         "original_lengths_sha256": "",
         "precision": None,
         "store_dtype": StoreDtype.FLOAT32,
+        "software": [],
     }
     return assumed | success
 

@@ -35,6 +35,7 @@ from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import checkpoint_path, model_tokens
 from vnp_lib.precision import compare, to_metadata
 from vnp_lib.read_ahead import ReadAhead
+from vnp_lib.software import Software
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
 
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
@@ -103,7 +104,11 @@ class AsyncInferenceRunner:
         self._rank = rank
         self._trigger = CheckpointTrigger(checkpoint_seq_threshold, checkpoint_time_threshold)
         self._manifest = manifest
-        self._metadata = {"fingerprint": input_fingerprint, "model_config_hash": model_config_hash}
+        self._metadata = {
+            "fingerprint": input_fingerprint,
+            "model_config_hash": model_config_hash,
+            **Software.on(device).to_metadata(),
+        }
         self._exact_rows = exact_rows or {}
 
     def run(

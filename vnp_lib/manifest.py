@@ -110,7 +110,10 @@ class CheckpointManifest:
         *,
         model_config_hash: str = "",
     ) -> None:
-        """Make the manifest anew from the checkpoints. Attempts and failures are kept where they can still be read."""
+        """Make the manifest anew from the checkpoints.
+
+        Attempts and failures are kept where they can still be read and are not of another run, whose ordinals are other sequences.
+        """
         with self._exclusive():
             state = self._new_state(world_size, input_fingerprint, model_config_hash)
             self._keep_history(state)
@@ -330,11 +333,14 @@ class CheckpointManifest:
 
     def _keep_history(self, state: dict[str, Any]) -> None:
         try:
-            old_shards = _shards_by_rank(self._read())
+            old_state = self._read()
         except (StorageError, OSError) as error:
             logger.warning("%s; attempts and failures are counted from none", error)
             return
-        for rank, old in old_shards.items():
+        if old_state["input_fingerprint"] not in ("", state["input_fingerprint"]):
+            logger.warning("%s is another run's; attempts and failures are counted from none", self.path)
+            return
+        for rank, old in _shards_by_rank(old_state).items():
             shard = state["shards"].setdefault(str(rank), _new_shard(rank))
             shard.update({key: old[key] for key in _HISTORY if key in old})
 

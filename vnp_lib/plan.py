@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vnp_lib import __version__
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.files import (
     DurableFile,
@@ -201,7 +202,10 @@ class ModelIdentity:
     outputs: str | None = None  # by name, in the order of a row; None: the mean of `layer` alone
     embed_dim: int | None = None  # where there are outputs
     contact_regression: str | None = None  # sha256 of its parameters, where there are contacts
-    division: str | None = None  # into shards and batches, where rows have to be the same to the last bit
+    division: str | None = (
+        None  # into shards and batches, and the software, where rows have to be the same to the last bit
+    )
+    numerics: int | None = None  # NUMERICS_VERSION, unless it is 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,6 +218,7 @@ class RunPlan:
     identity: dict[str, Any]
     fingerprint: str  # sha256 of the identity's canonical JSON
     num_residues: int
+    vnp: str  # version of the run that opened it last; "" where that did not say
     original_lengths_sha256: str = ""  # of all sequences, where some were cut
     counts: InputCounts  # of the input that it was made from
     lengths: NDArray[np.int32]  # residues, (N,)
@@ -320,6 +325,7 @@ def make_plan(
             "num_shards": min(num_shards, content["num_computed"]),
             "token_budget": token_budget,
             "store_dtype": store_dtype,
+            "vnp": __version__,
         }
         if content != content | chosen:
             write_sealed_json(paths.plan_json, content | chosen, replace=True)
@@ -383,6 +389,7 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         fingerprint=fields["fingerprint"],
         num_residues=fields["num_residues"],
         original_lengths_sha256=fields.get("original_lengths_sha256", ""),
+        vnp=fields.get("vnp", ""),
         counts=InputCounts.from_json(fields["input"]),
         lengths=lengths,
         representatives=representatives,
@@ -729,6 +736,12 @@ def _identity_of(model: ModelIdentity, policy: InputPolicy) -> dict[str, Any]:
 
 
 def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if stored.get("numerics", 1) != wanted.get("numerics", 1):
+        raise FingerprintMismatchError(
+            f"{paths.run_dir} was begun by a vnp whose numbers are of version {stored.get('numerics', 1)}, and those of this one "
+            f"({__version__}) are of version {wanted.get('numerics', 1)}: one dataset does not mix them; go on with that vnp, or "
+            f"choose another output directory, or --force-restart, which moves what is there aside"
+        )
     differing = [name for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)]
     if differing:
         listed = "; ".join(f"{name} is {stored.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)

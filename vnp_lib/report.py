@@ -109,7 +109,7 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
         if not quarantined
         else _shown(len(quarantined), "sequences", "the first", paths.quarantine),
         shards=status.shards,
-        facts=list(_facts(plan, paths)),
+        facts=[*_facts(plan, paths), *([("computed by", status.software)] if status.software else [])],
         dataset=f"The dataset is {status.dataset}.",
         snippet=_snippet(paths),
     )

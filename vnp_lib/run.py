@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib import spool
+from vnp_lib import __version__, spool
 from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.dataset import stored_dtype
@@ -40,7 +40,7 @@ from vnp_lib.plan import (
 from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.run_directory import move_aside, require_no_others
 from vnp_lib.run_record import RunRecord
-from vnp_lib.software import package_in_use
+from vnp_lib.software import NUMERICS_VERSION, exact_software, package_in_use
 from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
@@ -385,10 +385,21 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     weights = resolve_weights(config.model, config.weights)
     if plan.fingerprint != fingerprint:
         raise InputError(f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})")
+    if plan.vnp not in ("", __version__) or plan.identity.get("numerics", 1) != NUMERICS_VERSION:
+        raise InputError(
+            f"{config.output_dir} was opened by vnp {plan.vnp} (numbers of version {plan.identity.get('numerics', 1)}), and this "
+            f"machine has vnp {__version__} (version {NUMERICS_VERSION}) in {package_in_use().directory}; install the same on both"
+        )
     if plan.identity["weights_digest"] != weights.digest:
         raise InputError(f"the weights of {config.model} on this machine are not those that the run was begun with")
     _try_file_system(config.output_dir, is_new=False)  # which may be mounted otherwise here
     devices = tuple(dict.fromkeys(resolve_devices(config.devices, config.model)))  # one child has all cores of the CPU
+    own = _exact_software(devices, executor="work-pool")
+    if not plan.identity.get("division", own).endswith(own):
+        raise InputError(
+            f"{config.output_dir} is to have the same bytes whatever is killed when (--deterministic), and its rows are computed with "
+            f"{plan.identity['division']}, but this machine has {own}; use machines of one kind"
+        )
     return Run(config=config, devices=devices, weights=weights, plan=plan)
 
 
@@ -423,7 +434,10 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
             **layout.identity(),
             contact_regression=check_heads(config.model, weights, layout.heads),
             dtype=resolve_dtype(config.dtype, devices[0]),
-            division=f"{num_shards} shards, {token_budget} tokens a batch" if config.deterministic else None,
+            division=f"{num_shards} shards, {token_budget} tokens a batch, {_exact_software(devices, executor=config.executor)}"
+            if config.deterministic
+            else None,
+            numerics=None if NUMERICS_VERSION == 1 else NUMERICS_VERSION,
         ),
         num_shards=num_shards,
         token_budget=token_budget,
@@ -432,6 +446,14 @@ def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weight
     )
     check_free_space(paths, plan, layout)
     return plan
+
+
+def _exact_software(devices: Sequence[str], *, executor: str) -> str:
+    """Name what decides the last bits. A work pool's GPUs are not among it: the machine that opens the run does not see them."""
+    import torch
+
+    seen = [device for device in devices if device == "cpu" or executor == "local"]
+    return exact_software(torch.device(torch_device_name(device)) for device in seen)
 
 
 def planned_layout(config: EmbedConfig) -> RowLayout:

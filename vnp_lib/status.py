@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -20,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.dataset import describe_rows, open_dataset
+from vnp_lib.dataset import describe_rows, open_dataset, read_success
 from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
@@ -30,6 +31,7 @@ from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
 from vnp_lib.precision import Certificate
 from vnp_lib.progress import format_duration
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.software import SoftwareShare, describe_software
 from vnp_lib.terminal import format_age, natural_width, plain
 
 _MOST_SHARDS_SHOWN = 40
@@ -96,6 +98,7 @@ class RunStatus:
     num_quarantined: int | None  # None: the quarantine cannot be read
     shards: tuple[ShardProgress, ...]
     dataset: str
+    software: str  # that computed the dataset; "" where that is not known
     notes: tuple[str, ...]  # what makes the figures uncertain
     at: datetime
 
@@ -185,6 +188,7 @@ def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]
         num_quarantined=None if quarantined is None else len(quarantined),
         shards=shards,
         dataset=_dataset(plan, paths),
+        software=_software(paths),
         notes=(*manifest_notes, *_redivision(plan, recorded, len(quarantined or ())), *quarantine_notes),
         at=clock(),
     )
@@ -306,6 +310,14 @@ def _dataset(plan: RunPlan, paths: RunPaths) -> str:
     return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}{precision}"
 
 
+def _software(paths: RunPaths) -> str:
+    with suppress(StorageError, OSError):
+        return describe_software(
+            [SoftwareShare.from_json(each) for each in read_success(paths.embeddings_dir)["software"]]
+        )
+    return ""
+
+
 def _headline(status: RunStatus) -> Iterator[Text]:
     going_on = "no run is going on" if status.running is None else f"a run is going on: {status.running}"
     yield plain(f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences", style="bold")
@@ -401,6 +413,8 @@ def _totals(status: RunStatus) -> Iterator[Text]:
     if status.num_quarantined:
         yield plain(f"in quarantine: {status.num_quarantined:,}", style="yellow")
     yield plain(f"dataset: {status.dataset}")
+    if status.software:
+        yield plain(f"computed by: {status.software}")
     for note in status.notes:
         yield plain(f"note: {note}", style="yellow")
     yield plain("counts are those of the newest checkpoints; `vnp verify` reads everything again", style="dim")

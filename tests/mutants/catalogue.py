@@ -1351,6 +1351,13 @@ _CODE = (
         caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
     ),
     Mutant(
+        name="numbers-of-two-versions-mixed",
+        module="run",
+        before="numerics=None if NUMERICS_VERSION == 1 else NUMERICS_VERSION,",
+        after="numerics=None,",
+        caught_by=(f"{_RUN}::test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_same",),
+    ),
+    Mutant(
         name="any-signal-accuses",
         module="failures",
         before="_SIGNAL_CAUSES.get(signum, FailureCause.KILLED)",

@@ -9,7 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from vnp_lib.files import DurableOps
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import RunPaths, RunPlan, check_free_space, make_plan, required_bytes
+from vnp_lib.software import Software, SoftwareShare
 
 
 @pytest.fixture
@@ -116,6 +117,7 @@ def test_a_part_says_what_it_is_and_is_written_to_be_read(run: Run) -> None:
         "pooling": "mean",
         "dtype": "float32",
         "fingerprint": run.plan.fingerprint,
+        "software": "unknown",
     }
     embedding = part.metadata.row_group(0).column(5)
     assert embedding.compression == "UNCOMPRESSED"
@@ -144,8 +146,30 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
         size_bytes=sum(sizes),
         precision=None,
         counts=run.plan.counts,
+        software=(SoftwareShare(software=Software.of_metadata({}), sequences=run.plan.num_computed),),
     )
     assert verify_dataset(run.paths.run_dir) == []
+
+
+def test_a_dataset_says_what_computed_its_rows(tmp_path: Path) -> None:
+    """Each sequence once, by the checkpoint that its row is taken from; copies of it are not computed."""
+    run = start_run(tmp_path)
+    ordinals = run.plan.order.astype(np.int64)
+    ours, theirs = (
+        Software(vnp=version, code_sha256=version, torch="2.10.0", device="CPU (AVX2)") for version in ("1.0", "0.9")
+    )
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), ordinals[:10], software=asdict(ours))
+    write_checkpoint(run.plan, run.paths.checkpoint(0, 1), ordinals[5:], software=asdict(theirs))
+    summary = run.assemble()
+    assert summary.software == (
+        SoftwareShare(software=theirs, sequences=ordinals.size - 10),
+        SoftwareShare(software=ours, sequences=10),
+    )
+    told = pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet").metadata[b"software"].decode()
+    assert (
+        told
+        == f"vnp 0.9, torch 2.10.0, CPU (AVX2): {ordinals.size - 10} sequences; vnp 1.0, torch 2.10.0, CPU (AVX2): 10 sequences"
+    )
 
 
 def test_the_same_checkpoints_give_the_same_bytes(tmp_path: Path) -> None:

@@ -418,6 +418,17 @@ def test_rebuilding_keeps_the_history_that_can_be_read(four_shards: CheckpointMa
     assert four_shards.get_resumable_shards() == [0, 1]
 
 
+def test_rebuilding_keeps_nothing_of_another_run(four_shards: CheckpointManifest) -> None:
+    """The ordinals in its strikes and suspects are other sequences in this one."""
+    four_shards.rebuild(2, "run", [])
+    four_shards.add_suspects(0, [7])
+    four_shards.record_failure(0, {"ordinal": 7, "accuses_batch": True})
+    four_shards.rebuild(2, "run", [])
+    assert (four_shards.suspects(), len(four_shards.failures(0))) == ([7], 1)
+    four_shards.rebuild(2, "another", [])
+    assert (four_shards.suspects(), four_shards.failures(0)) == ([], [])
+
+
 def test_the_number_of_shards_may_change_from_run_to_run(path: Path) -> None:
     """What the former shards have done stays counted; only this run's are to be resumed."""
     grown = CheckpointManifest(path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vnp_lib
 from vnp_lib import checkpoint
 from vnp_lib.checkpoint import validate_checkpoint_pt
 from vnp_lib.checkpoint_file import load_checkpoint
@@ -20,6 +21,7 @@ from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.listener import Listener
 from vnp_lib.plan import checkpoint_path
 from vnp_lib.read_ahead import ReadAhead
+from vnp_lib.software import Software, package_in_use
 from vnp_lib.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
 
 
@@ -133,6 +135,17 @@ def test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kep
     kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
     assert kept.sequence_ids == ["small", "0a", "0b", "1a", "1b"]
     assert kept.metadata["ordinals"] == [11, 0, 1, 2, 3]
+
+
+def test_a_checkpoint_says_what_computed_it(tmp_path: Path) -> None:
+    list(AsyncInferenceRunner(StubModel(), "cpu", checkpoint_dir=tmp_path).embed(batches(1)))
+    metadata = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None).metadata
+    assert Software.of_metadata(metadata) == Software(
+        vnp=vnp_lib.__version__,
+        code_sha256=package_in_use().code_sha256,
+        torch=torch.__version__,
+        device=f"CPU ({torch.backends.cpu.get_cpu_capability()})",
+    )
 
 
 def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_a_shard_on_another_machine_has_all_its_cores(tmp_path, tiny_fasta, monk
 def plan_on_a_gpu(monkeypatch: pytest.MonkeyPatch, free_bytes: int, *given: Any, **settings: Any) -> int:
     """Open a run on a machine with one GPU, and give the token budget of its plan."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(gpu_memory, "free_gpu_bytes", lambda gpu: free_bytes)
     with open_run(small_config(*given, **{"devices": "0", "shards": None} | settings)) as run:
         return run.plan.token_budget
@@ -355,3 +356,59 @@ def test_input_that_is_there_is_read_whatever_the_plan_remembers(tmp_path: Path)
     second.write_text(">a\nMKL\n")
     with pytest.raises(FingerprintMismatchError), open_run(small_config(second, tmp_path / "run")):
         pass
+
+
+def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_same(tmp_path, tiny_fasta, monkeypatch):
+    """Version 1 is no part of what a run is, so that runs which were begun before it had a name go on; any other is."""
+    config = small_config(tiny_fasta, tmp_path / "run")
+    with open_run(config) as run:
+        assert "numerics" not in run.plan.identity
+        begun = run.plan
+    monkeypatch.setattr("vnp_lib.plan.__version__", "9.0")
+    with open_run(config) as run:
+        assert (run.plan.fingerprint, run.plan.vnp) == (begun.fingerprint, "9.0")
+    monkeypatch.setattr("vnp_lib.run.NUMERICS_VERSION", 2)
+    before = run.paths.plan_json.read_bytes()
+    with pytest.raises(FingerprintMismatchError, match=r"numbers are of version 1, .* \(9\.0\) are of version 2"):
+        open_run(config).__enter__()
+    assert run.paths.plan_json.read_bytes() == before
+    with open_run(small_config(tiny_fasta, tmp_path / "another")) as run:
+        assert run.plan.identity["numerics"] == 2
+
+
+def test_a_deterministic_run_is_refused_with_another_torch_or_processor(tmp_path, tiny_fasta, monkeypatch):
+    config = small_config(tiny_fasta, tmp_path / "run", deterministic=True)
+    with open_run(config):
+        pass
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    with pytest.raises(FingerprintMismatchError, match=r"torch 2.* there and .*torch 9\.9\.9"):
+        open_run(config).__enter__()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
+    with pytest.raises(FingerprintMismatchError, match=r"CPU \(ABACUS\)' here"):
+        open_run(config).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("vnp_lib.run.__version__", "9.0"), r"was opened by vnp 0\..* and this machine has vnp 9\.0"),
+        (("vnp_lib.run.NUMERICS_VERSION", 2), r"\(numbers of version 1\), and this machine has vnp .* \(version 2\)"),
+        (("torch.backends.cpu.get_cpu_capability", lambda: "ABACUS"), r"but this machine has .*CPU \(ABACUS\)"),
+    ],
+)
+def test_a_machine_with_another_software_does_not_join(tmp_path, tiny_fasta, monkeypatch, change, reason):
+    config = small_config(tiny_fasta, tmp_path / "run", deterministic=True)
+    with open_run(config) as run:
+        attach_run(config, run.plan.fingerprint)
+        monkeypatch.setattr(*change)
+        with pytest.raises(InputError, match=reason):
+            attach_run(config, run.plan.fingerprint)
+
+
+def test_a_plan_that_does_not_say_who_opened_it_is_joined(tmp_path, tiny_fasta):
+    with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
+        fields = read_sealed_json(run.paths.plan_json)
+        del fields["vnp"]
+        write_sealed_json(run.paths.plan_json, fields, replace=True)
+        assert attach_run(run.config, run.plan.fingerprint).plan.vnp == ""

@@ -1,16 +1,26 @@
-"""Whose code a worker process runs: that of the process that has started it, or none."""
+"""Whose code a worker process runs: that of the process that has started it, or none; and what a dataset says of it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support import ROOT
 from vnp_lib.failures import ConfigError
-from vnp_lib.software import Package, package_in_use, require_same_package
+from vnp_lib.software import (
+    Package,
+    Software,
+    SoftwareShare,
+    describe_software,
+    is_mixed,
+    package_in_use,
+    require_same_package,
+)
 from vnp_lib.worker import ShardJob
 
 
@@ -59,3 +69,51 @@ def test_a_job_names_the_package(tmp_path):
     texts = dict.fromkeys(("fingerprint", "model", "weights", "weights_digest", "dtype", "device"), "x")
     job = ShardJob(**fields | texts | {"run_dir": tmp_path})
     assert json.loads(job.model_dump_json())["package"] == asdict(package_in_use())
+
+
+def used(vnp: str = "0.2.0", code: str = "c0de", version: str = "2.10.0", device: str = "NVIDIA L4") -> Software:
+    return Software(vnp=vnp, code_sha256=code, torch=version, device=device)
+
+
+def shares(*software: Software) -> list[SoftwareShare]:
+    return [SoftwareShare(software=each, sequences=1000 + place) for place, each in enumerate(software)]
+
+
+def test_what_a_checkpoint_keeps_is_read_back():
+    here = Software.on(torch.device("cpu"))
+    assert here.device.startswith("CPU (")
+    assert Software.of_metadata(json.loads(json.dumps(here.to_metadata()))) == here
+
+
+@pytest.mark.parametrize("metadata", [{}, {"software": None}, {"software": [1]}, {"software": {"torch_version": "2"}}])
+def test_a_checkpoint_that_does_not_say_is_of_unknown_software(metadata):
+    assert Software.of_metadata(metadata) == used("unknown", "unknown", "unknown", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("software", "mixed", "told"),
+    [
+        ([], False, ""),
+        ([used()], False, "vnp 0.2.0, torch 2.10.0, NVIDIA L4"),
+        ([used(), used(device="NVIDIA A100")], False, "vnp 0.2.0, torch 2.10.0, NVIDIA A100: 1,001 sequences"),
+        ([used(), used(vnp="0.3.0", code="new")], True, "vnp 0.3.0, torch 2.10.0, NVIDIA L4: 1,001 sequences"),
+        ([used(), used(version="2.11.0")], True, "vnp 0.2.0, torch 2.11.0, NVIDIA L4: 1,001 sequences"),
+        (
+            [used(), used(code="0123456789")],
+            True,
+            "vnp 0.2.0 (code 01234567), torch 2.10.0, NVIDIA L4: 1,001 sequences",
+        ),
+    ],
+)
+def test_several_versions_are_told_apart_and_several_kinds_of_device_are_ordinary(software, mixed, told, monkeypatch):
+    """As the run says it at its end, and the dataset for ever."""
+    import flows.embed
+
+    read_back = [SoftwareShare.from_json(json.loads(json.dumps(each.to_json()))) for each in shares(*software)]
+    assert describe_software(read_back).endswith(told)
+    assert is_mixed(read_back) == mixed
+    warnings = []
+    logger = SimpleNamespace(warning=lambda message, *values: warnings.append(message % values))
+    monkeypatch.setattr(flows.embed, "get_run_logger", lambda: logger)
+    flows.embed.warn_of_mixed_software(SimpleNamespace(software=read_back))
+    assert [told in warning for warning in warnings] == [True] * mixed

@@ -137,6 +137,8 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
     assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
     seen = status_of(plan, paths)
     assert [shard.state for shard in seen.shards] == [ShardState.COMPLETE] * 2
+    assert seen.software == "unknown"
+    assert "computed by: unknown" in drawn(seen)
     assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (
         40,
         100.0,
