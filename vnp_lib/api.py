@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.assembly import assemble
-from vnp_lib.config import DType, EmbedConfig, ModelName, OutputName
+from vnp_lib.config import DType, EmbedConfig, ModelName, OutputName, weights_path
 from vnp_lib.dataset import open_dataset
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.failures import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
@@ -38,6 +38,7 @@ from vnp_lib.run import (
     resolve_dtype,
     torch_device_name,
 )
+from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.worker import ShardAttempt, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
@@ -155,13 +156,14 @@ def embed(
     """
     layout = _layout(model, include, repr_layers)
     settings = _checked_settings(
-        model, layout, os.fspath(weights), str(device), dtype, token_budget, id_column, sequence_column, progress
+        model, layout, weights_path(weights), str(device), dtype, token_budget, id_column, sequence_column, progress
     )
     if settings.weights == RANDOM_WEIGHTS:
         logger.warning("weights='random': an untrained model, the vectors mean nothing")
     given = files_or_records(sequences, id_column=id_column, sequence_column=sequence_column)
+    run_dir = None if output_dir is None else user_path(output_dir, PathUse.OUTPUT)
     with _current(settings.device):
-        outputs = _embed(given, output_dir, settings)
+        outputs = _embed(given, run_dir, settings)
     if include is not None:
         return outputs
     (embeddings,) = outputs.arrays.values()
@@ -306,16 +308,14 @@ def _checked(records: RecordsInMemory) -> _Records:
     )
 
 
-def _embed(
-    given: list[Path] | RecordsInMemory, output_dir: str | os.PathLike[str] | None, settings: _Settings
-) -> Outputs:
-    if output_dir is None:
+def _embed(given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings) -> Outputs:
+    if run_dir is None:
         records = _checked(given) if isinstance(given, RecordsInMemory) else _read_files(given, settings)
         return _embed_in_memory(records, settings)
     if not isinstance(given, RecordsInMemory):
-        return _embed_into(Path(output_dir), given, settings)
+        return _embed_into(run_dir, given, settings)
     with _written_as_fasta(_checked(given)) as path:
-        return _embed_into(Path(output_dir), [path], settings)
+        return _embed_into(run_dir, [path], settings)
 
 
 def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:

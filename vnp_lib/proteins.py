@@ -17,9 +17,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from vnp_lib.failures import FastaError
+from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.inputs import has_fasta_suffix
 from vnp_lib.tables import is_table
+from vnp_lib.user_paths import PathUse, user_path
 
 
 class Letters(Protocol):
@@ -95,6 +96,7 @@ def files_or_records(
 
     Raises:
         FastaError: It is nothing of the kind; says which record, and what can be given.
+        ConfigError: A path that cannot be one of a file here, such as an address.
     """
     if isinstance(given, str | bytes | bytearray | UserString | os.PathLike):
         return [_path(given)]
@@ -117,16 +119,18 @@ def files_or_records(
 
 def _path(given: Any) -> Path:
     """The path that one text or path-like object names."""
-    text = os.fsdecode(bytes(given)) if isinstance(given, bytes | bytearray) else str(given)
-    path = Path(given) if isinstance(given, os.PathLike) else Path(text)
-    if _names_files(path):
-        return path
-    if text.lstrip().startswith(">"):
+    text = os.fsdecode(bytes(given) if isinstance(given, bytearray) else str(given) if _is_text(given) else given)
+    if text.lstrip().startswith(">") and not os.path.lexists(text):
         raise FastaError(
             f"{_shown(text)} is the text of a FASTA file, and a path is wanted; write it to a file, or give "
             "SeqIO.parse(io.StringIO(text), 'fasta')"
         )
-    raise FastaError(f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]")
+    looks_like_a_sequence = "".join(text.split()).rstrip("*").isalpha()
+    if (path := _existing(text)) is None and not looks_like_a_sequence:
+        path = user_path(text, PathUse.INPUT)  # says what is wrong with it
+    if path is None or not _names_files(path):
+        raise FastaError(f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]")
+    return path
 
 
 def _refuse_what_has_no_records(given: Any) -> None:
@@ -239,7 +243,7 @@ def _paths(items: Sequence[Any]) -> list[Path]:
                     f"record {place}, {item!r}, could be a sequence, and there is a file of this name; give Path({item!r}) "
                     f"for the file, or ({str(place)!r}, {item!r}) for the sequence"
                 )
-        return [Path(item) for item in items]
+        return [user_path(item, PathUse.INPUT) for item in items]
     if isinstance(items[0], str) and items[0].isalpha():  # a sequence that a file happens to be named like
         _refuse_files_among_sequences(items)
         return []
@@ -264,7 +268,8 @@ def _refuse_files_among_sequences(items: Sequence[Any]) -> None:
                 "SeqIO.parse(path, 'fasta')"
             )
         if len(item) < 4096 and _looks_like_a_file(item):
-            there_is = "there is such a file" if _names_files(Path(item)) else "there is no such file"
+            path = user_path(item, PathUse.INPUT)  # says what is wrong with it
+            there_is = "there is such a file" if _names_files(path) else "there is no such file"
             raise FastaError(
                 f"record {place} is {_shown(item)}, which looks like the name of a file, and {there_is}; give sequences, "
                 "or paths of files that exist"
@@ -273,11 +278,26 @@ def _refuse_files_among_sequences(items: Sequence[Any]) -> None:
 
 def _is_file(item: Any) -> bool:
     """Whether it is a path, or a text that names a file; a path need not exist, which is said of it as of any other file."""
-    return isinstance(item, os.PathLike) or (isinstance(item, str) and _names_files(Path(item)))
+    return isinstance(item, os.PathLike) or (isinstance(item, str) and _existing(item) is not None)
+
+
+def _existing(text: str) -> Path | None:
+    """The path that a text means, if there is such a file; letters alone are looked at as they are, there may be millions."""
+    if text.isalpha():
+        return Path(text) if os.path.exists(text) else None
+    try:
+        path = user_path(text, PathUse.INPUT)
+    except ConfigError:
+        return None
+    return path if _names_files(path) else None
 
 
 def _looks_like_a_file(text: str) -> bool:
     return "/" in text or has_fasta_suffix(Path(text)) or is_table(Path(text))
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str | UserString)
 
 
 def _names_files(path: Path) -> bool:

@@ -22,7 +22,7 @@ from Bio.Seq import MutableSeq, Seq
 from Bio.SeqRecord import SeqRecord
 
 from vnp_lib import embed, open_dataset
-from vnp_lib.failures import FastaError
+from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.proteins import RecordsInMemory, files_or_records
 
 NAMED = {"p": "MKVLATTWQERS", "q": "MKL", "r": "ACDEFGHIKLMNPQRSTVWYX", "s": "W"}
@@ -209,6 +209,26 @@ def test_paths_are_known_by_their_type_or_by_the_file_that_is_there(fasta, as_te
     assert files_or_records(np.array([name(fasta)], dtype=object)) == [fasta]
     assert files_or_records(pd.Series([name(fasta)])) == [fasta]
     assert files_or_records(name(fasta.parent / "*.fasta")) == [fasta.parent / "*.fasta"]
+
+
+@pytest.mark.parametrize("written", ["~/in.fasta", "$HOME/in.fasta", "~/*.fasta"])
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, written):
+    (tmp_path / "in.fasta").write_text(">a\nMKL\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    for given in (written, Path(written), [written], [Path(written)]):
+        assert embed(given, **SMALL, output_dir="~/run").ids == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "run"]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x.fasta", "https://host/x?format=fasta"])
+def test_addresses_are_refused_wherever_a_path_can_be(address):
+    """With what to do instead, and before anything is made."""
+    for arguments in ({"sequences": address}, {"sequences": [address]}, {"sequences": ["MKL"], "output_dir": address}):
+        with pytest.raises(ConfigError, match="addresses are not"):
+            embed(**SMALL | arguments)
+    with pytest.raises(ConfigError, match="weights are not fetched from an address"):
+        embed(["MKL"], **SMALL | {"weights": address})
 
 
 def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, monkeypatch):
