@@ -233,7 +233,7 @@ def _look_at_input(config: EmbedConfig) -> None:
         spool.require_piped(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
     files = [given for given in config.fasta if given != STDIN]
     for source in find_sources(files, stdin=stdin):
-        next(read(source, InputPolicy.of(config)))
+        next(read(source, InputPolicy.of(config)), None)
     for told in describe_left_out(config.fasta):
         logger.warning(told)
 

@@ -30,6 +30,7 @@ LAYERS = (
         "records",
         "source",
         "spool",
+        "duplicates",
         "packing",
         "progress",
         "heartbeat",
