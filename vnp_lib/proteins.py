@@ -10,16 +10,17 @@ import glob
 import math
 import os
 import sys
-from collections import UserString
+from collections import UserString, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from vnp_lib.failures import FastaError
+from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.inputs import has_fasta_suffix
 from vnp_lib.tables import is_table
+from vnp_lib.user_paths import PathUse, user_path
 
 
 class Letters(Protocol):
@@ -95,6 +96,7 @@ def files_or_records(
 
     Raises:
         FastaError: It is nothing of the kind; says which record, and what can be given.
+        ConfigError: A path that cannot be one of a file here, such as an address.
     """
     if isinstance(given, str | bytes | bytearray | UserString | os.PathLike):
         return [_path(given)]
@@ -109,7 +111,7 @@ def files_or_records(
         return _with_ids(_rows_of_table(given, names, id_column, sequence_column))
     if (mapping := _as_mapping(given)) is not None:
         return _with_ids(_rows_of_mapping(mapping))
-    if _is_record(given, sequence_column) or _is_biopython_sequence(given):
+    if _is_record(given, sequence_column) or _is_one_sequence(given):
         return _records([given], id_column, sequence_column)
     items = _items(given)
     return _paths(items) or _records(items, id_column, sequence_column)
@@ -117,16 +119,17 @@ def files_or_records(
 
 def _path(given: Any) -> Path:
     """The path that one text or path-like object names."""
-    text = os.fsdecode(bytes(given)) if isinstance(given, bytes | bytearray) else str(given)
-    path = Path(given) if isinstance(given, os.PathLike) else Path(text)
-    if _names_files(path):
-        return path
-    if text.lstrip().startswith(">"):
+    text = os.fsdecode(bytes(given) if isinstance(given, bytearray) else str(given) if _is_text(given) else given)
+    if text.lstrip().startswith(">") and not os.path.lexists(text):
         raise FastaError(
             f"{_shown(text)} is the text of a FASTA file, and a path is wanted; write it to a file, or give "
             "SeqIO.parse(io.StringIO(text), 'fasta')"
         )
-    raise FastaError(f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]")
+    if (path := _existing(text)) is None and not _is_of_letters(text):
+        path = user_path(text, PathUse.INPUT)  # says what is wrong with it
+    if path is None or not _names_files(path):
+        raise FastaError(f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]")
+    return path
 
 
 def _refuse_what_has_no_records(given: Any) -> None:
@@ -134,7 +137,7 @@ def _refuse_what_has_no_records(given: Any) -> None:
         raise FastaError("a set has no order, and rows come back in the order given; give a list, such as sorted(...)")
     if hasattr(given, "read") and hasattr(given, "readline"):
         name = getattr(given, "name", None)
-        path = repr(name) if isinstance(name, str) else "its path"
+        path = repr(name) if isinstance(name, str) and os.path.exists(name) else "its path"
         raise FastaError(f"this is an open file; give {path} instead, or SeqIO.parse(file, 'fasta')")
     if hasattr(type(given), "collect") or hasattr(type(given), "compute"):
         raise FastaError(
@@ -157,12 +160,14 @@ def _rows_of_table(table: Any, names: Sequence[Any], id_column: str, sequence_co
     index = getattr(table, "index", None)
     index_is_id = getattr(index, "name", None) == id_column and id_column not in names
     wanted = [sequence_column] if index_is_id else [id_column, sequence_column]
+    has_index = hasattr(table, "iloc") and sequence_column in names
+    or_series = f", or give table[{sequence_column!r}], whose index has the ids" if has_index else ""
     for name in wanted:
         if (count := names.count(name)) != 1:
             found = "there is no column" if count == 0 else f"{count} columns are called"
             raise FastaError(
                 f"{found} {name!r} in this {type(table).__name__}, which has the columns {_listed_names(names)}; name them "
-                "with id_column and sequence_column"
+                f"with id_column and sequence_column{or_series}"
             )
     ids = _listed(index) if index_is_id else _listed(table[id_column])
     return zip(ids, _listed(table[sequence_column]), strict=True)
@@ -239,7 +244,7 @@ def _paths(items: Sequence[Any]) -> list[Path]:
                     f"record {place}, {item!r}, could be a sequence, and there is a file of this name; give Path({item!r}) "
                     f"for the file, or ({str(place)!r}, {item!r}) for the sequence"
                 )
-        return [Path(item) for item in items]
+        return [user_path(item, PathUse.INPUT) for item in items]
     if isinstance(items[0], str) and items[0].isalpha():  # a sequence that a file happens to be named like
         _refuse_files_among_sequences(items)
         return []
@@ -264,7 +269,8 @@ def _refuse_files_among_sequences(items: Sequence[Any]) -> None:
                 "SeqIO.parse(path, 'fasta')"
             )
         if len(item) < 4096 and _looks_like_a_file(item):
-            there_is = "there is such a file" if _names_files(Path(item)) else "there is no such file"
+            path = user_path(item, PathUse.INPUT)  # says what is wrong with it
+            there_is = "there is such a file" if _names_files(path) else "there is no such file"
             raise FastaError(
                 f"record {place} is {_shown(item)}, which looks like the name of a file, and {there_is}; give sequences, "
                 "or paths of files that exist"
@@ -273,11 +279,32 @@ def _refuse_files_among_sequences(items: Sequence[Any]) -> None:
 
 def _is_file(item: Any) -> bool:
     """Whether it is a path, or a text that names a file; a path need not exist, which is said of it as of any other file."""
-    return isinstance(item, os.PathLike) or (isinstance(item, str) and _names_files(Path(item)))
+    return isinstance(item, os.PathLike) or (isinstance(item, str) and _existing(item) is not None)
+
+
+def _existing(text: str) -> Path | None:
+    """The path that a text means, if there is such a file. Of letters alone it is no pattern, and may be one of millions."""
+    if _is_of_letters(text):
+        return Path(text) if os.path.exists(text) else None
+    try:
+        path = user_path(text, PathUse.INPUT)
+    except ConfigError:
+        return None
+    return path if _names_files(path) else None
 
 
 def _looks_like_a_file(text: str) -> bool:
-    return "/" in text or has_fasta_suffix(Path(text)) or is_table(Path(text))
+    has_directory = "/" in text and not (text.isupper() and text.replace("/", "").isalpha())  # chains, as MKV/MKL
+    return has_directory or has_fasta_suffix(Path(text)) or is_table(Path(text))
+
+
+def _is_of_letters(text: str) -> bool:
+    """Whether it could be a sequence by its letters, with a stop at its end."""
+    return text.isalpha() or "".join(text.split()).rstrip("*").isalpha()
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str | UserString)
 
 
 def _names_files(path: Path) -> bool:
@@ -354,6 +381,18 @@ def _is_biopython_sequence(given: Any) -> bool:
     """Whether it is one sequence of Biopython's, which goes through its letters as if they were many."""
     module = sys.modules.get("Bio.Seq")  # where that is not imported, there is none
     return module is not None and isinstance(given, module.Seq | module.MutableSeq)
+
+
+def _is_one_sequence(given: Any) -> bool:
+    """Whether it is the letters of one protein, in a class of some library's; going through it would give single letters."""
+    if _is_biopython_sequence(given):
+        return True
+    if isinstance(given, list | tuple | deque) or hasattr(given, "ndim"):
+        return False
+    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+        return False
+    text = str(given)
+    return len(text) == len(given) and text.isalpha()  # what other containers look like has brackets
 
 
 def _id_text(place: int, id_: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import sqlite3
+import sys
 from collections import UserString
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -22,7 +24,7 @@ from Bio.Seq import MutableSeq, Seq
 from Bio.SeqRecord import SeqRecord
 
 from vnp_lib import embed, open_dataset
-from vnp_lib.failures import FastaError
+from vnp_lib.failures import ConfigError, FastaError
 from vnp_lib.proteins import RecordsInMemory, files_or_records
 
 NAMED = {"p": "MKVLATTWQERS", "q": "MKL", "r": "ACDEFGHIKLMNPQRSTVWYX", "s": "W"}
@@ -152,6 +154,46 @@ def test_sequences_without_ids_have_their_positions(given):
     assert held(given) == dict(zip(NUMBERED, SEQUENCES, strict=True))
 
 
+def test_a_stop_at_the_end_makes_no_pattern_of_a_sequence(tmp_path, monkeypatch):
+    """Files whose names begin like it are not meant; nor is a chain a directory."""
+    (tmp_path / "MKL.fasta").write_text(">a\nW\n")
+    monkeypatch.chdir(tmp_path)
+    assert held(["MK*"]) == {"0": "MK*"}
+    assert held(["MKV", "MKV/MKL"]) == {"0": "MKV", "1": "MKV/MKL"}
+    with pytest.raises(FastaError, match=r"MK\*: there is no such file; a single sequence goes into a list"):
+        files_or_records("MK*")
+
+
+class Residues:
+    """A sequence class as other libraries have them, scikit-bio for one: going through it gives single letters."""
+
+    def __init__(self, letters: str) -> None:
+        self._letters = letters
+
+    def __str__(self) -> str:
+        return self._letters
+
+    def __len__(self) -> int:
+        return len(self._letters)
+
+    def __getitem__(self, place: int) -> Residues:
+        return Residues(self._letters[place])
+
+
+def test_a_sequence_of_another_library_is_one_protein():
+    assert held([Residues("MKVL"), Residues("W")]) == {"0": "MKVL", "1": "W"}
+    assert held({"a": Residues("MKVL")}) == {"a": "MKVL"}
+    assert held(Residues("MKVL")) == {"0": "MKVL"}
+
+
+def test_records_of_a_database_are_taken_by_their_column_names():
+    connection = sqlite3.connect(":memory:")
+    connection.row_factory = sqlite3.Row
+    with closing(connection):
+        rows = connection.execute("SELECT 'MKL' AS sequence, 7 AS id, 1 AS other")
+        assert held(rows) == {"7": "MKL"}
+
+
 def test_one_record_of_biopythons_is_one_protein():
     """A `Seq` goes through its letters like a list: it is not as many proteins."""
     assert held(Seq("MKVL")) == {"0": "MKVL"}
@@ -209,6 +251,26 @@ def test_paths_are_known_by_their_type_or_by_the_file_that_is_there(fasta, as_te
     assert files_or_records(np.array([name(fasta)], dtype=object)) == [fasta]
     assert files_or_records(pd.Series([name(fasta)])) == [fasta]
     assert files_or_records(name(fasta.parent / "*.fasta")) == [fasta.parent / "*.fasta"]
+
+
+@pytest.mark.parametrize("written", ["~/in.fasta", "$HOME/in.fasta", "~/*.fasta"])
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, written):
+    (tmp_path / "in.fasta").write_text(">a\nMKL\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    for given in (written, Path(written), [written], [Path(written)]):
+        assert embed(given, **SMALL, output_dir="~/run").ids == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "run"]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x.fasta", "https://host/x?format=fasta"])
+def test_addresses_are_refused_wherever_a_path_can_be(address):
+    """With what to do instead, and before anything is made."""
+    for arguments in ({"sequences": address}, {"sequences": [address]}, {"sequences": ["MKL"], "output_dir": address}):
+        with pytest.raises(ConfigError, match="addresses are not"):
+            embed(**SMALL | arguments)
+    with pytest.raises(ConfigError, match="weights are not fetched from an address"):
+        embed(["MKL"], **SMALL | {"weights": address})
 
 
 def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, monkeypatch):
@@ -278,6 +340,11 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         (None, "sequences is None"),
         ([5], r"record 0 \('0'\) is 5, a int"),
         ([b"\xff"], "which is no UTF-8 text"),
+        (sys.__stdin__, "this is an open file; give its path instead"),
+        (
+            pd.DataFrame({"sequence": SEQUENCES}, index=IDS),
+            r"no column 'id' .*, or give table\['sequence'\], whose index has",
+        ),
         (io.StringIO(">a\nMKL\n"), r"this is an open file; give its path instead, or SeqIO.parse\(file, 'fasta'\)"),
         (
             ">a\nMKL\n",
