@@ -66,6 +66,9 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
     num_tokens = 0
     for _ in range(_MOST_ROUNDS):
         shards = run.shard_states()
+        if not all(shard.is_complete for shard in shards) and (kept := run.kept_dataset()) is not None:
+            await tell_of_dataset(run, kept, started_at, num_tokens)
+            return Completed(message=f"{kept.describe()}: the dataset is whole, and its checkpoints are gone")
         num_tokens += run.num_tokens_left(shards)
         async with shard_table(run):
             states = await embed_shards(run, shards)
@@ -77,12 +80,17 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
             get_run_logger().warning("%s: it is computed again", error)
             run.set_damaged_aside()
         else:
-            warn_of_poor_precision(summary)
-            write_page(run)
-            await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
-            tell_of_completion(run, summary)
+            await tell_of_dataset(run, summary, started_at, num_tokens)
             return Completed(message=f"{summary.describe()}, {describe(run, states)}")
     return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
+
+
+async def tell_of_dataset(run: Run, summary: DatasetSummary, started_at: float, num_tokens: int) -> None:
+    """Say what there is now: in the log, on a page, in Prefect."""
+    warn_of_poor_precision(summary)
+    write_page(run)
+    await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
+    tell_of_completion(run, summary)
 
 
 async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any]]:

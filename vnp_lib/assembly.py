@@ -142,6 +142,16 @@ def assemble(
     return _summary(paths)
 
 
+def whole_dataset(
+    plan: RunPlan, paths: RunPaths, *, quarantined: frozenset[int] = frozenset()
+) -> DatasetSummary | None:
+    """Say what the dataset holds that is there, every byte of which is read; None where it is not what `assemble` would make."""
+    is_quarantined = with_copies(plan, quarantined)
+    if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):
+        return None
+    return _summary(paths)
+
+
 def require_own_parts(paths: RunPaths) -> None:
     """Raise ConfigError where a Parquet file that no run of ours has written lies among the parts of the dataset."""
     if not paths.embeddings_dir.is_dir():

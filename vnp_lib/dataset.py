@@ -353,6 +353,16 @@ def read_success(directory: Path) -> dict[str, Any]:
     return assumed | success
 
 
+def stored_dtype(directory: Path) -> StoreDtype | None:
+    """The precision of a dataset that has rows and lacks none; None where there is no such one, by the sizes of its parts."""
+    try:
+        success = read_success(directory)
+    except (StorageError, OSError):
+        return None
+    has_all = not success["num_missing"] and any(part["rows"] for part in success["parts"])
+    return StoreDtype(success["store_dtype"]) if has_all else None
+
+
 def footer_of(path: Path) -> dict[str, Any]:
     """Size and sha256 of a part's end, which says what is where in it: pages have checksums of their own, this has none."""
     with path.open("rb") as file:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib import spool
-from vnp_lib.assembly import require_own_parts
+from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
+from vnp_lib.dataset import stored_dtype
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
@@ -109,6 +110,12 @@ class Run:
         """Say how much there is: `9,000 of 10,000 sequences are embedded`."""
         num_done = sum(shard.num_done for shard in self.shard_states())
         return f"{num_done:,} of {self.plan.num_computed:,} distinct sequences are embedded"
+
+    def kept_dataset(self) -> DatasetSummary | None:
+        """The dataset of this very run, whole, where all checkpoints have been deleted since: nothing need be computed again."""
+        if self.checkpoints().valid:
+            return None
+        return whole_dataset(self.plan, self.paths, quarantined=self.quarantine.ordinals())
 
     def set_damaged_aside(self) -> None:
         """Read all checkpoints whole and move aside those that assembly would not take: their rows are computed again.
@@ -427,10 +434,21 @@ def _long_policy(config: EmbedConfig) -> str:
 
 
 def _planned_store_dtype(config: EmbedConfig, paths: RunPaths) -> StoreDtype:
-    """Say how the dataset's values are stored; if the user says nothing, as they were to be when the run was begun."""
-    if config.store_dtype is not None:
-        return StoreDtype(config.store_dtype)
-    return kept_store_dtype(paths) or StoreDtype.FLOAT32
+    """Say how the dataset's values are stored; if the user says nothing, as they were to be when the run was begun.
+
+    Raises:
+        ConfigError: The dataset is there in another precision, and the checkpoints to make it anew are not.
+    """
+    kept = kept_store_dtype(paths)
+    asked = StoreDtype(config.store_dtype) if config.store_dtype is not None else kept or StoreDtype.FLOAT32
+    stored = stored_dtype(paths.embeddings_dir)
+    if stored not in (None, asked) and not any(paths.checkpoints_dir.glob("shard_*/batch_*.pt")):
+        raise ConfigError(
+            f"--store-dtype {asked}: the dataset in {paths.embeddings_dir} is in {stored}, and the checkpoints to put it together "
+            f"anew are gone; start the run with --store-dtype {stored}, or compute all of it again, in another output directory or "
+            f"with --force-restart"
+        )
+    return asked
 
 
 def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:

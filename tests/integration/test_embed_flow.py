@@ -227,6 +227,20 @@ def test_another_division_keeps_what_is_done(finished, tiny_fasta, settings):
     assert {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")} == files
 
 
+def test_a_dataset_whose_checkpoints_were_deleted_ends_the_run_at_once(finished, tiny_fasta):
+    """As files.md lets people do: no child is started, and no file of the dataset is touched."""
+    paths = RunPaths(finished)
+    shutil.rmtree(paths.checkpoints_dir)
+    shutil.rmtree(paths.results_dir)
+    before = {path: path.stat().st_mtime_ns for path in paths.embeddings_dir.iterdir()}
+    outcome = run_flow(tiny_fasta, finished)
+    assert outcome.is_completed(), outcome.message
+    assert outcome.message.startswith("40 sequences embedded")
+    assert not list(paths.checkpoints_dir.glob("shard_*"))
+    assert {path: path.stat().st_mtime_ns for path in paths.embeddings_dir.iterdir()} == before
+    assert paths.report.exists()
+
+
 def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, tiny_fasta):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
     outcome = run_flow(tiny_fasta, finished, dtype="bfloat16")

@@ -24,7 +24,7 @@ from torch import Tensor
 import vnp_lib.embeddings
 from tests.fair_esm import FairEsm
 from tests.fair_esm import assert_close as assert_equals_fair_esm
-from tests.support import computed_ordinals, finished_checkpoints
+from tests.support import computed_ordinals, finished_checkpoints, flip_bit
 from vnp_lib import Embeddings, Outputs, api, embed, open_dataset
 from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import (
@@ -282,6 +282,24 @@ def test_what_a_run_has_in_quarantine_has_no_row_and_that_is_said(tmp_path, orac
     assert embeddings.ids == ["a", "b", "c"]
     assert_close(embeddings.embeddings, oracle[:3])
     assert f"1 sequences are in quarantine and have no row: see {paths.quarantine}" in caplog.text
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/shard_0"])
+def test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted(monkeypatch, tmp_path, oracle, gone):
+    """Nothing goes through the model again; a damaged dataset is computed anew."""
+    paths = RunPaths(tmp_path / "run")
+    embed(NAMED, **SMALL, output_dir=paths.run_dir)
+    before = {path: path.stat().st_ino for path in paths.embeddings_dir.iterdir()}
+    shutil.rmtree(paths.run_dir / gone)
+    with model_that(monkeypatch, as_it_is) as passes:
+        assert_close(embed(NAMED, **SMALL, output_dir=paths.run_dir).embeddings, oracle)
+    assert passes == []
+    assert {path: path.stat().st_ino for path in paths.embeddings_dir.iterdir()} == before
+
+    flip_bit(paths.embeddings_dir / "part-00000.parquet")
+    with model_that(monkeypatch, as_it_is) as passes:
+        assert_close(embed(NAMED, **SMALL, output_dir=paths.run_dir).embeddings, oracle)
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.made_up_runs import finish_run, start_run
 from tests.support import small_config
 from vnp_lib import gpu_memory
 from vnp_lib.failures import ConfigError, Failure, FailureCause, RunDirectoryBusyError
@@ -112,6 +113,26 @@ def test_how_the_dataset_is_stored_stays_as_the_run_was_begun_unless_the_user_sa
     assert planned() == ("float32", begun[1])
     assert planned(store_dtype="float16") == begun
     assert planned(force_restart=True) == ("float32", begun[1])
+
+
+def test_a_dataset_without_its_checkpoints_is_not_stored_in_another_way(tmp_path: Path) -> None:
+    """Everything would be computed again; nothing is changed, so that the old command goes on as before."""
+    run = finish_run(start_run(tmp_path, num_sequences=12))
+    run.assemble()
+
+    def planned(**settings: Any) -> str:
+        with open_run(small_config(tmp_path / "x.fasta", run.paths.run_dir, **settings)) as opened:
+            return opened.plan.store_dtype
+
+    assert planned(store_dtype="float16") == "float16"
+    assert planned(store_dtype="float32") == "float32"
+    shutil.rmtree(run.paths.checkpoints_dir)
+    told = r"--store-dtype float16: the dataset in .*embeddings is in float32, and the checkpoints .* are gone"
+    with pytest.raises(ConfigError, match=told):
+        planned(store_dtype="float16")
+    assert planned() == "float32"
+    assert planned(store_dtype="float32") == "float32"
+    assert planned(store_dtype="float16", force_restart=True) == "float16"
 
 
 def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32(tmp_path, tiny_fasta):
