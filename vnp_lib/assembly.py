@@ -121,7 +121,7 @@ def assemble(
     is_quarantined = with_copies(plan, quarantined)
     try:
         _settle(paths)
-        if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):
+        if not _is_complete(plan, paths, is_quarantined):
             records = sorted(records, key=lambda record: (record.rank, record.batch_idx))
             is_missing = _find_missing(plan, records, is_quarantined, allow_missing=allow_missing)
             content = _content(plan, is_quarantined, is_missing)
@@ -146,10 +146,7 @@ def whole_dataset(
     plan: RunPlan, paths: RunPaths, *, quarantined: frozenset[int] = frozenset()
 ) -> DatasetSummary | None:
     """Say what the dataset holds that is there, every byte of which is read; None where it is not what `assemble` would make."""
-    is_quarantined = with_copies(plan, quarantined)
-    if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):
-        return None
-    return _summary(paths)
+    return _summary(paths) if _is_complete(plan, paths, with_copies(plan, quarantined)) else None
 
 
 def require_own_parts(paths: RunPaths) -> None:
@@ -210,6 +207,11 @@ def _content(plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArr
 
 def _ordinals_sha256(mask: NDArray[np.bool_]) -> str:
     return hashlib.sha256(np.flatnonzero(mask).astype("<i8").tobytes()).hexdigest()
+
+
+def _is_complete(plan: RunPlan, paths: RunPaths, is_quarantined: NDArray[np.bool_]) -> bool:
+    """Whether the dataset of a run is there, with nothing missing. Every byte of it is read."""
+    return _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined)))
 
 
 def _is_whole(paths: RunPaths, content: dict[str, Any]) -> bool:

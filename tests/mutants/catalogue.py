@@ -884,6 +884,13 @@ _ASSEMBLY = (
         caught_by=(f"{_ASSEMBLY_TESTS}::test_what_float16_cannot_hold_leaves_the_old_dataset_as_it_was",),
     ),
     Mutant(
+        name="dataset-without-checkpoints-not-looked-at",
+        module="run",
+        before="        if self.checkpoints().valid:\n            return None\n        return whole",
+        after="        return None\n        return whole",
+        caught_by=("tests/unit/test_api.py::test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted",),
+    ),
+    Mutant(
         name="everything-moved-aside",
         module="run_directory",
         before="    own = _own_entries(paths)\n",
@@ -1005,7 +1012,7 @@ _SET_ASIDE = (
     Mutant(
         name="complete-dataset-replaced-by-a-partial-one",
         module="assembly",
-        before="if not _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined))):",
+        before="if not _is_complete(plan, paths, is_quarantined):",
         after="if True:",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_a_partial_dataset_never_takes_the_place_of_a_complete_one",),
     ),
