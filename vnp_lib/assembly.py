@@ -1,6 +1,6 @@
 """Assembly: the dataset, put together from checkpoints.
 
-It takes two passes over the rows, two threads, and memory for three checkpoints or two parts: rows are first distributed over
+It takes two passes over the rows, two threads, and memory for three checkpoints and four parts: rows are first distributed over
 one temporary bucket for each part, copies of identical sequences included; then each bucket is put in order, checked against
 the plan, and written. All of that is done beside the dataset that may be there, and the two are exchanged at the end.
 `dataset.py` reads what comes of it.
@@ -50,7 +50,11 @@ from vnp_lib.read_ahead import map_ahead
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
     from vnp_lib.checkpoint_file import Checkpoint, CheckpointRecord
 
-_PART_BYTES = 64 * 1024**2  # of embeddings; as many are in memory as there are threads
+_PART_BYTES = (
+    64 * 1024**2
+)  # of embeddings, or more where there are very many; as many are in memory as there are threads
+_MOST_PARTS = 16_384  # `_SUCCESS.json` takes 250 bytes for each, and readers take no more than 32 MiB of it
+_BUFFER_BYTES = 256 * 1024**2  # of rows that wait for their buckets, or four parts, if that is less
 _ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
 _BLOCK_BYTES = 512 * 1024  # of rows
 _THREADS = 2
@@ -198,6 +202,7 @@ def _content(plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArr
     return {
         "fingerprint": plan.fingerprint,
         "store_dtype": plan.store_dtype,
+        "original_lengths_sha256": plan.original_lengths_sha256,
         "num_quarantined": int(is_quarantined.sum()),
         "quarantined_sha256": _ordinals_sha256(is_quarantined),
         "num_missing": int(is_missing.sum()),
@@ -385,13 +390,15 @@ class _Division:
 def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
     if layout.is_fixed:
         row_bytes = layout.fixed_width * _VALUE_BYTES + ROW_OVERHEAD_BYTES
-        ordinals_per_part = max(1, part_bytes // row_bytes)
+        ordinals_per_part = max(1, part_bytes // row_bytes, -(-plan.num_sequences // _MOST_PARTS))
         starts = np.arange(0, plan.num_sequences, ordinals_per_part)
         most_values = ordinals_per_part * layout.fixed_width
         described: dict[str, Any] = {"ordinals_per_part": ordinals_per_part}
     else:
         widths = layout.widths(plan.lengths)
-        starts = pack(widths * _VALUE_BYTES + ROW_OVERHEAD_BYTES, part_bytes)[:-1]
+        sizes = widths * _VALUE_BYTES + ROW_OVERHEAD_BYTES
+        # Two neighbours together are larger than a part, so that there are at most twice as many as would be full.
+        starts = pack(sizes, max(part_bytes, -(-2 * int(sizes.sum()) // _MOST_PARTS)))[:-1]
         most_values = int(np.add.reduceat(widths, starts).max())
         described = {"first_ordinals": starts.tolist()}
     if not layout.is_one_mean:
@@ -418,6 +425,7 @@ def _distribute(plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Bu
         ordinals, sources = copies.fan_out(record.ordinals[rows])
         buckets.append(ordinals, checkpoint, rows[sources])
         plan.forget_pages()
+    buckets.flush()
     return comparisons
 
 
@@ -473,18 +481,31 @@ class _Buckets:
         self._name = uuid.uuid4().hex[:8]
         self._places: defaultdict[int, list[NDArray[np.int32]]] = defaultdict(list)  # in a part, in the rows' order
         self._crc32: defaultdict[int, int] = defaultdict(int)
+        self._waiting: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
+        self._num_waiting_bytes = 0
+        self._most_waiting_bytes = min(_BUFFER_BYTES, 4 * division.most_values * _VALUE_BYTES)
 
     def append(self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]) -> None:
         """Give each of the ascending `ordinals` the row of a checkpoint that stands at its place in `rows`."""
         parts, starts = np.unique(np.searchsorted(self._starts, ordinals, side="right") - 1, return_index=True)
         stops = np.append(starts, ordinals.size)[1:]
         for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
-            with self._path(part).open("ab") as file:
-                for block in self._taken(checkpoint, rows[start:stop]):
-                    data = block.astype("<f4", copy=False).data
-                    file.write(data)
-                    self._crc32[part] = zlib.crc32(data, self._crc32[part])
+            for block in self._taken(checkpoint, rows[start:stop]):
+                self._waiting[part].append(block.astype("<f4"))  # a copy: the checkpoint is to be forgotten
+                self._num_waiting_bytes += self._waiting[part][-1].nbytes
+                if self._num_waiting_bytes > self._most_waiting_bytes:
+                    self.flush()
             self._places[part].append((ordinals[start:stop] - self._starts[part]).astype(np.int32))
+
+    def flush(self) -> None:
+        """Write what waits: a checkpoint has rows for nearly every bucket, and on a network file system opening one takes longer."""
+        for part, blocks in self._waiting.items():
+            with self._path(part).open("ab") as file:
+                for block in blocks:
+                    file.write(block.data)
+                    self._crc32[part] = zlib.crc32(block.data, self._crc32[part])
+        self._waiting.clear()
+        self._num_waiting_bytes = 0
 
     def take(self, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ordinals, ascending, and rows of a part, (n, W) or end to end, which last until this thread takes another.

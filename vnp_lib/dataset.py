@@ -336,7 +336,8 @@ def read_success(directory: Path) -> dict[str, Any]:
     """Raises StorageError where it is damaged, or a part is missing or of another size.
 
     One that says nothing of missing rows was written when there could be none; one that says nothing of precision, when it
-    was not measured; one that says nothing of how values are stored, when it was in float32.
+    was not measured; one that says nothing of how values are stored, when it was in float32; and one that says nothing of
+    lengths before sequences were cut, when that was not looked at.
     """
     success = files.read_sealed_json(directory / SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
@@ -349,7 +350,13 @@ def read_success(directory: Path) -> dict[str, Any]:
                 f"{path} has {size_bytes:,} bytes, and {part['size_bytes']:,} were written; start the run again: the "
                 f"dataset is then put together anew"
             )
-    assumed = {"num_missing": 0, "missing_sha256": _NONE_SHA256, "precision": None, "store_dtype": StoreDtype.FLOAT32}
+    assumed = {
+        "num_missing": 0,
+        "missing_sha256": _NONE_SHA256,
+        "original_lengths_sha256": "",
+        "precision": None,
+        "store_dtype": StoreDtype.FLOAT32,
+    }
     return assumed | success
 
 

@@ -65,6 +65,13 @@ def find_files(given: Path) -> FoundFiles:
     return found
 
 
+def is_there(given: Path) -> bool:
+    """Whether a file or directory has this name, or something matches this pattern."""
+    if is_pattern(str(given)):
+        return any(glob.iglob(str(given), recursive=True))
+    return os.path.exists(given)
+
+
 def _found(given: Path) -> FoundFiles:
     if os.path.isdir(given):
         return _files_in(given)

@@ -36,7 +36,18 @@ from vnp_lib.files import (
     require_free_space,
     write_sealed_json,
 )
-from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources, places_of, read
+from vnp_lib.input_files import is_there
+from vnp_lib.inputs import (
+    STDIN,
+    InputChunk,
+    InputCounts,
+    InputPolicy,
+    Places,
+    Source,
+    find_sources,
+    places_of,
+    read,
+)
 from vnp_lib.outputs import RowLayout, StoreDtype
 from vnp_lib.packing import pack
 from vnp_lib.records import Fault, SequenceChunk
@@ -59,6 +70,7 @@ _NUM_SHOWN = 10
 ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
 _WORKSPACE_BYTES = 256 * 1024**2
 _DEFAULT_POLICY = InputPolicy()
+_OF_THE_SEQUENCES = ("schema", "sequences_sha256", "num_sequences")  # what of the identity only the input tells
 
 _log = logging.getLogger(__name__)
 
@@ -202,6 +214,7 @@ class RunPlan:
     identity: dict[str, Any]
     fingerprint: str  # sha256 of the identity's canonical JSON
     num_residues: int
+    original_lengths_sha256: str = ""  # of all sequences, where some were cut
     counts: InputCounts  # of the input that it was made from
     lengths: NDArray[np.int32]  # residues, (N,)
     representatives: Ordinals  # ordinal of the first identical sequence, (N,)
@@ -289,7 +302,8 @@ def make_plan(
 
     Afterwards `paths.plan_dir` is complete on disk. Where a plan of the same identity is there it is kept, but for
     `plan.json` if `num_shards`, `token_budget` or `store_dtype` is another. It is written anew where files do not fit their digests, or
-    where the same sequences were come by in another way. There are never more shards than sequences to compute.
+    where the same sequences were come by in another way. There are never more shards than sequences to compute. Where the files
+    that the plan was made from are gone (a spot machine's own disk), it is kept too: it holds every sequence.
 
     Raises:
         FastaError: Input that cannot be used, or an id that occurs twice, unless the policy allows for it.
@@ -297,9 +311,12 @@ def make_plan(
         ConfigError: The directory cannot be made or written.
     """
     try:
-        asked = _Asked(sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model)
-        content = _kept_content(paths, asked) or _write_content(paths, asked)
+        content = _content_without_input(paths, fasta, policy, model)
+        if content is None:
+            asked = _Asked(sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model)
+            content = _kept_content(paths, asked) or _write_content(paths, asked)
         chosen = {
+            "given": _as_given(fasta),
             "num_shards": min(num_shards, content["num_computed"]),
             "token_budget": token_budget,
             "store_dtype": store_dtype,
@@ -310,6 +327,14 @@ def make_plan(
         reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
         raise ConfigError(f"the run directory {paths.run_dir} cannot be made or written ({reason})") from error
     return load_plan(paths, verify_digests=False)  # they have just been written, or read
+
+
+def is_input_gone(paths: RunPaths, fasta: Sequence[Path]) -> bool:
+    """Whether the plan that is there was made from these very files, and some of them are there no more."""
+    with suppress(StorageError, OSError):
+        is_same = read_sealed_json(paths.plan_json).get("given") == _as_given(fasta)
+        return is_same and any(given != STDIN and not is_there(given) for given in fasta)
+    return False
 
 
 def kept_token_budget(paths: RunPaths) -> int | None:
@@ -357,6 +382,7 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         identity=fields["identity"],
         fingerprint=fields["fingerprint"],
         num_residues=fields["num_residues"],
+        original_lengths_sha256=fields.get("original_lengths_sha256", ""),
         counts=InputCounts.from_json(fields["input"]),
         lengths=lengths,
         representatives=representatives,
@@ -436,6 +462,7 @@ class _Survey:
     """What a pass over the input finds."""
 
     sequences_sha256: str  # of ">header\nSEQUENCE\n" of every record, normalised, in order
+    original_lengths_sha256: str  # int32, little-endian; "" where no sequence was cut
     num_residues: int
     counts: InputCounts
     representatives: NDArray[np.int64]
@@ -447,6 +474,7 @@ class Surveyor:
     def __init__(self) -> None:
         self.counts = InputCounts()
         self._sha256 = hashlib.sha256()
+        self._original_lengths_sha256 = hashlib.sha256()
         self._num_residues = 0
         self._id_digests = bytearray()
         self._sequence_digests = bytearray()
@@ -454,6 +482,7 @@ class Surveyor:
     def add(self, chunk: InputChunk) -> None:
         self.counts += chunk.counts
         self._sha256.update(_as_fasta(chunk.usable))
+        self._original_lengths_sha256.update(np.asarray(chunk.original_lengths).astype("<i4").tobytes())
         self._num_residues += int(chunk.lengths.sum(dtype=np.int64))
         self._id_digests += _digests(chunk.usable.ids)
         self._sequence_digests += _digests(chunk.usable.sequences)
@@ -486,6 +515,7 @@ class Surveyor:
         representatives = self.representatives(dedup=policy.dedup)
         return _Survey(
             sequences_sha256=self._sha256.hexdigest(),
+            original_lengths_sha256=self._original_lengths_sha256.hexdigest() if self.counts.num_cut else "",
             num_residues=self._num_residues,
             counts=self.counts,
             representatives=representatives,
@@ -562,6 +592,33 @@ def _duplicate_ids(
     )
 
 
+def _as_given(fasta: Sequence[Path]) -> list[str]:
+    """How a plan remembers what it was made from."""
+    return [str(given) if given == STDIN else os.path.abspath(given) for given in fasta]
+
+
+def _content_without_input(
+    paths: RunPaths, fasta: Sequence[Path], policy: InputPolicy, model: ModelIdentity
+) -> dict[str, Any] | None:
+    """What `plan.json` says, if its input is gone and all else is as it was; None where the input has to be read."""
+    if not is_input_gone(paths, fasta):
+        return None
+    fields = read_sealed_json(paths.plan_json)
+    stored: dict[str, Any] = fields["identity"]
+    of_the_sequences = {name: stored.get(name) for name in _OF_THE_SEQUENCES}
+    _require_same_identity(paths, stored, _identity_of(model, policy) | of_the_sequences)
+    if _damage(paths, fields):
+        return None
+    gone = next(given for given in fasta if given != STDIN and not is_there(given))
+    _log.warning(
+        "%s is not there any more: the run goes on with the %s sequences that were read before, which are in %s",
+        gone,
+        f"{fields['num_sequences']:,}",
+        paths.plan_dir,
+    )
+    return fields
+
+
 def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
     """What `plan.json` says, if it is there, is of the same run, and its files are whole."""
     if not paths.plan_json.exists():
@@ -577,7 +634,8 @@ def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
             surveyor.add(chunk)
     survey = surveyor.finish(asked.sources, asked.policy)
     _require_same_identity(paths, fields["identity"], _identity(survey, asked))
-    if fields["input"] != survey.counts.to_json():
+    is_cut_alike = fields.get("original_lengths_sha256", "") == survey.original_lengths_sha256
+    if fields["input"] != survey.counts.to_json() or not is_cut_alike:
         _log.info("The plan is written anew: the same sequences are come by in another way")
         return None
     if damage := _damage(paths, fields):
@@ -617,6 +675,7 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
         "num_sequences": survey.representatives.size,
         "num_computed": _is_computed(survey.representatives).sum().item(),
         "num_residues": survey.num_residues,
+        "original_lengths_sha256": survey.original_lengths_sha256,
         "input": survey.counts.to_json(),
         "files": {path.name: asdict(each.digest) for path, each in written.items()},
     }
@@ -647,13 +706,13 @@ def _record_batch(chunk: InputChunk) -> pa.RecordBatch:
 
 
 def _identity(survey: _Survey, asked: _Asked) -> dict[str, Any]:
-    of_the_model = {name: value for name, value in asdict(asked.model).items() if value is not None}
-    of_the_sequences = {
-        "schema": PLAN_SCHEMA,
-        "sequences_sha256": survey.sequences_sha256,
-        "num_sequences": survey.representatives.size,
-    }
-    return of_the_model | asked.policy.identity() | of_the_sequences
+    of_the_sequences = (PLAN_SCHEMA, survey.sequences_sha256, survey.representatives.size)
+    return _identity_of(asked.model, asked.policy) | dict(zip(_OF_THE_SEQUENCES, of_the_sequences, strict=True))
+
+
+def _identity_of(model: ModelIdentity, policy: InputPolicy) -> dict[str, Any]:
+    of_the_model = {name: value for name, value in asdict(model).items() if value is not None}
+    return of_the_model | policy.identity()
 
 
 def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from vnp_lib.plan import (
     RunPaths,
     RunPlan,
     check_free_space,
+    is_input_gone,
     kept_store_dtype,
     kept_token_budget,
     load_plan,
@@ -238,6 +239,8 @@ def _look_at_input(config: EmbedConfig) -> None:
     stdin = RunPaths(config.output_dir).stdin
     if STDIN in config.fasta:
         spool.require_piped(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
+    if not config.force_restart and is_input_gone(RunPaths(config.output_dir), config.fasta):
+        return
     files = [given for given in config.fasta if given != STDIN]
     for source in find_sources(files, stdin=stdin):
         next(read(source, InputPolicy.of(config)))
@@ -298,6 +301,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         try:
             require_no_others(paths)
             if config.force_restart:
+                find_sources([given for given in config.fasta if given != STDIN], stdin=paths.stdin)
                 move_aside(paths)
             require_own_parts(paths)
             for directory in (paths.run_dir, *_directories(paths)):

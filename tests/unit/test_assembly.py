@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -29,6 +30,8 @@ from tests.made_up_runs import (
     embed,
     files_of,
     finish_run,
+    identity_of,
+    row_of,
     start_run,
     write_checkpoint,
 )
@@ -45,7 +48,8 @@ from vnp_lib.failures import (
     StorageError,
 )
 from vnp_lib.files import DurableOps
-from vnp_lib.outputs import StoreDtype
+from vnp_lib.inputs import InputPolicy
+from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import RunPaths, RunPlan, make_plan
 
 
@@ -632,6 +636,75 @@ def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
     monkeypatch.setattr(vnp_lib.files, "ops", Recording())
     run.assemble()
     assert synced[-2:] == [run.paths.run_dir, run.paths.embeddings_dir]
+
+
+@pytest.mark.parametrize(("buffer_bytes", "most"), [(10**9, 1), (3000, 12)])
+def test_a_bucket_is_opened_for_many_checkpoints_at_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, buffer_bytes: int, most: int
+) -> None:
+    """Where their rows find room in memory; else as often as it takes."""
+    opened: Counter[str] = Counter()
+    real = Path.open
+
+    def counted(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        opened.update([path.name] if mode == "ab" else [])
+        return real(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(vnp_lib.assembly, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(Path, "open", counted)
+    run.assemble()
+    assert len(opened) == 4
+    assert (max(opened.values()) == 1) == (most == 1)
+    assert max(opened.values()) <= most
+    assert_rows(run, without=[])
+
+
+@pytest.mark.parametrize("layout", ["mean", "per_tok"])
+def test_there_are_no_more_parts_than_success_json_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """They are larger instead. What is written can be read, whatever the size of a part that is asked for."""
+    monkeypatch.setattr(vnp_lib.assembly, "_MOST_PARTS", 7)
+    outputs = (
+        (Output(kind=OutputKind.MEAN, layer=6),) if layout == "mean" else (Output(kind=OutputKind.PER_TOK, layer=6),)
+    )
+    rows = RowLayout(outputs, DIM)
+    run = start_run(tmp_path, model=identity_of(rows))
+    for rank in range(run.plan.num_shards):
+        ordinals = run.plan.shard_ordinals(rank)
+        own = [row_of(rows, sequence) for sequence in run.plan.fetch(ordinals)[1]]
+        offsets = None if layout == "mean" else offsets_of(np.array([row.size for row in own]))
+        joined = np.stack(own) if layout == "mean" else np.concatenate(own)
+        write_checkpoint(run.plan, run.paths.checkpoint(rank, 0), ordinals, rows=joined, offsets=offsets)
+    summary = run.assemble(part_bytes=1)
+    assert 4 <= summary.num_parts <= 8
+    assert len(open_dataset(run.paths.run_dir)) == 150
+
+
+def test_as_many_parts_as_there_may_be_leave_success_json_well_below_what_is_read() -> None:
+    part = {"name": "part-16384.parquet", "rows": 10**9, "size_bytes": 10**12, "sha256": "f" * 64}
+    part |= {"footer_bytes": 10**9, "footer_sha256": "f" * 64}
+    told = vnp_lib.files.canonical_json({"parts": [part] * 2 * vnp_lib.assembly._MOST_PARTS})
+    assert len(told) < vnp_lib.files.MAX_JSON_BYTES / 3
+
+
+def test_the_same_cut_sequences_of_longer_ones_are_another_input(tmp_path: Path) -> None:
+    """No row differs, but how long the sequences were does: it is put down anew, from the same checkpoints."""
+    paths, cut = RunPaths(tmp_path / "run"), "MKVLAGEW" * 2
+    told = []
+    for tail in ("AG", "AGLSDE", "AGLSDE", ""):
+        fasta = tmp_path / "x.fasta"
+        fasta.write_text(f">a\n{cut}{tail}\n>b\nMKV\n")
+        policy = InputPolicy(max_length=16, long="truncate")
+        plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
+        records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+        if not records:
+            write_checkpoint(plan, paths.checkpoint(0, 0), plan.order)
+            records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+        assemble(plan, paths, records)
+        table = pq.read_table(paths.embeddings_dir / "part-00000.parquet")
+        told.append(table.column("original_length").to_pylist()[0])
+    assert told == [18, 22, 22, 16]
 
 
 def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

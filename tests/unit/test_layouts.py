@@ -213,7 +213,7 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
 
 
 def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path: Path) -> None:
-    """Of ten checkpoints, and of parts of 4 MB; all but a few hundred sequences are copies, which come to some 300 MB."""
+    """Of ten checkpoints, and of parts of 4 MB, four of which wait to be written; all but a few hundred sequences are copies, which come to some 300 MB."""
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
     sequences = ["MKVLW" * 20 if i % 2 else "AGL" * (i % 800 + 1) for i in range(15_000)]
     fasta = tmp_path / "x.fasta"
@@ -231,7 +231,7 @@ def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path:
     assemble(plan, paths, records, part_bytes=4 * 1024**2)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < 40 * 1024**2 < whole_bytes / 7, peak_bytes
+    assert peak_bytes < 56 * 1024**2 < whole_bytes / 5, peak_bytes
     ordinal = 0
     for _, outputs in open_dataset(paths.run_dir).batches(1000):
         for values in outputs["per_tok_6"]:
