@@ -440,12 +440,25 @@ def required_bytes(plan: Counted, layout: RowLayout) -> int:
 
 
 def check_free_space(paths: RunPaths, plan: RunPlan, layout: RowLayout) -> None:
-    """Raise ConfigError, with both figures, where the run directory's disk has no room for the rest of the run."""
-    present_bytes = sum(_tree_bytes(tree) for tree in (paths.checkpoints_dir, paths.embeddings_dir))
+    """Raise ConfigError, with both figures, where the run directory's disk has no room for the rest of the run.
+
+    A dataset of another kind is of no use to it, and stays until the new one is written.
+    """
+    if _has_dataset(paths, plan):
+        return
     try:
-        require_free_space(paths.run_dir, required_bytes(plan, layout) - present_bytes)
+        require_free_space(paths.run_dir, required_bytes(plan, layout) - _tree_bytes(paths.checkpoints_dir))
     except StorageError as error:
         raise ConfigError(str(error)) from error
+
+
+def _has_dataset(paths: RunPaths, plan: RunPlan) -> bool:
+    """Whether the dataset says that it is the one that the run would end with."""
+    with suppress(StorageError, OSError):
+        success = read_sealed_json(paths.success)
+        asked = {"fingerprint": plan.fingerprint, "store_dtype": plan.store_dtype, "num_missing": 0}
+        return asked.items() <= success.items()
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -891,6 +891,29 @@ _ASSEMBLY = (
         caught_by=("tests/unit/test_api.py::test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted",),
     ),
     Mutant(
+        name="input-that-is-gone-missed",
+        module="plan",
+        before="    if not is_input_gone(paths, fasta):\n        return None\n",
+        after="    return None\n",
+        caught_by=("tests/unit/test_run.py::test_a_run_goes_on_where_its_input_is_gone",),
+    ),
+    Mutant(
+        name="plan-of-another-policy-taken-for-input-that-is-gone",
+        module="plan",
+        before="    _require_same_identity(paths, stored, _identity_of(model, policy) | of_the_sequences)\n",
+        after="",
+        caught_by=(
+            "tests/unit/test_run.py::test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for",
+        ),
+    ),
+    Mutant(
+        name="lengths-before-the-cut-not-told-apart",
+        module="plan",
+        before=" or not is_cut_alike:",
+        after=":",
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_the_same_cut_sequences_of_longer_ones_are_another_input",),
+    ),
+    Mutant(
         name="everything-moved-aside",
         module="run_directory",
         before="    own = _own_entries(paths)\n",

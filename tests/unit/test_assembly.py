@@ -36,7 +36,7 @@ from tests.made_up_runs import (
     write_checkpoint,
 )
 from tests.support import flip_bit
-from vnp_lib.assembly import DatasetSummary, assemble
+from vnp_lib.assembly import DatasetSummary, assemble, planned_layout
 from vnp_lib.checkpoint_file import CheckpointRecord
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
@@ -50,7 +50,7 @@ from vnp_lib.failures import (
 from vnp_lib.files import DurableOps
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
-from vnp_lib.plan import RunPaths, RunPlan, make_plan
+from vnp_lib.plan import RunPaths, RunPlan, check_free_space, make_plan, required_bytes
 
 
 @pytest.fixture
@@ -705,6 +705,20 @@ def test_the_same_cut_sequences_of_longer_ones_are_another_input(tmp_path: Path)
         table = pq.read_table(paths.embeddings_dir / "part-00000.parquet")
         told.append(table.column("original_length").to_pylist()[0])
     assert told == [18, 22, 22, 16]
+
+
+def test_a_dataset_that_stays_needs_no_room_and_one_that_is_replaced_gives_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its checkpoints were deleted to make room."""
+    run.assemble()
+    layout = planned_layout(run.plan, run.records())
+    shutil.rmtree(run.paths.checkpoints_dir)
+    usage = shutil.disk_usage(run.paths.run_dir)._replace(free=required_bytes(run.plan, layout) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    check_free_space(run.paths, run.plan, layout)
+    with pytest.raises(ConfigError, match="are needed: make room"):
+        check_free_space(run.paths, replace(run.plan, store_dtype=NEW), layout)
 
 
 def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

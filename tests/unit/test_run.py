@@ -9,17 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.made_up_runs import finish_run, start_run
-from tests.support import small_config
+from tests.support import flip_bit, small_config
 from vnp_lib import gpu_memory
-from vnp_lib.failures import ConfigError, Failure, FailureCause, RunDirectoryBusyError
+from vnp_lib.failures import (
+    ConfigError,
+    Failure,
+    FailureCause,
+    FastaError,
+    FingerprintMismatchError,
+    InputError,
+    RunDirectoryBusyError,
+)
 from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
-from vnp_lib.run import attach_run, open_run
+from vnp_lib.run import attach_run, check_at_the_door, open_run
 from vnp_lib.worker import quarantined
 
 
@@ -254,3 +263,80 @@ def test_a_line_whose_sequence_is_another_sets_nothing_aside(tmp_path: Path, tin
         run.quarantine.add(replace(named, sequence_sha256="0" * 64), quarantined(run.plan, 8, FAILED_ALONE, attempts=2))
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
         assert Quarantine.of(run.plan, run.paths).ordinals() == {8}
+
+
+@pytest.mark.parametrize("given", ["x.fasta", "*.fasta", "."])
+def test_a_run_goes_on_where_its_input_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
+    """Its plan holds every sequence: a spot machine's own disk need not come back. It is said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "x.fasta").write_text(">a\nMKV\n>b\nMKL\n")
+    config = small_config(Path("input", given), tmp_path / "run")
+    with open_run(config) as run:
+        begun = run.plan.fingerprint
+    shutil.rmtree(tmp_path / "input")
+
+    check_at_the_door(config)
+    with open_run(config) as run:
+        assert (run.plan.fingerprint, run.plan.num_sequences) == (begun, 2)
+        assert run.plan.fetch(np.array([0, 1])) == (["a", "b"], ["MKV", "MKL"])
+    assert "is not there any more: the run goes on with the 2 sequences that were read before" in caplog.text
+    with open_run(small_config(Path("input", given), tmp_path / "run", shards=1)) as run:
+        assert (run.plan.fingerprint, run.plan.num_shards) == (begun, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"fasta": (Path("y.fasta"),)}, "there is no such file"),
+        ({"fasta": (Path("x.fasta"), Path("y.fasta"))}, "there is no such file"),
+        ({"force_restart": True}, "there is no such file"),
+        ({"dtype": "bfloat16"}, "belongs to another run .dtype is 'float32' there and 'bfloat16' here"),
+        ({"long": "truncate", "max_length": 9}, "belongs to another run .long_policy is 'whole' there"),
+    ],
+    ids=["another file", "one more file", "a forced restart", "another precision", "another policy"],
+)
+def test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.fasta").write_text(">a\nMKV\n>b\nMKL\n")
+    config = small_config(Path("x.fasta"), tmp_path / "run")
+    with open_run(config):
+        pass
+    Path("x.fasta").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / "plan").iterdir()}
+    with pytest.raises(InputError, match=told), open_run(config.model_copy(update=settings)):
+        pass
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "plan").iterdir()} == before
+
+
+@pytest.mark.parametrize("damaged", ["sequences.arrow", "representatives.npy", "plan.json"])
+def test_input_that_is_gone_is_missed_where_the_plan_is_damaged(tmp_path: Path, damaged: str) -> None:
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text(">a\nMKV\n>b\nMKL\n")
+    with open_run(small_config(fasta, tmp_path / "run")):
+        pass
+    fasta.unlink()
+    flip_bit(tmp_path / "run" / "plan" / damaged)
+    with pytest.raises(FastaError, match="there is no such file"), open_run(small_config(fasta, tmp_path / "run")):
+        pass
+
+
+def test_input_that_is_there_is_read_whatever_the_plan_remembers(tmp_path: Path) -> None:
+    """And one that comes from elsewhere, with the same sequences, is the same run's."""
+    first, second = tmp_path / "x.fasta", tmp_path / "moved.fasta"
+    first.write_text(">a\nMKV\n")
+    with open_run(small_config(first, tmp_path / "run")) as run:
+        begun = run.plan.fingerprint
+    first.rename(second)
+    with open_run(small_config(second, tmp_path / "run")) as run:
+        assert run.plan.fingerprint == begun
+    second.unlink()
+    with open_run(small_config(second, tmp_path / "run")) as run:
+        assert run.plan.fingerprint == begun
+    second.write_text(">a\nMKL\n")
+    with pytest.raises(FingerprintMismatchError), open_run(small_config(second, tmp_path / "run")):
+        pass
