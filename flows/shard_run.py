@@ -42,4 +42,7 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
             with metrics_served(run), progress:
                 progress.begin(rank, sequences=shard.num_done, tokens=shard.tokens_done)
                 run.metrics.set_progress(rank, num_sequences=shard.num_sequences, num_done=shard.num_done)
-                return await embed_one(run, shard, DevicePool(run.devices), progress)
+                try:
+                    return await embed_one(run, shard, DevicePool(run.devices), progress)
+                finally:
+                    await asyncio.to_thread(run.manifest.close)

@@ -14,19 +14,23 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vnp_lib.failures import StorageError
 from vnp_lib.files import FileLock, make_directory, read_sealed_json, write_sealed_json
 
 VERSION = "1.0"
-MAX_CHECKPOINTS_LISTED = 256
-MAX_FAILURES_KEPT = 200
+MAX_CHECKPOINTS_LISTED = 256  # of a shard
+MAX_CHECKPOINTS_LISTED_IN_ALL = 4096
+MAX_FAILURES_KEPT = 200  # of a shard
+MAX_FAILURES_KEPT_IN_ALL = 8000
 LOCK_TIMEOUT_S = 30.0
 
 _HISTORY = ("attempts", "failures", "retry_count", "suspects", "token_budgets")  # lives nowhere else
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ShardStatus(StrEnum):
@@ -53,8 +57,9 @@ class CommittedCheckpoint(Protocol):
 class CheckpointManifest:
     """`manifest.json`, with `manifest.lock` beside it.
 
-    A shard lists its newest 256 checkpoints; `num_checkpoints` and `total_sequences` count them all. So an update costs
-    the same, some milliseconds, however long the run. Every method that changes something raises LockTimeoutError when
+    A shard lists its newest 256 checkpoints, or fewer where there are more than 16 shards; `num_checkpoints` and
+    `total_sequences` count them all. So an update costs the same however long the run: some milliseconds, and some tens of
+    them for a thousand shards. Every method that changes something raises LockTimeoutError when
     the lock cannot be had within 30 s, and every method but those that make a manifest raises StorageError when there is
     none or it is damaged. A rank that is not in the manifest is a ValueError.
     """
@@ -94,12 +99,8 @@ class CheckpointManifest:
             records: All valid checkpoints under the run directory, of any shard.
         """
         with self._exclusive():
-            state = self._state_to_keep(input_fingerprint, model_config_hash)
-            if state is None:
-                state = self._new_state(world_size, input_fingerprint, model_config_hash)
-            self._resize(state, world_size)
-            self._set_counts(state, records)
-            self._write(state)
+            found = self._state_to_keep(input_fingerprint, model_config_hash)
+            self._write(self._fitted(found, world_size, input_fingerprint, model_config_hash, records))
 
     def rebuild(
         self,
@@ -121,8 +122,8 @@ class CheckpointManifest:
 
         A shard that has fewer sequences than were recorded is in progress again.
         """
-        with self._changing() as state:
-            self._set_counts(state, records, rank=rank)
+        listed = list(records)
+        self._change(lambda state: self._set_counts(state, listed, rank=rank))
 
     def update_shard_checkpoint(self, rank: int, batch_idx: int, num_sequences: int, checkpoint_file: str) -> None:
         """Record a committed checkpoint. The same one (number and file) again takes the place of the first.
@@ -133,45 +134,53 @@ class CheckpointManifest:
         _require_bare_name(checkpoint_file)
         if batch_idx < 0 or num_sequences < 0:
             raise ValueError(f"batch_idx {batch_idx} and num_sequences {num_sequences} must not be negative")
-        with self._changing() as state:
-            now = self._now()
-            entry = {
-                "batch_idx": batch_idx,
-                "num_sequences": num_sequences,
-                "file": checkpoint_file,
-                "timestamp": now,
-            }
-            _record_checkpoint(_shard(state, rank), entry)
+        entry = {
+            "batch_idx": batch_idx,
+            "num_sequences": num_sequences,
+            "file": checkpoint_file,
+            "timestamp": self._now(),
+        }
+        self._change(lambda state: _record_checkpoint(_shard(state, rank), entry))
 
     def mark_shard_complete(self, rank: int) -> None:
-        with self._changing() as state:
-            _shard(state, rank).update(
-                status=ShardStatus.COMPLETE, completed_at=self._now(), failed_at=None, error=None
-            )
+        complete = {"status": ShardStatus.COMPLETE, "completed_at": self._now(), "failed_at": None, "error": None}
+        self._change(lambda state: _shard(state, rank).update(complete))
 
     def mark_shard_failed(self, rank: int, error: str) -> None:
         """Record that a shard has failed, why, and when; its retry count grows by one."""
-        with self._changing() as state:
+        failed_at = self._now()
+
+        def change(state: dict[str, Any]) -> None:
             shard = _shard(state, rank)
-            shard.update(status=ShardStatus.FAILED, failed_at=self._now(), error=error)
+            shard.update(status=ShardStatus.FAILED, failed_at=failed_at, error=error)
             shard["retry_count"] += 1
+
+        self._change(change)
 
     def start_attempt(self, rank: int, *, device: str | None = None) -> int:
         """Count an attempt on a shard, put it in progress, and return which attempt it is, from 1."""
-        with self._changing() as state:
+        started_at = self._now()
+
+        def change(state: dict[str, Any]) -> int:
             shard = _shard(state, rank)
-            shard.update(status=ShardStatus.IN_PROGRESS, attempt_started_at=self._now(), device=device)
+            shard.update(status=ShardStatus.IN_PROGRESS, attempt_started_at=started_at, device=device)
             shard["attempts"] += 1
             return int(shard["attempts"])
+
+        return self._change(change)
 
     def record_failure(self, rank: int, record: dict[str, Any]) -> None:
         """Add `record`, anything that is JSON, to the failures of a shard.
 
         The newest 200 are kept, and the newest 200 with a true `accuses_batch`: a thousand preemptions push no strike out.
+        Where all shards have more than 8,000, each keeps its share of them.
         """
-        with self._changing() as state:
+
+        def change(state: dict[str, Any]) -> None:
             shard = _shard(state, rank)
-            shard["failures"] = _newest_failures([*shard["failures"], record])
+            shard["failures"] = _newest_failures([*shard["failures"], record], MAX_FAILURES_KEPT)
+
+        self._change(change)
 
     def failures(self, rank: int) -> list[dict[str, Any]]:
         """What `record_failure` recorded for a shard, oldest first, over all runs on this directory."""
@@ -179,9 +188,12 @@ class CheckpointManifest:
 
     def add_suspects(self, rank: int, ordinals: Sequence[int]) -> None:
         """Record that one of these sequences may be what a child dies of: from now on each is computed alone."""
-        with self._changing() as state:
+
+        def change(state: dict[str, Any]) -> None:
             shard = _shard(state, rank)
             shard["suspects"] = list(dict.fromkeys([*shard.get("suspects", []), *ordinals]))
+
+        self._change(change)
 
     def suspects(self) -> list[int]:
         """Ordinals of all shards' suspects, also of shards that only an earlier run had."""
@@ -189,9 +201,12 @@ class CheckpointManifest:
 
     def remember_token_budget(self, rank: int, device: str, tokens: int) -> None:
         """Record how many tokens fit into a device's memory with a shard's sequences."""
-        with self._changing() as state:
+
+        def change(state: dict[str, Any]) -> None:
             shard = _shard(state, rank)
             shard["token_budgets"] = shard.get("token_budgets", {}) | {device: tokens}
+
+        self._change(change)
 
     def token_budget(self, rank: int, device: str) -> int | None:
         """What is remembered for a shard on a device, else the least of other shards on it; None where nothing is."""
@@ -201,8 +216,8 @@ class CheckpointManifest:
 
     def record_redistribution(self, failed_rank: int, new_rank: int) -> None:
         """Record that the shard of `failed_rank` is `new_rank`'s work now."""
-        with self._changing() as state:
-            _shard(state, failed_rank).update(assigned_rank=new_rank, redistributed_at=self._now())
+        moved = {"assigned_rank": new_rank, "redistributed_at": self._now()}
+        self._change(lambda state: _shard(state, failed_rank).update(moved))
 
     def get_redistributed_shards(self) -> dict[int, int]:
         """From the rank that failed to the rank that has its shard now."""
@@ -257,13 +272,14 @@ class CheckpointManifest:
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             yield
 
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, Any]]:
+    def _change(self, change: Callable[[dict[str, Any]], T]) -> T:
+        """Have `change` change the state in place, under the lock, and return what it returns."""
         self._require_exists()
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             state = self._read()
-            yield state
+            result = change(state)
             self._write(state)
+        return result
 
     def _require_exists(self) -> None:
         if not self.exists():
@@ -277,6 +293,7 @@ class CheckpointManifest:
         return state
 
     def _write(self, state: dict[str, Any]) -> None:
+        _shorten(list(state["shards"].values()))
         write_sealed_json(self.path, state, replace=True)
 
     def _current_shards(self) -> list[tuple[int, dict[str, Any]]]:
@@ -292,9 +309,23 @@ class CheckpointManifest:
         except (StorageError, OSError) as error:
             logger.warning("%s; it is made anew from the checkpoints", error)
             return None
-        if (state["input_fingerprint"], state["model_config_hash"]) != (input_fingerprint, model_config_hash):
+        if not is_of_run(state, input_fingerprint, model_config_hash):
             logger.warning("%s is another run's; it is made anew from the checkpoints", self.path)
             return None
+        return state
+
+    def _fitted(
+        self,
+        found: dict[str, Any] | None,
+        world_size: int,
+        input_fingerprint: str,
+        model_config_hash: str,
+        records: Iterable[CommittedCheckpoint],
+    ) -> dict[str, Any]:
+        """Make the state that was found, or a new one, fit the run and what is on disk."""
+        state = self._new_state(world_size, input_fingerprint, model_config_hash) if found is None else found
+        self._resize(state, world_size)
+        self._set_counts(state, records)
         return state
 
     def _keep_history(self, state: dict[str, Any]) -> None:
@@ -385,10 +416,28 @@ def _record_checkpoint(shard: dict[str, Any], entry: dict[str, Any]) -> None:
     shard["last_checkpoint_time"] = entry["timestamp"]
 
 
-def _newest_failures(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def is_of_run(state: dict[str, Any], input_fingerprint: str, model_config_hash: str) -> bool:
+    """Whether a state of a manifest is that of a run."""
+    return (state["input_fingerprint"], state["model_config_hash"]) == (input_fingerprint, model_config_hash)
+
+
+def _shorten(shards: list[dict[str, Any]]) -> None:
+    """Leave each of many shards its share of what is listed in all: a manifest that is written at each checkpoint stays small."""
+    most_listed = max(1, MAX_CHECKPOINTS_LISTED_IN_ALL // len(shards))
+    for shard in shards:
+        shard["checkpoints"] = shard["checkpoints"][-most_listed:]
+    if sum(len(shard["failures"]) for shard in shards) > MAX_FAILURES_KEPT_IN_ALL:
+        for shard in shards:
+            shard["failures"] = _newest_failures(
+                shard["failures"], max(1, MAX_FAILURES_KEPT_IN_ALL // len(shards) // 2)
+            )
+
+
+def _newest_failures(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The newest of those that accuse a batch and the newest of the others, so many of each."""
     strikes = [place for place, record in enumerate(records) if record.get("accuses_batch")]
     others = [place for place, record in enumerate(records) if not record.get("accuses_batch")]
-    return [records[place] for place in sorted(strikes[-MAX_FAILURES_KEPT:] + others[-MAX_FAILURES_KEPT:])]
+    return [records[place] for place in sorted(strikes[-most:] + others[-most:])]
 
 
 def _identity(entry: dict[str, Any]) -> tuple[int, str]:

@@ -23,7 +23,6 @@ from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError,
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
 from vnp_lib.machine import num_cores
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
 from vnp_lib.plan import (
@@ -39,6 +38,7 @@ from vnp_lib.plan import (
 )
 from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.run_directory import move_aside, require_no_others
+from vnp_lib.run_record import RunRecord
 from vnp_lib.software import package_in_use
 from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
@@ -78,7 +78,12 @@ class Run:
         self.devices = devices
         self.plan = plan
         self.paths = RunPaths(config.output_dir)
-        self.manifest = CheckpointManifest(self.paths.manifest)
+        self.manifest = RunRecord(
+            self.paths.manifest,
+            world_size=plan.num_shards,
+            input_fingerprint=plan.fingerprint,
+            model_config_hash=weights.digest,
+        )
         self.quarantine = Quarantine.of(plan, self.paths)
         self.metrics = RunMetrics()
         self._weights = weights
@@ -323,7 +328,10 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             records=survey.valid,
         )
         _release_the_innocent(run, survey)
-        yield run
+        try:
+            yield run
+        finally:
+            run.manifest.close()
 
 
 def _release_the_innocent(run: Run, survey: Survey) -> None:

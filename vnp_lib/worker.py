@@ -31,12 +31,12 @@ from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, LockTi
 from vnp_lib.files import FileLock, remove_orphaned_temporaries
 from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.outputs import OutputKind, RowLayout
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, sequence_digest
+from vnp_lib.run_record import RunRecord
 from vnp_lib.software import Package, package_in_use, require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
 from vnp_lib.worker_events import EventStream
@@ -154,6 +154,7 @@ class ShardAttempt:
         self._paths = RunPaths(job.run_dir)
         self._lock = FileLock(self._paths.shard_lock(job.rank), purpose=f"embed shard {job.rank}")
         self._history = AttemptHistory(self._paths, job.rank)
+        self._record: RunRecord | None = None
 
     def run(self) -> ExitCode:
         """Do it. The shard's lock is held until this process ends: another attempt may have to wait for our saving."""
@@ -163,7 +164,11 @@ class ShardAttempt:
     def run_in_lock(self) -> ExitCode:
         """The same for a caller who holds the shard's lock, and gives it back when this has returned."""
         with self._history:
-            return self._embed_what_is_left()
+            try:
+                return self._embed_what_is_left()
+            finally:
+                if self._record is not None:
+                    self._record.close()
 
     def _embed_what_is_left(self) -> ExitCode:
         plan = load_plan(self._paths)
@@ -227,6 +232,12 @@ class ShardAttempt:
             device=device,
             by_convolution=None if self._is_worth_a_trial(work) else True,
         )
+        self._record = RunRecord(
+            self._paths.manifest,
+            world_size=plan.num_shards,
+            input_fingerprint=job.fingerprint,
+            model_config_hash=job.weights_digest,
+        )
         return AsyncInferenceRunner(
             with_heads(model, job.model, weights, heads),
             device,
@@ -234,7 +245,7 @@ class ShardAttempt:
             checkpoint_dir=self._paths.checkpoints_dir,
             rank=job.rank,
             **_checkpoint_thresholds(job),
-            manifest=CheckpointManifest(self._paths.manifest),
+            manifest=self._record,
             input_fingerprint=job.fingerprint,
             model_config_hash=job.weights_digest,
             budget=TokenBudget(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,11 +21,13 @@ from tests.faults.compare import (
     committed_ordinals,
 )
 from tests.faults.figures import record_figure
-from tests.faults.ops import DenyingOps, ShortWritingOps, install
+from tests.faults.ops import DenyingOps, ShortWritingOps, WatchedOps, install
 from tests.faults.scenarios import copy_of, damage_in_the_middle, new_directory, prepare
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
 from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.files import FileLock
+from vnp_lib.plan import RunPaths
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,48 @@ def test_short_writes_are_completed(trials, oracle, scale) -> None:
     for for_good in (False, True):
         trials.run(write_short, chosen, for_good, oracle)
     record_figure("short write, once and for good", 2 * len(chosen), "100 % identical")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_manifest_that_takes_nothing_costs_nothing(trials, oracle, code) -> None:
+    """It is a record: no attempt fails for want of it, and the next run makes it anew."""
+    trials.run(run_without_manifest, [code], oracle)
+    record_figure(f"manifest: {errno.errorcode[code]} at every write of it", 1, "100 % identical")
+
+
+def test_a_manifest_lock_held_by_another_costs_nothing(trials, oracle) -> None:
+    trials.run(run_beside_a_hung_process, [0], oracle)
+    record_figure("manifest: its lock held by another process", 1, "100 % identical")
+
+
+def run_without_manifest(directory: Path, code: int, oracle: Outcome) -> None:
+    write_fasta(directory)
+    ended = call(run_denied_the_manifest, directory / "run", code, oracle)
+    assert not ended.error, ended.error
+    assert not RunPaths(directory / "run").manifest.exists()
+    assert_recovers(directory / "run", oracle)
+
+
+def run_denied_the_manifest(run_dir: Path, code: int, oracle: Outcome) -> None:
+    class DenyingTheManifest(WatchedOps):
+        def perform(self, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+            if name == "replace" and arguments[-1].name == "manifest.json":
+                raise OSError(code, os.strerror(code))
+            return act(*arguments)
+
+    install(DenyingTheManifest())
+    assert run_to_the_end(run_dir)
+    assert_as_uninterrupted(run_dir, oracle)
+
+
+def run_beside_a_hung_process(directory: Path, seed: int, oracle: Outcome) -> None:
+    write_fasta(directory)
+    lock = RunPaths(directory / "run").manifest.with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock, purpose="hang").held(timeout_s=0):
+        ended = call(run_to_the_end, directory / "run")
+    assert ended.value, ended.error
+    assert_recovers(directory / "run", oracle)
 
 
 def all_refusals(operations: list[str]) -> Iterator[Refusal]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib import inference, weights
+from vnp_lib import inference, run_record, weights
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
@@ -145,6 +145,7 @@ def put_doubles_in_place() -> None:
     """Replace the model by the stub, and the writer's patience with a full disk by none. For processes of trials only."""
     weights.load_model = lambda *args, **kwargs: StubModel()
     inference.AsyncCheckpointWriter = partial(AsyncCheckpointWriter, sleep=lambda delay_s: None)
+    run_record.LOCK_TIMEOUT_S = 1.0  # as long as eight processes may want it
 
 
 def _attempt(run: Run, rank: int, acknowledge: Callable[[list[int]], None]) -> None:

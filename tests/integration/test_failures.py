@@ -12,7 +12,9 @@ import pytest
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import assert_same_rows, embed_alone, small_config, workers_of
+from vnp_lib import run_record
 from vnp_lib.dataset import open_dataset
+from vnp_lib.files import FileLock
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
@@ -185,3 +187,18 @@ def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifes
     assert outcome.is_completed(), outcome.message
     assert_same_rows(tmp_path / "run", oracle)
     assert verify_run(tmp_path / "run").is_well
+
+
+def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(tmp_path, tiny_fasta, monkeypatch, caplog):
+    """A process that hangs with it is named; no attempt fails, and what the manifest lacks is in it at the next run."""
+    monkeypatch.setattr(run_record, "LOCK_TIMEOUT_S", 0.5)
+    run_dir = tmp_path / "run"
+    manifest = RunPaths(run_dir).manifest
+    manifest.parent.mkdir(parents=True)
+    with FileLock(manifest.with_suffix(".lock"), purpose="hang").held(timeout_s=0):
+        assert run_flow(tiny_fasta, run_dir, **ONE_SHARD).is_completed()
+    assert "to hang; waited" in caplog.text
+    assert_same_rows(run_dir, embed_alone(tiny_fasta, tmp_path / "alone"))
+    assert run_flow(tiny_fasta, run_dir, **ONE_SHARD).is_completed()
+    assert CheckpointManifest(manifest).get_completed_shards() == [0]
+    assert verify_run(RunPaths(run_dir)).problems == []

@@ -1136,8 +1136,8 @@ _CURES = (
     Mutant(
         name="strikes-pushed-out-by-preemptions",
         module="manifest",
-        before="strikes[-MAX_FAILURES_KEPT:] + others[-MAX_FAILURES_KEPT:]",
-        after="(strikes + others)[-MAX_FAILURES_KEPT:]",
+        before="strikes[-most:] + others[-most:]",
+        after="(strikes + others)[-most:]",
         caught_by=(f"{_JUDGEMENT}::test_a_thousand_preemptions_push_no_strike_out",),
     ),
     Mutant(

@@ -526,3 +526,27 @@ def test_the_operations_of_an_update_are_the_ones_that_are_killed(
     monkeypatch.setattr(files, "ops", Recording())
     update(four_shards, 0, 0)
     assert calls == OPERATIONS
+
+
+def test_a_thousand_shards_stay_readable_and_cheap(path: Path) -> None:
+    """With 256 checkpoints of each of 1,280 it had 34 MiB, which were written and never read again."""
+    of_many = CheckpointManifest(path)
+    records = [Committed(rank=rank, batch_idx=number, rows=10) for rank in range(1280) for number in range(5)]
+    of_many.open_or_rebuild(1280, "", "", records)
+    of_many.update_shard_checkpoint(1279, 5, 10, "batch_00005.pt")
+    shard = of_many.get_shard_status(1279)
+    assert (shard["num_checkpoints"], shard["total_sequences"]) == (6, 60)
+    assert [each["batch_idx"] for each in shard["checkpoints"]] == [3, 4, 5]
+    assert path.stat().st_size < 2 * 1024**2
+
+
+def test_failures_of_all_shards_together_are_bounded(
+    four_shards: CheckpointManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "MAX_FAILURES_KEPT_IN_ALL", 16)
+    for number in range(40):
+        four_shards.record_failure(number % 4, {"number": number, "accuses_batch": number < 8})
+    kept = four_shards.failures(0)
+    assert [each["number"] for each in kept if each["accuses_batch"]] == [0, 4]
+    assert kept[-1]["number"] == 36
+    assert sum(len(four_shards.failures(rank)) for rank in range(4)) <= 16

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import small_config
 from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.files import FileLock
 from vnp_lib.judgement import counted_failures, judge
 from vnp_lib.manifest import MAX_FAILURES_KEPT
 from vnp_lib.quarantine import QuarantineLimit
@@ -62,6 +63,14 @@ def test_the_sequence_at_which_a_child_died_comes_first_and_after_two_strikes_it
     assert (held.ordinal, held.id, held.cause) == (culprit, run.plan.ids([culprit])[0], "native_crash")
     assert held.length == run.plan.lengths[culprit]
     assert repr(held.id) in decision.reason
+
+
+def test_a_manifest_that_takes_nothing_changes_no_decision(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """The policy judges from memory: a lock that somebody holds for ever, as a full disk, ends nothing."""
+    with FileLock(run.paths.manifest.with_suffix(".lock"), purpose="hang").held(timeout_s=0):
+        decision = judge_twice(run, died(batch_idx=1))
+        assert "batch 1 failed 2 times" in decision.reason
+        assert run.shard_job(0, "cpu").suspects == tuple(run.plan.shard_batches(0)[1].tolist())
 
 
 def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:

@@ -59,7 +59,7 @@ LAYERS = (
     {"weights", "fair_esm"},
     {"heads", "foreign_model"},
     {"checkpoint", "formats", "supervisor", "embedder", "gpu_memory", "history", "metrics_page"},
-    {"inference", "assembly", "export", "pictures", "esm_extract"},
+    {"inference", "assembly", "run_record", "export", "pictures", "esm_extract"},
     {"worker", "verify", "status", "run_directory"},
     {"run_worker", "run", "report"},
     {"judgement", "forecast", "verify_model", "api"},
