@@ -31,6 +31,7 @@ from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.config import EmbedConfig, parse_command_line
 from vnp_lib.failures import CheckpointError, ExitCode, InputError
 from vnp_lib.inputs import describe_left_out
+from vnp_lib.manifest import ShardStatus
 from vnp_lib.plan import RunPaths, describe_input
 from vnp_lib.progress import RunProgress, format_duration
 from vnp_lib.report import write_report
@@ -121,7 +122,11 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
         ),  # it counts for no more than the disk
     )
     state = task(run, shard, devices, progress, artifact, return_state=True)
-    return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
+    ended = await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
+    recorded = run.manifest.get_shard_status(shard.rank) or {}
+    if ended.is_completed() and recorded.get("status") != ShardStatus.COMPLETE:
+        run.manifest.mark_shard_complete(shard.rank)  # a cached result runs no task, and the manifest may be a new one
+    return ended
 
 
 def assemble_dataset(run: Run) -> DatasetSummary:

@@ -89,7 +89,10 @@ class RunRecord(CheckpointManifest):
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._thread is None, timeout=LOCK_TIMEOUT_S + RETRY_S)
             if self._waiting:
-                logger.warning(
+                # What a worker has to record, its parent counts from the checkpoints.
+                level = logging.WARNING if self._is_opened else logging.INFO
+                logger.log(
+                    level,
                     "%s lacks the last %d changes (%s): the next run makes its counts anew from the checkpoints",
                     self.path,
                     len(self._waiting),

@@ -201,4 +201,4 @@ def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(tmp_path, tiny_fasta,
     assert_same_rows(run_dir, embed_alone(tiny_fasta, tmp_path / "alone"))
     assert run_flow(tiny_fasta, run_dir, **ONE_SHARD).is_completed()
     assert CheckpointManifest(manifest).get_completed_shards() == [0]
-    assert verify_run(RunPaths(run_dir)).problems == []
+    assert verify_run(run_dir).is_well

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -137,16 +136,22 @@ def test_a_file_that_is_damaged_or_gone_is_made_anew_from_memory(record: RunReco
     assert on_disk(record)["attempts"] == 2
 
 
-def test_who_has_not_opened_the_run_makes_no_file_anew(tmp_path: Path, caplog) -> None:
+def test_who_has_not_opened_the_run_makes_no_file_anew(tmp_path: Path) -> None:
     """It does not know what was in it."""
     (tmp_path / "manifest.json").write_bytes(b"torn")
     record = new_record(tmp_path, is_opened=False)
     record.update_shard_checkpoint(1, 0, 10, "batch_00000.pt")
     assert record.get_shard_status(1)["total_sequences"] == 10
-    with caplog.at_level(logging.WARNING):
-        record.close()
+    record.close()
     assert record.path.read_bytes() == b"torn"
+
+
+def test_what_the_file_lacks_at_the_end_is_said(record: RunRecord, caplog) -> None:
+    with held(record):
+        record.start_attempt(0)
+        record.close()
     assert "lacks the last 1 changes" in caplog.text
+    assert "is held by process" in caplog.text
 
 
 def test_what_others_write_is_seen_and_kept(record: RunRecord) -> None:
