@@ -393,6 +393,9 @@ _ERRNO_CAUSES: dict[int, FailureCause] = {
     errno.EFBIG: FailureCause.CONFIGURATION,  # ulimit -f, or a file system whose files are small
     errno.EACCES: FailureCause.CONFIGURATION,
     errno.EPERM: FailureCause.CONFIGURATION,
+    # What a file system cannot do at all, such as hard links on exFAT, SMB or some FUSE mounts: no new try helps.
+    errno.ENOTSUP: FailureCause.CONFIGURATION,
+    errno.ENOSYS: FailureCause.CONFIGURATION,
 }
 
 # Most specific first: what tells of the device or the host comes before the words that it shares with bad input.

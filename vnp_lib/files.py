@@ -164,7 +164,7 @@ def durable_file(path: Path, *, replace: bool = False) -> Iterator[DurableFile]:
         FileExistsError: `path` is there, and `replace` is not set. It is untouched.
         OSError: What the system said, also where a library that wrote to the file raised something else for it.
     """
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     fd = ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     file = DurableFile(fd)
     try:
@@ -191,7 +191,7 @@ def durable_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Yields the name under which to write: an empty file beside `path`. All else is as of `durable_file`.
     """
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     ops.close(ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     try:
         yield temporary
@@ -219,7 +219,7 @@ def durable_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: `path` is there, and `replace` is not set. It is untouched.
         OSError: What the system said.
     """
-    temporary, old = _temporary_path(path), _temporary_path(path)
+    temporary, old = temporary_path(path), temporary_path(path)
     ops.mkdir(temporary)
     try:
         yield temporary
@@ -436,7 +436,7 @@ def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> No
         data: All of it.
         by_way_of: A directory on the same file system, for the temporary file.
     """
-    temporary = _temporary_path(by_way_of / "file")
+    temporary = temporary_path(by_way_of / "file")
     try:
         temporary.write_bytes(data)
         ops.replace(temporary, path)
@@ -709,7 +709,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _temporary_path(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name beside `path` that says who writes: its parts are divided by a sign that no host name has."""
     writer = ProcessIdentity.current()
     identity = (writer.host, writer.boot, writer.pid_namespace, writer.pid, writer.started_at, uuid.uuid4().hex[:8])
@@ -744,7 +744,7 @@ def _age_s(path: Path, *, now_s: float) -> float:
 
 def _file_system_time(directory: Path) -> float:
     """What time it is by the clock that stamps the files of a directory: over a network, not this machine's."""
-    path = _temporary_path(directory / "clock")
+    path = temporary_path(directory / "clock")
     try:
         ops.close(ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:

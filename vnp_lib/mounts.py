@@ -9,9 +9,11 @@ from pathlib import Path
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 
-# With these, flock excludes processes of one machine only: by its nature, or since it was mounted so.
-_LOCAL_LOCKS = re.compile(r"beegfs|9p|fuse(\..*)?|virtiofs")
+# With these, flock excludes processes of one machine only: by default, or since it was mounted so.
+_LOCAL_LOCKS = re.compile(r"beegfs")
 _LOCAL_LOCK_OPTIONS = frozenset({"localflock", "nolock", "nobrl", "local_lock=flock", "local_lock=all"})
+# Of these it cannot be told from outside.
+_PERHAPS_LOCAL_LOCKS = re.compile(r"9p|fuse(\..*)?|virtiofs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +28,14 @@ class Mount:
         return f"a file system of type {self.kind}, mounted on {self.point}"
 
     @property
+    def has_local_locks(self) -> bool:
+        """Whether a lock that one machine holds is known to be invisible to others."""
+        return bool(_LOCAL_LOCKS.fullmatch(self.kind)) or bool(self.options & _LOCAL_LOCK_OPTIONS)
+
+    @property
     def has_shared_locks(self) -> bool:
-        """Whether a lock that one machine holds is seen by the others, as far as is known."""
-        return not _LOCAL_LOCKS.fullmatch(self.kind) and not self.options & _LOCAL_LOCK_OPTIONS
+        """Whether it is seen by others, as far as is known."""
+        return not self.has_local_locks and not _PERHAPS_LOCAL_LOCKS.fullmatch(self.kind)
 
 
 def mount_of(path: Path) -> Mount | None:

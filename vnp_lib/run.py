@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
 from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
 from vnp_lib.dataset import stored_dtype
 from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.file_system import try_file_system
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
 from vnp_lib.machine import num_cores
@@ -368,6 +369,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
         raise InputError(f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})")
     if plan.identity["weights_digest"] != weights.digest:
         raise InputError(f"the weights of {config.model} on this machine are not those that the run was begun with")
+    _try_file_system(config.output_dir, is_new=False)  # which may be mounted otherwise here
     devices = tuple(dict.fromkeys(resolve_devices(config.devices, config.model)))  # one child has all cores of the CPU
     return Run(config=config, devices=devices, weights=weights, plan=plan)
 
@@ -506,10 +508,12 @@ def _directories(paths: RunPaths) -> list[Path]:
 
 @contextmanager
 def _locked(paths: RunPaths) -> Iterator[None]:
+    is_new = not paths.run_dir.exists()
     try:
         make_directory(paths.run_dir)
+        _try_file_system(paths.run_dir, is_new=is_new)
         lock = FileLock(paths.run_lock, purpose="run on this directory")
-        lock.acquire(timeout_s=0)
+        _take(lock)
     except LockTimeoutError as error:
         raise RunDirectoryBusyError(f"{paths.run_dir} is in use: {error}. Wait for it, or stop it first.") from None
     except OSError as error:
@@ -518,3 +522,26 @@ def _locked(paths: RunPaths) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _take(lock: FileLock) -> None:
+    try:
+        lock.acquire(timeout_s=0)
+    except LockTimeoutError:
+        if lock.presumed_holder() is not None:
+            raise
+        # Who only looks whether a run is going on holds the lock for a moment, and leaves no name.
+        lock.acquire(timeout_s=1.0)
+
+
+def _try_file_system(directory: Path, *, is_new: bool) -> None:
+    abilities = try_file_system(directory)
+    try:
+        abilities.require_usable()
+    except ConfigError:
+        if is_new:
+            with suppress(OSError):
+                directory.rmdir()
+        raise
+    if abilities.warning is not None:
+        logger.warning("%s", abilities.warning)

@@ -301,7 +301,7 @@ def test_a_link_under_the_temporary_name_is_not_followed(walled_in, elsewhere, m
     monkeypatch.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=7))
     path = RunPaths(walled_in).checkpoint(0, 0)
     path.parent.mkdir(parents=True)
-    files._temporary_path(path).symlink_to(elsewhere / leads_to)
+    files.temporary_path(path).symlink_to(elsewhere / leads_to)
     with pytest.raises(StorageError):
         write_row(path)
     assert not path.exists()

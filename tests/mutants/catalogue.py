@@ -179,6 +179,20 @@ _DURABLE_FILES = (
         ),
     ),
     Mutant(
+        name="file-system-without-links-used",
+        module="file_system",
+        before='            (self.link, "has no hard links',
+        after='            (None, "has no hard links',
+        caught_by=("tests/unit/test_file_system.py::test_a_run_is_refused_before_anything_is_made",),
+    ),
+    Mutant(
+        name="change-written-twice-in-the-manifest",
+        module="run_record",
+        before="            if change.number > num_applied:\n",
+        after="            if True:\n",
+        caught_by=("tests/unit/test_run_record.py::test_a_change_that_was_written_and_then_called_failed_counts_once",),
+    ),
+    Mutant(
         name="what-nobody-can-read-written",
         module="files",
         before="    data = _sealed(fields)\n    if len(data) > MAX_JSON_BYTES:\n",
@@ -276,7 +290,7 @@ _LOCKS = (
     Mutant(
         name="run-directory-not-locked",
         module="run",
-        before="        lock.acquire(timeout_s=0)\n",
+        before="        _take(lock)\n",
         after="        lock.release = lambda: None\n",
         caught_by=(f"{_RUN}::test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder",),
     ),

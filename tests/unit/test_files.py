@@ -384,7 +384,7 @@ class TestOrphanedTemporaries:
         writer = dataclasses.replace(ProcessIdentity.current(), **other)
         with monkeypatch.context() as patch:
             patch.setattr(ProcessIdentity, "current", classmethod(lambda cls: writer))
-            path = files._temporary_path(tmp_path / "a-b@c.pt")
+            path = files.temporary_path(tmp_path / "a-b@c.pt")
         path.touch()
         assert remove_orphaned_temporaries(tmp_path) == ([path] if goes else [])
 

@@ -30,6 +30,7 @@ LAYERS = (
         "records",
         "source",
         "spool",
+        "file_system",
         "packing",
         "progress",
         "heartbeat",

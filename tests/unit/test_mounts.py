@@ -57,6 +57,14 @@ def test_locks_of_one_machine_only_are_known_by_type_and_options(mounted, kind, 
     assert locks_are_shared(mounted(kind, options)) is are_shared
 
 
+@pytest.mark.parametrize(("kind", "is_known"), [("beegfs", True), ("fuse.sshfs", False), ("ext4", False)])
+def test_what_is_known_to_be_local_is_told_from_what_may_be(mounted, kind, is_known) -> None:
+    """A warning is for what is known; what may be is only not relied on."""
+    found = mount_of(mounted(kind))
+    assert found is not None
+    assert found.has_local_locks is is_known
+
+
 def test_a_system_without_a_table_of_mounts_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "missing")
     assert mount_of(tmp_path) is None

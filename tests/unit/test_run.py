@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,19 @@ from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.run import attach_run, check_at_the_door, open_run
 from vnp_lib.worker import quarantined
+
+
+def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(tmp_path: Path, tiny_fasta: Path) -> None:
+    """`vnp status` tries the lock for a moment."""
+    config = small_config(tiny_fasta, tmp_path / "run")
+    config.output_dir.mkdir()
+    with (config.output_dir / "run.lock").open("w") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        looking = threading.Timer(0.1, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN))
+        looking.start()
+        with open_run(config):
+            pass
+        looking.join()
 
 
 def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_path: Path, tiny_fasta: Path) -> None:

@@ -1,0 +1,134 @@
+"""The file system is tried before anything is computed: what it lacks is said in one sentence, with what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import small_config
+from vnp_lib import file_system, files
+from vnp_lib.failures import ConfigError, FailureCause, StorageError, classify_exception
+from vnp_lib.file_system import try_file_system
+from vnp_lib.files import DurableOps
+from vnp_lib.mounts import Mount
+from vnp_lib.run import open_run
+
+LACKING = {
+    "link": ("has no hard links", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK]),
+    "replace": ("does not rename a file over another", [errno.EPERM, errno.ENOSYS]),
+    "flock": ("has no locks", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL]),
+    "fsync_directory": ("does not sync directories", [errno.ENOSYS, errno.EPERM]),
+    "open": ("does not make files as a run needs them", [errno.EACCES]),
+}
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch):
+    """Have the system refuse one kind of operation."""
+
+    def lack(name: str, code: int) -> None:
+        def refuse(*arguments: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        ops = DurableOps()
+        monkeypatch.setattr(ops, name, refuse, raising=True)
+        monkeypatch.setattr(files, "ops", ops)
+
+    return lack
+
+
+def test_an_ordinary_directory_can_do_all_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    abilities = try_file_system(tmp_path)
+    abilities.require_usable()
+    assert abilities.warning is None
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "code"), [(name, code) for name, (_, codes) in LACKING.items() for code in codes])
+def test_each_lack_is_said_with_the_file_system_and_the_way_out(
+    tmp_path: Path, lacking, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    lacking(name, code)
+    mount = Mount(point=Path("/mnt/share"), kind="exfat", options=frozenset())
+    monkeypatch.setattr(file_system, "mount_of", lambda path: mount)
+    with pytest.raises(ConfigError) as caught:
+        try_file_system(tmp_path).require_usable()
+    said = str(caught.value)
+    assert said.startswith(f"--output-dir {tmp_path} is on a file system of type exfat, mounted on /mnt/share, which ")
+    assert LACKING[name][0] in said
+    assert os.strerror(code) in said
+    assert "choose a directory on another file system" in said
+
+
+def test_memory_maps_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(file_system.mmap, "mmap", refuse)
+    with pytest.raises(ConfigError, match="does not map files into memory"):
+        try_file_system(tmp_path).require_usable()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_directories_that_need_no_sync_are_accepted(tmp_path: Path, lacking, code: int) -> None:
+    lacking("fsync_directory", code)
+    try_file_system(tmp_path).require_usable()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_quota_is_told_from_a_lack(tmp_path: Path, lacking, code: int) -> None:
+    lacking("write", code)
+    with pytest.raises(ConfigError, match=f"{os.strerror(code)}; make room"):
+        try_file_system(tmp_path).require_usable()
+
+
+def test_a_failing_disk_is_not_called_unable(tmp_path: Path, lacking) -> None:
+    lacking("link", errno.EIO)
+    with pytest.raises(ConfigError, match="cannot be used: Input/output error on a file system of type"):
+        try_file_system(tmp_path).require_usable()
+
+
+@pytest.mark.parametrize(("name", "broken"), [("link", os.replace), ("flock", lambda *arguments: None)])
+def test_an_operation_that_lies_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any
+) -> None:
+    """A link that replaces is no link; a lock that excludes nobody can be worked with, and is said."""
+    ops = DurableOps()
+    if name == "link":
+        real = ops.link
+
+        def replacing(source: Path, target: Path) -> None:
+            target.unlink(missing_ok=True)
+            real(source, target)
+
+        broken = replacing
+    monkeypatch.setattr(ops, name, broken)
+    monkeypatch.setattr(files, "ops", ops)
+    abilities = try_file_system(tmp_path)
+    if name == "link":
+        with pytest.raises(ConfigError, match="hard links"):
+            abilities.require_usable()
+    else:
+        abilities.require_usable()
+        assert abilities.warning is not None
+        assert "neither would notice" in abilities.warning
+
+
+def test_a_run_is_refused_before_anything_is_made(tmp_path: Path, tiny_fasta: Path, lacking) -> None:
+    lacking("link", errno.EPERM)
+    with pytest.raises(ConfigError, match="has no hard links"), open_run(small_config(tiny_fasta, tmp_path / "run")):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
+def test_what_a_file_system_cannot_do_is_not_tried_again(code: int) -> None:
+    error = StorageError("batch_00000.pt: see to the storage")
+    error.__cause__ = OSError(code, os.strerror(code))
+    failure = classify_exception(error)
+    assert failure.cause == FailureCause.CONFIGURATION
+    assert failure.is_permanent
