@@ -28,8 +28,9 @@ from flows.pool import cancel_shards, end_leftovers
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
+from vnp_lib.checkpoint_survey import LOOKUP_DELAYS_S
 from vnp_lib.config import EmbedConfig, parse_command_line
-from vnp_lib.failures import CheckpointError, ExitCode, InputError
+from vnp_lib.failures import CheckpointError, ExitCode, IncompleteDatasetError, InputError
 from vnp_lib.inputs import describe_left_out
 from vnp_lib.manifest import ShardStatus
 from vnp_lib.plan import RunPaths, describe_input
@@ -65,6 +66,7 @@ def tell_of_input(run: Run) -> None:
 async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
     """Embed what is left and put the dataset together, again where a checkpoint turns out to be damaged."""
     num_tokens = 0
+    missing: IncompleteDatasetError | None = None
     for _ in range(_MOST_ROUNDS):
         shards = run.shard_states()
         if not all(shard.is_complete for shard in shards) and (kept := run.kept_dataset()) is not None:
@@ -76,10 +78,16 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
         if not run.config.allow_partial and not all(state.is_completed() for state in states):
             return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
         try:
-            summary = assemble_dataset(run)
+            summary = assemble_dataset(run, is_whole=missing is None and all(state.is_completed() for state in states))
         except CheckpointError as error:
             get_run_logger().warning("%s: it is computed again", error)
             run.set_damaged_aside()
+        except IncompleteDatasetError as error:
+            if str(error) == str(missing):
+                raise
+            missing = error
+            get_run_logger().warning("%s, though all shards are embedded: looking again", error)
+            await wait_until_seen(run)
         else:
             await tell_of_dataset(run, summary, started_at, num_tokens)
             return Completed(message=f"{summary.describe()}, {describe(run, states)}")
@@ -92,6 +100,18 @@ async def tell_of_dataset(run: Run, summary: DatasetSummary, started_at: float, 
     write_page(run)
     await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
     tell_of_completion(run, summary)
+
+
+async def wait_until_seen(run: Run) -> None:
+    """Wait until all that the workers have saved is seen from here, a minute at most.
+
+    Over a network file system that takes a while where they are on other machines. What is not seen then is lost, and the
+    next round embeds it again.
+    """
+    for delay_s in LOOKUP_DELAYS_S:
+        if await asyncio.to_thread(run.look_again):
+            return
+        await asyncio.sleep(delay_s)
 
 
 async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any]]:
@@ -129,15 +149,15 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
     return ended
 
 
-def assemble_dataset(run: Run) -> DatasetSummary:
-    """Put the dataset together from the checkpoints, every digest verified."""
+def assemble_dataset(run: Run, *, is_whole: bool) -> DatasetSummary:
+    """Put the dataset together from the checkpoints, every digest verified; `is_whole` where nothing should be missing."""
     get_run_logger().info("all shards are embedded: putting the dataset together")
     return assemble(
         run.plan,
         run.paths,
         run.checkpoints().valid,
         quarantined=run.quarantine.ordinals(),
-        allow_missing=run.config.allow_partial,
+        allow_missing=run.config.allow_partial and not is_whole,
     )
 
 

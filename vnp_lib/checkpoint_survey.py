@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +16,9 @@ import numpy as np
 
 from vnp_lib.checkpoint_file import CheckpointRecord, checkpoint_paths, read_record, set_aside
 from vnp_lib.failures import CheckpointError, StorageError, StorageFailingError
-from vnp_lib.files import fsync_directory, marker_path
+from vnp_lib.files import fsync_directory, marker_path, refresh_listing
+
+LOOKUP_DELAYS_S = (1.0, 4.0, 15.0, 45.0)  # together longer than NFS remembers what is in a directory, 60 s
 
 _SHARD_DIRECTORY = re.compile(r"shard_(0|[1-9]\d*)")
 
@@ -82,20 +86,53 @@ def survey_checkpoints(
     )
 
 
-def heal_shard(checkpoints_dir: Path, rank: int, fingerprint: str) -> int:
+def heal_shard(
+    checkpoints_dir: Path, rank: int, fingerprint: str, *, sleep: Callable[[float], None] = time.sleep
+) -> int:
     """Read one shard's checkpoints whole, move the damaged ones aside, and return the number of the next one.
 
-    Only for who holds the shard's lock: another's checkpoint between its file and its marker looks damaged.
+    Only for who holds the shard's lock: another's checkpoint between its file and its marker looks damaged. One that
+    another machine has just written may be listed here and not be found yet, as over NFS: that is waited for.
 
     Raises:
         StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
     """
+    wait_for_listed_files(checkpoints_dir, rank=rank, sleep=sleep)
     survey = _survey_shard(checkpoints_dir / f"shard_{rank}", rank, fingerprint, verify_digests=True)
     survey.require_sound_storage()
     for damage in survey.damaged:
         logger.warning("%s cannot be used: %s", damage.path, damage.reason)
         set_aside(damage.path)
     return survey.valid[-1].batch_idx + 1 if survey.valid else 0
+
+
+def refresh_listings(checkpoints_dir: Path) -> None:
+    """Have the system look anew what is in the directories, where it remembers that for a while, as over NFS."""
+    for directory in (checkpoints_dir, *(path for _, path in _shard_directories(checkpoints_dir))):
+        refresh_listing(directory)
+
+
+def wait_for_listed_files(
+    checkpoints_dir: Path, *, rank: int | None = None, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Wait, a minute at most, until every checkpoint and marker that is listed can be looked at by its name.
+
+    Over a network file system, a machine may remember for a while that a file of another one is not there.
+    """
+    directories = [path for each, path in _shard_directories(checkpoints_dir) if rank in (None, each)]
+    for directory in directories:
+        refresh_listing(directory)
+    for number, delay_s in enumerate(LOOKUP_DELAYS_S):
+        hidden = [path for directory in directories for path in _hidden_files(directory)]
+        if not hidden:
+            return
+        if number == 0:
+            logger.warning(
+                "%d files are listed and not found, such as %s: waiting until this machine sees them",
+                len(hidden),
+                hidden[0],
+            )
+        sleep(delay_s)
 
 
 def require_few_lost(lost: Sequence[Damage], *, total: int) -> None:
@@ -113,6 +150,15 @@ def _shard_directories(checkpoints_dir: Path) -> list[tuple[int, Path]]:
         return []
     found = [(match, path) for path in checkpoints_dir.iterdir() if (match := _SHARD_DIRECTORY.fullmatch(path.name))]
     return sorted((int(match[1]), path) for match, path in found if path.is_dir())
+
+
+def _hidden_files(shard_dir: Path) -> list[Path]:
+    """Checkpoints and markers that the directory lists while a look at them by name finds nothing."""
+    if not shard_dir.is_dir():
+        return []
+    listed = {path.name for path in shard_dir.iterdir()}
+    expected = [each for path in checkpoint_paths(shard_dir) for each in (path, marker_path(path))]
+    return [path for path in expected if path.name in listed and not os.path.lexists(path)]
 
 
 def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:

@@ -398,6 +398,14 @@ def fsync_directory(path: Path) -> None:
             raise
 
 
+def refresh_listing(directory: Path) -> None:
+    """Have the system look anew what is in a directory: an NFS client does when a change of its own meets one of others."""
+    path = temporary_path(directory / "look")
+    with suppress(OSError):  # what cannot be written to is looked at as it is
+        ops.close(ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        ops.unlink(path)
+
+
 def move_file(source: Path, target: Path) -> None:
     """Rename durably, within one file system; `target` is a name that nobody else uses, or is replaced."""
     ops.replace(source, target)
@@ -426,6 +434,13 @@ def path_below(directory: Path, name: str) -> Path:
     if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
         raise ValueError(f"is too long for a file name, which has {_MOST_NAME_BYTES} bytes at most")
     return directory.joinpath(*parts)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that says who writes: its parts are divided by a sign that no host name has."""
+    writer = ProcessIdentity.current()
+    identity = (writer.host, writer.boot, writer.pid_namespace, writer.pid, writer.started_at, uuid.uuid4().hex[:8])
+    return path.with_name(f".tmp-{path.name}@" + "@".join(map(str, identity)))
 
 
 def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> None:
@@ -707,13 +722,6 @@ def _is_sealed(data: bytes, seal: object) -> bool:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def temporary_path(path: Path) -> Path:
-    """A name beside `path` that says who writes: its parts are divided by a sign that no host name has."""
-    writer = ProcessIdentity.current()
-    identity = (writer.host, writer.boot, writer.pid_namespace, writer.pid, writer.started_at, uuid.uuid4().hex[:8])
-    return path.with_name(f".tmp-{path.name}@" + "@".join(map(str, identity)))
 
 
 def _is_temporary(path: Path) -> bool:

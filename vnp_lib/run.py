@@ -101,6 +101,13 @@ class Run:
         is_done = done_or_set_aside(self.plan, self.paths)
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
 
+    def look_again(self) -> bool:
+        """Say whether all shards are complete, after having the system forget what it remembers of the directories."""
+        from vnp_lib.checkpoint_survey import refresh_listings
+
+        refresh_listings(self.paths.checkpoints_dir)
+        return all(shard.is_complete for shard in self.shard_states())
+
     def shard_state(self, rank: int) -> ShardState:
         """The same for one shard."""
         return self._shard_state(rank, done_or_set_aside(self.plan, self.paths))
@@ -131,7 +138,9 @@ class Run:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
         from vnp_lib.checkpoint_file import set_aside
+        from vnp_lib.checkpoint_survey import wait_for_listed_files
 
+        wait_for_listed_files(self.paths.checkpoints_dir)
         survey = read_checkpoints(self.plan, self.paths)
         survey.require_sound_storage()
         for damage in survey.damaged:

@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.results import ResultRecord
 from prefect.serializers import PickleSerializer
 
+from flows import embed as embed_module
 from flows.embed import embed, embed_one
 from flows.results import is_plain_result
 from flows.shard_run import embed_shard_run
@@ -26,8 +27,9 @@ from tests.support import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS
 from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
-from vnp_lib.files import FileLock
+from vnp_lib.files import FileLock, marker_path
 from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.run import Run
 from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
@@ -213,6 +215,33 @@ def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(finished, tiny_f
     flip_bit(paths.checkpoint(0, 0))
     outcome = run_flow(tiny_fasta, finished)
     assert outcome.is_completed(), outcome.message
+    assert_same_rows(finished, whole)
+
+
+@pytest.mark.parametrize("allow_partial", [False, True])
+def test_rows_that_are_not_seen_at_the_end_are_looked_for_again_and_then_embedded_again(
+    finished, tiny_fasta, whole, monkeypatch, allow_partial
+):
+    """As where another machine's files are not seen for a while, or went; a partial dataset is for shards that failed."""
+    paths = RunPaths(finished)
+    paths.success.unlink()
+    assemble = embed_module.assemble
+    looks = []
+
+    def assemble_late(plan, paths, checkpoints, **options):
+        if not looks:
+            (lost, *checkpoints) = checkpoints
+            lost.path.unlink()
+            marker_path(lost.path).unlink()
+        return assemble(plan, paths, checkpoints, **options)
+
+    look_again = Run.look_again
+    monkeypatch.setattr(Run, "look_again", lambda run: looks.append(look_again(run)) or looks[-1])
+    monkeypatch.setattr(embed_module, "assemble", assemble_late)
+    monkeypatch.setattr(embed_module, "LOOKUP_DELAYS_S", (0.0, 0.0))
+    outcome = run_flow(tiny_fasta, finished, allow_partial=allow_partial)
+    assert outcome.is_completed(), outcome.message
+    assert looks == [False, False]
     assert_same_rows(finished, whole)
 
 

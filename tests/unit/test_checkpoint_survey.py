@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,42 @@ def test_a_shard_on_failing_storage_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="4 of 5 checkpoints are damaged: the storage is failing"):
         heal_shard(tmp_path, 0, RUN)
     assert all(path.exists() for path in paths)
+
+
+def test_a_checkpoint_that_is_listed_and_not_found_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As over NFS, where a machine remembers for a while that a name was not there: nothing good is moved aside."""
+    _, late = write_shard(tmp_path, 2)
+    waited_s = 0.0
+    lstat, open_ = os.lstat, Path.open
+
+    def refuse_late(path: Any) -> None:
+        if Path(path) == late and waited_s < 30:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    def lstat_late(path: Any, **options: Any) -> os.stat_result:
+        refuse_late(path)
+        return lstat(path, **options)
+
+    def open_late(path: Path, *arguments: Any, **options: Any) -> Any:
+        refuse_late(path)
+        return open_(path, *arguments, **options)
+
+    def sleep(delay_s: float) -> None:
+        nonlocal waited_s
+        waited_s += delay_s
+
+    monkeypatch.setattr(os, "lstat", lstat_late)
+    monkeypatch.setattr(Path, "open", open_late)
+    assert heal_shard(tmp_path, 0, RUN, sleep=sleep) == 2
+    assert waited_s >= 30
+    assert "1 files are listed and not found" in caplog.text
+    assert not (tmp_path / "shard_0" / "damaged").exists()
+
+
+def test_a_marker_alone_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    """Its checkpoint is not listed: it is lost."""
+    (path,) = write_shard(tmp_path, 1)
+    path.unlink()
+    assert heal_shard(tmp_path, 0, RUN, sleep=lambda delay_s: pytest.fail("waited")) == 0
