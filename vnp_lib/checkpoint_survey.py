@@ -6,8 +6,10 @@ import errno
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +21,8 @@ from vnp_lib.failures import CheckpointError, StorageError, StorageFailingError
 from vnp_lib.files import fsync_directory, marker_path, refresh_listing
 
 LOOKUP_DELAYS_S = (1.0, 4.0, 15.0, 45.0)  # together longer than NFS remembers what is in a directory, 60 s
+
+_SETTLED_AFTER_NS = 2 * 10**9  # coarser than the clocks of file systems: FAT's has two seconds
 
 _SHARD_DIRECTORY = re.compile(r"shard_(0|[1-9]\d*)")
 
@@ -57,6 +61,62 @@ class Survey:
         """Raise StorageFailingError where more than 3 checkpoints and more than 1 % were finished and are damaged now."""
         lost = [damage for damage in self.damaged if not damage.is_unfinished]
         require_few_lost(lost, total=len(self.valid) + len(lost))
+
+
+class CommittedRows:
+    """Which of a run's sequences are in valid checkpoints: each look reads the markers that have come or changed since the last.
+
+    A marker that was read is taken to be as it was while neither it nor its checkpoint is another file or has another
+    size or time. One written within two seconds is read again: in so short a time a file could change and keep its time.
+    """
+
+    def __init__(
+        self,
+        checkpoints_dir: Path,
+        fingerprint: str,
+        num_sequences: int,
+        *,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._checkpoints_dir = checkpoints_dir
+        self._fingerprint = fingerprint
+        self._clock_ns = clock_ns
+        self._lock = threading.Lock()
+        self._is_done = np.zeros(num_sequences, dtype=bool)
+        self._stamps: dict[Path, tuple[int, ...]] = {}
+
+    def done_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of the run's ordinals are in valid checkpoints, by their markers, bool (num_sequences,).
+
+        Raises:
+            StorageError: As `survey_checkpoints`, of which it tells the same.
+        """
+        with self._lock:
+            paths = list(self._checkpoint_paths())
+            stamps = {path: _stamp(path) for _, path in paths}
+            if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):
+                self._stamps.clear()
+                self._is_done[:] = False
+            is_young = np.zeros_like(self._is_done)
+            settled_ns = self._clock_ns() - _SETTLED_AFTER_NS
+            for rank, path in paths:
+                if path in self._stamps:
+                    continue
+                with suppress(CheckpointError):
+                    ordinals = read_record(path, rank, self._fingerprint, verify_digest=False).ordinals
+                    ordinals = ordinals[ordinals < self._is_done.size]  # assembly refuses what has others
+                    stamp = stamps[path]
+                    if stamp is not None and _changed_ns(stamp) < settled_ns:
+                        self._is_done[ordinals] = True
+                        self._stamps[path] = stamp
+                    else:
+                        is_young[ordinals] = True
+            return self._is_done | is_young
+
+    def _checkpoint_paths(self) -> Iterator[tuple[int, Path]]:
+        for rank, shard_dir in _shard_directories(self._checkpoints_dir):
+            for path in _synced_paths(shard_dir):
+                yield rank, path
 
 
 def survey_checkpoints(
@@ -161,18 +221,35 @@ def _hidden_files(shard_dir: Path) -> list[Path]:
     return [path for path in expected if path.name in listed and not os.path.lexists(path)]
 
 
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a checkpoint or its marker does; None where one of them is not there."""
+    try:
+        files = [os.stat(each) for each in (path, marker_path(path))]
+    except OSError:
+        return None
+    return tuple(value for each in files for value in (each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns))
+
+
+def _changed_ns(stamp: tuple[int, ...]) -> int:
+    return max(stamp[2], stamp[3], stamp[6], stamp[7])
+
+
 def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:
-    paths = checkpoint_paths(shard_dir)
-    if paths:
-        _sync_names(shard_dir)
     valid: list[CheckpointRecord] = []
     damaged: list[Damage] = []
-    for path in paths:
+    for path in _synced_paths(shard_dir):
         try:
             valid.append(read_record(path, rank, fingerprint, verify_digest=verify_digests))
         except CheckpointError as error:
             damaged.append(Damage.of(path, error))
     return Survey(valid=tuple(valid), damaged=tuple(damaged))
+
+
+def _synced_paths(shard_dir: Path) -> list[Path]:
+    paths = checkpoint_paths(shard_dir)
+    if paths:
+        _sync_names(shard_dir)
+    return paths
 
 
 def _sync_names(shard_dir: Path) -> None:

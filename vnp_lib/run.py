@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint_survey import Survey
+    from vnp_lib.checkpoint_survey import CommittedRows, Survey
     from vnp_lib.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Run:
 
     def shard_states(self) -> list[ShardState]:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
-        is_done = done_or_set_aside(self.plan, self.paths)
+        is_done = done_or_set_aside(self.plan, self.paths, self._committed)
         return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
 
     def look_again(self) -> bool:
@@ -110,7 +111,7 @@ class Run:
 
     def shard_state(self, rank: int) -> ShardState:
         """The same for one shard."""
-        return self._shard_state(rank, done_or_set_aside(self.plan, self.paths))
+        return self._shard_state(rank, done_or_set_aside(self.plan, self.paths, self._committed))
 
     def num_quarantined(self, rank: int) -> int:
         """How many of a shard's sequences are in quarantine."""
@@ -197,6 +198,12 @@ class Run:
         accused = [failure.ordinal for failure in reversed(failures) if failure.accuses_batch]
         ordinals = [ordinal for ordinal in accused if ordinal is not None] + self.manifest.suspects()
         return tuple(dict.fromkeys(ordinals))
+
+    @cached_property
+    def _committed(self) -> CommittedRows:
+        from vnp_lib.checkpoint_survey import CommittedRows
+
+        return CommittedRows(self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences)
 
     def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
         ordinals = self.plan.shard_ordinals(rank)

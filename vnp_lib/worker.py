@@ -42,6 +42,7 @@ from vnp_lib.stop_signals import Request, StopRequests
 from vnp_lib.worker_events import EventStream
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
+    from vnp_lib.checkpoint_survey import CommittedRows
     from vnp_lib.embedder import ExactModel
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.tokens import PackedBatch
@@ -427,12 +428,16 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
     )
 
 
-def done_or_set_aside(plan: RunPlan, paths: RunPaths) -> NDArray[np.bool_]:
-    """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them."""
-    from vnp_lib.checkpoint_survey import survey_checkpoints
+def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows | None = None) -> NDArray[np.bool_]:
+    """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them.
 
-    survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
-    is_done = survey.done_mask(plan.num_sequences)
+    Args:
+        committed: Of who looks again and again.
+    """
+    from vnp_lib.checkpoint_survey import CommittedRows
+
+    committed = committed or CommittedRows(paths.checkpoints_dir, plan.fingerprint, plan.num_sequences)
+    is_done = committed.done_mask()
     is_done[list(Quarantine.of(plan, paths).ordinals())] = True
     return is_done
 

@@ -590,6 +590,20 @@ _RESUME = (
         caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_damaged_checkpoint_in_the_middle_costs_that_one",),
     ),
     Mutant(
+        name="changed-checkpoint-taken-for-what-it-was",
+        module="checkpoint_survey",
+        before="            if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):\n",
+        after="            if False:\n",
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_second_look_sees_what_a_first_one_would",),
+    ),
+    Mutant(
+        name="unseen-checkpoint-taken-for-lost",
+        module="checkpoint_survey",
+        before="    wait_for_listed_files(checkpoints_dir, rank=rank, sleep=sleep)\n",
+        after="",
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_checkpoint_that_is_listed_and_not_found_yet_is_waited_for",),
+    ),
+    Mutant(
         name="shard-healed-without-reading-it",
         module="checkpoint_survey",
         before='f"shard_{rank}", rank, fingerprint, verify_digests=True)',

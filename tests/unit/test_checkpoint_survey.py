@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import pytest
 
 from tests.checkpoints import RUN, ids_of, write_checkpoint, write_shard
 from tests.support import flip_bit
-from vnp_lib import files
+from vnp_lib import checkpoint_survey, files
 from vnp_lib.checkpoint import resume_from_checkpoints
-from vnp_lib.checkpoint_survey import Damage, Survey, heal_shard, survey_checkpoints
+from vnp_lib.checkpoint_survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints
 from vnp_lib.failures import CheckpointError, StorageError
 from vnp_lib.files import marker_path
 from vnp_lib.plan import checkpoint_path
@@ -197,3 +199,66 @@ def test_a_marker_alone_is_waited_for_by_nobody(tmp_path: Path) -> None:
     (path,) = write_shard(tmp_path, 1)
     path.unlink()
     assert heal_shard(tmp_path, 0, RUN, sleep=lambda delay_s: pytest.fail("waited")) == 0
+
+
+def settled_ns() -> int:
+    """A time at which all that is there was written long ago."""
+    return time.time_ns() + 10**10
+
+
+def change_marker(path: Path) -> None:
+    """Write other bytes into the same file, of the same size, once the clock of the file system has moved on."""
+    time.sleep(0.02)
+    flip_bit(marker_path(path))
+
+
+def change_size(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def change_directory(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+CHANGES: list[Callable[[Path], None]] = [
+    change_marker,
+    change_size,
+    change_directory,
+    Path.unlink,
+    lambda path: marker_path(path).unlink(),
+    lambda path: write_checkpoint(path.with_name("batch_00009.pt"), [7]),
+    lambda path: path.with_name("batch_00009.pt").touch(),
+    lambda path: None,
+]
+
+
+@pytest.mark.parametrize("clock_ns", [time.time_ns, settled_ns])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_second_look_sees_what_a_first_one_would(
+    tmp_path: Path, change: Callable[[Path], None], clock_ns: Callable[[], int]
+) -> None:
+    path = write_shard(tmp_path, 2, rows=1)[0]
+    write_shard(tmp_path, 3, rank=1, rows=1)
+    committed = CommittedRows(tmp_path, RUN, 8, clock_ns=clock_ns)
+    assert committed.done_mask().nonzero()[0].tolist() == [0, 1, 2]
+    change(path)
+    now = survey_checkpoints(tmp_path, RUN, verify_digests=False).done_mask(8)
+    assert committed.done_mask().tolist() == now.tolist()
+    assert committed.done_mask().tolist() == now.tolist()
+
+
+def test_a_second_look_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was written just before."""
+    first, second = write_shard(tmp_path, 2)
+    read: list[Path] = []
+    real = checkpoint_survey.read_record
+    monkeypatch.setattr(
+        checkpoint_survey,
+        "read_record",
+        lambda path, *others, **options: read.append(path) or real(path, *others, **options),
+    )
+    young, old = CommittedRows(tmp_path, RUN, 8), CommittedRows(tmp_path, RUN, 8, clock_ns=settled_ns)
+    for committed in (young, young, old, old):
+        committed.done_mask()
+    assert read == [first, second] * 3
