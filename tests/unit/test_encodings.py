@@ -155,7 +155,7 @@ def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(tmp_path: 
     """UTF-8 on disk."""
     code = (
         "import sys; from pathlib import Path; from vnp_lib.files import path_below;"
-        f"name = {ascii('β-lact_é.pt')};"
+        f"name = {'β-lact_é.pt'!a};"
         "path_below(Path(sys.argv[1]), name).write_bytes(b'')"
     )
     for shell in ({"LC_ALL": "C.UTF-8"}, ASCII, latin1):
