@@ -425,6 +425,8 @@ def require_free_space(directory: Path, size_bytes: int) -> None:
 def path_below(directory: Path, name: str) -> Path:
     """Where a file of such a name is. A "/" in it makes directories, but none outside of `directory`.
 
+    On disk the name is UTF-8, whatever the locale: it is the same file in every shell.
+
     Raises:
         ValueError: It leads out of `directory`, or is too long; what is wrong with it, as the end of a sentence.
     """
@@ -433,7 +435,7 @@ def path_below(directory: Path, name: str) -> Path:
         raise ValueError("leads out of the directory as a file name, or nowhere")
     if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
         raise ValueError(f"is too long for a file name, which has {_MOST_NAME_BYTES} bytes at most")
-    return directory.joinpath(*parts)
+    return directory.joinpath(*(os.fsdecode(part.encode()) for part in parts))
 
 
 def temporary_path(path: Path) -> Path:

@@ -149,3 +149,18 @@ def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
     told = (done.stdout + done.stderr).decode()
     assert (done.returncode, "Traceback" in told) == (1, False)
     assert r"sequence '\u03b21' has '-' at position 3" in " ".join(told.split())
+
+
+def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(tmp_path: Path, latin1: dict[str, str]) -> None:
+    """UTF-8 on disk."""
+    code = (
+        "import sys; from pathlib import Path; from vnp_lib.files import path_below;"
+        f"name = {'β-lact_é.pt'!a};"
+        "path_below(Path(sys.argv[1]), name).write_bytes(b'')"
+    )
+    for shell in ({"LC_ALL": "C.UTF-8"}, ASCII, latin1):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=environment | shell, check=True, timeout=60
+        )
+        assert os.listdir(os.fsencode(tmp_path)) == ["β-lact_é.pt".encode()]
