@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+from flows.program import main
+
+if __name__ == "__main__":  # before Prefect is imported: the program sees to its settings and its server first
+    sys.exit(main(program="python flows/embed.py"))
+
 import asyncio
 import logging
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
@@ -13,33 +18,41 @@ from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.artifacts import ShardArtifact, shard_table, show_summary, tag_flow_run, tags_of_shard
 from flows.devices import DevicePool
 from flows.events import tell_of_completion
-from flows.hooks import make_retry_hook
+from flows.hooks import make_judge, make_retry_hook
+from flows.lost_server import is_lost_server, note_ending, try_without_prefect
 from flows.metrics import metrics_served
 from flows.pool import cancel_shards, end_leftovers
+from flows.results import NOWHERE
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
-from vnp_lib.config import EmbedConfig, parse_command_line
-from vnp_lib.failures import CheckpointError, ExitCode, InputError
+from vnp_lib.config import EmbedConfig
+from vnp_lib.failures import CheckpointError
 from vnp_lib.inputs import describe_left_out
-from vnp_lib.plan import RunPaths, describe_input
-from vnp_lib.progress import RunProgress, format_duration
+from vnp_lib.plan import describe_input
+from vnp_lib.progress import RunProgress
 from vnp_lib.report import write_report
-from vnp_lib.run import RANDOM_WEIGHTS, Run, ShardState, check_at_the_door, open_run
+from vnp_lib.run import Run, ShardState, open_run
 
 _MOST_ROUNDS = 3
 
 
-@flow(name="vnp-embed", on_cancellation=[cancel_shards], on_crashed=[cancel_shards], on_failure=[cancel_shards])
+@flow(
+    name="vnp-embed",
+    retries=0,  # whatever a team's settings say of its other flows: a run retries shard by shard
+    persist_result=False,
+    result_storage=NOWHERE,
+    on_cancellation=[cancel_shards],
+    on_crashed=[cancel_shards],
+    on_failure=[cancel_shards],
+)
 async def embed(config: EmbedConfig) -> State[Any]:
     """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
     started_at = time.monotonic()
@@ -49,7 +62,7 @@ async def embed(config: EmbedConfig) -> State[Any]:
         if config.executor == "work-pool":
             await end_leftovers(run)  # before the metrics, whose port one of them may have
         with metrics_served(run):
-            return await embed_in_rounds(run, started_at)
+            return note_ending(await embed_in_rounds(run, started_at))
 
 
 def tell_of_input(run: Run) -> None:
@@ -110,18 +123,36 @@ async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any
 
 
 async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> State[Any]:
-    """Run a shard's task, with a retry hook of its own, until it has completed or failed for good."""
+    """Run a shard's task, with a retry hook of its own, until it has completed or failed for good.
+
+    Where Prefect's server is gone, the shard is embedded without the task.
+    """
     artifact = ShardArtifact(shard.rank, interval_s=run.config.runtime.artifact_interval_s)
+    judge_attempt = make_judge(run, shard.rank, devices, artifact)
     task = embed_shard.with_options(
         tags=tags_of_shard(run),
-        retry_condition_fn=make_retry_hook(run, shard.rank, devices, artifact),
+        retry_condition_fn=make_retry_hook(run, judge_attempt),
         result_storage=run.paths.results_dir,
         refresh_cache=not (
             shard.is_complete and has_plain_result(run, shard.rank)
         ),  # it counts for no more than the disk
     )
-    state = task(run, shard, devices, progress, artifact, return_state=True)
-    return await cast(Awaitable[State[Any]], state)  # Prefect's types say State, for async tasks too
+    try:
+        # Prefect's types say State, for async tasks too.
+        state = await cast(Awaitable[State[Any]], task(run, shard, devices, progress, artifact, return_state=True))
+        error: object = state.data if state.is_failed() else None
+    except Exception as raised:
+        error = raised
+        if not is_lost_server(raised):
+            raise
+    if run.config.executor != "local" or not is_lost_server(error):
+        return state
+    get_run_logger().warning("shard %d is embedded without Prefect's server, which is gone: %r", shard.rank, error)
+    flow_run_id = UUID(flow_run.id)
+    return await try_without_prefect(
+        lambda: embed_shard.fn(run, run.shard_state(shard.rank), devices, progress, artifact),
+        lambda failure: judge_attempt(failure, flow_run_id),
+    )
 
 
 def assemble_dataset(run: Run) -> DatasetSummary:
@@ -162,70 +193,3 @@ def describe(run: Run, states: Sequence[State[Any]]) -> str:
     recorded = run.manifest.shards()
     reasons = "; ".join(f"shard {rank}: {recorded[rank]['error'] or states[rank].message}" for rank in failed[:5])
     return f"{described}; not embedded: {failed} ({reasons})"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the flow on this machine and return the exit code: 0, 1 failed, 2 unusable input, 130 and 143 stopped."""
-    started_at = time.monotonic()
-    try:
-        config = parse_command_line(arguments)
-        check_at_the_door(config)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return ExitCode.UNUSABLE_INPUT
-    if not config.verbose:
-        logging.getLogger("prefect").propagate = False  # off the console; its lines still reach the API
-    if config.weights == RANDOM_WEIGHTS:
-        print("warning: --weights random: an untrained model, the vectors mean nothing", file=sys.stderr)
-    start_temporary_server()
-    try:
-        outcome, result = asyncio.run(embed_to_its_end(config))
-    except (TerminationSignal, asyncio.CancelledError):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are leaving, and Prefect's server has to be stopped yet
-        print("stopped by SIGTERM. What was computed is kept: the same command goes on from there", file=sys.stderr)
-        return ExitCode.STOPPED
-    except KeyboardInterrupt:
-        print("interrupted. What was computed is kept: the same command goes on from there", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    if isinstance(result, InputError):
-        print(result, file=sys.stderr)
-        return ExitCode.UNUSABLE_INPUT
-    return report_outcome(config, outcome, time.monotonic() - started_at)
-
-
-async def embed_to_its_end(config: EmbedConfig) -> tuple[State[Any], Any]:
-    """Run the flow and return how it ended, and its result: where it failed by an exception, that."""
-    outcome = await cast(Awaitable[State[Any]], embed(config, return_state=True))
-    return outcome, await outcome.aresult(raise_on_failure=False)
-
-
-def start_temporary_server() -> None:
-    """Without PREFECT_API_URL, start Prefect's own server, deaf to Ctrl-C so that it can record the end of the run."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a blocked signal stays blocked in a child
-    try:
-        with get_client(sync_client=True):
-            pass
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -> int:
-    """Print how the run ended, and what to do next."""
-    if not outcome.is_completed():
-        print(f"failed after {format_duration(elapsed_s)}: {outcome.message}", file=sys.stderr)
-        print("What was computed is kept: the same command goes on from there", file=sys.stderr)
-        return ExitCode.FAILED
-    print(
-        f"{outcome.message} in {format_duration(elapsed_s)}\n"
-        f"dataset: {RunPaths(config.output_dir).embeddings_dir}\n"
-        f"report:  {RunPaths(config.output_dir).report}\n"
-        "read it back:\n"
-        "    from vnp_lib.dataset import open_dataset\n"
-        f'    dataset = open_dataset("{config.output_dir}")\n'
-        "    print(len(dataset), dataset.ids[0], dataset[dataset.ids[0]])"
-    )
-    return ExitCode.DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

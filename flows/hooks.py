@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from prefect import Task, get_run_logger
@@ -12,25 +13,23 @@ from prefect.client.schemas.objects import State, TaskRun
 from flows.artifacts import ShardArtifact, tag_flow_run
 from flows.devices import DevicePool
 from flows.events import tell_of_preemption, tell_of_quarantine
+from flows.lost_server import is_lost_server
 from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
 from vnp_lib.judgement import judge
+from vnp_lib.retry import RetryDecision
 from vnp_lib.run import Run
 
+Judge = Callable[[object, UUID | None], Awaitable[RetryDecision]]
 RetryHook = Callable[[Task[..., Any], TaskRun, State[Any]], Awaitable[bool]]
 
 
-def make_retry_hook(run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact) -> RetryHook:
-    """Make the hook of one shard's own copy of the task.
+def make_judge(run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact) -> Judge:
+    """Make the function that decides what becomes of a shard after an attempt of a flow run, and says so everywhere."""
 
-    A plain function: Prefect 3.8 takes a partial, a bound method or a callable object for "never retry". The engine reads
-    the task's `retry_delay_seconds` after the hook has returned, so each failure gets a delay of its own.
-    """
-
-    async def retry_hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-        failure = failure_of(state.data)
+    async def judge_attempt(error: object, flow_run_id: UUID | None) -> RetryDecision:
+        failure = failure_of(error)
         run.metrics.failed(rank, failure.kind)
-        decision = judge(run, rank, failure, session=str(task_run.flow_run_id))
-        task.retry_delay_seconds = [decision.delay_s]
+        decision = judge(run, rank, failure, session=str(flow_run_id))
         logger = get_run_logger()
         logger.warning("shard %d: %s", rank, decision.reason)
         if failure.kind == FailureKind.SPOT_PREEMPTION:
@@ -40,8 +39,26 @@ def make_retry_hook(run: Run, rank: int, devices: DevicePool, artifact: ShardArt
         if failure.cause == FailureCause.HARDWARE and devices.set_aside(rank):
             logger.warning("the device of shard %d is set aside for the rest of this run", rank)
         await artifact.show(percent_done(run, rank), decision.reason, now=True)
-        if task_run.flow_run_id is not None:
-            await tag_flow_run(task_run.flow_run_id, f"failed:{failure.kind}")
+        if flow_run_id is not None:
+            await tag_flow_run(flow_run_id, f"failed:{failure.kind}")
+        return decision
+
+    return judge_attempt
+
+
+def make_retry_hook(run: Run, judge_attempt: Judge) -> RetryHook:
+    """Make the hook of one shard's own copy of the task.
+
+    A plain function: Prefect 3.8 takes a partial, a bound method or a callable object for "never retry". The engine reads
+    the task's `retry_delay_seconds` after the hook has returned, so each failure gets a delay of its own. A request to
+    Prefect's server that failed is no failure of a shard that is embedded here: the flow goes on with it without Prefect.
+    """
+
+    async def retry_hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+        if run.config.executor == "local" and is_lost_server(state.data):
+            return False
+        decision = await judge_attempt(state.data, task_run.flow_run_id)
+        task.retry_delay_seconds = [decision.delay_s]
         return decision.retry
 
     return retry_hook

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from prefect.serializers import JSONSerializer
 
+NOWHERE = Path(
+    os.devnull
+)  # result storage of flows, which persist nothing: else Prefect looks up a team's default block
+
 _PLAIN_JSON = JSONSerializer().model_dump(mode="json")
 _LARGEST_BYTES = 64 * 1024
 

@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State
 from flows.devices import DevicePool
 from flows.embed import embed_one
 from flows.metrics import metrics_served
+from flows.results import NOWHERE
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig
 from vnp_lib.heartbeat import beating
@@ -19,7 +20,7 @@ from vnp_lib.progress import RunProgress
 from vnp_lib.run import attach_run
 
 
-@flow(name="vnp-embed-shard")
+@flow(name="vnp-embed-shard", retries=0, persist_result=False, result_storage=NOWHERE)
 async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> State[Any]:
     """Embed one shard of a run that another machine has opened and waits for.
 

@@ -319,7 +319,6 @@ VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
         title="Embed",
         env_prefix="VNP_",
         env_nested_delimiter="__",
-        cli_prog_name="python flows/embed.py",
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
@@ -332,7 +331,7 @@ class _ForecastCli(ForecastConfig, BaseSettings):
     __doc__ = f"""{ForecastConfig.__doc__} With --json it is printed as JSON. Exit code 0: such a run can begin, 1: something in the
 input would be refused, or the disk has no room, 2: an option cannot be used."""
 
-    model_config = _EmbedCli.model_config | SettingsConfigDict(title="Forecast", cli_prog_name="vnp plan")
+    model_config = _EmbedCli.model_config | SettingsConfigDict(title="Forecast")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -360,19 +359,19 @@ class _HelpFormatter(argparse.HelpFormatter):
         return told.replace(" (default: None)", "").replace(" (required)", "")
 
 
-def parse_command_line(arguments: Sequence[str]) -> EmbedConfig:
-    """Read the settings from a command line, and what it leaves open from `VNP_*`.
+def parse_command_line(arguments: Sequence[str], *, program: str = "python flows/embed.py") -> EmbedConfig:
+    """Read the settings from a command line of `program`, and what it leaves open from `VNP_*`.
 
     Raises:
         ConfigError: A value that does not fit; one line for each.
         SystemExit: After `--help` (0), and for an option that does not exist (2).
     """
-    return EmbedConfig.model_validate(_given(_EmbedCli, arguments))
+    return EmbedConfig.model_validate(_given(_EmbedCli, arguments, program))
 
 
 def parse_forecast_command_line(arguments: Sequence[str]) -> ForecastConfig:
     """Read the settings of a run that is only thought of. `--json` is not among them. Raises as `parse_command_line`."""
-    return ForecastConfig.model_validate(_given(_ForecastCli, arguments))
+    return ForecastConfig.model_validate(_given(_ForecastCli, arguments, "vnp plan"))
 
 
 def _parse_arguments(
@@ -390,9 +389,11 @@ def _parse_arguments(
     return given
 
 
-def _given(model: type[BaseSettings], arguments: Sequence[str]) -> dict[str, Any]:
+def _given(model: type[BaseSettings], arguments: Sequence[str], program: str) -> dict[str, Any]:
     try:
-        source = CliSettingsSource[Any](model, formatter_class=_HelpFormatter, parse_args_method=_parse_arguments)
+        source = CliSettingsSource[Any](
+            model, formatter_class=_HelpFormatter, parse_args_method=_parse_arguments, cli_prog_name=program
+        )
         return CliApp.run(model, cli_args=list(arguments), cli_settings_source=source).model_dump()
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None

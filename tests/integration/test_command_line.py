@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.embed import main
+from flows.program import main
 from tests.support import (
     SMALL_MODEL,
     assert_same_rows,

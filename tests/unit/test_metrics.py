@@ -17,8 +17,8 @@ import pytest
 from prometheus_client import generate_latest
 
 from flows import pool
-from flows.embed import main
 from flows.metrics import metrics_served
+from flows.program import main
 from tests.support import EXAMPLE, SMALL_MODEL, free_port, read_page, scrape, small_config
 from vnp_lib.failures import ExitCode, Failure, FailureCause, FailureKind
 from vnp_lib.manifest import CheckpointManifest

@@ -1,0 +1,246 @@
+"""Prefect's settings, as the user has them and as a run needs them: read and completed before Prefect is imported.
+
+Prefect reads its settings once, while it is imported. This module is the one that reads and writes `PREFECT_*`, the proxies'
+variables and HOME; `vnp_lib.config` reads all others. It imports nothing of Prefect.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vnp_lib.failures import ConfigError
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_SERVER_START_S = 120
+_NEEDED_BYTES = 32_000_000  # of the database of a Prefect server that is new, with its journal
+
+_PREFECTS_OWN_PROFILES = ("ephemeral", "local", "test", "cloud")  # there without a file, and then without settings
+
+# What a run needs, unless the user has set it: under any of these names, in any place where Prefect looks.
+_DEFAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("PREFECT_SERVER_ANALYTICS_ENABLED",), "false"),
+    (("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS",), str(_SERVER_START_S)),
+    (("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"), "true"),
+    (("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"), "1"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A setting of Prefect's that the user has made."""
+
+    value: str
+    where: str  # "the environment variable PREFECT_API_URL", "profile 'cloud' in /home/u/.prefect/profiles.toml"
+
+
+class UserSettings:
+    """What the user has set, the strongest place first: environment, `.env`, `prefect.toml`, `pyproject.toml`, profile."""
+
+    def __init__(self, places: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+        self._places = places
+
+    def find(self, *names: str) -> Setting | None:
+        """The strongest value of a setting that has these names; an empty one counts as none."""
+        for where, values in self._places:
+            for name in names:
+                if name in values:
+                    return Setting(value=values[name], where=where.format(name=name)) if values[name] else None
+        return None
+
+    def find_like(self, ending: str, value: object) -> tuple[str, Setting] | None:
+        """The name and value of a setting of which only the end of the name is known."""
+        for where, values in self._places:
+            for name, found in values.items():
+                if name.startswith("PREFECT_") and name.endswith(ending) and found == str(value):
+                    return name, Setting(value=found, where=where.format(name=name))
+        return None
+
+
+def read_user_settings(environ: Mapping[str, str], cwd: Path) -> UserSettings:
+    """Read all places where Prefect looks for settings.
+
+    Raises:
+        ConfigError: A file that cannot be read, or a profile that does not exist.
+    """
+    set_here = {name.upper(): value for name, value in environ.items()}
+    places: list[tuple[str, Mapping[str, str]]] = [("the environment variable {name}", set_here)]
+    if dotenv := _read_dotenv(cwd / ".env"):
+        places.append((f"{{name}} in {cwd / '.env'}", dotenv))
+    for path, table in ((cwd / "prefect.toml", ()), (cwd / "pyproject.toml", ("tool", "prefect"))):
+        if values := dict(_flattened("PREFECT", _table(_read_toml(path), table))):
+            places.append((f"{path} (there {{name}} in TOML)", values))
+    settings = UserSettings(places)
+    places.append(_profile(settings, cwd))
+    return settings
+
+
+def prepare_environment(environ: MutableMapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    """Complete the environment with what a run needs of Prefect; what the user has set stays.
+
+    Of a file that cannot be read, nothing is taken; whoever starts a run hears of it from `read_user_settings`.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        settings = read_user_settings(environ, cwd or Path.cwd())
+    except (ConfigError, OSError):
+        settings = UserSettings([("{name}", {name.upper(): value for name, value in environ.items()})])
+    for names, value in _DEFAULTS:
+        if settings.find(*names) is None:
+            environ[names[0]] = value
+    environ["PYTHONSAFEPATH"] = "1"  # what we start imports nothing from the directory that we are in
+    reach_loopback_past_proxies(environ)
+
+
+def reach_loopback_past_proxies(environ: MutableMapping[str, str]) -> None:
+    """Add this machine to the names that are reached without a proxy, in both spellings, of which the lower one counts."""
+    without = next((environ[name] for name in ("no_proxy", "NO_PROXY") if environ.get(name)), "")
+    names = [name.strip() for name in without.split(",") if name.strip()]
+    if "*" not in names:
+        without = ",".join([*names, *(name for name in _LOOPBACK if name not in names)])
+    environ["no_proxy"] = environ["NO_PROXY"] = without
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefectHome:
+    """The directory of Prefect's database and profiles."""
+
+    path: Path
+    is_temporary: bool = False  # to be removed at the end
+    notice: str = ""
+
+
+def choose_home(settings: UserSettings, environ: MutableMapping[str, str], *, is_needed: bool) -> PrefectHome:
+    """Choose PREFECT_HOME: the user's, or ~/.prefect, or where that cannot be written a temporary one.
+
+    `environ` is changed so that Prefect takes it too, and gets a HOME where there is none: without one it cannot be imported.
+    Where no server of our own `is_needed`, nothing of value is written there, and any directory will do.
+
+    Raises:
+        ConfigError: The user's choice cannot be written to.
+    """
+    chosen = settings.find("PREFECT_HOME")
+    try:
+        path = Path(chosen.value).expanduser() if chosen else Path.home() / ".prefect"
+        fault = _fault_of(path)
+    except RuntimeError:  # no HOME, and no entry for this user id
+        path, fault = Path("~/.prefect"), "this user has no home directory"
+    if fault and chosen and is_needed:
+        raise ConfigError(
+            f"PREFECT_HOME {path}, set by {chosen.where}, cannot be used for Prefect's database: {fault}; "
+            "name a directory that can be written to, or unset it"
+        )
+    home = PrefectHome(path=path)
+    if fault:
+        home = _temporary_home(path, fault)
+        environ["PREFECT_HOME"] = str(home.path)
+    try:
+        Path.home()
+    except RuntimeError:
+        environ["HOME"] = str(home.path)
+    return home
+
+
+def _temporary_home(path: Path, fault: str) -> PrefectHome:
+    try:
+        made = Path(tempfile.mkdtemp(prefix="vnp-prefect-"))
+    except OSError as error:
+        raise ConfigError(
+            f"there is no directory for Prefect's database: {path}: {fault}; {error}. Set PREFECT_HOME or TMPDIR to one "
+            "that can be written to"
+        ) from None
+    notice = f"note: {path} cannot be used ({fault}): Prefect's record of this run is in {made}, and removed at the end"
+    return PrefectHome(path=made, is_temporary=True, notice=notice)
+
+
+def _fault_of(path: Path) -> str:
+    """Say what is wrong with a directory for a database, if anything is; nothing is left behind in it."""
+    existing = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(65_536))
+            file.flush()
+            os.fsync(file.fileno())
+        room = os.statvfs(existing)
+    except OSError as error:
+        return f"{existing}: {error.strerror}"
+    if room.f_bavail * room.f_frsize < _NEEDED_BYTES:
+        return f"{existing}: No space left on device"
+    return ""
+
+
+def _profile(settings: UserSettings, cwd: Path) -> tuple[str, Mapping[str, str]]:
+    path = _profiles_path(settings, cwd)
+    profiles = _read_toml(path) if path is not None else {}
+    chosen = settings.find("PREFECT_PROFILE")
+    name = chosen.value if chosen else profiles.get("active")
+    known = _table(profiles, ("profiles",))
+    if name is None or (name in _PREFECTS_OWN_PROFILES and name not in known):
+        return "{name}", {}
+    if name not in known:
+        where = chosen.where if chosen else f"'active' in {path}"
+        raise ConfigError(
+            f"the profile {name!r} of Prefect, chosen by {where}, is not in {path or '~/.prefect/profiles.toml'}; "
+            f"there are: {', '.join(known) or 'none'}. Choose one of them, or unset it"
+        )
+    values = {key.upper(): str(value) for key, value in _table(known, (name,)).items()}
+    return f"{{name}} in the profile {name!r} of {path}", values
+
+
+def _profiles_path(settings: UserSettings, cwd: Path) -> Path | None:
+    if chosen := settings.find("PREFECT_PROFILES_PATH"):
+        return cwd / chosen.value
+    home = settings.find("PREFECT_HOME")
+    try:
+        return (Path(home.value).expanduser() if home else Path.home() / ".prefect") / "profiles.toml"
+    except RuntimeError:
+        return None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}  # as Prefect has it; a home that cannot be used is told of elsewhere
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}, where Prefect's settings are, cannot be read: {error}; mend it or move it away"
+        ) from None
+
+
+def _read_dotenv(path: Path) -> dict[str, str]:
+    from dotenv import dotenv_values  # here, not above: few have such a file
+
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            name.upper(): value or ""
+            for name, value in dotenv_values(path).items()
+            if name.upper().startswith("PREFECT_")
+        }
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}, where Prefect looks for settings, cannot be read: {error}; mend it or move it away"
+        ) from None
+
+
+def _table(data: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    table: Any = data
+    for name in names:
+        table = table.get(name) if isinstance(table, Mapping) else None
+    return table if isinstance(table, Mapping) else {}
+
+
+def _flattened(prefix: str, table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`[server.ephemeral] enabled = false` as PREFECT_SERVER_EPHEMERAL_ENABLED, "False"."""
+    found: list[tuple[str, str]] = []
+    for key, value in table.items():
+        name = f"{prefix}_{key.upper()}"
+        found += _flattened(name, value) if isinstance(value, Mapping) else [(name, str(value))]
+    return found

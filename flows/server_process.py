@@ -1,0 +1,50 @@
+"""Prefect's server for one run: `python -P server_process.py FD`, on a socket that listens already.
+
+It says `ready` in a line on standard output, and lives as long as its standard input: that ends when the run closes it or
+is killed, so no server is ever left behind. Signals are for the run: one that goes to the whole process group (Ctrl-C, Slurm,
+systemd) must not end the server before the run's end is recorded.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+
+_POLL_S = 0.1
+_PATIENCE_S = 4.0  # with requests that are being answered
+
+
+def main(fd: int) -> int:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    # On a thread, since on the main one uvicorn would take the signals back.
+    serving = threading.Thread(target=server.run, kwargs={"sockets": [socket.socket(fileno=fd)]}, daemon=True)
+    serving.start()
+    is_ready = False
+    while serving.is_alive() and not _has_ended(sys.stdin.fileno()):
+        if server.started and not is_ready:
+            is_ready = True
+            print("ready", flush=True)
+    server.should_exit = True
+    serving.join(_PATIENCE_S)
+    sys.stderr.flush()
+    os._exit(0 if is_ready else 1)  # whatever threads a server has
+
+
+def _has_ended(stream: int) -> bool:
+    readable, _, _ = select.select([stream], [], [], _POLL_S)
+    return bool(readable) and not os.read(stream, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
