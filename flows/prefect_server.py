@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack, redirect_stderr, suppress
@@ -31,6 +32,10 @@ _PROBE_S = 14.0  # names are looked up without a limit of their own
 _DATABASE_S = 5.0
 _START_S = 120.0
 _STOP_S = 6.0
+_WATCH_S = 0.2
+_ASK_S = 10.0
+_MOST_SILENT = 3  # questions in a row that get no answer
+_MOST_RESTARTS = 3
 _LAST_WORDS = 200  # lines of a server that fails
 # Of a server on this machine, which is there or gone for good: unless the user has set other limits.
 _OWN_SERVER_DEFAULTS = {"PREFECT_CLIENT_MAX_RETRIES": "2", "PREFECT_API_REQUEST_TIMEOUT": "20"}
@@ -68,6 +73,8 @@ class TemporaryServer(PrefectServer):
         cleanup.callback(self.close)
         self._database = database
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_wanted = threading.Event()
+        self._asked_at = time.monotonic()
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
 
     @property
@@ -104,32 +111,60 @@ class TemporaryServer(PrefectServer):
         if readable and self._process.stdout.readline():
             return
         what = "has not started" if readable else f"has not started within {limit_s:g} s"
-        self.stop()
+        self._end_process(_STOP_S)
         raise ConfigError(
             f"Prefect's server {what} with {self._database}: {_reason_of(self._last_words)}; it may be damaged, or of "
             "another version of Prefect: PREFECT_HOME names another directory for one"
         )
 
-    def restart(self, limit_s: float) -> None:
-        self.stop()
-        self.start()
-        self.wait(limit_s)
+    def keep_up(self, tell: Callable[[str], None], limit_s: float) -> None:
+        """Start it again, from a thread, where it ends or freezes before it is stopped: killed for want of memory, say.
 
-    def stop(self) -> None:
-        """End it, in any case."""
+        Requests wait on our socket meanwhile. One that is lost again and again is given up, and requests are refused at once.
+        """
+        self._is_wanted.set()
+        threading.Thread(target=self._keep_up, args=[tell, limit_s], daemon=True).start()
+
+    def _keep_up(self, tell: Callable[[str], None], limit_s: float) -> None:
+        for _ in range(_MOST_RESTARTS):
+            self._wait_until_lost()
+            if not self._is_wanted.is_set():
+                return
+            tell("note: Prefect's server of this run was lost, and is started again; the run goes on")
+            try:
+                self._end_process(0.0)
+                self.start()
+                self.wait(limit_s)
+            except (ConfigError, OSError):
+                break
+        self._wait_until_lost()
+        if self._is_wanted.is_set():
+            self.close()
+
+    def _wait_until_lost(self) -> None:
+        num_silent = 0
+        while self._is_wanted.is_set() and not self.is_gone and num_silent < _MOST_SILENT:
+            time.sleep(_WATCH_S)
+            if time.monotonic() >= self._asked_at + _ASK_S:
+                self._asked_at = time.monotonic()
+                num_silent = 0 if self.answers() else num_silent + 1
+
+    def _end_process(self, patience_s: float) -> None:
         if self._process is None:
             return
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
         try:
-            self._process.wait(_STOP_S)
+            self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
     def close(self) -> None:
-        self.stop()
+        """End it, in any case."""
+        self._is_wanted.clear()
+        self._end_process(_STOP_S)
         self._listener.close()
 
 
@@ -155,7 +190,7 @@ def find_prefect(tell: Callable[[str], None], *, environ: MutableMapping[str, st
             tell(home.notice)
         _drop_unusable_proxies(environ, url)
         if url is None:
-            return _start_server(settings, home.path, environ, cleanup)
+            return _start_server(settings, home.path, environ, cleanup, tell)
         _import_prefect(settings)
         check_standing_server(url)
         return PrefectServer(url.value, cleanup)
@@ -179,7 +214,11 @@ def require_server(settings: UserSettings) -> None:
 
 
 def _start_server(
-    settings: UserSettings, home: Path, environ: MutableMapping[str, str], cleanup: ExitStack
+    settings: UserSettings,
+    home: Path,
+    environ: MutableMapping[str, str],
+    cleanup: ExitStack,
+    tell: Callable[[str], None],
 ) -> TemporaryServer:
     chosen = settings.find("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
     check_database(chosen, home)
@@ -194,7 +233,9 @@ def _start_server(
     environ["PREFECT_API_URL"] = server.api_url
     _import_prefect(settings)  # seconds, in which the server starts
     limit = settings.find("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS")
-    server.wait(float(limit.value) if limit else _START_S)
+    limit_s = float(limit.value) if limit else _START_S
+    server.wait(limit_s)
+    server.keep_up(tell, limit_s)
     return server
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # Prefect is imported when its server is at hand
 
 _SHOW_PATIENCE_S = 1.0
 _RECORDING_S = 10.0  # that Prefect may take to record the end of a run before its server is asked for a sign of life
-_RESTART_S = 120.0
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "vnp-embed") -> int:
@@ -80,26 +79,20 @@ def _say_interrupted() -> int:
 def run_flow(config: EmbedConfig, server: PrefectServer, started_at: float) -> tuple[State[Any], Any]:
     """Run the flow to its end and return how it ended, and its result: where it failed by an exception, that.
 
-    How the flow ended counts, not whether Prefect could record it. A server of our own that is gone before the flow has
-    begun is started again, once.
+    How the flow ended counts, not whether Prefect could record it.
     """
     from flows.lost_server import Ending, is_lost_server
 
-    for may_restart in (isinstance(server, TemporaryServer), False):
-        ending = Ending()
-        try:
-            return asyncio.run(_embed_to_its_end(config, server, ending, started_at))
-        except Exception as error:
-            if not is_lost_server(error):
-                raise
-            if ending.state is not None:
-                _tell(_lost(server))
-                return ending.state, ending.state.data
-            if not may_restart:
-                raise InputError(f"Prefect's server at {server.api_url} does not answer any more: {error}") from error
-            assert isinstance(server, TemporaryServer)
-            server.restart(_RESTART_S)
-    raise AssertionError("the second round returns or raises")
+    ending = Ending()
+    try:
+        return asyncio.run(_embed_to_its_end(config, server, ending, started_at))
+    except Exception as error:
+        if not is_lost_server(error):
+            raise
+        if ending.state is None:
+            raise InputError(f"Prefect's server at {server.api_url} does not answer any more: {error}") from error
+        _tell(_lost(server))
+        return ending.state, ending.state.data
 
 
 async def _embed_to_its_end(
@@ -145,11 +138,15 @@ def _lost(server: PrefectServer) -> str:
 
 
 def quiet_prefect(*, verbose: bool) -> None:
-    """Keep Prefect's lines off the console; they still reach its API. What its background threads say of a lost server never
-    belongs there: kilobytes of tracebacks about events that nobody waits for.
+    """Keep Prefect's lines off the console; they still reach its API. What its background threads say of a server that is
+    lost never belongs there: kilobytes of tracebacks about events that nobody waits for.
     """
-    logging.getLogger("prefect._internal").setLevel(logging.CRITICAL + 1)
-    logging.getLogger("prefect").propagate = verbose
+    for name in ("prefect._internal", "prefect._internal.concurrency"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    prefect = logging.getLogger("prefect")
+    prefect.propagate = verbose
+    prefect.addHandler(logging.NullHandler())  # without any handler, warnings would go to standard error after all
+    logging.raiseExceptions = False  # nor what is wrong with a log line, or with where it goes
 
 
 def _leave_out_the_flows_directory() -> None:

@@ -31,6 +31,7 @@ _WEIGHTS = "tests/unit/test_weights.py"
 _FAILURES = "tests/unit/test_failures.py"
 _SOFTWARE = "tests/unit/test_software.py"
 _SUPERVISOR = "tests/integration/test_supervisor.py"
+_STREAMS = "tests/unit/test_streams.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1362,6 +1363,23 @@ _PATHS = (
     ),
 )
 
+_SHOWN = (
+    Mutant(
+        name="letters-that-an-encoding-lacks-raise",
+        module="streams",
+        before='(stream.encoding or "utf-8")("backslashreplace")',
+        after='(stream.encoding or "utf-8")("strict")',
+        caught_by=(f"{_STREAMS}::test_letters_that_an_encoding_lacks_are_written_in_its_own",),
+    ),
+    Mutant(
+        name="a-paused-reader-stalls-the-run",
+        module="streams",
+        before="self._patience_s * 1000 if self._was_writable else 0",
+        after="None",
+        caught_by=(f"{_STREAMS}::test_a_reader_that_takes_nothing_costs_the_text_and_not_the_time",),
+    ),
+)
+
 MUTANTS = (
     *_INPUT,
     *_PATHS,
@@ -1376,4 +1394,5 @@ MUTANTS = (
     *_CURES,
     *_EXPORTS,
     *_CODE,
+    *_SHOWN,
 )
