@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vnp_lib.esm2 import ESM2
 from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
 from vnp_lib.foreign_model import representations_of
 from vnp_lib.heads import with_heads
@@ -89,28 +90,44 @@ class EmbeddedBatch:
 
 
 class ExactModel:
-    """A model in float32, loaded when it is first asked for a row."""
+    """A model in float32, loaded when it is first asked for a row.
+
+    Args:
+        on_loading: Called before it is loaded, which may take minutes.
+        on_loaded: Called with the network.
+    """
 
     def __init__(
-        self, model: str, weights: Weights, *, device: torch.device = _CPU, layout: RowLayout | None = None
+        self,
+        model: str,
+        weights: Weights,
+        *,
+        device: torch.device = _CPU,
+        layout: RowLayout | None = None,
+        on_loading: Callable[[], None] = lambda: None,
+        on_loaded: Callable[[ESM2], None] = lambda network: None,
     ) -> None:
         self._model = model
         self._weights = weights
         self._device = device
         self._layout = layout
+        self._on_loading = on_loading
+        self._on_loaded = on_loaded
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
         """The rows of a batch, as `embed_batch` gives them, on the CPU."""
         return _embed_at_once(self._loaded, batch, self._device, self._layout)
 
-    @property
-    def is_loaded(self) -> bool:
-        return "_loaded" in self.__dict__
+    def load(self) -> None:
+        """Load the model, if it is not loaded yet."""
+        _ = self._loaded
 
     @cached_property
     def _loaded(self) -> PackedModel:
+        self._on_loading()
         network = load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
+        self._on_loaded(network)
         return with_heads(network, self._model, self._weights, self._layout.heads if self._layout is not None else ())
 
 

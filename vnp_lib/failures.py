@@ -233,6 +233,11 @@ class Failure:
         is_suspicious = self.kind == FailureKind.POISON_INPUT or self.cause in _SUSPICIOUS
         return is_suspicious and self.batch_idx is not None
 
+    @property
+    def is_silence(self) -> bool:
+        """Whether all that is known is that there was no sign of life: never enough to give a protein up."""
+        return self.cause == FailureCause.HANG
+
     def __str__(self) -> str:
         where = "" if self.batch_idx is None else f" at batch {self.batch_idx}"
         where = where if self.ordinal is None else f" at sequence {self.ordinal}"

@@ -232,6 +232,7 @@ class AsyncInferenceRunner:
                 yield keep
                 reason = "final"
             finally:
+                listener.on_saving()
                 unsaved.write(reason)
                 writer.wait_all()
 

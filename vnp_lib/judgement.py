@@ -8,6 +8,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from vnp_lib.failures import Failure, FailureKind, QuarantineFullError
 from vnp_lib.retry import RetryDecision, RetryPolicy
 from vnp_lib.run import Run
@@ -27,7 +29,9 @@ def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecisi
     failure = _with_batch(run, rank, failure)
     history = counted_failures(recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0))
     decision = RetryPolicy.from_config(run.config.runtime).decide(failure, history)
-    if decision.is_circuit_open and run.config.on_poison == "quarantine":
+    if decision.is_circuit_open and failure.is_silence and failure.ordinal is not None:
+        decision = replace(decision, reason=_silent(run, failure.ordinal, failure))
+    elif decision.is_circuit_open and run.config.on_poison == "quarantine":
         decision = _isolate(run, rank, failure, decision)
     if decision.token_budget_scale < 1.0:
         run.scale_token_budget(rank, recorded["device"], decision.token_budget_scale)
@@ -69,6 +73,16 @@ def _with_batch(run: Run, rank: int, failure: Failure) -> Failure:
     assert failure.batch_idx is not None
     ordinals = run.plan.shard_batches(rank)[failure.batch_idx]
     return replace(failure, batch_sha256=hashlib.sha256(ordinals.astype("<i8").tobytes()).hexdigest())
+
+
+def _silent(run: Run, ordinal: int, failure: Failure) -> str:
+    """Say at which sequence a shard stands still. It is not set aside: a slow machine looks the same."""
+    sequence_id, length = run.plan.ids(np.array([ordinal]))[0], int(run.plan.lengths[ordinal])
+    return (
+        f"{sequence_id!r} ({length:,} residues), computed alone and last, gave no sign of life: {failure.message}. All else of "
+        f"the shard is saved. Raise --runtime.silence-limit-s if this machine may be that slow; --allow-partial puts the "
+        f"dataset together without this sequence"
+    )
 
 
 def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> RetryDecision:

@@ -22,6 +22,9 @@ class Listener:
     def on_batch(self, batch: PackedBatch) -> None:
         """A batch goes into the model: should the process die of it, that was the last word."""
 
+    def on_saving(self) -> None:
+        """The loop is over, for whatever reason: what is in no checkpoint yet is being written."""
+
     def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
         """A checkpoint is durable, after `seconds` of writing. Called from the writer's thread."""
 

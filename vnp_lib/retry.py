@@ -100,23 +100,25 @@ class RetryPolicy:
 
     def _decide_accused(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
         accused = _accused(failure)
-        breaker = CircuitBreaker(
-            limit=self.max_retries_poison, strikes=[_accused(past) for past in history if past.accuses_batch]
-        )
+        limit = self.max_retries_poison
+        if failure.is_silence and failure.ordinal is not None:  # the second opinion has a longer limit
+            limit = max(2, limit)
+        breaker = CircuitBreaker(limit=limit, strikes=[_accused(past) for past in history if past.accuses_batch])
         count = breaker.record(*accused)
         name = f"batch {failure.batch_idx}" if failure.ordinal is None else f"sequence {failure.ordinal}"
         if breaker.is_open(*accused):
             reason = f"circuit breaker: {name} failed {count} times ({failure.message})"
             return RetryDecision(retry=False, delay_s=self.backoff_base_s, reason=reason, is_circuit_open=True)
-        reason = f"{name} failed {count} of {self.max_retries_poison} times ({failure.message})"
+        reason = f"{name} failed {count} of {limit} times ({failure.message})"
         return RetryDecision(retry=True, delay_s=self.backoff_base_s, reason=reason)
 
 
-def _accused(failure: Failure) -> tuple[str, int | str | None]:
+def _accused(failure: Failure) -> tuple[object, ...]:
     """What a failure is blamed on: the sequence that was alone in the model, else the batch, by what is in it.
 
-    With other shards, or another token budget, a batch of the same number has other sequences.
+    With other shards, or another token budget, a batch of the same number has other sequences. Silence at a sequence counts
+    by itself.
     """
     if failure.ordinal is not None:
-        return "sequence", failure.ordinal
+        return "sequence", failure.ordinal, failure.is_silence
     return "batch", failure.batch_sha256 or failure.batch_idx

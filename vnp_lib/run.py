@@ -181,6 +181,7 @@ class Run:
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
             token_budget=self.manifest.token_budget(rank, device) or self.plan.token_budget,
             suspects=self._suspects(failures),
+            deferred=_silent_at(failures),
             is_careful=bool(failures) and failures[-1].accuses_batch,
             quarantines=self.config.on_poison == "quarantine",
             package=self._package,
@@ -195,7 +196,9 @@ class Run:
         """Who is to be computed alone: first those at which a child has died already, then the rest of their batches."""
         if self.config.on_poison != "quarantine":
             return ()
-        accused = [failure.ordinal for failure in reversed(failures) if failure.accuses_batch]
+        accused = [
+            failure.ordinal for failure in reversed(failures) if failure.accuses_batch and not failure.is_silence
+        ]
         ordinals = [ordinal for ordinal in accused if ordinal is not None] + self.manifest.suspects()
         return tuple(dict.fromkeys(ordinals))
 
@@ -215,6 +218,12 @@ class Run:
     def _threads_per_child(self) -> int | None:
         children = min(sum(device == "cpu" for device in self.devices), self.plan.num_shards)
         return max(1, num_cores() // children) if children > 1 else None
+
+
+def _silent_at(failures: list[Failure]) -> tuple[int, ...]:
+    """The sequences, each alone in the model, at which an attempt gave no sign of life."""
+    ordinals = [failure.ordinal for failure in failures if failure.is_silence]
+    return tuple(dict.fromkeys(ordinal for ordinal in ordinals if ordinal is not None))
 
 
 def check_at_the_door(config: EmbedConfig) -> None:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 STOP_LINE = b"stop\n"  # to a worker, on its standard input; its end means that the parent is gone
 
-_ALONE_FACTOR = 5  # on the silence limit, for a sequence that is computed alone since an attempt was silent at it
+_SECOND_OPINION = 5  # times the silence limit, for a sequence that is computed alone since an attempt was silent at it
 _LOOK_EVERY_S = 1.0  # for signs of life; oftener where a limit is short
 _LOOK_AT_EXIT_S = 0.1
 
@@ -119,6 +119,7 @@ class _Followed:
         self.shortest_limit_s = min(startup_limit_s, silence_limit_s)
         self.may_work_silently = True  # it reads, checks, loads or saves: what it reads and writes are signs of life
         self._doing = "its start"
+        self._pass_limit_s = silence_limit_s
         self._startup_limit_s = startup_limit_s
         self._silence_limit_s = silence_limit_s
         self._in_model: list[tuple[int, int | None]] = []  # batch_idx, and ordinal of a single sequence; oldest first
@@ -136,15 +137,20 @@ class _Followed:
         match event:
             case {"event": "waiting"}:
                 self._allow(self._startup_limit_s, silent_work=False)
-            case {"event": "started" | "loading" | "saving"}:
+            case {"event": "started" | "loading" | "saving" as doing}:
                 self._allow(self._startup_limit_s, silent_work=True)
+                if doing == "saving":  # nothing is in the model any more
+                    self._in_model.clear()
+            case {"event": "alive"}:
+                self._allow(self._pass_limit_s, silent_work=False)
             case {"event": "probing"}:
                 self._is_probing = True
             case {"event": "computing", "batch_idx": int(batch_idx), "ordinal": int() | None as ordinal}:
-                factor = _ALONE_FACTOR if event.get("is_suspect") is True else 1
+                factor = _SECOND_OPINION if event.get("is_deferred") is True else 1
                 slowest_s = event.get("slowest_s")
                 least_s = slowest_s if isinstance(slowest_s, int | float) else 0.0
-                self._allow(max(factor * self._silence_limit_s, least_s), silent_work=False)
+                self._pass_limit_s = max(factor * self._silence_limit_s, least_s)
+                self._allow(self._pass_limit_s, silent_work=False)
                 self._is_probing = False
                 self._in_model.append((batch_idx, ordinal))
             case {"event": "batch" | "exact_row"} if self._in_model:

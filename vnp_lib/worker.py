@@ -33,7 +33,7 @@ from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
 from vnp_lib.outputs import OutputKind, RowLayout
 from vnp_lib.packing import TokenBudget
-from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, sequence_digest
 from vnp_lib.run_record import RunRecord
@@ -44,6 +44,7 @@ from vnp_lib.worker_events import EventStream
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.checkpoint_survey import CommittedRows
     from vnp_lib.embedder import ExactModel
+    from vnp_lib.esm2 import ESM2
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.tokens import PackedBatch
     from vnp_lib.weights import Weights
@@ -51,6 +52,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for i
 logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 5.0
+_SIGN_OF_LIFE_S = 1.0
+_SLOWEST_CPU = 5e8  # operations in a second: a hundredth of a core that has nothing else to do
+_SLOWEST_GPU = 5e11  # a tenth of the oldest in use
 _MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
 _MOST_IN_A_ROW = 20  # sequences without a finite row
 _ORPHAN_LIMIT_S = 60
@@ -74,6 +78,7 @@ class ShardJob(BaseModel):
     is_deterministic: bool = False  # the same bits at every attempt
     token_budget: int  # of a forward pass, where memory did not suffice for the plan's
     suspects: tuple[int, ...] = ()  # ordinals to run alone and first, in this order
+    deferred: tuple[int, ...] = ()  # ordinals at which an attempt gave no sign of life: to run alone and last
     is_careful: bool = False  # one batch at a time, so that a failure is its own
     quarantines: bool = True  # sets aside what has no finite row; else that ends the attempt
     checkpoint_seq_threshold: int
@@ -176,7 +181,9 @@ class ShardAttempt:
         if plan.fingerprint != self._job.fingerprint:
             raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
         remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
-        work = find_pending_work(plan, self._paths, self._job.rank, suspects=self._job.suspects)
+        work = find_pending_work(
+            plan, self._paths, self._job.rank, suspects=self._job.suspects, deferred=self._job.deferred
+        )
         self._events.send("started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done)
         self._history.started(device=self._job.device, pending=work.num_sequences)
         if work.batches:
@@ -184,7 +191,7 @@ class ShardAttempt:
             self._events.send("loaded")
             self._history.loaded()
             self._stop.install()
-            if self._job.suspects:
+            if self._job.suspects or self._job.deferred:
                 self._events.send("probing")
                 runner.probe()
             self._embed(runner, plan, work)
@@ -222,7 +229,9 @@ class ShardAttempt:
         layout = self._layout(plan)
         heads = layout.heads if layout is not None else ()
         weights = self._unchanged_weights(plan, heads)
-        exact_model = ExactModel(job.model, weights, device=device, layout=layout)
+        signs = SignsOfLife(self._events)
+        watched: dict[str, Any] = {"on_loading": signs.loading, "on_loaded": signs.watch}
+        exact_model = ExactModel(job.model, weights, device=device, layout=layout, **watched)
         exact_rows = {} if is_exact else self._exact_rows(plan, work, exact_model)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the exact model took
@@ -239,6 +248,7 @@ class ShardAttempt:
             input_fingerprint=job.fingerprint,
             model_config_hash=job.weights_digest,
         )
+        signs.watch(model)
         return AsyncInferenceRunner(
             with_heads(model, job.model, weights, heads),
             device,
@@ -256,7 +266,7 @@ class ShardAttempt:
                 is_pinned=job.is_deterministic,
             ),
             layout=layout,
-            exactly=None if is_exact else ExactModel(job.model, weights, layout=layout),
+            exactly=None if is_exact else ExactModel(job.model, weights, layout=layout, **watched),
             exact_rows=exact_rows,
         )
 
@@ -293,23 +303,28 @@ class ShardAttempt:
     def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> Mapping[int, NDArray[np.float32]]:
         """Embed this shard's part of the sample in float32, before the run's own model takes the memory.
 
-        Each sequence is announced like a batch: should the process die of it, it is accused.
+        Each sequence is announced like a batch: should the process die of it, it is accused. To measure harms nothing: what
+        is bad is judged when its batch comes.
         """
         sample = sampled_ordinals(plan)
         alone = [
             (idx, own[place : place + 1]) for idx, own in work.batches for place in np.flatnonzero(np.isin(own, sample))
         ]
         rows = ExactRows(self._paths.shard_dir(self._job.rank))
+        try:
+            if alone:
+                model.load()
+        except Exception as error:  # there is no room for it
+            logger.warning("nothing is compared with float32: %s", error)
+            return rows
         for batch in read_batches(plan, alone):
             ordinal = int(batch.ordinals[0])
-            self._events.send("computing", batch_idx=batch.batch_idx, ordinal=ordinal)
+            self._events.send("computing", **_announced(self._job, batch))
             try:
                 rows.keep(ordinal, model(batch).flatten().numpy())
-            except Exception as error:  # to measure harms nothing; what is bad is judged when its batch comes
+            except Exception as error:
                 logger.warning("%r is not compared with float32: %s", batch.sequence_ids[0], error)
             self._events.send("exact_row", ordinal=ordinal)
-            if not model.is_loaded:  # there is no room for it, and to try takes minutes where a model is large
-                break
         return rows
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
@@ -331,6 +346,65 @@ class ShardAttempt:
             listener.set_aside()
 
 
+class SignsOfLife:
+    """Says that a forward pass goes on, at each layer, but once a second at most.
+
+    On a GPU layers are only launched: there, the end of the batch is what tells.
+    """
+
+    def __init__(self, events: Events, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._events = events
+        self._clock = clock
+        self._said_at_s = clock()
+
+    def watch(self, network: ESM2) -> None:
+        """Say it for the passes of a network from now on."""
+        for layer in network.layers:
+            layer.register_forward_pre_hook(lambda module, inputs: self._on_layer())
+
+    def loading(self) -> None:
+        """Say that a model is being loaded: no protein is to blame for the time that takes."""
+        self._events.send("loading")
+
+    def _on_layer(self) -> None:
+        now_s = self._clock()
+        if now_s - self._said_at_s >= _SIGN_OF_LIFE_S:
+            self._said_at_s = now_s
+            self._events.send("alive")
+
+
+def _announced(job: ShardJob, batch: PackedBatch) -> dict[str, Any]:
+    """Describe a batch that goes into the model: what is to blame, and how long a sign of life may take."""
+    alone = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
+    return {
+        "batch_idx": batch.batch_idx,
+        "ordinal": alone,
+        "is_deferred": alone in job.deferred,
+        "slowest_s": slowest_s(job.model, batch.lengths + NUM_SPECIAL_TOKENS, device=job.device),
+    }
+
+
+def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
+    """Return the seconds that pass between two signs of life on the slowest machine that we expect, to a digit.
+
+    A sign comes from each layer on a CPU, and from each pass on a GPU.
+
+    Args:
+        model: By fair-esm's name.
+        seqlens: Tokens of each sequence of the pass, (B,).
+        device: "cpu" or "cuda".
+    """
+    from vnp_lib.esm2 import architecture_of
+
+    architecture = architecture_of(model)
+    dim = architecture.embed_dim
+    exact = seqlens.astype(np.float64)
+    operations = 24 * dim**2 * exact.sum() + 4 * dim * (exact**2).sum()  # of a layer: its projections, its attention
+    if device == "cpu":
+        return round(float(operations) / _SLOWEST_CPU, 1)
+    return round(float(operations) * architecture.num_layers / _SLOWEST_GPU, 1)
+
+
 class _Reporter(Listener):
     """Tells the parent, and sets aside what cannot be embedded."""
 
@@ -347,8 +421,10 @@ class _Reporter(Listener):
         return self._stop.is_set()
 
     def on_batch(self, batch: PackedBatch) -> None:
-        alone = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
-        self._events.send("computing", batch_idx=batch.batch_idx, ordinal=alone)
+        self._events.send("computing", **_announced(self._job, batch))
+
+    def on_saving(self) -> None:
+        self._events.send("saving")
 
     def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
         self._events.send("checkpoint", number=number, rows=rows, seconds=seconds)
@@ -406,11 +482,13 @@ def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int)
     )
 
 
-def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Sequence[int] = ()) -> PendingWork:
+def find_pending_work(
+    plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Sequence[int] = (), deferred: Sequence[int] = ()
+) -> PendingWork:
     """Subtract from a shard's sequences those that valid checkpoints hold, in whatever shard's folder, or the quarantine.
 
     This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
-    left, suspects come first, in their order, each as a batch of its own.
+    left, suspects come first, in their order, each as a batch of its own, and what is deferred comes last likewise.
     """
     from vnp_lib.checkpoint_survey import heal_shard
 
@@ -420,7 +498,7 @@ def find_pending_work(plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Se
     done = ordinals_of_shard[is_done[ordinals_of_shard]]
     tokens_done = plan.num_tokens(done)
     return PendingWork(
-        batches=_left(plan.shard_batches(rank), is_done, suspects),
+        batches=_left(plan.shard_batches(rank), is_done, suspects, deferred),
         num_done=done.size,
         tokens_done=tokens_done,
         tokens_left=plan.num_tokens(ordinals_of_shard) - tokens_done,
@@ -443,16 +521,19 @@ def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows |
 
 
 def _left(
-    batches: Sequence[NDArray[np.int64]], is_done: NDArray[np.bool_], suspects: Sequence[int]
+    batches: Sequence[NDArray[np.int64]], is_done: NDArray[np.bool_], suspects: Sequence[int], deferred: Sequence[int]
 ) -> list[tuple[int, NDArray[np.int64]]]:
-    """What is not done, as (batch_idx, ordinals): the suspects one by one, then whole batches without them."""
+    """What is not done, as (batch_idx, ordinals): suspects one by one, whole batches without them, the deferred one by one."""
     is_suspect = np.zeros_like(is_done)
-    is_suspect[list(suspects)] = True
+    is_suspect[[*suspects, *deferred]] = True
     left = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(batches)]
     batch_of = {ordinal: batch_idx for batch_idx, batch in left for ordinal in batch[is_suspect[batch]].tolist()}
-    alone = [(batch_of[ordinal], np.array([ordinal])) for ordinal in suspects if ordinal in batch_of]
+    first, last = (
+        [(batch_of[ordinal], np.array([ordinal])) for ordinal in alone if ordinal in batch_of]
+        for alone in ([each for each in suspects if each not in deferred], deferred)
+    )
     rest = [(batch_idx, batch[~is_suspect[batch]]) for batch_idx, batch in left]
-    return alone + [(batch_idx, batch) for batch_idx, batch in rest if batch.size]
+    return first + [(batch_idx, batch) for batch_idx, batch in rest if batch.size] + last
 
 
 def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:

@@ -16,7 +16,7 @@ from tests.poison import Way, patch
 from tests.support import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
-from vnp_lib.files import make_directory, write_file
+from vnp_lib.files import FileLock, make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.run import open_run
 from vnp_lib.stop_signals import HURRY_AFTER_S
@@ -41,13 +41,15 @@ def make_job(fasta: Path, run_dir: Path, **settings) -> Path:
         return run.paths.job(0)
 
 
-async def follow(job: Path, on_event, *, silence_limit_s: float = 60.0, grace_s: float = 20.0):
+async def follow(
+    job: Path, on_event, *, startup_limit_s: float = 120.0, silence_limit_s: float = 60.0, grace_s: float = 20.0
+):
     return await run_child(
         job,
         device="cpu",
         log_path=job.with_name("worker.log"),
         on_event=on_event,
-        startup_limit_s=120.0,
+        startup_limit_s=startup_limit_s,
         silence_limit_s=silence_limit_s,
         grace_s=grace_s,
     )
@@ -172,6 +174,52 @@ def test_a_child_that_stands_still_at_a_batch_is_noticed_and_killed(job, sabotag
     assert failure.kind == FailureKind.TRANSIENT
     assert failure.message.startswith("no progress for ")
     assert "after 'computing' (--runtime.silence-limit-s)" in failure.message
+
+
+def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
+    """Longer than the limit, but layer after layer."""
+    sabotage("""
+    import time, vnp_lib.esm2
+    layer, left = vnp_lib.esm2._TransformerLayer.forward, list(range(6))
+    def slow(*arguments):
+        if left:
+            left.pop()
+            time.sleep(1.2)
+        return layer(*arguments)
+    vnp_lib.esm2._TransformerLayer.forward = slow
+    """)
+    last = asyncio.run(follow(job, at_batch(1, lambda: None), silence_limit_s=3.0))
+    assert last["event"] == "done"
+    assert rows_on_disk(job) == NUM_COMPUTED
+
+
+def test_checks_that_take_longer_than_their_limit_go_on_while_they_read(job, sabotage):
+    """As a resume with many checkpoints on a slow disk: a limit is on silence, not on the work."""
+    asyncio.run(follow(job, at_batch(1, lambda: None)))
+    sabotage("""
+    import time, vnp_lib.checkpoint_survey as survey
+    read_record = survey.read_record
+    def slow(*arguments, **others):
+        time.sleep(0.8)
+        return read_record(*arguments, **others)
+    survey.read_record = slow
+    """)
+    before = time.monotonic()
+    last = asyncio.run(follow(job, at_batch(1, lambda: None), startup_limit_s=5.0))
+    assert last["event"] == "done"
+    assert time.monotonic() - before > 5.0
+
+
+def test_a_shard_whose_lock_is_never_given_up_is_given_up(job):
+    """Its holder hangs. That is said, with who it is, and costs the limit of a start, not for ever."""
+    lock = FileLock(RunPaths(job.parents[2]).shard_lock(0), purpose="hang")
+    with lock.held(timeout_s=0):
+        failure = failure_of(job, at_batch(1, lambda: None), startup_limit_s=8.0)
+    assert failure.kind == FailureKind.TRANSIENT
+    assert not failure.accuses_batch
+    assert f"process {os.getpid()}" in failure.message
+    assert "to hang" in failure.message
+    assert "--runtime.startup-limit-s" in failure.message
 
 
 def test_a_child_that_is_stopped_and_continued_has_lost_nothing(job):

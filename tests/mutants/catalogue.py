@@ -673,7 +673,7 @@ _RESUME = (
     Mutant(
         name="resumed-by-the-number-of-checkpoints",
         module="worker",
-        before="        batches=_left(plan.shard_batches(rank), is_done, suspects),\n",
+        before="        batches=_left(plan.shard_batches(rank), is_done, suspects, deferred),\n",
         after="        batches=list(enumerate(plan.shard_batches(rank)))[next_checkpoint:],\n",
         caught_by=(f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",),
     ),
@@ -800,6 +800,27 @@ _LOOP = (
         before="        if _has_word_from_parent():  # which",
         after="        if False:  # which",
         caught_by=(f"{_WORKER}::test_a_late_sigterm_of_the_parent_does_not_hurry",),
+    ),
+    Mutant(
+        name="clock-that-stood-still-taken-for-silence",
+        module="liveness",
+        before="self._look_every_s if self.was_late else step_s",
+        after="step_s",
+        caught_by=("tests/unit/test_liveness.py::test_a_clock_that_stood_still_is_not_silence",),
+    ),
+    Mutant(
+        name="silence-sets-aside",
+        module="judgement",
+        before="decision.is_circuit_open and failure.is_silence and",
+        after="False and",
+        caught_by=(f"{_JUDGEMENT}::test_silence_alone_never_sets_a_sequence_aside",),
+    ),
+    Mutant(
+        name="no-sign-of-life-from-a-layer",
+        module="worker",
+        before='            self._events.send("alive")\n',
+        after="            pass\n",
+        caught_by=(f"{_WORKER}::test_a_pass_gives_signs_of_life_at_its_layers_once_a_second_at_most",),
     ),
     Mutant(
         name="repeated-sigterm-taken-for-haste",
@@ -1136,7 +1157,7 @@ _CURES = (
     Mutant(
         name="suspects-not-alone",
         module="worker",
-        before="    is_suspect[list(suspects)] = True\n",
+        before="    is_suspect[[*suspects, *deferred]] = True\n",
         after="",
         caught_by=(f"{_WORKER}::test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all",),
     ),
@@ -1157,7 +1178,7 @@ _CURES = (
     Mutant(
         name="strikes-at-several-sequences-added-up",
         module="retry",
-        before='        return "sequence", failure.ordinal\n',
+        before='        return "sequence", failure.ordinal, failure.is_silence\n',
         after='        return "sequence", 0\n',
         caught_by=(f"{_JUDGEMENT}::test_strikes_at_several_sequences_do_not_add_up",),
     ),

@@ -73,6 +73,24 @@ def test_a_manifest_that_takes_nothing_changes_no_decision(run: Run, caplog: pyt
         assert run.shard_job(0, "cpu").suspects == tuple(run.plan.shard_batches(0)[1].tolist())
 
 
+@pytest.mark.parametrize("on_poison", ["quarantine", "fail"])
+def test_silence_alone_never_sets_a_sequence_aside(tmp_path: Path, tiny_fasta: Path, on_poison: Any) -> None:
+    """It is computed last, with more patience; then its shard has failed, and the reason names it and what to do."""
+    with open_run(small_config(tiny_fasta, tmp_path / "run", on_poison=on_poison)) as run:
+        run.manifest.start_attempt(0, device="cpu")
+        ordinal = int(run.plan.shard_batches(0)[0][0])
+        silence = died(batch_idx=0, ordinal=ordinal, cause=FailureCause.HANG)
+        assert judge(run, 0, silence, session="s").retry
+        job = run.shard_job(0, "cpu")
+        assert (job.deferred, job.suspects) == ((ordinal,), ())
+        decision = judge(run, 0, silence, session="s")
+        assert not decision.retry
+        assert run.quarantine.read() == []
+        for told in (repr(run.plan.ids([ordinal])[0]), "residues", "--runtime.silence-limit-s", "--allow-partial"):
+            assert told in decision.reason
+        assert run.manifest.get_shard_status(0)["error"] == decision.reason
+
+
 def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:
     for ordinal in run.plan.shard_batches(0)[1].tolist():
         assert judge(run, 0, died(batch_idx=1, ordinal=ordinal), session="s").retry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vnp_lib.config import RuntimeConfig
@@ -51,6 +53,18 @@ def test_the_same_batch_twice_opens_the_circuit():
     second = POLICY.decide(first, [first, other])
     assert not second.retry
     assert second.reason.startswith("circuit breaker: batch 42 failed 2 times")
+
+
+def test_silence_at_a_sequence_is_no_strike_with_a_crash_and_has_a_second_opinion():
+    """Even where one strike is enough for anything else."""
+    causes = FailureCause.NATIVE_CRASH, FailureCause.HANG
+    crash, silence = (replace(failure(cause, batch_idx=3), ordinal=7) for cause in causes)
+    assert POLICY.decide(crash, [silence]).retry
+    assert POLICY.decide(silence, [crash]).retry
+    assert POLICY.decide(silence, [silence]).is_circuit_open
+    strict = RetryPolicy.from_config(RuntimeConfig(max_retries_poison=1))
+    assert not strict.decide(crash, []).retry
+    assert strict.decide(silence, []).retry
 
 
 def test_a_batch_at_which_the_process_dies_has_strikes_too():

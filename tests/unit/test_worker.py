@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from vnp_lib import embedder, worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.esm2 import ESM2
+from vnp_lib.esm2 import ESM2, Architecture
 from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, QuarantineFullError
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.weights import Weights
-from vnp_lib.worker import ShardAttempt, ShardJob, StopFlag, find_pending_work
+from vnp_lib.worker import ShardAttempt, ShardJob, SignsOfLife, StopFlag, find_pending_work, slowest_s
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 
@@ -231,6 +231,35 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan
     assert work.num_done == 3
 
 
+def test_what_an_attempt_was_silent_at_comes_last_and_alone(plan: RunPlan, paths: RunPaths) -> None:
+    """Also where it is a suspect: all else is saved before it may hold up the attempt again."""
+    ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
+    work = find_pending_work(plan, paths, 0, suspects=[ours[3], ours[5]], deferred=[ours[5], others[0], ours[0]])
+    batches = [ordinals.tolist() for _, ordinals in work.batches]
+    assert (batches[0], batches[-2:]) == ([ours[3]], [[ours[5]], [ours[0]]])
+    assert sorted(ordinal for batch in batches for ordinal in batch) == sorted(ours)
+
+
+def test_a_pass_gives_signs_of_life_at_its_layers_once_a_second_at_most() -> None:
+    now = [0.0]
+    times = iter([0.0, 0.4, 0.9, 1.0, 1.1, 2.5, 2.6, 3.4, 3.5])
+    events = Events()
+    signs = SignsOfLife(events, clock=lambda: next(times, now[0]))
+    network = ESM2(Architecture(num_layers=8, embed_dim=32, attention_heads=2))
+    signs.watch(network)
+    network.forward_packed(torch.tensor([0, 5, 2]), torch.tensor([0, 3], dtype=torch.int32), 3)
+    assert events.names == ["alive"] * 3  # at 1.0, 2.5 and 3.5
+
+
+def test_the_time_to_the_next_sign_of_life_grows_with_the_work() -> None:
+    """By the operations of a layer on a CPU, of the whole pass on a GPU; 16,000 residues take attention's square."""
+    short, long = np.array([32] * 8), np.array([16_002])
+    assert slowest_s("esm2_t6_8M_UR50D", short, device="cpu") < 2.0
+    assert 500 < slowest_s("esm2_t6_8M_UR50D", long, device="cpu") < 1000
+    assert slowest_s("esm2_t36_3B_UR50D", np.array([1024] * 16), device="cuda") < 600
+    assert slowest_s("esm2_t36_3B_UR50D", np.array([34_352]), device="cuda") > 600
+
+
 def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None:
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
     history = AttemptHistory(paths, 0)
@@ -258,7 +287,7 @@ def test_a_float32_model_that_does_not_fit_is_loaded_once_and_the_run_goes_on_wi
     attempt = ShardAttempt(job_of(plan, paths, dtype="bfloat16"), events, StopFlag())
     assert attempt._exact_rows(plan, find_pending_work(plan, paths, 0), exact) == {}
     assert loads == [torch.float32]
-    assert events.names == ["computing", "exact_row"]
+    assert events.names == []  # nothing is announced as computed that is only loaded
 
 
 class Stopped(Events):
