@@ -28,7 +28,7 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.failures import ConfigError, Failure, FailureCause, ShardFailedError
 from vnp_lib.heartbeat import HeartbeatWatch
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import Run
+from vnp_lib.run import Run, ShardState
 
 _POLL_S = 2.0
 _PAGE = 200  # flow runs that the API gives at once
@@ -132,7 +132,7 @@ def _flow_run_id() -> str:
 async def _follow(run: Run, rank: int, client: PrefectClient, flow_run_id: UUID, progress: RunProgress) -> None:
     watch = HeartbeatWatch(run.paths.heartbeat(rank))
     lost_after_s = run.config.runtime.lost_after_s
-    shown = _ShownProgress(run, rank, progress)
+    shown = _ShownProgress(run, await asyncio.to_thread(run.shard_state, rank), progress)
     while not (state := await _state(client, flow_run_id)).is_final():
         if not state.is_running():
             watch.reset()  # it waits for a machine, or for its next attempt
@@ -152,12 +152,12 @@ async def _follow(run: Run, rank: int, client: PrefectClient, flow_run_id: UUID,
 class _ShownProgress:
     """Shows what is in checkpoints of a shard: what is on its way to one, only that machine knows."""
 
-    def __init__(self, run: Run, rank: int, progress: RunProgress) -> None:
+    def __init__(self, run: Run, begun: ShardState, progress: RunProgress) -> None:
         self._run = run
-        self._rank = rank
+        self._rank = rank = begun.rank
         self._progress = progress
         self._ordinals = run.plan.shard_ordinals(rank)
-        self._begun = run.shard_state(rank)
+        self._begun = begun
         self._recorded_before = self._recorded()
         progress.begin(rank, sequences=self._begun.num_done, tokens=self._begun.tokens_done)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -19,6 +20,7 @@ from vnp_lib.run import Run, ShardState
 from vnp_lib.supervisor import run_child
 from vnp_lib.worker_events import Event
 
+_TELL_EVERY_S = 300.0
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
 
 
@@ -119,6 +121,7 @@ class _Follower:
         self._artifact = artifact
         self._logger = get_run_logger()
         self._sequences = self._total = 0
+        self._next_told_at = 0.0
 
     async def on_event(self, event: Event) -> None:
         self._run.metrics.hear(self._rank, event)
@@ -127,6 +130,9 @@ class _Follower:
                 self._logger.log(level, message)
             case {"event": "waiting", "message": str(message)}:
                 self._logger.info("waiting for an earlier attempt: %s", message)
+                if time.monotonic() >= self._next_told_at:
+                    self._next_told_at = time.monotonic() + _TELL_EVERY_S
+                    self._progress.tell(f"shard {self._rank} waits for another process to leave it: {message}")
             case {"event": "started", "pending": int(pending), "done": int(done), "tokens_done": int(tokens)}:
                 self._sequences, self._total = done, done + pending
                 self._progress.begin(self._rank, sequences=done, tokens=tokens)

@@ -32,7 +32,7 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
     with sigterm_cancels_the_flow():
         async with beating(heartbeat, interval_s=config.runtime.heartbeat_s):
             run = await asyncio.to_thread(attach_run, config, fingerprint)  # reads the weights: minutes for the largest
-            shard = run.shard_state(rank)
+            shard = await asyncio.to_thread(run.shard_state, rank)  # seconds, where there are many checkpoints
             ordinals = run.plan.shard_ordinals(rank)
             progress = RunProgress(
                 total_sequences=ordinals.size,

@@ -86,6 +86,10 @@ class RunProgress:
         self._done[rank] = sequences, tokens
         self._show()
 
+    def tell(self, text: str) -> None:
+        """Say something else than how far it is, in a line of its own."""
+        self._console.print(text, highlight=False, markup=False)
+
     def describe(self) -> str:
         """Say it in a line: `600 of 1,200 sequences (50 %), 5,400 tokens/s, 0:00:12 left`."""
         sequences, tokens = self._totals()

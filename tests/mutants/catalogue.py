@@ -1333,8 +1333,8 @@ _INPUT = (
     Mutant(
         name="other-standard-input-taken-for-the-same",
         module="spool",
-        before="    if piped.size_bytes and piped != digest_file(path):\n",
-        after="    if False:\n",
+        before="                if block != kept.read(len(block)):\n",
+        after="                if not kept.read(len(block)):\n",
         caught_by=(
             "tests/unit/test_inputs.py::TestStandardInput::"
             "test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 from vnp_lib.heartbeat import HeartbeatWatch, beating
@@ -19,6 +20,31 @@ def test_silence_is_counted_from_the_last_change(tmp_path: Path) -> None:
             path.write_bytes(content)
         silences.append(watch.silent_for_s())
     assert silences == [3.0, 0.0, 2.0, 0.0, 1.0]
+
+
+def test_a_watch_that_stood_still_has_not_watched(tmp_path: Path) -> None:
+    """A laptop was closed for an hour: the other machine is not gone for that. If it is, that is noticed all the same."""
+    now = [0.0]
+    watch = HeartbeatWatch(tmp_path / "heartbeat", clock=lambda: now[0])
+    silences = []
+    for now[0] in (2.0, 3602.0, 3604.0, 3606.0):
+        silences.append(watch.silent_for_s())
+    assert silences == [2.0, 12.0, 14.0, 16.0]
+
+
+def test_a_heart_beats_while_the_event_loop_is_busy(tmp_path: Path) -> None:
+    """As with a look at the markers of very many checkpoints."""
+    path = tmp_path / "heartbeat"
+
+    async def work() -> set[bytes]:
+        async with beating(path, interval_s=0.001):
+            seen: set[bytes] = set()
+            while len(seen) < 3:
+                time.sleep(0.001)
+                seen |= {path.read_bytes()} if path.exists() else set()
+        return seen
+
+    assert len(asyncio.run(work())) == 3
 
 
 def test_a_watch_that_is_reset_counts_from_there(tmp_path: Path) -> None:

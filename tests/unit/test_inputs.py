@@ -10,6 +10,7 @@ import lzma
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,44 @@ class TestStandardInput:
             ):
                 spool.keep(other, kept)
         assert kept.read_bytes() == b">a\nMKV\n"
+
+    @pytest.mark.parametrize("piped", [b">a\nM", b">a\nMKV\n>b\nM\n", b">b\n"], ids=["less", "more", "else"])
+    def test_a_part_of_it_and_more_than_it_are_other_input_too(self, kept: Path, piped: bytes) -> None:
+        with self.piped(b">a\nMKV\n") as pipe, self.piped(piped) as other:
+            spool.keep(pipe, kept)
+            with pytest.raises(FingerprintMismatchError):
+                spool.keep(other, kept)
+
+    @pytest.mark.parametrize("begun", [b"", b">a\n"], ids=["silent", "begun"])
+    def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_resume(
+        self, kept: Path, begun: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As that of ssh, of `docker run -i` or of CI. It is said that it is waited for, and that it is not any longer."""
+        for name in ("_SAID_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
+            monkeypatch.setattr(spool, name, 0.05)
+        with self.piped(b">a\nMKV\n") as pipe:
+            spool.keep(pipe, kept)
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as stream, open(write_end, "wb", buffering=0) as writer:
+            writer.write(begun)
+            assert not spool.keep(stream, kept)
+        waits, goes_on = capsys.readouterr().err.splitlines()
+        assert "waiting for FASTA on standard input" in waits
+        assert f"goes on with what is kept in {kept}" in goes_on
+
+    def test_a_new_run_says_that_it_waits_and_takes_what_comes_late(
+        self, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(spool, "_SAID_AFTER_S", 0.05)
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as stream:
+            writer = open(write_end, "wb")  # noqa: SIM115  # closed by the timer
+            timer = threading.Timer(0.3, lambda: (writer.write(b">a\nMKV\n"), writer.close()))
+            timer.start()
+            assert spool.keep(stream, kept)
+            timer.join()
+        assert kept.read_bytes() == b">a\nMKV\n"
+        assert capsys.readouterr().err.count("waiting for FASTA") == 1
 
     def test_a_terminal_is_refused_with_what_to_do(self, kept: Path) -> None:
         controller, terminal = os.openpty()

@@ -164,7 +164,7 @@ def test_of_shards_on_other_machines_the_manifest_tells_how_far_they_are(
     )
     run.manifest.initialize(2, run.plan.fingerprint, "w")
     run.manifest.update_shard_checkpoint(1, 0, 3, "batch_00000.pt")
-    shown = pool._ShownProgress(run, 1, RunProgress(total_sequences=40, total_tokens=1_000))
+    shown = pool._ShownProgress(run, run.shard_state(1), RunProgress(total_sequences=40, total_tokens=1_000))
     run.manifest.update_shard_checkpoint(1, 1, 9, "batch_00001.pt")
     shown.update()
     page = page_of(run.metrics, quarantine)
