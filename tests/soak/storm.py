@@ -51,6 +51,7 @@ _SIGNALS = {
 _OF_CHILDREN = (Fault.CHILD_TERM, Fault.CHILD_KILL, Fault.CHILD_STOP)
 _OF_THE_FLOW = (Fault.FLOW_TERM, Fault.FLOW_INT, Fault.FLOW_KILL)
 _OF_THE_DISK = {Fault.DISK_FULL: ("disk_full", (0.2, 1.5)), Fault.DISK_SLOW: ("slow_disk", (2.0, 6.0))}
+FROZEN_AT_MOST_S = 15.0  # longer than the silence limit of a soak
 _STOPPING = (Fault.FLOW_TERM, Fault.FLOW_INT)
 
 
@@ -81,6 +82,7 @@ class Storm:
         self._flow: subprocess.Popen[str] | None = None
         self._told: dict[int, float] = {}  # children that have been asked to stop, and when
         self._frozen: set[int] = set()
+        self._thaw_at = 0.0
         self._stopping_since: float | None = None  # the flow
         self._killed_at = 0.0
         self._orphans: set[int] = set()
@@ -163,12 +165,11 @@ class Storm:
             self._struck.lost_children.add(pid)
         if fault == Fault.CHILD_STOP:
             self._frozen.add(pid)
+            self._thaw_at = time.monotonic() + self._draw.uniform(2.0, FROZEN_AT_MOST_S)
 
     def _strike_flow(self, fault: Fault) -> None:
-        """A child that was already told to stop hears it twice now, and leaves without saving."""
         assert self._flow is not None
         children = workers_of(self._run_dir)
-        self._struck.lost_children |= set(children) & set(self._told)
         self._flow.send_signal(_SIGNALS[fault])
         if fault in _STOPPING:
             self._stopping_since = time.monotonic()
@@ -179,7 +180,7 @@ class Storm:
         self._thaw()
 
     def _thaw(self) -> None:
-        """Nobody but who froze a process can end it once its supervisor is gone."""
+        """Let them go on. Nobody else does: a worker that is stopped is waited for, and an orphan cannot leave."""
         for pid in self._frozen:
             if is_alive(pid):
                 os.kill(pid, signal.SIGCONT)
@@ -187,6 +188,8 @@ class Storm:
 
     def _look_after(self) -> None:
         now = time.monotonic()
+        if self._frozen and now >= self._thaw_at:
+            self._thaw()
         for pid in [pid for pid in self._told if not is_alive(pid)]:
             self._struck.child_stops_s.append(now - self._told.pop(pid))
         for pid in [pid for pid in self._orphans if not is_alive(pid)]:

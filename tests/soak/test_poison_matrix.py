@@ -1,5 +1,7 @@
 """Bad proteins in every place and of every kind: exactly they are set aside, and few children die of them.
 
+Those at which a child hangs are not set aside, since a slow machine looks the same: their shard fails, all else is saved.
+
 No Prefect: a loop of attempt, failure, judgement and next attempt is what the flow's task and hook come to. Children,
 judgement, manifest and dataset are the real ones; the network is ESM-2 with one layer.
 """
@@ -115,6 +117,7 @@ class Ending:
     quarantined: dict[int, tuple[str, str, int]]  # by ordinal: id, cause, attempts
     accused: list[bool]  # for every failed attempt, whether it was blamed on what was in the model
     num_children: int
+    reasons: list[str]  # of shards that have failed
 
 
 @dataclass(slots=True)
@@ -127,7 +130,7 @@ class Tally:
         for story, held in self.endings.items():
             culprits = sum(len(case.marked) for case, _ in held)
             children, most = sum(count for _, count in held), sum(case.most_children for case, _ in held)
-            result = f"{culprits} set aside, no other; {children} children, at most {most} allowed"
+            result = f"{culprits} set aside or named, no other; {children} children, at most {most} allowed"
             record_figure(f"poison: {story}", len(held), result)
 
 
@@ -172,8 +175,12 @@ def test_exactly_the_bad_ones_are_set_aside(case, endings, oracle, tally):
     """By their ids and for their causes; every other row is there and right, and no child was started in vain."""
     ending = endings[str(case)].result()
     assert ending.quarantined == {
-        ordinal: (f"protein_{ordinal}", CAUSES[way], 2) for ordinal, way in case.marked.items()
+        ordinal: (f"protein_{ordinal}", CAUSES[way], 2) for ordinal, way in case.marked.items() if way != Way.HANG
     }
+    silent = [f"protein_{ordinal}" for ordinal, way in case.marked.items() if way == Way.HANG]
+    assert len(ending.reasons) == len(silent)
+    for sequence_id, reason in zip(silent, ending.reasons, strict=True):
+        assert f"{sequence_id!r} (30 residues), computed alone and last, gave no sign of life" in reason
     assert_all_other_rows(ending.run_dir, case, oracle)
     assert all(ending.accused), (
         "a failure that no protein is blamed for: is the machine too busy for the silence limit?"
@@ -219,25 +226,31 @@ def embed_all(case: Case, directory: Path) -> Ending:
     )
     with open_run(config) as run:
         children: Counter[int] = Counter()
-        asyncio.run(embed_shards(run, children, most=case.most_children))
+        reasons = asyncio.run(embed_shards(run, children, most=case.most_children))
         paths, ordinals = run.paths, run.quarantine.ordinals()
-        assemble(run.plan, paths, run.checkpoints().valid, quarantined=ordinals, allow_missing=False)
+        assemble(run.plan, paths, run.checkpoints().valid, quarantined=ordinals, allow_missing=bool(reasons))
         return Ending(
             run_dir=paths.run_dir,
             quarantined={each.ordinal: (each.id, each.cause, each.attempts) for each in run.quarantine.read()},
             accused=[record["accuses_batch"] for rank in range(case.shards) for record in run.manifest.failures(rank)],
             num_children=children.total(),
+            reasons=reasons,
         )
 
 
-async def embed_shards(run: Run, children: Counter[int], *, most: int) -> None:
+async def embed_shards(run: Run, children: Counter[int], *, most: int) -> list[str]:
+    """Embed all shards, and return why some have failed."""
     async with asyncio.TaskGroup() as group:
-        for rank in range(run.plan.num_shards):
-            group.create_task(embed_shard(run, rank, children, most=most))
+        tasks = [group.create_task(embed_shard(run, rank, children, most=most)) for rank in range(run.plan.num_shards)]
+    return [reason for task in tasks if (reason := task.result())]
 
 
-async def embed_shard(run: Run, rank: int, children: Counter[int], *, most: int) -> None:
-    """Attempt after attempt, each judged. `children` are counted; AssertionError after more than `most`."""
+async def embed_shard(run: Run, rank: int, children: Counter[int], *, most: int) -> str:
+    """Make attempt after attempt, each judged. `children` are counted; AssertionError after more than `most`.
+
+    Returns:
+        Why the shard has failed, if a child was silent; else nothing.
+    """
     while True:
         children[rank] += 1
         assert children[rank] <= most, f"{most} children were not enough: {run.manifest.failures(rank)}"
@@ -245,9 +258,12 @@ async def embed_shard(run: Run, rank: int, children: Counter[int], *, most: int)
         run.manifest.start_attempt(rank, device="cpu")
         write_file(run.paths.job(rank), run.shard_job(rank, "cpu").model_dump_json().encode(), replace=True)
         try:
-            return await attempt(run, rank)
+            await attempt(run, rank)
+            return ""
         except ShardFailedError as error:
             decision = judge(run, rank, error.failure, session="matrix")
+            if not decision.retry and error.failure.is_silence:
+                return decision.reason
             assert decision.retry, decision.reason
 
 

@@ -1,0 +1,100 @@
+"""The whole program where things are slow, stopped or awaited: nothing is lost, and nobody is accused."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.poison import draw_protein
+from tests.support import CommandLine, finished_checkpoints, group_of, wait_until, workers_of
+from vnp_lib.dataset import open_dataset
+from vnp_lib.files import FileLock, make_directory
+from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.plan import RunPaths
+from vnp_lib.quarantine import Quarantine
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
+
+ONE_CHILD = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
+
+
+def write_proteins(path: Path, lengths: list[int]) -> Path:
+    draw = random.Random(3)
+    path.write_text("".join(f">p{n}\n{draw_protein(draw, length)}\n" for n, length in enumerate(lengths)))
+    return path
+
+
+def assert_whole_at_the_first_attempt(run_dir: Path, count: int) -> None:
+    assert len(open_dataset(run_dir)) == count
+    shard = CheckpointManifest(RunPaths(run_dir).manifest).shards()[0]
+    assert (shard["attempts"], shard["failures"]) == (1, [])
+    assert Quarantine(RunPaths(run_dir).quarantine, num_sequences=count).read() == []
+
+
+def test_a_very_long_protein_takes_the_time_it_takes(served_command_line: CommandLine, tmp_path: Path) -> None:
+    """16,000 residues on a CPU against a limit of 8 s."""
+    fasta = write_proteins(tmp_path / "in.fasta", [60] * 60 + [16_000])
+    arguments = ("--fasta", fasta, "--output-dir", tmp_path / "run", *ONE_CHILD, "--runtime.silence-limit-s", 8)
+    ended = served_command_line.run(*arguments, timeout_s=1000)
+    assert ended.returncode == 0, ended.stderr
+    assert_whole_at_the_first_attempt(tmp_path / "run", 61)
+
+
+@pytest.mark.parametrize("who", ["both", "flow", "worker"])
+def test_what_was_stopped_and_continued_has_not_been_silent(
+    served_command_line: CommandLine, tmp_path: Path, who: str
+) -> None:
+    """For 20 s, with a limit of 15 s; both in the order in which the worker goes on last."""
+    fasta = write_proteins(tmp_path / "in.fasta", [200] * 300)
+    run_dir = tmp_path / "run"
+    process = served_command_line.start(
+        *("--fasta", fasta, "--output-dir", run_dir, *ONE_CHILD, "--token-budget", 128),
+        *("--runtime.checkpoint-seq-threshold", 10, "--runtime.silence-limit-s", 15, "--runtime.grace-s", 5),
+    )
+    with reaped(process, run_dir):
+        wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 1)
+        workers = workers_of(run_dir)
+        stopped = {"both": [process.pid, *workers], "flow": [process.pid], "worker": workers}[who]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(20)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_whole_at_the_first_attempt(run_dir, 300)
+
+
+def test_who_holds_a_shard_is_said_and_waited_for(served_command_line: CommandLine, tmp_path: Path) -> None:
+    fasta = write_proteins(tmp_path / "in.fasta", [60] * 20)
+    paths = RunPaths(tmp_path / "run")
+    make_directory(paths.shard_dir(0))
+    lock = FileLock(paths.shard_lock(0), purpose="hang")
+    with lock.held(timeout_s=0):
+        process = served_command_line.start("--fasta", fasta, "--output-dir", paths.run_dir, *ONE_CHILD)
+        time.sleep(40)
+        assert process.poll() is None
+    with reaped(process, paths.run_dir):
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("shard 0 waits for another process to leave it") == 1
+    assert f"held by process {os.getpid()}" in err
+    assert_whole_at_the_first_attempt(paths.run_dir, 20)
+
+
+@contextmanager
+def reaped(process: subprocess.Popen[str], run_dir: Path) -> Iterator[None]:
+    """Kill what is left of a process and its workers when a test has failed."""
+    try:
+        yield
+    finally:
+        for pid in (*group_of(process.pid), *workers_of(run_dir)):
+            os.kill(pid, signal.SIGKILL)
