@@ -139,8 +139,18 @@ class RuntimeConfig(BaseModel):
     )
     backoff_max_s: float = Field(60.0, ge=0, description="Most seconds before a retry after a passing failure.")
     grace_s: float = Field(30.0, gt=0, description="Seconds a child has to save its work when it is told to stop.")
-    startup_limit_s: float = Field(900.0, gt=0, description="Seconds a child may take to load the model.")
-    silence_limit_s: float = Field(600.0, gt=0, description="Seconds without progress after which a child is stopped.")
+    startup_limit_s: float = Field(
+        900.0,
+        gt=0,
+        description="Seconds without a sign of life after which a child is stopped that checks what is on disk, loads the model, "
+        "saves, or waits for another process to leave its shard.",
+    )
+    silence_limit_s: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds without a sign of life after which a child is stopped that computes; longer where one layer may "
+        "take that long.",
+    )
     artifact_interval_s: float = Field(5.0, gt=0, description="Least seconds between two updates in the Prefect UI.")
     heartbeat_s: float = Field(
         5.0, gt=0, description="Seconds between two signs of life of a shard that runs on another machine."

@@ -109,6 +109,15 @@ def test_a_terminal_gets_a_bar():
     assert "of 2 sequences" in out.getvalue()
 
 
+def test_what_is_said_beside_it_has_a_line_of_its_own():
+    """Brackets in it are no markup."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with RunProgress(total_sequences=2, total_tokens=20, console=console) as progress:
+        progress.tell("shard 0 waits [/tmp/a]")
+    assert "shard 0 waits [/tmp/a]\n" in out.getvalue()
+
+
 def test_nothing_to_do_is_all_done():
     progress = RunProgress(total_sequences=0, total_tokens=0, console=Console(file=io.StringIO()))
     assert progress.describe() == "0 of 0 sequences (100%)"
