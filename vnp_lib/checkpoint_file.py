@@ -64,6 +64,7 @@ _ARRAY_OPCODE = "BUILD"  # beside these, for a NumPy array
 _GLOBALS = re.compile(
     r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Half|BFloat16|Float|Double|Int|Long)Storage"
 )
+_PROTOCOL = 2
 _MAX_CALLS = 2  # of _rebuild_tensor_v2, and of OrderedDict for its hooks
 _MAX_CALLS_OF_ARRAY = 4  # of _reconstruct, dtype, and encode for its bytes and for a letter
 _MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
@@ -428,6 +429,11 @@ def _check_pickle(data: bytes) -> bool:
     holds_array = False
     for opcode, argument, _ in pickletools.genops(data):
         counts[opcode.name] += 1
+        if opcode.name == "PROTO" and argument != _PROTOCOL:
+            raise ValueError(
+                f"its pickle has protocol {argument}, and torch.load(weights_only=True) reads {_PROTOCOL}, which is torch.save's "
+                f"own: save it again without pickle_protocol"
+            )
         if not _OPCODES.fullmatch(opcode.name) and opcode.name != _ARRAY_OPCODE:
             raise ValueError(f"its pickle has the operation {opcode.name}, which no checkpoint needs")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):

@@ -346,6 +346,16 @@ def test_what_is_no_checkpoint_of_numbers_is_refused_in_the_known_words(
     assert [word for word in words if word not in reason] == []
 
 
+def test_a_pickle_of_another_protocol_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path, 0, 0)
+    path.parent.mkdir()
+    torch.save(content_by_hand(embeddings=ARRAYS["float32"]), path, pickle_protocol=4)
+    marker_path(path).touch()
+    is_valid, reason = validate_checkpoint_pt(path)
+    assert not is_valid
+    assert reason.startswith("failed to load: its pickle has protocol 4")
+
+
 def test_missing_keys_beside_a_numpy_array_are_named(tmp_path: Path) -> None:
     write_by_hand(tmp_path / "missing_keys.pt", {"embeddings": np.ones((5, 32))})
     is_valid, reason = validate_checkpoint_pt(tmp_path / "missing_keys.pt")
