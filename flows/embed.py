@@ -30,6 +30,7 @@ from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint_survey import LOOKUP_DELAYS_S
 from vnp_lib.config import EmbedConfig, parse_command_line
+from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import CheckpointError, ExitCode, IncompleteDatasetError, InputError
 from vnp_lib.inputs import describe_left_out
 from vnp_lib.manifest import ShardStatus
@@ -240,6 +241,7 @@ def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -
         print(f"failed after {format_duration(elapsed_s)}: {outcome.message}", file=sys.stderr)
         print("What was computed is kept: the same command goes on from there", file=sys.stderr)
         return ExitCode.FAILED
+    has_rows = len(open_dataset(config.output_dir)) > 0
     print(
         f"{outcome.message} in {format_duration(elapsed_s)}\n"
         f"dataset: {RunPaths(config.output_dir).embeddings_dir}\n"
@@ -247,7 +249,7 @@ def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -
         "read it back:\n"
         "    from vnp_lib.dataset import open_dataset\n"
         f'    dataset = open_dataset("{config.output_dir}")\n'
-        "    print(len(dataset), dataset.ids[0], dataset[dataset.ids[0]])"
+        f"    print(len(dataset){', dataset.ids[0], dataset[dataset.ids[0]]' if has_rows else ''})"
     )
     return ExitCode.DONE
 

@@ -66,6 +66,7 @@ def embed(
     output_dir: str | os.PathLike[str] | None = ...,
     id_column: str = ...,
     sequence_column: str = ...,
+    allow_empty: bool = ...,
     progress: bool = ...,
 ) -> Embeddings: ...
 
@@ -84,6 +85,7 @@ def embed(
     output_dir: str | os.PathLike[str] | None = ...,
     id_column: str = ...,
     sequence_column: str = ...,
+    allow_empty: bool = ...,
     progress: bool = ...,
 ) -> Outputs: ...
 
@@ -101,6 +103,7 @@ def embed(
     output_dir: str | os.PathLike[str] | None = None,
     id_column: str = "id",
     sequence_column: str = "sequence",
+    allow_empty: bool = False,
     progress: bool = True,
 ) -> Embeddings | Outputs:
     """Embed proteins with ESM-2: the mean of the last layer over the residues of each, or whatever `include` names.
@@ -129,6 +132,7 @@ def embed(
             same call goes on where an earlier one, or a run, was stopped. Without it nothing is written.
         id_column: Column of tables, in memory or in files, that holds the ids.
         sequence_column: Column of these that holds the sequences.
+        allow_empty: Return no rows where there are no sequences; otherwise that is an error.
         progress: Show a bar on a terminal or in a notebook.
 
     Returns:
@@ -156,7 +160,16 @@ def embed(
     """
     layout = _layout(model, include, repr_layers)
     settings = _checked_settings(
-        model, layout, weights_path(weights), str(device), dtype, token_budget, id_column, sequence_column, progress
+        model,
+        layout,
+        weights_path(weights),
+        str(device),
+        dtype,
+        token_budget,
+        id_column,
+        sequence_column,
+        allow_empty,
+        progress,
     )
     if settings.weights == RANDOM_WEIGHTS:
         logger.warning("weights='random': an untrained model, the vectors mean nothing")
@@ -181,7 +194,13 @@ class _Settings:
     token_budget: int | None
     id_column: str  # of files that are tables
     sequence_column: str
+    allow_empty: bool
     progress: bool
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        """By their names."""
+        return dict(zip(self.layout.names, self.layout.outputs, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +247,7 @@ def _checked_settings(
     token_budget: int | None,
     id_column: str,
     sequence_column: str,
+    allow_empty: bool,
     progress: bool,
 ) -> _Settings:
     _require_one_of("dtype", dtype, DType)
@@ -242,6 +262,7 @@ def _checked_settings(
         token_budget=token_budget,
         id_column=id_column,
         sequence_column=sequence_column,
+        allow_empty=allow_empty,
         progress=progress,
     )
 
@@ -272,7 +293,9 @@ def _current(device: str) -> AbstractContextManager[None]:
 
 
 def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
-    policy = InputPolicy(id_column=settings.id_column, sequence_column=settings.sequence_column)
+    policy = InputPolicy(
+        id_column=settings.id_column, sequence_column=settings.sequence_column, allow_empty=settings.allow_empty
+    )
     sources = find_sources(paths, stdin=STDIN)
     for told in describe_left_out(paths):
         logger.warning(told)
@@ -289,7 +312,9 @@ def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
     return _Records(ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives)
 
 
-def _checked(records: RecordsInMemory) -> _Records:
+def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
+    if not records.ids and settings.allow_empty:
+        return _Records(ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64))
     chunk = from_memory(records.ids, records.sequences)
     texts = replace(chunk.usable, descriptions=records.descriptions)
     surveyor = Surveyor()
@@ -310,11 +335,11 @@ def _checked(records: RecordsInMemory) -> _Records:
 
 def _embed(given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings) -> Outputs:
     if run_dir is None:
-        records = _checked(given) if isinstance(given, RecordsInMemory) else _read_files(given, settings)
+        records = _checked(given, settings) if isinstance(given, RecordsInMemory) else _read_files(given, settings)
         return _embed_in_memory(records, settings)
     if not isinstance(given, RecordsInMemory):
         return _embed_into(run_dir, given, settings)
-    with _written_as_fasta(_checked(given)) as path:
+    with _written_as_fasta(_checked(given, settings)) as path:
         return _embed_into(run_dir, [path], settings)
 
 
@@ -326,6 +351,8 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.weights import load_model, resolve_weights
 
+    if not records.ids:
+        return Outputs(ids=[], arrays=_space_for(settings.outputs, 0, settings.layout.embed_dim))
     dtype, device = getattr(torch, settings.dtype), torch.device(torch_device_name(settings.device))
     weights = resolve_weights(settings.model, settings.weights)
     token_budget = _token_budget(settings, dtype)
@@ -427,6 +454,7 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
         token_budget=settings.token_budget,
         id_column=settings.id_column,
         sequence_column=settings.sequence_column,
+        allow_empty=settings.allow_empty,
         on_poison="fail",
     )
     check_at_the_door(config)

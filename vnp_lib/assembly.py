@@ -173,7 +173,11 @@ def is_of_a_dataset(path: Path) -> bool:
 
 def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLayout:
     """What a row of a run is; how wide a mean is that its plan says nothing else of, the first checkpoint tells."""
-    return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
+    if records:
+        return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
+    from vnp_lib.esm2 import architecture_of
+
+    return RowLayout.of_identity(plan.identity, embed_dim=architecture_of(plan.identity["model"]).embed_dim)
 
 
 def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> Checkpoint:
@@ -246,7 +250,7 @@ def _find_missing(
     if not (allow_missing and is_computed.any()):
         _refuse_ordinals(plan, is_missing, "are in no checkpoint; start the run again: it computes them")
     _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")
-    if not is_computed.any():
+    if not is_computed.any() and plan.num_sequences:
         raise IncompleteDatasetError("every sequence is in quarantine: there is no dataset to put together")
     return is_missing
 
@@ -388,10 +392,11 @@ class _Division:
 
 
 def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
+    """Divide the rows into parts. Without any there is one part all the same, so that readers find the columns."""
     if layout.is_fixed:
         row_bytes = layout.fixed_width * _VALUE_BYTES + ROW_OVERHEAD_BYTES
         ordinals_per_part = max(1, part_bytes // row_bytes, -(-plan.num_sequences // _MOST_PARTS))
-        starts = np.arange(0, plan.num_sequences, ordinals_per_part)
+        starts = np.arange(0, max(1, plan.num_sequences), ordinals_per_part)
         most_values = ordinals_per_part * layout.fixed_width
         described: dict[str, Any] = {"ordinals_per_part": ordinals_per_part}
     else:
@@ -399,7 +404,8 @@ def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
         sizes = widths * _VALUE_BYTES + ROW_OVERHEAD_BYTES
         # Two neighbours together are larger than a part, so that there are at most twice as many as would be full.
         starts = pack(sizes, max(part_bytes, -(-2 * int(sizes.sum()) // _MOST_PARTS)))[:-1]
-        most_values = int(np.add.reduceat(widths, starts).max())
+        starts = starts if sizes.size else np.zeros(1, dtype=np.int64)
+        most_values = int(np.add.reduceat(widths, starts).max()) if sizes.size else 0
         described = {"first_ordinals": starts.tolist()}
     if not layout.is_one_mean:
         described["outputs"] = list(layout.names)

@@ -50,7 +50,7 @@ OutputName = Literal["mean", "bos", "max", "std", "per_tok", "contacts", "logits
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 StoreDtypeName = Literal["float32", "float16"]
 InvalidResidues = Literal["error", "map", "skip"]
-DuplicateIds = Literal["error", "keep"]
+DuplicateIds = Literal["error", "keep", "rename"]
 LongSequences = Literal["whole", "error", "truncate", "skip", "window", "virnucpro"]
 Translation = Literal["six-frame"]
 
@@ -249,7 +249,8 @@ class EmbedConfig(BaseModel):
     )
     duplicate_ids: DuplicateIds = Field(
         "error",
-        description="What becomes of ids that occur more than once. 'error': the run is refused; 'keep': each record has its row.",
+        description="What becomes of ids that occur more than once. 'error': the run is refused; 'keep': each record has its row; "
+        "'rename': the second x becomes x_2, the third x_3, with the next number where there is such an id.",
     )
     dedup: CliImplicitFlag[bool] = Field(
         True, title="Compute identical sequences once", description="Compute identical sequences once."
@@ -275,6 +276,17 @@ class EmbedConfig(BaseModel):
         title="Window overlap (residues)",
         description="Residues that windows share; a quarter if not given.",
     )
+    min_length: int | None = Field(
+        None,
+        ge=1,
+        title="Minimum length (residues)",
+        description="Fewest residues of a sequence: shorter ones, empty ones too, are left out, and listed in plan/skipped.jsonl.",
+    )
+    allow_empty: CliImplicitFlag[bool] = Field(
+        False,
+        description="Make a dataset without rows where the input has no sequences, or none is left of it; otherwise such a run "
+        "is refused.",
+    )
     translate: Translation | None = Field(
         None,
         description="'six-frame': the input is nucleotides; what is embedded are the proteins that VirNucPro makes of them.",
@@ -285,6 +297,14 @@ class EmbedConfig(BaseModel):
     id_column: str = Field("id", description="Column of CSV, TSV and Parquet files that holds the ids.")
     sequence_column: str = Field("sequence", description="Column of these that holds the sequences.")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="Checkpoints, retries and patience.")
+
+    @field_validator("min_length")
+    @classmethod
+    def _leaves_something(cls, min_length: int | None, info: ValidationInfo) -> int | None:
+        most = info.data.get("max_length") if info.data.get("long") != "window" else None
+        if min_length is not None and most is not None and min_length > most:
+            raise PydanticCustomError("min_length", "Must not be above --max-length, which is {most}", {"most": most})
+        return min_length
 
     @field_validator("max_length")
     @classmethod

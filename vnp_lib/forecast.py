@@ -30,14 +30,16 @@ from vnp_lib.inputs import (
     InputCounts,
     InputPolicy,
     Places,
+    Rename,
     Source,
     describe_left_out,
     find_sources,
     places_of,
+    renaming_of,
     survey,
 )
 from vnp_lib.packing import packed_tokens
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, required_bytes
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, nothing_left, required_bytes
 from vnp_lib.progress import format_duration
 from vnp_lib.records import Fault, LetterCounts
 from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
@@ -106,7 +108,7 @@ class Forecast:
     @property
     def can_begin(self) -> bool:
         """Whether a run would begin: nothing is refused, and the disk has room."""
-        return not self.num_refused and self.has_room and self.num_sequences > 0
+        return not self.num_refused and self.has_room
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"expected_s": self.expected_s, "can_begin": self.can_begin}
@@ -192,15 +194,18 @@ def _read(config: ForecastConfig) -> _Input:
     lengths = [np.empty(0, dtype=np.int32)]
     with _stdin_kept(config) as stdin:
         sources = find_sources(config.fasta, stdin=stdin, refuse=refused.add_file)
+        rename = renaming_of(sources, policy)
         for source in sources:
             places = Places(source)
-            for chunk in _surveyed(source, policy, refused):
+            for chunk in _surveyed(source, policy, refused, rename):
                 surveyor.add(chunk)
                 lengths.append(chunk.lengths)
                 refused.add(places, chunk.refused)
         if policy.duplicate_ids == "error":
             repeats, firsts = surveyor.repeated_ids()
             refused.add_repeats(sources, policy, repeats, firsts)
+    if not surveyor.num_sequences and not refused.count and not policy.allow_empty:
+        refused.add_file(nothing_left(surveyor.counts, policy))
     representatives = surveyor.representatives(dedup=policy.dedup)
     return _Input(
         lengths=np.concatenate(lengths),
@@ -224,10 +229,10 @@ def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
         yield path
 
 
-def _surveyed(source: Source, policy: InputPolicy, refused: _Refused) -> Iterator[InputChunk]:
+def _surveyed(source: Source, policy: InputPolicy, refused: _Refused, rename: Rename | None) -> Iterator[InputChunk]:
     """The chunks of a source, as far as it can be read."""
     try:
-        yield from survey(source, policy)
+        yield from survey(source, policy, rename=rename)
     except FastaError as error:
         refused.add_file(error)
 

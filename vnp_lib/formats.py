@@ -89,12 +89,12 @@ class Rows:
     def lengths(self) -> NDArray[np.int32]:
         """Residues, (N,)."""
         batches = self.dataset.record_batches(_BATCH_IDS, ["length"])
-        return np.concatenate([batch.column("length").to_numpy() for batch in batches])
+        return np.concatenate([np.empty(0, dtype=np.int32), *(batch.column("length").to_numpy() for batch in batches)])
 
     @cached_property
     def id_width(self) -> int:
-        """Characters of the longest id."""
-        return max(len(sequence_id) for ids in self.ids() for sequence_id in ids)
+        """Characters of the longest id, and 1 at least: NumPy takes 0 for any number."""
+        return max((len(sequence_id) for ids in self.ids() for sequence_id in ids), default=1)
 
     def ids(self) -> Iterator[list[str]]:
         for batch in self.dataset.record_batches(_BATCH_IDS, ["id"]):
@@ -587,7 +587,8 @@ def _describe(group: Any, rows: Rows) -> None:
 
 def _create_matrix(group: Any, name: str, rows: Rows) -> Any:
     rows_per_chunk = max(1, min(len(rows), _CHUNK_BYTES // (rows.dim * np.dtype(rows.dtype).itemsize)))
-    return group.create_dataset(name, (len(rows), rows.dim), rows.dtype, chunks=(rows_per_chunk, rows.dim))
+    chunks = (rows_per_chunk, rows.dim) if len(rows) else None  # a chunk may not be larger than the whole
+    return group.create_dataset(name, (len(rows), rows.dim), rows.dtype, chunks=chunks)
 
 
 def _create_strings(group: Any, name: str, length: int) -> Any:

@@ -6,14 +6,15 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
-from operator import attrgetter
+from itertools import compress, islice
+from operator import attrgetter, not_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vnp_lib.duplicates import UniqueIds, digests_of
 from vnp_lib.failures import FastaError
 from vnp_lib.fasta import header_lines, holds_fastq, read_fasta, read_fastq
 from vnp_lib.input_files import find_files
@@ -35,7 +36,10 @@ from vnp_lib.windows import VIRNUCPRO_RESIDUES
 if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
     from vnp_lib.config import DuplicateIds, EmbedConfig, InvalidResidues, LongSequences, Translation
 
+Rename: TypeAlias = Callable[[list[str]], tuple[list[str], int]]  # ids to ids, and how many were changed
+
 STDIN = Path("-")
+EMPTY_ADVICE = "have an empty dataset made with --allow-empty"
 
 _LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
 MOST_NUCLEOTIDES_IN_PROTEINS = 0.95  # a share of the letters
@@ -54,6 +58,8 @@ class InputPolicy:
     dedup: bool = True
     long: LongSequences = "whole"
     max_length: int | None = None  # residues
+    min_length: int | None = None  # residues, before any is cut
+    allow_empty: bool = False
     translate: Translation | None = None
     chunk_length: int = 500  # nucleotides
 
@@ -90,6 +96,7 @@ class InputCounts:
     num_cut: int = 0  # sequences
     num_windowed: int = 0  # sequences whose mean is taken over windows
     num_in_part: int = 0  # sequences whose mean is that of their first residues, as VirNucPro takes it
+    num_renamed: int = 0  # records whose id another one before had
     num_duplicates: int = 0  # sequences that are not computed again, since they are identical to one before
     letters: LetterCounts = field(default_factory=LetterCounts)
 
@@ -112,6 +119,7 @@ class InputCounts:
         """Say what was done to the input: `3 records skipped, 12 letters read as unknown`; "" if nothing."""
         done = (
             (self.num_skipped, "record", "skipped"),
+            (self.num_renamed, "id", "renamed"),
             (self.num_cut, "sequence", "cut short"),
             (self.num_windowed, "sequence", "averaged over windows"),
             (self.num_in_part, "sequence", f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues"),
@@ -133,8 +141,9 @@ class InputChunk:
     original_lengths: NDArray[np.int32]  # the same before any was cut
     refused: list[Fault]  # by record
     skipped: list[Fault]  # by record
-    num_windowed: int
-    num_in_part: int
+    num_windowed: int = 0
+    num_in_part: int = 0
+    num_renamed: int = 0
     letters: LetterCounts
 
     @property
@@ -145,6 +154,7 @@ class InputChunk:
             num_cut=int(np.count_nonzero(self.lengths != self.original_lengths)),
             num_windowed=self.num_windowed,
             num_in_part=self.num_in_part,
+            num_renamed=self.num_renamed,
             letters=self.letters,
         )
 
@@ -188,8 +198,16 @@ def describe_left_out(fasta: Sequence[Path]) -> list[str]:
     return [each for each in told if each]
 
 
-def survey(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> Iterator[InputChunk]:
+def survey(
+    source: Source, policy: InputPolicy, *, chunk_size: int = 8192, rename: Rename | None = None
+) -> Iterator[InputChunk]:
     """Read every record of a source, in order, and go on after those that are refused.
+
+    Args:
+        source: The file.
+        policy: What becomes of its records.
+        chunk_size: Records that are read at a time, at most.
+        rename: Makes the ids of all sources, which are read one after another, unique: see `renaming_of`.
 
     Raises:
         FastaError: It is not this or that record, but the file that cannot be used.
@@ -202,19 +220,42 @@ def survey(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> It
                 _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy, source.rather)
             checked = check(raw, alphabet, first_record=num_read, maps_unknown=policy.invalid_residues == "map")
             num_read += len(raw.headers)
-            for part in _translated(checked, policy):
-                yield _under_policy(part, policy)
-        if num_read == 0:
-            raise FastaError(f"{source.path}: there is no sequence in it; give a file with at least one record")
+            yield from _taken(checked, policy, rename)
+        if num_read == 0 and not policy.allow_empty:
+            raise FastaError(
+                f"{source.path}: there is no sequence in it; give a file with at least one record, or {EMPTY_ADVICE}"
+            )
 
 
-def read(source: Source, policy: InputPolicy, *, chunk_size: int = 8192) -> Iterator[InputChunk]:
+def read(
+    source: Source, policy: InputPolicy, *, chunk_size: int = 8192, rename: Rename | None = None
+) -> Iterator[InputChunk]:
     """Read every record of a source as `survey` does, but raise FastaError for those that are refused."""
     with unchanging(source.path):  # a record is at fault for being half written, too
-        for chunk in survey(source, policy, chunk_size=chunk_size):
+        for chunk in survey(source, policy, chunk_size=chunk_size, rename=rename):
             if chunk.refused:
                 raise refusal(source, chunk.refused)
             yield chunk
+
+
+def renaming_of(sources: Sequence[Source], policy: InputPolicy) -> Rename | None:
+    """Return what renames ids that occur more than once, for one reading of all sources; None if that is not wanted.
+
+    For this the ids are read, as far as they can be: what is wrong with a source is said when it is read for its records.
+    """
+    if policy.duplicate_ids != "rename":
+        return None
+    digests = bytearray()
+
+    def take_down(ids: list[str]) -> tuple[list[str], int]:
+        digests.extend(digests_of(ids))
+        return ids, 0
+
+    for source in sources:
+        with suppress(FastaError):
+            for _ in survey(source, policy, rename=take_down):
+                pass
+    return UniqueIds(digests).rename
 
 
 def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
@@ -225,7 +266,7 @@ def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
             residues, or a letter that the model does not know.
     """
     if not ids:
-        raise FastaError("there is no sequence to embed; give at least one")
+        raise FastaError("there is no sequence to embed; give at least one, or allow_empty=True")
     for record, sequence_id in enumerate(ids):
         if sequence_id and sequence_id.split() != [sequence_id]:
             raise FastaError(
@@ -343,6 +384,8 @@ def _pattern_of(path: Path) -> str:
 
 
 def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk]:
+    if path.is_file() and path.stat().st_size == 0:  # whatever kind of file its name promises
+        return iter(())
     if is_table(path):
         return read_table(
             path, id_column=policy.id_column, sequence_column=policy.sequence_column, chunk_size=chunk_size
@@ -368,52 +411,91 @@ def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPoli
         )
 
 
-def _translated(checked: CheckedChunk, policy: InputPolicy) -> Iterator[CheckedChunk]:
+def _taken(checked: CheckedChunk, policy: InputPolicy, rename: Rename | None) -> Iterator[InputChunk]:
+    """What a run takes of records that were checked. Proteins are named after their nucleotides, so these are renamed."""
     if policy.translate is None:
-        yield checked
+        chunk = _under_policy(checked, policy)
+        texts, num_renamed = _renamed(chunk.usable, rename)
+        yield replace(chunk, usable=texts, num_renamed=num_renamed)
         return
-    yield replace(checked, usable=SequenceChunk(ids=[], descriptions=[], sequences=[]), records=[])
-    for proteins, places in six_frames(checked.usable, chunk_length=policy.chunk_length):
+    texts, num_renamed = _renamed(checked.usable, rename)
+    nothing = replace(checked, usable=SequenceChunk(ids=[], descriptions=[], sequences=[]), records=[])
+    yield replace(_under_policy(nothing, policy), num_renamed=num_renamed)
+    for proteins, places in six_frames(texts, chunk_length=policy.chunk_length):
         records = [checked.records[place] for place in places]
-        yield CheckedChunk(usable=proteins, records=records, faults=[], letters=LetterCounts())
+        yield _under_policy(CheckedChunk(usable=proteins, records=records, faults=[], letters=LetterCounts()), policy)
+
+
+def _renamed(texts: SequenceChunk, rename: Rename | None) -> tuple[SequenceChunk, int]:
+    if rename is None:
+        return texts, 0
+    ids, num_renamed = rename(texts.ids)
+    return replace(texts, ids=ids), num_renamed
 
 
 def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
     lengths = np.fromiter(map(len, checked.usable.sequences), dtype=np.int32, count=len(checked.usable.sequences))
-    skips = policy.invalid_residues == "skip"
-    most = VIRNUCPRO_RESIDUES if policy.long == "virnucpro" else policy.max_length
-    num_long = int(np.count_nonzero(lengths > most)) if most is not None else 0
+    skips_empty = policy.min_length is not None
+    is_skipped = [policy.invalid_residues == "skip" or (skips_empty and fault.is_empty) for fault in checked.faults]
     chunk = InputChunk(
         usable=checked.usable,
         records=checked.records,
         lengths=lengths,
         original_lengths=lengths,
-        refused=[] if skips else checked.faults,
-        skipped=checked.faults if skips else [],
-        num_windowed=num_long if policy.long == "window" else 0,
-        num_in_part=num_long if policy.long == "virnucpro" else 0,
+        refused=[*compress(checked.faults, map(not_, is_skipped))],
+        skipped=[*compress(checked.faults, is_skipped)],
         letters=checked.letters,
     )
-    if policy.long not in ("error", "truncate", "skip") or most is None or not num_long:
+    chunk = _without_short(chunk, policy.min_length)
+    most = VIRNUCPRO_RESIDUES if policy.long == "virnucpro" else policy.max_length
+    num_long = int(np.count_nonzero(chunk.lengths > most)) if most is not None else 0
+    if most is None or not num_long or policy.long == "whole":
         return chunk
-    if policy.long == "truncate":
-        cut = replace(chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences])
-        return replace(chunk, usable=cut, lengths=np.minimum(lengths, most))
+    match policy.long:
+        case "window":
+            return replace(chunk, num_windowed=num_long)
+        case "virnucpro":
+            return replace(chunk, num_in_part=num_long)
+        case "truncate":
+            cut = replace(chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences])
+            return replace(chunk, usable=cut, lengths=np.minimum(chunk.lengths, most))
     return _without_long(chunk, most, skips=policy.long == "skip")
 
 
+def _without_short(chunk: InputChunk, least: int | None) -> InputChunk:
+    if least is None or not (chunk.lengths < least).any():
+        return chunk
+    kept = chunk.lengths >= least
+    faults = _faults_of_length(chunk, ~kept, f"residues, and at least {least:,} are wanted")
+    return replace(_only(chunk, kept), skipped=_in_order(chunk.skipped + faults))
+
+
 def _without_long(chunk: InputChunk, most: int, *, skips: bool) -> InputChunk:
-    texts = chunk.usable
-    kept = np.flatnonzero(chunk.lengths <= most).tolist()
+    kept = chunk.lengths <= most
     advice = "" if skips else "; cut it or leave it out, or have that done with --long truncate or --long skip"
-    faults = [
+    faults = _faults_of_length(chunk, ~kept, f"residues, and at most {most:,} are allowed{advice}")
+    return replace(
+        _only(chunk, kept),
+        refused=chunk.refused if skips else _in_order(chunk.refused + faults),
+        skipped=_in_order(chunk.skipped + faults) if skips else chunk.skipped,
+    )
+
+
+def _faults_of_length(chunk: InputChunk, is_at_fault: NDArray[np.bool_], why: str) -> list[Fault]:
+    ids = chunk.usable.ids
+    return [
         Fault(
             record=chunk.records[place],
-            sequence_id=texts.ids[place],
-            reason=f"sequence {texts.ids[place]!r} has {chunk.lengths[place]:,} residues, and at most {most:,} are allowed{advice}",
+            sequence_id=ids[place],
+            reason=f"sequence {ids[place]!r} has {chunk.lengths[place]:,} {why}",
         )
-        for place in np.flatnonzero(chunk.lengths > most).tolist()
+        for place in np.flatnonzero(is_at_fault).tolist()
     ]
+
+
+def _only(chunk: InputChunk, is_kept: NDArray[np.bool_]) -> InputChunk:
+    """The chunk without the usable records that are not kept."""
+    texts, kept = chunk.usable, np.flatnonzero(is_kept).tolist()
     return replace(
         chunk,
         usable=SequenceChunk(
@@ -422,10 +504,8 @@ def _without_long(chunk: InputChunk, most: int, *, skips: bool) -> InputChunk:
             sequences=[texts.sequences[place] for place in kept],
         ),
         records=[chunk.records[place] for place in kept],
-        lengths=chunk.lengths[kept],
-        original_lengths=chunk.lengths[kept],
-        refused=chunk.refused if skips else _in_order(chunk.refused + faults),
-        skipped=_in_order(chunk.skipped + faults) if skips else chunk.skipped,
+        lengths=chunk.lengths[is_kept],
+        original_lengths=chunk.original_lengths[is_kept],
     )
 
 

@@ -125,16 +125,20 @@ def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
         return drawn()
 
 
-def lengths_histogram(lengths: NDArray[np.int32]) -> str:
+def lengths_histogram(lengths: NDArray[np.int32]) -> str | None:
     """How many sequences have which length, in residues."""
+    if not lengths.size:
+        return None
     bins = np.unique(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 41).astype(int))
     return _histogram(
         lengths, bins if bins.size > 1 else np.array([bins[0], bins[0] + 1]), "residues", "sequences", is_log=True
     )
 
 
-def fill_histogram(batch_tokens: NDArray[np.int64], token_budget: int) -> str:
+def fill_histogram(batch_tokens: NDArray[np.int64], token_budget: int) -> str | None:
     """How full batches are of their budget; a sequence that is longer than it fills more than all of it."""
+    if not batch_tokens.size:
+        return None
     percent = 100.0 * np.minimum(batch_tokens / token_budget, 1.0)
     return _histogram(percent, np.linspace(0, 100, 41), f"% of {token_budget:,} tokens", "batches")
 

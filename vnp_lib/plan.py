@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vnp_lib.duplicates import DIGEST_BYTES, digests_of, find_repeats
 from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.files import (
     DurableFile,
@@ -38,6 +39,7 @@ from vnp_lib.files import (
 )
 from vnp_lib.input_files import is_there
 from vnp_lib.inputs import (
+    EMPTY_ADVICE,
     STDIN,
     InputChunk,
     InputCounts,
@@ -47,6 +49,7 @@ from vnp_lib.inputs import (
     find_sources,
     places_of,
     read,
+    renaming_of,
 )
 from vnp_lib.outputs import RowLayout, StoreDtype
 from vnp_lib.packing import pack
@@ -65,7 +68,6 @@ SEQUENCES_SCHEMA = pa.schema(
 )
 
 NUM_SPECIAL_TOKENS = 2  # BOS and EOS
-_EMPTY_DIGEST = hashlib.blake2b(digest_size=16)
 _NUM_SHOWN = 10
 ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
 _WORKSPACE_BYTES = 256 * 1024**2
@@ -302,8 +304,8 @@ def make_plan(
 
     Afterwards `paths.plan_dir` is complete on disk. Where a plan of the same identity is there it is kept, but for
     `plan.json` if `num_shards`, `token_budget` or `store_dtype` is another. It is written anew where files do not fit their digests, or
-    where the same sequences were come by in another way. There are never more shards than sequences to compute. Where the files
-    that the plan was made from are gone (a spot machine's own disk), it is kept too: it holds every sequence.
+    where the same sequences were come by in another way. There are never more shards than sequences to compute, but
+    at least one. Where the files that the plan was made from are gone (a spot machine's own disk), it is kept too: it holds every sequence.
 
     Raises:
         FastaError: Input that cannot be used, or an id that occurs twice, unless the policy allows for it.
@@ -317,7 +319,7 @@ def make_plan(
             content = _kept_content(paths, asked) or _write_content(paths, asked)
         chosen = {
             "given": _as_given(fasta),
-            "num_shards": min(num_shards, content["num_computed"]),
+            "num_shards": max(1, min(num_shards, content["num_computed"])),
             "token_budget": token_budget,
             "store_dtype": store_dtype,
         }
@@ -393,7 +395,7 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
 
 
 def _narrowed(ordinals: NDArray[np.int64]) -> Ordinals:
-    return ordinals.astype(np.int32) if ordinals.max() < 2**31 else ordinals
+    return ordinals.astype(np.int32) if ordinals.max(initial=0) < 2**31 else ordinals
 
 
 def longest_first(lengths: NDArray[np.integer[Any]], representatives: Ordinals) -> NDArray[np.int64]:
@@ -492,17 +494,21 @@ class Surveyor:
         self._id_digests = bytearray()
         self._sequence_digests = bytearray()
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequence_digests) // DIGEST_BYTES
+
     def add(self, chunk: InputChunk) -> None:
         self.counts += chunk.counts
         self._sha256.update(_as_fasta(chunk.usable))
         self._original_lengths_sha256.update(np.asarray(chunk.original_lengths).astype("<i4").tobytes())
         self._num_residues += int(chunk.lengths.sum(dtype=np.int64))
-        self._id_digests += _digests(chunk.usable.ids)
-        self._sequence_digests += _digests(chunk.usable.sequences)
+        self._id_digests += digests_of(chunk.usable.ids)
+        self._sequence_digests += digests_of(chunk.usable.sequences)
 
     def repeated_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ordinals of records whose id occurred before, ascending, and of those where it first did."""
-        return _repeats(self._id_digests)
+        return find_repeats(self._id_digests)
 
     def representatives(self, *, dedup: bool) -> NDArray[np.int64]:
         """The ordinal of the first identical sequence, or without `dedup` its own, (N,).
@@ -510,19 +516,21 @@ class Surveyor:
         To be asked for once, when all is added: ids are forgotten then, and the duplicates are among the counts.
         """
         self._id_digests.clear()
-        representatives = np.arange(len(self._sequence_digests) // _EMPTY_DIGEST.digest_size)
+        representatives = np.arange(self.num_sequences)
         if dedup:
-            repeats, firsts = _repeats(self._sequence_digests)
+            repeats, firsts = find_repeats(self._sequence_digests)
             representatives[repeats] = firsts
             self.counts += InputCounts(num_duplicates=repeats.size)
         return representatives
 
     def finish(self, sources: Sequence[Source], policy: InputPolicy) -> _Survey:
         """Raises FastaError where nothing is left, or an id may not occur twice and does; then the input is read again."""
-        if not self._sequence_digests:
-            raise _nothing_left(self.counts, policy)
-        if policy.duplicate_ids == "error":
+        if not self.num_sequences and not policy.allow_empty:
+            raise nothing_left(self.counts, policy)
+        if policy.duplicate_ids != "keep":
             repeats, firsts = self.repeated_ids()
+            if repeats.size and policy.duplicate_ids == "rename":
+                raise FastaError("the input was changed while it was read; wait until it is complete, then start again")
             if repeats.size:
                 raise _duplicate_ids(sources, policy, repeats, firsts)
         representatives = self.representatives(dedup=policy.dedup)
@@ -543,53 +551,20 @@ def _as_fasta(chunk: SequenceChunk) -> bytes:
     return "\n".join([*lines, ""]).encode()
 
 
-def _digests(texts: Sequence[str]) -> bytes:
-    digests = []
-    for text in texts:
-        digest = _EMPTY_DIGEST.copy()  # half the price of a new one
-        digest.update(text.encode())
-        digests.append(digest.digest())
-    return b"".join(digests)
-
-
-def _repeats(digests: bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ordinals whose 16-byte digest occurred before, ascending, and where it first did: A B A A gives 2 3 and 0 0."""
-    halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
-    ascending_halves = np.sort(halves[:, 0])
-    if not np.equal(ascending_halves[1:], ascending_halves[:-1]).any():  # in a tenth of the time that the rest takes
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    # Stable: equal digests end up together, by ordinal. Different ones with equal halves (1 in 10**19 pairs) could at
-    # worst stand between two equal ones and hide that they are; nothing can make different ones look equal.
-    by_digest = np.argsort(halves[:, 0], kind="stable")
-    is_new = _differs_from_the_one_before(halves, by_digest)
-    starts = np.flatnonzero(is_new)
-    places = np.flatnonzero(~is_new)
-    repeats = by_digest[places]
-    firsts = by_digest[starts[np.searchsorted(starts, places) - 1]]
-    ascending = np.argsort(repeats)
-    return repeats[ascending], firsts[ascending]
-
-
-def _differs_from_the_one_before(halves: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
-    is_new = np.zeros(order.size, dtype=bool)
-    is_new[:1] = True
-    for half in halves.T:
-        in_order = half[order]
-        is_new[1:] |= in_order[1:] != in_order[:-1]
-    return is_new
-
-
 def _store_dtype(fields: dict[str, Any]) -> StoreDtype:
     """What `plan.json` says; where it says nothing, it is of a time when there was no choice."""
     return StoreDtype(fields.get("store_dtype", StoreDtype.FLOAT32))
 
 
-def _nothing_left(counts: InputCounts, policy: InputPolicy) -> FastaError:
-    if policy.translate:
-        return FastaError(
-            "no record has a frame without a stop codon: there is no protein to embed; give other records"
-        )
-    return FastaError(f"all {counts.num_skipped:,} records are skipped: there is nothing to embed; mend them first")
+def nothing_left(counts: InputCounts, policy: InputPolicy) -> FastaError:
+    """Say why there is nothing to embed though there are records, and what to do."""
+    if counts.num_skipped:
+        what = f"all {counts.num_skipped:,} {'proteins' if policy.translate else 'records'} are skipped"
+        return FastaError(f"{what}: there is nothing to embed; mend them first, or {EMPTY_ADVICE}")
+    return FastaError(
+        "no record has a frame without a stop codon: there is no protein to embed; give other records, or "
+        + EMPTY_ADVICE
+    )
 
 
 def _duplicate_ids(
@@ -600,8 +575,8 @@ def _duplicate_ids(
     listed = "; ".join(f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs)
     more = f"; and {repeats.size - _NUM_SHOWN:,} more" if repeats.size > _NUM_SHOWN else ""
     return FastaError(
-        f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records, or have each keep its "
-        f"row with --duplicate-ids keep"
+        f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records, or have that done "
+        f"with --duplicate-ids rename, or have each keep its row with --duplicate-ids keep"
     )
 
 
@@ -642,8 +617,9 @@ def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
         _log.warning("The plan is written anew: %s", error)
         return None
     surveyor = Surveyor()
+    rename = renaming_of(asked.sources, asked.policy)
     for source in asked.sources:
-        for chunk in read(source, asked.policy):
+        for chunk in read(source, asked.policy, rename=rename):
             surveyor.add(chunk)
     survey = surveyor.finish(asked.sources, asked.policy)
     _require_same_identity(paths, fields["identity"], _identity(survey, asked))
@@ -663,13 +639,14 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
     remove_orphaned_temporaries(paths.plan_dir)
     paths.skipped.unlink(missing_ok=True)
     surveyor = Surveyor()
+    rename = renaming_of(asked.sources, asked.policy)
     with ExitStack() as stack:
         file = stack.enter_context(durable_file(paths.sequences, replace=True))
         skipped = _SkippedRecords(paths.skipped, stack)
         with pa.ipc.new_file(file, SEQUENCES_SCHEMA) as writer:
             for source in asked.sources:
                 places = Places(source)
-                for chunk in read(source, asked.policy):
+                for chunk in read(source, asked.policy, rename=rename):
                     surveyor.add(chunk)
                     skipped.add(source, places, chunk.skipped)
                     if chunk.records:

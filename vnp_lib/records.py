@@ -103,6 +103,7 @@ class Fault:
     record: int  # its number in the file, from 0
     sequence_id: str  # "" if it has none
     reason: str  # a sentence that names the id and says what to do
+    is_empty: bool = False  # it has no residues, and nothing else is wrong with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -278,8 +279,10 @@ def _faults(chunk: RawChunk, sequences: list[str], alphabet: Alphabet, first_rec
         reason = (
             f"a record has no id (its header is {f'>{header}'!r}); write one after the '>'" if not sequence_id else ""
         )
-        if reason := reason or _reason_of_id(sequence_id) or _reason(sequence_id, text, sequence, alphabet):
-            yield Fault(record=record, sequence_id=sequence_id, reason=reason)
+        reason = reason or _reason_of_id(sequence_id)
+        is_empty = not reason and not sequence
+        if reason := reason or _reason(sequence_id, text, sequence, alphabet):
+            yield Fault(record=record, sequence_id=sequence_id, reason=reason, is_empty=is_empty)
 
 
 def _reason_of_id(sequence_id: str) -> str:

@@ -111,7 +111,7 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
         shards=status.shards,
         facts=list(_facts(plan, paths)),
         dataset=f"The dataset is {status.dataset}.",
-        snippet=_snippet(paths),
+        snippet=_snippet(paths, has_rows=plan.num_sequences > 0),
     )
 
 
@@ -206,11 +206,12 @@ def _shown(count: int, what: str, which: str, where: Path) -> str:
     return f"{count:,} {what}." if count != 1 else f"1 {what.removesuffix('s')}."
 
 
-def _snippet(paths: RunPaths) -> str:
+def _snippet(paths: RunPaths, *, has_rows: bool) -> str:
+    first_row = "dataset[dataset.ids[0]]  # float32, (dim,)\n" if has_rows else ""
     return (
         "from vnp_lib.dataset import open_dataset\n"
         f"dataset = open_dataset({str(paths.run_dir.resolve())!r})\n"
-        "dataset[dataset.ids[0]]  # float32, (dim,)\n"
+        f"{first_row}"
         "\n"
         f"# or with DuckDB, polars, pandas: {paths.embeddings_dir.resolve()}/*.parquet"
     )

@@ -265,7 +265,7 @@ def _look_at_input(config: EmbedConfig) -> None:
         return
     files = [given for given in config.fasta if given != STDIN]
     for source in find_sources(files, stdin=stdin):
-        next(read(source, InputPolicy.of(config)))
+        next(read(source, InputPolicy.of(config)), None)
     for told in describe_left_out(config.fasta):
         logger.warning(told)
 

@@ -101,7 +101,7 @@ class RunStatus:
 
     @property
     def percent(self) -> float:
-        return 100.0 * self.num_done / self.num_computed
+        return 100.0 * self.num_done / self.num_computed if self.num_computed else 100.0
 
     @property
     def tokens_left(self) -> int:

@@ -1320,6 +1320,27 @@ _INPUT = (
         ),
     ),
     Mutant(
+        name="renamed-to-an-id-of-the-input",
+        module="duplicates",
+        before="            if place == self._taken.size or self._taken[place] != half:\n",
+        after="            if True:\n",
+        caught_by=("tests/unit/test_duplicates.py::test_no_two_ids_are_equal_and_those_that_occur_once_stay",),
+    ),
+    Mutant(
+        name="column-names-for-proteins",
+        module="proteins",
+        before="    if names is not None:\n        return _with_ids",
+        after="    if False:\n        return _with_ids",
+        caught_by=("tests/unit/test_proteins.py::test_each_row_is_that_of_the_sequence_with_its_id",),
+    ),
+    Mutant(
+        name="series-without-its-index",
+        module="proteins",
+        before="zip(_listed(given.index), values, strict=True)",
+        after="enumerate(values)",
+        caught_by=("tests/unit/test_proteins.py::test_a_filtered_series_keeps_the_ids_of_its_index",),
+    ),
+    Mutant(
         name="overlaps-of-chunks-rounded-down",
         module="translation",
         before=" - min(index, num_longer)",

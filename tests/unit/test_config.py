@@ -234,6 +234,18 @@ def test_viral_checkpoint_mode_is_a_switch(monkeypatch, value, expected):
     assert viral_checkpoint_mode() is expected
 
 
+def test_a_minimum_length_leaves_something_below_the_maximum():
+    """A window may be shorter than the shortest sequence: that goes through the model in several."""
+    given = [*NEEDED, "--min-length", "100", "--max-length"]
+    for long in ("skip", "truncate", "error"):
+        assert parse_command_line([*given, "100", "--long", long]).min_length == 100
+        with pytest.raises(ConfigError, match="--min-length: must not be above --max-length, which is 99; it was"):
+            parse_command_line([*given, "99", "--long", long])
+    assert parse_command_line([*given, "50", "--long", "window"]).min_length == 100
+    with pytest.raises(ConfigError, match="--min-length: "):
+        parse_command_line([*NEEDED, "--min-length", "0"])
+
+
 def test_windows_have_a_length_and_virnucpros_way_has_its_own():
     assert parse_command_line([*NEEDED, "--long", "window", "--max-length", "1022"]).max_length == 1022
     assert parse_command_line([*NEEDED, "--long", "virnucpro"]).max_length is None

@@ -31,6 +31,7 @@ LAYERS = (
         "source",
         "spool",
         "file_system",
+        "duplicates",
         "packing",
         "progress",
         "heartbeat",

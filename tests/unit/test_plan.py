@@ -297,6 +297,52 @@ def test_records_that_are_skipped_are_listed_with_their_places(tmp_path: Path) -
     ]
 
 
+def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
+    """Empty ones too. It is no part of the run: the same sequences from a file without the others go on with it."""
+    records = [("a", "MKV"), ("b", "MK"), ("empty", ""), ("c", "mk*"), ("d", "MKVL")]
+    fasta = write_fasta(tmp_path / "x.fasta", records)
+    plan = plan_of(tmp_path / "run", fasta, min_length=3)
+    assert plan.ids(np.arange(plan.num_sequences)) == ["a", "d"]
+    assert plan.counts.describe() == "3 records skipped"
+    listed = [json.loads(line) for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()]
+    assert [(line["id"], line["line"], line["reason"]) for line in listed] == [
+        ("b", 3, "sequence 'b' has 2 residues, and at least 3 are wanted"),
+        ("empty", 5, "sequence 'empty' has no residues; take the record out"),
+        ("c", 7, "sequence 'c' has 2 residues, and at least 3 are wanted"),
+    ]
+    only = write_fasta(tmp_path / "y.fasta", [records[0], records[-1]])
+    assert plan_of(tmp_path / "run", only).fingerprint == plan.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("policy", "lengths", "told"),
+    [
+        ({"long": "skip", "max_length": 4}, [3, 4], "3 records skipped"),
+        ({"long": "truncate", "max_length": 4}, [3, 4, 4], "2 records skipped, 1 sequence cut short"),
+        ({"long": "window", "max_length": 2}, [3, 4, 5], "2 records skipped, 3 sequences averaged over windows"),
+        ({"invalid_residues": "skip"}, [3, 4, 5], "3 records skipped"),
+        ({"dedup": False}, [3, 4, 5], "2 records skipped"),
+    ],
+)
+def test_short_sequences_are_skipped_beside_whatever_else_is_done(
+    tmp_path: Path, policy: dict[str, Any], lengths: list[int], told: str
+) -> None:
+    """A length is that of the sequence as it was read, before it is cut."""
+    odd = [("odd", "M1")] if "invalid_residues" in policy else []
+    records = [("a", "MK"), ("b", "MKV"), *odd, ("c", "MKVL"), ("d", "M"), ("e", "MKWLA")]
+    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), min_length=3, **policy)
+    assert plan.lengths.tolist() == lengths
+    assert plan.counts.describe() == told
+
+
+def test_short_proteins_of_a_translation_are_skipped(tmp_path: Path) -> None:
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", "ATGGCAGCAGCAGCAGCA")])
+    lengths = plan_of(tmp_path / "1", fasta, translate="six-frame").lengths
+    plan = plan_of(tmp_path / "2", fasta, translate="six-frame", min_length=6)
+    assert plan.lengths.tolist() == lengths[lengths >= 6].tolist()
+    assert plan.counts.num_skipped == (lengths < 6).sum() > 0
+
+
 def test_a_damaged_list_of_skipped_records_is_noticed_and_written_anew(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
     plan_of(tmp_path / "run", fasta, invalid_residues="skip")
