@@ -270,7 +270,7 @@ def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
     for record, sequence_id in enumerate(ids):
         if sequence_id and sequence_id.split() != [sequence_id]:
             raise FastaError(
-                f"record {record}: the id {sequence_id!r} has white space in it; replace that, for example by '_'"
+                f"record {record}: the id {sequence_id!r} has white space in it; give its first word, or replace that by '_'"
             )
     policy = InputPolicy()
     raw = RawChunk(headers=ids, sequences=[sequence.replace("\n", " ") for sequence in sequences])
@@ -466,14 +466,14 @@ def _without_short(chunk: InputChunk, least: int | None) -> InputChunk:
     if least is None or not (chunk.lengths < least).any():
         return chunk
     kept = chunk.lengths >= least
-    faults = _faults_of_length(chunk, ~kept, f"residues, and at least {least:,} are wanted")
+    faults = _faults_of_length(chunk, ~kept, f"at least {least:,} are wanted")
     return replace(_only(chunk, kept), skipped=_in_order(chunk.skipped + faults))
 
 
 def _without_long(chunk: InputChunk, most: int, *, skips: bool) -> InputChunk:
     kept = chunk.lengths <= most
     advice = "" if skips else "; cut it or leave it out, or have that done with --long truncate or --long skip"
-    faults = _faults_of_length(chunk, ~kept, f"residues, and at most {most:,} are allowed{advice}")
+    faults = _faults_of_length(chunk, ~kept, f"at most {most:,} are allowed{advice}")
     return replace(
         _only(chunk, kept),
         refused=chunk.refused if skips else _in_order(chunk.refused + faults),
@@ -487,10 +487,14 @@ def _faults_of_length(chunk: InputChunk, is_at_fault: NDArray[np.bool_], why: st
         Fault(
             record=chunk.records[place],
             sequence_id=ids[place],
-            reason=f"sequence {ids[place]!r} has {chunk.lengths[place]:,} {why}",
+            reason=f"sequence {ids[place]!r} has {_residues(int(chunk.lengths[place]))}, and {why}",
         )
         for place in np.flatnonzero(is_at_fault).tolist()
     ]
+
+
+def _residues(count: int) -> str:
+    return "1 residue" if count == 1 else f"{count:,} residues"
 
 
 def _only(chunk: InputChunk, is_kept: NDArray[np.bool_]) -> InputChunk:

@@ -10,7 +10,7 @@ import glob
 import math
 import os
 import sys
-from collections import UserString
+from collections import UserString, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -111,7 +111,7 @@ def files_or_records(
         return _with_ids(_rows_of_table(given, names, id_column, sequence_column))
     if (mapping := _as_mapping(given)) is not None:
         return _with_ids(_rows_of_mapping(mapping))
-    if _is_record(given, sequence_column) or _is_biopython_sequence(given):
+    if _is_record(given, sequence_column) or _is_one_sequence(given):
         return _records([given], id_column, sequence_column)
     items = _items(given)
     return _paths(items) or _records(items, id_column, sequence_column)
@@ -138,7 +138,7 @@ def _refuse_what_has_no_records(given: Any) -> None:
         raise FastaError("a set has no order, and rows come back in the order given; give a list, such as sorted(...)")
     if hasattr(given, "read") and hasattr(given, "readline"):
         name = getattr(given, "name", None)
-        path = repr(name) if isinstance(name, str) else "its path"
+        path = repr(name) if isinstance(name, str) and os.path.exists(name) else "its path"
         raise FastaError(f"this is an open file; give {path} instead, or SeqIO.parse(file, 'fasta')")
     if hasattr(type(given), "collect") or hasattr(type(given), "compute"):
         raise FastaError(
@@ -161,12 +161,14 @@ def _rows_of_table(table: Any, names: Sequence[Any], id_column: str, sequence_co
     index = getattr(table, "index", None)
     index_is_id = getattr(index, "name", None) == id_column and id_column not in names
     wanted = [sequence_column] if index_is_id else [id_column, sequence_column]
+    has_index = hasattr(table, "iloc") and sequence_column in names
+    or_series = f", or give table[{sequence_column!r}], whose index has the ids" if has_index else ""
     for name in wanted:
         if (count := names.count(name)) != 1:
             found = "there is no column" if count == 0 else f"{count} columns are called"
             raise FastaError(
                 f"{found} {name!r} in this {type(table).__name__}, which has the columns {_listed_names(names)}; name them "
-                "with id_column and sequence_column"
+                f"with id_column and sequence_column{or_series}"
             )
     ids = _listed(index) if index_is_id else _listed(table[id_column])
     return zip(ids, _listed(table[sequence_column]), strict=True)
@@ -374,6 +376,18 @@ def _is_biopython_sequence(given: Any) -> bool:
     """Whether it is one sequence of Biopython's, which goes through its letters as if they were many."""
     module = sys.modules.get("Bio.Seq")  # where that is not imported, there is none
     return module is not None and isinstance(given, module.Seq | module.MutableSeq)
+
+
+def _is_one_sequence(given: Any) -> bool:
+    """Whether it is the letters of one protein, in a class of some library's; going through it would give single letters."""
+    if _is_biopython_sequence(given):
+        return True
+    if isinstance(given, list | tuple | deque) or hasattr(given, "ndim"):
+        return False
+    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+        return False
+    text = str(given)
+    return len(text) == len(given) and text.isalpha()  # what other containers look like has brackets
 
 
 def _id_text(place: int, id_: Any) -> str:

@@ -19,11 +19,12 @@ import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2 as FairESM2
 
-from flows.embed import embed
+import vnp_lib
+from flows.embed import embed, report_outcome
 from tests.support import EXAMPLE, assert_same_rows, embed_alone, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS
-from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError
+from vnp_lib.failures import ConfigError, ExitCode, FastaError, FingerprintMismatchError
 from vnp_lib.inputs import InputCounts
 from vnp_lib.plan import RunPaths
 from vnp_lib.status import open_status
@@ -31,7 +32,8 @@ from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
-ARCHITECTURE = MODELS["esm2_t6_8M_UR50D"]
+ARCHITECTURE_NAME = "esm2_t6_8M_UR50D"
+ARCHITECTURE = MODELS[ARCHITECTURE_NAME]
 MOST = 60  # residues
 
 
@@ -101,6 +103,38 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog)
     assert status.input == InputCounts.from_json(dataset.metadata["input"])
     assert status.input.describe() == told
     assert f"Of the input: {told}." in RunPaths(tmp_path / "run").report.read_text()
+
+
+def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path) -> None:
+    """In the dataset under the new ids; what is read back equals what a dictionary of these ids gives."""
+    records = [("x one", "MKVLATTW"), ("x two", "MKLWWW"), ("y", "MK"), ("x_2", "ACDEFGHIK"), ("x", "MKVLATTW")]
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
+    told = "4 sequences embedded, 1 record skipped, 2 ids renamed, 1 duplicate not computed again"
+    for _ in range(2):
+        outcome = run_flow(fasta, tmp_path / "run", duplicate_ids="rename", min_length=3)
+        assert outcome.message.startswith(told)
+    dataset = open_dataset(tmp_path / "run")
+    named = {"x": "MKVLATTW", "x_3": "MKLWWW", "x_2": "ACDEFGHIK", "x_4": "MKVLATTW"}
+    assert dataset.ids == list(named)
+    for name, row in vnp_lib.embed(named, model=ARCHITECTURE_NAME, weights="random", device="cpu", progress=False):
+        np.testing.assert_allclose(dataset[name], row, atol=1e-5)
+
+
+def test_a_run_without_sequences_completes_without_a_worker(tmp_path: Path, capsys) -> None:
+    """And shows only what works of how to read it."""
+    fasta = tmp_path / "in.fasta"
+    fasta.touch()
+    with pytest.raises(FastaError, match=r"there is no sequence in it; .* --allow-empty"):
+        run_flow(fasta, tmp_path / "run").result()
+    for name in ("Completed", "Cached"):
+        outcome = run_flow(fasta, tmp_path / "run", allow_empty=True)
+        assert outcome.message == f"0 sequences embedded, shards: 1 {name}"
+    assert len(open_dataset(tmp_path / "run")) == 0
+    assert RunPaths(tmp_path / "run").report.exists()
+    assert not RunPaths(tmp_path / "run").worker_log(0).exists()
+    assert report_outcome(small_config(fasta, tmp_path / "run"), outcome, 1.0) == ExitCode.DONE
+    assert "    print(len(dataset))\n" in capsys.readouterr().out
 
 
 def test_what_is_piped_goes_on_without_a_pipe_and_is_not_mixed_with_other_input(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import sqlite3
+import sys
 from collections import UserString
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -152,6 +154,36 @@ def test_sequences_without_ids_have_their_positions(given):
     assert held(given) == dict(zip(NUMBERED, SEQUENCES, strict=True))
 
 
+class Residues:
+    """A sequence class as other libraries have them, scikit-bio for one: going through it gives single letters."""
+
+    def __init__(self, letters: str) -> None:
+        self._letters = letters
+
+    def __str__(self) -> str:
+        return self._letters
+
+    def __len__(self) -> int:
+        return len(self._letters)
+
+    def __getitem__(self, place: int) -> Residues:
+        return Residues(self._letters[place])
+
+
+def test_a_sequence_of_another_library_is_one_protein():
+    assert held([Residues("MKVL"), Residues("W")]) == {"0": "MKVL", "1": "W"}
+    assert held({"a": Residues("MKVL")}) == {"a": "MKVL"}
+    assert held(Residues("MKVL")) == {"0": "MKVL"}
+
+
+def test_records_of_a_database_are_taken_by_their_column_names():
+    connection = sqlite3.connect(":memory:")
+    connection.row_factory = sqlite3.Row
+    with closing(connection):
+        rows = connection.execute("SELECT 'MKL' AS sequence, 7 AS id, 1 AS other")
+        assert held(rows) == {"7": "MKL"}
+
+
 def test_one_record_of_biopythons_is_one_protein():
     """A `Seq` goes through its letters like a list: it is not as many proteins."""
     assert held(Seq("MKVL")) == {"0": "MKVL"}
@@ -298,6 +330,11 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         (None, "sequences is None"),
         ([5], r"record 0 \('0'\) is 5, a int"),
         ([b"\xff"], "which is no UTF-8 text"),
+        (sys.__stdin__, "this is an open file; give its path instead"),
+        (
+            pd.DataFrame({"sequence": SEQUENCES}, index=IDS),
+            r"no column 'id' .*, or give table\['sequence'\], whose index has",
+        ),
         (io.StringIO(">a\nMKL\n"), r"this is an open file; give its path instead, or SeqIO.parse\(file, 'fasta'\)"),
         (
             ">a\nMKL\n",
