@@ -19,6 +19,7 @@ import pytest
 
 from tests.support import SMALL_MODEL, small_config
 from vnp_lib import embed, open_dataset
+from vnp_lib.assembly import assemble
 from vnp_lib.cli import main
 from vnp_lib.export import export_dataset
 from vnp_lib.failures import FastaError, FingerprintMismatchError
@@ -211,6 +212,27 @@ def test_exports_of_residues_are_read_too(run_of_residues, tmp_path, to, column)
     assert len(open_dataset(run_of_residues)) == 0
     _, names = read_back(run_of_residues, to, tmp_path / "out", column=column)
     assert len(names["embeddings"]) == len(names.get("ids", ())) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "outputs"),
+    [
+        ({"store_dtype": "float16"}, ("mean_6",)),
+        ({"store_dtype": "float16", "include": ("mean", "per_tok")}, ("mean_6", "per_tok_6")),
+        ({"include": ("bos", "max"), "repr_layers": (0, 6)}, ("bos_0", "bos_6", "max_0", "max_6")),
+        ({"long": "window", "max_length": 10}, ("mean_6",)),
+        ({"deterministic": True}, ("mean_6",)),
+        ({"executor": "work-pool", "shards": 4}, ("mean_6",)),
+    ],
+)
+def test_whatever_a_run_computes_can_be_nothing(tmp_path, settings, outputs):
+    """The second assembly finds the first one's dataset whole. A byte order mark is no sequence either."""
+    path = tmp_path / "x.fasta"
+    path.write_bytes(b"\xef\xbb\xbf")
+    with open_run(small_config(path, tmp_path / "run", allow_empty=True, **settings)) as run:
+        first, second = (assemble(run.plan, run.paths, run.checkpoints().valid) for _ in range(2))
+    assert (first.num_rows, first.num_parts) == (second.num_rows, second.num_parts) == (0, 1)
+    assert open_dataset(tmp_path / "run").outputs == outputs
 
 
 def test_the_same_again_goes_on_and_a_real_input_is_another_run(tmp_path):
