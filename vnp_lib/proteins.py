@@ -125,8 +125,7 @@ def _path(given: Any) -> Path:
             f"{_shown(text)} is the text of a FASTA file, and a path is wanted; write it to a file, or give "
             "SeqIO.parse(io.StringIO(text), 'fasta')"
         )
-    looks_like_a_sequence = "".join(text.split()).rstrip("*").isalpha()
-    if (path := _existing(text)) is None and not looks_like_a_sequence:
+    if (path := _existing(text)) is None and not _is_of_letters(text):
         path = user_path(text, PathUse.INPUT)  # says what is wrong with it
     if path is None or not _names_files(path):
         raise FastaError(f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]")
@@ -284,8 +283,8 @@ def _is_file(item: Any) -> bool:
 
 
 def _existing(text: str) -> Path | None:
-    """The path that a text means, if there is such a file; letters alone are looked at as they are, there may be millions."""
-    if text.isalpha():
+    """The path that a text means, if there is such a file. Of letters alone it is no pattern, and may be one of millions."""
+    if _is_of_letters(text):
         return Path(text) if os.path.exists(text) else None
     try:
         path = user_path(text, PathUse.INPUT)
@@ -295,7 +294,13 @@ def _existing(text: str) -> Path | None:
 
 
 def _looks_like_a_file(text: str) -> bool:
-    return "/" in text or has_fasta_suffix(Path(text)) or is_table(Path(text))
+    has_directory = "/" in text and not (text.isupper() and text.replace("/", "").isalpha())  # chains, as MKV/MKL
+    return has_directory or has_fasta_suffix(Path(text)) or is_table(Path(text))
+
+
+def _is_of_letters(text: str) -> bool:
+    """Whether it could be a sequence by its letters, with a stop at its end."""
+    return text.isalpha() or "".join(text.split()).rstrip("*").isalpha()
 
 
 def _is_text(given: Any) -> bool:

@@ -154,6 +154,16 @@ def test_sequences_without_ids_have_their_positions(given):
     assert held(given) == dict(zip(NUMBERED, SEQUENCES, strict=True))
 
 
+def test_a_stop_at_the_end_makes_no_pattern_of_a_sequence(tmp_path, monkeypatch):
+    """Files whose names begin like it are not meant; nor is a chain a directory."""
+    (tmp_path / "MKL.fasta").write_text(">a\nW\n")
+    monkeypatch.chdir(tmp_path)
+    assert held(["MK*"]) == {"0": "MK*"}
+    assert held(["MKV", "MKV/MKL"]) == {"0": "MKV", "1": "MKV/MKL"}
+    with pytest.raises(FastaError, match=r"MK\*: there is no such file; a single sequence goes into a list"):
+        files_or_records("MK*")
+
+
 class Residues:
     """A sequence class as other libraries have them, scikit-bio for one: going through it gives single letters."""
 
