@@ -36,7 +36,7 @@ def opened_without_encoding(path: Path) -> list[int]:
 def _opens_text(call: ast.Call) -> bool:
     is_method = isinstance(call.func, ast.Attribute)
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    owner = call.func.value.id if is_method and isinstance(call.func.value, ast.Name) else ""  # type: ignore[attr-defined]
+    owner = ast.unparse(call.func.value).rpartition(".")[2] if isinstance(call.func, ast.Attribute) else ""
     if name in ALWAYS_TEXT:
         return True
     if owner == "subprocess" and name in STARTERS:
