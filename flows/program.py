@@ -27,6 +27,14 @@ if TYPE_CHECKING:  # Prefect is imported when its server is at hand
 
 _SHOW_PATIENCE_S = 1.0
 _RECORDING_S = 10.0  # that Prefect may take to record the end of a run before its server is asked for a sign of life
+_BACKGROUND_LOGGERS = (
+    "prefect._internal",
+    "prefect._internal.concurrency",
+    "websockets",
+    "EventsWorker",
+    "APILogWorker",
+    "ConcurrencySlotAcquisitionWithLeaseService",
+)
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "vnp-embed") -> int:
@@ -142,7 +150,7 @@ def quiet_prefect(*, verbose: bool) -> None:
     """Keep Prefect's lines off the console; they still reach its API. What its background threads say of a server that is
     lost never belongs there: kilobytes of tracebacks about events that nobody waits for.
     """
-    for name in ("prefect._internal", "prefect._internal.concurrency"):
+    for name in _BACKGROUND_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     prefect = logging.getLogger("prefect")
     prefect.propagate = verbose
