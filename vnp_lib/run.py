@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -153,11 +154,14 @@ class Run:
 
         Raises:
             ConfigError: It is no directory, or cannot be written.
+            OSError: The disk is full or failing, which may pass: the attempt is made again.
         """
         directory = self.paths.shard_dir(rank)
         try:
             make_directory(directory)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
+                raise
             raise ConfigError(f"{directory} cannot be made: {error.strerror}; move away what is there") from None
         if not os.access(directory, os.W_OK | os.X_OK):
             raise ConfigError(f"{directory} cannot be written; mend its permissions")

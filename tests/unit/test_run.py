@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 from tests.made_up_runs import finish_run, start_run
 from tests.support import flip_bit, small_config
-from vnp_lib import gpu_memory
+from vnp_lib import files, gpu_memory
 from vnp_lib.failures import (
     ConfigError,
     Failure,
@@ -26,6 +27,7 @@ from vnp_lib.failures import (
     FingerprintMismatchError,
     InputError,
     RunDirectoryBusyError,
+    classify_exception,
 )
 from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.plan import RunPaths, load_plan
@@ -412,3 +414,22 @@ def test_a_plan_that_does_not_say_who_opened_it_is_joined(tmp_path, tiny_fasta):
         del fields["vnp"]
         write_sealed_json(run.paths.plan_json, fields, replace=True)
         assert attach_run(run.config, run.plan.fingerprint).plan.vnp == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(errno.ENOSPC, OSError), (errno.EDQUOT, OSError), (errno.EACCES, ConfigError)]
+)
+def test_a_full_disk_is_no_wrong_set_up(
+    tmp_path: Path, tiny_fasta: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    """An attempt that finds no room for its directory is made again; one that may not make it is not."""
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
+        monkeypatch.setattr(files.ops, "mkdir", refuse)
+        with pytest.raises(error) as caught:
+            run.prepare_shard(0)
+        monkeypatch.undo()
+    assert classify_exception(caught.value).is_permanent is (error is ConfigError)
