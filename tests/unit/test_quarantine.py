@@ -346,10 +346,10 @@ def test_ids_may_hold_anything(path: Path) -> None:
 
 def test_ids_that_the_fasta_reader_lets_through_come_back(opened: Quarantine, tmp_path: Path) -> None:
     fasta = tmp_path / "x.fasta"
-    fasta.write_text("".join(f">{each} x\nMKVLA\n" for each in ("a\0b", "\"\\'", "🧬𐀀", "é" * 150)))
+    fasta.write_text("".join(f">{each} x\nMKVLA\n" for each in ("\"\\'", "🧬𐀀", "é" * 150)))
     (chunk,) = read(*find_sources([fasta], stdin=tmp_path / "stdin"), InputPolicy())
     ids = chunk.usable.ids
-    assert len(ids) == 4
+    assert len(ids) == 3
     for ordinal, sequence_id in enumerate(ids):
         opened.add(sequence(ordinal, sequence_id))
     assert [each.id for each in opened.read()] == ids
