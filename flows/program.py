@@ -30,7 +30,7 @@ _RECORDING_S = 10.0  # that Prefect may take to record the end of a run before i
 _BACKGROUND_LOGGERS = (
     "prefect._internal",
     "prefect._internal.concurrency",
-    "websockets",
+    "websockets.client",
     "EventsWorker",
     "APILogWorker",
     "ConcurrencySlotAcquisitionWithLeaseService",
@@ -151,7 +151,7 @@ def quiet_prefect(*, verbose: bool) -> None:
     lost never belongs there: kilobytes of tracebacks about events that nobody waits for.
     """
     for name in _BACKGROUND_LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        logging.getLogger(name).addFilter(lambda record: False)  # Prefect sets their levels anew when a flow begins
     prefect = logging.getLogger("prefect")
     prefect.propagate = verbose
     prefect.addHandler(logging.NullHandler())  # without any handler, warnings would go to standard error after all
