@@ -7,7 +7,6 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +104,7 @@ def try_file_system(directory: Path) -> FileSystemAbilities:
         )
     finally:
         for path in (first, second):
-            with suppress(OSError):
-                files.ops.unlink(path)
+            files.remove_temporary(path)
 
 
 def _tried(act: Callable[[], None]) -> OSError | None:

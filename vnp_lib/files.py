@@ -402,8 +402,18 @@ def refresh_listing(directory: Path) -> None:
     """Have the system look anew what is in a directory: an NFS client does when a change of its own meets one of others."""
     path = temporary_path(directory / "look")
     with suppress(OSError):  # what cannot be written to is looked at as it is
-        ops.close(ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        ops.unlink(path)
+        fd = ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        try:
+            ops.close(fd)
+        finally:
+            remove_temporary(path)
+
+
+def remove_temporary(path: Path) -> None:
+    """Remove a temporary file of our own, with a second try where that fails: the run goes on, and nothing is to be left of it."""
+    for _ in range(2):
+        with suppress(OSError):
+            return ops.unlink(path)
 
 
 def move_file(source: Path, target: Path) -> None:
@@ -756,11 +766,12 @@ def _file_system_time(directory: Path) -> float:
     """What time it is by the clock that stamps the files of a directory: over a network, not this machine's."""
     path = temporary_path(directory / "clock")
     try:
-        ops.close(ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        fd = ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         try:
+            ops.close(fd)
             return path.lstat().st_mtime
         finally:
-            ops.unlink(path)
+            remove_temporary(path)
     except OSError:
         return time.time()
 
