@@ -188,7 +188,7 @@ def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
         return layer(*arguments)
     vnp_lib.esm2._TransformerLayer.forward = slow
     """)
-    last = asyncio.run(follow(job, at_batch(1, lambda: None), silence_limit_s=3.0))
+    last = asyncio.run(follow(job, at_batch(1, lambda: None), silence_limit_s=5.0))
     assert last["event"] == "done"
     assert rows_on_disk(job) == NUM_COMPUTED
 
@@ -234,16 +234,16 @@ def test_a_child_that_is_stopped_and_continued_has_lost_nothing(job):
         if event["event"] == "batch" and seen["batch"] == 3:
             pid = the_worker(job)
             os.kill(pid, signal.SIGSTOP)
-            asyncio.get_running_loop().call_later(3.0, os.kill, pid, signal.SIGCONT)
+            asyncio.get_running_loop().call_later(7.0, os.kill, pid, signal.SIGCONT)
 
-    last = asyncio.run(follow(job, on_event, silence_limit_s=1.0))
+    last = asyncio.run(follow(job, on_event, silence_limit_s=5.0))
     assert last["event"] == "done"
     assert rows_on_disk(job) == NUM_COMPUTED
     assert sum("is stopped by a signal" in message for message in said) == 1
 
 
 def _follow_to_its_end(job: Path) -> None:
-    asyncio.run(follow(job, at_batch(3, job.with_name("begun").touch), silence_limit_s=1.0))
+    asyncio.run(follow(job, at_batch(3, job.with_name("begun").touch), silence_limit_s=5.0))
 
 
 def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
@@ -254,7 +254,7 @@ def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
     stopped = (the_worker(job), supervisor.pid)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(3.0)
+    time.sleep(7.0)
     for pid in reversed(stopped):
         os.kill(pid, signal.SIGCONT)
     supervisor.join(timeout=120)
