@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vnp_lib.failures import Failure, FailureKind, QuarantineFullError
+from vnp_lib.failures import Failure, FailureKind, QuarantineFullError, StorageError, classify_exception
 from vnp_lib.retry import RetryDecision, RetryPolicy
 from vnp_lib.run import Run
 from vnp_lib.worker import quarantined
@@ -28,11 +28,18 @@ def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecisi
     recorded = run.manifest.get_shard_status(rank) or {}
     failure = _with_batch(run, rank, failure)
     history = counted_failures(recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0))
-    decision = RetryPolicy.from_config(run.config.runtime).decide(failure, history)
+    policy = RetryPolicy.from_config(run.config.runtime)
+    decision, failures = policy.decide(failure, history), [failure]
     if decision.is_circuit_open and failure.is_silence and failure.ordinal is not None:
         decision = replace(decision, reason=_silent(run, failure.ordinal, failure))
     elif decision.is_circuit_open and run.config.on_poison == "quarantine":
-        decision = _isolate(run, rank, failure, decision)
+        try:
+            decision = _isolate(run, rank, failure, decision)
+        except (StorageError, OSError) as error:
+            # The strike counts, so that the sequence is set aside after the next attempt; whether there is one is judged as
+            # after any attempt that ends at a disk which takes nothing.
+            failures.append(classify_exception(error))
+            decision = policy.decide(failures[-1], history)
     if decision.token_budget_scale < 1.0:
         run.scale_token_budget(rank, recorded["device"], decision.token_budget_scale)
     about = {
@@ -42,7 +49,8 @@ def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecisi
         "device": recorded.get("device"),
         "num_done": recorded.get("total_sequences", 0),
     }
-    run.manifest.record_failure(rank, failure.to_json() | about)
+    for each in failures:
+        run.manifest.record_failure(rank, each.to_json() | about)
     if not decision.retry:
         run.manifest.mark_shard_failed(rank, error=decision.reason)
     return decision

@@ -29,7 +29,8 @@ def require_no_others(paths: RunPaths) -> None:
     if _holds_run(paths):
         return
     for directory, is_own in _directories(paths).items():
-        if not directory.is_dir():
+        # A link is refused for what it is, wherever it leads to.
+        if not directory.is_dir() or directory.is_symlink():
             continue
         held = sorted(directory.iterdir())
         if held and not any(map(is_own, held)):

@@ -1,4 +1,4 @@
-"""The child process of one attempt on one shard, as `run_worker.py` starts it.
+"""The child process of one attempt on one shard: `python -m vnp_lib.worker job.json`, or `run_worker.py`, as a run starts it.
 
 It says what it does as JSON lines on standard output and logs to standard error. It stops at the next batch boundary
 when it gets SIGTERM or when its parent is gone, with everything that it computed on disk. Before the first batch
@@ -588,3 +588,7 @@ def _has_word_from_parent() -> bool:
         return bool(select.select([0], [], [], 0)[0])
     except (OSError, ValueError):  # there is no standard input
         return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,21 @@ def test_which_failures_still_count(cause: FailureCause, record: dict[str, Any],
     failure = died(batch_idx=1, cause=cause)
     expected = [failure] if counts else []
     assert counted_failures([failure.to_json() | record], "s", num_done=7) == expected
+
+
+def test_a_quarantine_that_cannot_be_written_is_tried_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As any full disk: the strike counts, so that the sequence is set aside once there is room."""
+    accused = died(batch_idx=1, ordinal=int(run.plan.shard_batches(0)[1][0]))
+    assert judge(run, 0, accused, session="s").retry
+    with monkeypatch.context() as patch:
+        patch.setattr(run.quarantine, "_write", refuse)
+        full = judge(run, 0, accused, session="s")
+    assert full.retry
+    assert "No space left on device" in full.reason
+    assert run.quarantine.read() == []
+    assert judge(run, 0, accused, session="s").retry
+    assert [each.ordinal for each in run.quarantine.read()] == [accused.ordinal]
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
