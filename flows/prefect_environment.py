@@ -93,7 +93,6 @@ def prepare_environment(environ: MutableMapping[str, str] | None = None, cwd: Pa
     for names, value in _DEFAULTS:
         if settings.find(*names) is None:
             environ[names[0]] = value
-    environ["PYTHONSAFEPATH"] = "1"  # what we start imports nothing from the directory that we are in
     reach_loopback_past_proxies(environ)
 
 
