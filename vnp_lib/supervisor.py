@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import logging
 import os
 import signal
@@ -12,13 +13,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from vnp_lib.config import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
 from vnp_lib.liveness import ProcessState, Silence
 from vnp_lib.machine import control_group
 from vnp_lib.worker_events import Event, EventReader
+
+logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], Awaitable[None]]
 T = TypeVar("T")
@@ -51,12 +54,12 @@ async def run_child(
     """Follow one attempt on a shard to its end and return its last event.
 
     However this ends, by return, error or cancellation, the child is gone by then. Its standard error is appended
-    to `log_path`.
+    to `log_path`, if that can be written.
 
     Raises:
         ShardFailedError: The child failed, died, or was silent for too long.
     """
-    with open(log_path, "ab", opener=_open_no_link) as log:
+    with _open_log(log_path) as log:
         child = await asyncio.create_subprocess_exec(
             *worker_command(job_path),
             stdin=asyncio.subprocess.PIPE,
@@ -303,6 +306,21 @@ async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
     """Unlike asyncio.wait_for before Python 3.12, never lose a cancellation that meets the result."""
     async with asyncio.timeout(seconds):
         return await awaitable
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """Open a log for appending; if that cannot be done (a full disk, a quota of files), open the null device.
+
+    Raises:
+        OSError: The log is a symbolic link, which might lead out of the run directory.
+    """
+    try:
+        return open(path, "ab", opener=_open_no_link)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+        logger.warning("%s cannot be written (%s): this attempt has no log", path, error.strerror)
+        return open(os.devnull, "ab")
 
 
 def _open_no_link(path: str, flags: int) -> int:

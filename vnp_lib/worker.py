@@ -39,6 +39,7 @@ from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, s
 from vnp_lib.run_record import RunRecord
 from vnp_lib.software import Package, package_in_use, require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
+from vnp_lib.streams import standard_streams
 from vnp_lib.worker_events import EventStream
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
@@ -551,7 +552,15 @@ def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the attempt that a job file describes; what went wrong is in the last event."""
+    """Run the attempt that a job file describes; what went wrong is in the last event.
+
+    Standard error is the shard's log: an attempt does not fail because its disk is full.
+    """
+    with standard_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     stop = StopFlag()
     events = EventStream(is_stopping=stop.is_set)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

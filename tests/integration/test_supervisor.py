@@ -42,12 +42,18 @@ def make_job(fasta: Path, run_dir: Path, **settings) -> Path:
 
 
 async def follow(
-    job: Path, on_event, *, startup_limit_s: float = 120.0, silence_limit_s: float = 60.0, grace_s: float = 20.0
+    job: Path,
+    on_event,
+    *,
+    startup_limit_s: float = 120.0,
+    silence_limit_s: float = 60.0,
+    grace_s: float = 20.0,
+    log_path: Path | None = None,
 ):
     return await run_child(
         job,
         device="cpu",
-        log_path=job.with_name("worker.log"),
+        log_path=log_path or job.with_name("worker.log"),
         on_event=on_event,
         startup_limit_s=startup_limit_s,
         silence_limit_s=silence_limit_s,
@@ -101,6 +107,14 @@ def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
     assert last["event"] == names[-1] == "done"
     assert sum(event["sequences"] for event in events if event["event"] == "batch") == NUM_COMPUTED
     assert sum(event["rows"] for event in events if event["event"] == "checkpoint") == NUM_COMPUTED == rows_on_disk(job)
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "missing/worker.log"])
+def test_a_log_that_cannot_be_written_ends_no_attempt(job, tmp_path, log, caplog):
+    """A full disk, and one on which no file can be made any more."""
+    last = asyncio.run(follow(job, at_batch(1, lambda: None), log_path=tmp_path / log))
+    assert (last["event"], rows_on_disk(job)) == ("done", NUM_COMPUTED)
+    assert ("has no log" in caplog.text) == (log != "/dev/full")
 
 
 def test_a_job_that_cannot_be_done_is_reported_in_words(job):
