@@ -6,6 +6,7 @@ import gzip
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -59,6 +60,14 @@ def without_rights() -> Iterator[None]:
         yield
     finally:
         os.setresuid(*before)
+
+
+def open_to_everybody(directory: Path) -> None:
+    """Let everybody into a test's directory, of which pytest keeps those above for their owner."""
+    for each in (directory, *directory.parents):
+        if each == Path(tempfile.gettempdir()):
+            break
+        each.chmod(0o755)
 
 
 class TestDirectory:
@@ -212,8 +221,7 @@ class TestFile:
     def test_one_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.faa")
         path.chmod(0)
-        for directory in (tmp_path, *tmp_path.parents[:2]):
-            directory.chmod(0o755)
+        open_to_everybody(tmp_path)
         with without_rights():
             assert refusal(path) == f"{path}: the file cannot be read (Permission denied)"
 
@@ -364,8 +372,7 @@ class TestOutput:
     def test_a_directory_that_may_not_be_looked_into_cannot_be_one(self, tmp_path: Path) -> None:
         path = write(tmp_path / "in/x.faa")
         (tmp_path / "closed").mkdir(mode=0o700)
-        for directory in (tmp_path, *tmp_path.parents[:2]):
-            directory.chmod(0o755)
+        open_to_everybody(tmp_path)
         with without_rights():
             for output_dir in (tmp_path / "closed", tmp_path / "closed/run"):
                 assert self.refusal(path, output_dir).endswith("closed is not a directory that can be written")

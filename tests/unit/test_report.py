@@ -89,12 +89,12 @@ def write_history(paths: RunPaths, rank: int, *, num_checkpoints: int = 5, num_a
 def record_failures(paths: RunPaths, rank: int, count: int, *, text: str = "the child left with SIGKILL") -> None:
     """In one go: the manifest is one file, whatever is recorded."""
     manifest = CheckpointManifest(paths.manifest)
-    with manifest._changing() as state:
-        state["shards"][str(rank)]["failures"] = [
-            Failure(cause=FailureCause.KILLED, message=f"{text} {number}").to_json()
-            | {"at": (NOON + timedelta(seconds=number)).isoformat(), "reason": text, "device": "0", "session": "s"}
-            for number in range(count)
-        ]
+    failures = [
+        Failure(cause=FailureCause.KILLED, message=f"{text} {number}").to_json()
+        | {"at": (NOON + timedelta(seconds=number)).isoformat(), "reason": text, "device": "0", "session": "s"}
+        for number in range(count)
+    ]
+    manifest._change(lambda state: state["shards"][str(rank)].update(failures=failures))
 
 
 def page_of(plan: RunPlan, paths: RunPaths, now: datetime = NOON) -> Page:

@@ -96,6 +96,7 @@ def load_damaged_in_layer_4(*arguments: object, **options: object) -> ESM2:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_that_is_wrong_is_named(capsys, monkeypatch, weights_file, dtype):
     monkeypatch.setattr(verify_model, "load_model", load_damaged_in_layer_4)
+    monkeypatch.setenv("COLUMNS", "140")  # pytest-xdist sets it, and on fewer the table is paragraphs
     code, printed = run(capsys, "--weights", weights_file, "--dtype", dtype, "--device", "cpu")
     assert code == 1
     assert [line.split()[0] for line in printed.splitlines() if line.endswith("too far")] == ["4", "5", "6"]
