@@ -144,6 +144,8 @@ class _Followed:
                 self._allow(self._startup_limit_s, silent_work=True)
                 if doing == "saving":  # nothing is in the model any more
                     self._in_model.clear()
+            case {"event": "failed" | "stopped" | "done"}:  # it only has to exit
+                self._allow(self._silence_limit_s, silent_work=False)
             case {"event": "alive"}:
                 self._allow(self._pass_limit_s, silent_work=False)
             case {"event": "probing"}:
