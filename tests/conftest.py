@@ -11,8 +11,12 @@ from pathlib import Path
 import dnaio
 import pytest
 
+from flows.prefect_environment import prepare_environment
 from tests.faults.figures import table
 from tests.support import EXAMPLE, ROOT, CommandLine, embed_alone
+
+# Servers that the tests start, without a run, are to send nothing to anybody either.
+prepare_environment()
 
 # Threads that spin while they wait for each other crawl as soon as anything else wants a processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -189,6 +189,7 @@ def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifes
     assert verify_run(tmp_path / "run").is_well
 
 
+@pytest.mark.soak
 def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(tmp_path, tiny_fasta, monkeypatch, caplog):
     """A process that hangs with it is named; no attempt fails, and what the manifest lacks is in it at the next run."""
     monkeypatch.setattr(run_record, "LOCK_TIMEOUT_S", 0.5)

@@ -207,6 +207,7 @@ def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
     assert rows_on_disk(job) == NUM_COMPUTED
 
 
+@pytest.mark.soak
 def test_checks_that_take_longer_than_their_limit_go_on_while_they_read(job, sabotage):
     """As a resume with many checkpoints on a slow disk: a limit is on silence, not on the work."""
     asyncio.run(follow(job, at_batch(1, lambda: None)))
@@ -260,6 +261,7 @@ def _follow_to_its_end(job: Path) -> None:
     asyncio.run(follow(job, at_batch(3, job.with_name("begun").touch), silence_limit_s=5.0))
 
 
+@pytest.mark.soak
 def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
     """As by Ctrl-Z, gang scheduling, a paused virtual machine: the clock went on, and nobody was there to speak or hear."""
     supervisor = multiprocessing.get_context("spawn").Process(target=_follow_to_its_end, args=(job,))
