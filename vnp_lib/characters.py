@@ -23,7 +23,7 @@ _is_invisible = re.compile(f"[{INVISIBLE}]").fullmatch
 
 
 class Treatment(StrEnum):
-    """What becomes of a character, or of the record that it stands in."""
+    """What is done with a character, or with the record that holds it."""
 
     KEPT = "kept"
     RAISED = "raised to upper case"
@@ -51,24 +51,19 @@ def _always(treatment: Treatment, *, name: str, members: str, contains: Callable
     return CharacterClass(name=name, members=members, error=treatment, map=treatment, skip=treatment, contains=contains)
 
 
-def _mapped(*, name: str, members: str, advice: str, contains: Callable[[str], object]) -> CharacterClass:
+def _refused(
+    *,
+    name: str,
+    members: str,
+    advice: str,
+    contains: Callable[[str], object],
+    map_: Treatment = Treatment.REFUSED,
+) -> CharacterClass:
     return CharacterClass(
         name=name,
         members=members,
         error=Treatment.REFUSED,
-        map=Treatment.UNKNOWN,
-        skip=Treatment.LEFT_OUT,
-        advice=advice,
-        contains=contains,
-    )
-
-
-def _no_sequence(*, name: str, members: str, advice: str, contains: Callable[[str], object]) -> CharacterClass:
-    return CharacterClass(
-        name=name,
-        members=members,
-        error=Treatment.REFUSED,
-        map=Treatment.REFUSED,
+        map=map_,
         skip=Treatment.LEFT_OUT,
         advice=advice,
         contains=contains,
@@ -98,7 +93,8 @@ CLASSES = (
     _always(Treatment.RAISED, name="lower case", members="the same in lower case", contains=_never),
     _always(Treatment.UNKNOWN, name="J", members="`J`, which ESM-2's alphabet lacks", contains=_never),
     _always(Treatment.DROPPED, name="final stop", members="one `*` at the end of a sequence", contains=_never),
-    _mapped(
+    _refused(
+        map_=Treatment.UNKNOWN,
         name="inner stop",
         members="any other `*`",
         advice="a stop codon inside a protein: cut the sequence there, or write {unknown}",
@@ -116,62 +112,63 @@ CLASSES = (
         members="byte order marks, zero-width characters, soft hyphens, marks of the writing direction, Ctrl-Z",
         contains=_is_invisible,
     ),
-    _mapped(
+    _refused(
+        map_=Treatment.UNKNOWN,
         name="other letters",
         members="letters of any script: `É`, `β`, CJK",
         advice="allowed are the letters {letters}: " + _UNKNOWN,
         contains=str.isalpha,
     ),
-    _no_sequence(
+    _refused(
         name="gaps",
         members="`-`, `.`, `~`, and the dashes of word processors",
         advice="gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`",
         contains=re.compile("[-.~\u00b7\u2010-\u2015\u2026\u2212\ufe58\ufe63\uff0d\uff0e]").fullmatch,
     ),
-    _no_sequence(
+    _refused(
         name="header marks",
         members="`>` inside a line",
         advice="a line break is missing before this '>', as where a file that does not end in one was joined with another by "
         "`cat`: put it in",
         contains=">".__eq__,
     ),
-    _no_sequence(
+    _refused(
         name="digits",
         members="digits and numbers of any script",
         advice="the lines are numbered, as in GenBank and EMBL files, or this is no sequence: take the numbers out",
         contains=_category("N"),
     ),
-    _no_sequence(
+    _refused(
         name="chain separators",
         members="`:`, `/`, `|`, `\\`",
         advice="several chains in one record: make each a record of its own",
         contains=re.compile(r"[:/|\\]").fullmatch,
     ),
-    _no_sequence(
+    _refused(
         name="brackets",
         members="`[`, `]`, `(`, `)`, `{`, `}`, `<`, `+`, `#`",
         advice="what is in brackets, or is added with '+', describes a modified residue: write the plain residue for it",
         contains=re.compile(r"[][(){}<+#]").fullmatch,
     ),
-    _no_sequence(
+    _refused(
         name="lists",
         members="`,`, `;` inside a line, quotation marks",
         advice="this belongs to a list or a table: make each sequence a record of its own, or give the table as .csv or .tsv",
         contains=re.compile("[,;\"'`\u2018-\u201f]").fullmatch,
     ),
-    _no_sequence(
+    _refused(
         name="other punctuation",
         members="`?`, `!`, `@`, `_`, `=` and all other punctuation and symbols, quality strings among them",
         advice="this is no residue: " + _UNKNOWN + ", and take out what is no sequence",
         contains=_category("P", "S"),
     ),
-    _no_sequence(
+    _refused(
         name="control characters",
         members="NUL, escape and all others that are no white space",
         advice="this is a control character: the file is damaged, or is no text; make it anew from where it came from",
         contains=_category("Cc"),
     ),
-    _no_sequence(
+    _refused(
         name="everything else",
         members="combining accents, unassigned code points, halves of surrogate pairs",
         advice="this is no residue: " + _UNKNOWN,
