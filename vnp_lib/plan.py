@@ -204,9 +204,8 @@ class ModelIdentity:
     outputs: str | None = None  # by name, in the order of a row; None: the mean of `layer` alone
     embed_dim: int | None = None  # where there are outputs
     contact_regression: str | None = None  # sha256 of its parameters, where there are contacts
-    division: str | None = (
-        None  # into shards and batches, and the software, where rows have to be the same to the last bit
-    )
+    # Into shards and batches, and the software, if rows have to be the same to the last bit.
+    division: str | None = None
     numerics: int | None = None  # NUMERICS_VERSION, unless it is 1
 
 

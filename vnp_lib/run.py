@@ -374,9 +374,8 @@ def _release_the_innocent(run: Run, survey: Survey) -> None:
             run.paths.superseded_quarantine,
         )
     if held := run.quarantine.read():
-        is_done = survey.done_mask(
-            run.plan.num_sequences
-        )  # where locks do not work, two runs may have come to different ends
+        # Where locks do not work, two runs may have come to different ends.
+        is_done = survey.done_mask(run.plan.num_sequences)
         run.quarantine.release(
             each.ordinal
             for each in held

@@ -115,9 +115,8 @@ class RunRecord(CheckpointManifest):
 
     def _read(self) -> dict[str, Any]:
         """The file's state, or the last that is known of it, with the changes that it lacks."""
-        with (
-            self._changed
-        ):  # before the file is read: a change that is written meanwhile is in both, and told by its number
+        # Before the file is read: a change that is written meanwhile is in both, and recognised by its number.
+        with self._changed:
             waiting, known = list(self._waiting), self._known
         try:
             state = super()._read()
