@@ -213,7 +213,10 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
 
 
 def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path: Path) -> None:
-    """Of ten checkpoints, and of parts of 4 MB, four of which wait to be written; all but a few hundred sequences are copies, which come to some 300 MB."""
+    """Peak memory stays below a third of the rows: four checkpoints, four waiting parts and two being written at most.
+
+    All but a few hundred sequences are copies, about 300 MB of rows. Threads decide how many are held at once.
+    """
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
     sequences = ["MKVLW" * 20 if i % 2 else "AGL" * (i % 800 + 1) for i in range(15_000)]
     fasta = tmp_path / "x.fasta"
@@ -231,7 +234,7 @@ def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path:
     assemble(plan, paths, records, part_bytes=4 * 1024**2)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < 56 * 1024**2 < whole_bytes / 5, peak_bytes
+    assert 4 * 1024**2 < peak_bytes < whole_bytes / 3, (peak_bytes, whole_bytes)
     ordinal = 0
     for _, outputs in open_dataset(paths.run_dir).batches(1000):
         for values in outputs["per_tok_6"]:
