@@ -27,10 +27,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from vnp_lib.assembly import DatasetSummary
-from vnp_lib.progress import format_duration
+from vnp_lib.formatting import format_bytes, format_duration, printable
 from vnp_lib.run import Run
 from vnp_lib.status import RunStatus, ShardProgress, read_status
-from vnp_lib.terminal import format_bytes, printable
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from vnp_lib.config import EmbedConfig
-from vnp_lib.failures import ConfigError, Failure, FailureCause, ShardFailedError
+from vnp_lib.errors import ConfigError
+from vnp_lib.failures import Failure, FailureCause, ShardFailedError
 from vnp_lib.heartbeat import HeartbeatWatch
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run, ShardState

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SERVER_START_S = 120

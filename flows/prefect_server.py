@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from flows.prefect_environment import Setting, UserSettings, choose_home, read_user_settings
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 
 _PROGRAM = Path(__file__).with_name("server_process.py")
 _OWN = "`PREFECT_API_URL= ` (empty) lets the run start a server of its own"

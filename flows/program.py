@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from flows.prefect_server import PrefectServer, TemporaryServer, find_prefect
-from vnp_lib.config import EmbedConfig, parse_command_line
+from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import open_dataset
-from vnp_lib.failures import ExitCode, InputError
+from vnp_lib.errors import ExitCode, InputError
+from vnp_lib.formatting import format_duration
+from vnp_lib.options import parse_command_line
 from vnp_lib.plan import RunPaths
-from vnp_lib.progress import format_duration
 from vnp_lib.run import RANDOM_WEIGHTS, check_at_the_door
 from vnp_lib.streams import standard_streams
 from vnp_lib.supervisor import kill_children

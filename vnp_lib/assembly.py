@@ -32,20 +32,14 @@ from numpy.typing import NDArray
 from vnp_lib import files
 from vnp_lib.columns import columns_of, fields_of
 from vnp_lib.dataset import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
-from vnp_lib.failures import (
-    CheckpointError,
-    ConfigError,
-    IncompleteDatasetError,
-    NumericalInstabilityError,
-    StorageError,
-)
-from vnp_lib.history import utc_now
+from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.formatting import utc_now
 from vnp_lib.inputs import InputCounts
 from vnp_lib.outputs import RowLayout, StoreDtype, Values, as_stored, offsets_of
 from vnp_lib.packing import pack
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
-from vnp_lib.read_ahead import map_ahead
+from vnp_lib.prefetch import map_ahead
 from vnp_lib.software import Software, SoftwareShare, describe_software
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from vnp_lib.array_pickle import ARRAY_GLOBALS, arrays_allowed, require_plain_arrays
-from vnp_lib.failures import CheckpointError, NumericalInstabilityError, StorageError
+from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
 from vnp_lib.files import (
     FileDigest,
     digest_stream,

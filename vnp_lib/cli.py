@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from vnp_lib import forecast
-from vnp_lib.config import DType, EmbedConfig, ModelName, parse_forecast_command_line, weights_path
+from vnp_lib.config import DType, EmbedConfig, ModelName, weights_path
+from vnp_lib.errors import ConfigError, ExitCode, InputError, StorageError, VnpError
 from vnp_lib.export import export_dataset
-from vnp_lib.failures import ConfigError, ExitCode, InputError, StorageError, VnpError
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS
+from vnp_lib.formatting import console
+from vnp_lib.options import parse_forecast_command_line
 from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
 from vnp_lib.streams import output_error, standard_streams
-from vnp_lib.terminal import console
 from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.verify import verify_run
 

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vnp_lib.errors import BatchFailedError, DeviceFailedError
 from vnp_lib.esm2 import ESM2
-from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureKind, classify_exception
+from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.foreign_model import representations_of
 from vnp_lib.heads import with_heads
 from vnp_lib.long_sequences import join_windows, long_mean_of

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from vnp_lib.embedder import PackedModel, embed_batch
+from vnp_lib.errors import ConfigError, FastaError, SequenceTooLargeError
 from vnp_lib.esm2 import MODELS, architecture_of
 from vnp_lib.extract_files import extract_file
-from vnp_lib.failures import ConfigError, FailureKind, FastaError, SequenceTooLargeError, classify_exception
+from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.fasta import holds_fastq, read_fasta
 from vnp_lib.files import path_below, remove_orphaned_temporaries, replace_unsynced
 from vnp_lib.heads import with_heads

@@ -13,7 +13,7 @@ import dnaio
 import numpy as np
 
 from vnp_lib.characters import INVISIBLE, WHITE_SPACE
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.file_kinds import is_fastq, kind_of
 from vnp_lib.records import RawChunk
 from vnp_lib.source import open_text, refuse_kind, start_of

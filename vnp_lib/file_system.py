@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vnp_lib import files
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 from vnp_lib.mounts import Mount, mount_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

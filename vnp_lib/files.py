@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from vnp_lib import packed_integers
-from vnp_lib.failures import LockTimeoutError, StorageError
+from vnp_lib.errors import LockTimeoutError, StorageError
 from vnp_lib.mounts import locks_are_shared
 from vnp_lib.processes import ProcessIdentity
 

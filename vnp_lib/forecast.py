@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vnp_lib import spool
-from vnp_lib.config import ForecastConfig, resolve_devices
-from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.devices import resolve_devices
+from vnp_lib.errors import ConfigError, FastaError
+from vnp_lib.formatting import bar, format_bytes, format_duration, plain
 from vnp_lib.history import read_attempts
 from vnp_lib.inputs import (
     STDIN,
@@ -38,13 +39,12 @@ from vnp_lib.inputs import (
     renaming_of,
     survey,
 )
+from vnp_lib.options import ForecastConfig
 from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, nothing_left, required_bytes
-from vnp_lib.progress import format_duration
 from vnp_lib.records import Fault, LetterCounts
 from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
-from vnp_lib.terminal import bar, format_bytes, plain
 
 _MOST_REFUSALS_SHOWN = 5
 _FIRST_BIN_END = 50  # residues; each bin of the histogram is as wide as all before it

@@ -25,8 +25,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from vnp_lib import files
 from vnp_lib.dataset import EmbeddingDataset, as_rows
+from vnp_lib.errors import ConfigError
 from vnp_lib.extract_files import extract_file
-from vnp_lib.failures import ConfigError
 from vnp_lib.files import durable_directory, durable_file, durable_path, path_below
 from vnp_lib.hdf5 import Hdf5File, open_hdf5
 from vnp_lib.outputs import Output, OutputKind, StoreDtype, Values, as_stored, offsets_of

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vnp_lib.config import visible_gpu
+from vnp_lib.devices import free_gpu_bytes
+from vnp_lib.environment import visible_gpu
+from vnp_lib.errors import ConfigError
 from vnp_lib.esm2 import Architecture, architecture_of
-from vnp_lib.failures import ConfigError
 from vnp_lib.heads import MAP_VALUES
-from vnp_lib.machine import free_gpu_bytes
 from vnp_lib.outputs import NUM_LOGITS, Output, OutputKind, RowLayout
 from vnp_lib.tokens import TOKENS_AROUND
 

@@ -24,8 +24,10 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
-from vnp_lib.failures import Failure, StorageError, classify_exception
+from vnp_lib.errors import StorageError
+from vnp_lib.failures import Failure, classify_exception
 from vnp_lib.files import FileLock, LockHolder, read_marker
+from vnp_lib.formatting import utc_now
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, RunPlan
 
@@ -80,10 +82,6 @@ class Attempt:
     @property
     def duration(self) -> timedelta:
         return max(self.ended_at - self.started_at, timedelta())
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 class AttemptHistory:

@@ -27,14 +27,14 @@ from vnp_lib.checkpoint import (
     resume_from_checkpoints,
 )
 from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
-from vnp_lib.failures import SequenceTooLargeError
+from vnp_lib.errors import SequenceTooLargeError
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.outputs import RowLayout, offsets_of
 from vnp_lib.packing import TokenBudget
 from vnp_lib.plan import checkpoint_path, model_tokens
 from vnp_lib.precision import compare, to_metadata
-from vnp_lib.read_ahead import ReadAhead
+from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software
 from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
 

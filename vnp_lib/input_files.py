@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.source import COMPRESSIONS, FASTA_SUFFIXES, suffix_of
 from vnp_lib.user_paths import is_pattern, is_utf8, shown
 

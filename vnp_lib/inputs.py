@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.duplicates import UniqueIds, digests_of
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.fasta import header_lines, holds_fastq, read_fasta, read_fastq
 from vnp_lib.input_files import find_files
 from vnp_lib.records import (

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vnp_lib.failures import Failure, FailureKind, QuarantineFullError, StorageError, classify_exception
+from vnp_lib.errors import QuarantineFullError, StorageError
+from vnp_lib.failures import Failure, FailureKind, classify_exception
 from vnp_lib.retry import RetryDecision, RetryPolicy
 from vnp_lib.run import Run
 from vnp_lib.worker import quarantined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vnp_lib.failures import NumericalInstabilityError
+from vnp_lib.errors import NumericalInstabilityError
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from vnp_lib.tokens import PackedBatch

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from vnp_lib.failures import StorageError
+from vnp_lib.errors import StorageError
 from vnp_lib.files import FileLock, make_directory, read_sealed_json, write_sealed_json
 
 VERSION = "1.0"

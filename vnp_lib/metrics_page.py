@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from vnp_lib.failures import ConfigError, StorageError
-from vnp_lib.machine import ask_nvml
+from vnp_lib.devices import ask_nvml
+from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.metrics import Histogram, RunMetrics
 from vnp_lib.quarantine import Quarantine
 

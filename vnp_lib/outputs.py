@@ -12,7 +12,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 
 NUM_LOGITS = 33  # one for each letter of fair-esm's alphabet, special tokens included
 

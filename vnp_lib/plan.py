@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from vnp_lib import __version__
 from vnp_lib.duplicates import DIGEST_BYTES, digests_of, find_repeats
-from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
+from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.files import (
     DurableFile,
     FileDigest,

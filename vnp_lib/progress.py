@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -10,10 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from vnp_lib.streams import best_effort
-
-_PATIENCE_S = 1.0  # with a reader of standard error that takes nothing
-_USUAL_WIDTH = 80  # columns
+from vnp_lib.formatting import error_console, format_duration
 
 
 class RunProgress:
@@ -117,22 +113,3 @@ class RunProgress:
         elif self._clock() >= self._next_line_at:
             self._next_line_at = self._clock() + self._log_interval_s
             self._console.print(self.describe(), highlight=False)
-
-
-def error_console(*, quiet: bool = False) -> Console:
-    """Standard error, for what is only shown: a full disk, a reader that has left or is paused do not matter."""
-    return with_some_width(Console(file=best_effort(sys.stderr, patience_s=_PATIENCE_S), quiet=quiet))
-
-
-def with_some_width(console: Console) -> Console:
-    """Give a console the usual width where COLUMNS or the terminal says 0, on which nothing can be drawn."""
-    if console.width < 1:
-        console.width = _USUAL_WIDTH
-    return console
-
-
-def format_duration(seconds: float) -> str:
-    """Write 3,725 seconds as `1:02:05`."""
-    minutes, whole_seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole_seconds:02}"

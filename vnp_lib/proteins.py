@@ -17,7 +17,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.inputs import has_fasta_suffix
 from vnp_lib.tables import is_table
 from vnp_lib.user_paths import PathUse, user_path

@@ -22,7 +22,8 @@ from typing import Self
 
 import numpy as np
 
-from vnp_lib.failures import FailureCause, QuarantineFullError, StorageError
+from vnp_lib.errors import QuarantineFullError, StorageError
+from vnp_lib.failures import FailureCause
 from vnp_lib.files import FileLock, canonical_json, fsync_directory, write_file
 from vnp_lib.plan import RunPaths, RunPlan
 

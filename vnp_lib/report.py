@@ -18,16 +18,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 from numpy.typing import NDArray
 
-from vnp_lib.failures import StorageError
+from vnp_lib.errors import StorageError
 from vnp_lib.files import write_file
-from vnp_lib.history import Attempt, read_attempts, utc_now
+from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
+from vnp_lib.history import Attempt, read_attempts
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, describe_input
-from vnp_lib.progress import format_duration
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.status import RunStatus, read_status
-from vnp_lib.terminal import format_bytes, printable
 
 _MOST_ROWS = 200  # of a table
 

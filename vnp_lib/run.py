@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from vnp_lib import __version__, spool
 from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
-from vnp_lib.config import EmbedConfig, planned_devices, resolve_devices
+from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import stored_dtype
-from vnp_lib.failures import ConfigError, Failure, InputError, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.devices import num_cores, planned_devices, resolve_devices
+from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
+from vnp_lib.failures import Failure
 from vnp_lib.file_system import try_file_system
 from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
-from vnp_lib.machine import num_cores
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
 from vnp_lib.plan import (
@@ -50,13 +51,12 @@ from vnp_lib.worker import ShardJob, done_or_set_aside
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.checkpoint_survey import CommittedRows, Survey
     from vnp_lib.weights import Weights
+from vnp_lib.devices import kind_of, resolve_dtype, torch_device_name
 
 logger = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random"
 CPU_TOKEN_BUDGET = 2048
-
-_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,21 +301,6 @@ def _look_at_output(config: EmbedConfig) -> None:
                 f"--output-dir {output_dir}: this is the directory of the input too, and a run fills its own with many files; give "
                 f"another one, for example {output_dir / 'run'}, or name the files, as in --fasta '{given / '*.fasta'}'"
             )
-
-
-def kind_of(device: str) -> str:
-    """`"cuda"` for a GPU's number, `"cpu"` for the CPU."""
-    return "cpu" if device == "cpu" else "cuda"
-
-
-def torch_device_name(device: str) -> str:
-    """Give torch's name of a run's device: `cuda:1` of "1"."""
-    return device if device == "cpu" else f"cuda:{device}"
-
-
-def resolve_dtype(dtype: str, device: str) -> str:
-    """Name the precision of a model on a device: "auto" is bfloat16 on a GPU and float32 on the CPU."""
-    return _DTYPE[kind_of(device)] if dtype == "auto" else dtype
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vnp_lib.assembly import is_of_a_dataset
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 from vnp_lib.files import make_directory, move_file
 from vnp_lib.plan import RunPaths
 

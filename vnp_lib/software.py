@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from vnp_lib import __version__
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import device as TorchDevice

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vnp_lib.failures import ConfigError, FingerprintMismatchError
+from vnp_lib.errors import ConfigError, FingerprintMismatchError
 from vnp_lib.files import durable_file, make_directory
 from vnp_lib.streams import best_effort
 

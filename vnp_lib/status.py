@@ -22,17 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vnp_lib.dataset import describe_rows, open_dataset, read_success
-from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
-from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts, utc_now
+from vnp_lib.formatting import format_age, format_duration, natural_width, plain, utc_now
+from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts
 from vnp_lib.inputs import InputCounts
 from vnp_lib.manifest import CheckpointManifest, ShardStatus
 from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
 from vnp_lib.precision import Certificate
-from vnp_lib.progress import format_duration
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.software import SoftwareShare, describe_software
-from vnp_lib.terminal import format_age, natural_width, plain
 
 _MOST_SHARDS_SHOWN = 40
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from vnp_lib.config import child_environment
+from vnp_lib.devices import control_group
+from vnp_lib.environment import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
 from vnp_lib.liveness import ProcessState, Silence
-from vnp_lib.machine import control_group
 from vnp_lib.worker_events import Event, EventReader
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.file_kinds import binary_kind_of
 from vnp_lib.records import RawChunk
 from vnp_lib.source import open_source, open_text, start_of, suffix_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -59,7 +59,7 @@ def user_path(given: AnyPath, use: PathUse = PathUse.FILE) -> Path:
     PosixPath('data/proteins.fasta')
     >>> user_path("s3://bucket/x.fasta", PathUse.INPUT)
     Traceback (most recent call last):
-    vnp_lib.failures.ConfigError: s3://bucket/x.fasta: addresses are not fetched; pipe it, as in \
+    vnp_lib.errors.ConfigError: s3://bucket/x.fasta: addresses are not fetched; pipe it, as in \
 `aws s3 cp s3://bucket/x.fasta - | python flows/embed.py --fasta - ...`
     """
     text = os.fsdecode(given)

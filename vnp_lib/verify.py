@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.assembly import load_planned, planned_layout, with_copies
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
-from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, RunPlan, load_plan

@@ -18,7 +18,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from vnp_lib.failures import WeightsError
+from vnp_lib.errors import WeightsError
 from vnp_lib.user_paths import PathUse, user_path
 
 _SAFETENSORS = "model.safetensors"

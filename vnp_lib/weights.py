@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vnp_lib.errors import WeightsError
 from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of
-from vnp_lib.failures import WeightsError
 from vnp_lib.files import digest_file
 from vnp_lib.linear import convolution_is_faster
 from vnp_lib.tokens import ALPHABET_SIZE

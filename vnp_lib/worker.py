@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, LockTimeoutError, classify_exception
+from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
+from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.files import FileLock, remove_orphaned_temporaries
 from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener

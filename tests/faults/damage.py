@@ -13,7 +13,7 @@ from vnp_lib.checkpoint import validate_checkpoint_pt
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
-from vnp_lib.failures import CheckpointError, StorageError
+from vnp_lib.errors import CheckpointError, StorageError
 from vnp_lib.files import marker_path
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan

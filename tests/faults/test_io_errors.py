@@ -25,7 +25,7 @@ from tests.faults.ops import DenyingOps, ShortWritingOps, WatchedOps, install
 from tests.faults.scenarios import copy_of, damage_in_the_middle, new_directory, prepare
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.failures import ConfigError, StorageError
+from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.files import FileLock
 from vnp_lib.plan import RunPaths
 

@@ -31,7 +31,7 @@ from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, v
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
-from vnp_lib.failures import CheckpointError, ConfigError, StorageError
+from vnp_lib.errors import CheckpointError, ConfigError, StorageError
 from vnp_lib.files import FileLock, marker_path
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan

@@ -21,7 +21,7 @@ from tests.faults.trials import Child, call
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import run
 from vnp_lib.checkpoint import validate_checkpoint_pt
-from vnp_lib.failures import RunDirectoryBusyError, VnpError
+from vnp_lib.errors import RunDirectoryBusyError, VnpError
 from vnp_lib.files import FileLock, marker_path
 from vnp_lib.run import open_run
 

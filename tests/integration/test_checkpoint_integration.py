@@ -12,7 +12,7 @@ from flows.embed import embed
 from tests.support import small_config
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.dataset import open_dataset
-from vnp_lib.failures import BatchFailedError, NumericalInstabilityError, StorageError
+from vnp_lib.errors import BatchFailedError, NumericalInstabilityError, StorageError
 from vnp_lib.files import marker_path
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest

@@ -11,7 +11,7 @@ import pytest
 
 from flows.embed import embed
 from tests.support import small_config
-from vnp_lib.failures import FingerprintMismatchError
+from vnp_lib.errors import FingerprintMismatchError
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths
 

@@ -25,8 +25,8 @@ from flows.results import is_plain_result
 from flows.shard_run import embed_shard_run
 from tests.support import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
+from vnp_lib.errors import FingerprintMismatchError, RunDirectoryBusyError
 from vnp_lib.esm2 import MODELS
-from vnp_lib.failures import FingerprintMismatchError, RunDirectoryBusyError
 from vnp_lib.files import FileLock, marker_path
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.run import Run

@@ -21,7 +21,7 @@ from benchmarks.networks import FAIR_ESM_ENVIRONMENT, write_weights
 from tests.support import ROOT
 from vnp_lib import esm_extract
 from vnp_lib.cli import main
-from vnp_lib.failures import ExitCode
+from vnp_lib.errors import ExitCode
 
 MODEL = "esm2_t6_8M_UR50D"
 CASES = ROOT / "tests/data/cases"

@@ -47,7 +47,7 @@ class Mutant:
     @property
     def path(self) -> Path:
         """The module's file, below the root of the repository."""
-        return Path("vnp_lib", f"{self.module}.py")
+        return Path("vnp_lib", f"{self.module.replace('.', '/')}.py")
 
     def occurrences(self, root: Path) -> int:
         """How often `before` is in the module; with anything but 1 this is no mutant any more."""
@@ -1402,7 +1402,7 @@ _CODE = (
     ),
     Mutant(
         name="empty-entry-of-the-path-kept",
-        module="config",
+        module="environment",
         before='filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))',
         after='inherited.pop("PYTHONPATH", "").split(os.pathsep)',
         caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),

@@ -26,16 +26,15 @@ from tests.fair_esm import FairEsm
 from tests.fair_esm import assert_close as assert_equals_fair_esm
 from tests.support import computed_ordinals, finished_checkpoints, flip_bit
 from vnp_lib import Embeddings, Outputs, api, embed, open_dataset
-from vnp_lib.esm2 import ESM2, MODELS
-from vnp_lib.failures import (
-    Failure,
-    FailureCause,
+from vnp_lib.errors import (
     FastaError,
     FingerprintMismatchError,
     InputError,
     NumericalInstabilityError,
     SequenceTooLargeError,
 )
+from vnp_lib.esm2 import ESM2, MODELS
+from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import marker_path
 from vnp_lib.outputs import OutputKind
 from vnp_lib.plan import RunPaths, load_plan

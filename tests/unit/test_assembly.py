@@ -40,13 +40,7 @@ from vnp_lib.assembly import DatasetSummary, assemble, planned_layout
 from vnp_lib.checkpoint_file import CheckpointRecord
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
-from vnp_lib.failures import (
-    CheckpointError,
-    ConfigError,
-    IncompleteDatasetError,
-    NumericalInstabilityError,
-    StorageError,
-)
+from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.files import DurableOps
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of

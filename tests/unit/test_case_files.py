@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vnp_lib import embed
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.inputs import InputPolicy, Source, read
 
 CASES = Path(__file__).parents[1] / "data" / "cases"

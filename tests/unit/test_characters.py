@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vnp_lib.characters import CLASSES, CharacterClass, Treatment, class_of
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.inputs import InputChunk, InputPolicy, Source, from_memory, read
 from vnp_lib.records import LETTERS, LetterCounts, nucleotide_share
 

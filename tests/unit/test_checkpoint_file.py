@@ -26,7 +26,7 @@ from vnp_lib import checkpoint_file, files
 from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint_file import batch_idx_of, load_checkpoint, set_aside
 from vnp_lib.checkpoint_survey import Survey, survey_checkpoints
-from vnp_lib.failures import CheckpointError
+from vnp_lib.errors import CheckpointError
 from vnp_lib.files import DurableOps, digest_file, marker_path, write_file, write_marker
 from vnp_lib.plan import checkpoint_path
 

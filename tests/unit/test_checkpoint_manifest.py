@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from vnp_lib import files, manifest
-from vnp_lib.failures import LockTimeoutError, StorageError
+from vnp_lib.errors import LockTimeoutError, StorageError
 from vnp_lib.files import DurableOps, FileLock, read_sealed_json, write_sealed_json
 from vnp_lib.manifest import CheckpointManifest
 

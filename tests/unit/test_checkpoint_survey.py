@@ -17,7 +17,7 @@ from tests.support import flip_bit
 from vnp_lib import checkpoint_survey, files
 from vnp_lib.checkpoint import resume_from_checkpoints
 from vnp_lib.checkpoint_survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints
-from vnp_lib.failures import CheckpointError, StorageError
+from vnp_lib.errors import CheckpointError, StorageError
 from vnp_lib.files import marker_path
 from vnp_lib.plan import checkpoint_path
 

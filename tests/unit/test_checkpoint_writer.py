@@ -27,12 +27,7 @@ from vnp_lib.checkpoint import (
 )
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
-from vnp_lib.failures import (
-    CheckpointWriteError,
-    FingerprintMismatchError,
-    NumericalInstabilityError,
-    StorageError,
-)
+from vnp_lib.errors import CheckpointWriteError, FingerprintMismatchError, NumericalInstabilityError, StorageError
 from vnp_lib.files import DurableOps, marker_path, read_marker
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import checkpoint_path

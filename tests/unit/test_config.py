@@ -11,19 +11,13 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from vnp_lib import config
+from vnp_lib import config, devices
 from vnp_lib.cli import main
-from vnp_lib.config import (
-    EmbedConfig,
-    ForecastConfig,
-    RuntimeConfig,
-    child_environment,
-    parse_command_line,
-    parse_forecast_command_line,
-    resolve_devices,
-    viral_checkpoint_mode,
-)
-from vnp_lib.failures import ConfigError
+from vnp_lib.config import EmbedConfig, RuntimeConfig
+from vnp_lib.devices import resolve_devices
+from vnp_lib.environment import child_environment, viral_checkpoint_mode
+from vnp_lib.errors import ConfigError
+from vnp_lib.options import ForecastConfig, parse_command_line, parse_forecast_command_line
 from vnp_lib.outputs import OutputKind
 
 SMALLEST = "esm2_t6_8M_UR50D"
@@ -198,7 +192,7 @@ def test_devices_by_name():
 
 def test_without_a_gpu_there_is_a_child_for_each_core(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(config, "num_cpu_children", {SMALLEST: 3}.get)
+    monkeypatch.setattr(devices, "num_cpu_children", {SMALLEST: 3}.get)
     assert resolve_devices("auto", SMALLEST) == ("cpu", "cpu", "cpu")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert resolve_devices("auto", SMALLEST) == ("0", "1")

@@ -13,7 +13,7 @@ import vnp_lib.assembly
 from tests.made_up_runs import DIM, Run, embed, finish_run, start_run
 from tests.support import flip_bit
 from vnp_lib.dataset import open_dataset, verify_dataset
-from vnp_lib.failures import StorageError
+from vnp_lib.errors import StorageError
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from tests.support import SMALL_MODEL
 from vnp_lib import embed, open_dataset
 from vnp_lib.cli import main
 from vnp_lib.duplicates import UniqueIds, digests_of
+from vnp_lib.errors import FastaError
 from vnp_lib.export import export_dataset
-from vnp_lib.failures import FastaError
 from vnp_lib.inputs import InputPolicy, find_sources, read, renaming_of
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 

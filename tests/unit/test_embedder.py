@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vnp_lib.embedder import Embedder
-from vnp_lib.failures import BatchFailedError, DeviceFailedError, FailureCause, classify_exception
+from vnp_lib.errors import BatchFailedError, DeviceFailedError
+from vnp_lib.failures import FailureCause, classify_exception
 from vnp_lib.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
 

@@ -45,8 +45,8 @@ from tests.support import flip_bit
 from vnp_lib import formats
 from vnp_lib.cli import main
 from vnp_lib.dataset import open_dataset
+from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.export import Export, export_dataset
-from vnp_lib.failures import ConfigError, StorageError
 from vnp_lib.files import DurableOps
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, accession
 from vnp_lib.outputs import RowLayout, StoreDtype

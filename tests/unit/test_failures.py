@@ -13,23 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from vnp_lib.failures import (
+from vnp_lib.errors import (
     BatchFailedError,
     CheckpointError,
     CheckpointWriteError,
     CircuitBreakerOpenError,
     ConfigError,
-    Failure,
-    FailureCause,
-    FailureKind,
     FastaError,
     FingerprintMismatchError,
     LockTimeoutError,
     NumericalInstabilityError,
-    ShardFailedError,
     StorageError,
     StorageFailingError,
     WeightsError,
+)
+from vnp_lib.failures import (
+    Failure,
+    FailureCause,
+    FailureKind,
+    ShardFailedError,
     classify_exception,
     classify_exit,
     describe_exit,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from backports import zstd
 
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources
 from vnp_lib.inputs import read as read_source
 from vnp_lib.records import LETTERS, LetterCounts

@@ -17,7 +17,7 @@ from backports import zstd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vnp_lib.failures import InputError
+from vnp_lib.errors import InputError
 from vnp_lib.inputs import InputPolicy, Source, survey
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.support import small_config
 from vnp_lib import file_system, files
-from vnp_lib.failures import ConfigError, FailureCause, StorageError, classify_exception
+from vnp_lib.errors import ConfigError, StorageError
+from vnp_lib.failures import FailureCause, classify_exception
 from vnp_lib.file_system import try_file_system
 from vnp_lib.files import DurableOps
 from vnp_lib.mounts import Mount

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from vnp_lib import files
-from vnp_lib.failures import LockTimeoutError, StorageError
+from vnp_lib.errors import LockTimeoutError, StorageError
 from vnp_lib.files import (
     DurableOps,
     FileDigest,

@@ -15,12 +15,13 @@ import pytest
 from torch import Tensor
 
 from vnp_lib.cli import main
-from vnp_lib.config import EmbedConfig, ForecastConfig
+from vnp_lib.config import EmbedConfig
+from vnp_lib.errors import ConfigError, ExitCode, FastaError
 from vnp_lib.esm2 import ESM2
-from vnp_lib.failures import ConfigError, ExitCode, FastaError
 from vnp_lib.forecast import Forecast, forecast
 from vnp_lib.history import read_attempts
 from vnp_lib.inputs import InputPolicy, Source, read, survey
+from vnp_lib.options import ForecastConfig
 from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
 from vnp_lib.records import LetterCounts

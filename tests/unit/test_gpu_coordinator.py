@@ -18,15 +18,8 @@ from tests.support import small_config, workers_of
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.checkpoint_survey import heal_shard
 from vnp_lib.config import RuntimeConfig
-from vnp_lib.failures import (
-    CircuitBreakerOpenError,
-    Failure,
-    FailureCause,
-    FailureKind,
-    NumericalInstabilityError,
-    classify_exception,
-    classify_exit,
-)
+from vnp_lib.errors import CircuitBreakerOpenError, NumericalInstabilityError
+from vnp_lib.failures import Failure, FailureCause, FailureKind, classify_exception, classify_exit
 from vnp_lib.files import make_directory, marker_path, remove_orphaned_temporaries
 from vnp_lib.judgement import counted_failures
 from vnp_lib.manifest import CheckpointManifest

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vnp_lib.embedder import embed_batch
+from vnp_lib.errors import ConfigError
 from vnp_lib.esm2 import ESM2, MODELS, Architecture
-from vnp_lib.failures import ConfigError
 from vnp_lib.gpu_memory import (
     TOKENS_UNSEEN,
     choose_token_budget,

@@ -14,8 +14,8 @@ import vnp_lib.heads
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, SMALLEST
 from vnp_lib.embedder import Embedder, ExactModel
+from vnp_lib.errors import WeightsError
 from vnp_lib.esm2 import ESM2, MODELS
-from vnp_lib.failures import WeightsError
 from vnp_lib.heads import HeadedModel, check_heads, with_heads
 from vnp_lib.outputs import OutputKind, RowLayout
 from vnp_lib.packing import TokenBudget

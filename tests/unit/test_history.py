@@ -14,7 +14,8 @@ import torch
 
 from vnp_lib import history
 from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.failures import Failure, FailureCause, InputError
+from vnp_lib.errors import InputError
+from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.manifest import CheckpointManifest

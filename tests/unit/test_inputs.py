@@ -23,7 +23,7 @@ from backports import zstd
 
 from tests.support import ROOT
 from vnp_lib import spool
-from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError
+from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError
 from vnp_lib.inputs import InputPolicy, find_sources, read
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 

@@ -30,7 +30,7 @@ from tests.made_up_runs import (
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
-from vnp_lib.failures import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
+from vnp_lib.errors import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
 from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import RunPaths, make_plan
 from vnp_lib.verify import read_checkpoints

@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 
-from vnp_lib import machine
+from vnp_lib import devices
 from vnp_lib.config import ModelName
+from vnp_lib.devices import available_memory_bytes, num_cpu_children, num_parameters
 from vnp_lib.esm2 import MODELS
-from vnp_lib.machine import available_memory_bytes, num_cpu_children, num_parameters
 
 GB = 10**9
 
@@ -25,8 +25,8 @@ GB = 10**9
     ],
 )
 def test_a_child_a_core_as_far_as_memory_allows(monkeypatch, model, cores, memory, children):
-    monkeypatch.setattr(machine, "num_cores", lambda: cores)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: memory)
+    monkeypatch.setattr(devices, "num_cores", lambda: cores)
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: memory)
     assert num_cpu_children(model) == children
 
 

@@ -20,7 +20,8 @@ from flows import pool
 from flows.metrics import metrics_served
 from flows.program import main
 from tests.support import EXAMPLE, SMALL_MODEL, free_port, read_page, scrape, small_config
-from vnp_lib.failures import ExitCode, Failure, FailureCause, FailureKind
+from vnp_lib.errors import ExitCode
+from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.metrics_page import registry_of, require_free_port, serving

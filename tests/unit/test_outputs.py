@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
 
 

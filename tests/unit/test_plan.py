@@ -18,7 +18,7 @@ import pytest
 from esm.data import Alphabet
 
 from tests.support import flip_bit
-from vnp_lib.failures import ConfigError, FastaError, FingerprintMismatchError, StorageError
+from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, RowLayout

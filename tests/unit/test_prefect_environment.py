@@ -27,7 +27,7 @@ from flows.prefect_environment import (
     read_user_settings,
 )
 from flows.prefect_server import check_database, check_standing_server, require_certificates, require_server
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 
 HOME = {"HOME": "/nowhere"}
 CLOSED = "http://127.0.0.1:9/api"  # nobody listens there

@@ -6,7 +6,8 @@ import io
 
 from rich.console import Console
 
-from vnp_lib.progress import RunProgress, format_duration
+from vnp_lib.formatting import format_duration
+from vnp_lib.progress import RunProgress
 
 
 class Clock:

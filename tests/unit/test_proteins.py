@@ -24,7 +24,7 @@ from Bio.Seq import MutableSeq, Seq
 from Bio.SeqRecord import SeqRecord
 
 from vnp_lib import embed, open_dataset
-from vnp_lib.failures import ConfigError, FastaError
+from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.proteins import RecordsInMemory, files_or_records
 
 NAMED = {"p": "MKVLATTWQERS", "q": "MKL", "r": "ACDEFGHIKLMNPQRSTVWYX", "s": "W"}

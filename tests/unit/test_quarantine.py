@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from vnp_lib import files, quarantine
-from vnp_lib.failures import FailureCause, FailureKind, LockTimeoutError, QuarantineFullError, StorageError
+from vnp_lib.errors import LockTimeoutError, QuarantineFullError, StorageError
+from vnp_lib.failures import FailureCause, FailureKind
 from vnp_lib.files import DurableOps, FileLock, canonical_json
 from vnp_lib.inputs import InputPolicy, find_sources, read
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, QuarantineLimit

@@ -13,7 +13,7 @@ from tests.checkpoints import vouch_for
 from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
-from vnp_lib.failures import CheckpointError, NumericalInstabilityError
+from vnp_lib.errors import CheckpointError, NumericalInstabilityError
 from vnp_lib.files import marker_path
 
 VALUES = np.arange(9, dtype=np.float32)

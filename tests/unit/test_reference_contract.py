@@ -27,7 +27,7 @@ from vnp_lib.checkpoint import (
     validate_checkpoint_pt,
 )
 from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.failures import CheckpointWriteError
+from vnp_lib.errors import CheckpointWriteError
 from vnp_lib.files import marker_path
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest

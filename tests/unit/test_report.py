@@ -22,7 +22,8 @@ import torch
 from vnp_lib import pictures
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.cli import main
-from vnp_lib.failures import Failure, FailureCause, FailureKind, StorageError
+from vnp_lib.errors import StorageError
+from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.history import Attempt, CheckpointEntry, Ending
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.manifest import CheckpointManifest

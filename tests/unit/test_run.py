@@ -19,16 +19,8 @@ import torch
 from tests.made_up_runs import finish_run, start_run
 from tests.support import flip_bit, small_config
 from vnp_lib import files, gpu_memory
-from vnp_lib.failures import (
-    ConfigError,
-    Failure,
-    FailureCause,
-    FastaError,
-    FingerprintMismatchError,
-    InputError,
-    RunDirectoryBusyError,
-    classify_exception,
-)
+from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, InputError, RunDirectoryBusyError
+from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vnp_lib import files, run_record
-from vnp_lib.failures import StorageError
+from vnp_lib.errors import StorageError
 from vnp_lib.files import DurableOps, FileLock
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.run_record import RunRecord

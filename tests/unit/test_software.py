@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from vnp_lib.failures import ConfigError
+from vnp_lib.errors import ConfigError
 from vnp_lib.software import (
     Package,
     Software,

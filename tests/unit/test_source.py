@@ -30,7 +30,7 @@ from Bio.AlignIO import write as write_alignment
 from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
-from vnp_lib.failures import FastaError
+from vnp_lib.errors import FastaError
 from vnp_lib.inputs import InputChunk, InputPolicy, Places, Source, read
 
 FASTA = b">a one\nMKVLAT\n>b\nMKW\n"

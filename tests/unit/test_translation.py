@@ -11,7 +11,7 @@ import pytest
 from Bio.Data import CodonTable
 from Bio.Seq import Seq
 
-from vnp_lib.failures import FastaError, FingerprintMismatchError
+from vnp_lib.errors import FastaError, FingerprintMismatchError
 from vnp_lib.inputs import InputPolicy, Source, read
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.records import SequenceChunk

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from vnp_lib.cli import main
-from vnp_lib.config import EmbedConfig, parse_command_line, parse_forecast_command_line
+from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import open_dataset
-from vnp_lib.failures import ConfigError, ExitCode
+from vnp_lib.errors import ConfigError, ExitCode
+from vnp_lib.options import parse_command_line, parse_forecast_command_line
 from vnp_lib.user_paths import PathUse, shown, user_inputs, user_path
 
 NOT_UTF8 = os.fsdecode(b"prot\xe9ines")

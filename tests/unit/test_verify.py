@@ -19,7 +19,8 @@ from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
-from vnp_lib.failures import ConfigError, Failure, FailureCause
+from vnp_lib.errors import ConfigError
+from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import (
     FileLock,
     digest_file,

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.networks import transformers_network
 from tests.networks import CPU
 from tests.support import flip_bit
+from vnp_lib.errors import WeightsError
 from vnp_lib.esm2 import MODELS
-from vnp_lib.failures import WeightsError
 from vnp_lib.tokens import LETTERS, pack_batch
 from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 

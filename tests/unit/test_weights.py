@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.networks import CPU, RANDOM, SMALLEST, TINY
+from vnp_lib.errors import WeightsError
 from vnp_lib.esm2 import ESM2, MODELS
-from vnp_lib.failures import WeightsError
 from vnp_lib.fair_esm import fair_esm_network
 from vnp_lib.weight_files import name_in_transformers
 from vnp_lib.weights import (

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from tests.networks import RANDOM, SMALLEST
 from vnp_lib import embed
 from vnp_lib.cli import main
-from vnp_lib.config import EmbedConfig, ForecastConfig
+from vnp_lib.config import EmbedConfig
 from vnp_lib.embeddings import Embeddings
+from vnp_lib.errors import ExitCode, InputError, WeightsError
 from vnp_lib.esm2 import MODELS
-from vnp_lib.failures import ExitCode, InputError, WeightsError
 from vnp_lib.forecast import forecast
+from vnp_lib.options import ForecastConfig
 from vnp_lib.run import check_at_the_door, open_run
 from vnp_lib.weight_files import name_in_transformers
 from vnp_lib.weights import look_at_weights, random_tensors, resolve_weights, save_weights

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from vnp_lib import embedder, worker
 from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.esm2 import ESM2, Architecture
-from vnp_lib.failures import ExitCode, Failure, FailureCause, InputError, QuarantineFullError
+from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan

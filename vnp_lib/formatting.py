@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.progress import format_duration, with_some_width
+from vnp_lib.streams import best_effort
 
 _WIDTH_OF_A_FILE = 140  # columns, where there is no terminal to ask
 _WIDER_THAN_ANY = 10_000
@@ -56,3 +56,30 @@ def format_bytes(size_bytes: float) -> str:
 def format_age(at: datetime, now: datetime) -> str:
     """Write how long ago something was: `0:12:03 ago`."""
     return f"{format_duration(max(0.0, (now - at).total_seconds()))} ago"
+
+
+_PATIENCE_S = 1.0  # with a reader of standard error that takes nothing
+_USUAL_WIDTH = 80  # columns
+
+
+def error_console(*, quiet: bool = False) -> Console:
+    """Standard error, for what is only shown: a full disk, a reader that has left or is paused do not matter."""
+    return with_some_width(Console(file=best_effort(sys.stderr, patience_s=_PATIENCE_S), quiet=quiet))
+
+
+def with_some_width(console: Console) -> Console:
+    """Give a console the usual width where COLUMNS or the terminal says 0, on which nothing can be drawn."""
+    if console.width < 1:
+        console.width = _USUAL_WIDTH
+    return console
+
+
+def format_duration(seconds: float) -> str:
+    """Write 3,725 seconds as `1:02:05`."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole_seconds:02}"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)

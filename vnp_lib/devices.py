@@ -9,6 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vnp_lib.config import EmbedConfig, ModelName
+from vnp_lib.errors import ConfigError
+
+
 Answer = TypeVar("Answer")
 
 _CHILD_BYTES = 10**9  # of a child beside its weights: Python, torch, the states of a batch
@@ -89,3 +93,57 @@ def ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
             finally:
                 pynvml.nvmlShutdown()
     return None
+
+
+def resolve_devices(devices: str, model: ModelName) -> tuple[str, ...]:
+    """Name the devices of a run: `("0", "1")` for GPUs, `("cpu", "cpu")` for two children on the CPU.
+
+    Raises:
+        ConfigError: A GPU that is not there.
+    """
+    if devices.startswith("cpu"):
+        return tuple(devices.split(","))
+    import torch  # here, not above: the command line answers --help without it
+
+    count = torch.cuda.device_count()
+    if devices == "auto":
+        return tuple(str(index) for index in range(count)) or ("cpu",) * num_cpu_children(model)
+    wanted = tuple(devices.split(","))
+    absent = [index for index in wanted if int(index) >= count]
+    if absent:
+        raise ConfigError(
+            f"--devices {devices}: there is no GPU {', '.join(absent)}; this machine shows {count}. "
+            "Use --devices auto, or cpu."
+        )
+    return wanted
+
+
+def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
+    """Name the devices that a run is planned for: this machine's, or what the machines of a work pool are taken to have.
+
+    Raises:
+        ConfigError: A GPU that is not there, or a work pool without a number of shards.
+    """
+    if config.executor == "local":
+        return resolve_devices(config.devices, config.model)
+    if config.shards is None:
+        raise ConfigError("--executor work-pool needs --shards: into how many flow runs is the input to be divided?")
+    return ("cpu",) if config.devices.startswith("cpu") else ("0",)
+
+
+_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+def kind_of(device: str) -> str:
+    """`"cuda"` for a GPU's number, `"cpu"` for the CPU."""
+    return "cpu" if device == "cpu" else "cuda"
+
+
+def torch_device_name(device: str) -> str:
+    """Give torch's name of a run's device: `cuda:1` of "1"."""
+    return device if device == "cpu" else f"cuda:{device}"
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Name the precision of a model on a device: "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    return _DTYPE[kind_of(device)] if dtype == "auto" else dtype

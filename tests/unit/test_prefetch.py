@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from vnp_lib.read_ahead import map_ahead
+from vnp_lib.prefetch import map_ahead
 
 
 def test_results_come_in_the_order_of_their_items_whichever_is_ready_first() -> None:
