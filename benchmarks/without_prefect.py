@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vnp_lib.assembly import assemble
 from vnp_lib.config import EmbedConfig
-from vnp_lib.files import make_directory, write_file
 from vnp_lib.run import Run, open_run
+from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.supervisor import run_child
 from vnp_lib.worker_events import Event
 

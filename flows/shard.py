@@ -14,9 +14,9 @@ from flows.devices import DevicePool
 from flows.events import tell_of_quarantine
 from flows.pool import delegate_shard
 from flows.results import is_plain_result
-from vnp_lib.files import write_file
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import Run, ShardState
+from vnp_lib.storage.durable import write_file
 from vnp_lib.supervisor import run_child
 from vnp_lib.worker_events import Event
 

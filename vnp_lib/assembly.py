@@ -29,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vnp_lib import files
 from vnp_lib.columns import columns_of, fields_of
 from vnp_lib.dataset import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
@@ -41,6 +40,7 @@ from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan
 from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.prefetch import map_ahead
 from vnp_lib.software import Software, SoftwareShare, describe_software
+from vnp_lib.storage import durable
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
     from vnp_lib.checkpoint_file import Checkpoint, CheckpointRecord
@@ -229,8 +229,8 @@ def _is_whole(paths: RunPaths, content: dict[str, Any]) -> bool:
 
 
 def _sync_names(paths: RunPaths) -> None:
-    files.make_directory(paths.embeddings_dir)
-    files.fsync_directory(paths.embeddings_dir)
+    durable.make_directory(paths.embeddings_dir)
+    durable.fsync_directory(paths.embeddings_dir)
 
 
 def _find_missing(
@@ -288,7 +288,7 @@ def _put_in_place(paths: RunPaths) -> None:
         _move(paths.new_dataset, paths.embeddings_dir)
         return
     _move(paths.new_dataset, paths.replaced_dataset)
-    if not files.exchange_directories(paths.embeddings_dir, paths.replaced_dataset):
+    if not durable.exchange_directories(paths.embeddings_dir, paths.replaced_dataset):
         _move(paths.replaced_dataset, paths.new_dataset)
         _move(paths.embeddings_dir, paths.replaced_dataset)
         _move(paths.new_dataset, paths.embeddings_dir)
@@ -300,16 +300,16 @@ def _give_back(paths: RunPaths) -> None:
     own = _own_names(paths.replaced_dataset)
     for path in sorted(paths.replaced_dataset.iterdir(), key=lambda path: path.name == paths.success.name):
         if path.name in own:
-            files.ops.unlink(path)
+            durable.ops.unlink(path)
         elif not path.name.startswith(_TEMPORARY_PREFIX):
             _move(path, paths.embeddings_dir / path.name)
     shutil.rmtree(paths.replaced_dataset)
 
 
 def _move(source: Path, target: Path) -> None:
-    files.ops.replace(source, target)
-    files.fsync_directory(target.parent)
-    files.fsync_directory(source.parent)
+    durable.ops.replace(source, target)
+    durable.fsync_directory(target.parent)
+    durable.fsync_directory(source.parent)
 
 
 def _own_names(directory: Path) -> set[str]:
@@ -319,7 +319,7 @@ def _own_names(directory: Path) -> set[str]:
     if success.exists():
         listed.add(success.name)
         with suppress(StorageError):
-            listed |= {part["name"] for part in files.read_sealed_json(success)["parts"]}
+            listed |= {part["name"] for part in durable.read_sealed_json(success)["parts"]}
     return listed | {path.name for path in directory.glob(_PARTS) if path.name not in listed and _is_marked(path)}
 
 
@@ -342,7 +342,7 @@ def _write_dataset(
     part_bytes: int,
 ) -> None:
     for directory in (paths.assembly_dir, paths.new_dataset):
-        files.make_directory(directory)
+        durable.make_directory(directory)
     division = _divide(plan, planned_layout(plan, records), part_bytes)
     buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
     comparisons, software = _distribute(plan, records, buckets)
@@ -365,7 +365,7 @@ def _write_dataset(
         "parts": list(map_ahead(write, range(division.starts.size), threads=_THREADS)),
         "created_at": created_at,
     }
-    files.write_sealed_json(paths.new_dataset / paths.success.name, success)
+    durable.write_sealed_json(paths.new_dataset / paths.success.name, success)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -629,13 +629,13 @@ def _write_part(
     columns = columns_of(division.layout, values, plan.lengths[ordinals], is_large=division.is_large)
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.new_dataset / f"part-{part:05d}.parquet"
-    with files.durable_file(path) as file:
+    with durable.durable_file(path) as file:
         _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
     plan.forget_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
 
 
-def _write_table(file: files.DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
+def _write_table(file: durable.DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
     """Write a part in groups of rows that take 4 MB together; a larger row is a group of its own."""
     with pq.ParquetWriter(
         file,

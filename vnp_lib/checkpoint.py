@@ -35,8 +35,8 @@ from vnp_lib.checkpoint_file import (
 from vnp_lib.checkpoint_survey import Damage, require_few_lost
 from vnp_lib.environment import viral_checkpoint_mode
 from vnp_lib.errors import CheckpointError, CheckpointWriteError, FingerprintMismatchError, StorageError
-from vnp_lib.files import make_directory, marker_path, write_marker
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.storage.durable import make_directory, marker_path, write_marker
 
 
 class _DefaultCount(int):

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from vnp_lib.array_pickle import ARRAY_GLOBALS, arrays_allowed, require_plain_arrays
 from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
-from vnp_lib.files import (
+from vnp_lib.storage.durable import (
     FileDigest,
     digest_stream,
     durable_file,

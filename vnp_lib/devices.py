@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from vnp_lib.config import EmbedConfig, ModelName
 from vnp_lib.errors import ConfigError
 
-
 Answer = TypeVar("Answer")
 
 _CHILD_BYTES = 10**9  # of a child beside its weights: Python, torch, the states of a batch

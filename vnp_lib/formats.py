@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import DTypeLike, NDArray
 
-from vnp_lib import files
 from vnp_lib.dataset import EmbeddingDataset, as_rows
 from vnp_lib.errors import ConfigError
 from vnp_lib.extract_files import extract_file
-from vnp_lib.files import durable_directory, durable_file, durable_path, path_below
 from vnp_lib.hdf5 import Hdf5File, open_hdf5
 from vnp_lib.outputs import Output, OutputKind, StoreDtype, Values, as_stored, offsets_of
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import durable_directory, durable_file, durable_path, path_below
 
 if TYPE_CHECKING:  # it takes seconds to import, and most formats do without
     from torch import Tensor
@@ -195,8 +195,8 @@ def write_npy(rows: Rows, path: Path, replace: bool) -> None:
             matrix.write(values.data)
             lines.write("".join(f"{sequence_id}\n" for sequence_id in ids).encode())
         if replace and path.exists():
-            files.ops.unlink(path)
-            files.fsync_directory(path.parent)
+            durable.ops.unlink(path)
+            durable.fsync_directory(path.parent)
 
 
 def ids_beside(path: Path) -> Path:

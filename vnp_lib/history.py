@@ -26,10 +26,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFlo
 
 from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, classify_exception
-from vnp_lib.files import FileLock, LockHolder, read_marker
 from vnp_lib.formatting import utc_now
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.storage.durable import read_marker
+from vnp_lib.storage.locks import FileLock, LockHolder
 
 MAX_HISTORY_BYTES = 32 * 1024**2
 

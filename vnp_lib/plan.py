@@ -26,18 +26,6 @@ from numpy.typing import NDArray
 from vnp_lib import __version__
 from vnp_lib.duplicates import DIGEST_BYTES, digests_of, find_repeats
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
-from vnp_lib.files import (
-    DurableFile,
-    FileDigest,
-    canonical_json,
-    digest_file,
-    durable_file,
-    make_directory,
-    read_sealed_json,
-    remove_orphaned_temporaries,
-    require_free_space,
-    write_sealed_json,
-)
 from vnp_lib.input_files import is_there
 from vnp_lib.inputs import (
     EMPTY_ADVICE,
@@ -55,6 +43,18 @@ from vnp_lib.inputs import (
 from vnp_lib.outputs import RowLayout, StoreDtype
 from vnp_lib.packing import pack
 from vnp_lib.records import Fault, SequenceChunk
+from vnp_lib.storage.durable import (
+    DurableFile,
+    FileDigest,
+    canonical_json,
+    digest_file,
+    durable_file,
+    make_directory,
+    read_sealed_json,
+    remove_orphaned_temporaries,
+    require_free_space,
+    write_sealed_json,
+)
 from vnp_lib.windows import Windows
 
 PLAN_SCHEMA = 2

@@ -24,8 +24,9 @@ import numpy as np
 
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import FailureCause
-from vnp_lib.files import FileLock, canonical_json, fsync_directory, write_file
 from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.storage.durable import canonical_json, fsync_directory, write_file
+from vnp_lib.storage.locks import FileLock
 
 LOCK_TIMEOUT_S = 30.0
 

@@ -19,7 +19,6 @@ from jinja2 import Environment, PackageLoader, Template
 from numpy.typing import NDArray
 
 from vnp_lib.errors import StorageError
-from vnp_lib.files import write_file
 from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
 from vnp_lib.history import Attempt, read_attempts
 from vnp_lib.manifest import CheckpointManifest
@@ -27,6 +26,7 @@ from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, describe_input
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.status import RunStatus, read_status
+from vnp_lib.storage.durable import write_file
 
 _MOST_ROWS = 200  # of a table
 

@@ -24,8 +24,6 @@ from vnp_lib.dataset import stored_dtype
 from vnp_lib.devices import num_cores, planned_devices, resolve_devices
 from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.failures import Failure
-from vnp_lib.file_system import try_file_system
-from vnp_lib.files import FileLock, make_directory, remove_orphaned_temporaries
 from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
@@ -44,6 +42,9 @@ from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.run_directory import move_aside, require_no_others
 from vnp_lib.run_record import RunRecord
 from vnp_lib.software import NUMERICS_VERSION, exact_software, package_in_use
+from vnp_lib.storage.durable import make_directory, remove_orphaned_temporaries
+from vnp_lib.storage.file_system import try_file_system
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.user_paths import shown
 from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vnp_lib.errors import ConfigError, FingerprintMismatchError
-from vnp_lib.files import durable_file, make_directory
+from vnp_lib.storage.durable import durable_file, make_directory
 from vnp_lib.streams import best_effort
 
 _BLOCK_BYTES = 2**20

@@ -23,7 +23,6 @@ from rich.text import Text
 
 from vnp_lib.dataset import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.formatting import format_age, format_duration, natural_width, plain, utc_now
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts
 from vnp_lib.inputs import InputCounts
@@ -32,6 +31,7 @@ from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
 from vnp_lib.precision import Certificate
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.software import SoftwareShare, describe_software
+from vnp_lib.storage.locks import FileLock, LockHolder
 
 _MOST_SHARDS_SHOWN = 40
 

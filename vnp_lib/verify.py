@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from vnp_lib.assembly import load_planned, planned_layout, with_copies
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.files import FileLock, LockHolder
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.storage.locks import FileLock, LockHolder
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is no run directory is said before
     from vnp_lib.checkpoint_file import CheckpointRecord

@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
-from vnp_lib.files import FileLock, remove_orphaned_temporaries
 from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
 from vnp_lib.outputs import OutputKind, RowLayout
@@ -40,6 +39,8 @@ from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, s
 from vnp_lib.run_record import RunRecord
 from vnp_lib.software import Package, package_in_use, require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
+from vnp_lib.storage.durable import remove_orphaned_temporaries
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.streams import standard_streams
 from vnp_lib.worker_events import EventStream
 

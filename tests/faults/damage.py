@@ -14,9 +14,9 @@ from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, StorageError
-from vnp_lib.files import marker_path
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.storage.durable import marker_path
 
 KINDS = (
     "checkpoint",

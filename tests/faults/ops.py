@@ -1,4 +1,4 @@
-"""Replacements of `vnp_lib.files.ops`: they count the durable operations, and kill, deny or record at any of them."""
+"""Replacements of `vnp_lib.storage.durable.ops`: they count the durable operations, and kill, deny or record at any of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vnp_lib import files
-from vnp_lib.files import DurableOps
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import DurableOps
 
 
 class WatchedOps(DurableOps):
@@ -143,4 +143,4 @@ class RecordingOps(WatchedOps):
 
 def install(ops: DurableOps) -> None:
     """Make `ops` what the library uses, for the rest of this process's life."""
-    files.ops = ops
+    durable.ops = ops

@@ -24,7 +24,6 @@ from tests.faults.figures import record_figure
 from tests.faults.forgery import archive, forgeries, good_content
 from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
-from vnp_lib import files
 from vnp_lib.assembly import assemble
 from vnp_lib.characters import INVISIBLE
 from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
@@ -32,10 +31,12 @@ from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, StorageError
-from vnp_lib.files import FileLock, marker_path
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.run import open_run
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import marker_path
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.supervisor import run_child
 
 GOOD_FIELDS = {"rows": 1, "ordinals": [0], "fingerprint": RUN}  # of a marker beside `good_content`
@@ -306,10 +307,10 @@ def write_row(path: Path) -> None:
 @pytest.mark.parametrize("leads_to", ["file", "nowhere"])
 def test_a_link_under_the_temporary_name_is_not_followed(walled_in, elsewhere, monkeypatch, leads_to):
     """However well its name was guessed."""
-    monkeypatch.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=7))
+    monkeypatch.setattr(durable.uuid, "uuid4", lambda: uuid.UUID(int=7))
     path = RunPaths(walled_in).checkpoint(0, 0)
     path.parent.mkdir(parents=True)
-    files.temporary_path(path).symlink_to(elsewhere / leads_to)
+    durable.temporary_path(path).symlink_to(elsewhere / leads_to)
     with pytest.raises(StorageError):
         write_row(path)
     assert not path.exists()

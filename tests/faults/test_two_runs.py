@@ -22,8 +22,9 @@ from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import run
 from vnp_lib.checkpoint import validate_checkpoint_pt
 from vnp_lib.errors import RunDirectoryBusyError, VnpError
-from vnp_lib.files import FileLock, marker_path
 from vnp_lib.run import open_run
+from vnp_lib.storage.durable import marker_path
+from vnp_lib.storage.locks import FileLock
 
 pytestmark = pytest.mark.slow
 

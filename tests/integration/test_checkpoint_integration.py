@@ -13,10 +13,10 @@ from tests.support import small_config
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import BatchFailedError, NumericalInstabilityError, StorageError
-from vnp_lib.files import marker_path
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths
+from vnp_lib.storage.durable import marker_path
 
 pytestmark = pytest.mark.slow
 

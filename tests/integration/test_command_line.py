@@ -25,8 +25,8 @@ from tests.support import (
     write_foreign_code,
 )
 from vnp_lib import embed, open_dataset
-from vnp_lib.files import marker_path
 from vnp_lib.plan import RunPaths
+from vnp_lib.storage.durable import marker_path
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from tests.poison import Way, patch, write_proteins
 from tests.support import assert_same_rows, embed_alone, small_config, workers_of
 from vnp_lib import run_record
 from vnp_lib.dataset import open_dataset
-from vnp_lib.files import FileLock
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

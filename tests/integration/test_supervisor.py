@@ -16,10 +16,11 @@ from tests.poison import Way, patch
 from tests.support import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
-from vnp_lib.files import FileLock, make_directory, write_file
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.run import open_run
 from vnp_lib.stop_signals import HURRY_AFTER_S
+from vnp_lib.storage.durable import make_directory, write_file
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.supervisor import run_child
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-_FILES = "tests/unit/test_files.py"
+_FILES = "tests/unit/storage/test_durable.py"
 _FASTA = "tests/unit/test_fasta.py"
 _CONTRACT = "tests/unit/test_reference_contract.py"
 _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
@@ -61,35 +61,35 @@ class Mutant:
 _DURABLE_FILES = (
     Mutant(
         name="file-not-synced",
-        module="files",
+        module="storage.durable",
         before="            ops.fsync(fd)\n",
         after="",
         caught_by=(f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",),
     ),
     Mutant(
         name="directory-not-synced",
-        module="files",
+        module="storage.durable",
         before="        ops.unlink(temporary)\n        fsync_directory(path.parent)\n",
         after="        ops.unlink(temporary)\n",
         caught_by=(f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",),
     ),
     Mutant(
         name="directory-not-synced-after-replace",
-        module="files",
+        module="storage.durable",
         before="        ops.replace(temporary, path)\n        fsync_directory(path.parent)\n",
         after="        ops.replace(temporary, path)\n",
         caught_by=(f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",),
     ),
     Mutant(
         name="new-directory-not-synced",
-        module="files",
+        module="storage.durable",
         before="    fsync_directory(path.parent)\n\n\ndef fsync_directory",
         after="\n\ndef fsync_directory",
         caught_by=(f"{_FILES}::TestDirectories::test_what_is_missing_is_made_and_every_parent_synced",),
     ),
     Mutant(
         name="fsync-retried-on-its-descriptor",
-        module="files",
+        module="storage.durable",
         before="            ops.fsync(fd)\n",
         after=(
             "            try:\n"
@@ -101,70 +101,70 @@ _DURABLE_FILES = (
     ),
     Mutant(
         name="short-write-taken-for-whole",
-        module="files",
+        module="storage.durable",
         before="        while view:\n            written = ops.write",
         after="        if view:\n            written = ops.write",
         caught_by=(f"{_FILES}::TestDurableFile::test_short_writes_are_completed",),
     ),
     Mutant(
         name="digest-of-memory-instead-of-what-was-written",
-        module="files",
+        module="storage.durable",
         before="self._sha256.update(view[:written])",
         after="self._sha256.update(view)",
         caught_by=(f"{_FILES}::TestDurableFile::test_short_writes_are_completed",),
     ),
     Mutant(
         name="failed-write-forgotten",
-        module="files",
+        module="storage.durable",
         before="            if file.error is not None:\n                raise file.error\n            ops",
         after="            ops",
         caught_by=(f"{_FILES}::TestDurableFile::test_a_failed_write_comes_out_though_a_library_hides_it",),
     ),
     Mutant(
         name="temporary-left-after-an-error",
-        module="files",
+        module="storage.durable",
         before="        with suppress(OSError):\n            ops.unlink(temporary)\n        if file.error",
         after="        if file.error",
         caught_by=(f"{_FILES}::TestDurableFile::test_an_error_in_the_block_leaves_nothing",),
     ),
     Mutant(
         name="failed-publication-left-in-place",
-        module="files",
+        module="storage.durable",
         before="            with suppress(OSError):\n                ops.unlink(path)\n        raise",
         after="            pass\n        raise",
         caught_by=(f"{_FILES}::TestDurableFile::test_a_publication_that_fails_anywhere_leaves_no_file",),
     ),
     Mutant(
         name="rename-over-anothers-file",
-        module="files",
+        module="storage.durable",
         before="    if replace:\n        ops.replace",
         after="    if True:\n        ops.replace",
         caught_by=(f"{_FILES}::TestDurableFile::test_a_file_that_is_there_is_never_overwritten",),
     ),
     Mutant(
         name="shared-temporary-name",
-        module="files",
+        module="storage.durable",
         before="writer.started_at, uuid.uuid4().hex[:8])",
         after='writer.started_at, "00000000")',
         caught_by=(f"{_FILES}::TestDurableFile::test_two_writers_of_one_name_do_not_meet_before_they_publish",),
     ),
     Mutant(
         name="temporary-of-another-written-to",
-        module="files",
+        module="storage.durable",
         before="fd = ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY",
         after="fd = ops.open(temporary, os.O_CREAT | os.O_WRONLY",
         caught_by=(f"{_FILES}::TestDurableFile::test_a_temporary_name_that_is_taken_is_never_written_to",),
     ),
     Mutant(
         name="links-followed",
-        module="files",
+        module="storage.durable",
         before=" | os.O_NOFOLLOW",
         after="",
         caught_by=(f"{_FILES}::TestFileLock::test_a_link_in_the_place_of_the_lock_file_is_not_followed",),
     ),
     Mutant(
         name="temporaries-removed-blindly",
-        module="files",
+        module="storage.durable",
         before="        if is_orphaned:\n",
         after="        if True:\n",
         caught_by=(f"{_FILES}::TestOrphanedTemporaries::test_only_our_own_and_only_those_of_the_dead_go",),
@@ -181,10 +181,10 @@ _DURABLE_FILES = (
     ),
     Mutant(
         name="file-system-without-links-used",
-        module="file_system",
+        module="storage.file_system",
         before='            (self.link, "has no hard links',
         after='            (None, "has no hard links',
-        caught_by=("tests/unit/test_file_system.py::test_a_run_is_refused_before_anything_is_made",),
+        caught_by=("tests/unit/storage/test_file_system.py::test_a_run_is_refused_before_anything_is_made",),
     ),
     Mutant(
         name="change-written-twice-in-the-manifest",
@@ -195,14 +195,14 @@ _DURABLE_FILES = (
     ),
     Mutant(
         name="what-nobody-can-read-written",
-        module="files",
+        module="storage.durable",
         before="    data = _sealed(fields)\n    if len(data) > MAX_JSON_BYTES:\n",
         after="    data = _sealed(fields)\n    if False:\n",
         caught_by=(f"{_FILES}::TestSealedJson::test_what_nobody_could_read_is_not_written",),
     ),
     Mutant(
         name="temporaries-of-the-living-removed",
-        module="files",
+        module="storage.durable",
         before="return not writer.is_alive() if writer.is_visible() else None",
         after="return True if writer.is_visible() else None",
         caught_by=(
@@ -211,14 +211,14 @@ _DURABLE_FILES = (
     ),
     Mutant(
         name="seal-not-compared",
-        module="files",
+        module="storage.durable",
         before=" and hashlib.sha256(before + after).hexdigest() == seal",
         after="",
         caught_by=(f"{_FILES}::TestSealedJson::test_no_flipped_bit_passes",),
     ),
     Mutant(
         name="free-space-not-compared",
-        module="files",
+        module="storage.durable",
         before="    if free_bytes < size_bytes:\n",
         after="    if False:\n",
         caught_by=(f"{_PLAN}::test_a_disk_without_room_is_refused_with_both_figures",),
@@ -228,28 +228,28 @@ _DURABLE_FILES = (
 _LOCKS = (
     Mutant(
         name="lock-not-taken",
-        module="files",
+        module="storage.locks",
         before="return ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         after="return None",
         caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
     ),
     Mutant(
         name="lock-file-unlinked",
-        module="files",
+        module="storage.locks",
         before="            ops.flock(fd, fcntl.LOCK_UN)\n",
         after="            ops.unlink(self.path)\n            ops.flock(fd, fcntl.LOCK_UN)\n",
         caught_by=(f"{_MANIFEST}::test_the_lock_file_is_never_removed",),
     ),
     Mutant(
         name="lock-kept-after-release",
-        module="files",
+        module="storage.locks",
         before="            ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                ops.close(fd)\n",
         after="            pass\n        finally:\n            try:\n                pass\n",
         caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
     ),
     Mutant(
         name="threads-not-kept-apart",
-        module="files",
+        module="storage.locks",
         before="self._between_threads = threading.Lock()",
         after="self._between_threads = threading.Semaphore(99)",
         caught_by=(
@@ -258,7 +258,7 @@ _LOCKS = (
     ),
     Mutant(
         name="lock-inherited-by-children",
-        module="files",
+        module="storage.locks",
         before="            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)\n",
         after=(
             "            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)\n            os.set_inheritable(fd, True)\n"
@@ -267,14 +267,14 @@ _LOCKS = (
     ),
     Mutant(
         name="lock-waited-for-without-limit",
-        module="files",
+        module="storage.locks",
         before="                if self._clock() >= deadline_s:\n",
         after="                if self._clock() >= deadline_s + 3600:\n",
         caught_by=(f"{_FILES}::TestFileLock::test_waiting_ends_at_the_time_limit",),
     ),
     Mutant(
         name="lock-without-a-holders-name",
-        module="files",
+        module="storage.locks",
         before="                self._sign(fd)\n",
         after="",
         caught_by=(
@@ -534,7 +534,7 @@ _READER = (
     ),
     Mutant(
         name="temporary-marker-trusted",
-        module="files",
+        module="storage.durable",
         before="    marker = marker_path(path)\n    fields = read_sealed_json(marker)\n",
         after=(
             "    marker = next(path.parent.glob(f'.tmp-{path.name}.done*'), marker_path(path))\n"
@@ -627,7 +627,7 @@ _RESUME = (
     ),
     Mutant(
         name="move-not-synced",
-        module="files",
+        module="storage.durable",
         before="    fsync_directory(target.parent)\n    fsync_directory(source.parent)\n",
         after="    fsync_directory(target.parent)\n",
         caught_by=(f"{_CHECKPOINT_FILE}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",),
@@ -1216,14 +1216,14 @@ _CURES = (
 _EXPORTS = (
     Mutant(
         name="exported-directory-not-synced",
-        module="files",
+        module="storage.durable",
         before="        _fsync_tree(temporary)\n",
         after="",
         caught_by=(f"{_FILES}::TestDurableDirectory::test_it_appears_with_all_that_is_in_it_once_that_is_synced",),
     ),
     Mutant(
         name="exported-directory-left-half-written",
-        module="files",
+        module="storage.durable",
         before="        shutil.rmtree(temporary, ignore_errors=True)\n        raise\n",
         after="        raise\n",
         caught_by=(f"{_FILES}::TestDurableDirectory::test_a_failure_anywhere_before_it_is_there_leaves_nothing",),
@@ -1237,7 +1237,7 @@ _EXPORTS = (
     ),
     Mutant(
         name="export-out-of-its-directory",
-        module="files",
+        module="storage.durable",
         before='if any(part in ("", ".", "..") for part in parts):',
         after='if any(part in ("", ".") for part in parts):',
         caught_by=(f"{_EXPORT}::test_a_header_that_is_no_file_name_below_the_directory_is_refused",),

@@ -24,7 +24,7 @@ vnp_lib.weights.architecture_of = lambda model: vnp_lib.esm2.Architecture(num_la
 # Goes behind the patch of the poison, whose `ways` and `ACTIVE` it uses.
 _JOURNAL = """
 import errno, json, os, time
-from vnp_lib import files
+from vnp_lib.storage import durable
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 
 descriptor = os.open(os.path.join(DIRECTORY, "journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -50,7 +50,7 @@ def noted_forward(self, input_ids, cu_seqlens, *others):
         note("rows", rows)
     return output
 
-class FaultyOps(files.DurableOps):
+class FaultyOps(durable.DurableOps):
     def write(self, fd, data):
         if is_there("disk_full"):
             note("disk_full")
@@ -65,7 +65,7 @@ class FaultyOps(files.DurableOps):
 parent = os.getppid()
 poisoned_forward, ESM2.forward_packed = ESM2.forward_packed, noted_forward
 AsyncCheckpointWriter.__init__.__kwdefaults__["disk_full_delays_s"] = (0.1, 0.2, 0.4)
-files.ops = FaultyOps()
+durable.ops = FaultyOps()
 note("started")
 """
 

@@ -29,9 +29,9 @@ from tests.support import small_config, workers_of
 from vnp_lib.assembly import assemble
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import FailureCause, ShardFailedError
-from vnp_lib.files import write_file
 from vnp_lib.judgement import judge
 from vnp_lib.run import Run, open_run
+from vnp_lib.storage.durable import write_file
 from vnp_lib.supervisor import run_child
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]

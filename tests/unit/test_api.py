@@ -35,10 +35,10 @@ from vnp_lib.errors import (
 )
 from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.files import marker_path
 from vnp_lib.outputs import OutputKind
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.storage.durable import marker_path
 from vnp_lib.tokens import pack_batch
 from vnp_lib.verify import verify_run
 from vnp_lib.weights import random_tensors, save_weights

@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 import vnp_lib.assembly
-import vnp_lib.files
+import vnp_lib.storage.durable
 from tests.made_up_runs import (
     CREATED,
     DIM,
@@ -41,11 +41,11 @@ from vnp_lib.checkpoint_file import CheckpointRecord
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
-from vnp_lib.files import DurableOps
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import RunPaths, RunPlan, check_free_space, make_plan, required_bytes
 from vnp_lib.software import Software, SoftwareShare
+from vnp_lib.storage.durable import DurableOps
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_a_dataset_from_before_there_were_partial_ones_is_complete_and_stays(run
     success = json.loads(run.paths.success.read_bytes())
     for name in ("seal", "num_missing", "missing_sha256"):
         success.pop(name)
-    vnp_lib.files.write_sealed_json(run.paths.success, success, replace=True)
+    vnp_lib.storage.durable.write_sealed_json(run.paths.success, success, replace=True)
     before = files_of(run.paths.embeddings_dir)
 
     assert open_dataset(run.paths.run_dir).metadata["num_missing"] == 0
@@ -578,7 +578,7 @@ def test_killed_at_any_operation_the_old_dataset_or_the_new_one_is_there_whole(
         run = made._replace(paths=RunPaths(run_dir), plan=replace(made.plan, store_dtype=NEW))
         ops = DyingOps(kill_at, can_exchange=can_exchange)
         with monkeypatch.context() as patched, suppress(Killed):
-            patched.setattr(vnp_lib.files, "ops", ops)
+            patched.setattr(vnp_lib.storage.durable, "ops", ops)
             patched.setattr(vnp_lib.assembly.shutil, "rmtree", ops.mortal_rmtree(shutil.rmtree))
             run.assemble(part_bytes=10**9)
         is_over = not ops.is_dead
@@ -651,7 +651,7 @@ def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
             synced.append(path)
             super().fsync_directory(path)
 
-    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    monkeypatch.setattr(vnp_lib.storage.durable, "ops", Recording())
     run.assemble()
     assert synced[-2:] == [run.paths.run_dir, run.paths.embeddings_dir]
 
@@ -702,8 +702,8 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
 def test_as_many_parts_as_there_may_be_leave_success_json_well_below_what_is_read() -> None:
     part = {"name": "part-16384.parquet", "rows": 10**9, "size_bytes": 10**12, "sha256": "f" * 64}
     part |= {"footer_bytes": 10**9, "footer_sha256": "f" * 64}
-    told = vnp_lib.files.canonical_json({"parts": [part] * 2 * vnp_lib.assembly._MOST_PARTS})
-    assert len(told) < vnp_lib.files.MAX_JSON_BYTES / 3
+    told = vnp_lib.storage.durable.canonical_json({"parts": [part] * 2 * vnp_lib.assembly._MOST_PARTS})
+    assert len(told) < vnp_lib.storage.durable.MAX_JSON_BYTES / 3
 
 
 def test_the_same_cut_sequences_of_longer_ones_are_another_input(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from tests.checkpoints import (
     write_checkpoint,
 )
 from tests.support import flip_bit
-from vnp_lib import checkpoint_file, files
+from vnp_lib import checkpoint_file
 from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint_file import batch_idx_of, load_checkpoint, set_aside
 from vnp_lib.checkpoint_survey import Survey, survey_checkpoints
 from vnp_lib.errors import CheckpointError
-from vnp_lib.files import DurableOps, digest_file, marker_path, write_file, write_marker
 from vnp_lib.plan import checkpoint_path
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import DurableOps, digest_file, marker_path, write_file, write_marker
 
 
 def test_a_file_that_is_not_there_is_invalid(tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
             steps.append(path.name)
             super().fsync_directory(path)
 
-    monkeypatch.setattr(files, "ops", Recording())
+    monkeypatch.setattr(durable, "ops", Recording())
     set_aside(path)
     made_directory = ["shard_0"]
     assert steps == [*made_directory, ".done", "damaged", "shard_0", ".pt", "damaged", "shard_0"]

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from vnp_lib import files, manifest
+from vnp_lib import manifest
 from vnp_lib.errors import LockTimeoutError, StorageError
-from vnp_lib.files import DurableOps, FileLock, read_sealed_json, write_sealed_json
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import DurableOps, read_sealed_json, write_sealed_json
+from vnp_lib.storage.locks import FileLock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,10 +496,10 @@ def test_a_writer_killed_at_any_operation_leaves_a_valid_manifest(
     code = """
 import os, signal, sys
 from pathlib import Path
-from vnp_lib import files
+from vnp_lib.storage import durable
 from vnp_lib.manifest import CheckpointManifest
 
-class Killing(files.DurableOps):
+class Killing(durable.DurableOps):
     count = 0
     def __getattribute__(self, name):
         call = super().__getattribute__(name)
@@ -512,7 +514,7 @@ class Killing(files.DurableOps):
             return result
         return killing
 
-files.ops = Killing()
+durable.ops = Killing()
 CheckpointManifest(Path(sys.argv[1])).update_shard_checkpoint(0, 0, 10, "batch_00000.pt")
 """
     command = [sys.executable, "-c", code, str(four_shards.path), str(kill_at), str(is_before)]
@@ -534,7 +536,7 @@ def test_the_operations_of_an_update_are_the_ones_that_are_killed(
             calls.append(name)
             return super().__getattribute__(name)
 
-    monkeypatch.setattr(files, "ops", Recording())
+    monkeypatch.setattr(durable, "ops", Recording())
     update(four_shards, 0, 0)
     assert calls == OPERATIONS
 

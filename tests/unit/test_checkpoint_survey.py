@@ -14,12 +14,13 @@ import pytest
 
 from tests.checkpoints import RUN, ids_of, write_checkpoint, write_shard
 from tests.support import flip_bit
-from vnp_lib import checkpoint_survey, files
+from vnp_lib import checkpoint_survey
 from vnp_lib.checkpoint import resume_from_checkpoints
 from vnp_lib.checkpoint_survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints
 from vnp_lib.errors import CheckpointError, StorageError
-from vnp_lib.files import marker_path
 from vnp_lib.plan import checkpoint_path
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import marker_path
 
 
 def test_a_survey_gives_every_valid_checkpoint_in_order(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_name_that_no_writer_synced_is_synced_before_it_is_believed(
 ) -> None:
     write_shard(tmp_path, 1)
     synced: list[Path] = []
-    monkeypatch.setattr(files.ops, "fsync_directory", synced.append)
+    monkeypatch.setattr(durable.ops, "fsync_directory", synced.append)
     survey_checkpoints(tmp_path, RUN, verify_digests=False)
     assert synced == [tmp_path / "shard_0"]
 
@@ -109,7 +110,7 @@ def test_a_read_only_directory_can_be_surveyed(tmp_path: Path, monkeypatch: pyte
     def refuse(_: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(files.ops, "fsync_directory", refuse)
+    monkeypatch.setattr(durable.ops, "fsync_directory", refuse)
     assert len(survey_checkpoints(tmp_path, RUN, verify_digests=True).valid) == 1
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.checkpoints import RUN, content_by_hand, ids_of, rows_of, write_by_hand, write_checkpoint, write_shard
 from tests.support import flip_bit
-from vnp_lib import checkpoint, files
+from vnp_lib import checkpoint
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
     CheckpointTrigger,
@@ -28,9 +28,10 @@ from vnp_lib.checkpoint import (
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.errors import CheckpointWriteError, FingerprintMismatchError, NumericalInstabilityError, StorageError
-from vnp_lib.files import DurableOps, marker_path, read_marker
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import checkpoint_path
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import DurableOps, marker_path, read_marker
 
 
 class Clock:
@@ -114,7 +115,7 @@ class DyingOps(UnsyncedOps):
 def deny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[int]], DenyingOps]:
     def use(operation: str, codes: list[int]) -> DenyingOps:
         ops = DenyingOps(operation, codes)
-        monkeypatch.setattr(files, "ops", ops)
+        monkeypatch.setattr(durable, "ops", ops)
         return ops
 
     return use
@@ -193,7 +194,7 @@ def test_writer_creates_pt_with_done_marker(tmp_path: Path) -> None:
     assert path.is_file()
     assert marker_path(path).is_file()
     marker = read_marker(path)
-    digest = files.digest_file(path)
+    digest = durable.digest_file(path)
     assert marker == {
         "schema": 2,
         "size_bytes": digest.size_bytes,
@@ -571,7 +572,7 @@ def test_a_failed_fsync_is_never_repeated_on_its_descriptor(tmp_path: Path, monk
                 raise OSError(errno.EIO, "lost pages")
             super().fsync(fd)
 
-    monkeypatch.setattr(files, "ops", FailingFsync())
+    monkeypatch.setattr(durable, "ops", FailingFsync())
     write_checkpoint(tmp_path / "batch_00000.pt", [0])
     assert FailingFsync.synced == [1, 2, 3]  # the first file, the second file, the marker: each once
 
@@ -594,7 +595,7 @@ def test_the_marker_is_written_after_the_file_is_durable(tmp_path: Path, monkeyp
 
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     manifest.initialize(1, "", "")
-    monkeypatch.setattr(files, "ops", Recording())
+    monkeypatch.setattr(durable, "ops", Recording())
     monkeypatch.setattr(manifest, "update_shard_checkpoint", lambda *_: steps.append("manifest"))
     with AsyncCheckpointWriter(manifest=manifest, rank=0) as writer:
         writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
@@ -657,20 +658,20 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
     """Also where an earlier crash has left half a checkpoint under the name."""
     kill_at, is_over = 0, False
     while not is_over:
-        monkeypatch.setattr(files, "ops", UnsyncedOps())
+        monkeypatch.setattr(durable, "ops", UnsyncedOps())
         run = tmp_path / str(kill_at)
         write_checkpoint(checkpoint_path(run, 0, 0), [0, 1])
         if remainder is not None:
             write_checkpoint(checkpoint_path(run, 0, 1), [2, 3])
             (checkpoint_path(run, 0, 1) if remainder == "marker" else marker_path(checkpoint_path(run, 0, 1))).unlink()
         dying = DyingOps(kill_at)
-        monkeypatch.setattr(files, "ops", dying)
+        monkeypatch.setattr(durable, "ops", dying)
         try:
             write_checkpoint(checkpoint_path(run, 0, 1), [2, 3])
         except (Killed, CheckpointWriteError):
             assert dying.is_dead
         is_over = not dying.is_dead
-        monkeypatch.setattr(files, "ops", UnsyncedOps())
+        monkeypatch.setattr(durable, "ops", UnsyncedOps())
 
         next_batch_idx = heal_shard(run, 0, RUN)
         is_done = survey_checkpoints(run, RUN, verify_digests=True).done_mask(5)

@@ -154,7 +154,7 @@ def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
 def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(tmp_path: Path, latin1: dict[str, str]) -> None:
     """UTF-8 on disk."""
     code = (
-        "import sys; from pathlib import Path; from vnp_lib.files import path_below;"
+        "import sys; from pathlib import Path; from vnp_lib.storage.durable import path_below;"
         f"name = {'β-lact_é.pt'!a};"
         "path_below(Path(sys.argv[1]), name).write_bytes(b'')"
     )

@@ -25,7 +25,7 @@ from esm import FastaBatchedDataset
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-import vnp_lib.files
+import vnp_lib.storage.durable
 from tests.made_up_runs import (
     DIM,
     Records,
@@ -47,9 +47,9 @@ from vnp_lib.cli import main
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.export import Export, export_dataset
-from vnp_lib.files import DurableOps
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, accession
 from vnp_lib.outputs import RowLayout, StoreDtype
+from vnp_lib.storage.durable import DurableOps
 
 ODD_IDS = ["sp|P12345|NAME_HUMAN", "tr|A0A0", "NA", "1.0", "café|½", 'a,"b"', "'", "{path}", "p:0\\1", "-inf"]
 
@@ -209,7 +209,7 @@ def test_a_matrix_never_stands_beside_the_ids_of_another(run: Run, tmp_path: Pat
             steps.append("sync")
             super().fsync_directory(path)
 
-    monkeypatch.setattr(vnp_lib.files, "ops", Recording())
+    monkeypatch.setattr(vnp_lib.storage.durable, "ops", Recording())
     export(run, "npy", tmp_path / "x", replace=True)
     assert steps[-6:] == ["unlink x.npy", "sync", "place x.ids.txt", "sync", "place x.npy", "sync"]
 

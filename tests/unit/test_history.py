@@ -16,10 +16,11 @@ from vnp_lib import history
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.errors import InputError
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.storage.durable import make_directory
+from vnp_lib.storage.locks import FileLock
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)

@@ -19,11 +19,11 @@ from esm.data import Alphabet
 
 from tests.support import flip_bit
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
-from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.packing import pack
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan, required_bytes
+from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 from vnp_lib.tokens import pack_batch
 
 MEAN = (Output.parse("mean_6"),)

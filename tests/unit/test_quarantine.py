@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from vnp_lib import files, quarantine
+from vnp_lib import quarantine
 from vnp_lib.errors import LockTimeoutError, QuarantineFullError, StorageError
 from vnp_lib.failures import FailureCause, FailureKind
-from vnp_lib.files import DurableOps, FileLock, canonical_json
 from vnp_lib.inputs import InputPolicy, find_sources, read
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, QuarantineLimit
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import DurableOps, canonical_json
+from vnp_lib.storage.locks import FileLock
 
 NUM_SEQUENCES = 1000
 OURS = "0123abcd"
@@ -174,7 +176,7 @@ def test_an_entry_is_durable_when_add_returns_also_where_another_has_added_it(
             steps.append(f"sync {directory.name}/")
             super().fsync_directory(directory)
 
-    monkeypatch.setattr(files, "ops", Recording())
+    monkeypatch.setattr(durable, "ops", Recording())
     opened.add(sequence(1))
     assert steps == ["replace quarantine.jsonl", f"sync {path.parent.name}/"]
     opened.add(sequence(1))
@@ -191,7 +193,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
         def fsync(self, fd: int) -> None:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "ops", Failing())
+    monkeypatch.setattr(durable, "ops", Failing())
     with pytest.raises(OSError, match="No space left"):
         opened.add(sequence(2))
     monkeypatch.undo()

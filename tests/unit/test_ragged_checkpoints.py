@@ -14,7 +14,7 @@ from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, v
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.errors import CheckpointError, NumericalInstabilityError
-from vnp_lib.files import marker_path
+from vnp_lib.storage.durable import marker_path
 
 VALUES = np.arange(9, dtype=np.float32)
 OFFSETS = [0, 2, 3, 9]

@@ -28,10 +28,10 @@ from vnp_lib.checkpoint import (
 )
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.errors import CheckpointWriteError
-from vnp_lib.files import marker_path
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import checkpoint_path
+from vnp_lib.storage.durable import marker_path
 from vnp_lib.worker import ShardJob, _checkpoint_thresholds
 
 REQUIRED = inspect.Parameter.empty

@@ -18,13 +18,14 @@ import torch
 
 from tests.made_up_runs import finish_run, start_run
 from tests.support import flip_bit, small_config
-from vnp_lib import files, gpu_memory
+from vnp_lib import gpu_memory
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, InputError, RunDirectoryBusyError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
-from vnp_lib.files import read_sealed_json, write_sealed_json
 from vnp_lib.plan import RunPaths, load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.run import attach_run, check_at_the_door, open_run
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 from vnp_lib.worker import quarantined
 
 
@@ -420,7 +421,7 @@ def test_a_full_disk_is_no_wrong_set_up(
         raise OSError(code, os.strerror(code))
 
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
-        monkeypatch.setattr(files.ops, "mkdir", refuse)
+        monkeypatch.setattr(durable.ops, "mkdir", refuse)
         with pytest.raises(error) as caught:
             run.prepare_shard(0)
         monkeypatch.undo()

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from vnp_lib import files, run_record
+from vnp_lib import run_record
 from vnp_lib.errors import StorageError
-from vnp_lib.files import DurableOps, FileLock
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.run_record import RunRecord
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import DurableOps
+from vnp_lib.storage.locks import FileLock
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +103,7 @@ def test_a_disk_that_takes_nothing_is_no_error_and_what_it_lacks_is_written_late
     record: RunRecord, monkeypatch: pytest.MonkeyPatch, operation: str, code: int
 ) -> None:
     ops = FailingOps(operation, code)
-    monkeypatch.setattr(files, "ops", ops)
+    monkeypatch.setattr(durable, "ops", ops)
     assert [record.start_attempt(0) for _ in range(3)] == [1, 2, 3]
     record.mark_shard_failed(1, "why")
     assert record.get_resumable_shards() == [0, 1]
@@ -117,7 +119,7 @@ def test_a_change_that_was_written_and_then_called_failed_counts_once(
 ) -> None:
     """The new file is in its place, and the sync of the directory fails."""
     ops = FailingOps("fsync_directory", errno.EIO)
-    monkeypatch.setattr(files, "ops", ops)
+    monkeypatch.setattr(durable, "ops", ops)
     record.record_failure(0, {"number": 1})
     record.record_failure(0, {"number": 2})
     assert record.failures(0) == [{"number": 1}, {"number": 2}]

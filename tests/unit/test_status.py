@@ -22,7 +22,6 @@ from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.files import FileLock
 from vnp_lib.formatting import format_bytes
 from vnp_lib.history import AttemptHistory
 from vnp_lib.inputs import InputPolicy
@@ -30,6 +29,7 @@ from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
+from vnp_lib.storage.locks import FileLock
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)

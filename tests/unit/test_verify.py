@@ -21,17 +21,11 @@ from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.cli import main
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.files import (
-    FileLock,
-    digest_file,
-    marker_path,
-    read_sealed_json,
-    write_marker,
-    write_sealed_json,
-)
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, load_plan, make_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.storage.durable import digest_file, marker_path, read_sealed_json, write_marker, write_sealed_json
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run
 from vnp_lib.worker import quarantined
 
@@ -221,7 +215,7 @@ def test_a_run_that_is_going_on_is_said_and_not_disturbed(paths, capsys):
 
 
 def test_a_dead_holder_of_the_lock_is_no_run(paths):
-    code = "import sys, os; from pathlib import Path; from vnp_lib.files import FileLock\n"
+    code = "import sys, os; from pathlib import Path; from vnp_lib.storage.durable import FileLock\n"
     code += "FileLock(Path(sys.argv[1]), purpose='die').acquire(0); os._exit(0)"
     subprocess.run([sys.executable, "-c", code, str(paths.run_lock)], check=True, timeout=60)
     assert FileLock(paths.run_lock, purpose="look").holder() is not None

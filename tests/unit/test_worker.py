@@ -21,10 +21,11 @@ from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.esm2 import ESM2, Architecture
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.files import FileLock, make_directory
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine
+from vnp_lib.storage.durable import make_directory
+from vnp_lib.storage.locks import FileLock
 from vnp_lib.weights import Weights
 from vnp_lib.worker import ShardAttempt, ShardJob, SignsOfLife, StopFlag, find_pending_work, slowest_s
 

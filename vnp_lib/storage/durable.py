@@ -20,21 +20,18 @@ import os
 import re
 import shutil
 import socket
-import threading
 import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from vnp_lib import packed_integers
-from vnp_lib.errors import LockTimeoutError, StorageError
-from vnp_lib.mounts import locks_are_shared
+from vnp_lib.errors import StorageError
 from vnp_lib.processes import ProcessIdentity
+from vnp_lib.storage import packed_integers
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -47,7 +44,6 @@ FOREIGN_TEMPORARY_AGE_S = 3600.0
 _MOST_NAME_BYTES = 255  # of a file, on all common file systems
 _READ_BLOCK_BYTES = 1024**2
 _FILE_MODE = 0o640
-_LOCK_POLL_S = 0.005
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2
 _TEMPORARY = re.compile(r"\.tmp-(.+)@([^@]+)@([^@]+)@([^@]+)@([1-9]\d{0,6})@(\d+)@[0-9a-f]{8}", re.DOTALL)
 _TEMPORARY_BEFORE = re.compile(r"\.tmp-(.+)-([1-9]\d{0,6})-[0-9a-f]{8}", re.DOTALL)
@@ -495,168 +491,6 @@ def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] |
                 _remove(path)
                 removed.append(path)
     return removed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LockHolder:
-    """Who holds a lock."""
-
-    host: str
-    pid: int
-    since: str  # ISO 8601, UTC
-    purpose: str
-    boot: str = ""  # as of `ProcessIdentity`; version 1.0 did not write it
-    pid_namespace: str = ""
-    started_at: str = "0"
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since}, to {self.purpose}"
-
-    @property
-    def process(self) -> ProcessIdentity:
-        """Which process it is. One that version 1.0 has named is taken to be of this boot and this container."""
-        here = ProcessIdentity.current()
-        return ProcessIdentity(
-            host=self.host,
-            boot=self.boot or here.boot,
-            pid_namespace=self.pid_namespace or here.pid_namespace,
-            pid=self.pid,
-            started_at=self.started_at,
-        )
-
-
-class FileLock:
-    """An exclusive lock between processes, and between the threads of one.
-
-    It is `flock` on a file that stays for ever: were it unlinked, two processes could each lock a file of that name. The
-    kernel frees the lock when its holder dies, however it dies. It is not reentrant. The descriptor is closed on exec but
-    shared by a fork: a process that holds a lock starts others by spawn only.
-
-    On NFS the lock is a lease of the client (about 90 s on v4) that a paused host loses without being told, and v3 may
-    keep a dead host's lock. So no result depends on it: it saves double work, and keeps the manifest's counts right.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        purpose: str,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """`purpose` completes "held by process 7 to ..." in the message that others get."""
-        self.path = path
-        self._purpose = purpose
-        self._clock = clock
-        self._sleep = sleep
-        self._between_threads = threading.Lock()
-        self._fd: int | None = None
-
-    @contextmanager
-    def held(self, *, timeout_s: float) -> Iterator[None]:
-        """Hold the lock for a block. Raises as `acquire`."""
-        self.acquire(timeout_s)
-        try:
-            yield
-        finally:
-            self.release()
-
-    def acquire(self, timeout_s: float) -> None:
-        """Take the lock, waiting up to `timeout_s`; 0 tries once.
-
-        Raises:
-            LockTimeoutError: Somebody else held it all the time; names host, pid, since when and what for.
-            StorageError: The file system has no locks.
-            OSError: The lock file cannot be opened.
-        """
-        deadline_s = self._clock() + timeout_s
-        if not self._between_threads.acquire(timeout=timeout_s):
-            raise self._timed_out(timeout_s)
-        try:
-            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)
-            try:
-                self._wait_for_lock(fd, deadline_s, timeout_s)
-                self._sign(fd)
-            except BaseException:
-                ops.close(fd)
-                raise
-        except BaseException:
-            self._between_threads.release()
-            raise
-        self._fd = fd
-
-    def release(self) -> None:
-        """Give the lock back."""
-        fd, self._fd = self._fd, None
-        if fd is None:
-            raise RuntimeError(f"{self.path} is not held")
-        try:
-            with suppress(OSError):
-                os.ftruncate(fd, 0)
-            ops.flock(fd, fcntl.LOCK_UN)
-        finally:
-            try:
-                ops.close(fd)
-            finally:
-                self._between_threads.release()
-
-    def holder(self) -> LockHolder | None:
-        """Who holds the lock, from the lock file: a holder that died leaves its name there, though not the lock."""
-        try:
-            holder = LockHolder(**json.loads(self.path.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return holder if isinstance(holder.pid, int) else None
-
-    def presumed_holder(self) -> LockHolder | None:
-        """Who holds the lock, as far as can be told: who is dead, on this machine, does not.
-
-        Whether another machine's process is dead, the lock itself says, if it is one that machines share: it is tried,
-        shared, for a moment.
-        """
-        holder = self.holder()
-        if holder is None or (holder.process.is_visible() and not holder.process.is_alive()):
-            return None
-        if not holder.process.is_visible() and locks_are_shared(self.path.parent) and self._is_free():
-            return None
-        return holder
-
-    def _is_free(self) -> bool:
-        try:
-            fd = ops.open(self.path, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            ops.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        finally:
-            ops.close(fd)
-        return True
-
-    def _wait_for_lock(self, fd: int, deadline_s: float, timeout_s: float) -> None:
-        while True:
-            try:
-                return ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if self._clock() >= deadline_s:
-                    raise self._timed_out(timeout_s) from None
-            except OSError as error:
-                raise StorageError(
-                    f"{self.path} cannot be locked ({error}): choose a file system with locks"
-                ) from error
-            self._sleep(_LOCK_POLL_S)
-
-    def _sign(self, fd: int) -> None:
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = LockHolder(**asdict(ProcessIdentity.current()), since=since, purpose=self._purpose)
-        with suppress(OSError):  # a full disk takes no name, but the lock is ours all the same
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, canonical_json(asdict(holder)), 0)
-
-    def _timed_out(self, timeout_s: float) -> LockTimeoutError:
-        who = self.holder() or "a process that left no name"
-        return LockTimeoutError(f"{self.path} is held by {who}; waited {timeout_s:g} s for it")
 
 
 def _publish(temporary: Path, path: Path, written: os.stat_result, *, replace: bool) -> None:

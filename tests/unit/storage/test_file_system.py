@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from tests.support import small_config
-from vnp_lib import file_system, files
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.failures import FailureCause, classify_exception
-from vnp_lib.file_system import try_file_system
-from vnp_lib.files import DurableOps
-from vnp_lib.mounts import Mount
 from vnp_lib.run import open_run
+from vnp_lib.storage import durable, file_system
+from vnp_lib.storage.durable import DurableOps
+from vnp_lib.storage.file_system import try_file_system
+from vnp_lib.storage.mounts import Mount
 
 LACKING = {
     "link": ("has no hard links", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK]),
@@ -37,7 +37,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch):
 
         ops = DurableOps()
         monkeypatch.setattr(ops, name, refuse, raising=True)
-        monkeypatch.setattr(files, "ops", ops)
+        monkeypatch.setattr(durable, "ops", ops)
 
     return lack
 
@@ -108,7 +108,7 @@ def test_an_operation_that_lies_is_found_out(
 
         broken = replacing
     monkeypatch.setattr(ops, name, broken)
-    monkeypatch.setattr(files, "ops", ops)
+    monkeypatch.setattr(durable, "ops", ops)
     abilities = try_file_system(tmp_path)
     if name == "link":
         with pytest.raises(ConfigError, match="hard links"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vnp_lib import mounts
-from vnp_lib.mounts import locks_are_shared, mount_of
+from vnp_lib.storage import mounts
+from vnp_lib.storage.mounts import locks_are_shared, mount_of
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 
-from vnp_lib import files
 from vnp_lib.errors import LockTimeoutError, StorageError
-from vnp_lib.files import (
+from vnp_lib.processes import ProcessIdentity
+from vnp_lib.storage import durable
+from vnp_lib.storage.durable import (
     DurableOps,
     FileDigest,
-    FileLock,
     canonical_json,
     digest_file,
     durable_directory,
@@ -44,7 +44,7 @@ from vnp_lib.files import (
     write_marker,
     write_sealed_json,
 )
-from vnp_lib.processes import ProcessIdentity
+from vnp_lib.storage.locks import FileLock
 
 PUBLISH_STEPS = ["open", "write", "fsync", "close", "link", "unlink", "fsync_directory"]
 REPLACE_STEPS = ["open", "write", "fsync", "close", "replace", "fsync_directory"]
@@ -75,15 +75,15 @@ class RecordingOps(DurableOps):
 @pytest.fixture
 def use_ops(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(ops: DurableOps) -> DurableOps:
-        monkeypatch.setattr(files, "ops", ops)
+        monkeypatch.setattr(durable, "ops", ops)
         return ops
 
     return use
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A real process that has everything of `vnp_lib.files` at hand."""
-    script = f"import json, os, sys, time\nfrom pathlib import Path\nfrom vnp_lib.files import *\n{code}"
+    """A real process that has everything of `vnp_lib.storage.durable` at hand."""
+    script = f"import json, os, sys, time\nfrom pathlib import Path\nfrom vnp_lib.storage.durable import *\n{code}"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -251,7 +251,7 @@ except FileExistsError:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Should two writers ever draw the same one: the second hears of it, the first does not notice."""
-        monkeypatch.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=7))
+        monkeypatch.setattr(durable.uuid, "uuid4", lambda: uuid.UUID(int=7))
         with durable_file(tmp_path / "a") as first:
             first.write(b"fir")
             with pytest.raises(FileExistsError):
@@ -384,7 +384,7 @@ class TestOrphanedTemporaries:
         writer = dataclasses.replace(ProcessIdentity.current(), **other)
         with monkeypatch.context() as patch:
             patch.setattr(ProcessIdentity, "current", classmethod(lambda cls: writer))
-            path = files.temporary_path(tmp_path / "a-b@c.pt")
+            path = durable.temporary_path(tmp_path / "a-b@c.pt")
         path.touch()
         assert remove_orphaned_temporaries(tmp_path) == ([path] if goes else [])
 
@@ -448,7 +448,7 @@ class TestSealedJson:
             (b"[]", "seal"),
             (b"{}", "seal"),
             (b'{"a": NaN, "seal": ""}', "not JSON"),
-            (b" " * (files.MAX_JSON_BYTES + 1), "larger than"),
+            (b" " * (durable.MAX_JSON_BYTES + 1), "larger than"),
         ],
     )
     def test_what_is_no_sealed_json_is_refused_with_the_reason(
@@ -459,7 +459,7 @@ class TestSealedJson:
             read_sealed_json(tmp_path / "a")
 
     def test_what_nobody_could_read_is_not_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files, "MAX_JSON_BYTES", 1000)
+        monkeypatch.setattr(durable, "MAX_JSON_BYTES", 1000)
         write_sealed_json(tmp_path / "a", {"a": "x" * 900})
         with pytest.raises(StorageError, match=r"would have 1,0\d\d bytes, and no more than 1,000 are read"):
             write_sealed_json(tmp_path / "a", {"a": "x" * 1000}, replace=True)
@@ -553,7 +553,7 @@ class TestDirectories:
             def fsync_directory(self, path: Path) -> None:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        monkeypatch.setattr(files, "ops", Refusing())
+        monkeypatch.setattr(durable, "ops", Refusing())
         make_directory(tmp_path / "mine")
         assert (tmp_path / "mine").is_dir()
 
@@ -736,7 +736,7 @@ for _ in range(50):
     ) -> None:
         """A process id that is another's by now; a machine of which only the lock can tell."""
         path = tmp_path / "a.lock"
-        monkeypatch.setattr(files, "locks_are_shared", lambda directory: other.get("host") != "elsewhere")
+        monkeypatch.setattr(durable, "locks_are_shared", lambda directory: other.get("host") != "elsewhere")
         holder = FileLock(path, purpose="stay")
         with holder.held(timeout_s=0):
             named = json.loads(path.read_bytes()) | other

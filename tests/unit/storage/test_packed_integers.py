@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vnp_lib.packed_integers import is_packed, pack, unpack
+from vnp_lib.storage.packed_integers import is_packed, pack, unpack
 
 
 @pytest.mark.parametrize("bits", range(64))

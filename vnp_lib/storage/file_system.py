@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vnp_lib import files
 from vnp_lib.errors import ConfigError
-from vnp_lib.mounts import Mount, mount_of
+from vnp_lib.storage import durable
+from vnp_lib.storage.mounts import Mount, mount_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the system says of what it cannot do at all, and will not be able to do later.
@@ -86,7 +86,7 @@ class FileSystemAbilities:
 def try_file_system(directory: Path) -> FileSystemAbilities:
     """Make and remove a few small files in a directory that is there, and say how that went."""
     mount = mount_of(directory)
-    first, second = (files.temporary_path(directory / name) for name in ("probe", "probe-link"))
+    first, second = (durable.temporary_path(directory / name) for name in ("probe", "probe-link"))
     try:
         new_file = _tried(lambda: _make_once(first))
         if new_file is not None:
@@ -99,12 +99,12 @@ def try_file_system(directory: Path) -> FileSystemAbilities:
             mapping=_tried(lambda: _map(first)),
             link=_tried(lambda: _link(first, second)),
             rename=_tried(lambda: _rename_over(first, second)),
-            directory_sync=_tried(lambda: files.fsync_directory(directory)),
+            directory_sync=_tried(lambda: durable.fsync_directory(directory)),
             has_locks_seen_by_others=is_excluded and (mount is None or not mount.has_local_locks),
         )
     finally:
         for path in (first, second):
-            files.remove_temporary(path)
+            durable.remove_temporary(path)
 
 
 def _tried(act: Callable[[], None]) -> OSError | None:
@@ -121,23 +121,23 @@ def _reason(error: OSError) -> str:
 
 def _make_once(path: Path) -> None:
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
-    fd = files.ops.open(path, flags)
+    fd = durable.ops.open(path, flags)
     try:
-        files.ops.write(fd, memoryview(b"probe"))
-        files.ops.fsync(fd)
+        durable.ops.write(fd, memoryview(b"probe"))
+        durable.ops.fsync(fd)
     finally:
-        files.ops.close(fd)
+        durable.ops.close(fd)
     try:
-        files.ops.close(files.ops.open(path, flags))
+        durable.ops.close(durable.ops.open(path, flags))
     except FileExistsError:
         return
     raise OSError(errno.ENOTSUP, "a file that is there was made again")
 
 
 def _link(source: Path, target: Path) -> None:
-    files.ops.link(source, target)
+    durable.ops.link(source, target)
     try:
-        files.ops.link(source, target)
+        durable.ops.link(source, target)
     except FileExistsError:
         return
     raise OSError(errno.ENOTSUP, "a link replaced a file that was there")
@@ -145,34 +145,34 @@ def _link(source: Path, target: Path) -> None:
 
 def _rename_over(source: Path, target: Path) -> None:
     if target.exists():  # by the link: of two names of one file, a rename leaves both
-        files.ops.unlink(target)
+        durable.ops.unlink(target)
     _make_once(target)
-    files.ops.replace(source, target)
+    durable.ops.replace(source, target)
 
 
 def _try_lock(path: Path) -> tuple[OSError | None, bool]:
     """Lock a file, and say whether somebody who has opened it anew is kept out."""
-    holder = files.ops.open(path, os.O_RDWR)
+    holder = durable.ops.open(path, os.O_RDWR)
     try:
-        other = files.ops.open(path, os.O_RDWR)
+        other = durable.ops.open(path, os.O_RDWR)
         try:
-            files.ops.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            durable.ops.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
-                files.ops.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                durable.ops.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return None, True
             return None, False
         except OSError as error:
             return error, False
         finally:
-            files.ops.close(other)
+            durable.ops.close(other)
     finally:
-        files.ops.close(holder)
+        durable.ops.close(holder)
 
 
 def _map(path: Path) -> None:
-    fd = files.ops.open(path, os.O_RDONLY)
+    fd = durable.ops.open(path, os.O_RDONLY)
     try:
         mmap.mmap(fd, 0, access=mmap.ACCESS_READ).close()
     finally:
-        files.ops.close(fd)
+        durable.ops.close(fd)

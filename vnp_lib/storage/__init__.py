@@ -1,0 +1,1 @@
+"""Durable files, locks, and what the file system below them can do."""
