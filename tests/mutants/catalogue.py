@@ -229,21 +229,21 @@ _LOCKS = (
     Mutant(
         name="lock-not-taken",
         module="storage.locks",
-        before="return ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        before="return durable.ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         after="return None",
         caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
     ),
     Mutant(
         name="lock-file-unlinked",
         module="storage.locks",
-        before="            ops.flock(fd, fcntl.LOCK_UN)\n",
-        after="            ops.unlink(self.path)\n            ops.flock(fd, fcntl.LOCK_UN)\n",
+        before="            durable.ops.flock(fd, fcntl.LOCK_UN)\n",
+        after="            ops.unlink(self.path)\n            durable.ops.flock(fd, fcntl.LOCK_UN)\n",
         caught_by=(f"{_MANIFEST}::test_the_lock_file_is_never_removed",),
     ),
     Mutant(
         name="lock-kept-after-release",
         module="storage.locks",
-        before="            ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                ops.close(fd)\n",
+        before="            durable.ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                durable.ops.close(fd)\n",
         after="            pass\n        finally:\n            try:\n                pass\n",
         caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
     ),
@@ -259,9 +259,9 @@ _LOCKS = (
     Mutant(
         name="lock-inherited-by-children",
         module="storage.locks",
-        before="            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)\n",
+        before="            fd = durable.ops.open(self.path, os.O_RDWR | os.O_CREAT)\n",
         after=(
-            "            fd = ops.open(self.path, os.O_RDWR | os.O_CREAT)\n            os.set_inheritable(fd, True)\n"
+            "            fd = durable.ops.open(self.path, os.O_RDWR | os.O_CREAT)\n            os.set_inheritable(fd, True)\n"
         ),
         caught_by=(f"{_FILES}::TestFileLock::test_a_child_that_outlives_its_holder_does_not_keep_it",),
     ),
