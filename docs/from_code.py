@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from vnp_lib import cli, failures
-from vnp_lib.characters import CLASSES
 from vnp_lib.config import EmbedConfig, RuntimeConfig
+from vnp_lib.inputs.characters import CLASSES
 from vnp_lib.options import parse_command_line
 
 _WIDTH = "100"  # letters of a line of --help

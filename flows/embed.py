@@ -36,7 +36,7 @@ from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint_survey import LOOKUP_DELAYS_S
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import CheckpointError, IncompleteDatasetError
-from vnp_lib.inputs import describe_left_out
+from vnp_lib.inputs.sources import describe_left_out
 from vnp_lib.manifest import ShardStatus
 from vnp_lib.plan import describe_input
 from vnp_lib.progress import RunProgress

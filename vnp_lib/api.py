@@ -24,12 +24,14 @@ from vnp_lib.devices import resolve_dtype, torch_device_name
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.errors import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
 from vnp_lib.formatting import error_console
-from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, from_memory, read
+from vnp_lib.inputs.in_memory import Proteins, RecordsInMemory, files_or_records
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import from_memory, read
+from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
 from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
 from vnp_lib.packing import TokenBudget, pack
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
 from vnp_lib.progress import RunProgress
-from vnp_lib.proteins import Proteins, RecordsInMemory, files_or_records
 from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, check_at_the_door, open_run
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.user_paths import PathUse, user_path

@@ -33,7 +33,7 @@ from vnp_lib.columns import columns_of, fields_of
 from vnp_lib.dataset import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.formatting import utc_now
-from vnp_lib.inputs import InputCounts
+from vnp_lib.inputs.policy import InputCounts
 from vnp_lib.outputs import RowLayout, StoreDtype, Values, as_stored, offsets_of
 from vnp_lib.packing import pack
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPaths, RunPlan

@@ -20,29 +20,18 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib import spool
 from vnp_lib.devices import resolve_devices
 from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.formatting import bar, format_bytes, format_duration, plain
 from vnp_lib.history import read_attempts
-from vnp_lib.inputs import (
-    STDIN,
-    InputChunk,
-    InputCounts,
-    InputPolicy,
-    Places,
-    Rename,
-    Source,
-    describe_left_out,
-    find_sources,
-    places_of,
-    renaming_of,
-    survey,
-)
+from vnp_lib.inputs import standard_input
+from vnp_lib.inputs.policy import InputCounts, InputPolicy
+from vnp_lib.inputs.reader import InputChunk, Places, Rename, places_of, renaming_of, survey
+from vnp_lib.inputs.records import Fault, LetterCounts
+from vnp_lib.inputs.sources import STDIN, Source, describe_left_out, find_sources
 from vnp_lib.options import ForecastConfig
 from vnp_lib.packing import packed_tokens
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, nothing_left, required_bytes
-from vnp_lib.records import Fault, LetterCounts
 from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
 
@@ -225,7 +214,7 @@ def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
         return
     with TemporaryDirectory() as directory:
         path = kept if kept.exists() else Path(directory, kept.name)
-        spool.keep(sys.stdin.buffer, path)
+        standard_input.keep(sys.stdin.buffer, path)
         yield path
 
 

@@ -24,25 +24,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vnp_lib import __version__
-from vnp_lib.duplicates import DIGEST_BYTES, digests_of, find_repeats
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
-from vnp_lib.input_files import is_there
-from vnp_lib.inputs import (
-    EMPTY_ADVICE,
-    STDIN,
-    InputChunk,
-    InputCounts,
-    InputPolicy,
-    Places,
-    Source,
-    find_sources,
-    places_of,
-    read,
-    renaming_of,
-)
+from vnp_lib.inputs.duplicates import DIGEST_BYTES, digests_of, find_repeats
+from vnp_lib.inputs.policy import InputCounts, InputPolicy
+from vnp_lib.inputs.reader import EMPTY_ADVICE, InputChunk, Places, places_of, read, renaming_of
+from vnp_lib.inputs.records import Fault, SequenceChunk
+from vnp_lib.inputs.sources import STDIN, Source, find_sources, is_there
 from vnp_lib.outputs import RowLayout, StoreDtype
 from vnp_lib.packing import pack
-from vnp_lib.records import Fault, SequenceChunk
 from vnp_lib.storage.durable import (
     DurableFile,
     FileDigest,

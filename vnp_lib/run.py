@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib import __version__, spool
+from vnp_lib import __version__
 from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
 from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import stored_dtype
 from vnp_lib.devices import num_cores, planned_devices, resolve_devices
 from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.failures import Failure
-from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, read
+from vnp_lib.inputs import standard_input
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
 from vnp_lib.plan import (
@@ -274,7 +277,7 @@ def _look_at_input(config: EmbedConfig) -> None:
     """Look at the beginning of each file, and that something is piped where that is asked for."""
     stdin = RunPaths(config.output_dir).stdin
     if STDIN in config.fasta:
-        spool.require_piped(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
+        standard_input.require_piped(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
     if not config.force_restart and is_input_gone(RunPaths(config.output_dir), config.fasta):
         return
     files = [given for given in config.fasta if given != STDIN]
@@ -402,7 +405,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
 @contextmanager
 def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
     """Keep standard input where it is asked for; what turns out to be unusable is not kept, and whatever else happens it is."""
-    is_new = STDIN in config.fasta and spool.keep(sys.stdin.buffer, paths.stdin)
+    is_new = STDIN in config.fasta and standard_input.keep(sys.stdin.buffer, paths.stdin)
     try:
         yield
     except InputError:

@@ -25,7 +25,7 @@ from vnp_lib.dataset import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_age, format_duration, natural_width, plain, utc_now
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts
-from vnp_lib.inputs import InputCounts
+from vnp_lib.inputs.policy import InputCounts
 from vnp_lib.manifest import CheckpointManifest, ShardStatus
 from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
 from vnp_lib.precision import Certificate

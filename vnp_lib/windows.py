@@ -8,8 +8,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-VIRNUCPRO_RESIDUES = 1024  # over which VirNucPro takes the mean, however long a sequence is
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:

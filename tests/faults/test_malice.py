@@ -25,12 +25,12 @@ from tests.faults.forgery import archive, forgeries, good_content
 from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib.assembly import assemble
-from vnp_lib.characters import INVISIBLE
 from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, StorageError
+from vnp_lib.inputs.characters import INVISIBLE
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.run import open_run

@@ -41,7 +41,7 @@ from vnp_lib.checkpoint_file import CheckpointRecord
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
-from vnp_lib.inputs import InputPolicy
+from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan import RunPaths, RunPlan, check_free_space, make_plan, required_bytes
 from vnp_lib.software import Software, SoftwareShare

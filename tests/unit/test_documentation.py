@@ -20,9 +20,9 @@ from docs.from_code import (
 from docs.links import fetched_from_elsewhere, link_as_in_site
 from tests.guides import LANGUAGES, blocks_of, pages, run_page, table_in
 from tests.support import ROOT
-from vnp_lib.characters import CLASSES
 from vnp_lib.errors import ExitCode
 from vnp_lib.failures import Failure, FailureCause, FailureKind
+from vnp_lib.inputs.characters import CLASSES
 
 NOT_RUN = {
     ("docs/tutorial.md", ".ci/run runs it"),

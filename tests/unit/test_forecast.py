@@ -20,11 +20,13 @@ from vnp_lib.errors import ConfigError, ExitCode, FastaError
 from vnp_lib.esm2 import ESM2
 from vnp_lib.forecast import Forecast, forecast
 from vnp_lib.history import read_attempts
-from vnp_lib.inputs import InputPolicy, Source, read, survey
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read, survey
+from vnp_lib.inputs.records import LetterCounts
+from vnp_lib.inputs.sources import Source
 from vnp_lib.options import ForecastConfig
 from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
-from vnp_lib.records import LetterCounts
 from vnp_lib.run import open_run
 from vnp_lib.worker import ShardAttempt, StopFlag
 

@@ -24,7 +24,7 @@ from vnp_lib.cli import main
 from vnp_lib.errors import FastaError, FingerprintMismatchError
 from vnp_lib.export import export_dataset
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS
-from vnp_lib.inputs import InputPolicy
+from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.outputs import StoreDtype
 from vnp_lib.plan import ModelIdentity, RunPaths, load_plan, make_plan
 from vnp_lib.run import check_at_the_door, open_run

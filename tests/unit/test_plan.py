@@ -19,7 +19,7 @@ from esm.data import Alphabet
 
 from tests.support import flip_bit
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
-from vnp_lib.inputs import InputPolicy
+from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.outputs import Output, RowLayout
 from vnp_lib.packing import pack
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan, required_bytes

@@ -14,7 +14,9 @@ import pytest
 from vnp_lib import quarantine
 from vnp_lib.errors import LockTimeoutError, QuarantineFullError, StorageError
 from vnp_lib.failures import FailureCause, FailureKind
-from vnp_lib.inputs import InputPolicy, find_sources, read
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.sources import find_sources
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, QuarantineLimit
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, canonical_json

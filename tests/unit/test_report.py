@@ -25,7 +25,7 @@ from vnp_lib.cli import main
 from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.history import Attempt, CheckpointEntry, Ending
-from vnp_lib.inputs import InputPolicy
+from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence

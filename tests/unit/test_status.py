@@ -24,7 +24,7 @@ from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.formatting import format_bytes
 from vnp_lib.history import AttemptHistory
-from vnp_lib.inputs import InputPolicy
+from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence

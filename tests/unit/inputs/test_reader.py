@@ -22,9 +22,11 @@ import pytest
 from backports import zstd
 
 from tests.support import ROOT
-from vnp_lib import spool
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError
-from vnp_lib.inputs import InputPolicy, find_sources, read
+from vnp_lib.inputs import standard_input
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.sources import find_sources
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
@@ -221,28 +223,28 @@ class TestStandardInput:
 
     def test_what_is_piped_is_kept_and_needs_not_be_piped_again(self, kept: Path) -> None:
         with self.piped(b">a\nMKV\n") as pipe, open(os.devnull, "rb") as nothing:
-            assert spool.keep(pipe, kept)
+            assert standard_input.keep(pipe, kept)
             assert kept.read_bytes() == b">a\nMKV\n"
-            assert not spool.keep(nothing, kept)
+            assert not standard_input.keep(nothing, kept)
         with self.piped(b">a\nMKV\n") as same, self.piped(b"") as empty:
-            assert not spool.keep(same, kept)
-            assert not spool.keep(empty, kept)
+            assert not standard_input.keep(same, kept)
+            assert not standard_input.keep(empty, kept)
 
     def test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays(self, kept: Path) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(b">a\nMKL\n") as other:
-            spool.keep(pipe, kept)
+            standard_input.keep(pipe, kept)
             with pytest.raises(
                 FingerprintMismatchError, match="another input is piped than the one that this run was begun"
             ):
-                spool.keep(other, kept)
+                standard_input.keep(other, kept)
         assert kept.read_bytes() == b">a\nMKV\n"
 
     @pytest.mark.parametrize("piped", [b">a\nM", b">a\nMKV\n>b\nM\n", b">b\n"], ids=["less", "more", "else"])
     def test_a_part_of_it_and_more_than_it_are_other_input_too(self, kept: Path, piped: bytes) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(piped) as other:
-            spool.keep(pipe, kept)
+            standard_input.keep(pipe, kept)
             with pytest.raises(FingerprintMismatchError):
-                spool.keep(other, kept)
+                standard_input.keep(other, kept)
 
     @pytest.mark.parametrize("begun", [b"", b">a\n"], ids=["silent", "begun"])
     def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_resume(
@@ -250,13 +252,13 @@ class TestStandardInput:
     ) -> None:
         """As that of ssh, of `docker run -i` or of CI. It is said that it is waited for, and that it is not any longer."""
         for name in ("_SAID_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
-            monkeypatch.setattr(spool, name, 0.05)
+            monkeypatch.setattr(standard_input, name, 0.05)
         with self.piped(b">a\nMKV\n") as pipe:
-            spool.keep(pipe, kept)
+            standard_input.keep(pipe, kept)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream, open(write_end, "wb", buffering=0) as writer:
             writer.write(begun)
-            assert not spool.keep(stream, kept)
+            assert not standard_input.keep(stream, kept)
         waits, goes_on = capsys.readouterr().err.splitlines()
         assert "waiting for FASTA on standard input" in waits
         assert f"goes on with what is kept in {kept}" in goes_on
@@ -264,13 +266,13 @@ class TestStandardInput:
     def test_a_new_run_says_that_it_waits_and_takes_what_comes_late(
         self, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(spool, "_SAID_AFTER_S", 0.05)
+        monkeypatch.setattr(standard_input, "_SAID_AFTER_S", 0.05)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream:
             writer = open(write_end, "wb")  # noqa: SIM115  # closed by the timer
             timer = threading.Timer(0.3, lambda: (writer.write(b">a\nMKV\n"), writer.close()))
             timer.start()
-            assert spool.keep(stream, kept)
+            assert standard_input.keep(stream, kept)
             timer.join()
         assert kept.read_bytes() == b">a\nMKV\n"
         assert capsys.readouterr().err.count("waiting for FASTA") == 1
@@ -279,7 +281,7 @@ class TestStandardInput:
         controller, terminal = os.openpty()
         told = pytest.raises(ConfigError, match="nothing is piped to standard input; pipe FASTA to it")
         with open(terminal, "rb") as stream, open(controller, "rb"), told:
-            spool.keep(stream, kept)
+            standard_input.keep(stream, kept)
         assert not kept.exists()
 
     def test_errors_call_it_by_its_name(self, tmp_path: Path) -> None:
@@ -293,7 +295,7 @@ class TestStandardInput:
 
     def test_a_plan_is_made_of_it(self, tmp_path: Path, kept: Path) -> None:
         with self.piped(gzip.compress(b">a\nMKV\n")) as pipe:
-            spool.keep(pipe, kept)
+            standard_input.keep(pipe, kept)
         assert plan_of(tmp_path / "run", Path("-")).fetch(np.array([0])) == (["a"], ["MKV"])
 
     def test_vnp_plan_counts_it_and_keeps_nothing(self, tmp_path: Path) -> None:

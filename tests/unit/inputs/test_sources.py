@@ -20,11 +20,12 @@ from vnp_lib import embed
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.forecast import forecast, render
-from vnp_lib.input_files import find_files
-from vnp_lib.inputs import InputPolicy, describe_left_out, find_sources, read
+from vnp_lib.inputs.files import FASTA_SUFFIXES
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.sources import describe_left_out, find_files, find_sources
 from vnp_lib.options import ForecastConfig
 from vnp_lib.run import check_at_the_door
-from vnp_lib.source import FASTA_SUFFIXES
 from vnp_lib.user_paths import user_inputs
 
 CASES = ROOT / "tests/data/cases"

@@ -95,7 +95,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PLAN = """
 import json, locale, sys
 from pathlib import Path
-from vnp_lib.inputs import InputPolicy
+from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 model = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 files = [Path(name) for name in sys.argv[2:]]

@@ -12,11 +12,11 @@ from typing import BinaryIO
 import dnaio
 import numpy as np
 
-from vnp_lib.characters import INVISIBLE, WHITE_SPACE
 from vnp_lib.errors import FastaError
-from vnp_lib.file_kinds import is_fastq, kind_of
-from vnp_lib.records import RawChunk
-from vnp_lib.source import open_text, refuse_kind, start_of
+from vnp_lib.inputs.characters import INVISIBLE, WHITE_SPACE
+from vnp_lib.inputs.file_kinds import is_fastq, kind_of
+from vnp_lib.inputs.files import open_text, refuse_kind, start_of
+from vnp_lib.inputs.records import RawChunk
 
 _CHUNK_BYTES = 16 * 1024**2
 _BLOCK_BYTES = 128 * 1024

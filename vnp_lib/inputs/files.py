@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
-from vnp_lib import decompression
-from vnp_lib.decompression import BLOCK_BYTES, DAMAGE, buffered, decompressed, is_compressed
 from vnp_lib.errors import FastaError
-from vnp_lib.file_kinds import START_BYTES, FileKind, binary_kind_of, zip_kind_of
+from vnp_lib.inputs import decompression
+from vnp_lib.inputs.decompression import BLOCK_BYTES, DAMAGE, buffered, decompressed, is_compressed
+from vnp_lib.inputs.file_kinds import START_BYTES, FileKind, binary_kind_of, zip_kind_of
 
 COMPRESSIONS = (*decompression.COMPRESSIONS, ".zip")
 

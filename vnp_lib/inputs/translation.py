@@ -25,7 +25,7 @@ from itertools import islice, product
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.records import Alphabet, SequenceChunk
+from vnp_lib.inputs.records import Alphabet, SequenceChunk
 
 _RNA = "this is RNA: write T instead, for example with `seqkit seq --rna2dna`"
 

@@ -12,10 +12,12 @@ from Bio.Data import CodonTable
 from Bio.Seq import Seq
 
 from vnp_lib.errors import FastaError, FingerprintMismatchError
-from vnp_lib.inputs import InputPolicy, Source, read
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.records import SequenceChunk
+from vnp_lib.inputs.sources import Source
+from vnp_lib.inputs.translation import six_frames
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
-from vnp_lib.records import SequenceChunk
-from vnp_lib.translation import six_frames
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 

@@ -13,9 +13,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from vnp_lib.errors import FastaError
-from vnp_lib.file_kinds import binary_kind_of
-from vnp_lib.records import RawChunk
-from vnp_lib.source import open_source, open_text, start_of, suffix_of
+from vnp_lib.inputs.file_kinds import binary_kind_of
+from vnp_lib.inputs.files import open_source, open_text, start_of, suffix_of
+from vnp_lib.inputs.records import RawChunk
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PARQUET = (".parquet", ".pq")

@@ -6,13 +6,15 @@ import glob
 import os
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
 from vnp_lib.errors import FastaError
-from vnp_lib.source import COMPRESSIONS, FASTA_SUFFIXES, suffix_of
+from vnp_lib.inputs.files import COMPRESSIONS, FASTA_SUFFIXES, NUCLEOTIDE_SUFFIXES, suffix_of
 from vnp_lib.user_paths import is_pattern, is_utf8, shown
 
 _NUM_SHOWN = 5
@@ -161,3 +163,97 @@ def _require_usable(path: Path) -> None:
         ) from None
     except OSError:
         pass  # whoever reads it says so
+
+
+STDIN = Path("-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file of the input."""
+
+    path: Path
+    name: str  # for people
+    rather: str = ""  # `'dir/*.faa'`, where other files are nucleotides by their names, or this one alone is
+
+
+def has_fasta_suffix(path: Path) -> bool:
+    """Whether it is called as FASTA files are; their compression does not matter."""
+    return suffix_of(path) in FASTA_SUFFIXES
+
+
+def _raise(error: FastaError) -> None:
+    raise error
+
+
+def find_sources(fasta: Sequence[Path], *, stdin: Path, refuse: Callable[[FastaError], None] = _raise) -> list[Source]:
+    """The files that are meant by paths, patterns and directories, in this order; those of one pattern or directory sorted.
+
+    Args:
+        fasta: What was given; `-` is standard input.
+        stdin: Where that is kept.
+        refuse: What is done with an error; as it comes, it is raised.
+
+    Raises:
+        FastaError: A file that is not there, a pattern that nothing matches, a directory without FASTA files, or a file that is
+            meant twice.
+    """
+    sources: list[Source] = []
+    for given in fasta:
+        try:
+            sources += _sources_of(given, stdin)
+        except FastaError as error:
+            refuse(error)
+    return _each_kind_pointed_at_the_other(list(_distinct(sources, refuse)))
+
+
+def describe_left_out(fasta: Sequence[Path]) -> list[str]:
+    """Say of each directory and pattern what was left out of it; of those that `find_sources` refuses, nothing."""
+    told = []
+    for given in fasta:
+        with suppress(FastaError):
+            told.append("" if given == STDIN else find_files(given).describe_left_out())
+    return [each for each in told if each]
+
+
+def _sources_of(given: Path, stdin: Path) -> list[Source]:
+    if given == STDIN:
+        return [Source(path=stdin, name="standard input")]
+    return [Source(path=path, name=str(path)) for path in find_files(given).paths]
+
+
+def _distinct(sources: list[Source], refuse: Callable[[FastaError], None]) -> Iterator[Source]:
+    """Each file once: its records would be there twice, under the same ids."""
+    first: dict[object, Source] = {}
+    for source in sources:
+        try:
+            found = os.stat(source.path)
+        except OSError:  # whoever reads it says so
+            yield source
+            continue
+        before = first.setdefault((found.st_dev, found.st_ino), source)
+        if before is source:
+            yield source
+        elif before.name == source.name:
+            refuse(FastaError(f"{source.name}: this is given twice; give it once"))
+        else:
+            refuse(FastaError(f"{source.name}: this is the same file as {before.name}; give one of them"))
+
+
+def _each_kind_pointed_at_the_other(sources: list[Source]) -> list[Source]:
+    is_nucleotides = [suffix_of(source.path) in NUCLEOTIDE_SUFFIXES for source in sources]
+    if len(set(is_nucleotides)) < 2:
+        return sources
+    patterns: dict[bool, dict[str, None]] = {False: {}, True: {}}
+    for source, kind in zip(sources, is_nucleotides, strict=True):
+        patterns[kind].setdefault(_pattern_of(source.path))
+    return [
+        replace(source, rather=f"'{','.join(patterns[not kind])}'")
+        for source, kind in zip(sources, is_nucleotides, strict=True)
+    ]
+
+
+def _pattern_of(path: Path) -> str:
+    """The pattern of the files beside it whose names end as its does."""
+    num_suffixes = 1 if suffix_of(path) == path.suffix.lower() else 2
+    return str(path.parent / f"*{''.join(path.suffixes[-num_suffixes:])}")

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vnp_lib.characters import CLASSES, CharacterClass, Treatment, class_of
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs import InputChunk, InputPolicy, Source, from_memory, read
-from vnp_lib.records import LETTERS, LetterCounts, nucleotide_share
+from vnp_lib.inputs.characters import CLASSES, CharacterClass, Treatment, class_of
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import InputChunk, from_memory, read
+from vnp_lib.inputs.records import LETTERS, LetterCounts, nucleotide_share
+from vnp_lib.inputs.sources import Source
 
 BY_NAME = {each.name: each for each in CLASSES}
 # Members of each class by the name it has in the table; what is in the midst of a sequence.

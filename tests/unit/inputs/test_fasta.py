@@ -15,9 +15,11 @@ import pytest
 from backports import zstd
 
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs import InputChunk, InputCounts, InputPolicy, Places, Source, find_sources
-from vnp_lib.inputs import read as read_source
-from vnp_lib.records import LETTERS, LetterCounts
+from vnp_lib.inputs.policy import InputCounts, InputPolicy
+from vnp_lib.inputs.reader import InputChunk, Places
+from vnp_lib.inputs.reader import read as read_source
+from vnp_lib.inputs.records import LETTERS, LetterCounts
+from vnp_lib.inputs.sources import Source, find_sources
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -413,7 +415,7 @@ def test_long_records_make_small_chunks(tmp_path: Path) -> None:
 
 
 def test_the_example_is_what_its_readme_says() -> None:
-    records = read(Path(__file__).parents[2] / "examples" / "viral_proteins.fasta")
+    records = read(Path(__file__).parents[3] / "examples" / "viral_proteins.fasta")
     lengths = [len(sequence) for _, _, sequence in records]
     assert len(records) == len({sequence_id for sequence_id, _, _ in records}) == 122
     assert len({sequence for _, _, sequence in records}) == 119

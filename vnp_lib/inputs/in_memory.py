@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from vnp_lib.errors import ConfigError, FastaError
-from vnp_lib.inputs import has_fasta_suffix
-from vnp_lib.tables import is_table
+from vnp_lib.inputs.sources import has_fasta_suffix
+from vnp_lib.inputs.tables import is_table
 from vnp_lib.user_paths import PathUse, user_path
 
 

@@ -9,9 +9,11 @@ import pytest
 
 from vnp_lib import embed
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs import InputPolicy, Source, read
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.sources import Source
 
-CASES = Path(__file__).parents[1] / "data" / "cases"
+CASES = Path(__file__).parents[2] / "data" / "cases"
 # The first four numbers of the mean of each made-up protein, with the parameters of `--weights random`.
 A = (-0.13105, 0.47241, 0.14314, 0.20045)
 B = (-0.26078, 0.31059, 0.19554, -0.01328)

@@ -25,7 +25,7 @@ from Bio.SeqRecord import SeqRecord
 
 from vnp_lib import embed, open_dataset
 from vnp_lib.errors import ConfigError, FastaError
-from vnp_lib.proteins import RecordsInMemory, files_or_records
+from vnp_lib.inputs.in_memory import RecordsInMemory, files_or_records
 
 NAMED = {"p": "MKVLATTWQERS", "q": "MKL", "r": "ACDEFGHIKLMNPQRSTVWYX", "s": "W"}
 IDS, SEQUENCES = list(NAMED), list(NAMED.values())

@@ -13,10 +13,12 @@ import pytest
 from tests.support import SMALL_MODEL
 from vnp_lib import embed, open_dataset
 from vnp_lib.cli import main
-from vnp_lib.duplicates import UniqueIds, digests_of
 from vnp_lib.errors import FastaError
 from vnp_lib.export import export_dataset
-from vnp_lib.inputs import InputPolicy, find_sources, read, renaming_of
+from vnp_lib.inputs.duplicates import UniqueIds, digests_of
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import read, renaming_of
+from vnp_lib.inputs.sources import find_sources
 from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")

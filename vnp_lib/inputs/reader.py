@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from itertools import compress, islice
 from operator import attrgetter, not_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.duplicates import UniqueIds, digests_of
 from vnp_lib.errors import FastaError
-from vnp_lib.fasta import header_lines, holds_fastq, read_fasta, read_fastq
-from vnp_lib.input_files import find_files
-from vnp_lib.records import (
+from vnp_lib.inputs.duplicates import UniqueIds, digests_of
+from vnp_lib.inputs.fasta import header_lines, holds_fastq, read_fasta, read_fastq
+from vnp_lib.inputs.files import unchanging
+from vnp_lib.inputs.policy import VIRNUCPRO_RESIDUES, InputCounts, InputPolicy
+from vnp_lib.inputs.records import (
     PROTEINS,
     CheckedChunk,
     Fault,
@@ -28,107 +28,17 @@ from vnp_lib.records import (
     check,
     nucleotide_share,
 )
-from vnp_lib.source import FASTA_SUFFIXES, NUCLEOTIDE_SUFFIXES, suffix_of, unchanging
-from vnp_lib.tables import is_table, read_table, row_of
-from vnp_lib.translation import NUCLEOTIDES, six_frames
-from vnp_lib.windows import VIRNUCPRO_RESIDUES
-
-if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
-    from vnp_lib.config import DuplicateIds, EmbedConfig, InvalidResidues, LongSequences, Translation
+from vnp_lib.inputs.sources import Source
+from vnp_lib.inputs.tables import is_table, read_table, row_of
+from vnp_lib.inputs.translation import NUCLEOTIDES, six_frames
 
 Rename: TypeAlias = Callable[[list[str]], tuple[list[str], int]]  # ids to ids, and how many were changed
-
-STDIN = Path("-")
 EMPTY_ADVICE = "have an empty dataset made with --allow-empty"
 
 _LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
 MOST_NUCLEOTIDES_IN_PROTEINS = 0.95  # a share of the letters
 _SAMPLE = 1000  # records
 _NUM_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputPolicy:
-    """How the input is read, and what becomes of records that cannot be taken as they are. The names are `EmbedConfig`'s."""
-
-    id_column: str = "id"
-    sequence_column: str = "sequence"
-    invalid_residues: InvalidResidues = "error"
-    duplicate_ids: DuplicateIds = "error"
-    dedup: bool = True
-    long: LongSequences = "whole"
-    max_length: int | None = None  # residues
-    min_length: int | None = None  # residues, before any is cut
-    allow_empty: bool = False
-    translate: Translation | None = None
-    chunk_length: int = 500  # nucleotides
-
-    @classmethod
-    def of(cls, config: EmbedConfig) -> InputPolicy:
-        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
-
-    def identity(self) -> dict[str, Any]:
-        """What of it decides a run's rows, beside the sequences that it leads to: those are told apart by themselves."""
-        identity: dict[str, Any] = {}
-        if self.long == "truncate":
-            identity["long_policy"] = f"truncate:{self.max_length}"
-        if self.translate:
-            identity["translation"] = f"{self.translate}:{self.chunk_length}"
-        if not self.dedup:
-            identity["dedup"] = False
-        return identity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One file of the input."""
-
-    path: Path
-    name: str  # for people
-    rather: str = ""  # `'dir/*.faa'`, where other files are nucleotides by their names, or this one alone is
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputCounts:
-    """What was read, and what was done to it."""
-
-    num_skipped: int = 0  # records
-    num_cut: int = 0  # sequences
-    num_windowed: int = 0  # sequences whose mean is taken over windows
-    num_in_part: int = 0  # sequences whose mean is that of their first residues, as VirNucPro takes it
-    num_renamed: int = 0  # records whose id another one before had
-    num_duplicates: int = 0  # sequences that are not computed again, since they are identical to one before
-    letters: LetterCounts = field(default_factory=LetterCounts)
-
-    @classmethod
-    def from_json(cls, counts: dict[str, Any]) -> InputCounts:
-        return cls(**counts | {"letters": LetterCounts(**counts["letters"])})
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __add__(self, other: InputCounts) -> InputCounts:
-        return InputCounts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
-
-    @property
-    def is_altered(self) -> bool:
-        """Whether a record has no row, or one that is not simply that of the sequence as it stands there."""
-        return replace(self, num_duplicates=0).describe() != ""
-
-    def describe(self) -> str:
-        """Say what was done to the input: `3 records skipped, 12 letters read as unknown`; "" if nothing."""
-        done = (
-            (self.num_skipped, "record", "skipped"),
-            (self.num_renamed, "id", "renamed"),
-            (self.num_cut, "sequence", "cut short"),
-            (self.num_windowed, "sequence", "averaged over windows"),
-            (self.num_in_part, "sequence", f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues"),
-            (self.letters.mapped + self.letters.read_as_unknown, "letter", "read as unknown"),
-            (self.num_duplicates, "duplicate", "not computed again"),
-        )
-        return ", ".join(
-            f"{count:,} {what if count == 1 else what + 's'} {became}" for count, what, became in done if count
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,45 +67,6 @@ class InputChunk:
             num_renamed=self.num_renamed,
             letters=self.letters,
         )
-
-
-def has_fasta_suffix(path: Path) -> bool:
-    """Whether it is called as FASTA files are; their compression does not matter."""
-    return suffix_of(path) in FASTA_SUFFIXES
-
-
-def _raise(error: FastaError) -> None:
-    raise error
-
-
-def find_sources(fasta: Sequence[Path], *, stdin: Path, refuse: Callable[[FastaError], None] = _raise) -> list[Source]:
-    """The files that are meant by paths, patterns and directories, in this order; those of one pattern or directory sorted.
-
-    Args:
-        fasta: What was given; `-` is standard input.
-        stdin: Where that is kept.
-        refuse: What is done with an error; as it comes, it is raised.
-
-    Raises:
-        FastaError: A file that is not there, a pattern that nothing matches, a directory without FASTA files, or a file that is
-            meant twice.
-    """
-    sources: list[Source] = []
-    for given in fasta:
-        try:
-            sources += _sources_of(given, stdin)
-        except FastaError as error:
-            refuse(error)
-    return _each_kind_pointed_at_the_other(list(_distinct(sources, refuse)))
-
-
-def describe_left_out(fasta: Sequence[Path]) -> list[str]:
-    """Say of each directory and pattern what was left out of it; of those that `find_sources` refuses, nothing."""
-    told = []
-    for given in fasta:
-        with suppress(FastaError):
-            told.append("" if given == STDIN else find_files(given).describe_left_out())
-    return [each for each in told if each]
 
 
 def survey(
@@ -338,49 +209,6 @@ def places_of(sources: Sequence[Source], policy: InputPolicy, ordinals: Collecti
                         found[ordinal] = sequence_id, places.describe(record)
                     ordinal += 1
     return found
-
-
-def _sources_of(given: Path, stdin: Path) -> list[Source]:
-    if given == STDIN:
-        return [Source(path=stdin, name="standard input")]
-    return [Source(path=path, name=str(path)) for path in find_files(given).paths]
-
-
-def _distinct(sources: list[Source], refuse: Callable[[FastaError], None]) -> Iterator[Source]:
-    """Each file once: its records would be there twice, under the same ids."""
-    first: dict[object, Source] = {}
-    for source in sources:
-        try:
-            found = os.stat(source.path)
-        except OSError:  # whoever reads it says so
-            yield source
-            continue
-        before = first.setdefault((found.st_dev, found.st_ino), source)
-        if before is source:
-            yield source
-        elif before.name == source.name:
-            refuse(FastaError(f"{source.name}: this is given twice; give it once"))
-        else:
-            refuse(FastaError(f"{source.name}: this is the same file as {before.name}; give one of them"))
-
-
-def _each_kind_pointed_at_the_other(sources: list[Source]) -> list[Source]:
-    is_nucleotides = [suffix_of(source.path) in NUCLEOTIDE_SUFFIXES for source in sources]
-    if len(set(is_nucleotides)) < 2:
-        return sources
-    patterns: dict[bool, dict[str, None]] = {False: {}, True: {}}
-    for source, kind in zip(sources, is_nucleotides, strict=True):
-        patterns[kind].setdefault(_pattern_of(source.path))
-    return [
-        replace(source, rather=f"'{','.join(patterns[not kind])}'")
-        for source, kind in zip(sources, is_nucleotides, strict=True)
-    ]
-
-
-def _pattern_of(path: Path) -> str:
-    """The pattern of the files beside it whose names end as its does."""
-    num_suffixes = 1 if suffix_of(path) == path.suffix.lower() else 2
-    return str(path.parent / f"*{''.join(path.suffixes[-num_suffixes:])}")
 
 
 def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk]:

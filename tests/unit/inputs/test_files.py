@@ -31,7 +31,9 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs import InputChunk, InputPolicy, Places, Source, read
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import InputChunk, Places, read
+from vnp_lib.inputs.sources import Source
 
 FASTA = b">a one\nMKVLAT\n>b\nMKW\n"
 RECORDS = [("a", "MKVLAT"), ("b", "MKW")]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
-from vnp_lib.characters import INVISIBLE, WHITE_SPACE, class_of, is_mapped
+from vnp_lib.inputs.characters import INVISIBLE, WHITE_SPACE, class_of, is_mapped
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBUXZO"
 

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vnp_lib.errors import InputError
-from vnp_lib.inputs import InputPolicy, Source, survey
+from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.inputs.reader import survey
+from vnp_lib.inputs.sources import Source
 from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")

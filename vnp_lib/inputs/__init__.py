@@ -1,0 +1,1 @@
+"""User input: find the files, read their records, check them against the policies."""
