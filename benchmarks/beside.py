@@ -26,7 +26,9 @@ import numpy as np
 
 from benchmarks.figures import Figure, peak_mb, report
 from tests.support import ROOT
-from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity
+from vnp_lib.plan.planner import make_plan
 
 T = TypeVar("T")
 

@@ -27,7 +27,8 @@ from tests.support import ROOT, group_of, wait_until, workers_of
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.failures import ShardFailedError
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.run import open_run
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.supervisor import run_child

@@ -31,7 +31,8 @@ from tests.support import ROOT, CommandLine, descendants_of
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset
 from vnp_lib.history import read_attempts
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.worker import find_pending_work
 
 SHARDS = 4
@@ -50,7 +51,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.assembly, vnp_lib.checkpoint_survey, vnp_lib.embedder, vnp_lib.plan, vnp_lib.weights
+    import vnp_lib.assembly, vnp_lib.checkpoint_survey, vnp_lib.embedder, vnp_lib.plan.plan, vnp_lib.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -67,7 +68,7 @@ if is_child or is_flow:
         os.write(descriptor, line.encode() + b"\\n")
         os.close(descriptor)
 
-    noted(vnp_lib.plan, "make_plan")
+    noted(vnp_lib.plan.plan, "make_plan")
     noted(vnp_lib.assembly, "assemble")
     noted(vnp_lib.checkpoint_survey, "heal_shard")
     noted(vnp_lib.checkpoint_survey, "survey_checkpoints")
@@ -270,7 +271,8 @@ def scan(paths: RunPaths) -> dict[str, float]:
 
 def measure_scan(directory: Path, num_sequences: int, dim: int) -> dict[str, float]:
     """The scan of a thousand checkpoints of one shard, in a process of its own."""
-    from vnp_lib.plan import ModelIdentity, make_plan
+    from vnp_lib.plan.plan import ModelIdentity
+    from vnp_lib.plan.planner import make_plan
 
     paths, fasta = RunPaths(directory / "scan"), directory / "scan.fasta"
     write_fasta(fasta, num_sequences, np.random.default_rng(1))

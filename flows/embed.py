@@ -38,7 +38,7 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import CheckpointError, IncompleteDatasetError
 from vnp_lib.inputs.sources import describe_left_out
 from vnp_lib.manifest import ShardStatus
-from vnp_lib.plan import describe_input
+from vnp_lib.plan.plan import describe_input
 from vnp_lib.progress import RunProgress
 from vnp_lib.report import write_report
 from vnp_lib.run import Run, ShardState, open_run

@@ -13,8 +13,10 @@ from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.checkpoint_file import CheckpointRecord
 from vnp_lib.checkpoint_survey import survey_checkpoints
-from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
-from vnp_lib.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 DIM = 8

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from vnp_lib.api import embed
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.dataset import open_dataset
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import read_marker
 
 ROOT = Path(__file__).parents[1]

@@ -28,9 +28,10 @@ from vnp_lib.inputs.in_memory import Proteins, RecordsInMemory, files_or_records
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import from_memory, read
 from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
-from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
-from vnp_lib.packing import TokenBudget, pack
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, Surveyor, longest_first
+from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
+from vnp_lib.plan.packing import TokenBudget, pack
+from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, longest_first
+from vnp_lib.plan.scan import Surveyor
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, check_at_the_door, open_run
 from vnp_lib.storage.locks import FileLock

@@ -17,8 +17,8 @@ from vnp_lib.export import export_dataset
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS
 from vnp_lib.formatting import console
 from vnp_lib.options import parse_forecast_command_line
-from vnp_lib.outputs import StoreDtype
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.outputs import StoreDtype
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
 from vnp_lib.streams import output_error, standard_streams

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.columns import column_names, values_at
 from vnp_lib.errors import StorageError
-from vnp_lib.outputs import Output, RowLayout, StoreDtype
+from vnp_lib.plan.outputs import Output, RowLayout, StoreDtype
 from vnp_lib.storage import durable
 from vnp_lib.user_paths import PathUse, user_path
 

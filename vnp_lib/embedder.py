@@ -20,8 +20,8 @@ from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.foreign_model import representations_of
 from vnp_lib.heads import with_heads
 from vnp_lib.long_sequences import join_windows, long_mean_of
-from vnp_lib.outputs import RowLayout, offsets_of
-from vnp_lib.packing import TokenBudget
+from vnp_lib.plan.outputs import RowLayout, offsets_of
+from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.pooling import mean_pool, rows_of, split_rows
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model

@@ -35,8 +35,8 @@ from vnp_lib.inputs.files import unchanging
 from vnp_lib.inputs.reader import MOST_NUCLEOTIDES_IN_PROTEINS, named, refusal
 from vnp_lib.inputs.records import PROTEINS, check, nucleotide_share
 from vnp_lib.inputs.sources import STDIN, Source
-from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs
-from vnp_lib.packing import pack
+from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs
+from vnp_lib.plan.packing import pack
 from vnp_lib.pooling import split_rows
 from vnp_lib.progress import RunProgress
 from vnp_lib.storage.durable import path_below, remove_orphaned_temporaries, replace_unsynced

@@ -14,7 +14,7 @@ from vnp_lib.dataset import EmbeddingDataset, open_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, ids_beside
 from vnp_lib.formatting import format_bytes
-from vnp_lib.outputs import StoreDtype
+from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.storage.durable import make_directory, remove_orphaned_temporaries, require_free_space
 
 logger = logging.getLogger(__name__)

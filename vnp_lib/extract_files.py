@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vnp_lib.outputs import Output, OutputKind
+from vnp_lib.plan.outputs import Output, OutputKind
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor

@@ -30,8 +30,10 @@ from vnp_lib.inputs.reader import InputChunk, Places, Rename, places_of, renamin
 from vnp_lib.inputs.records import Fault, LetterCounts
 from vnp_lib.inputs.sources import STDIN, Source, describe_left_out, find_sources
 from vnp_lib.options import ForecastConfig
-from vnp_lib.packing import packed_tokens
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, Surveyor, model_tokens, nothing_left, required_bytes
+from vnp_lib.plan.packing import packed_tokens
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, model_tokens, required_bytes
+from vnp_lib.plan.scan import Surveyor, nothing_left
 from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
 

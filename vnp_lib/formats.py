@@ -27,7 +27,7 @@ from vnp_lib.dataset import EmbeddingDataset, as_rows
 from vnp_lib.errors import ConfigError
 from vnp_lib.extract_files import extract_file
 from vnp_lib.hdf5 import Hdf5File, open_hdf5
-from vnp_lib.outputs import Output, OutputKind, StoreDtype, Values, as_stored, offsets_of
+from vnp_lib.plan.outputs import Output, OutputKind, StoreDtype, Values, as_stored, offsets_of
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import durable_directory, durable_file, durable_path, path_below
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vnp_lib.attention import runs_of_equal_length
 from vnp_lib.errors import WeightsError
 from vnp_lib.esm2 import ESM2, architecture_of
-from vnp_lib.outputs import NUM_LOGITS, OutputKind
+from vnp_lib.plan.outputs import NUM_LOGITS, OutputKind
 from vnp_lib.weight_files import read_tensors
 from vnp_lib.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
 

@@ -28,7 +28,8 @@ from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, classify_exception
 from vnp_lib.formatting import utc_now
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import RunPlan
 from vnp_lib.storage.durable import read_marker
 from vnp_lib.storage.locks import FileLock, LockHolder
 

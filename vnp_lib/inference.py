@@ -30,9 +30,10 @@ from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel
 from vnp_lib.errors import SequenceTooLargeError
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.outputs import RowLayout, offsets_of
-from vnp_lib.packing import TokenBudget
-from vnp_lib.plan import checkpoint_path, model_tokens
+from vnp_lib.plan.outputs import RowLayout, offsets_of
+from vnp_lib.plan.packing import TokenBudget
+from vnp_lib.plan.paths import checkpoint_path
+from vnp_lib.plan.plan import model_tokens
 from vnp_lib.precision import compare, to_metadata
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software

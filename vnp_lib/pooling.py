@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.outputs import Output, OutputKind, RowLayout
+from vnp_lib.plan.outputs import Output, OutputKind, RowLayout
 from vnp_lib.tokens import TOKENS_AROUND
 
 

@@ -24,7 +24,8 @@ import numpy as np
 
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import FailureCause
-from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import RunPlan
 from vnp_lib.storage.durable import canonical_json, fsync_directory, write_file
 from vnp_lib.storage.locks import FileLock
 

@@ -29,18 +29,10 @@ from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
 from vnp_lib.metrics import RunMetrics
-from vnp_lib.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
-from vnp_lib.plan import (
-    ModelIdentity,
-    RunPaths,
-    RunPlan,
-    check_free_space,
-    is_input_gone,
-    kept_store_dtype,
-    kept_token_budget,
-    load_plan,
-    make_plan,
-)
+from vnp_lib.plan.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
+from vnp_lib.plan.planner import check_free_space, is_input_gone, kept_store_dtype, kept_token_budget, make_plan
 from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.run_directory import move_aside, require_no_others
 from vnp_lib.run_record import RunRecord

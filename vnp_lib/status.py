@@ -27,7 +27,8 @@ from vnp_lib.formatting import format_age, format_duration, natural_width, plain
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts
 from vnp_lib.inputs.policy import InputCounts
 from vnp_lib.manifest import CheckpointManifest, ShardStatus
-from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import RunPlan, describe_input, load_plan
 from vnp_lib.precision import Certificate
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.software import SoftwareShare, describe_software

@@ -17,7 +17,8 @@ from vnp_lib.assembly import load_planned, planned_layout, with_copies
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import RunPlan, load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.locks import FileLock, LockHolder
 

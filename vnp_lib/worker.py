@@ -31,9 +31,10 @@ from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.listener import Listener
-from vnp_lib.outputs import OutputKind, RowLayout
-from vnp_lib.packing import TokenBudget
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, load_plan
+from vnp_lib.plan.outputs import OutputKind, RowLayout
+from vnp_lib.plan.packing import TokenBudget
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, sequence_digest
 from vnp_lib.run_record import RunRecord

@@ -12,7 +12,7 @@ from tests.faults.workload import run_to_the_end, write_fasta
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 
 _MOST_ROUNDS = 3  # like the flow's
 

@@ -15,7 +15,8 @@ from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, StorageError
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.storage.durable import marker_path
 
 KINDS = (

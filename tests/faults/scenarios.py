@@ -13,7 +13,7 @@ from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
 from tests.support import flip_bit
 from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 
 
 def new_directory(run_dir: Path) -> None:

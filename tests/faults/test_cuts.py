@@ -19,7 +19,7 @@ from tests.faults.workload import run_to_the_end
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import survey_checkpoints
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import marker_path
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,7 @@ from tests.faults.scenarios import copy_of, damage_in_the_middle, new_directory,
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.locks import FileLock
 
 pytestmark = pytest.mark.slow

@@ -32,7 +32,9 @@ from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, StorageError
 from vnp_lib.inputs.characters import INVISIBLE
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.run import open_run
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import marker_path

@@ -22,7 +22,8 @@ from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.errors import CheckpointError, ExitCode
-from vnp_lib.plan import ROW_OVERHEAD_BYTES, RunPaths
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES
 from vnp_lib.run import Run, open_run
 from vnp_lib.storage.durable import make_directory, read_marker, write_file
 from vnp_lib.tokens import FIRST_LETTER, LETTERS

@@ -15,7 +15,7 @@ from esm.model.esm2 import ESM2 as FairEsm2
 from vnp_lib import attention
 from vnp_lib.embedder import Embedder
 from vnp_lib.esm2 import MODELS
-from vnp_lib.packing import TokenBudget
+from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.tokens import PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model, random_tensors
 

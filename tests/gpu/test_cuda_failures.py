@@ -29,7 +29,7 @@ torch.cuda.synchronize()
 TOKEN_BEYOND_THE_ALPHABET = """
 from vnp_lib.embedder import Embedder
 from vnp_lib.weights import Weights, load_model
-from vnp_lib.packing import TokenBudget
+from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.tokens import pack_batch
 
 device, weights = torch.device("cuda"), Weights(source="random", digest="")

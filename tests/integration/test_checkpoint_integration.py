@@ -15,7 +15,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import BatchFailedError, NumericalInstabilityError, StorageError
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import marker_path
 
 pytestmark = pytest.mark.slow

@@ -25,7 +25,7 @@ from tests.support import (
     write_foreign_code,
 )
 from vnp_lib import embed, open_dataset
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import marker_path
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,8 @@ from tests.support import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import FingerprintMismatchError, RunDirectoryBusyError
 from vnp_lib.esm2 import MODELS
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.run import Run
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock

@@ -15,7 +15,8 @@ from tests.support import assert_same_rows, embed_alone, small_config, workers_o
 from vnp_lib import run_record
 from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run

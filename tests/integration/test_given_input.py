@@ -27,7 +27,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError, ExitCode, FastaError, FingerprintMismatchError
 from vnp_lib.esm2 import MODELS
 from vnp_lib.inputs.policy import InputCounts
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.status import open_status
 from vnp_lib.weights import random_tensors
 

@@ -18,8 +18,8 @@ from tests.support import finished_checkpoints, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.esm2 import MODELS
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.outputs import OutputKind
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.outputs import OutputKind
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.verify import verify_run
 from vnp_lib.weights import random_tensors, save_weights
 

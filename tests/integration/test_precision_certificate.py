@@ -14,7 +14,8 @@ from tests.poison import Way, patch, write_proteins
 from tests.support import embed_alone, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.status import open_status
 

@@ -35,7 +35,7 @@ from tests.support import (
     wait_until,
     workers_of,
 )
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.stop_signals import HURRY_AFTER_S
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from tests.poison import Way, patch
 from tests.support import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.run import open_run
 from vnp_lib.stop_signals import HURRY_AFTER_S
 from vnp_lib.storage.durable import make_directory, write_file

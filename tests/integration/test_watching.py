@@ -24,7 +24,8 @@ from flows.artifacts import shard_table, tag_flow_run
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import free_port, scrape, small_config
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

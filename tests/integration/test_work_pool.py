@@ -31,7 +31,7 @@ from tests.support import (
 )
 from vnp_lib.config import EmbedConfig
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 

@@ -12,7 +12,7 @@ _CHECKPOINT = "tests/unit/test_checkpoint_writer.py"
 _CHECKPOINT_FILE = "tests/unit/test_checkpoint_file.py"
 _CHECKPOINT_SURVEY = "tests/unit/test_checkpoint_survey.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
-_PLAN = "tests/unit/test_plan.py"
+_PLAN = "tests/unit/plan/test_plan.py"
 _ASSEMBLY_TESTS = "tests/unit/test_assembly.py"
 _LAYOUTS = "tests/unit/test_layouts.py"
 _RAGGED = "tests/unit/test_ragged_checkpoints.py"
@@ -568,14 +568,14 @@ _RESUME = (
     ),
     Mutant(
         name="fingerprint-of-a-run-not-compared",
-        module="plan",
+        module="plan.planner",
         before="    if differing:\n",
         after="    if False:\n",
         caught_by=(f"{_PLAN}::test_a_directory_of_another_model_is_refused_and_untouched",),
     ),
     Mutant(
         name="fingerprint-of-the-path",
-        module="plan",
+        module="plan.scan",
         before="sequences_sha256=self._sha256.hexdigest()",
         after="sequences_sha256=hashlib.sha256(str(asked.sources).encode()).hexdigest()",
         caught_by=(
@@ -942,14 +942,14 @@ _ASSEMBLY = (
     ),
     Mutant(
         name="input-that-is-gone-missed",
-        module="plan",
+        module="plan.planner",
         before="    if not is_input_gone(paths, fasta):\n        return None\n",
         after="    return None\n",
         caught_by=("tests/unit/test_run.py::test_a_run_goes_on_where_its_input_is_gone",),
     ),
     Mutant(
         name="plan-of-another-policy-taken-for-input-that-is-gone",
-        module="plan",
+        module="plan.planner",
         before="    _require_same_identity(paths, stored, _identity_of(model, policy) | of_the_sequences)\n",
         after="",
         caught_by=(
@@ -958,7 +958,7 @@ _ASSEMBLY = (
     ),
     Mutant(
         name="lengths-before-the-cut-not-told-apart",
-        module="plan",
+        module="plan.planner",
         before=" or not is_cut_alike:",
         after=":",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_the_same_cut_sequences_of_longer_ones_are_another_input",),
@@ -1108,10 +1108,12 @@ _CURES = (
     ),
     Mutant(
         name="budget-not-lowered-by-a-lack-of-memory",
-        module="packing",
+        module="plan.packing",
         before="        self._set(max(1, num_tokens // 2))\n",
         after="        self._set(max(1, num_tokens - 1))\n",
-        caught_by=("tests/unit/test_packing.py::test_a_budget_halves_what_did_not_fit_and_grows_back_to_its_limit",),
+        caught_by=(
+            "tests/unit/plan/test_packing.py::test_a_budget_halves_what_did_not_fit_and_grows_back_to_its_limit",
+        ),
     ),
     Mutant(
         name="too-large-sequences-passed-over-in-silence",

@@ -23,7 +23,7 @@ from tests.support import (
     wait_until,
     workers_of,
 )
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 

@@ -24,7 +24,8 @@ from tests.support import ROOT, CommandLine, wait_until, workers_of
 from vnp_lib.checkpoint import MAX_IN_FLIGHT
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset
-from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import RunPlan, load_plan
 from vnp_lib.quarantine import Quarantine
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]

@@ -35,8 +35,9 @@ from vnp_lib.errors import (
 )
 from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.outputs import OutputKind
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.outputs import OutputKind
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.tokens import pack_batch

@@ -42,8 +42,10 @@ from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
-from vnp_lib.plan import RunPaths, RunPlan, check_free_space, make_plan, required_bytes
+from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import RunPlan, required_bytes
+from vnp_lib.plan.planner import check_free_space, make_plan
 from vnp_lib.software import Software, SoftwareShare
 from vnp_lib.storage.durable import DurableOps
 

@@ -27,7 +27,7 @@ from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, v
 from vnp_lib.checkpoint_file import batch_idx_of, load_checkpoint, set_aside
 from vnp_lib.checkpoint_survey import Survey, survey_checkpoints
 from vnp_lib.errors import CheckpointError
-from vnp_lib.plan import checkpoint_path
+from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, digest_file, marker_path, write_file, write_marker
 

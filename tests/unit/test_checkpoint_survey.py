@@ -18,7 +18,7 @@ from vnp_lib import checkpoint_survey
 from vnp_lib.checkpoint import resume_from_checkpoints
 from vnp_lib.checkpoint_survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints
 from vnp_lib.errors import CheckpointError, StorageError
-from vnp_lib.plan import checkpoint_path
+from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import marker_path
 

@@ -29,7 +29,7 @@ from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
 from vnp_lib.errors import CheckpointWriteError, FingerprintMismatchError, NumericalInstabilityError, StorageError
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import checkpoint_path
+from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, marker_path, read_marker
 

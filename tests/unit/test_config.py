@@ -18,7 +18,7 @@ from vnp_lib.devices import resolve_devices
 from vnp_lib.environment import child_environment, viral_checkpoint_mode
 from vnp_lib.errors import ConfigError
 from vnp_lib.options import ForecastConfig, parse_command_line, parse_forecast_command_line
-from vnp_lib.outputs import OutputKind
+from vnp_lib.plan.outputs import OutputKind
 
 SMALLEST = "esm2_t6_8M_UR50D"
 

@@ -48,7 +48,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.export import Export, export_dataset
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, accession
-from vnp_lib.outputs import RowLayout, StoreDtype
+from vnp_lib.plan.outputs import RowLayout, StoreDtype
 from vnp_lib.storage.durable import DurableOps
 
 ODD_IDS = ["sp|P12345|NAME_HUMAN", "tr|A0A0", "NA", "1.0", "café|½", 'a,"b"', "'", "{path}", "p:0\\1", "-inf"]

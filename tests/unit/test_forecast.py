@@ -25,8 +25,10 @@ from vnp_lib.inputs.reader import read, survey
 from vnp_lib.inputs.records import LetterCounts
 from vnp_lib.inputs.sources import Source
 from vnp_lib.options import ForecastConfig
-from vnp_lib.outputs import Output, RowLayout
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, ModelIdentity, RunPaths, make_plan, required_bytes
+from vnp_lib.plan.outputs import Output, RowLayout
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.run import open_run
 from vnp_lib.worker import ShardAttempt, StopFlag
 

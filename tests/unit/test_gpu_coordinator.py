@@ -22,7 +22,7 @@ from vnp_lib.errors import CircuitBreakerOpenError, NumericalInstabilityError
 from vnp_lib.failures import Failure, FailureCause, FailureKind, classify_exception, classify_exit
 from vnp_lib.judgement import counted_failures
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.retry import RetryPolicy
 from vnp_lib.run import open_run
 from vnp_lib.storage.durable import make_directory, marker_path, remove_orphaned_temporaries

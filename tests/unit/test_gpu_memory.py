@@ -26,7 +26,7 @@ from vnp_lib.gpu_memory import (
     tokens_that_fit,
 )
 from vnp_lib.heads import ContactRegression, HeadedModel, LanguageModelHead
-from vnp_lib.outputs import OutputKind, RowLayout, choose_outputs
+from vnp_lib.plan.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.tokens import pack_batch
 from vnp_lib.weights import random_tensors
 

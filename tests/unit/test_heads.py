@@ -17,8 +17,8 @@ from vnp_lib.embedder import Embedder, ExactModel
 from vnp_lib.errors import WeightsError
 from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.heads import HeadedModel, check_heads, with_heads
-from vnp_lib.outputs import OutputKind, RowLayout
-from vnp_lib.packing import TokenBudget
+from vnp_lib.plan.outputs import OutputKind, RowLayout
+from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 

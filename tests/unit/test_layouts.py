@@ -31,8 +31,9 @@ from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint_survey import survey_checkpoints
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
-from vnp_lib.outputs import RowLayout, StoreDtype, offsets_of
-from vnp_lib.plan import RunPaths, make_plan
+from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.verify import read_checkpoints
 
 VECTORS = RowLayout.of_names(["mean_5", "mean_6", "bos_6"], embed_dim=DIM)

@@ -25,7 +25,9 @@ from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.metrics_page import registry_of, require_free_port, serving
-from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.progress import RunProgress
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.run import ShardState, check_at_the_door

@@ -19,9 +19,9 @@ from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.embedder import Embedder
 from vnp_lib.esm2 import ESM2
 from vnp_lib.inference import AsyncInferenceRunner
-from vnp_lib.outputs import RowLayout
-from vnp_lib.packing import TokenBudget
-from vnp_lib.plan import checkpoint_path
+from vnp_lib.plan.outputs import RowLayout
+from vnp_lib.plan.packing import TokenBudget
+from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.weights import random_tensors
 

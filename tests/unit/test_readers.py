@@ -15,7 +15,7 @@ from tests.guides import blocks_of
 from tests.made_up_runs import Run, finish_run, made_up_records, start_run_of
 from tests.support import ROOT
 from vnp_lib.formats import FORMATS
-from vnp_lib.outputs import StoreDtype
+from vnp_lib.plan.outputs import StoreDtype
 
 README, GUIDE = "README.md", "docs/how-to/read-the-dataset.md"
 KEEP = "\nimport numpy\nnumpy.savez('seen.npz', ids=[str(id_) for id_ in ids], embeddings=numpy.asarray(embeddings))\n"

@@ -27,7 +27,9 @@ from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.history import Attempt, CheckpointEntry, Ending
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.report import render_report, write_report
 

@@ -21,7 +21,8 @@ from tests.support import flip_bit, small_config
 from vnp_lib import gpu_memory
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, InputError, RunDirectoryBusyError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.run import attach_run, check_at_the_door, open_run
 from vnp_lib.storage import durable
@@ -359,7 +360,7 @@ def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_
     with open_run(config) as run:
         assert "numerics" not in run.plan.identity
         begun = run.plan
-    monkeypatch.setattr("vnp_lib.plan.__version__", "9.0")
+    monkeypatch.setattr("vnp_lib.plan.plan.__version__", "9.0")
     with open_run(config) as run:
         assert (run.plan.fingerprint, run.plan.vnp) == (begun.fingerprint, "9.0")
     monkeypatch.setattr("vnp_lib.run.NUMERICS_VERSION", 2)

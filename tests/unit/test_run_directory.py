@@ -12,7 +12,7 @@ from tests.made_up_runs import finish_run, start_run
 from tests.support import small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError
-from vnp_lib.plan import RunPaths
+from vnp_lib.plan.paths import RunPaths
 from vnp_lib.run import check_at_the_door, open_run
 
 

@@ -26,7 +26,9 @@ from vnp_lib.formatting import format_bytes
 from vnp_lib.history import AttemptHistory
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
 from vnp_lib.storage.locks import FileLock

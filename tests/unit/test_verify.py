@@ -22,7 +22,9 @@ from vnp_lib.cli import main
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, load_plan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import digest_file, marker_path, read_sealed_json, write_marker, write_sealed_json
 from vnp_lib.storage.locks import FileLock

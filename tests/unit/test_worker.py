@@ -22,7 +22,9 @@ from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.esm2 import ESM2, Architecture
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock

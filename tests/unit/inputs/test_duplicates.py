@@ -19,7 +19,9 @@ from vnp_lib.inputs.duplicates import UniqueIds, digests_of
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read, renaming_of
 from vnp_lib.inputs.sources import find_sources
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 

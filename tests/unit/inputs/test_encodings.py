@@ -96,7 +96,9 @@ PLAN = """
 import json, locale, sys
 from pathlib import Path
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
+from vnp_lib.plan.plan import ModelIdentity
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.planner import make_plan
 model = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 files = [Path(name) for name in sys.argv[2:]]
 plan = make_plan(RunPaths(Path(sys.argv[1])), files, model, num_shards=1, token_budget=500)

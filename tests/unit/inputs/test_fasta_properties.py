@@ -21,7 +21,9 @@ from vnp_lib.errors import InputError
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import survey
 from vnp_lib.inputs.sources import Source
-from vnp_lib.plan import ModelIdentity, RunPaths, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity
+from vnp_lib.plan.planner import make_plan
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 BOUNDED = settings(

@@ -27,7 +27,9 @@ from vnp_lib.inputs import standard_input
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.sources import find_sources
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {

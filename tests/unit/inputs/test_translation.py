@@ -17,7 +17,9 @@ from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.records import SequenceChunk
 from vnp_lib.inputs.sources import Source
 from vnp_lib.inputs.translation import six_frames
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, make_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan
+from vnp_lib.plan.planner import make_plan
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 

@@ -20,9 +20,11 @@ from esm.data import Alphabet
 from tests.support import flip_bit
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.outputs import Output, RowLayout
-from vnp_lib.packing import pack
-from vnp_lib.plan import ModelIdentity, RunPaths, RunPlan, check_free_space, load_plan, make_plan, required_bytes
+from vnp_lib.plan.outputs import Output, RowLayout
+from vnp_lib.plan.packing import pack
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan, required_bytes
+from vnp_lib.plan.planner import check_free_space, make_plan
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 from vnp_lib.tokens import pack_batch
 
@@ -124,7 +126,8 @@ def test_a_plan_is_loaded_without_pandas(tmp_path: Path) -> None:
     plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100)))
     code = f"""
 import sys
-from vnp_lib.plan import RunPaths, load_plan
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import load_plan
 from pathlib import Path
 load_plan(RunPaths(Path({str(tmp_path / "run")!r})))
 print("pandas" in sys.modules)

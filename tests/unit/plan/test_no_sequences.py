@@ -25,8 +25,10 @@ from vnp_lib.errors import FastaError, FingerprintMismatchError
 from vnp_lib.export import export_dataset
 from vnp_lib.formats import FORMATS, RAGGED_FORMATS
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.outputs import StoreDtype
-from vnp_lib.plan import ModelIdentity, RunPaths, load_plan, make_plan
+from vnp_lib.plan.outputs import StoreDtype
+from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan.plan import ModelIdentity, load_plan
+from vnp_lib.plan.planner import make_plan
 from vnp_lib.run import check_at_the_door, open_run
 from vnp_lib.status import open_status
 from vnp_lib.verify import verify_run

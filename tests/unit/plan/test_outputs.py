@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vnp_lib.errors import ConfigError
-from vnp_lib.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
+from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
 
 
 def names(include: str, repr_layers: list[int] | None, *, num_layers: int = 33) -> list[str]:

@@ -1,0 +1,1 @@
+"""Decide what a run computes: its outputs, sequences, windows, shards and batches."""
