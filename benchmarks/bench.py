@@ -32,8 +32,8 @@ from benchmarks.work import (
     virnucpro_orfs,
     write_fasta,
 )
-from vnp_lib.esm2 import MODELS
-from vnp_lib.linear import convolution_is_faster
+from vnp_lib.model.esm2 import MODELS
+from vnp_lib.model.linear import convolution_is_faster
 
 Record = dict[str, Any]
 Results = dict[str, Any]

@@ -117,7 +117,7 @@ def tokenising(num_sequences: int) -> list[Figure]:
 
 
 def _tokenise(fasta: Path, paths: RunPaths) -> tuple[float, float, int]:
-    from vnp_lib.tokens import pack_batch
+    from vnp_lib.model.tokens import pack_batch
 
     plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=TOKEN_BUDGET)
     pack_s = read_s = 0.0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vnp_lib import embedder, inference
 from vnp_lib.inference import AsyncInferenceRunner
-from vnp_lib.tokens import PackedBatch, pack_batch
+from vnp_lib.model.tokens import PackedBatch, pack_batch
 
 TOKENS_PER_S = 83_000.0
 WIDTH = 2560

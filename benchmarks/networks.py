@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vnp_lib import fair_esm
-from vnp_lib.esm2 import ESM2, Architecture, architecture_of
-from vnp_lib.weight_files import name_in_transformers
-from vnp_lib.weights import random_tensors, save_weights
+from vnp_lib.model import reference
+from vnp_lib.model.esm2 import ESM2, Architecture, architecture_of
+from vnp_lib.model.weight_files import name_in_transformers
+from vnp_lib.model.weights import random_tensors, save_weights
 
 # fair-esm's loader is older than torch's refusal to unpickle a Namespace; this variable has torch load as it did then.
 FAIR_ESM_ENVIRONMENT = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
@@ -52,7 +52,7 @@ def fair_esm_network(
     architecture: Architecture, state: Mapping[str, Tensor], *, device: torch.device = CPU
 ) -> nn.Module:
     with torch.device(device):
-        return fair_esm.fair_esm_network(architecture, state)
+        return reference.fair_esm_network(architecture, state)
 
 
 def transformers_network(
@@ -77,4 +77,4 @@ def transformers_network(
     )
     with torch.device(device):
         network = EsmModel(config, add_pooling_layer=False)
-    return fair_esm.filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})
+    return reference.filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})

@@ -51,7 +51,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.assembly, vnp_lib.checkpoint_survey, vnp_lib.embedder, vnp_lib.plan.plan, vnp_lib.weights
+    import vnp_lib.assembly, vnp_lib.checkpoint_survey, vnp_lib.embedder, vnp_lib.plan.plan, vnp_lib.model.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -80,7 +80,7 @@ if is_child:
         return (sums[:, None] + torch.arange(WIDTH)).float()
 
     vnp_lib.embedder.embed_batch = embed_batch
-    vnp_lib.weights.load_model = lambda *arguments, **options: None
+    vnp_lib.model.weights.load_model = lambda *arguments, **options: None
 """
 
 
@@ -250,7 +250,7 @@ def check_rows(paths: RunPaths) -> None:
 
 
 def _sum_of_tokens(sequence: str) -> int:
-    from vnp_lib.tokens import EOS, FIRST_LETTER, LETTERS
+    from vnp_lib.model.tokens import EOS, FIRST_LETTER, LETTERS
 
     return EOS + sum(sequence.count(letter) * (FIRST_LETTER + place) for place, letter in enumerate(LETTERS))
 

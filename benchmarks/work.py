@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from esm import FastaBatchedDataset
 
-from vnp_lib.esm2 import Architecture
-from vnp_lib.tokens import TOKENS_AROUND
+from vnp_lib.model.esm2 import Architecture
+from vnp_lib.model.tokens import TOKENS_AROUND
 
 MOST_RESIDUES = 1022  # extract.py cuts longer ones, and then the work is not the same
 STOCK_TOKENS = 4096  # extract.py's --toks_per_batch

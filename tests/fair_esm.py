@@ -10,8 +10,8 @@ from esm import Alphabet
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.esm2 import Architecture
-from vnp_lib.fair_esm import fair_esm_network
+from vnp_lib.model.esm2 import Architecture
+from vnp_lib.model.reference import fair_esm_network
 
 
 class FairEsm:

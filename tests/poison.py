@@ -14,8 +14,8 @@ _ALPHABET = "ACDEFGHIKLMNPQRSTVY"  # no W: nobody is marked by chance
 _PATCH = """
 import os, signal, time
 import torch
-from vnp_lib.esm2 import ESM2
-from vnp_lib.tokens import FIRST_LETTER, LETTERS
+from vnp_lib.model.esm2 import ESM2
+from vnp_lib.model.tokens import FIRST_LETTER, LETTERS
 
 def ways(input_ids, cu_seqlens):
     heads = [input_ids[start + 1 : start + 6].tolist() for start in cu_seqlens[:-1].tolist()]

@@ -41,7 +41,7 @@ from vnp_lib.worker import ShardAttempt, StopFlag
 if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
     import torch
 
-    from vnp_lib.tokens import PackedBatch
+    from vnp_lib.model.tokens import PackedBatch
 
 _SHARD = 0  # the only one
 _ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
@@ -215,7 +215,7 @@ class _Records:
 
 def _layout(model: str, include: Collection[str] | None, repr_layers: Collection[int] | None) -> RowLayout:
     """What is asked for of each sequence."""
-    from vnp_lib.esm2 import architecture_of
+    from vnp_lib.model.esm2 import architecture_of
 
     _require_one_of("model", model, ModelName)
     kinds = ["mean"] if include is None else [*include]
@@ -344,9 +344,9 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     import torch
 
     from vnp_lib.embedder import ExactModel
-    from vnp_lib.heads import with_heads
     from vnp_lib.inference import AsyncInferenceRunner
-    from vnp_lib.weights import load_model, resolve_weights
+    from vnp_lib.model.heads import with_heads
+    from vnp_lib.model.weights import load_model, resolve_weights
 
     if not records.ids:
         return Outputs(ids=[], arrays=_space_for(settings.outputs, 0, settings.layout.embed_dim))
@@ -429,7 +429,7 @@ def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
 
 
 def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[PackedBatch]:
-    from vnp_lib.tokens import pack_batch
+    from vnp_lib.model.tokens import pack_batch
 
     for batch_idx, ordinals in enumerate(batches):
         places = ordinals.tolist()

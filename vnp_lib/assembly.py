@@ -172,7 +172,7 @@ def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLay
     """What a row of a run is; how wide a mean is that its plan says nothing else of, the first checkpoint tells."""
     if records:
         return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
-    from vnp_lib.esm2 import architecture_of
+    from vnp_lib.model.esm2 import architecture_of
 
     return RowLayout.of_identity(plan.identity, embed_dim=architecture_of(plan.identity["model"]).embed_dim)
 

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.errors import BatchFailedError, DeviceFailedError
-from vnp_lib.esm2 import ESM2
 from vnp_lib.failures import FailureKind, classify_exception
-from vnp_lib.foreign_model import representations_of
-from vnp_lib.heads import with_heads
-from vnp_lib.long_sequences import join_windows, long_mean_of
+from vnp_lib.model.esm2 import ESM2
+from vnp_lib.model.foreign import representations_of
+from vnp_lib.model.heads import with_heads
+from vnp_lib.model.pooling import mean_pool, rows_of, split_rows
+from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.weights import Weights, load_model
+from vnp_lib.model.windows import join_windows, long_mean_of
 from vnp_lib.plan.outputs import RowLayout, offsets_of
 from vnp_lib.plan.packing import TokenBudget
-from vnp_lib.pooling import mean_pool, rows_of, split_rows
-from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.weights import Weights, load_model
 
 _NUM_AMINO_ACIDS = 20  # the first of the letters
 _CPU = torch.device("cpu")

@@ -263,7 +263,7 @@ class _Refused:
 
 def _describe_weights(config: ForecastConfig) -> str:
     """Say where the weights are, after a look at them as a run looks."""
-    from vnp_lib.weights import published_path
+    from vnp_lib.model.weights import published_path
 
     found = look_at_model(config)
     if found is None:

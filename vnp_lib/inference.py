@@ -30,6 +30,7 @@ from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel
 from vnp_lib.errors import SequenceTooLargeError
 from vnp_lib.listener import Listener
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
 from vnp_lib.plan.outputs import RowLayout, offsets_of
 from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.paths import checkpoint_path
@@ -37,7 +38,6 @@ from vnp_lib.plan.plan import model_tokens
 from vnp_lib.precision import compare, to_metadata
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software
-from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
 
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
 

@@ -46,7 +46,7 @@ from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.checkpoint_survey import CommittedRows, Survey
-    from vnp_lib.weights import Weights
+    from vnp_lib.model.weights import Weights
 from vnp_lib.devices import kind_of, resolve_dtype, torch_device_name
 
 logger = logging.getLogger(__name__)
@@ -255,8 +255,8 @@ def look_at_model(config: EmbedConfig) -> Weights | None:
     Raises:
         InputError: They cannot be used, or the model has no such layer.
     """
-    from vnp_lib.heads import check_heads
-    from vnp_lib.weights import look_at_weights
+    from vnp_lib.model.heads import check_heads
+    from vnp_lib.model.weights import look_at_weights
 
     layout = planned_layout(config)
     weights = look_at_weights(config.model, config.weights)
@@ -307,7 +307,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
             afterwards either; one that was is untouched.
     """
-    from vnp_lib.weights import resolve_weights
+    from vnp_lib.model.weights import resolve_weights
 
     paths = RunPaths(config.output_dir)
     devices = planned_devices(config)
@@ -370,7 +370,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     Raises:
         InputError: The directory holds another run by now, or this machine's weights are others.
     """
-    from vnp_lib.weights import resolve_weights
+    from vnp_lib.model.weights import resolve_weights
 
     plan = load_plan(RunPaths(config.output_dir))
     weights = resolve_weights(config.model, config.weights)
@@ -407,8 +407,8 @@ def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
-    from vnp_lib.esm2 import architecture_of
-    from vnp_lib.heads import check_heads
+    from vnp_lib.model.esm2 import architecture_of
+    from vnp_lib.model.heads import check_heads
 
     layout = planned_layout(config)
     num_shards = config.shards or len(devices)
@@ -453,7 +453,7 @@ def planned_layout(config: EmbedConfig) -> RowLayout:
     Raises:
         ConfigError: The model has no such layer, or what is asked for of long sequences cannot be.
     """
-    from vnp_lib.esm2 import architecture_of  # imports torch, which takes seconds
+    from vnp_lib.model.esm2 import architecture_of  # imports torch, which takes seconds
 
     architecture = architecture_of(config.model)
     outputs = choose_outputs(

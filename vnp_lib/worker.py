@@ -48,10 +48,10 @@ from vnp_lib.worker_events import EventStream
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.checkpoint_survey import CommittedRows
     from vnp_lib.embedder import ExactModel
-    from vnp_lib.esm2 import ESM2
     from vnp_lib.inference import AsyncInferenceRunner
-    from vnp_lib.tokens import PackedBatch
-    from vnp_lib.weights import Weights
+    from vnp_lib.model.esm2 import ESM2
+    from vnp_lib.model.tokens import PackedBatch
+    from vnp_lib.model.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -219,9 +219,9 @@ class ShardAttempt:
         import torch
 
         from vnp_lib.embedder import ExactModel
-        from vnp_lib.heads import with_heads
         from vnp_lib.inference import AsyncInferenceRunner
-        from vnp_lib.weights import load_model
+        from vnp_lib.model.heads import with_heads
+        from vnp_lib.model.weights import load_model
 
         job = self._job
         if job.num_threads is not None:
@@ -276,7 +276,7 @@ class ShardAttempt:
 
     def _is_worth_a_trial(self, work: PendingWork) -> bool:
         """Whether it pays to try which way to multiply is faster, and each attempt may find its own."""
-        from vnp_lib.esm2 import architecture_of
+        from vnp_lib.model.esm2 import architecture_of
 
         architecture = architecture_of(self._job.model)
         num_weights = 12 * architecture.num_layers * architecture.embed_dim**2
@@ -284,8 +284,8 @@ class ShardAttempt:
 
     def _unchanged_weights(self, plan: RunPlan, heads: Sequence[OutputKind]) -> Weights:
         """Find what the run was begun with. InputError where it is something else by now."""
-        from vnp_lib.heads import check_heads
-        from vnp_lib.weights import resolve_weights
+        from vnp_lib.model.heads import check_heads
+        from vnp_lib.model.weights import resolve_weights
 
         job = self._job
         weights = resolve_weights(job.model, job.weights)
@@ -297,7 +297,7 @@ class ShardAttempt:
 
     def _layout(self, plan: RunPlan) -> RowLayout | None:
         """What a row is; None: the mean over all residues of the last layer, which a model gives without being asked."""
-        from vnp_lib.esm2 import architecture_of
+        from vnp_lib.model.esm2 import architecture_of
 
         architecture = architecture_of(self._job.model)
         layout = RowLayout.of_identity(plan.identity, embed_dim=architecture.embed_dim)
@@ -398,7 +398,7 @@ def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
         seqlens: Tokens of each sequence of the pass, (B,).
         device: "cpu" or "cuda".
     """
-    from vnp_lib.esm2 import architecture_of
+    from vnp_lib.model.esm2 import architecture_of
 
     architecture = architecture_of(model)
     dim = architecture.embed_dim
@@ -542,7 +542,7 @@ def _left(
 
 def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:
     """Read and tokenise batch after batch. Of the mapped plan, no more stays in memory than some thousand rows touch."""
-    from vnp_lib.tokens import pack_batch
+    from vnp_lib.model.tokens import pack_batch
 
     num_remembered = 0
     for batch_idx, ordinals in batches:

@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib import inference, run_record, weights
+from vnp_lib import inference, run_record
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.errors import CheckpointError, ExitCode
+from vnp_lib.model import weights
+from vnp_lib.model.tokens import FIRST_LETTER, LETTERS
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES
 from vnp_lib.run import Run, open_run
 from vnp_lib.storage.durable import make_directory, read_marker, write_file
-from vnp_lib.tokens import FIRST_LETTER, LETTERS
 from vnp_lib.worker import ShardAttempt, StopFlag
 
 WIDTH = 8

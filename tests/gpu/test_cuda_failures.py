@@ -28,9 +28,9 @@ torch.cuda.synchronize()
 """
 TOKEN_BEYOND_THE_ALPHABET = """
 from vnp_lib.embedder import Embedder
-from vnp_lib.weights import Weights, load_model
+from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.plan.packing import TokenBudget
-from vnp_lib.tokens import pack_batch
+from vnp_lib.model.tokens import pack_batch
 
 device, weights = torch.device("cuda"), Weights(source="random", digest="")
 model = load_model("esm2_t6_8M_UR50D", weights, dtype=torch.bfloat16, device=device)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from vnp_lib.embedder import Embedder
+from vnp_lib.model.tokens import PackedBatch, pack_batch
+from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.plan.packing import TokenBudget
-from vnp_lib.tokens import PackedBatch, pack_batch
-from vnp_lib.weights import Weights, load_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,12 +15,12 @@ pytest.importorskip("pynvml")
 from vnp_lib.devices import free_gpu_bytes
 from vnp_lib.embedder import Embedder
 from vnp_lib.environment import visible_gpu
-from vnp_lib.esm2 import MODELS, Architecture
 from vnp_lib.gpu_memory import choose_token_budget, pass_bytes, tokens_that_fit
+from vnp_lib.model.esm2 import MODELS, Architecture
+from vnp_lib.model.tokens import PackedBatch, pack_batch
+from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.plan.outputs import RowLayout
 from vnp_lib.plan.packing import TokenBudget
-from vnp_lib.tokens import PackedBatch, pack_batch
-from vnp_lib.weights import Weights, load_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from vnp_lib.plan.paths import RunPaths
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 KILLED_ON_THE_WAY = """
-from vnp_lib.esm2 import ESM2
+from vnp_lib.model.esm2 import ESM2
 
 passes = 0
 

@@ -26,13 +26,13 @@ from flows.shard_run import embed_shard_run
 from tests.support import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import FingerprintMismatchError, RunDirectoryBusyError
-from vnp_lib.esm2 import MODELS
+from vnp_lib.model.esm2 import MODELS
+from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.run import Run
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

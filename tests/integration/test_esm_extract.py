@@ -235,7 +235,7 @@ def test_a_full_disk_ends_it_with_a_sentence_and_whole_files(tmp_path, weights, 
 
 def test_ctrl_c_leaves_whole_files_only(tmp_path, weights, fasta, monkeypatch, capsys):
     """It comes while the second batch is in the model."""
-    monkeypatch.setattr("vnp_lib.esm2.ESM2.forward_packed", _interrupted_at_the_second_pass())
+    monkeypatch.setattr("vnp_lib.model.esm2.ESM2.forward_packed", _interrupted_at_the_second_pass())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ended = extract(weights, fasta, tmp_path / "out", "--include", "mean", "--nogpu", "--toks_per_batch", "60")
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path, weights, fasta, monkeypatch, c
 
 
 def _interrupted_at_the_second_pass() -> Any:
-    from vnp_lib.esm2 import ESM2
+    from vnp_lib.model.esm2 import ESM2
 
     original, passes = ESM2.forward_packed, []
 

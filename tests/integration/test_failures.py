@@ -158,10 +158,10 @@ def test_a_broken_device_is_set_aside_and_its_shard_goes_to_another(tmp_path, ti
     sabotage(
         """
         if rank == 0 and attempt == 1:
-            import vnp_lib.weights
+            import vnp_lib.model.weights
             def load_model(*arguments, **options):
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-            vnp_lib.weights.load_model = load_model
+            vnp_lib.model.weights.load_model = load_model
         """
     )
     outcome = run_flow(tiny_fasta, tmp_path / "run", shards=3)

@@ -25,11 +25,11 @@ from flows.program import report_outcome
 from tests.support import EXAMPLE, assert_same_rows, embed_alone, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError, ExitCode, FastaError, FingerprintMismatchError
-from vnp_lib.esm2 import MODELS
 from vnp_lib.inputs.policy import InputCounts
+from vnp_lib.model.esm2 import MODELS
+from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.status import open_status
-from vnp_lib.weights import random_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

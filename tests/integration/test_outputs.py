@@ -16,12 +16,12 @@ from flows.embed import embed
 from tests.fair_esm import FairEsm, assert_close
 from tests.support import finished_checkpoints, small_config
 from vnp_lib.dataset import open_dataset
-from vnp_lib.esm2 import MODELS
 from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.model.esm2 import MODELS
+from vnp_lib.model.weights import random_tensors, save_weights
 from vnp_lib.plan.outputs import OutputKind
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.verify import verify_run
-from vnp_lib.weights import random_tensors, save_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

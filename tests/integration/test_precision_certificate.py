@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 WORSE_THAN_HALF_PRECISION = """
 import torch
-from vnp_lib.esm2 import ESM2
+from vnp_lib.model.esm2 import ESM2
 
 def forward_packed(self, *arguments):
     output = original(self, *arguments)
@@ -37,7 +37,7 @@ original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
 
 KILLED_AFTER_A_CHECKPOINT = """
 import torch
-from vnp_lib.esm2 import ESM2
+from vnp_lib.model.esm2 import ESM2
 
 passes = 0
 

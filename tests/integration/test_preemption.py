@@ -226,12 +226,12 @@ def test_several_signals_of_one_preemption_save_what_one_saves(
     from vnp_lib.checkpoint import AsyncCheckpointWriter
     wait_all = AsyncCheckpointWriter.wait_all
     AsyncCheckpointWriter.wait_all = lambda self, *arguments: (time.sleep(2), wait_all(self, *arguments))[1]
-    import vnp_lib.esm2
-    original = vnp_lib.esm2.ESM2.forward_packed
+    import vnp_lib.model.esm2
+    original = vnp_lib.model.esm2.ESM2.forward_packed
     def slow(*arguments, **others):
         time.sleep(0.1)
         return original(*arguments, **others)
-    vnp_lib.esm2.ESM2.forward_packed = slow
+    vnp_lib.model.esm2.ESM2.forward_packed = slow
     """)
     run_dir = tmp_path / "run"
     process = served_command_line.start(

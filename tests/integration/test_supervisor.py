@@ -183,8 +183,8 @@ def test_a_killed_child_is_named_by_its_signal(job):
 
 def test_a_child_that_stands_still_at_a_batch_is_noticed_and_killed(job, sabotage):
     sabotage("""
-    import time, vnp_lib.esm2
-    vnp_lib.esm2.ESM2.forward_packed = lambda *arguments: time.sleep(3600)
+    import time, vnp_lib.model.esm2
+    vnp_lib.model.esm2.ESM2.forward_packed = lambda *arguments: time.sleep(3600)
     """)
     failure = failure_of(job, at_batch(1, lambda: None), silence_limit_s=1.0, grace_s=1.0)
     assert failure.kind == FailureKind.TRANSIENT
@@ -195,14 +195,14 @@ def test_a_child_that_stands_still_at_a_batch_is_noticed_and_killed(job, sabotag
 def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
     """Longer than the limit, but layer after layer."""
     sabotage("""
-    import time, vnp_lib.esm2
-    layer, left = vnp_lib.esm2._TransformerLayer.forward, list(range(6))
+    import time, vnp_lib.model.esm2
+    layer, left = vnp_lib.model.esm2._TransformerLayer.forward, list(range(6))
     def slow(*arguments):
         if left:
             left.pop()
             time.sleep(1.2)
         return layer(*arguments)
-    vnp_lib.esm2._TransformerLayer.forward = slow
+    vnp_lib.model.esm2._TransformerLayer.forward = slow
     """)
     last = asyncio.run(follow(job, at_batch(1, lambda: None), silence_limit_s=5.0))
     assert last["event"] == "done"
@@ -284,11 +284,11 @@ def test_a_child_that_hangs_on_its_way_out_has_failed_as_it_said(job, sabotage):
     """A driver may hang at exit after what a device has done: no batch is to blame for that."""
     sabotage(
         """
-        import atexit, time, vnp_lib.esm2
+        import atexit, time, vnp_lib.model.esm2
         def forward_packed(*arguments):
             atexit.register(time.sleep, 3600)
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-        vnp_lib.esm2.ESM2.forward_packed = forward_packed
+        vnp_lib.model.esm2.ESM2.forward_packed = forward_packed
         """
     )
     failure = failure_of(job, at_batch(1, lambda: None), silence_limit_s=5.0, grace_s=1.0)

@@ -41,7 +41,7 @@ GRACE_S = 10.0
 CANCELLED_WITHIN_S = 90.0  # 7 to 25 on two cores: Prefect's worker imports the flow, to look for hooks
 A_GPU_THAT_CAN_BE_SLOW = """
 import fcntl, time
-from vnp_lib.esm2 import ESM2
+from vnp_lib.model.esm2 import ESM2
 
 gpus = pathlib.Path({gpus!r})
 gpu = (gpus / os.environ["GPU"]).open("a")

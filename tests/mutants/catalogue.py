@@ -27,7 +27,7 @@ _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
 _EXPORT = "tests/unit/test_export.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
-_WEIGHTS = "tests/unit/test_weights.py"
+_WEIGHTS = "tests/unit/model/test_weights.py"
 _FAILURES = "tests/unit/test_failures.py"
 _SOFTWARE = "tests/unit/test_software.py"
 _SUPERVISOR = "tests/integration/test_supervisor.py"
@@ -485,7 +485,7 @@ _READER = (
     ),
     Mutant(
         name="layers-not-passed",
-        module="foreign_model",
+        module="model.foreign",
         before="    if takes_any or not _binds(signature, *arguments):",
         after="    if takes_any:",
         caught_by=(f"{_CONTRACT}::test_a_model_by_another_hand_is_served_packed_and_padded",),
@@ -863,10 +863,10 @@ _ASSEMBLY = (
     ),
     Mutant(
         name="windows-counted-once-for-each-residue",
-        module="long_sequences",
+        module="model.windows",
         before="            share = 1 / (_num_windows_over(spans, length) * length)\n",
         after="            share = np.full(length, 1 / length)\n",
-        caught_by=("tests/unit/test_long_sequences.py::test_windows_come_to_what_is_reckoned_by_hand",),
+        caught_by=("tests/unit/model/test_windows.py::test_windows_come_to_what_is_reckoned_by_hand",),
     ),
     Mutant(
         name="copies-not-fanned-out",
@@ -1045,7 +1045,7 @@ _SET_ASIDE = (
     ),
     Mutant(
         name="weights-that-are-not-finite-loaded",
-        module="weights",
+        module="model.weights",
         before="        tensors = _each_finite(tensors, weights.path, dtype)\n",
         after="        pass\n",
         caught_by=(f"{_WEIGHTS}::test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter",),
@@ -1101,7 +1101,7 @@ _SET_ASIDE = (
 _CURES = (
     Mutant(
         name="last-piece-of-a-split-batch-lost",
-        module="tokens",
+        module="model.tokens",
         before="pairwise(boundaries)]",
         after="list(pairwise(boundaries))[:-1]]",
         caught_by=(f"{_EMBEDDER}::test_a_batch_that_does_not_fit_is_computed_in_pieces_row_for_row",),
@@ -1440,7 +1440,9 @@ _PATHS = (
         module="run",
         before="        require_own_parts(paths)\n    look_at_model(config)\n",
         after="        require_own_parts(paths)\n",
-        caught_by=("tests/unit/test_weights_look.py::test_what_are_no_weights_is_refused_by_all_in_the_same_sentence",),
+        caught_by=(
+            "tests/unit/model/test_weights_look.py::test_what_are_no_weights_is_refused_by_all_in_the_same_sentence",
+        ),
     ),
 )
 

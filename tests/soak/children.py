@@ -17,8 +17,8 @@ from tests.support import ROOT
 
 # Everything else than the model is as it always is.
 SMALL_NETWORK = """
-import vnp_lib.esm2, vnp_lib.weights
-vnp_lib.weights.architecture_of = lambda model: vnp_lib.esm2.Architecture(num_layers=1, embed_dim=64, attention_heads=1)
+import vnp_lib.model.esm2, vnp_lib.model.weights
+vnp_lib.model.weights.architecture_of = lambda model: vnp_lib.model.esm2.Architecture(num_layers=1, embed_dim=64, attention_heads=1)
 """
 
 # Goes behind the patch of the poison, whose `ways` and `ACTIVE` it uses.

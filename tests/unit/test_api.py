@@ -33,16 +33,16 @@ from vnp_lib.errors import (
     NumericalInstabilityError,
     SequenceTooLargeError,
 )
-from vnp_lib.esm2 import ESM2, MODELS
 from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.model.esm2 import ESM2, MODELS
+from vnp_lib.model.tokens import pack_batch
+from vnp_lib.model.weights import random_tensors, save_weights
 from vnp_lib.plan.outputs import OutputKind
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import marker_path
-from vnp_lib.tokens import pack_batch
 from vnp_lib.verify import verify_run
-from vnp_lib.weights import random_tensors, save_weights
 from vnp_lib.worker import quarantined
 
 SMALLEST = "esm2_t6_8M_UR50D"

@@ -12,8 +12,8 @@ from torch import Tensor
 from vnp_lib.embedder import Embedder
 from vnp_lib.errors import BatchFailedError, DeviceFailedError
 from vnp_lib.failures import FailureCause, classify_exception
+from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.plan.packing import TokenBudget
-from vnp_lib.tokens import PackedBatch, pack_batch
 
 SEQUENCES = ["MKV", "MKLAAA", "W", "ACDEFGH", "KK", "LLLLL"]
 NAN = float("nan")

@@ -17,13 +17,13 @@ from torch import Tensor
 from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, ExitCode, FastaError
-from vnp_lib.esm2 import ESM2
 from vnp_lib.forecast import Forecast, forecast
 from vnp_lib.history import read_attempts
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read, survey
 from vnp_lib.inputs.records import LetterCounts
 from vnp_lib.inputs.sources import Source
+from vnp_lib.model.esm2 import ESM2
 from vnp_lib.options import ForecastConfig
 from vnp_lib.plan.outputs import Output, RowLayout
 from vnp_lib.plan.paths import RunPaths

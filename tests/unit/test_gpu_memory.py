@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from vnp_lib.embedder import embed_batch
 from vnp_lib.errors import ConfigError
-from vnp_lib.esm2 import ESM2, MODELS, Architecture
 from vnp_lib.gpu_memory import (
     TOKENS_UNSEEN,
     choose_token_budget,
@@ -25,10 +24,11 @@ from vnp_lib.gpu_memory import (
     pass_bytes,
     tokens_that_fit,
 )
-from vnp_lib.heads import ContactRegression, HeadedModel, LanguageModelHead
+from vnp_lib.model.esm2 import ESM2, MODELS, Architecture
+from vnp_lib.model.heads import ContactRegression, HeadedModel, LanguageModelHead
+from vnp_lib.model.tokens import pack_batch
+from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.outputs import OutputKind, RowLayout, choose_outputs
-from vnp_lib.tokens import pack_batch
-from vnp_lib.weights import random_tensors
 
 GB = 10**9
 M8, M650, B3, B15 = "esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D"

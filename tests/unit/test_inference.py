@@ -19,10 +19,10 @@ from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.errors import CheckpointWriteError, SequenceTooLargeError
 from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.listener import Listener
+from vnp_lib.model.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software, package_in_use
-from vnp_lib.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
 
 
 class StubModel:

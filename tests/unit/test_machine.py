@@ -9,7 +9,7 @@ import pytest
 from vnp_lib import devices
 from vnp_lib.config import ModelName
 from vnp_lib.devices import available_memory_bytes, num_cpu_children, num_parameters
-from vnp_lib.esm2 import MODELS
+from vnp_lib.model.esm2 import MODELS
 
 GB = 10**9
 

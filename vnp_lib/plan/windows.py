@@ -8,6 +8,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vnp_lib.inputs.policy import VIRNUCPRO_RESIDUES
+
+__all__ = ["VIRNUCPRO_RESIDUES", "Windows"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:

@@ -20,13 +20,13 @@ from esm.data import Alphabet
 from tests.support import flip_bit
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.inputs.policy import InputPolicy
+from vnp_lib.model.tokens import pack_batch
 from vnp_lib.plan.outputs import Output, RowLayout
 from vnp_lib.plan.packing import pack
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan, required_bytes
 from vnp_lib.plan.planner import check_free_space, make_plan
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
-from vnp_lib.tokens import pack_batch
 
 MEAN = (Output.parse("mean_6"),)
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vnp_lib import linear
-from vnp_lib.linear import Linear, convolution_is_faster, convolved
+from vnp_lib.model import linear
+from vnp_lib.model.linear import Linear, convolution_is_faster, convolved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

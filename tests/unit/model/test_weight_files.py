@@ -19,9 +19,9 @@ from benchmarks.networks import transformers_network
 from tests.networks import CPU
 from tests.support import flip_bit
 from vnp_lib.errors import WeightsError
-from vnp_lib.esm2 import MODELS
-from vnp_lib.tokens import LETTERS, pack_batch
-from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
+from vnp_lib.model.esm2 import MODELS
+from vnp_lib.model.tokens import LETTERS, pack_batch
+from vnp_lib.model.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 
 MODEL = "esm2_t6_8M_UR50D"
 REVISION = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"

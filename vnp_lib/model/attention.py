@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vnp_lib.cpu_attention import attend_by_products, products_are_faster
+from vnp_lib.model.cpu_attention import attend_by_products, products_are_faster
 
 Run = tuple[int, int]  # neighbours of equal length: how many sequences, and how many tokens each
 

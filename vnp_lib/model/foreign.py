@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnp_lib.tokens import PAD, PackedBatch
+from vnp_lib.model.tokens import PAD, PackedBatch
 
 _LAYERS_OF_ESM2_3B = 36  # what VirNucPro asks for, whatever the model
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from esm.rotary_embedding import RotaryEmbedding
 
-from vnp_lib import attention
-from vnp_lib.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
+from vnp_lib.model import attention
+from vnp_lib.model.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
 
 HEADS, HEAD_DIM = 3, 8
 

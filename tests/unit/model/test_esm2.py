@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.networks import CPU, RANDOM, SMALLEST, TINY
-from vnp_lib import attention
 from vnp_lib.embedder import embed_batch
 from vnp_lib.errors import ConfigError
-from vnp_lib.esm2 import ESM2, MODELS, Architecture, architecture_of
-from vnp_lib.fair_esm import fair_esm_network
-from vnp_lib.pooling import mean_pool
-from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.weights import load_model, random_tensors
+from vnp_lib.model import attention
+from vnp_lib.model.esm2 import ESM2, MODELS, Architecture, architecture_of
+from vnp_lib.model.pooling import mean_pool
+from vnp_lib.model.reference import fair_esm_network
+from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.weights import load_model, random_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from esm import ESM2, Alphabet
 from torch import Tensor, nn
 
-from vnp_lib.esm2 import Architecture
+from vnp_lib.model.esm2 import Architecture
 
 # What networks have beyond the parameters of ESM-2's layers: heads, and what they work out by themselves.
 _NOT_OF_THE_LAYERS = ("lm_head.", "contact_head.", "inv_freq", "position_ids")

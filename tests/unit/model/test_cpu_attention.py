@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vnp_lib import attention
-from vnp_lib.attention import PackedLayout, varlen_attention
-from vnp_lib.cpu_attention import attend_by_products, products_are_faster
+from vnp_lib.model import attention
+from vnp_lib.model.attention import PackedLayout, varlen_attention
+from vnp_lib.model.cpu_attention import attend_by_products, products_are_faster
 
 HEADS, HEAD_DIM = 20, 16
 

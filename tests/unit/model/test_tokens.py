@@ -5,7 +5,7 @@ import pytest
 import torch
 from esm.data import Alphabet
 
-from vnp_lib.tokens import ALPHABET_SIZE, BOS, EOS, LETTERS, MASK, PAD, UNK, PackedBatch, pack_batch
+from vnp_lib.model.tokens import ALPHABET_SIZE, BOS, EOS, LETTERS, MASK, PAD, UNK, PackedBatch, pack_batch
 
 FAIR_ESM = Alphabet.from_architecture("ESM-1b")
 

@@ -17,13 +17,13 @@ from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
 from vnp_lib.checkpoint_file import load_checkpoint
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import ESM2
 from vnp_lib.inference import AsyncInferenceRunner
+from vnp_lib.model.esm2 import ESM2
+from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.outputs import RowLayout
 from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.paths import checkpoint_path
-from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.weights import random_tensors
 
 LAYERS = [0, 2, 3]
 FIXED = ["mean_2", "mean_3", "bos_0", "max_3", "std_2", "std_3"]

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vnp_lib.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
 from vnp_lib.errors import ConfigError
-from vnp_lib.linear import Linear
-from vnp_lib.tokens import ALPHABET_SIZE, PAD
+from vnp_lib.model.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
+from vnp_lib.model.linear import Linear
+from vnp_lib.model.tokens import ALPHABET_SIZE, PAD
 
 Watch = Callable[
     [int, Tensor, Tensor], None

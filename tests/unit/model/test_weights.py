@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from tests.networks import CPU, RANDOM, SMALLEST, TINY
 from vnp_lib.errors import WeightsError
-from vnp_lib.esm2 import ESM2, MODELS
-from vnp_lib.fair_esm import fair_esm_network
-from vnp_lib.weight_files import name_in_transformers
-from vnp_lib.weights import (
+from vnp_lib.model.esm2 import ESM2, MODELS
+from vnp_lib.model.reference import fair_esm_network
+from vnp_lib.model.weight_files import name_in_transformers
+from vnp_lib.model.weights import (
     OFFICIAL_DIGESTS,
     OFFICIAL_REGRESSION_DIGESTS,
     is_official,
@@ -185,7 +185,7 @@ def test_a_model_is_loaded_without_torchs_compiler(tmp_path):
         save_random(Path(path), SMALLEST)
     code = f"""
 import sys, torch
-from vnp_lib.weights import load_model, resolve_weights
+from vnp_lib.model.weights import load_model, resolve_weights
 for path, dtype in zip({paths!r}, (torch.float32, torch.bfloat16)):
     load_model({SMALLEST!r}, resolve_weights({SMALLEST!r}, path), dtype=dtype, device=torch.device("cpu"))
 print({{"torch._dynamo", "sympy"}} & {{*sys.modules}})
@@ -197,7 +197,7 @@ print({{"torch._dynamo", "sympy"}} & {{*sys.modules}})
 _PEAK_OF_A_LOAD = """
 import sys, threading, torch
 from pathlib import Path
-from vnp_lib.weights import load_model, resolve_weights
+from vnp_lib.model.weights import load_model, resolve_weights
 
 def anonymous_bytes():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))

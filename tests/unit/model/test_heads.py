@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import vnp_lib.heads
+import vnp_lib.model.heads
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, SMALLEST
 from vnp_lib.embedder import Embedder, ExactModel
 from vnp_lib.errors import WeightsError
-from vnp_lib.esm2 import ESM2, MODELS
-from vnp_lib.heads import HeadedModel, check_heads, with_heads
+from vnp_lib.model.esm2 import ESM2, MODELS
+from vnp_lib.model.heads import HeadedModel, check_heads, with_heads
+from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 from vnp_lib.plan.outputs import OutputKind, RowLayout
 from vnp_lib.plan.packing import TokenBudget
-from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -89,7 +89,7 @@ def shapes(lengths: list[int], layout: RowLayout) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("tokens", [10**9, 70], ids=["whole", "in-pieces"])
 @pytest.mark.parametrize("map_values", [2**20, 2 * 62**2, 1], ids=["all-maps", "two-maps", "one-map"])
 def test_contacts_and_logits_are_what_fair_esm_gives_for_each_sequence_alone(weights, monkeypatch, tokens, map_values):
-    monkeypatch.setattr(vnp_lib.heads, "MAP_VALUES", map_values)
+    monkeypatch.setattr(vnp_lib.model.heads, "MAP_VALUES", map_values)
     sequences = proteins(LENGTHS)
     embedder = Embedder(network_of(weights, BOTH), CPU, budget=TokenBudget(tokens), layout=LAYOUT)
     found = outputs_in(embedder.collect(embedder.launch(batch_of(sequences))).rows, LENGTHS)

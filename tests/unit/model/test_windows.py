@@ -14,13 +14,13 @@ from torch import Tensor
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
 from vnp_lib.embedder import Embedder
-from vnp_lib.esm2 import ESM2
-from vnp_lib.long_sequences import MeanOverWindows
+from vnp_lib.model.esm2 import ESM2
+from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.weights import random_tensors
+from vnp_lib.model.windows import MeanOverWindows
 from vnp_lib.plan.outputs import OutputKind, RowLayout, choose_outputs
 from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.windows import Windows
-from vnp_lib.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.weights import random_tensors
 
 LENGTHS = [95, 61, 41, 40, 12, 1]
 OUTPUTS = choose_outputs([OutputKind.MEAN], [1, 3], num_layers=3)

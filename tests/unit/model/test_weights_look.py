@@ -18,12 +18,12 @@ from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.embeddings import Embeddings
 from vnp_lib.errors import ExitCode, InputError, WeightsError
-from vnp_lib.esm2 import MODELS
 from vnp_lib.forecast import forecast
+from vnp_lib.model.esm2 import MODELS
+from vnp_lib.model.weight_files import name_in_transformers
+from vnp_lib.model.weights import look_at_weights, random_tensors, resolve_weights, save_weights
 from vnp_lib.options import ForecastConfig
 from vnp_lib.run import check_at_the_door, open_run
-from vnp_lib.weight_files import name_in_transformers
-from vnp_lib.weights import look_at_weights, random_tensors, resolve_weights, save_weights
 
 REVISION = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
 LFS_POINTER = (
@@ -287,8 +287,8 @@ def test_home_is_expanded_in_python_too(fair_esm_file, monkeypatch) -> None:
 
 def test_the_numbers_are_not_read_for_a_look(fair_esm_file, monkeypatch) -> None:
     """A file has gigabytes, and the look comes before everything."""
-    monkeypatch.setattr("vnp_lib.weights.digest_file", None)
-    monkeypatch.setattr("vnp_lib.weight_files.torch.load", pytest.fail)
+    monkeypatch.setattr("vnp_lib.model.weights.digest_file", None)
+    monkeypatch.setattr("vnp_lib.model.weight_files.torch.load", pytest.fail)
     old = fair_esm_file.with_name("old.pt")
     torch.save({"model": {}}, old, _use_new_zipfile_serialization=False)
     found = look_at_weights(SMALLEST, str(old))

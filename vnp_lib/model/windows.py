@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.inputs.policy import VIRNUCPRO_RESIDUES
-from vnp_lib.plan.windows import Windows
-from vnp_lib.tokens import TOKENS_AROUND, PackedBatch
+from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
+from vnp_lib.plan.windows import VIRNUCPRO_RESIDUES, Windows
 
 
 class LongMean(ABC):
