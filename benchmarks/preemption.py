@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.support import ROOT, group_of, wait_until, workers_of
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.failures import ShardFailedError
 from vnp_lib.plan.paths import RunPaths

@@ -28,7 +28,7 @@ from benchmarks.assembly import write_checkpoints, write_fasta
 from benchmarks.figures import Figure, report
 from tests.cluster import switch_off
 from tests.support import ROOT, CommandLine, descendants_of
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset
 from vnp_lib.history import read_attempts
 from vnp_lib.plan.paths import RunPaths
@@ -51,7 +51,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.assembly, vnp_lib.checkpoint_survey, vnp_lib.embedder, vnp_lib.plan.plan, vnp_lib.model.weights
+    import vnp_lib.assembly, vnp_lib.checkpoint.survey, vnp_lib.embedder, vnp_lib.plan.plan, vnp_lib.model.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -70,8 +70,8 @@ if is_child or is_flow:
 
     noted(vnp_lib.plan.plan, "make_plan")
     noted(vnp_lib.assembly, "assemble")
-    noted(vnp_lib.checkpoint_survey, "heal_shard")
-    noted(vnp_lib.checkpoint_survey, "survey_checkpoints")
+    noted(vnp_lib.checkpoint.survey, "heal_shard")
+    noted(vnp_lib.checkpoint.survey, "survey_checkpoints")
 
 if is_child:
     def embed_batch(model, batch, layout=None):

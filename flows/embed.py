@@ -33,11 +33,11 @@ from flows.results import NOWHERE
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.assembly import DatasetSummary, assemble
-from vnp_lib.checkpoint_survey import LOOKUP_DELAYS_S
+from vnp_lib.checkpoint.manifest import ShardStatus
+from vnp_lib.checkpoint.survey import LOOKUP_DELAYS_S
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import CheckpointError, IncompleteDatasetError
 from vnp_lib.inputs.sources import describe_left_out
-from vnp_lib.manifest import ShardStatus
 from vnp_lib.plan.plan import describe_input
 from vnp_lib.progress import RunProgress
 from vnp_lib.report import write_report

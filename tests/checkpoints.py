@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage.durable import digest_file, marker_path, write_marker
 

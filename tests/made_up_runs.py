@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.assembly import DatasetSummary, assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.checkpoint_file import CheckpointRecord
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.file import CheckpointRecord
+from vnp_lib.checkpoint.survey import survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPlan

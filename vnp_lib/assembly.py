@@ -44,7 +44,7 @@ from vnp_lib.software import Software, SoftwareShare, describe_software
 from vnp_lib.storage import durable
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
-    from vnp_lib.checkpoint_file import Checkpoint, CheckpointRecord
+    from vnp_lib.checkpoint.file import Checkpoint, CheckpointRecord
 
 _PART_BYTES = (
     64 * 1024**2
@@ -183,7 +183,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> 
     Raises:
         CheckpointError: It does not prove itself, or does not fit; says what to do.
     """
-    from vnp_lib.checkpoint_file import load_checkpoint
+    from vnp_lib.checkpoint.file import load_checkpoint
 
     _require_planned(plan, record)
     checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)

@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, classify_exception
 from vnp_lib.formatting import utc_now
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan
 from vnp_lib.storage.durable import read_marker

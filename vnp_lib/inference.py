@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.checkpoint import (
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.resume import resume_from_checkpoints
+from vnp_lib.checkpoint.writer import (
     DEFAULT_SEQ_THRESHOLD,
     DEFAULT_TIME_THRESHOLD_S,
     AsyncCheckpointWriter,
     CheckpointTrigger,
-    resume_from_checkpoints,
 )
 from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
 from vnp_lib.errors import SequenceTooLargeError
 from vnp_lib.listener import Listener
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
 from vnp_lib.plan.outputs import RowLayout, offsets_of
 from vnp_lib.plan.packing import TokenBudget

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vnp_lib import __version__
 from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
+from vnp_lib.checkpoint.quarantine import Quarantine, sequence_digest
 from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import stored_dtype
 from vnp_lib.devices import num_cores, planned_devices, resolve_devices
@@ -33,7 +34,6 @@ from vnp_lib.plan.outputs import OutputKind, RowLayout, StoreDtype, choose_outpu
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
 from vnp_lib.plan.planner import check_free_space, is_input_gone, kept_store_dtype, kept_token_budget, make_plan
-from vnp_lib.quarantine import Quarantine, sequence_digest
 from vnp_lib.run_directory import move_aside, require_no_others
 from vnp_lib.run_record import RunRecord
 from vnp_lib.software import NUMERICS_VERSION, exact_software, package_in_use
@@ -45,7 +45,7 @@ from vnp_lib.verify import read_checkpoints
 from vnp_lib.worker import ShardJob, done_or_set_aside
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint_survey import CommittedRows, Survey
+    from vnp_lib.checkpoint.survey import CommittedRows, Survey
     from vnp_lib.model.weights import Weights
 from vnp_lib.devices import kind_of, resolve_dtype, torch_device_name
 
@@ -90,7 +90,7 @@ class Run:
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
         """Look into the markers of all checkpoints, or of one shard's."""
-        from vnp_lib.checkpoint_survey import survey_checkpoints
+        from vnp_lib.checkpoint.survey import survey_checkpoints
 
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank)
 
@@ -101,7 +101,7 @@ class Run:
 
     def look_again(self) -> bool:
         """Say whether all shards are complete, after having the system forget what it remembers of the directories."""
-        from vnp_lib.checkpoint_survey import refresh_listings
+        from vnp_lib.checkpoint.survey import refresh_listings
 
         refresh_listings(self.paths.checkpoints_dir)
         return all(shard.is_complete for shard in self.shard_states())
@@ -135,8 +135,8 @@ class Run:
         Raises:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
-        from vnp_lib.checkpoint_file import set_aside
-        from vnp_lib.checkpoint_survey import wait_for_listed_files
+        from vnp_lib.checkpoint.file import set_aside
+        from vnp_lib.checkpoint.survey import wait_for_listed_files
 
         wait_for_listed_files(self.paths.checkpoints_dir)
         survey = read_checkpoints(self.plan, self.paths)
@@ -204,7 +204,7 @@ class Run:
 
     @cached_property
     def _committed(self) -> CommittedRows:
-        from vnp_lib.checkpoint_survey import CommittedRows
+        from vnp_lib.checkpoint.survey import CommittedRows
 
         return CommittedRows(self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences)
 

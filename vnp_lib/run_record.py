@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from vnp_lib.checkpoint.manifest import CheckpointManifest, CommittedCheckpoint, is_of_run
 from vnp_lib.errors import StorageError
-from vnp_lib.manifest import CheckpointManifest, CommittedCheckpoint, is_of_run
 
 PATIENCE_S = 0.25  # for the file to be up to date, which takes milliseconds; the caller may be an event loop
 LOCK_TIMEOUT_S = 5.0

@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.assembly import load_planned, planned_layout, with_copies
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, load_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.locks import FileLock, LockHolder
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is no run directory is said before
-    from vnp_lib.checkpoint_file import CheckpointRecord
-    from vnp_lib.checkpoint_survey import Damage, Survey
+    from vnp_lib.checkpoint.file import CheckpointRecord
+    from vnp_lib.checkpoint.survey import Damage, Survey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def verify_run(run_dir: Path) -> RunReport:
 
 def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
     """Read all checkpoints whole, and hold their content, not only their bytes, against their markers and the plan."""
-    from vnp_lib.checkpoint_survey import Damage, Survey, survey_checkpoints
+    from vnp_lib.checkpoint.survey import Damage, Survey, survey_checkpoints
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     layout = planned_layout(plan, survey.valid) if survey.valid else None
@@ -145,7 +145,7 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
 
 def _without_plan(paths: RunPaths, running: LockHolder | None, damage: str) -> RunReport:
     """The checkpoints can then be believed by their own markers only."""
-    from vnp_lib.checkpoint_file import load_checkpoint
+    from vnp_lib.checkpoint.file import load_checkpoint
 
     found = sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt"))
     reasons = [reason for path in found if (reason := _reason(load_checkpoint, path, fingerprint=None))]

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, broken_set_up
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.history import AttemptHistory, Ending
@@ -36,7 +36,6 @@ from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, load_plan
 from vnp_lib.precision import ExactRows, sampled_ordinals
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence, broken_set_up, sequence_digest
 from vnp_lib.run_record import RunRecord
 from vnp_lib.software import Package, package_in_use, require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
@@ -46,12 +45,13 @@ from vnp_lib.streams import standard_streams
 from vnp_lib.worker_events import EventStream
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
-    from vnp_lib.checkpoint_survey import CommittedRows
+    from vnp_lib.checkpoint.survey import CommittedRows
     from vnp_lib.embedder import ExactModel
     from vnp_lib.inference import AsyncInferenceRunner
     from vnp_lib.model.esm2 import ESM2
     from vnp_lib.model.tokens import PackedBatch
     from vnp_lib.model.weights import Weights
+from vnp_lib.checkpoint.quarantine import quarantined
 
 logger = logging.getLogger(__name__)
 
@@ -462,28 +462,12 @@ class _Reporter(Listener):
 
 def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
     """The thresholds of a job, or nothing where both are the defaults, which the environment may change."""
-    from vnp_lib.checkpoint import DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S
+    from vnp_lib.checkpoint.writer import DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S
 
     thresholds = (job.checkpoint_seq_threshold, job.checkpoint_time_threshold)
     if thresholds == (DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S):
         return {}
     return dict(zip(("checkpoint_seq_threshold", "checkpoint_time_threshold"), thresholds, strict=True))
-
-
-def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int) -> QuarantinedSequence:
-    """Describe a sequence to be set aside, for the failure that it caused `attempts` times when it was alone."""
-    return QuarantinedSequence(
-        ordinal=ordinal,
-        id=plan.ids(np.array([ordinal]))[0],
-        length=int(plan.lengths[ordinal]),
-        kind=failure.kind,
-        cause=failure.cause,
-        message=failure.message,
-        attempts=attempts,
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=plan.fingerprint,
-        sequence_sha256=sequence_digest(plan, ordinal),
-    )
 
 
 def find_pending_work(
@@ -494,7 +478,7 @@ def find_pending_work(
     This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
     left, suspects come first, in their order, each as a batch of its own, and what is deferred comes last likewise.
     """
-    from vnp_lib.checkpoint_survey import heal_shard
+    from vnp_lib.checkpoint.survey import heal_shard
 
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
     is_done = done_or_set_aside(plan, paths)
@@ -516,7 +500,7 @@ def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows |
     Args:
         committed: Of who looks again and again.
     """
-    from vnp_lib.checkpoint_survey import CommittedRows
+    from vnp_lib.checkpoint.survey import CommittedRows
 
     committed = committed or CommittedRows(paths.checkpoints_dir, plan.fingerprint, plan.num_sequences)
     is_done = committed.done_mask()

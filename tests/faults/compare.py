@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.plan.paths import RunPaths
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from tests.faults.compare import Outcome, assert_recovers, committed_files, committed_ordinals
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.checkpoint import validate_checkpoint_pt
-from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.resume import validate_checkpoint_pt
+from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, StorageError
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.storage.durable import marker_path

@@ -16,9 +16,9 @@ from tests.faults.damage import KINDS, assert_mended, assert_refused, copy_of, f
 from tests.faults.figures import record_figure
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end
-from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.survey import survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import marker_path
 

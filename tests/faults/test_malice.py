@@ -25,13 +25,14 @@ from tests.faults.forgery import archive, forgeries, good_content
 from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
-from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint.survey import heal_shard, survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, StorageError
 from vnp_lib.inputs.characters import INVISIBLE
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan

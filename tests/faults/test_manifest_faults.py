@@ -14,7 +14,7 @@ import pytest
 from tests.faults.figures import record_figure
 from tests.faults.ops import CountingOps, KillingOps, install
 from tests.faults.trials import Child, call
-from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 
 pytestmark = pytest.mark.slow
 

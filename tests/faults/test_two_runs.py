@@ -20,7 +20,7 @@ from tests.faults.ops import WatchedOps, install
 from tests.faults.trials import Child, call
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib import run
-from vnp_lib.checkpoint import validate_checkpoint_pt
+from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.errors import RunDirectoryBusyError, VnpError
 from vnp_lib.run import open_run
 from vnp_lib.storage.durable import marker_path

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vnp_lib import inference, run_record
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.errors import CheckpointError, ExitCode
 from vnp_lib.model import weights

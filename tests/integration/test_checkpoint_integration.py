@@ -10,11 +10,11 @@ import torch
 
 from flows.embed import embed
 from tests.support import small_config
-from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import BatchFailedError, NumericalInstabilityError, StorageError
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import marker_path
 

@@ -11,8 +11,8 @@ import pytest
 
 from flows.embed import embed
 from tests.support import small_config
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.errors import FingerprintMismatchError
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

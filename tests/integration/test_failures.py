@@ -13,11 +13,11 @@ from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import assert_same_rows, embed_alone, small_config, workers_of
 from vnp_lib import run_record
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run
 
@@ -178,10 +178,10 @@ def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifes
     sabotage(
         """
         if attempt == 1:
-            import signal, vnp_lib.manifest
+            import signal, vnp_lib.checkpoint.manifest
             def update_shard_checkpoint(*arguments, **options):
                 os.kill(os.getpid(), signal.SIGKILL)
-            vnp_lib.manifest.CheckpointManifest.update_shard_checkpoint = update_shard_checkpoint
+            vnp_lib.checkpoint.manifest.CheckpointManifest.update_shard_checkpoint = update_shard_checkpoint
         """
     )
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)

@@ -15,8 +15,8 @@ import torch
 from flows.embed import embed
 from tests.fair_esm import FairEsm, assert_close
 from tests.support import finished_checkpoints, small_config
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weights import random_tensors, save_weights
 from vnp_lib.plan.outputs import OutputKind
@@ -51,7 +51,7 @@ def run_flow(fasta: Path, run_dir: Path, **settings: Any) -> Any:
 KILLED_AT_THE_THIRD = """
 if attempt == 1:
     import signal
-    from vnp_lib.manifest import CheckpointManifest
+    from vnp_lib.checkpoint.manifest import CheckpointManifest
     update = CheckpointManifest.update_shard_checkpoint
     def killed_at_the_third(self, rank, batch_idx, *arguments):
         if batch_idx == 2:

@@ -12,11 +12,11 @@ import pytest
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import embed_alone, small_config
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.status import open_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

@@ -223,7 +223,7 @@ def test_several_signals_of_one_preemption_save_what_one_saves(
     """Nothing is in a checkpoint before, and a child takes two seconds to save."""
     sabotage("""
     import time
-    from vnp_lib.checkpoint import AsyncCheckpointWriter
+    from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
     wait_all = AsyncCheckpointWriter.wait_all
     AsyncCheckpointWriter.wait_all = lambda self, *arguments: (time.sleep(2), wait_all(self, *arguments))[1]
     import vnp_lib.model.esm2
@@ -264,7 +264,7 @@ def test_a_late_second_sigterm_waits_for_nobody(
         import signal, time
         if rank == 1:  # before there are threads
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        from vnp_lib.checkpoint import AsyncCheckpointWriter
+        from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
         AsyncCheckpointWriter.wait_all = lambda self: time.sleep(60)
         if rank == 1:
             import vnp_lib.worker

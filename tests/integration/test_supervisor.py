@@ -14,7 +14,7 @@ import pytest
 
 from tests.poison import Way, patch
 from tests.support import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
@@ -214,7 +214,7 @@ def test_checks_that_take_longer_than_their_limit_go_on_while_they_read(job, sab
     """As a resume with many checkpoints on a slow disk: a limit is on silence, not on the work."""
     asyncio.run(follow(job, at_batch(1, lambda: None)))
     sabotage("""
-    import time, vnp_lib.checkpoint_survey as survey
+    import time, vnp_lib.checkpoint.survey as survey
     read_record = survey.read_record
     def slow(*arguments, **others):
         time.sleep(0.8)

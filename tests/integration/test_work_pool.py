@@ -29,8 +29,8 @@ from tests.support import (
     wait_until,
     workers_of,
 )
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.config import EmbedConfig
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]

@@ -25,7 +25,7 @@ vnp_lib.model.weights.architecture_of = lambda model: vnp_lib.model.esm2.Archite
 _JOURNAL = """
 import errno, json, os, time
 from vnp_lib.storage import durable
-from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 
 descriptor = os.open(os.path.join(DIRECTORY, "journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

@@ -15,8 +15,8 @@ import pytest
 
 from tests.poison import draw_protein
 from tests.support import CommandLine, finished_checkpoints, group_of, wait_until, workers_of
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock

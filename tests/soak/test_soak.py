@@ -21,12 +21,12 @@ from tests.soak.children import Journal, journalling, read_journal, sabotaged
 from tests.soak.machine import slowness
 from tests.soak.storm import ORPHANS_LEAVE_WITHIN_S, Fault, Storm, Struck
 from tests.support import ROOT, CommandLine, wait_until, workers_of
-from vnp_lib.checkpoint import MAX_IN_FLIGHT
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib.checkpoint.survey import survey_checkpoints
+from vnp_lib.checkpoint.writer import MAX_IN_FLIGHT
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, load_plan
-from vnp_lib.quarantine import Quarantine
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 

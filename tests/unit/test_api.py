@@ -26,6 +26,7 @@ from tests.fair_esm import FairEsm
 from tests.fair_esm import assert_close as assert_equals_fair_esm
 from tests.support import computed_ordinals, finished_checkpoints, flip_bit
 from vnp_lib import Embeddings, Outputs, api, embed, open_dataset
+from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.errors import (
     FastaError,
     FingerprintMismatchError,
@@ -40,10 +41,8 @@ from vnp_lib.model.weights import random_tensors, save_weights
 from vnp_lib.plan.outputs import OutputKind
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.verify import verify_run
-from vnp_lib.worker import quarantined
 
 SMALLEST = "esm2_t6_8M_UR50D"
 SMALL: dict[str, Any] = {"model": SMALLEST, "weights": "random", "device": "cpu"}

@@ -37,8 +37,8 @@ from tests.made_up_runs import (
 )
 from tests.support import flip_bit
 from vnp_lib.assembly import DatasetSummary, assemble, planned_layout
-from vnp_lib.checkpoint_file import CheckpointRecord
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.file import CheckpointRecord
+from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.inputs.policy import InputPolicy
@@ -417,15 +417,15 @@ def test_a_record_with_ordinals_that_were_not_planned_is_refused(
 
 def test_a_row_that_is_not_finite_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints refuse such rows; were one to come through, the dataset does too."""
-    load = vnp_lib.checkpoint_file.load_checkpoint
+    load = vnp_lib.checkpoint.file.load_checkpoint
 
-    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint_file.Checkpoint:
+    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint.file.Checkpoint:
         checkpoint = load(path, fingerprint=fingerprint)
         if path == run.paths.checkpoint(0, 0):
             checkpoint.embeddings[0, 3] = np.inf
         return checkpoint
 
-    monkeypatch.setattr(vnp_lib.checkpoint_file, "load_checkpoint", load_with_a_bad_row)
+    monkeypatch.setattr(vnp_lib.checkpoint.file, "load_checkpoint", load_with_a_bad_row)
     with pytest.raises(NumericalInstabilityError, match=r"not finite, the first of 'p\d+'"):
         run.assemble()
     assert not run.paths.success.exists()

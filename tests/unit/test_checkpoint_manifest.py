@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from vnp_lib import manifest
+from vnp_lib.checkpoint import manifest
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.errors import LockTimeoutError, StorageError
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, read_sealed_json, write_sealed_json
 from vnp_lib.storage.locks import FileLock
@@ -63,7 +63,7 @@ def updates_in_another_process(path: Path, rank: int, first: int, count: int) ->
     code = """
 import sys
 from pathlib import Path
-from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 path, (rank, first, count) = Path(sys.argv[1]), map(int, sys.argv[2:])
 manifest = CheckpointManifest(path)
 for k in range(first, first + count):
@@ -497,7 +497,7 @@ def test_a_writer_killed_at_any_operation_leaves_a_valid_manifest(
 import os, signal, sys
 from pathlib import Path
 from vnp_lib.storage import durable
-from vnp_lib.manifest import CheckpointManifest
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 
 class Killing(durable.DurableOps):
     count = 0

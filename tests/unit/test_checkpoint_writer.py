@@ -18,17 +18,13 @@ from torch import Tensor
 
 from tests.checkpoints import RUN, content_by_hand, ids_of, rows_of, write_by_hand, write_checkpoint, write_shard
 from tests.support import flip_bit
-from vnp_lib import checkpoint
-from vnp_lib.checkpoint import (
-    AsyncCheckpointWriter,
-    CheckpointTrigger,
-    resume_from_checkpoints,
-    validate_checkpoint_pt,
-)
-from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
+from vnp_lib.checkpoint import writer as writer_module
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint.survey import heal_shard, survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter, CheckpointTrigger
 from vnp_lib.errors import CheckpointWriteError, FingerprintMismatchError, NumericalInstabilityError, StorageError
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, marker_path, read_marker
@@ -437,9 +433,9 @@ def test_a_full_queue_holds_the_caller_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int, expected: int
 ) -> None:
     """Two checkpoints or 256 MB may be in flight, or one of any size."""
-    real_limit = checkpoint.MAX_IN_FLIGHT_BYTES
+    real_limit = writer_module.MAX_IN_FLIGHT_BYTES
     scale = 1000
-    monkeypatch.setattr(checkpoint, "MAX_IN_FLIGHT_BYTES", real_limit // scale)
+    monkeypatch.setattr(writer_module, "MAX_IN_FLIGHT_BYTES", real_limit // scale)
     rows = torch.ones(1, max(1, size_bytes // scale // 4))
     queued = 0
 

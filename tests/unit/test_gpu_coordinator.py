@@ -15,13 +15,13 @@ import torch
 from flows.embed import embed
 from flows.hooks import failure_of
 from tests.support import small_config, workers_of
-from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.checkpoint_survey import heal_shard
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.survey import heal_shard
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.config import RuntimeConfig
 from vnp_lib.errors import CircuitBreakerOpenError, NumericalInstabilityError
 from vnp_lib.failures import Failure, FailureCause, FailureKind, classify_exception, classify_exit
 from vnp_lib.judgement import counted_failures
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.retry import RetryPolicy
 from vnp_lib.run import open_run

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from vnp_lib import history
-from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import InputError
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan

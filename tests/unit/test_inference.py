@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import vnp_lib
-from vnp_lib import checkpoint
-from vnp_lib.checkpoint import validate_checkpoint_pt
-from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint import writer
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.errors import CheckpointWriteError, SequenceTooLargeError
 from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.listener import Listener
@@ -60,7 +60,7 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
     """With the time that writing took. The second one gets no marker, since the disk is read-only by then."""
     announced: list[tuple[int, int, bool]] = []
     took: list[float] = []
-    write_marker = checkpoint.write_marker
+    write_marker = writer.write_marker
 
     def write_first_marker(path: Path, *arguments: Any, **fields: Any) -> Any:
         if path.name != "batch_00000.pt":
@@ -72,7 +72,7 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
             took.append(seconds)
             announced.append((number, rows, validate_checkpoint_pt(checkpoint_path(tmp_path, 0, number))[0]))
 
-    monkeypatch.setattr(checkpoint, "write_marker", write_first_marker)
+    monkeypatch.setattr(writer, "write_marker", write_first_marker)
     runner = AsyncInferenceRunner(StubModel(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=2)
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         list(runner.embed(batches(2), listener=Hearing()))

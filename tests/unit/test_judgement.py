@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tests.support import small_config
+from vnp_lib.checkpoint.manifest import MAX_FAILURES_KEPT
+from vnp_lib.checkpoint.quarantine import QuarantineLimit
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.judgement import counted_failures, judge
-from vnp_lib.manifest import MAX_FAILURES_KEPT
-from vnp_lib.quarantine import QuarantineLimit
 from vnp_lib.retry import RetryDecision
 from vnp_lib.run import Run, open_run
 from vnp_lib.storage.locks import FileLock

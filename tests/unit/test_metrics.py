@@ -20,16 +20,16 @@ from flows import pool
 from flows.metrics import metrics_served
 from flows.program import main
 from tests.support import EXAMPLE, SMALL_MODEL, free_port, read_page, scrape, small_config
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import ExitCode
 from vnp_lib.failures import Failure, FailureCause, FailureKind
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.metrics import RunMetrics
 from vnp_lib.metrics_page import registry_of, require_free_port, serving
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.progress import RunProgress
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.run import ShardState, check_at_the_door
 
 

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoints import content_by_hand, vouch_for, write_by_hand
-from vnp_lib.array_pickle import require_plain_arrays
 from vnp_lib.checkpoint import (
     AsyncCheckpointWriter,
     CheckpointTrigger,
     resume_from_checkpoints,
     validate_checkpoint_pt,
 )
-from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint.array_pickle import require_plain_arrays
+from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.errors import CheckpointWriteError
 from vnp_lib.inference import RESUMED, AsyncInferenceRunner
 from vnp_lib.manifest import CheckpointManifest
-from vnp_lib.plan import checkpoint_path
+from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.worker import ShardJob, _checkpoint_thresholds
 

@@ -20,17 +20,17 @@ import pytest
 import torch
 
 from vnp_lib import pictures
-from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.cli import main
 from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.history import Attempt, CheckpointEntry, Ending
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.report import render_report, write_report
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="w", layer=6, dtype="float32")

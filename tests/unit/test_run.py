@@ -19,15 +19,14 @@ import torch
 from tests.made_up_runs import finish_run, start_run
 from tests.support import flip_bit, small_config
 from vnp_lib import gpu_memory
+from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, InputError, RunDirectoryBusyError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.run import attach_run, check_at_the_door, open_run
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
-from vnp_lib.worker import quarantined
 
 
 def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(tmp_path: Path, tiny_fasta: Path) -> None:

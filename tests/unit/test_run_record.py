@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vnp_lib import run_record
+from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.errors import StorageError
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.run_record import RunRecord
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps

@@ -16,20 +16,19 @@ import torch
 
 from tests.support import flip_bit
 from vnp_lib.assembly import assemble
-from vnp_lib.checkpoint import AsyncCheckpointWriter
-from vnp_lib.checkpoint_survey import survey_checkpoints
+from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
+from vnp_lib.checkpoint.survey import survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.cli import main
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import digest_file, marker_path, read_sealed_json, write_marker, write_sealed_json
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run
-from vnp_lib.worker import quarantined
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 NUM_CHECKPOINTS = 3  # of each of the two shards, with 6 or 7 sequences each

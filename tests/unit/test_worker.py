@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from vnp_lib import embedder, worker
-from vnp_lib.checkpoint import AsyncCheckpointWriter
+from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
@@ -26,7 +27,6 @@ from vnp_lib.model.weights import Weights
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.quarantine import Quarantine
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.worker import ShardAttempt, ShardJob, SignsOfLife, StopFlag, find_pending_work, slowest_s
@@ -224,7 +224,7 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan
     commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
     quarantine = Quarantine.of(plan, paths)
-    quarantine.add(worker.quarantined(plan, ours[4], failure, attempts=2))
+    quarantine.add(quarantine.quarantined(plan, ours[4], failure, attempts=2))
     suspects = [ours[7], others[0], ours[1], ours[4], ours[3]]
     work = find_pending_work(plan, paths, 0, suspects=suspects)
     assert [ordinals.tolist() for _, ordinals in work.batches[:2]] == [[ours[7]], [ours[3]]]

@@ -15,7 +15,7 @@ from torch import Tensor
 import vnp_lib.inference
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
-from vnp_lib.checkpoint_file import load_checkpoint
+from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.embedder import Embedder
 from vnp_lib.inference import AsyncInferenceRunner
 from vnp_lib.model.esm2 import ESM2

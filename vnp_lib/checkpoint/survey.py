@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vnp_lib.checkpoint_file import CheckpointRecord, checkpoint_paths, read_record, set_aside
+from vnp_lib.checkpoint.file import CheckpointRecord, checkpoint_paths, read_record, set_aside
 from vnp_lib.errors import CheckpointError, StorageError, StorageFailingError
 from vnp_lib.storage.durable import fsync_directory, marker_path, refresh_listing
 

@@ -17,13 +17,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from vnp_lib.errors import QuarantineFullError, StorageError
-from vnp_lib.failures import FailureCause
+from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan
 from vnp_lib.storage.durable import canonical_json, fsync_directory, write_file
@@ -230,3 +231,19 @@ def _unsealed(line: bytes) -> QuarantinedSequence | None:
         return sequence if _seal(fields) == line else None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
+
+
+def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int) -> QuarantinedSequence:
+    """Describe a sequence to be set aside, for the failure that it caused `attempts` times when it was alone."""
+    return QuarantinedSequence(
+        ordinal=ordinal,
+        id=plan.ids(np.array([ordinal]))[0],
+        length=int(plan.lengths[ordinal]),
+        kind=failure.kind,
+        cause=failure.cause,
+        message=failure.message,
+        attempts=attempts,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=plan.fingerprint,
+        sequence_sha256=sequence_digest(plan, ordinal),
+    )

@@ -14,9 +14,9 @@ import pytest
 
 from tests.checkpoints import RUN, ids_of, write_checkpoint, write_shard
 from tests.support import flip_bit
-from vnp_lib import checkpoint_survey
-from vnp_lib.checkpoint import resume_from_checkpoints
-from vnp_lib.checkpoint_survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints
+from vnp_lib.checkpoint import survey
+from vnp_lib.checkpoint.resume import resume_from_checkpoints
+from vnp_lib.checkpoint.survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints
 from vnp_lib.errors import CheckpointError, StorageError
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
@@ -254,9 +254,9 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
     """And what was written just before."""
     first, second = write_shard(tmp_path, 2)
     read: list[Path] = []
-    real = checkpoint_survey.read_record
+    real = survey.read_record
     monkeypatch.setattr(
-        checkpoint_survey,
+        survey,
         "read_record",
         lambda path, *others, **options: read.append(path) or real(path, *others, **options),
     )

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from vnp_lib import quarantine
+from vnp_lib.checkpoint import quarantine
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, QuarantineLimit
 from vnp_lib.errors import LockTimeoutError, QuarantineFullError, StorageError
 from vnp_lib.failures import FailureCause, FailureKind
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.sources import find_sources
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence, QuarantineLimit
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, canonical_json
 from vnp_lib.storage.locks import FileLock
@@ -208,7 +208,7 @@ def adds_in_another_process(path: Path, first: int, count: int) -> subprocess.Po
     code = """
 import sys
 from pathlib import Path
-from vnp_lib.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 path, (first, count, num_sequences) = Path(sys.argv[1]), map(int, sys.argv[2:])
 opened = Quarantine(path, num_sequences=num_sequences, num_computed=num_sequences, fingerprint="")
 added = [

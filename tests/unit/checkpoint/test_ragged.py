@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.checkpoints import vouch_for
-from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
-from vnp_lib.checkpoint_file import load_checkpoint
-from vnp_lib.checkpoint_survey import heal_shard, survey_checkpoints
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint.survey import heal_shard, survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import CheckpointError, NumericalInstabilityError
 from vnp_lib.storage.durable import marker_path
 

@@ -22,10 +22,11 @@ from tests.checkpoints import (
     write_checkpoint,
 )
 from tests.support import flip_bit
-from vnp_lib import checkpoint_file
-from vnp_lib.checkpoint import AsyncCheckpointWriter, resume_from_checkpoints, validate_checkpoint_pt
-from vnp_lib.checkpoint_file import batch_idx_of, load_checkpoint, set_aside
-from vnp_lib.checkpoint_survey import Survey, survey_checkpoints
+from vnp_lib.checkpoint import file
+from vnp_lib.checkpoint.file import batch_idx_of, load_checkpoint, set_aside
+from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
+from vnp_lib.checkpoint.survey import Survey, survey_checkpoints
+from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import CheckpointError
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
@@ -215,7 +216,7 @@ def test_torch_by_itself_would_run_no_code_either(tmp_path: Path, monkeypatch: p
     """Were our look at the pickle to miss something."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand(metadata=RunsCode(os.mkdir, str(tmp_path / "proof"))))
-    monkeypatch.setattr(checkpoint_file, "_check_archive", lambda *_: None)
+    monkeypatch.setattr(file, "_check_archive", lambda *_: None)
     assert "Weights only load failed" in validate_checkpoint_pt(path)[1]
     assert not (tmp_path / "proof").exists()
 
