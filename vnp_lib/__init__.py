@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vnp_lib.api import embed
-    from vnp_lib.dataset import EmbeddingDataset, open_dataset
+    from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset
     from vnp_lib.embeddings import Embeddings, Outputs
 
 __version__ = "0.1.0"
@@ -18,11 +18,11 @@ __version__ = "0.1.0"
 __all__ = ["EmbeddingDataset", "Embeddings", "Outputs", "embed", "open_dataset"]
 
 _MODULES = {
-    "EmbeddingDataset": "vnp_lib.dataset",
+    "EmbeddingDataset": "vnp_lib.dataset.reader",
     "Embeddings": "vnp_lib.embeddings",
     "Outputs": "vnp_lib.embeddings",
     "embed": "vnp_lib.api",
-    "open_dataset": "vnp_lib.dataset",
+    "open_dataset": "vnp_lib.dataset.reader",
 }
 
 

@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vnp_lib.columns import columns_of, fields_of
-from vnp_lib.dataset import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
+from vnp_lib.dataset.reader import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
+from vnp_lib.dataset.schema import columns_of, fields_of
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.formatting import utc_now
 from vnp_lib.inputs.policy import InputCounts

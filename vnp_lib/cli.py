@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, weights_path
+from vnp_lib.dataset.export import export_dataset
+from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
 from vnp_lib.errors import ConfigError, ExitCode, InputError, StorageError, VnpError
-from vnp_lib.export import export_dataset
-from vnp_lib.formats import FORMATS, RAGGED_FORMATS
 from vnp_lib.formatting import console
 from vnp_lib.options import parse_forecast_command_line
 from vnp_lib.plan.outputs import StoreDtype

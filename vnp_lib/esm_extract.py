@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vnp_lib.dataset.formats.torch_files import extract_file
 from vnp_lib.embedder import PackedModel, embed_batch
 from vnp_lib.errors import ConfigError, FastaError, SequenceTooLargeError
-from vnp_lib.extract_files import extract_file
 from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.inputs.fasta import holds_fastq, read_fasta
 from vnp_lib.inputs.files import unchanging

@@ -209,7 +209,7 @@ def _shown(count: int, what: str, which: str, where: Path) -> str:
 def _snippet(paths: RunPaths, *, has_rows: bool) -> str:
     first_row = "dataset[dataset.ids[0]]  # float32, (dim,)\n" if has_rows else ""
     return (
-        "from vnp_lib.dataset import open_dataset\n"
+        "from vnp_lib.dataset.reader import open_dataset\n"
         f"dataset = open_dataset({str(paths.run_dir.resolve())!r})\n"
         f"{first_row}"
         "\n"

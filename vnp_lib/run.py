@@ -21,8 +21,8 @@ from vnp_lib import __version__
 from vnp_lib.assembly import DatasetSummary, require_own_parts, whole_dataset
 from vnp_lib.checkpoint.quarantine import Quarantine, sequence_digest
 from vnp_lib.config import EmbedConfig
-from vnp_lib.dataset import stored_dtype
-from vnp_lib.devices import num_cores, planned_devices, resolve_devices
+from vnp_lib.dataset.reader import stored_dtype
+from vnp_lib.devices import kind_of, num_cores, planned_devices, resolve_devices, resolve_dtype, torch_device_name
 from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
 from vnp_lib.failures import Failure
 from vnp_lib.inputs import standard_input
@@ -47,7 +47,6 @@ from vnp_lib.worker import ShardJob, done_or_set_aside
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.checkpoint.survey import CommittedRows, Survey
     from vnp_lib.model.weights import Weights
-from vnp_lib.devices import kind_of, resolve_dtype, torch_device_name
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from vnp_lib.checkpoint.manifest import CheckpointManifest, ShardStatus
 from vnp_lib.checkpoint.quarantine import Quarantine
-from vnp_lib.dataset import describe_rows, open_dataset, read_success
+from vnp_lib.dataset.reader import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_age, format_duration, natural_width, plain, utc_now
 from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vnp_lib.assembly import load_planned, planned_layout, with_copies
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine
-from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
+from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, load_plan

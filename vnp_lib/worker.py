@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, broken_set_up
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, broken_set_up, quarantined
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.history import AttemptHistory, Ending
@@ -51,7 +51,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for i
     from vnp_lib.model.esm2 import ESM2
     from vnp_lib.model.tokens import PackedBatch
     from vnp_lib.model.weights import Weights
-from vnp_lib.checkpoint.quarantine import quarantined
 
 logger = logging.getLogger(__name__)
 

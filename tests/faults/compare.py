@@ -11,7 +11,7 @@ from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.survey import survey_checkpoints
-from vnp_lib.dataset import open_dataset, verify_dataset
+from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.plan.paths import RunPaths
 
 _MOST_ROUNDS = 3  # like the flow's

@@ -13,7 +13,7 @@ from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.checkpoint.survey import survey_checkpoints
-from vnp_lib.dataset import open_dataset, verify_dataset
+from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, StorageError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan

@@ -30,7 +30,7 @@ from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint.survey import heal_shard, survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
-from vnp_lib.dataset import open_dataset, verify_dataset
+from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, StorageError
 from vnp_lib.inputs.characters import INVISIBLE
 from vnp_lib.plan.paths import RunPaths

@@ -14,7 +14,7 @@ from tests.faults.figures import record_figure
 from tests.faults.ops import RecordingOps, install
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from vnp_lib.dataset import verify_dataset
+from vnp_lib.dataset.reader import verify_dataset
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from benchmarks.networks import FAIR_ESM_ENVIRONMENT, write_weights
 from tests.support import ROOT
 from vnp_lib import embed
 from vnp_lib.cli import main
+from vnp_lib.dataset.export import export_dataset
 from vnp_lib.errors import ExitCode
-from vnp_lib.export import export_dataset
 
 MODEL = "esm2_t6_8M_UR50D"
 ALPHABET = "ACDEFGHIKLMNPQRSTVWYBUZOX"

@@ -16,7 +16,7 @@ _PLAN = "tests/unit/plan/test_plan.py"
 _ASSEMBLY_TESTS = "tests/unit/test_assembly.py"
 _LAYOUTS = "tests/unit/test_layouts.py"
 _RAGGED = "tests/unit/checkpoint/test_ragged.py"
-_DATASET = "tests/unit/test_dataset.py"
+_DATASET = "tests/unit/dataset/test_reader.py"
 _QUARANTINE = "tests/unit/checkpoint/test_quarantine.py"
 _VERIFY = "tests/unit/test_verify.py"
 _INFERENCE = "tests/unit/test_inference.py"
@@ -25,7 +25,7 @@ _GPU_MEMORY = "tests/unit/test_gpu_memory.py"
 _JUDGEMENT = "tests/unit/test_judgement.py"
 _WORKER = "tests/unit/test_worker.py"
 _RUN = "tests/unit/test_run.py"
-_EXPORT = "tests/unit/test_export.py"
+_EXPORT = "tests/unit/dataset/test_export.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
 _WEIGHTS = "tests/unit/model/test_weights.py"
 _FAILURES = "tests/unit/test_failures.py"
@@ -1000,7 +1000,7 @@ _ASSEMBLY = (
     ),
     Mutant(
         name="parts-not-compared-with-success",
-        module="dataset",
+        module="dataset.reader",
         before='digest.sha256 == part["sha256"]',
         after="digest.sha256",
         caught_by=(f"{_DATASET}::test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row",),
@@ -1232,7 +1232,7 @@ _EXPORTS = (
     ),
     Mutant(
         name="exported-ids-beside-the-matrix-of-another-export",
-        module="formats",
+        module="dataset.formats.numpy_files",
         before="        if replace and path.exists():\n",
         after="        if False:\n",
         caught_by=(f"{_EXPORT}::test_a_matrix_never_stands_beside_the_ids_of_another",),
@@ -1246,7 +1246,7 @@ _EXPORTS = (
     ),
     Mutant(
         name="infinite-float16-exported",
-        module="formats",
+        module="dataset.formats.base",
         before="        if not is_finite.all():\n",
         after="        if False:\n",
         caught_by=(f"{_EXPORT}::test_what_float16_cannot_hold_is_an_error_that_names_the_sequence",),
@@ -1269,21 +1269,21 @@ _EXPORTS = (
     ),
     Mutant(
         name="virnucpro-file-missing",
-        module="formats",
+        module="dataset.formats.torch_files",
         before="            if not target.exists():\n",
         after="            if False:\n",
         caught_by=(f"{_EXPORT}::test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine",),
     ),
     Mutant(
         name="full-disk-not-noticed-by-hdf5",
-        module="hdf5",
-        before="            file.require_sound()\n",
-        after="            pass\n",
-        caught_by=("tests/unit/test_hdf5.py::test_what_failed_is_raised_as_the_file_is_closed_at_the_latest",),
+        module="dataset.formats.hdf5",
+        before="            file.require_sound()\n\n\ndef write_hdf5(",
+        after="            pass\n\n\ndef write_hdf5(",
+        caught_by=("tests/unit/dataset/test_hdf5.py::test_what_failed_is_raised_as_the_file_is_closed_at_the_latest",),
     ),
     Mutant(
         name="force-removes-anything",
-        module="export",
+        module="dataset.export",
         before="    if taken and not chosen.suffixes and not _is_export(path):\n",
         after="    if False:\n",
         caught_by=(f"{_EXPORT}::test_force_removes_nothing_that_is_no_export",),

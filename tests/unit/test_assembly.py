@@ -39,7 +39,7 @@ from tests.support import flip_bit
 from vnp_lib.assembly import DatasetSummary, assemble, planned_layout
 from vnp_lib.checkpoint.file import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
-from vnp_lib.dataset import open_dataset, verify_dataset
+from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-import vnp_lib.dataset
+import vnp_lib.dataset.reader
 from tests.made_up_runs import Records, finish_run, start_run_of
 
-MODULES: tuple[ModuleType, ...] = (vnp_lib.dataset,)
+MODULES: tuple[ModuleType, ...] = (vnp_lib.dataset.reader,)
 EXAMPLES = [test for module in MODULES for test in doctest.DocTestFinder().find(module) if test.examples]
 
 

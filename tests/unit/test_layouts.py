@@ -29,7 +29,7 @@ from tests.made_up_runs import (
 )
 from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint.survey import survey_checkpoints
-from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
+from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
 from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan.paths import RunPaths

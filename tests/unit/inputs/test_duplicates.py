@@ -13,8 +13,8 @@ import pytest
 from tests.support import SMALL_MODEL
 from vnp_lib import embed, open_dataset
 from vnp_lib.cli import main
+from vnp_lib.dataset.export import export_dataset
 from vnp_lib.errors import FastaError
-from vnp_lib.export import export_dataset
 from vnp_lib.inputs.duplicates import UniqueIds, digests_of
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read, renaming_of

@@ -21,9 +21,9 @@ from tests.support import SMALL_MODEL, small_config
 from vnp_lib import embed, open_dataset
 from vnp_lib.assembly import assemble
 from vnp_lib.cli import main
+from vnp_lib.dataset.export import export_dataset
+from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
 from vnp_lib.errors import FastaError, FingerprintMismatchError
-from vnp_lib.export import export_dataset
-from vnp_lib.formats import FORMATS, RAGGED_FORMATS
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.plan.paths import RunPaths

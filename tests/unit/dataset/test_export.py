@@ -42,12 +42,15 @@ from tests.made_up_runs import (
     write_planned,
 )
 from tests.support import flip_bit
-from vnp_lib import formats
 from vnp_lib.cli import main
 from vnp_lib.dataset import open_dataset
+from vnp_lib.dataset.export import Export, export_dataset
+from vnp_lib.dataset.formats import base as formats_base
+from vnp_lib.dataset.formats import torch_files
+from vnp_lib.dataset.formats.base import Format, Rows
+from vnp_lib.dataset.formats.hdf5 import accession
+from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.export import Export, export_dataset
-from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, accession
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
 from vnp_lib.storage.durable import DurableOps
 
@@ -163,7 +166,7 @@ def test_force_removes_nothing_that_is_no_export(run: Run, tmp_path: Path) -> No
 KILLED_AT_THE_SECOND_BATCH = """
 import os, signal, sys
 from vnp_lib.cli import main
-from vnp_lib.dataset import EmbeddingDataset
+from vnp_lib.dataset.reader import EmbeddingDataset
 whole = EmbeddingDataset.record_batches
 def cut_short(*arguments):
     for number, batch in enumerate(whole(*arguments)):
@@ -251,7 +254,7 @@ def test_too_little_room_is_said_before_anything_is_written(run: Run, tmp_path: 
 @pytest.mark.parametrize("to", ["npy", "npz", "csv", "hdf5", "h5ad", "safetensors"])
 def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, to: str, monkeypatch: Any) -> None:
     dim, num_sequences = 1024, 6_000
-    monkeypatch.setattr(formats, "_BATCH_BYTES", 1024**2)
+    monkeypatch.setattr(formats_base, "_BATCH_BYTES", 1024**2)
     ids = [f"p{number}" for number in range(num_sequences)]
     run = start_run_of(tmp_path, Records(ids, [""] * num_sequences, ["MKV"] * num_sequences))
     rows = np.linspace(-1, 1, dim, dtype=np.float32)[np.newaxis]
@@ -610,7 +613,7 @@ def test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quaranti
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Or the files after it would be joined with those of another number."""
-    monkeypatch.setattr(formats, "_VIRNUCPRO_FILE_SEQUENCES", 2)
+    monkeypatch.setattr(torch_files, "_VIRNUCPRO_FILE_SEQUENCES", 2)
     records = Records(list("abcde"), [""] * 5, ["MKV", "MKVA", "MKVL", "MKVS", "MKVT"])
     run = start_run_of(tmp_path, records)
     finish_run(run, without=[2, 3]).assemble(quarantined=[2, 3])

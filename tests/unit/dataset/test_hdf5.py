@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vnp_lib.hdf5 import open_hdf5
+from vnp_lib.dataset.formats.hdf5 import open_hdf5
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vnp_lib.columns import column_names, values_at
+from vnp_lib.dataset.schema import column_names, values_at
 from vnp_lib.errors import StorageError
 from vnp_lib.plan.outputs import Output, RowLayout, StoreDtype
 from vnp_lib.storage import durable
@@ -30,7 +30,7 @@ from vnp_lib.user_paths import PathUse, user_path
 if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
     from torch import Tensor
 
-    from vnp_lib.torch_rows import EmbeddingRows
+    from vnp_lib.dataset.torch_dataset import EmbeddingRows
 
 DATASET_SCHEMA = 1
 SUCCESS_NAME = "_SUCCESS.json"
@@ -202,7 +202,7 @@ class EmbeddingDataset:
         ('P12345', 'P67890') torch.Size([2, 8])
         ('Q24680',) torch.Size([1, 8])
         """
-        from vnp_lib.torch_rows import EmbeddingRows
+        from vnp_lib.dataset.torch_dataset import EmbeddingRows
 
         self._require_one_mean()
         return EmbeddingRows(self)

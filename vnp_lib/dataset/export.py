@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vnp_lib.dataset import EmbeddingDataset, open_dataset
+from vnp_lib.dataset.formats.base import Format, Rows, ids_beside
+from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
+from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.formats import FORMATS, RAGGED_FORMATS, Format, Rows, ids_beside
 from vnp_lib.formatting import format_bytes
 from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.storage.durable import make_directory, remove_orphaned_temporaries, require_free_space

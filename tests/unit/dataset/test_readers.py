@@ -14,7 +14,7 @@ import pytest
 from tests.guides import blocks_of
 from tests.made_up_runs import Run, finish_run, made_up_records, start_run_of
 from tests.support import ROOT
-from vnp_lib.formats import FORMATS
+from vnp_lib.dataset.formats.registry import FORMATS
 from vnp_lib.plan.outputs import StoreDtype
 
 README, GUIDE = "README.md", "docs/how-to/read-the-dataset.md"
