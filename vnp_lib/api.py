@@ -23,7 +23,6 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.devices import resolve_dtype, torch_device_name
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.errors import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
-from vnp_lib.formatting import error_console
 from vnp_lib.inputs.in_memory import Proteins, RecordsInMemory, files_or_records
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import from_memory, read
@@ -35,6 +34,7 @@ from vnp_lib.plan.scan import Surveyor
 from vnp_lib.progress import RunProgress
 from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, check_at_the_door, open_run
 from vnp_lib.storage.locks import FileLock
+from vnp_lib.terminal import error_console
 from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.worker import ShardAttempt, StopFlag
 

@@ -15,13 +15,13 @@ from vnp_lib.config import DType, EmbedConfig, ModelName, weights_path
 from vnp_lib.dataset.export import export_dataset
 from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
 from vnp_lib.errors import ConfigError, ExitCode, InputError, StorageError, VnpError
-from vnp_lib.formatting import console
 from vnp_lib.options import parse_forecast_command_line
 from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.report import write_report
 from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
 from vnp_lib.streams import output_error, standard_streams
+from vnp_lib.terminal import console
 from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.verify import verify_run
 

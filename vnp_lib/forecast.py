@@ -22,7 +22,7 @@ from rich.text import Text
 
 from vnp_lib.devices import resolve_devices
 from vnp_lib.errors import ConfigError, FastaError
-from vnp_lib.formatting import bar, format_bytes, format_duration, plain
+from vnp_lib.formatting import format_bytes, format_duration
 from vnp_lib.history import read_attempts
 from vnp_lib.inputs import standard_input
 from vnp_lib.inputs.policy import InputCounts, InputPolicy
@@ -36,6 +36,7 @@ from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, model_tokens, required_bytes
 from vnp_lib.plan.scan import Surveyor, nothing_left
 from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
+from vnp_lib.terminal import bar, plain
 
 _MOST_REFUSALS_SHOWN = 5
 _FIRST_BIN_END = 50  # residues; each bin of the histogram is as wide as all before it

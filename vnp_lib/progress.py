@@ -9,7 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from vnp_lib.formatting import error_console, format_duration
+from vnp_lib.formatting import format_duration
+from vnp_lib.terminal import error_console
 
 
 class RunProgress:

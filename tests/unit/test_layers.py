@@ -29,7 +29,7 @@ MAY_IMPORT = {
 GROUND = (
     {"errors", "processes", "prefetch", "streams", "lazy"},
     {"failures", "software", "user_paths", "formatting", "environment"},
-    {"config"},
+    {"config", "terminal"},
     {"options", "devices"},
 )
 """Modules directly under `vnp_lib` that every room may import. Each imports only those of earlier sets."""
