@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib import embedder, inference
-from vnp_lib.inference import AsyncInferenceRunner
+from vnp_lib.inference import executor, runner
+from vnp_lib.inference.runner import AsyncInferenceRunner
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 
 TOKENS_PER_S = 83_000.0
@@ -84,7 +84,7 @@ def _batches(num_batches: int) -> Iterator[PackedBatch]:
 
 @contextmanager
 def _patched(clock: _Clock) -> Iterator[None]:
-    embed_batch, write = embedder.embed_batch, inference._Unsaved.write
+    embed_batch, write = executor.embed_batch, runner._Unsaved.write
 
     def sleeping(_model: object, batch: PackedBatch, _layout: object = None) -> Tensor:
         begun_at = time.perf_counter()
@@ -93,13 +93,13 @@ def _patched(clock: _Clock) -> Iterator[None]:
         clock.in_model_s += time.perf_counter() - begun_at
         return rows
 
-    def timed(unsaved: inference._Unsaved, reason: str) -> None:
+    def timed(unsaved: runner._Unsaved, reason: str) -> None:
         begun_at = time.perf_counter()
         write(unsaved, reason)
         clock.handovers_s.append(time.perf_counter() - begun_at)
 
-    embedder.embed_batch, inference._Unsaved.write = sleeping, timed  # type: ignore[assignment,method-assign]
+    executor.embed_batch, runner._Unsaved.write = sleeping, timed  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        embedder.embed_batch, inference._Unsaved.write = embed_batch, write  # type: ignore[method-assign]
+        executor.embed_batch, runner._Unsaved.write = embed_batch, write  # type: ignore[method-assign]

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks.networks import CPU, load_fair_esm, transformers_network
 from benchmarks.work import stock_batches
-from vnp_lib.embedder import Embedder
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2, architecture_of
 from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch, pack_batch
 from vnp_lib.model.weights import load_model, resolve_weights
-from vnp_lib.plan.packing import TokenBudget, pack
+from vnp_lib.plan.packing import pack
 
 CPU_TOKEN_BUDGET = 2048  # what a run takes on a CPU if it is not told otherwise
 

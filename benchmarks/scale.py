@@ -51,7 +51,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.assembly, vnp_lib.checkpoint.survey, vnp_lib.embedder, vnp_lib.plan.plan, vnp_lib.model.weights
+    import vnp_lib.assembly, vnp_lib.checkpoint.survey, vnp_lib.inference.executor, vnp_lib.plan.plan, vnp_lib.model.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -79,7 +79,7 @@ if is_child:
         sums = torch.zeros(batch.num_sequences, dtype=torch.int64).index_add_(0, rows, batch.input_ids)
         return (sums[:, None] + torch.arange(WIDTH)).float()
 
-    vnp_lib.embedder.embed_batch = embed_batch
+    vnp_lib.inference.executor.embed_batch = embed_batch
     vnp_lib.model.weights.load_model = lambda *arguments, **options: None
 """
 

@@ -23,12 +23,13 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.devices import resolve_dtype, torch_device_name
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.errors import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.inputs.in_memory import Proteins, RecordsInMemory, files_or_records
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import from_memory, read
 from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
 from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
-from vnp_lib.plan.packing import TokenBudget, pack
+from vnp_lib.plan.packing import pack
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, longest_first
 from vnp_lib.plan.scan import Surveyor
 from vnp_lib.progress import RunProgress
@@ -343,8 +344,8 @@ def _embed(given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: 
 def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     import torch
 
-    from vnp_lib.embedder import ExactModel
-    from vnp_lib.inference import AsyncInferenceRunner
+    from vnp_lib.inference.executor import ExactModel
+    from vnp_lib.inference.runner import AsyncInferenceRunner
     from vnp_lib.model.heads import with_heads
     from vnp_lib.model.weights import load_model, resolve_weights
 
@@ -423,7 +424,7 @@ def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
         return settings.token_budget
     if settings.device == "cpu":
         return CPU_TOKEN_BUDGET
-    from vnp_lib.gpu_memory import choose_token_budget
+    from vnp_lib.inference.gpu_memory import choose_token_budget
 
     return choose_token_budget(settings.model, dtype, [settings.device], settings.layout)
 

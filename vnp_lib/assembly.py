@@ -33,12 +33,12 @@ from vnp_lib.dataset.reader import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, 
 from vnp_lib.dataset.schema import columns_of, fields_of
 from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.formatting import utc_now
+from vnp_lib.inference.precision import Certificate, Comparison, from_metadata
 from vnp_lib.inputs.policy import InputCounts
 from vnp_lib.plan.outputs import RowLayout, StoreDtype, Values, as_stored, offsets_of
 from vnp_lib.plan.packing import pack
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPlan
-from vnp_lib.precision import Certificate, Comparison, from_metadata
 from vnp_lib.prefetch import map_ahead
 from vnp_lib.software import Software, SoftwareShare, describe_software
 from vnp_lib.storage import durable

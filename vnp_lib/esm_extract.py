@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from vnp_lib.dataset.formats.torch_files import extract_file
-from vnp_lib.embedder import PackedModel, embed_batch
 from vnp_lib.errors import ConfigError, FastaError, SequenceTooLargeError
 from vnp_lib.failures import FailureKind, classify_exception
+from vnp_lib.inference.executor import PackedModel, embed_batch
 from vnp_lib.inputs.fasta import holds_fastq, read_fasta
 from vnp_lib.inputs.files import unchanging
 from vnp_lib.inputs.reader import MOST_NUCLEOTIDES_IN_PROTEINS, named, refusal

@@ -508,7 +508,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
         return config.token_budget
     if kind_of(devices[0]) == "cpu":
         return CPU_TOKEN_BUDGET
-    from vnp_lib.gpu_memory import TOKENS_UNSEEN, choose_token_budget
+    from vnp_lib.inference.gpu_memory import TOKENS_UNSEEN, choose_token_budget
 
     if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
         return kept

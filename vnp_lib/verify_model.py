@@ -21,13 +21,13 @@ from torch import Tensor
 
 from vnp_lib.config import ModelName
 from vnp_lib.devices import resolve_devices, resolve_dtype, torch_device_name
-from vnp_lib.embedder import embed_batch
 from vnp_lib.errors import ConfigError
+from vnp_lib.inference.executor import embed_batch
+from vnp_lib.inference.precision import LEAST_COSINE
 from vnp_lib.model.esm2 import architecture_of
 from vnp_lib.model.reference import fair_esm_network
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, is_official, load_model, parameters_of, resolve_weights
-from vnp_lib.precision import LEAST_COSINE
 from vnp_lib.terminal import natural_width, plain
 
 SEQUENCES = {

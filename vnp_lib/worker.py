@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,13 @@ from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, broke
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.history import AttemptHistory, Ending
-from vnp_lib.listener import Listener
+from vnp_lib.inference.batches import read_batches
+from vnp_lib.inference.callbacks import Listener
+from vnp_lib.inference.precision import ExactRows, sampled_ordinals
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.plan.outputs import OutputKind, RowLayout
-from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, load_plan
-from vnp_lib.precision import ExactRows, sampled_ordinals
 from vnp_lib.run_record import RunRecord
 from vnp_lib.software import Package, package_in_use, require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
@@ -46,8 +47,8 @@ from vnp_lib.worker_events import EventStream
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.checkpoint.survey import CommittedRows
-    from vnp_lib.embedder import ExactModel
-    from vnp_lib.inference import AsyncInferenceRunner
+    from vnp_lib.inference.executor import ExactModel
+    from vnp_lib.inference.runner import AsyncInferenceRunner
     from vnp_lib.model.esm2 import ESM2
     from vnp_lib.model.tokens import PackedBatch
     from vnp_lib.model.weights import Weights
@@ -58,7 +59,6 @@ _LOCK_POLL_S = 5.0
 _SIGN_OF_LIFE_S = 1.0
 _SLOWEST_CPU = 5e8  # operations in a second: a hundredth of a core that has nothing else to do
 _SLOWEST_GPU = 5e11  # a tenth of the oldest in use
-_MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
 _MOST_IN_A_ROW = 20  # sequences without a finite row
 _ORPHAN_LIMIT_S = 60
 _WORTH_A_TRIAL = 200_000_000_000  # multiplications: ten times those of the trial that finds the faster way to do them
@@ -217,8 +217,8 @@ class ShardAttempt:
     def _load_runner(self, plan: RunPlan, work: PendingWork) -> AsyncInferenceRunner:
         import torch
 
-        from vnp_lib.embedder import ExactModel
-        from vnp_lib.inference import AsyncInferenceRunner
+        from vnp_lib.inference.executor import ExactModel
+        from vnp_lib.inference.runner import AsyncInferenceRunner
         from vnp_lib.model.heads import with_heads
         from vnp_lib.model.weights import load_model
 
@@ -521,20 +521,6 @@ def _left(
     )
     rest = [(batch_idx, batch[~is_suspect[batch]]) for batch_idx, batch in left]
     return first + [(batch_idx, batch) for batch_idx, batch in rest if batch.size] + last
-
-
-def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:
-    """Read and tokenise batch after batch. Of the mapped plan, no more stays in memory than some thousand rows touch."""
-    from vnp_lib.model.tokens import pack_batch
-
-    num_remembered = 0
-    for batch_idx, ordinals in batches:
-        ids, sequences = plan.fetch(ordinals)
-        num_remembered += ordinals.size
-        if num_remembered >= _MOST_REMEMBERED:
-            plan.forget_pages()
-            num_remembered = 0
-        yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
 
 
 def main(arguments: Sequence[str]) -> int:

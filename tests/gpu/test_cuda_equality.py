@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2 as FairEsm2
 
-from vnp_lib.embedder import Embedder
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model import attention
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, load_model, random_tensors
-from vnp_lib.plan.packing import TokenBudget
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,7 +27,7 @@ torch.nn.functional.embedding(torch.tensor([10**6], device='cuda'), torch.ones(3
 torch.cuda.synchronize()
 """
 TOKEN_BEYOND_THE_ALPHABET = """
-from vnp_lib.embedder import Embedder
+from vnp_lib.inference.executor import Embedder
 from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.model.tokens import pack_batch

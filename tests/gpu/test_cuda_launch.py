@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vnp_lib.embedder import Embedder
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, load_model
-from vnp_lib.plan.packing import TokenBudget
 
 pytestmark = [
     pytest.mark.gpu,

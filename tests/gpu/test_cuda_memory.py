@@ -13,14 +13,14 @@ pytest.importorskip("pydantic_settings")
 pytest.importorskip("pynvml")
 
 from vnp_lib.devices import free_gpu_bytes
-from vnp_lib.embedder import Embedder
 from vnp_lib.environment import visible_gpu
-from vnp_lib.gpu_memory import choose_token_budget, pass_bytes, tokens_that_fit
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.gpu_memory import choose_token_budget, pass_bytes, tokens_that_fit
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import MODELS, Architecture
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.plan.outputs import RowLayout
-from vnp_lib.plan.packing import TokenBudget
 
 pytestmark = [
     pytest.mark.gpu,

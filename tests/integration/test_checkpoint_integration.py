@@ -14,7 +14,7 @@ from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import BatchFailedError, NumericalInstabilityError, StorageError
-from vnp_lib.inference import RESUMED, AsyncInferenceRunner
+from vnp_lib.inference.runner import RESUMED, AsyncInferenceRunner
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.storage.durable import marker_path
 

@@ -28,7 +28,8 @@ from vnp_lib.checkpoint import (
 from vnp_lib.checkpoint.array_pickle import require_plain_arrays
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.errors import CheckpointWriteError
-from vnp_lib.inference import RESUMED, AsyncInferenceRunner
+from vnp_lib.inference import AsyncInferenceRunner
+from vnp_lib.inference.runner import RESUMED
 from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage.durable import marker_path

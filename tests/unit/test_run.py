@@ -18,10 +18,10 @@ import torch
 
 from tests.made_up_runs import finish_run, start_run
 from tests.support import flip_bit, small_config
-from vnp_lib import gpu_memory
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, InputError, RunDirectoryBusyError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
+from vnp_lib.inference import gpu_memory
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.run import attach_run, check_at_the_door, open_run

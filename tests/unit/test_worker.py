@@ -16,12 +16,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vnp_lib import embedder, worker
-from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib import worker
+from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.history import AttemptHistory, Ending, read_attempts
+from vnp_lib.inference import executor
 from vnp_lib.model.esm2 import ESM2, Architecture
 from vnp_lib.model.weights import Weights
 from vnp_lib.plan.paths import RunPaths
@@ -207,7 +208,8 @@ def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> 
     """It hangs where no flag is asked for, as in native code."""
     code = """
 import time
-from vnp_lib import embedder, worker
+from vnp_lib import worker
+from vnp_lib.inference import executor
 worker._ORPHAN_LIMIT_S = 1
 stop = worker.StopFlag()
 stop.install()
@@ -224,7 +226,7 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan
     commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
     quarantine = Quarantine.of(plan, paths)
-    quarantine.add(quarantine.quarantined(plan, ours[4], failure, attempts=2))
+    quarantine.add(quarantined(plan, ours[4], failure, attempts=2))
     suspects = [ours[7], others[0], ours[1], ours[4], ours[3]]
     work = find_pending_work(plan, paths, 0, suspects=suspects)
     assert [ordinals.tolist() for _, ordinals in work.batches[:2]] == [[ours[7]], [ours[3]]]
@@ -285,8 +287,8 @@ def test_a_float32_model_that_does_not_fit_is_loaded_once_and_the_run_goes_on_wi
         loads.append(options["dtype"])
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(embedder, "load_model", load_model)
-    exact = embedder.ExactModel(MODEL.model, Weights(source="random", digest=MODEL.weights_digest))
+    monkeypatch.setattr(executor, "load_model", load_model)
+    exact = executor.ExactModel(MODEL.model, Weights(source="random", digest=MODEL.weights_digest))
     events = Events()
     attempt = ShardAttempt(job_of(plan, paths, dtype="bfloat16"), events, StopFlag())
     assert attempt._exact_rows(plan, find_pending_work(plan, paths, 0), exact) == {}

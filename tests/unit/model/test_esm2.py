@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.networks import CPU, RANDOM, SMALLEST, TINY
-from vnp_lib.embedder import embed_batch
 from vnp_lib.errors import ConfigError
+from vnp_lib.inference.executor import embed_batch
 from vnp_lib.model import attention
 from vnp_lib.model.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.model.pooling import mean_pool

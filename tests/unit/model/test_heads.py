@@ -13,14 +13,14 @@ from torch import Tensor
 import vnp_lib.model.heads
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, SMALLEST
-from vnp_lib.embedder import Embedder, ExactModel
 from vnp_lib.errors import WeightsError
+from vnp_lib.inference.executor import Embedder, ExactModel
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2, MODELS
 from vnp_lib.model.heads import HeadedModel, check_heads, with_heads
 from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 from vnp_lib.plan.outputs import OutputKind, RowLayout
-from vnp_lib.plan.packing import TokenBudget
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

@@ -12,17 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import vnp_lib.inference
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
 from vnp_lib.checkpoint.file import load_checkpoint
-from vnp_lib.embedder import Embedder
-from vnp_lib.inference import AsyncInferenceRunner
+from vnp_lib.inference import runner
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.runner import AsyncInferenceRunner
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2
 from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.outputs import RowLayout
-from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.paths import checkpoint_path
 
 LAYERS = [0, 2, 3]
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_written_before_rows_take_too_much_memory(tmp_path: Path
     layout = layout_of(RAGGED)
     batches = [batch_of(SEQUENCES[:2]), batch_of(SEQUENCES[2:4], first=2), batch_of(SEQUENCES[4:], first=4)]
     bytes_of_two = int(layout.widths(batches[0].lengths).sum()) * 4
-    monkeypatch.setattr(vnp_lib.inference, "_MOST_UNSAVED_BYTES", bytes_of_two)
+    monkeypatch.setattr(runner, "_MOST_UNSAVED_BYTES", bytes_of_two)
     for _ in AsyncInferenceRunner(network(), "cpu", checkpoint_dir=tmp_path, layout=layout).embed(batches):
         pass
     kept = [load_checkpoint(checkpoint_path(tmp_path, 0, number), fingerprint=None) for number in range(2)]

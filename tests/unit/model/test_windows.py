@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
-from vnp_lib.embedder import Embedder
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2
 from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
 from vnp_lib.model.weights import random_tensors
 from vnp_lib.model.windows import MeanOverWindows
 from vnp_lib.plan.outputs import OutputKind, RowLayout, choose_outputs
-from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.windows import Windows
 
 LENGTHS = [95, 61, 41, 40, 12, 1]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vnp_lib.plan.packing import TokenBudget, pack, packed_tokens
+from vnp_lib.inference.token_budget import TokenBudget
+from vnp_lib.plan.packing import pack, packed_tokens
 
 
 def pack_one_by_one(token_lengths: list[int], token_budget: int) -> list[int]:

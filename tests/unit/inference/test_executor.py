@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vnp_lib.embedder import Embedder
 from vnp_lib.errors import BatchFailedError, DeviceFailedError
 from vnp_lib.failures import FailureCause, classify_exception
+from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import PackedBatch, pack_batch
-from vnp_lib.plan.packing import TokenBudget
 
 SEQUENCES = ["MKV", "MKLAAA", "W", "ACDEFGH", "KK", "LLLLL"]
 NAN = float("nan")

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vnp_lib.embedder import embed_batch
 from vnp_lib.errors import ConfigError
-from vnp_lib.gpu_memory import (
+from vnp_lib.inference.executor import embed_batch
+from vnp_lib.inference.gpu_memory import (
     TOKENS_UNSEEN,
     choose_token_budget,
     most_useful_tokens,

@@ -9,10 +9,18 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from vnp_lib.inference.precision import (
+    Certificate,
+    Comparison,
+    ExactRows,
+    compare,
+    from_metadata,
+    sampled_ordinals,
+    to_metadata,
+)
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.precision import Certificate, Comparison, ExactRows, compare, from_metadata, sampled_ordinals, to_metadata
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="bfloat16")
 

@@ -17,8 +17,8 @@ from vnp_lib.checkpoint import writer
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.errors import CheckpointWriteError, SequenceTooLargeError
-from vnp_lib.inference import AsyncInferenceRunner
-from vnp_lib.listener import Listener
+from vnp_lib.inference.callbacks import Listener
+from vnp_lib.inference.runner import AsyncInferenceRunner
 from vnp_lib.model.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.prefetch import ReadAhead

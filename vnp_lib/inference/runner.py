@@ -27,15 +27,15 @@ from vnp_lib.checkpoint.writer import (
     AsyncCheckpointWriter,
     CheckpointTrigger,
 )
-from vnp_lib.embedder import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
 from vnp_lib.errors import SequenceTooLargeError
-from vnp_lib.listener import Listener
+from vnp_lib.inference.callbacks import Listener
+from vnp_lib.inference.executor import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
+from vnp_lib.inference.precision import compare, to_metadata
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
 from vnp_lib.plan.outputs import RowLayout, offsets_of
-from vnp_lib.plan.packing import TokenBudget
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.plan.plan import model_tokens
-from vnp_lib.precision import compare, to_metadata
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software
 
