@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.figures import peak_mb
-from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, load_plan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run.assembly import DatasetSummary, assemble
 
 RESIDUES = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 

@@ -29,11 +29,11 @@ from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.failures import ShardFailedError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.run import open_run
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.events import Event
+from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.supervisor import run_child
-from vnp_lib.worker import find_pending_work
-from vnp_lib.worker_events import Event
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 NUM_SEQUENCES = 4_000  # some minutes of work: no trial comes to its end

@@ -30,10 +30,10 @@ from tests.cluster import switch_off
 from tests.support import ROOT, CommandLine, descendants_of
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset
-from vnp_lib.history import read_attempts
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.worker import find_pending_work
+from vnp_lib.run.history import read_attempts
+from vnp_lib.run.resume import find_pending_work
 
 SHARDS = 4
 WIDTH = 64
@@ -51,7 +51,7 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.assembly, vnp_lib.checkpoint.survey, vnp_lib.inference.executor, vnp_lib.plan.plan, vnp_lib.model.weights
+    import vnp_lib.run.assembly, vnp_lib.checkpoint.survey, vnp_lib.inference.executor, vnp_lib.plan.plan, vnp_lib.model.weights
 
     def noted(module, name):
         function = getattr(module, name)
@@ -69,7 +69,7 @@ if is_child or is_flow:
         os.close(descriptor)
 
     noted(vnp_lib.plan.plan, "make_plan")
-    noted(vnp_lib.assembly, "assemble")
+    noted(vnp_lib.run.assembly, "assemble")
     noted(vnp_lib.checkpoint.survey, "heal_shard")
     noted(vnp_lib.checkpoint.survey, "survey_checkpoints")
 

@@ -11,12 +11,13 @@ import os
 import sys
 from pathlib import Path
 
-from vnp_lib.assembly import assemble
 from vnp_lib.config import EmbedConfig
-from vnp_lib.run import Run, open_run
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.events import Event
+from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.supervisor import run_child
-from vnp_lib.worker_events import Event
 
 
 def main(model: str, weights: str, fasta: str, output_dir: str) -> None:

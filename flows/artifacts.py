@@ -26,9 +26,9 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from vnp_lib.assembly import DatasetSummary
 from vnp_lib.formatting import format_bytes, format_duration, printable
-from vnp_lib.run import Run
+from vnp_lib.run.assembly import DatasetSummary
+from vnp_lib.run.run import Run
 from vnp_lib.status import RunStatus, ShardProgress, read_status
 
 logger = logging.getLogger(__name__)

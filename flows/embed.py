@@ -32,7 +32,6 @@ from flows.pool import cancel_shards, end_leftovers
 from flows.results import NOWHERE
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
-from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint.manifest import ShardStatus
 from vnp_lib.checkpoint.survey import LOOKUP_DELAYS_S
 from vnp_lib.config import EmbedConfig
@@ -41,7 +40,9 @@ from vnp_lib.inputs.sources import describe_left_out
 from vnp_lib.plan.plan import describe_input
 from vnp_lib.progress import RunProgress
 from vnp_lib.report import write_report
-from vnp_lib.run import Run, ShardState, open_run
+from vnp_lib.run.assembly import DatasetSummary, assemble
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.run import Run, ShardState
 from vnp_lib.software import describe_software, is_mixed
 
 _MOST_ROUNDS = 3

@@ -17,7 +17,7 @@ from flows.lost_server import is_lost_server
 from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
 from vnp_lib.judgement import judge
 from vnp_lib.retry import RetryDecision
-from vnp_lib.run import Run
+from vnp_lib.run.run import Run
 
 Judge = Callable[[object, UUID | None], Awaitable[RetryDecision]]
 RetryHook = Callable[[Task[..., Any], TaskRun, State[Any]], Awaitable[bool]]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from prefect import get_run_logger
 
-from vnp_lib.run import Run
+from vnp_lib.run.run import Run
 
 
 @contextmanager

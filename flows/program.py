@@ -19,7 +19,8 @@ from vnp_lib.errors import ExitCode, InputError
 from vnp_lib.formatting import format_duration
 from vnp_lib.options import parse_command_line
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.run import RANDOM_WEIGHTS, check_at_the_door
+from vnp_lib.run.directory import check_at_the_door
+from vnp_lib.run.run import RANDOM_WEIGHTS
 from vnp_lib.streams import standard_streams
 from vnp_lib.supervisor import kill_children
 

@@ -15,10 +15,10 @@ from flows.events import tell_of_quarantine
 from flows.pool import delegate_shard
 from flows.results import is_plain_result
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import Run, ShardState
+from vnp_lib.run.events import Event
+from vnp_lib.run.run import Run, ShardState
 from vnp_lib.storage.durable import write_file
 from vnp_lib.supervisor import run_child
-from vnp_lib.worker_events import Event
 
 _TELL_EVERY_S = 300.0
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard

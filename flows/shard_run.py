@@ -17,7 +17,7 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.heartbeat import beating
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import attach_run
+from vnp_lib.run.directory import attach_run
 
 
 @flow(name="vnp-embed-shard", retries=0, persist_result=False, result_storage=NOWHERE)

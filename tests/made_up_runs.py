@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.assembly import DatasetSummary, assemble
 from vnp_lib.checkpoint.file import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
@@ -17,6 +16,7 @@ from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run.assembly import DatasetSummary, assemble
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 DIM = 8

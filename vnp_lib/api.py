@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.assembly import assemble
 from vnp_lib.config import DType, EmbedConfig, ModelName, OutputName, weights_path
 from vnp_lib.dataset import open_dataset
 from vnp_lib.devices import resolve_dtype, torch_device_name
@@ -33,7 +32,10 @@ from vnp_lib.plan.packing import pack
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, longest_first
 from vnp_lib.plan.scan import Surveyor
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, check_at_the_door, open_run
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.directory import check_at_the_door, open_run
+from vnp_lib.run.resolve import CPU_TOKEN_BUDGET
+from vnp_lib.run.run import RANDOM_WEIGHTS, Run
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.terminal import error_console
 from vnp_lib.user_paths import PathUse, user_path

@@ -23,7 +23,6 @@ from rich.text import Text
 from vnp_lib.devices import resolve_devices
 from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.formatting import format_bytes, format_duration
-from vnp_lib.history import read_attempts
 from vnp_lib.inputs import standard_input
 from vnp_lib.inputs.policy import InputCounts, InputPolicy
 from vnp_lib.inputs.reader import InputChunk, Places, Rename, places_of, renaming_of, survey
@@ -34,7 +33,9 @@ from vnp_lib.plan.packing import packed_tokens
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, model_tokens, required_bytes
 from vnp_lib.plan.scan import Surveyor, nothing_left
-from vnp_lib.run import look_at_model, planned_layout, planned_token_budget
+from vnp_lib.run.directory import look_at_model
+from vnp_lib.run.history import read_attempts
+from vnp_lib.run.resolve import planned_layout, planned_token_budget
 from vnp_lib.status import load_plan_of
 from vnp_lib.terminal import bar, plain
 

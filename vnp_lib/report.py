@@ -22,10 +22,10 @@ from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import StorageError
 from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
-from vnp_lib.history import Attempt, read_attempts
 from vnp_lib.plan.packing import packed_tokens
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, describe_input
+from vnp_lib.run.history import Attempt, read_attempts
 from vnp_lib.status import RunStatus, read_status
 from vnp_lib.storage.durable import write_file
 

@@ -26,11 +26,11 @@ from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset.reader import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_age, format_duration, utc_now
-from vnp_lib.history import Attempt, CheckpointEntry, Ending, read_attempts
 from vnp_lib.inference.precision import Certificate
 from vnp_lib.inputs.policy import InputCounts
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, describe_input, load_plan
+from vnp_lib.run.history import Attempt, CheckpointEntry, Ending, read_attempts
 from vnp_lib.software import SoftwareShare, describe_software
 from vnp_lib.storage.locks import FileLock, LockHolder
 from vnp_lib.terminal import natural_width, plain

@@ -19,7 +19,7 @@ from vnp_lib.devices import control_group
 from vnp_lib.environment import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
 from vnp_lib.liveness import ProcessState, Silence
-from vnp_lib.worker_events import Event, EventReader
+from vnp_lib.run.events import Event, EventReader
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.assembly import load_planned, planned_layout, with_copies
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, load_plan
+from vnp_lib.run.resume import _reason, read_checkpoints, with_copies
 from vnp_lib.storage.locks import FileLock, LockHolder
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is no run directory is said before
@@ -92,27 +92,6 @@ def verify_run(run_dir: Path) -> RunReport:
     return _with_plan(paths, running, plan)
 
 
-def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
-    """Read all checkpoints whole, and hold their content, not only their bytes, against their markers and the plan."""
-    from vnp_lib.checkpoint.survey import Damage, Survey, survey_checkpoints
-
-    survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
-    layout = planned_layout(plan, survey.valid) if survey.valid else None
-    reasons = [_reason(load_planned, plan, record, layout) for record in survey.valid]
-    read = list(zip(survey.valid, reasons, strict=True))
-    return Survey(
-        valid=tuple(record for record, reason in read if reason is None),
-        damaged=(
-            *survey.damaged,
-            *(
-                Damage(path=record.path, reason=_without_path(reason, record.path), is_unfinished=False)
-                for record, reason in read
-                if reason is not None
-            ),
-        ),
-    )
-
-
 def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> RunReport:
     survey = read_checkpoints(plan, paths)
     is_done = survey.done_mask(plan.num_sequences)
@@ -155,18 +134,6 @@ def _without_plan(paths: RunPaths, running: LockHolder | None, damage: str) -> R
         damage=(damage, *reasons, *(verify_dataset(paths.run_dir) if paths.success.exists() else ())),
         num_checkpoints=len(found) - len(reasons),
     )
-
-
-def _reason(read: Any, *arguments: Any, **options: Any) -> str | None:
-    try:
-        read(*arguments, **options)
-    except (StorageError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _without_path(reason: str, path: Path) -> str:
-    return reason.removeprefix(f"{path}: ").removeprefix(f"{path} ")
 
 
 def _refusal(survey: Survey) -> Iterator[str]:

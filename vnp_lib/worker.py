@@ -17,19 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, broken_set_up, quarantined
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
-from vnp_lib.history import AttemptHistory, Ending
 from vnp_lib.inference.batches import read_batches
 from vnp_lib.inference.callbacks import Listener
 from vnp_lib.inference.precision import ExactRows, sampled_ordinals
@@ -37,16 +34,18 @@ from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.plan.outputs import OutputKind, RowLayout
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, load_plan
-from vnp_lib.run_record import RunRecord
-from vnp_lib.software import Package, package_in_use, require_same_package
+from vnp_lib.run.events import EventStream
+from vnp_lib.run.history import AttemptHistory, Ending
+from vnp_lib.run.job import ShardJob
+from vnp_lib.run.record import RunRecord
+from vnp_lib.run.resume import PendingWork, find_pending_work
+from vnp_lib.software import require_same_package
 from vnp_lib.stop_signals import Request, StopRequests
 from vnp_lib.storage.durable import remove_orphaned_temporaries
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.streams import standard_streams
-from vnp_lib.worker_events import EventStream
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
-    from vnp_lib.checkpoint.survey import CommittedRows
     from vnp_lib.inference.executor import ExactModel
     from vnp_lib.inference.runner import AsyncInferenceRunner
     from vnp_lib.model.esm2 import ESM2
@@ -62,46 +61,6 @@ _SLOWEST_GPU = 5e11  # a tenth of the oldest in use
 _MOST_IN_A_ROW = 20  # sequences without a finite row
 _ORPHAN_LIMIT_S = 60
 _WORTH_A_TRIAL = 200_000_000_000  # multiplications: ten times those of the trial that finds the faster way to do them
-
-
-class ShardJob(BaseModel):
-    """One attempt on one shard, as the parent writes it for the child."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run_dir: Path
-    rank: int
-    fingerprint: str
-    model: str
-    weights: str  # a path, or "random"
-    weights_digest: str
-    dtype: str
-    device: str  # "cpu" or "cuda": a child sees one GPU at most
-    num_threads: int | None  # None: as many as torch thinks right
-    is_deterministic: bool = False  # the same bits at every attempt
-    token_budget: int  # of a forward pass, where memory did not suffice for the plan's
-    suspects: tuple[int, ...] = ()  # ordinals to run alone and first, in this order
-    deferred: tuple[int, ...] = ()  # ordinals at which an attempt gave no sign of life: to run alone and last
-    is_careful: bool = False  # one batch at a time, so that a failure is its own
-    quarantines: bool = True  # sets aside what has no finite row; else that ends the attempt
-    checkpoint_seq_threshold: int
-    checkpoint_time_threshold: float
-    package: Package = Field(default_factory=package_in_use)  # of the parent: the worker refuses to be another
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PendingWork:
-    """What is left to do of a shard."""
-
-    batches: list[tuple[int, NDArray[Any]]]  # (batch_idx, ordinals), in the plan's order
-    num_done: int
-    tokens_done: int
-    tokens_left: int
-    next_checkpoint: int
-
-    @property
-    def num_sequences(self) -> int:
-        return sum(len(ordinals) for _, ordinals in self.batches)
 
 
 class StopFlag:
@@ -467,60 +426,6 @@ def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
     if thresholds == (DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S):
         return {}
     return dict(zip(("checkpoint_seq_threshold", "checkpoint_time_threshold"), thresholds, strict=True))
-
-
-def find_pending_work(
-    plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Sequence[int] = (), deferred: Sequence[int] = ()
-) -> PendingWork:
-    """Subtract from a shard's sequences those that valid checkpoints hold, in whatever shard's folder, or the quarantine.
-
-    This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
-    left, suspects come first, in their order, each as a batch of its own, and what is deferred comes last likewise.
-    """
-    from vnp_lib.checkpoint.survey import heal_shard
-
-    next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
-    is_done = done_or_set_aside(plan, paths)
-    ordinals_of_shard = plan.shard_ordinals(rank)
-    done = ordinals_of_shard[is_done[ordinals_of_shard]]
-    tokens_done = plan.num_tokens(done)
-    return PendingWork(
-        batches=_left(plan.shard_batches(rank), is_done, suspects, deferred),
-        num_done=done.size,
-        tokens_done=tokens_done,
-        tokens_left=plan.num_tokens(ordinals_of_shard) - tokens_done,
-        next_checkpoint=next_checkpoint,
-    )
-
-
-def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows | None = None) -> NDArray[np.bool_]:
-    """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them.
-
-    Args:
-        committed: Of who looks again and again.
-    """
-    from vnp_lib.checkpoint.survey import CommittedRows
-
-    committed = committed or CommittedRows(paths.checkpoints_dir, plan.fingerprint, plan.num_sequences)
-    is_done = committed.done_mask()
-    is_done[list(Quarantine.of(plan, paths).ordinals())] = True
-    return is_done
-
-
-def _left(
-    batches: Sequence[NDArray[np.int64]], is_done: NDArray[np.bool_], suspects: Sequence[int], deferred: Sequence[int]
-) -> list[tuple[int, NDArray[np.int64]]]:
-    """What is not done, as (batch_idx, ordinals): suspects one by one, whole batches without them, the deferred one by one."""
-    is_suspect = np.zeros_like(is_done)
-    is_suspect[[*suspects, *deferred]] = True
-    left = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(batches)]
-    batch_of = {ordinal: batch_idx for batch_idx, batch in left for ordinal in batch[is_suspect[batch]].tolist()}
-    first, last = (
-        [(batch_of[ordinal], np.array([ordinal])) for ordinal in alone if ordinal in batch_of]
-        for alone in ([each for each in suspects if each not in deferred], deferred)
-    )
-    rest = [(batch_idx, batch[~is_suspect[batch]]) for batch_idx, batch in left]
-    return first + [(batch_idx, batch) for batch_idx, batch in rest if batch.size] + last
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -24,7 +24,6 @@ from tests.faults.figures import record_figure
 from tests.faults.forgery import archive, forgeries, good_content
 from tests.faults.trials import call, scratch_directory
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
-from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
@@ -36,7 +35,8 @@ from vnp_lib.inputs.characters import INVISIBLE
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.run import open_run
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.directory import open_run
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock

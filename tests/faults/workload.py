@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib import run_record
-from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.errors import CheckpointError, ExitCode
@@ -27,7 +25,10 @@ from vnp_lib.model import weights
 from vnp_lib.model.tokens import FIRST_LETTER, LETTERS
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES
-from vnp_lib.run import Run, open_run
+from vnp_lib.run import record
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import make_directory, read_marker, write_file
 from vnp_lib.worker import ShardAttempt, StopFlag
 
@@ -150,7 +151,7 @@ def put_doubles_in_place() -> None:
     """Replace the model by the stub, and the writer's patience with a full disk by none. For processes of trials only."""
     weights.load_model = lambda *args, **kwargs: StubModel()
     runner.AsyncCheckpointWriter = partial(AsyncCheckpointWriter, sleep=lambda delay_s: None)
-    run_record.LOCK_TIMEOUT_S = 1.0  # as long as eight processes may want it
+    record.LOCK_TIMEOUT_S = 1.0  # as long as eight processes may want it
 
 
 def _attempt(run: Run, rank: int, acknowledge: Callable[[list[int]], None]) -> None:

@@ -29,7 +29,7 @@ torch.cuda.synchronize()
 TOKEN_BEYOND_THE_ALPHABET = """
 from vnp_lib.inference.executor import Embedder
 from vnp_lib.model.weights import Weights, load_model
-from vnp_lib.plan.packing import TokenBudget
+from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import pack_batch
 
 device, weights = torch.device("cuda"), Weights(source="random", digest="")

@@ -30,7 +30,7 @@ from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.run import Run
+from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock
 

@@ -12,12 +12,12 @@ import pytest
 from flows.embed import embed
 from tests.poison import Way, patch, write_proteins
 from tests.support import assert_same_rows, embed_alone, small_config, workers_of
-from vnp_lib import run_record
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
+from vnp_lib.run import record
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run
 
@@ -193,7 +193,7 @@ def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifes
 @pytest.mark.soak
 def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(tmp_path, tiny_fasta, monkeypatch, caplog):
     """A process that hangs with it is named; no attempt fails, and what the manifest lacks is in it at the next run."""
-    monkeypatch.setattr(run_record, "LOCK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(record, "LOCK_TIMEOUT_S", 0.5)
     run_dir = tmp_path / "run"
     manifest = RunPaths(run_dir).manifest
     manifest.parent.mkdir(parents=True)

@@ -16,7 +16,7 @@ from prefect.states import Completed, Pending, Running, Scheduled
 
 from flows.pool import cancel_shards, directory_tag, end_leftovers, run_tag
 from tests.support import small_config
-from vnp_lib.run import open_run
+from vnp_lib.run.directory import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

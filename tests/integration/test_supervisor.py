@@ -18,7 +18,7 @@ from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.run import open_run
+from vnp_lib.run.directory import open_run
 from vnp_lib.stop_signals import HURRY_AFTER_S
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.storage.locks import FileLock

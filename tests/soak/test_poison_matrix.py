@@ -26,11 +26,12 @@ from tests.poison import Way, draw_protein, marked_as, patch
 from tests.soak.children import SMALL_NETWORK, sabotaged
 from tests.soak.machine import slowness
 from tests.support import small_config, workers_of
-from vnp_lib.assembly import assemble
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import FailureCause, ShardFailedError
 from vnp_lib.judgement import judge
-from vnp_lib.run import Run, open_run
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import write_file
 from vnp_lib.supervisor import run_child
 

@@ -18,7 +18,6 @@ from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, ExitCode, FastaError
 from vnp_lib.forecast import Forecast, forecast
-from vnp_lib.history import read_attempts
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read, survey
 from vnp_lib.inputs.records import LetterCounts
@@ -29,7 +28,8 @@ from vnp_lib.plan.outputs import Output, RowLayout
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.run import open_run
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.history import read_attempts
 from vnp_lib.worker import ShardAttempt, StopFlag
 
 MODEL = "esm2_t6_8M_UR50D"

@@ -24,7 +24,7 @@ from vnp_lib.failures import Failure, FailureCause, FailureKind, classify_except
 from vnp_lib.judgement import counted_failures
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.retry import RetryPolicy
-from vnp_lib.run import open_run
+from vnp_lib.run.directory import open_run
 from vnp_lib.storage.durable import make_directory, marker_path, remove_orphaned_temporaries
 from vnp_lib.supervisor import run_child
 from vnp_lib.worker import StopFlag

@@ -16,7 +16,8 @@ from vnp_lib.checkpoint.quarantine import QuarantineLimit
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.judgement import counted_failures, judge
 from vnp_lib.retry import RetryDecision
-from vnp_lib.run import Run, open_run
+from vnp_lib.run.directory import open_run
+from vnp_lib.run.run import Run
 from vnp_lib.storage.locks import FileLock
 
 

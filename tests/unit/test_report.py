@@ -26,12 +26,12 @@ from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.cli import main
 from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, FailureCause, FailureKind
-from vnp_lib.history import Attempt, CheckpointEntry, Ending
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report import render_report, write_report
+from vnp_lib.run.history import Attempt, CheckpointEntry, Ending
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="w", layer=6, dtype="float32")
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)

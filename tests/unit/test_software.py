@@ -12,6 +12,7 @@ import torch
 
 from tests.support import ROOT
 from vnp_lib.errors import ConfigError
+from vnp_lib.run.job import ShardJob
 from vnp_lib.software import (
     Package,
     Software,
@@ -21,7 +22,6 @@ from vnp_lib.software import (
     package_in_use,
     require_same_package,
 )
-from vnp_lib.worker import ShardJob
 
 
 def test_the_package_in_use_is_accepted():

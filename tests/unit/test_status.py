@@ -17,7 +17,6 @@ from rich.console import Console
 
 from tests.support import flip_bit
 from vnp_lib import status
-from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.checkpoint.survey import survey_checkpoints
@@ -25,11 +24,12 @@ from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.cli import main
 from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.formatting import format_bytes
-from vnp_lib.history import AttemptHistory
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.history import AttemptHistory
 from vnp_lib.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
 from vnp_lib.storage.locks import FileLock
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from tests.support import flip_bit
-from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.checkpoint.survey import survey_checkpoints
@@ -26,6 +25,7 @@ from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run.assembly import assemble
 from vnp_lib.storage.durable import digest_file, marker_path, read_sealed_json, write_marker, write_sealed_json
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.verify import verify_run
@@ -216,7 +216,7 @@ def test_a_run_that_is_going_on_is_said_and_not_disturbed(paths, capsys):
 
 
 def test_a_dead_holder_of_the_lock_is_no_run(paths):
-    code = "import sys, os; from pathlib import Path; from vnp_lib.storage.durable import FileLock\n"
+    code = "import sys, os; from pathlib import Path; from vnp_lib.storage.locks import FileLock\n"
     code += "FileLock(Path(sys.argv[1]), purpose='die').acquire(0); os._exit(0)"
     subprocess.run([sys.executable, "-c", code, str(paths.run_lock)], check=True, timeout=60)
     assert FileLock(paths.run_lock, purpose="look").holder() is not None

@@ -21,16 +21,18 @@ from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.inference import executor
 from vnp_lib.model.esm2 import ESM2, Architecture
 from vnp_lib.model.weights import Weights
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run.history import AttemptHistory, Ending, read_attempts
+from vnp_lib.run.job import ShardJob
+from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.worker import ShardAttempt, ShardJob, SignsOfLife, StopFlag, find_pending_work, slowest_s
+from vnp_lib.worker import ShardAttempt, SignsOfLife, StopFlag, slowest_s
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 

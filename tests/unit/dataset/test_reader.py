@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import vnp_lib.assembly
+import vnp_lib.run.assembly
 from tests.made_up_runs import DIM, Run, embed, finish_run, start_run
 from tests.support import flip_bit
 from vnp_lib.dataset.reader import open_dataset, verify_dataset
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Run:
 
 def test_rows_are_found_by_id_and_by_ordinal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the embeddings directory and by the run directory; in parts of several row groups."""
-    monkeypatch.setattr(vnp_lib.assembly, "_ROW_GROUP_BYTES", 7 * DIM * 4)
+    monkeypatch.setattr(vnp_lib.run.assembly, "_ROW_GROUP_BYTES", 7 * DIM * 4)
     run.assemble()
     dataset = open_dataset(str(run.paths.embeddings_dir))
     expected = run.expected_rows()

@@ -25,7 +25,7 @@ from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.sources import describe_left_out, find_files, find_sources
 from vnp_lib.options import ForecastConfig
-from vnp_lib.run import check_at_the_door
+from vnp_lib.run.directory import check_at_the_door
 from vnp_lib.user_paths import user_inputs
 
 CASES = ROOT / "tests/data/cases"

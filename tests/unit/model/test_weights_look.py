@@ -23,7 +23,7 @@ from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weight_files import name_in_transformers
 from vnp_lib.model.weights import look_at_weights, random_tensors, resolve_weights, save_weights
 from vnp_lib.options import ForecastConfig
-from vnp_lib.run import check_at_the_door, open_run
+from vnp_lib.run.directory import check_at_the_door, open_run
 
 REVISION = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
 LFS_POINTER = (

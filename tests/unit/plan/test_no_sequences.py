@@ -19,7 +19,6 @@ import pytest
 
 from tests.support import SMALL_MODEL, small_config
 from vnp_lib import embed, open_dataset
-from vnp_lib.assembly import assemble
 from vnp_lib.cli import main
 from vnp_lib.dataset.export import export_dataset
 from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
@@ -29,7 +28,8 @@ from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, load_plan
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.run import check_at_the_door, open_run
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.directory import check_at_the_door, open_run
 from vnp_lib.status import open_status
 from vnp_lib.verify import verify_run
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support import small_config
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.failures import FailureCause, classify_exception
-from vnp_lib.run import open_run
+from vnp_lib.run.directory import open_run
 from vnp_lib.storage import durable, file_system
 from vnp_lib.storage.durable import DurableOps
 from vnp_lib.storage.file_system import try_file_system

@@ -13,7 +13,7 @@ from tests.support import small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.run import check_at_the_door, open_run
+from vnp_lib.run.directory import check_at_the_door, open_run
 
 
 def open_briefly(fasta: Path, run_dir: Path, **settings: object) -> None:

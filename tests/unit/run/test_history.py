@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from vnp_lib import history
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import InputError
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run import history
+from vnp_lib.run.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock
 

@@ -24,7 +24,7 @@ from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import gpu_memory
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.run import attach_run, check_at_the_door, open_run
+from vnp_lib.run.directory import attach_run, check_at_the_door, open_run
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 
@@ -57,13 +57,13 @@ def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_pa
     [("cpu", 4, None), ("cpu,cpu", 2, 4), ("cpu,cpu", 1, None), ("cpu,cpu,cpu", 2, 4), ("cpu,cpu,cpu", 7, 2)],
 )
 def test_children_that_run_at_once_share_the_cores(tmp_path, tiny_fasta, monkeypatch, devices, shards, num_threads):
-    monkeypatch.setattr("vnp_lib.run.num_cores", lambda: 8)
+    monkeypatch.setattr("vnp_lib.run.run.num_cores", lambda: 8)
     with open_run(small_config(tiny_fasta, tmp_path / "run", devices=devices, shards=shards)) as run:
         assert run.shard_job(0, "cpu").num_threads == num_threads
 
 
 def test_a_shard_on_another_machine_has_all_its_cores(tmp_path, tiny_fasta, monkeypatch):
-    monkeypatch.setattr("vnp_lib.run.resolve_devices", lambda devices, model: ("cpu", "cpu"))
+    monkeypatch.setattr("vnp_lib.run.directory.resolve_devices", lambda devices, model: ("cpu", "cpu"))
     config = small_config(tiny_fasta, tmp_path / "run", devices="cpu", shards=None)
     with open_run(config) as run:
         joined = attach_run(config, run.plan.fingerprint)
@@ -359,10 +359,10 @@ def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_
     with open_run(config) as run:
         assert "numerics" not in run.plan.identity
         begun = run.plan
-    monkeypatch.setattr("vnp_lib.plan.plan.__version__", "9.0")
+    monkeypatch.setattr("vnp_lib.plan.planner.__version__", "9.0")
     with open_run(config) as run:
         assert (run.plan.fingerprint, run.plan.vnp) == (begun.fingerprint, "9.0")
-    monkeypatch.setattr("vnp_lib.run.NUMERICS_VERSION", 2)
+    monkeypatch.setattr("vnp_lib.run.resolve.NUMERICS_VERSION", 2)
     before = run.paths.plan_json.read_bytes()
     with pytest.raises(FingerprintMismatchError, match=r"numbers are of version 1, .* \(9\.0\) are of version 2"):
         open_run(config).__enter__()
@@ -387,8 +387,11 @@ def test_a_deterministic_run_is_refused_with_another_torch_or_processor(tmp_path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("vnp_lib.run.__version__", "9.0"), r"was opened by vnp 0\..* and this machine has vnp 9\.0"),
-        (("vnp_lib.run.NUMERICS_VERSION", 2), r"\(numbers of version 1\), and this machine has vnp .* \(version 2\)"),
+        (("vnp_lib.run.directory.__version__", "9.0"), r"was opened by vnp 0\..* and this machine has vnp 9\.0"),
+        (
+            ("vnp_lib.run.directory.NUMERICS_VERSION", 2),
+            r"\(numbers of version 1\), and this machine has vnp .* \(version 2\)",
+        ),
         (("torch.backends.cpu.get_cpu_capability", lambda: "ABACUS"), r"but this machine has .*CPU \(ABACUS\)"),
     ],
 )

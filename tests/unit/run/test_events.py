@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vnp_lib.worker_events import EventReader, encode_event
+from vnp_lib.run.events import EventReader, encode_event
 
 
 def read_all(*blocks: bytes, within_s: float = 5.0) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def test_a_long_event_is_shortened_and_a_short_one_is_not() -> None:
 
 
 def run_sender(code: str, **options: Any) -> subprocess.Popen[bytes]:
-    begin = "import json, sys, threading, time\nfrom vnp_lib.worker_events import EventStream\n"
+    begin = "import json, sys, threading, time\nfrom vnp_lib.run.events import EventStream\n"
     return subprocess.Popen([sys.executable, "-c", begin + code], stdout=subprocess.PIPE, **options)
 
 

@@ -24,13 +24,14 @@ from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import ExitCode
 from vnp_lib.failures import Failure, FailureCause, FailureKind
-from vnp_lib.metrics import RunMetrics
 from vnp_lib.metrics_page import registry_of, require_free_port, serving
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.progress import RunProgress
-from vnp_lib.run import ShardState, check_at_the_door
+from vnp_lib.run.directory import check_at_the_door
+from vnp_lib.run.metrics import RunMetrics
+from vnp_lib.run.run import ShardState
 
 
 @pytest.fixture
@@ -351,6 +352,6 @@ def test_a_port_that_the_last_run_has_just_left_is_free(quarantine: Quarantine) 
 
 
 def test_who_serves_no_metrics_does_without_the_library() -> None:
-    modules = "vnp_lib.cli, vnp_lib.run, vnp_lib.worker, vnp_lib.metrics"
+    modules = "vnp_lib.cli, vnp_lib.run, vnp_lib.worker, vnp_lib.run.metrics"
     code = f"import sys, {modules}; sys.exit(bool({{'prometheus_client', 'pynvml'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

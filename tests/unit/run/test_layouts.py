@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-import vnp_lib.assembly
+import vnp_lib.run.assembly
 from tests.made_up_runs import (
     DIM,
     MODEL,
@@ -27,14 +27,14 @@ from tests.made_up_runs import (
     write_checkpoint,
     write_planned,
 )
-from vnp_lib.assembly import assemble
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import CheckpointError, FingerprintMismatchError, NumericalInstabilityError
 from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.verify import read_checkpoints
+from vnp_lib.run.assembly import assemble
+from vnp_lib.run.resume import read_checkpoints
 
 VECTORS = RowLayout.of_names(["mean_5", "mean_6", "bos_6"], embed_dim=DIM)
 RAGGED = RowLayout.of_names(["mean_6", "per_tok_6", "contacts", "logits"], embed_dim=DIM)
@@ -65,7 +65,7 @@ def test_every_array_is_found_under_its_id_its_place_and_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: RowLayout, part_bytes: int
 ) -> None:
     """Copies of identical sequences included; in parts of one row, of some, and of all, with several row groups."""
-    monkeypatch.setattr(vnp_lib.assembly, "_ROW_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(vnp_lib.run.assembly, "_ROW_GROUP_BYTES", 20_000)
     run = finished_run_of(tmp_path, layout)
     summary = run.assemble(part_bytes=part_bytes)
     assert summary.num_rows == 150
@@ -201,14 +201,14 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
 ) -> None:
     """Which no checkpoint holds that proves itself: it comes from the disk that the buckets are on."""
     run = finished_run_of(tmp_path, RAGGED)
-    take = vnp_lib.assembly._Buckets.take
+    take = vnp_lib.run.buckets._Buckets.take
 
     def spoilt(buckets: Any, part: int) -> Any:
         ordinals, rows = take(buckets, part)
         rows[int(RAGGED.widths(run.plan.lengths[ordinals])[:2].sum()) - 1] = np.nan  # the second row's last number
         return ordinals, rows
 
-    monkeypatch.setattr(vnp_lib.assembly._Buckets, "take", spoilt)
+    monkeypatch.setattr(vnp_lib.run.buckets._Buckets, "take", spoilt)
     with pytest.raises(NumericalInstabilityError, match=rf"the first of {run.ids[1]!r} \(ordinal 1\)"):
         run.assemble(part_bytes=10**9)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vnp_lib import run_record
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.errors import StorageError
-from vnp_lib.run_record import RunRecord
+from vnp_lib.run import record as run_record
+from vnp_lib.run.record import RunRecord
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps
 from vnp_lib.storage.locks import FileLock

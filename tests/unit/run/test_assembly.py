@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-import vnp_lib.assembly
+import vnp_lib.run.assembly
 import vnp_lib.storage.durable
 from tests.made_up_runs import (
     CREATED,
@@ -36,7 +36,6 @@ from tests.made_up_runs import (
     write_checkpoint,
 )
 from tests.support import flip_bit
-from vnp_lib.assembly import DatasetSummary, assemble, planned_layout
 from vnp_lib.checkpoint.file import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset.reader import open_dataset, verify_dataset
@@ -46,6 +45,8 @@ from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, StoreDtype, offs
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, required_bytes
 from vnp_lib.plan.planner import check_free_space, make_plan
+from vnp_lib.run.assembly import DatasetSummary, assemble
+from vnp_lib.run.resume import planned_layout
 from vnp_lib.software import Software, SoftwareShare
 from vnp_lib.storage.durable import DurableOps
 
@@ -498,14 +499,14 @@ def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
 
 
 def test_an_interrupted_assembly_is_invisible_and_starts_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_part = vnp_lib.assembly._write_part
+    write_part = vnp_lib.run.assembly._write_part
 
     def write_two_parts(*arguments: object) -> dict[str, object]:
         if (run.paths.new_dataset / "part-00001.parquet").exists():
             raise KeyboardInterrupt
         return write_part(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vnp_lib.assembly, "_write_part", write_two_parts)
+    monkeypatch.setattr(vnp_lib.run.assembly, "_write_part", write_two_parts)
     with pytest.raises(KeyboardInterrupt):
         run.assemble()
     monkeypatch.undo()
@@ -581,7 +582,7 @@ def test_killed_at_any_operation_the_old_dataset_or_the_new_one_is_there_whole(
         ops = DyingOps(kill_at, can_exchange=can_exchange)
         with monkeypatch.context() as patched, suppress(Killed):
             patched.setattr(vnp_lib.storage.durable, "ops", ops)
-            patched.setattr(vnp_lib.assembly.shutil, "rmtree", ops.mortal_rmtree(shutil.rmtree))
+            patched.setattr(vnp_lib.run.assembly.shutil, "rmtree", ops.mortal_rmtree(shutil.rmtree))
             run.assemble(part_bytes=10**9)
         is_over = not ops.is_dead
         is_there = run.paths.embeddings_dir.exists()
@@ -670,7 +671,7 @@ def test_a_bucket_is_opened_for_many_checkpoints_at_once(
         opened.update([path.name] if mode == "ab" else [])
         return real(path, mode, *arguments, **named)
 
-    monkeypatch.setattr(vnp_lib.assembly, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(vnp_lib.run.buckets, "_BUFFER_BYTES", buffer_bytes)
     monkeypatch.setattr(Path, "open", counted)
     run.assemble()
     assert len(opened) == 4
@@ -684,7 +685,7 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     """They are larger instead. What is written can be read, whatever the size of a part that is asked for."""
-    monkeypatch.setattr(vnp_lib.assembly, "_MOST_PARTS", 7)
+    monkeypatch.setattr(vnp_lib.run.buckets, "_MOST_PARTS", 7)
     outputs = (
         (Output(kind=OutputKind.MEAN, layer=6),) if layout == "mean" else (Output(kind=OutputKind.PER_TOK, layer=6),)
     )
@@ -704,7 +705,7 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
 def test_as_many_parts_as_there_may_be_leave_success_json_well_below_what_is_read() -> None:
     part = {"name": "part-16384.parquet", "rows": 10**9, "size_bytes": 10**12, "sha256": "f" * 64}
     part |= {"footer_bytes": 10**9, "footer_sha256": "f" * 64}
-    told = vnp_lib.storage.durable.canonical_json({"parts": [part] * 2 * vnp_lib.assembly._MOST_PARTS})
+    told = vnp_lib.storage.durable.canonical_json({"parts": [part] * 2 * vnp_lib.run.buckets._MOST_PARTS})
     assert len(told) < vnp_lib.storage.durable.MAX_JSON_BYTES / 3
 
 
@@ -742,7 +743,7 @@ def test_a_dataset_that_stays_needs_no_room_and_one_that_is_replaced_gives_none(
 
 
 def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    distribute = vnp_lib.assembly._distribute
+    distribute = vnp_lib.run.assembly._distribute
 
     def distribute_and_damage(*arguments: object) -> object:
         comparisons = distribute(*arguments)  # type: ignore[arg-type]
@@ -750,7 +751,7 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeyp
         flip_bit(bucket, 8 * 20)
         return comparisons
 
-    monkeypatch.setattr(vnp_lib.assembly, "_distribute", distribute_and_damage)
+    monkeypatch.setattr(vnp_lib.run.assembly, "_distribute", distribute_and_damage)
     with pytest.raises(StorageError, match=r"bucket-00002-.* does not give back what was written to it"):
         run.assemble()
     assert not run.paths.success.exists()
@@ -759,14 +760,14 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeyp
 def test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = vnp_lib.assembly._Buckets.take
+    take = vnp_lib.run.buckets._Buckets.take
 
     def take_twice(buckets: Any, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ordinals, rows = take(buckets, part)
         ordinals[1] = ordinals[0]
         return ordinals, rows
 
-    monkeypatch.setattr(vnp_lib.assembly._Buckets, "take", take_twice)
+    monkeypatch.setattr(vnp_lib.run.buckets._Buckets, "take", take_twice)
     with pytest.raises(StorageError, match="came back from disk incomplete"):
         run.assemble()
     assert not run.paths.success.exists()
