@@ -33,7 +33,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.run.events import Event
 from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory, write_file
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker.supervisor import run_child
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 NUM_SEQUENCES = 4_000  # some minutes of work: no trial comes to its end

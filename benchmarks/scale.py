@@ -118,7 +118,7 @@ class MemoryWatch:
 
 
 def _kind_of_process(command: str) -> str:
-    kinds = {"vnp_lib/run_worker.py": "a child", "flows/embed.py": "the flow", "uvicorn": "Prefect's server"}
+    kinds = {"vnp_lib/worker/__main__.py": "a child", "flows/embed.py": "the flow", "uvicorn": "Prefect's server"}
     return next((kind for part, kind in kinds.items() if part in command), "any other")
 
 

@@ -17,7 +17,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.run.events import Event
 from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import make_directory, write_file
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker.supervisor import run_child
 
 
 def main(model: str, weights: str, fasta: str, output_dir: str) -> None:

@@ -22,7 +22,7 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.run.directory import check_at_the_door
 from vnp_lib.run.run import RANDOM_WEIGHTS
 from vnp_lib.streams import standard_streams
-from vnp_lib.supervisor import kill_children
+from vnp_lib.worker.supervisor import kill_children
 
 if TYPE_CHECKING:  # Prefect is imported when its server is at hand
     from prefect.client.schemas.objects import State

@@ -18,7 +18,7 @@ from vnp_lib.progress import RunProgress
 from vnp_lib.run.events import Event
 from vnp_lib.run.run import Run, ShardState
 from vnp_lib.storage.durable import write_file
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker.supervisor import run_child
 
 _TELL_EVERY_S = 300.0
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard

@@ -18,8 +18,8 @@ from typing import Any
 
 from prefect.exceptions import TerminationSignal
 
-from vnp_lib.stop_signals import Request, StopRequests
-from vnp_lib.supervisor import has_children, kill_children
+from vnp_lib.worker.stop_signals import Request, StopRequests
+from vnp_lib.worker.supervisor import has_children, kill_children
 
 
 @contextmanager

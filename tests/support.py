@@ -124,7 +124,7 @@ def workers_of(run_dir: Path) -> list[int]:
             command = (process / "cmdline").read_bytes().decode().split("\0")
         except (OSError, ValueError):
             continue
-        if any(part.endswith("vnp_lib/run_worker.py") for part in command) and any(
+        if any(part.endswith("vnp_lib/worker/__main__.py") for part in command) and any(
             part.startswith(str(run_dir)) for part in command
         ):
             found.append(int(process.name))

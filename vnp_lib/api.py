@@ -39,7 +39,7 @@ from vnp_lib.run.run import RANDOM_WEIGHTS, Run
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.terminal import error_console
 from vnp_lib.user_paths import PathUse, user_path
-from vnp_lib.worker import ShardAttempt, StopFlag
+from vnp_lib.worker.attempt import ShardAttempt, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
     import torch

@@ -40,7 +40,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker.supervisor import run_child
 
 GOOD_FIELDS = {"rows": 1, "ordinals": [0], "fingerprint": RUN}  # of a marker beside `good_content`
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"

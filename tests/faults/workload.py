@@ -30,7 +30,7 @@ from vnp_lib.run.assembly import assemble
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import make_directory, read_marker, write_file
-from vnp_lib.worker import ShardAttempt, StopFlag
+from vnp_lib.worker.attempt import ShardAttempt, StopFlag
 
 WIDTH = 8
 PART_BYTES = 10 * (WIDTH * 4 + ROW_OVERHEAD_BYTES)  # ten rows: the dataset has several parts

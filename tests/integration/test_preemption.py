@@ -36,7 +36,7 @@ from tests.support import (
     workers_of,
 )
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.stop_signals import HURRY_AFTER_S
+from vnp_lib.worker.stop_signals import HURRY_AFTER_S
 
 pytestmark = pytest.mark.slow
 
@@ -123,8 +123,8 @@ from pathlib import Path
 from prefect.exceptions import TerminationSignal
 
 from flows.signals import sigterm_cancels_the_flow
-from vnp_lib import stop_signals
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker import stop_signals
+from vnp_lib.worker.supervisor import run_child
 
 stop_signals.HURRY_AFTER_S = 1.5
 
@@ -267,8 +267,8 @@ def test_a_late_second_sigterm_waits_for_nobody(
         from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
         AsyncCheckpointWriter.wait_all = lambda self: time.sleep(60)
         if rank == 1:
-            import vnp_lib.worker
-            vnp_lib.worker.StopFlag.set = lambda self: None
+            import vnp_lib.worker.attempt
+            vnp_lib.worker.attempt.StopFlag.set = lambda self: None
     """)
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_CHILDREN, *SMALL_CHECKPOINTS)

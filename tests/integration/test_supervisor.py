@@ -19,10 +19,10 @@ from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.run.directory import open_run
-from vnp_lib.stop_signals import HURRY_AFTER_S
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker.stop_signals import HURRY_AFTER_S
+from vnp_lib.worker.supervisor import run_child
 
 pytestmark = pytest.mark.slow
 

@@ -28,12 +28,12 @@ from tests.soak.machine import slowness
 from tests.support import small_config, workers_of
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import FailureCause, ShardFailedError
-from vnp_lib.judgement import judge
 from vnp_lib.run.assembly import assemble
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import write_file
-from vnp_lib.supervisor import run_child
+from vnp_lib.worker.recovery import judge
+from vnp_lib.worker.supervisor import run_child
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 

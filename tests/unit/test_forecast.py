@@ -30,7 +30,7 @@ from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.history import read_attempts
-from vnp_lib.worker import ShardAttempt, StopFlag
+from vnp_lib.worker.attempt import ShardAttempt, StopFlag
 
 MODEL = "esm2_t6_8M_UR50D"
 IDENTITY = ModelIdentity(model=MODEL, weights_digest="w", layer=6, dtype="float32")

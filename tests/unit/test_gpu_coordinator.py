@@ -21,13 +21,13 @@ from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.config import RuntimeConfig
 from vnp_lib.errors import CircuitBreakerOpenError, NumericalInstabilityError
 from vnp_lib.failures import Failure, FailureCause, FailureKind, classify_exception, classify_exit
-from vnp_lib.judgement import counted_failures
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.retry import RetryPolicy
 from vnp_lib.run.directory import open_run
 from vnp_lib.storage.durable import make_directory, marker_path, remove_orphaned_temporaries
-from vnp_lib.supervisor import run_child
-from vnp_lib.worker import StopFlag
+from vnp_lib.worker.attempt import StopFlag
+from vnp_lib.worker.recovery import counted_failures
+from vnp_lib.worker.retry import RetryPolicy
+from vnp_lib.worker.supervisor import run_child
 
 POLICY = RetryPolicy.from_config(RuntimeConfig())
 
@@ -240,8 +240,8 @@ def test_a_child_that_does_not_hear_sigterm_is_killed_after_the_grace(tmp_path, 
     import signal
     signal.signal = lambda *_: None
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads
-    import vnp_lib.worker
-    vnp_lib.worker.StopFlag.set = lambda self: None
+    import vnp_lib.worker.attempt
+    vnp_lib.worker.attempt.StopFlag.set = lambda self: None
     """)
     waited_s = asyncio.run(stop_when_computing(settings(short_fasta, tmp_path / "run"), 0, grace_s=1.0))
     assert waited_s >= 1.0

@@ -65,5 +65,7 @@ def test_help_needs_neither_torch_nor_a_server_of_prefect(code: str) -> None:
 
 
 def test_a_child_imports_nothing_of_prefect_nor_what_draws() -> None:
-    loaded = modules_after("import vnp_lib.worker, vnp_lib.inference.runner, vnp_lib.checkpoint.writer" + _LOADED)
+    loaded = modules_after(
+        "import vnp_lib.worker.attempt, vnp_lib.inference.runner, vnp_lib.checkpoint.writer" + _LOADED
+    )
     assert not loaded & {"prefect", "matplotlib", "jinja2", "rich", "esm", "torch._dynamo", "torch._inductor"}

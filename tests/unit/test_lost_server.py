@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 
 from flows.hooks import make_retry_hook
 from flows.lost_server import Ending, is_lost_server, note_ending, try_without_prefect
-from vnp_lib.retry import RetryDecision
+from vnp_lib.worker.retry import RetryDecision
 
 LOST = httpx.ConnectError("All connection attempts failed")
 

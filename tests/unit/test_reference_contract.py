@@ -34,7 +34,7 @@ from vnp_lib.manifest import CheckpointManifest
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.run.job import ShardJob
 from vnp_lib.storage.durable import marker_path
-from vnp_lib.worker import _checkpoint_thresholds
+from vnp_lib.worker.attempt import _checkpoint_thresholds
 
 REQUIRED = inspect.Parameter.empty
 

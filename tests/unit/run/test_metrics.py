@@ -352,6 +352,6 @@ def test_a_port_that_the_last_run_has_just_left_is_free(quarantine: Quarantine) 
 
 
 def test_who_serves_no_metrics_does_without_the_library() -> None:
-    modules = "vnp_lib.cli, vnp_lib.run, vnp_lib.worker, vnp_lib.run.metrics"
+    modules = "vnp_lib.cli, vnp_lib.run.directory, vnp_lib.worker.attempt, vnp_lib.run.metrics"
     code = f"import sys, {modules}; sys.exit(bool({{'prometheus_client', 'pynvml'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

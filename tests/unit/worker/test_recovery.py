@@ -14,11 +14,11 @@ from tests.support import small_config
 from vnp_lib.checkpoint.manifest import MAX_FAILURES_KEPT
 from vnp_lib.checkpoint.quarantine import QuarantineLimit
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.judgement import counted_failures, judge
-from vnp_lib.retry import RetryDecision
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.run import Run
 from vnp_lib.storage.locks import FileLock
+from vnp_lib.worker.recovery import counted_failures, judge
+from vnp_lib.worker.retry import RetryDecision
 
 
 @pytest.fixture

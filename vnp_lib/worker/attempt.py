@@ -1,4 +1,4 @@
-"""The child process of one attempt on one shard: `python -m vnp_lib.worker job.json`, or `run_worker.py`, as a run starts it.
+"""The child process of one attempt on one shard: started by `__main__`.
 
 It says what it does as JSON lines on standard output and logs to standard error. It stops at the next batch boundary
 when it gets SIGTERM or when its parent is gone, with everything that it computed on disk. Before the first batch
@@ -40,10 +40,10 @@ from vnp_lib.run.job import ShardJob
 from vnp_lib.run.record import RunRecord
 from vnp_lib.run.resume import PendingWork, find_pending_work
 from vnp_lib.software import require_same_package
-from vnp_lib.stop_signals import Request, StopRequests
 from vnp_lib.storage.durable import remove_orphaned_temporaries
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.streams import standard_streams
+from vnp_lib.worker.stop_signals import Request, StopRequests
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.inference.executor import ExactModel

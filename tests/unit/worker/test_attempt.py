@@ -16,7 +16,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vnp_lib import worker
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
@@ -32,7 +31,8 @@ from vnp_lib.run.job import ShardJob
 from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.worker import ShardAttempt, SignsOfLife, StopFlag, slowest_s
+from vnp_lib.worker import attempt
+from vnp_lib.worker.attempt import ShardAttempt, SignsOfLife, StopFlag, slowest_s
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
 
@@ -110,7 +110,7 @@ def test_an_attempt_waits_while_another_has_the_shard(
 ) -> None:
     """The one before it may still be saving: what is left is looked at only afterwards."""
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
-    monkeypatch.setattr(worker, "_LOCK_POLL_S", 0.01)
+    monkeypatch.setattr(attempt, "_LOCK_POLL_S", 0.01)
     other = FileLock(paths.shard_lock(0), purpose="save")
     other.acquire(timeout_s=0)
 
@@ -129,7 +129,7 @@ def run_signalled(code: str, *, stdin: int | None = None) -> subprocess.Complete
     """Run code in a process that has a StopFlag installed, whose clock it sets by `now[0] = ...`."""
     begin = """
 import os, signal
-from vnp_lib.worker import StopFlag
+from vnp_lib.worker.attempt import StopFlag
 now = [5.0]
 stop = StopFlag(clock=lambda: now[0])
 stop.install()
@@ -188,13 +188,13 @@ def open_pipe() -> Iterator[tuple[int, int]]:
 def test_the_parents_word_stops_a_child_that_never_sees_its_sigterm() -> None:
     code = """
 import threading, time
-from vnp_lib.worker import _heed_the_parent
+from vnp_lib.worker.attempt import _heed_the_parent
 threading.Thread(target=_heed_the_parent, args=(stop,), daemon=True).start()
 print("ready", flush=True)
 while not stop.is_set():
     time.sleep(0.01)
 """
-    begin = "from vnp_lib.worker import StopFlag\nstop = StopFlag()\nstop.install()\n"
+    begin = "from vnp_lib.worker.attempt import StopFlag\nstop = StopFlag()\nstop.install()\n"
     with subprocess.Popen(
         [sys.executable, "-c", begin + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -210,7 +210,7 @@ def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> 
     """It hangs where no flag is asked for, as in native code."""
     code = """
 import time
-from vnp_lib import worker
+from vnp_lib.worker import attempt as worker
 from vnp_lib.inference import executor
 worker._ORPHAN_LIMIT_S = 1
 stop = worker.StopFlag()
@@ -272,7 +272,7 @@ def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
     history = AttemptHistory(paths, 0)
     history.started(device="cpu", pending=20)
-    worker._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(0, 20, 0.5)
+    attempt._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(0, 20, 0.5)
     ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
     first, second = read_attempts(paths, 0)
     assert [(each.number, each.rows) for each in first.checkpoints] == [(0, 20)]

@@ -6,7 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from vnp_lib.heartbeat import HeartbeatWatch, beating
+from vnp_lib.worker.heartbeat import HeartbeatWatch, beating
 
 
 def test_silence_is_counted_from_the_last_change(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from vnp_lib.config import RuntimeConfig
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.retry import CircuitBreaker, RetryPolicy
+from vnp_lib.worker.retry import CircuitBreaker, RetryPolicy
 
 POLICY = RetryPolicy.from_config(RuntimeConfig())
 

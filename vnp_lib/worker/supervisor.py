@@ -18,8 +18,8 @@ from typing import BinaryIO, TypeVar
 from vnp_lib.devices import control_group
 from vnp_lib.environment import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
-from vnp_lib.liveness import ProcessState, Silence
 from vnp_lib.run.events import Event, EventReader
+from vnp_lib.worker.liveness import ProcessState, Silence
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _followed: dict[asyncio.subprocess.Process, float] = {}
 
 def worker_command(job_path: Path) -> list[str]:
     """Return the command of a worker process. It imports nothing from the current directory, and this process's `vnp_lib`."""
-    return [sys.executable, "-P", str(Path(__file__).with_name("run_worker.py").absolute()), str(job_path)]
+    return [sys.executable, "-P", str(Path(__file__).with_name("__main__.py").absolute()), str(job_path)]
 
 
 async def run_child(

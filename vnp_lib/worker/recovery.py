@@ -13,8 +13,8 @@ import numpy as np
 from vnp_lib.checkpoint.quarantine import quarantined
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import Failure, FailureKind, classify_exception
-from vnp_lib.retry import RetryDecision, RetryPolicy
 from vnp_lib.run.run import Run
+from vnp_lib.worker.retry import RetryDecision, RetryPolicy
 
 
 def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecision:

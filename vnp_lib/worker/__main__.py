@@ -1,7 +1,7 @@
-"""Start a worker process: `python -P vnp_lib/run_worker.py job.json`, by the path of this very file.
+"""Start a worker process: `python -P vnp_lib/worker/__main__.py job.json`, by the path of this file.
 
-It runs the `vnp_lib` that this file is part of: that of the process that has started it. `python -m vnp_lib.worker` would run
-whatever bears that name in the current directory, where a user may have another checkout, or a `random.py`.
+It runs the `vnp_lib` that this file is part of, which is that of the process that started it. With
+`python -m vnp_lib.worker`, Python would take any `vnp_lib`, or `random.py`, in the current directory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def import_own_package() -> None:
     """Import `vnp_lib` from the directory of this file, unless it has been imported: the worker compares the code anyway."""
     if _PACKAGE in sys.modules:
         return
-    directory = Path(__file__).parent
+    directory = Path(__file__).parents[1]
     spec = spec_from_file_location(_PACKAGE, directory / "__init__.py", submodule_search_locations=[str(directory)])
     assert spec is not None
     assert spec.loader is not None
@@ -28,6 +28,6 @@ def import_own_package() -> None:
 
 if __name__ == "__main__":
     import_own_package()
-    from vnp_lib.worker import main
+    from vnp_lib.worker.attempt import main
 
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.support import wait_until
-from vnp_lib.liveness import ProcessState, Silence
+from vnp_lib.worker.liveness import ProcessState, Silence
 
 
 class Clock:

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from vnp_lib.liveness import Silence
 from vnp_lib.storage.durable import write_file
+from vnp_lib.worker.liveness import Silence
 
 _LOOK_EVERY_S = 10.0  # or oftener
 _MOST_LAST_WRITE_S = 1.0

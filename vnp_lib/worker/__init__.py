@@ -1,0 +1,1 @@
+"""One attempt on one shard in a worker process: start it, watch it, retry it."""
