@@ -38,8 +38,8 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import CheckpointError, IncompleteDatasetError
 from vnp_lib.inputs.sources import describe_left_out
 from vnp_lib.plan.plan import describe_input
-from vnp_lib.progress import RunProgress
-from vnp_lib.report import write_report
+from vnp_lib.report.html import write_report
+from vnp_lib.report.progress import RunProgress
 from vnp_lib.run.assembly import DatasetSummary, assemble
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.run import Run, ShardState

@@ -17,7 +17,9 @@ def metrics_served(run: Run) -> Iterator[None]:
     if port is None:
         yield
         return
-    from vnp_lib.metrics_page import serving  # here, not above: a run without metrics does without prometheus_client
+    from vnp_lib.report.prometheus import (
+        serving,  # here, not above: a run without metrics does without prometheus_client
+    )
 
     with ExitStack() as stack:
         try:

@@ -27,7 +27,7 @@ from prefect.states import Cancelled, Cancelling, Crashed
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError
-from vnp_lib.progress import RunProgress
+from vnp_lib.report.progress import RunProgress
 from vnp_lib.run.run import Run, ShardState
 from vnp_lib.worker.heartbeat import HeartbeatWatch
 

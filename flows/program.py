@@ -19,7 +19,7 @@ from vnp_lib.errors import ExitCode, InputError
 from vnp_lib.formatting import format_duration
 from vnp_lib.options import parse_command_line
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.run.directory import check_at_the_door
+from vnp_lib.run.directory import validate_config
 from vnp_lib.run.run import RANDOM_WEIGHTS
 from vnp_lib.streams import standard_streams
 from vnp_lib.worker.supervisor import kill_children
@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "vnp-embed") 
 def _main(arguments: Sequence[str], program: str) -> int:
     started_at = time.monotonic()
     config = parse_command_line(arguments, program=program)
-    check_at_the_door(config)
+    validate_config(config)
+    if config.metrics_port is not None:
+        from vnp_lib.report.prometheus import validate_metrics_port
+
+        validate_metrics_port(config)
     _leave_out_the_flows_directory()
     try:
         return _run(config, find_prefect(_tell), started_at)

@@ -14,7 +14,7 @@ from flows.devices import DevicePool
 from flows.events import tell_of_quarantine
 from flows.pool import delegate_shard
 from flows.results import is_plain_result
-from vnp_lib.progress import RunProgress
+from vnp_lib.report.progress import RunProgress
 from vnp_lib.run.events import Event
 from vnp_lib.run.run import Run, ShardState
 from vnp_lib.storage.durable import write_file

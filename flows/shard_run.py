@@ -15,7 +15,7 @@ from flows.results import NOWHERE
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.progress import RunProgress
+from vnp_lib.report.progress import RunProgress
 from vnp_lib.run.directory import attach_run
 from vnp_lib.worker.heartbeat import beating
 

@@ -31,9 +31,9 @@ from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs, 
 from vnp_lib.plan.packing import pack
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, longest_first
 from vnp_lib.plan.scan import Surveyor
-from vnp_lib.progress import RunProgress
+from vnp_lib.report.progress import RunProgress
 from vnp_lib.run.assembly import assemble
-from vnp_lib.run.directory import check_at_the_door, open_run
+from vnp_lib.run.directory import open_run, validate_config
 from vnp_lib.run.resolve import CPU_TOKEN_BUDGET
 from vnp_lib.run.run import RANDOM_WEIGHTS, Run
 from vnp_lib.storage.locks import FileLock
@@ -457,7 +457,7 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
         allow_empty=settings.allow_empty,
         on_poison="fail",
     )
-    check_at_the_door(config)
+    validate_config(config)
     with open_run(config) as run:
         num_tokens = run.plan.num_tokens(run.plan.order)
         with _bar(settings, run.plan.num_computed, num_tokens) as bar, _told_plainly():

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-from vnp_lib import forecast
 from vnp_lib.config import DType, EmbedConfig, ModelName, weights_path
 from vnp_lib.dataset.export import export_dataset
 from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
@@ -18,17 +17,18 @@ from vnp_lib.errors import ConfigError, ExitCode, InputError, StorageError, VnpE
 from vnp_lib.options import parse_forecast_command_line
 from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.report import write_report
-from vnp_lib.status import RunStatus, load_plan_of, open_status, render, watch
+from vnp_lib.report import estimate
+from vnp_lib.report.html import write_report
+from vnp_lib.report.status import RunStatus, load_plan_of, open_status, render, watch
+from vnp_lib.report.verify import verify_run
 from vnp_lib.streams import output_error, standard_streams
 from vnp_lib.terminal import console
 from vnp_lib.user_paths import PathUse, user_path
-from vnp_lib.verify import verify_run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vnp_lib.verify_model import ModelReport
+    from vnp_lib.report.verify_model import ModelReport
 
     _Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -77,7 +77,7 @@ def verify(options: argparse.Namespace) -> ExitCode:
 
 
 def _show(
-    found: RunStatus | forecast.Forecast | ModelReport, render: Callable[[Any], RenderableType], *, as_json: bool
+    found: RunStatus | estimate.Forecast | ModelReport, render: Callable[[Any], RenderableType], *, as_json: bool
 ) -> None:
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
@@ -98,8 +98,8 @@ def status(options: argparse.Namespace) -> ExitCode:
 
 
 def plan(options: argparse.Namespace) -> ExitCode:
-    seen = forecast.forecast(parse_forecast_command_line(options.others))
-    _show(seen, forecast.render, as_json=options.json)
+    seen = estimate.forecast(parse_forecast_command_line(options.others))
+    _show(seen, estimate.render, as_json=options.json)
     return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
 
 
@@ -130,7 +130,7 @@ def report(options: argparse.Namespace) -> ExitCode:
 
 
 def verify_model(options: argparse.Namespace) -> ExitCode:
-    from vnp_lib import verify_model  # imports torch, which takes seconds
+    from vnp_lib.report import verify_model  # imports torch, which takes seconds
 
     report = verify_model.verify_model(options.model, options.weights, dtype=options.dtype, device=options.device)
     _show(report, verify_model.render, as_json=options.json)

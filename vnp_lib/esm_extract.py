@@ -40,7 +40,7 @@ from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch, pack_batch
 from vnp_lib.model.weights import load_model, model_of, resolve_weights
 from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs
 from vnp_lib.plan.packing import pack
-from vnp_lib.progress import RunProgress
+from vnp_lib.report.progress import RunProgress
 from vnp_lib.storage.durable import path_below, remove_orphaned_temporaries, replace_unsynced
 
 Kind = Literal["mean", "per_tok", "bos", "contacts"]

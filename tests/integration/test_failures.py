@@ -17,9 +17,9 @@ from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
+from vnp_lib.report.verify import verify_run
 from vnp_lib.run import record
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

@@ -29,7 +29,7 @@ from vnp_lib.inputs.policy import InputCounts
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.status import open_status
+from vnp_lib.report.status import open_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

@@ -21,7 +21,7 @@ from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weights import random_tensors, save_weights
 from vnp_lib.plan.outputs import OutputKind
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.verify import verify_run
+from vnp_lib.report.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

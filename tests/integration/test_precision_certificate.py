@@ -17,7 +17,7 @@ from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.status import open_status
+from vnp_lib.report.status import open_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

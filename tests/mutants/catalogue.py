@@ -18,7 +18,7 @@ _LAYOUTS = "tests/unit/run/test_layouts.py"
 _RAGGED = "tests/unit/checkpoint/test_ragged.py"
 _DATASET = "tests/unit/dataset/test_reader.py"
 _QUARANTINE = "tests/unit/checkpoint/test_quarantine.py"
-_VERIFY = "tests/unit/test_verify.py"
+_VERIFY = "tests/unit/report/test_verify.py"
 _INFERENCE = "tests/unit/inference/test_runner.py"
 _EMBEDDER = "tests/unit/inference/test_executor.py"
 _GPU_MEMORY = "tests/unit/inference/test_gpu_memory.py"
@@ -1091,7 +1091,7 @@ _SET_ASIDE = (
     ),
     Mutant(
         name="quarantined-counted-as-to-compute",
-        module="verify",
+        module="report.verify",
         before="(~is_done & ~is_set_aside)[ordinals]",
         after="(~is_done)[ordinals]",
         caught_by=(f"{_VERIFY}::test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies",),

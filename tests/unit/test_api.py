@@ -41,8 +41,8 @@ from vnp_lib.model.weights import random_tensors, save_weights
 from vnp_lib.plan.outputs import OutputKind
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
+from vnp_lib.report.verify import verify_run
 from vnp_lib.storage.durable import marker_path
-from vnp_lib.verify import verify_run
 
 SMALLEST = "esm2_t6_8M_UR50D"
 SMALL: dict[str, Any] = {"model": SMALLEST, "weights": "random", "device": "cpu"}

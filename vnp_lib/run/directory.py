@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 logger = logging.getLogger(__name__)
 
 
-def check_at_the_door(config: EmbedConfig) -> None:
+def validate_config(config: EmbedConfig) -> None:
     """Look at what a run is given, before anything is started or made: what can be seen quickly, that is.
 
     Raises:
@@ -48,10 +48,6 @@ def check_at_the_door(config: EmbedConfig) -> None:
     """
     _look_at_input(config)
     planned_devices(config)
-    if config.metrics_port is not None and config.executor == "local":  # else a shard of the last run may have it yet
-        from vnp_lib.metrics_page import require_free_port
-
-        require_free_port(config.metrics_address, config.metrics_port)
     _look_at_output(config)
     paths = RunPaths(config.output_dir)
     require_no_others(paths)

@@ -19,13 +19,13 @@ from tests.support import ROOT
 from vnp_lib import embed
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, FastaError
-from vnp_lib.forecast import forecast, render
 from vnp_lib.inputs.files import FASTA_SUFFIXES
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.sources import describe_left_out, find_files, find_sources
 from vnp_lib.options import ForecastConfig
-from vnp_lib.run.directory import check_at_the_door
+from vnp_lib.report.estimate import forecast, render
+from vnp_lib.run.directory import validate_config
 from vnp_lib.user_paths import user_inputs
 
 CASES = ROOT / "tests/data/cases"
@@ -306,7 +306,7 @@ class TestTold:
         return tmp_path / "in"
 
     def test_a_run_says_it_before_anything_is_made(self, directory: Path, tmp_path: Path, caplog) -> None:
-        check_at_the_door(EmbedConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
+        validate_config(EmbedConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
         assert caplog.messages == [f"{directory}: {self.LEFT_OUT}"]
         assert not (tmp_path / "run").exists()
 
@@ -340,7 +340,7 @@ def test_vnp_plan_refuses_a_file_that_is_given_twice_and_counts_it_once(tmp_path
 
 class TestOutput:
     def at_the_door(self, fasta: Path, output_dir: Path) -> None:
-        check_at_the_door(EmbedConfig(fasta=(fasta,), output_dir=output_dir, **SMALLEST))
+        validate_config(EmbedConfig(fasta=(fasta,), output_dir=output_dir, **SMALLEST))
 
     def refusal(self, fasta: Path, output_dir: Path) -> str:
         with pytest.raises(ConfigError) as caught:

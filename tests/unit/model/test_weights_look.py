@@ -18,12 +18,12 @@ from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.embeddings import Embeddings
 from vnp_lib.errors import ExitCode, InputError, WeightsError
-from vnp_lib.forecast import forecast
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weight_files import name_in_transformers
 from vnp_lib.model.weights import look_at_weights, random_tensors, resolve_weights, save_weights
 from vnp_lib.options import ForecastConfig
-from vnp_lib.run.directory import check_at_the_door, open_run
+from vnp_lib.report.estimate import forecast
+from vnp_lib.run.directory import open_run, validate_config
 
 REVISION = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
 LFS_POINTER = (
@@ -98,7 +98,7 @@ def test_every_layout_of_hugging_faces_is_taken_by_all(tmp_path, safetensors_fil
     """A run, its plan, and Python; with the digest that goes into the run's identity."""
     given = layout(tmp_path, safetensors_file)
     config = config_with(given, tmp_path)
-    check_at_the_door(config)
+    validate_config(config)
     with open_run(config) as run:
         assert run.plan.identity["weights_digest"] == resolve_weights(SMALLEST, str(given)).digest
     assert forecast(config_with(given, tmp_path, ForecastConfig)).weights == str(
@@ -235,7 +235,7 @@ def test_what_are_no_weights_is_refused_by_all_in_the_same_sentence(tmp_path, ca
     make, told = REFUSED[name]
     given = make(tmp_path / "weights")
     with pytest.raises(WeightsError) as by_run:
-        check_at_the_door(config_with(given, tmp_path))
+        validate_config(config_with(given, tmp_path))
     (sentence,) = str(by_run.value).splitlines()
     assert told in sentence
     assert not (tmp_path / "run").exists()
@@ -308,16 +308,16 @@ def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / f"hub/checkpoints/{SMALLEST}.pt").write_text(WEB_PAGE)
     with pytest.raises(WeightsError, match="it is a web page"):
-        check_at_the_door(config_with("auto", tmp_path))
+        validate_config(config_with("auto", tmp_path))
 
 
 @pytest.mark.parametrize("include", ["logits", "contacts"])
 def test_heads_that_are_missing_are_said_before_a_run_begins(tmp_path, fair_esm_file, include) -> None:
-    for config, look in ((EmbedConfig, check_at_the_door), (ForecastConfig, forecast)):
+    for config, look in ((EmbedConfig, validate_config), (ForecastConfig, forecast)):
         with pytest.raises(WeightsError, match=f"{include} .*need"):
             look(config_with(fair_esm_file, tmp_path, config, include=(include,)))
 
 
 def test_a_layer_that_the_model_has_not_is_said_before_a_run_begins(tmp_path) -> None:
     with pytest.raises(InputError, match="layers 7 are asked for"):
-        check_at_the_door(config_with("random", tmp_path, repr_layers=(7,)))
+        validate_config(config_with("random", tmp_path, repr_layers=(7,)))

@@ -28,10 +28,10 @@ from vnp_lib.plan.outputs import StoreDtype
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, load_plan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.report.status import open_status
+from vnp_lib.report.verify import verify_run
 from vnp_lib.run.assembly import assemble
-from vnp_lib.run.directory import check_at_the_door, open_run
-from vnp_lib.status import open_status
-from vnp_lib.verify import verify_run
+from vnp_lib.run.directory import open_run, validate_config
 
 SMALL: dict[str, Any] = {"model": "esm2_t6_8M_UR50D", "weights": "random", "device": "cpu", "progress": False}
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
@@ -71,9 +71,9 @@ def test_a_file_without_sequences_is_an_empty_run_if_that_is_allowed(tmp_path, n
     path = tmp_path / name
     path.write_bytes(EMPTY_FILES[name])
     with pytest.raises(FastaError, match=f"{name}: there is no sequence in it; give .* with --allow-empty"):
-        check_at_the_door(small_config(path, tmp_path / "run"))
+        validate_config(small_config(path, tmp_path / "run"))
     config = small_config(path, tmp_path / "run", allow_empty=True)
-    check_at_the_door(config)
+    validate_config(config)
     with open_run(config) as run:
         assert (run.plan.num_sequences, run.plan.num_computed, run.plan.num_shards) == (0, 0, 1)
         assert run.shard_state(0).is_complete

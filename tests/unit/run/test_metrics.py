@@ -24,12 +24,11 @@ from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import ExitCode
 from vnp_lib.failures import Failure, FailureCause, FailureKind
-from vnp_lib.metrics_page import registry_of, require_free_port, serving
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.progress import RunProgress
-from vnp_lib.run.directory import check_at_the_door
+from vnp_lib.report.progress import RunProgress
+from vnp_lib.report.prometheus import registry_of, require_free_port, serving, validate_metrics_port
 from vnp_lib.run.metrics import RunMetrics
 from vnp_lib.run.run import ShardState
 
@@ -337,7 +336,10 @@ def test_a_taken_port_keeps_no_run_in_a_work_pool_out(tmp_path: Path) -> None:
     """A shard of the last run may have it, on this machine: that is ended once the run has begun."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        check_at_the_door(small_config(EXAMPLE, tmp_path / "run", metrics_port=port, executor="work-pool"))
+        config = small_config(EXAMPLE, tmp_path / "run", metrics_port=port, executor="work-pool")
+        validate_metrics_port(config)
+        with pytest.raises(ConfigError):
+            validate_metrics_port(config.model_copy(update={"executor": "local"}))
 
 
 def test_a_port_that_the_last_run_has_just_left_is_free(quarantine: Quarantine) -> None:

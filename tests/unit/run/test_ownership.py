@@ -13,7 +13,7 @@ from tests.support import small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.run.directory import check_at_the_door, open_run
+from vnp_lib.run.directory import open_run, validate_config
 
 
 def open_briefly(fasta: Path, run_dir: Path, **settings: object) -> None:
@@ -96,7 +96,7 @@ def test_a_new_run_keeps_out_of_what_is_somebody_elses(
     write(run_dir, name, "thesis.tex")
     before = bytes_in(run_dir)
     config = small_config(tiny_fasta, run_dir, force_restart=force_restart)
-    for start in (check_at_the_door, lambda config: open_run(config).__enter__()):
+    for start in (validate_config, lambda config: open_run(config).__enter__()):
         with pytest.raises(
             ConfigError, match=rf"{name.split('/')[0]} is not of a run.* choose another output directory"
         ):
@@ -111,7 +111,7 @@ def test_a_table_of_somebody_else_among_the_parts_is_refused_before_anything_is_
     (project / "embeddings").mkdir()
     pq.write_table(pa.table({"id": ["theirs"]}), project / "embeddings" / name)
     with pytest.raises(ConfigError, match=f"{name} is not of this run"):
-        check_at_the_door(small_config(project / "input.fasta", project))
+        validate_config(small_config(project / "input.fasta", project))
     with pytest.raises(ConfigError, match=f"{name} is not of this run"):
         open_briefly(project / "input.fasta", project)
     assert pq.read_table(project / "embeddings" / name).num_rows == 1

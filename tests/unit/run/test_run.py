@@ -24,7 +24,7 @@ from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import gpu_memory
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
-from vnp_lib.run.directory import attach_run, check_at_the_door, open_run
+from vnp_lib.run.directory import attach_run, open_run, validate_config
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 
@@ -289,7 +289,7 @@ def test_a_run_goes_on_where_its_input_is_gone(
         begun = run.plan.fingerprint
     shutil.rmtree(tmp_path / "input")
 
-    check_at_the_door(config)
+    validate_config(config)
     with open_run(config) as run:
         assert (run.plan.fingerprint, run.plan.num_sequences) == (begun, 2)
         assert run.plan.fetch(np.array([0, 1])) == (["a", "b"], ["MKV", "MKL"])

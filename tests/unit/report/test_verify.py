@@ -25,10 +25,10 @@ from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.report.verify import verify_run
 from vnp_lib.run.assembly import assemble
 from vnp_lib.storage.durable import digest_file, marker_path, read_sealed_json, write_marker, write_sealed_json
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.verify import verify_run
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 NUM_CHECKPOINTS = 3  # of each of the two shards, with 6 or 7 sequences each

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from vnp_lib.formatting import format_duration
-from vnp_lib.progress import RunProgress
+from vnp_lib.report.progress import RunProgress
 
 
 class Clock:

@@ -25,8 +25,8 @@ from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
 from vnp_lib.plan.packing import packed_tokens
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, describe_input
+from vnp_lib.report.status import RunStatus, read_status
 from vnp_lib.run.history import Attempt, read_attempts
-from vnp_lib.status import RunStatus, read_status
 from vnp_lib.storage.durable import write_file
 
 _MOST_ROWS = 200  # of a table
@@ -73,7 +73,7 @@ def _quiet_matplotlib() -> Iterator[None]:
 
 def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) -> str:
     try:
-        from vnp_lib import pictures  # imports matplotlib, which takes a second
+        from vnp_lib.report import plots  # imports matplotlib, which takes a second
     except (ImportError, OSError, ValueError) as error:  # no directory for its cache; an MPLBACKEND that does not exist
         told = " ".join(str(error).split())
         raise StorageError(f"Matplotlib cannot be used, so no report can be drawn: {told}") from error
@@ -96,13 +96,13 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
         tiles=list(_tiles(status, attempts, sizes_bytes, num_failures=len(failures))),
         notes=status.notes,
         pictures={
-            "attempts": pictures.attempts_over_time(attempts, ranks),
-            "speed": pictures.speed_over_time(attempts),
-            "lengths": pictures.lengths_histogram(plan.lengths),
-            "fill": pictures.fill_histogram(_batch_tokens(plan), plan.token_budget),
-            "checkpoints": pictures.checkpoint_sizes(sizes_bytes),
+            "attempts": plots.attempts_over_time(attempts, ranks),
+            "speed": plots.speed_over_time(attempts),
+            "lengths": plots.lengths_histogram(plan.lengths),
+            "fill": plots.fill_histogram(_batch_tokens(plan), plan.token_budget),
+            "checkpoints": plots.checkpoint_sizes(sizes_bytes),
         },
-        failures=[_failure(record, rank, pictures.colour_of) for record, rank in failures[-_MOST_ROWS:]],
+        failures=[_failure(record, rank, plots.colour_of) for record, rank in failures[-_MOST_ROWS:]],
         failures_shown=_shown(len(failures), "failures", "the newest", paths.manifest),
         quarantine=quarantined[:_MOST_ROWS],
         quarantine_shown="None."
@@ -117,7 +117,7 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
 
 @cache
 def _template() -> Template:
-    environment = Environment(loader=PackageLoader("vnp_lib", "."), autoescape=True, finalize=_finalized)
+    environment = Environment(loader=PackageLoader("vnp_lib.report", "."), autoescape=True, finalize=_finalized)
     return environment.get_template("report.html.jinja")
 
 

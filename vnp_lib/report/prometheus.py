@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import ask_nvml
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.run.metrics import Histogram, RunMetrics
@@ -70,6 +71,15 @@ _OF_A_GPU: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (
         lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
     ),
 )
+
+
+def validate_metrics_port(config: EmbedConfig) -> None:
+    """Raise ConfigError if the metrics of a run on this machine cannot be served.
+
+    In a work pool, a shard of the last run may still have the port.
+    """
+    if config.metrics_port is not None and config.executor == "local":
+        require_free_port(config.metrics_address, config.metrics_port)
 
 
 def require_free_port(address: str, port: int) -> None:

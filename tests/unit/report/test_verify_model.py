@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import transformers_network
-from vnp_lib import verify_model
 from vnp_lib.cli import main
 from vnp_lib.model import esm2, weights
 from vnp_lib.model.esm2 import ESM2, MODELS
 from vnp_lib.model.weights import random_tensors, save_weights
-from vnp_lib.verify_model import SEQUENCES, LayerComparison
+from vnp_lib.report import verify_model
+from vnp_lib.report.verify_model import SEQUENCES, LayerComparison
 
 MODEL = "esm2_t6_8M_UR50D"
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, ExitCode, FastaError
-from vnp_lib.forecast import Forecast, forecast
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read, survey
 from vnp_lib.inputs.records import LetterCounts
@@ -28,6 +27,7 @@ from vnp_lib.plan.outputs import Output, RowLayout
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.report.estimate import Forecast, forecast
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.history import read_attempts
 from vnp_lib.worker.attempt import ShardAttempt, StopFlag
@@ -267,7 +267,7 @@ def test_a_run_that_tells_no_speed_is_refused_where_it_was_asked_for(tmp_path: P
 
 
 def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("vnp_lib.forecast.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("vnp_lib.report.estimate.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     path = write(tmp_path / "x.fasta", GOOD)
     assert main(["plan", "--fasta", str(path), "--model", MODEL, "--devices", "cpu"]) == 1
     assert "the disk has no room" in capsys.readouterr().out

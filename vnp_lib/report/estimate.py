@@ -33,10 +33,10 @@ from vnp_lib.plan.packing import packed_tokens
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, model_tokens, required_bytes
 from vnp_lib.plan.scan import Surveyor, nothing_left
+from vnp_lib.report.status import load_plan_of
 from vnp_lib.run.directory import look_at_model
 from vnp_lib.run.history import read_attempts
 from vnp_lib.run.resolve import planned_layout, planned_token_budget
-from vnp_lib.status import load_plan_of
 from vnp_lib.terminal import bar, plain
 
 _MOST_REFUSALS_SHOWN = 5

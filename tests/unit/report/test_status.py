@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 
 from tests.support import flip_bit
-from vnp_lib import status
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.checkpoint.survey import survey_checkpoints
@@ -28,9 +27,10 @@ from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.report import status
+from vnp_lib.report.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
 from vnp_lib.run.assembly import assemble
 from vnp_lib.run.history import AttemptHistory
-from vnp_lib.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
 from vnp_lib.storage.locks import FileLock
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from vnp_lib import pictures
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
@@ -30,7 +29,8 @@ from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.report import render_report, write_report
+from vnp_lib.report import plots
+from vnp_lib.report.html import render_report, write_report
 from vnp_lib.run.history import Attempt, CheckpointEntry, Ending
 
 MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="w", layer=6, dtype="float32")
@@ -300,28 +300,28 @@ def svg_of(address: str | None) -> str:
 def test_an_attempt_has_the_colour_of_what_went_wrong_or_of_its_end(
     ending: Ending, kind: str | None, label: str
 ) -> None:
-    svg = svg_of(pictures.attempts_over_time([attempt(ending=ending, kind=kind)], [0]))
+    svg = svg_of(plots.attempts_over_time([attempt(ending=ending, kind=kind)], [0]))
     assert f">{label}</text>" in svg
-    assert pictures.COLOURS[kind if kind in pictures.COLOURS else ending] in svg  # type: ignore[index]
+    assert plots.COLOURS[kind if kind in plots.COLOURS else ending] in svg  # type: ignore[index]
 
 
 def test_an_attempt_that_took_no_time_can_be_seen() -> None:
-    svg = svg_of(pictures.attempts_over_time([attempt(ending=Ending.LOST, seconds=0.0)], [0]))
-    assert pictures.COLOURS[Ending.LOST] in svg
+    svg = svg_of(plots.attempts_over_time([attempt(ending=Ending.LOST, seconds=0.0)], [0]))
+    assert plots.COLOURS[Ending.LOST] in svg
 
 
 def test_pictures_do_not_grow_with_the_run() -> None:
     """A line of a hundred thousand checkpoints has as many points as one of some hundreds."""
-    short = pictures.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=300)])
-    long = pictures.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=100_000)])
-    many = pictures.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=30)] * 500)
+    short = plots.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=300)])
+    long = plots.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=100_000)])
+    many = plots.speed_over_time([attempt(ending=Ending.DONE, num_checkpoints=30)] * 500)
     assert len(svg_of(long)) < 2 * len(svg_of(short))
     assert len(svg_of(many)) < 500_000
 
 
 def test_sequences_of_one_length_have_a_histogram() -> None:
-    assert "sequences" in svg_of(pictures.lengths_histogram(np.array([166, 166], dtype=np.int32)))
-    assert "sequences" in svg_of(pictures.lengths_histogram(np.array([1], dtype=np.int32)))
+    assert "sequences" in svg_of(plots.lengths_histogram(np.array([166, 166], dtype=np.int32)))
+    assert "sequences" in svg_of(plots.lengths_histogram(np.array([1], dtype=np.int32)))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_sequences_of_one_length_have_a_histogram() -> None:
 )
 def test_a_run_of_any_duration_has_its_times(seconds: int) -> None:
     """Without a word from Matplotlib, which is an error here, and with two ticks or more."""
-    svg = svg_of(pictures.attempts_over_time([attempt(ending=Ending.DONE, seconds=seconds)], [0]))
+    svg = svg_of(plots.attempts_over_time([attempt(ending=Ending.DONE, seconds=seconds)], [0]))
     assert 2 <= len(re.findall(r'id="xtick_\d+"', svg)) <= 9
 
 

@@ -1,0 +1,1 @@
+"""What a run would be, is and was: estimate, status, report, verification, metrics."""
