@@ -23,15 +23,15 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.artifacts import ShardArtifact, shard_table, show_summary, tag_flow_run, tags_of_shard
-from flows.devices import DevicePool
+from flows.device_pool import DevicePool
 from flows.events import tell_of_completion
-from flows.hooks import make_judge, make_retry_hook
 from flows.lost_server import is_lost_server, note_ending, try_without_prefect
 from flows.metrics import metrics_served
-from flows.pool import cancel_shards, end_leftovers
 from flows.results import NOWHERE
+from flows.retry_hook import make_judge, make_retry_hook
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
+from flows.work_pool import cancel_shards, end_leftovers
 from vnp_lib.checkpoint.manifest import ShardStatus
 from vnp_lib.checkpoint.survey import LOOKUP_DELAYS_S
 from vnp_lib.config import EmbedConfig

@@ -10,10 +10,10 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 
 from flows.artifacts import ShardArtifact
-from flows.devices import DevicePool
+from flows.device_pool import DevicePool
 from flows.events import tell_of_quarantine
-from flows.pool import delegate_shard
 from flows.results import is_plain_result
+from flows.work_pool import delegate_shard
 from vnp_lib.report.progress import RunProgress
 from vnp_lib.run.events import Event
 from vnp_lib.run.run import Run, ShardState

@@ -8,7 +8,7 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.devices import DevicePool
+from flows.device_pool import DevicePool
 from flows.embed import embed_one
 from flows.metrics import metrics_served
 from flows.results import NOWHERE

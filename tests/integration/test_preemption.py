@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Cancelling
 
-from flows.hooks import RetryHook
+from flows.retry_hook import RetryHook
 from tests.support import (
     ROOT,
     CommandLine,

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Pending, Running, Scheduled
 
-from flows.pool import cancel_shards, directory_tag, end_leftovers, run_tag
+from flows.work_pool import cancel_shards, directory_tag, end_leftovers, run_tag
 from tests.support import small_config
 from vnp_lib.run.directory import open_run
 

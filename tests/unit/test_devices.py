@@ -1,54 +1,54 @@
-"""Who has which device, and what becomes of a broken one."""
+"""How many children a CPU takes: by its cores, and by its memory."""
 
 from __future__ import annotations
 
-import asyncio
+from typing import get_args
 
-from flows.devices import DevicePool
+import pytest
 
+from vnp_lib import devices
+from vnp_lib.config import ModelName
+from vnp_lib.devices import available_memory_bytes, num_cpu_children, num_parameters
+from vnp_lib.model.esm2 import MODELS
 
-def test_a_device_has_one_shard_at_a_time_and_goes_to_the_next_that_waits():
-    async def work() -> list[str]:
-        pool, told = DevicePool(["cpu", "cpu"]), []
-
-        async def shard(rank: int) -> None:
-            async with pool.one(rank) as device:
-                told.append(f"{rank} takes {device.index}")
-                await asyncio.sleep(0.01 if rank == 0 else 0.02)
-                told.append(f"{rank} leaves")
-
-        await asyncio.gather(*(shard(rank) for rank in range(3)))
-        return told
-
-    told = asyncio.run(work())
-    assert told[:4] == ["0 takes 0", "1 takes 1", "0 leaves", "2 takes 0"]
+GB = 10**9
 
 
-def test_a_broken_device_is_lent_no_more_and_the_last_one_is_kept():
-    async def work() -> tuple[list[int], bool, bool, bool]:
-        pool = DevicePool(["0", "1"])
-        async with pool.one(0):
-            pass
-        was_set_aside = pool.set_aside(0)
-        lent = []
-        for rank in (0, 1, 0):
-            async with pool.one(rank) as device:
-                lent.append(device.index)
-        return lent, was_set_aside, pool.set_aside(0), pool.left_broken(0)
-
-    lent, was_set_aside, is_last_set_aside, left_broken = asyncio.run(work())
-    assert was_set_aside
-    assert lent == [1, 1, 1]
-    assert not is_last_set_aside
-    assert not left_broken
+@pytest.mark.parametrize(
+    ("model", "cores", "memory", "children"),
+    [
+        ("esm2_t6_8M_UR50D", 2, 24 * GB, 2),
+        ("esm2_t6_8M_UR50D", 64, 24 * GB, 13),
+        ("esm2_t36_3B_UR50D", 2, 24 * GB, 1),
+        ("esm2_t36_3B_UR50D", 64, 512 * GB, 19),
+        ("esm2_t48_15B_UR50D", 64, 24 * GB, 1),
+    ],
+)
+def test_a_child_a_core_as_far_as_memory_allows(monkeypatch, model, cores, memory, children):
+    monkeypatch.setattr(devices, "num_cores", lambda: cores)
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: memory)
+    assert num_cpu_children(model) == children
 
 
-def test_a_device_that_two_shards_had_is_set_aside_once():
-    async def work() -> tuple[bool, bool, bool]:
-        pool = DevicePool(["0", "1", "2"])
-        async with pool.one(0):
-            pass
-        async with pool.one(5), pool.one(6), pool.one(7):
-            return pool.set_aside(0), pool.set_aside(7), pool.left_broken(7)
+@pytest.mark.parametrize("model", get_args(ModelName))
+def test_names_tell_the_number_of_parameters(model):
+    architecture = MODELS[model]
+    in_matrices = 12 * architecture.embed_dim**2 * architecture.num_layers
+    assert num_parameters(model) == pytest.approx(in_matrices, rel=0.12)
 
-    assert asyncio.run(work()) == (True, False, True)
+
+def files_of(tmp_path, *, limit: str | None) -> dict:
+    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\n")
+    (tmp_path / "cgroup").write_text("0::/ours\n")
+    if limit is not None:
+        (tmp_path / "ours").mkdir()
+        (tmp_path / "ours" / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "ours" / "memory.current").write_text("1000000\n")
+    return {"meminfo": tmp_path / "meminfo", "cgroup": tmp_path / "cgroup", "root": tmp_path}
+
+
+@pytest.mark.parametrize(
+    ("limit", "available"), [(None, 3_072_000), ("max", 3_072_000), ("2500000", 1_500_000), ("9000000", 3_072_000)]
+)
+def test_a_control_groups_limit_counts(tmp_path, limit, available):
+    assert available_memory_bytes(**files_of(tmp_path, limit=limit)) == available

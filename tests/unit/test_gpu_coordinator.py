@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flows.embed import embed
-from flows.hooks import failure_of
+from flows.retry_hook import failure_of
 from tests.support import small_config, workers_of
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.survey import heal_shard

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from flows import pool
+from flows import work_pool
 from flows.metrics import metrics_served
 from flows.program import main
 from tests.support import EXAMPLE, SMALL_MODEL, free_port, read_page, scrape, small_config
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
-from vnp_lib.errors import ExitCode
+from vnp_lib.errors import ConfigError, ExitCode
 from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
@@ -167,7 +167,7 @@ def test_of_shards_on_other_machines_the_manifest_tells_how_far_they_are(
     )
     run.manifest.initialize(2, run.plan.fingerprint, "w")
     run.manifest.update_shard_checkpoint(1, 0, 3, "batch_00000.pt")
-    shown = pool._ShownProgress(run, run.shard_state(1), RunProgress(total_sequences=40, total_tokens=1_000))
+    shown = work_pool._ShownProgress(run, run.shard_state(1), RunProgress(total_sequences=40, total_tokens=1_000))
     run.manifest.update_shard_checkpoint(1, 1, 9, "batch_00001.pt")
     shown.update()
     page = page_of(run.metrics, quarantine)

@@ -11,7 +11,7 @@ from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import ShardArtifact, tag_flow_run
-from flows.devices import DevicePool
+from flows.device_pool import DevicePool
 from flows.events import tell_of_preemption, tell_of_quarantine
 from flows.lost_server import is_lost_server
 from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception

@@ -10,8 +10,8 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.hooks import make_retry_hook
 from flows.lost_server import Ending, is_lost_server, note_ending, try_without_prefect
+from flows.retry_hook import make_retry_hook
 from vnp_lib.worker.retry import RetryDecision
 
 LOST = httpx.ConnectError("All connection attempts failed")
