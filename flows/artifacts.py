@@ -27,9 +27,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from vnp_lib.formatting import format_bytes, format_duration, printable
-from vnp_lib.report.status import RunStatus, ShardProgress, read_status
-from vnp_lib.run.assembly import DatasetSummary
-from vnp_lib.run.run import Run
+from vnp_lib.report import RunStatus, ShardProgress, read_status
+from vnp_lib.run import DatasetSummary, Run
 
 logger = logging.getLogger(__name__)
 

@@ -32,17 +32,13 @@ from flows.retry_hook import make_judge, make_retry_hook
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from flows.work_pool import cancel_shards, end_leftovers
-from vnp_lib.checkpoint.manifest import ShardStatus
-from vnp_lib.checkpoint.survey import LOOKUP_DELAYS_S
+from vnp_lib.checkpoint import LOOKUP_DELAYS_S, ShardStatus
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import CheckpointError, IncompleteDatasetError
-from vnp_lib.inputs.sources import describe_left_out
-from vnp_lib.plan.plan import describe_input
-from vnp_lib.report.html import write_report
-from vnp_lib.report.progress import RunProgress
-from vnp_lib.run.assembly import DatasetSummary, assemble
-from vnp_lib.run.directory import open_run
-from vnp_lib.run.run import Run, ShardState
+from vnp_lib.inputs import describe_left_out
+from vnp_lib.plan import describe_input
+from vnp_lib.report import RunProgress, write_report
+from vnp_lib.run import DatasetSummary, Run, ShardState, assemble, open_run
 from vnp_lib.software import describe_software, is_mixed
 
 _MOST_ROUNDS = 3

@@ -7,8 +7,7 @@ from typing import Any
 from prefect.events import emit_event
 
 from vnp_lib.failures import Failure
-from vnp_lib.run.assembly import DatasetSummary
-from vnp_lib.run.run import Run
+from vnp_lib.run import DatasetSummary, Run
 
 
 def tell_of_preemption(run: Run, rank: int, failure: Failure) -> None:

@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, Failed
 from websockets.exceptions import WebSocketException
 
-from vnp_lib.worker.retry import RetryDecision
+from vnp_lib.worker import RetryDecision
 
 _LOST = (httpx.HTTPError, PrefectHTTPStatusError, WebSocketException)
 _ending: ContextVar[Ending | None] = ContextVar("ending", default=None)

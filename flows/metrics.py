@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from prefect import get_run_logger
 
-from vnp_lib.run.run import Run
+from vnp_lib.run import Run
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def metrics_served(run: Run) -> Iterator[None]:
     if port is None:
         yield
         return
-    from vnp_lib.report.prometheus import (
+    from vnp_lib.report import (
         serving,  # here, not above: a run without metrics does without prometheus_client
     )
 

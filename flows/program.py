@@ -18,11 +18,10 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ExitCode, InputError
 from vnp_lib.formatting import format_duration
 from vnp_lib.options import parse_command_line
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.run.directory import validate_config
-from vnp_lib.run.run import RANDOM_WEIGHTS
+from vnp_lib.plan import RunPaths
+from vnp_lib.run import RANDOM_WEIGHTS, validate_config
 from vnp_lib.streams import standard_streams
-from vnp_lib.worker.supervisor import kill_children
+from vnp_lib.worker import kill_children
 
 if TYPE_CHECKING:  # Prefect is imported when its server is at hand
     from prefect.client.schemas.objects import State
@@ -57,7 +56,7 @@ def _main(arguments: Sequence[str], program: str) -> int:
     config = parse_command_line(arguments, program=program)
     validate_config(config)
     if config.metrics_port is not None:
-        from vnp_lib.report.prometheus import validate_metrics_port
+        from vnp_lib.report import validate_metrics_port
 
         validate_metrics_port(config)
     _leave_out_the_flows_directory()

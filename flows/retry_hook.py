@@ -15,9 +15,8 @@ from flows.device_pool import DevicePool
 from flows.events import tell_of_preemption, tell_of_quarantine
 from flows.lost_server import is_lost_server
 from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
-from vnp_lib.run.run import Run
-from vnp_lib.worker.recovery import judge
-from vnp_lib.worker.retry import RetryDecision
+from vnp_lib.run import Run
+from vnp_lib.worker import RetryDecision, judge
 
 Judge = Callable[[object, UUID | None], Awaitable[RetryDecision]]
 RetryHook = Callable[[Task[..., Any], TaskRun, State[Any]], Awaitable[bool]]

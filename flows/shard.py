@@ -14,11 +14,10 @@ from flows.device_pool import DevicePool
 from flows.events import tell_of_quarantine
 from flows.results import is_plain_result
 from flows.work_pool import delegate_shard
-from vnp_lib.report.progress import RunProgress
-from vnp_lib.run.events import Event
-from vnp_lib.run.run import Run, ShardState
-from vnp_lib.storage.durable import write_file
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.report import RunProgress
+from vnp_lib.run import Event, Run, ShardState
+from vnp_lib.storage import write_file
+from vnp_lib.worker import run_child
 
 _TELL_EVERY_S = 300.0
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard

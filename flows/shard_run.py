@@ -14,10 +14,10 @@ from flows.metrics import metrics_served
 from flows.results import NOWHERE
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.config import EmbedConfig
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.report.progress import RunProgress
-from vnp_lib.run.directory import attach_run
-from vnp_lib.worker.heartbeat import beating
+from vnp_lib.plan import RunPaths
+from vnp_lib.report import RunProgress
+from vnp_lib.run import attach_run
+from vnp_lib.worker import beating
 
 
 @flow(name="vnp-embed-shard", retries=0, persist_result=False, result_storage=NOWHERE)

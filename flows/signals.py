@@ -18,8 +18,7 @@ from typing import Any
 
 from prefect.exceptions import TerminationSignal
 
-from vnp_lib.worker.stop_signals import Request, StopRequests
-from vnp_lib.worker.supervisor import has_children, kill_children
+from vnp_lib.worker import Request, StopRequests, has_children, kill_children
 
 
 @contextmanager

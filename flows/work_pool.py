@@ -27,9 +27,9 @@ from prefect.states import Cancelled, Cancelling, Crashed
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError
-from vnp_lib.report.progress import RunProgress
-from vnp_lib.run.run import Run, ShardState
-from vnp_lib.worker.heartbeat import HeartbeatWatch
+from vnp_lib.report import RunProgress
+from vnp_lib.run import Run, ShardState
+from vnp_lib.worker import HeartbeatWatch
 
 _POLL_S = 2.0
 _PAGE = 200  # flow runs that the API gives at once

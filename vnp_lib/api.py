@@ -22,29 +22,40 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.devices import resolve_dtype, torch_device_name
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.errors import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
-from vnp_lib.inference.token_budget import TokenBudget
-from vnp_lib.inputs.in_memory import Proteins, RecordsInMemory, files_or_records
-from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import from_memory, read
-from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
-from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs, offsets_of
-from vnp_lib.plan.packing import pack
-from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, longest_first
-from vnp_lib.plan.scan import Surveyor
-from vnp_lib.report.progress import RunProgress
-from vnp_lib.run.assembly import assemble
-from vnp_lib.run.directory import open_run, validate_config
-from vnp_lib.run.resolve import CPU_TOKEN_BUDGET
-from vnp_lib.run.run import RANDOM_WEIGHTS, Run
-from vnp_lib.storage.locks import FileLock
+from vnp_lib.inference import TokenBudget
+from vnp_lib.inputs import (
+    STDIN,
+    InputPolicy,
+    Proteins,
+    RecordsInMemory,
+    describe_left_out,
+    files_or_records,
+    find_sources,
+    from_memory,
+    read,
+)
+from vnp_lib.plan import (
+    NUM_SPECIAL_TOKENS,
+    Output,
+    OutputKind,
+    RowLayout,
+    Surveyor,
+    choose_outputs,
+    longest_first,
+    offsets_of,
+    pack,
+)
+from vnp_lib.report import RunProgress
+from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, assemble, open_run, validate_config
+from vnp_lib.storage import FileLock
 from vnp_lib.terminal import error_console
 from vnp_lib.user_paths import PathUse, user_path
-from vnp_lib.worker.attempt import ShardAttempt, StopFlag
+from vnp_lib.worker import ShardAttempt, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
     import torch
 
-    from vnp_lib.model.tokens import PackedBatch
+    from vnp_lib.model import PackedBatch
 
 _SHARD = 0  # the only one
 _ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
@@ -218,7 +229,7 @@ class _Records:
 
 def _layout(model: str, include: Collection[str] | None, repr_layers: Collection[int] | None) -> RowLayout:
     """What is asked for of each sequence."""
-    from vnp_lib.model.esm2 import architecture_of
+    from vnp_lib.model import architecture_of
 
     _require_one_of("model", model, ModelName)
     kinds = ["mean"] if include is None else [*include]
@@ -346,10 +357,8 @@ def _embed(given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: 
 def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     import torch
 
-    from vnp_lib.inference.executor import ExactModel
-    from vnp_lib.inference.runner import AsyncInferenceRunner
-    from vnp_lib.model.heads import with_heads
-    from vnp_lib.model.weights import load_model, resolve_weights
+    from vnp_lib.inference import AsyncInferenceRunner, ExactModel
+    from vnp_lib.model import load_model, resolve_weights, with_heads
 
     if not records.ids:
         return Outputs(ids=[], arrays=_space_for(settings.outputs, 0, settings.layout.embed_dim))
@@ -426,13 +435,13 @@ def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
         return settings.token_budget
     if settings.device == "cpu":
         return CPU_TOKEN_BUDGET
-    from vnp_lib.inference.gpu_memory import choose_token_budget
+    from vnp_lib.inference import choose_token_budget
 
     return choose_token_budget(settings.model, dtype, [settings.device], settings.layout)
 
 
 def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[PackedBatch]:
-    from vnp_lib.model.tokens import pack_batch
+    from vnp_lib.model import pack_batch
 
     for batch_idx, ordinals in enumerate(batches):
         places = ordinals.tolist()

@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from vnp_lib.config import DType, EmbedConfig, ModelName, weights_path
-from vnp_lib.dataset.export import export_dataset
-from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
+from vnp_lib.dataset import FORMATS, RAGGED_FORMATS, export_dataset
 from vnp_lib.errors import ConfigError, ExitCode, InputError, StorageError, VnpError
 from vnp_lib.options import parse_forecast_command_line
-from vnp_lib.plan.outputs import StoreDtype
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.report import estimate
-from vnp_lib.report.html import write_report
-from vnp_lib.report.status import RunStatus, load_plan_of, open_status, render, watch
-from vnp_lib.report.verify import verify_run
+from vnp_lib.plan import RunPaths, StoreDtype
+from vnp_lib.report import (
+    RunEstimate,
+    RunStatus,
+    estimate_run,
+    load_plan_of,
+    open_status,
+    render_estimate,
+    render_status,
+    verify_run,
+    watch,
+    write_report,
+)
 from vnp_lib.streams import output_error, standard_streams
 from vnp_lib.terminal import console
 from vnp_lib.user_paths import PathUse, user_path
@@ -28,7 +34,7 @@ from vnp_lib.user_paths import PathUse, user_path
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vnp_lib.report.verify_model import ModelReport
+    from vnp_lib.report import ModelReport
 
     _Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -77,7 +83,7 @@ def verify(options: argparse.Namespace) -> ExitCode:
 
 
 def _show(
-    found: RunStatus | estimate.Forecast | ModelReport, render: Callable[[Any], RenderableType], *, as_json: bool
+    found: RunStatus | RunEstimate | ModelReport, render: Callable[[Any], RenderableType], *, as_json: bool
 ) -> None:
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
@@ -93,13 +99,13 @@ def status(options: argparse.Namespace) -> ExitCode:
         with suppress(KeyboardInterrupt):
             watch(read, interval_s=options.watch, console=console())
     else:
-        _show(read(), render, as_json=options.json)
+        _show(read(), render_status, as_json=options.json)
     return ExitCode.DONE
 
 
 def plan(options: argparse.Namespace) -> ExitCode:
-    seen = estimate.forecast(parse_forecast_command_line(options.others))
-    _show(seen, estimate.render, as_json=options.json)
+    seen = estimate_run(parse_forecast_command_line(options.others))
+    _show(seen, render_estimate, as_json=options.json)
     return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
 
 
@@ -130,10 +136,11 @@ def report(options: argparse.Namespace) -> ExitCode:
 
 
 def verify_model(options: argparse.Namespace) -> ExitCode:
-    from vnp_lib.report import verify_model  # imports torch, which takes seconds
+    # It imports torch, which takes seconds.
+    from vnp_lib.report import compare_with_fair_esm, render_model_report
 
-    report = verify_model.verify_model(options.model, options.weights, dtype=options.dtype, device=options.device)
-    _show(report, verify_model.render, as_json=options.json)
+    report = compare_with_fair_esm(options.model, options.weights, dtype=options.dtype, device=options.device)
+    _show(report, render_model_report, as_json=options.json)
     return ExitCode.DONE if report.is_close else ExitCode.FAILED
 
 

@@ -24,24 +24,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib.dataset.formats.torch_files import extract_file
+from vnp_lib.dataset import extract_file
 from vnp_lib.errors import ConfigError, FastaError, SequenceTooLargeError
 from vnp_lib.failures import FailureKind, classify_exception
-from vnp_lib.inference.executor import PackedModel, embed_batch
-from vnp_lib.inputs.fasta import holds_fastq, read_fasta
-from vnp_lib.inputs.files import unchanging
-from vnp_lib.inputs.reader import MOST_NUCLEOTIDES_IN_PROTEINS, named, refusal
-from vnp_lib.inputs.records import PROTEINS, check, nucleotide_share
-from vnp_lib.inputs.sources import STDIN, Source
-from vnp_lib.model.esm2 import MODELS, architecture_of
-from vnp_lib.model.heads import with_heads
-from vnp_lib.model.pooling import split_rows
-from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch, pack_batch
-from vnp_lib.model.weights import load_model, model_of, resolve_weights
-from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, choose_outputs
-from vnp_lib.plan.packing import pack
-from vnp_lib.report.progress import RunProgress
-from vnp_lib.storage.durable import path_below, remove_orphaned_temporaries, replace_unsynced
+from vnp_lib.inference import PackedModel, embed_batch
+from vnp_lib.inputs import (
+    MOST_NUCLEOTIDES_IN_PROTEINS,
+    PROTEINS,
+    STDIN,
+    Source,
+    check,
+    holds_fastq,
+    named,
+    nucleotide_share,
+    read_fasta,
+    refusal,
+    unchanging,
+)
+from vnp_lib.model import (
+    MODELS,
+    TOKENS_AROUND,
+    PackedBatch,
+    architecture_of,
+    load_model,
+    model_of,
+    pack_batch,
+    resolve_weights,
+    split_rows,
+    with_heads,
+)
+from vnp_lib.plan import Output, OutputKind, RowLayout, choose_outputs, pack
+from vnp_lib.report import RunProgress
+from vnp_lib.storage import path_below, remove_orphaned_temporaries, replace_unsynced
 
 Kind = Literal["mean", "per_tok", "bos", "contacts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

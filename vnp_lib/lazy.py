@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 
 
-def lazy_face(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def lazy_face(
+    package: str, names: Mapping[str, str], modules: Collection[str] = ()
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Make the `__getattr__` and `__dir__` of a package whose names are imported on first use.
 
     Args:
         package: The package's `__name__`.
-        modules: Module that each name of the face is defined in. A name that is itself a module
-            is mapped to "".
+        names: The names of the face, each with the module that defines it.
+        modules: Modules that are attributes of the package too.
     """
 
-    def getattr_(name: str) -> object:
-        if name not in modules:
+    def get(name: str) -> object:
+        if name in names:
+            value = getattr(import_module(names[name]), name)
+        elif name in modules:
+            value = import_module(name)
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(modules[name]), name) if modules[name] else import_module(name)
         setattr(sys.modules[package], name, value)
         return value
 
-    return getattr_, lambda: sorted({*vars(sys.modules[package]), *modules})
+    return get, lambda: sorted({*vars(sys.modules[package]), *names})

@@ -124,8 +124,8 @@ def test_every_kind_of_failure_and_every_exit_code_is_told():
 
 
 def test_every_variable_of_the_environment_that_is_read_is_told():
-    """`config.py` reads the environment, and nothing else does (`test_layers.py`)."""
-    read = set(re.findall(r"os\.environ\.get\(\s*\"(\w+)\"", (ROOT / "vnp_lib/config.py").read_text()))
+    """`environment.py` reads the environment, and nothing else in the library does (`test_layers.py`)."""
+    read = set(re.findall(r"os\.environ\.get\(\s*\"(\w+)\"", (ROOT / "vnp_lib/environment.py").read_text()))
     told = {row[0] for row in table_in("docs/reference/settings.md", "Other variables") if row[1] == "us"}
     assert read == told
 

@@ -36,9 +36,11 @@ def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
     code = "import vnp_lib; [getattr(vnp_lib, name) for name in vnp_lib.__all__]"
     assert not modules_after(code + _LOADED) & {"torch", "prefect", "esm", "matplotlib"}
     assert {name: getattr(vnp_lib, name).__module__ for name in vnp_lib.__all__} == {
+        "EmbedConfig": "vnp_lib.config",
         "EmbeddingDataset": "vnp_lib.dataset.reader",
         "Embeddings": "vnp_lib.embeddings",
         "Outputs": "vnp_lib.embeddings",
+        "VnpError": "vnp_lib.errors",
         "embed": "vnp_lib.api",
         "open_dataset": "vnp_lib.dataset.reader",
     }

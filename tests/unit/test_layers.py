@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +42,12 @@ FRONT_DOORS = {"api", "cli", "esm_extract", "embeddings", "manifest", "__main__"
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 FLOOR_OF = {module: floor for floor, modules in enumerate(GROUND) for module in modules}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+FLOWS = sorted(Path("..", path.relative_to(ROOT)) for path in (ROOT / "flows").glob("*.py"))
 
 
 def imported_modules(path: Path) -> set[str]:
     """The modules that a file imports, at its top, under TYPE_CHECKING or in a function."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -71,10 +74,49 @@ def test_a_room_imports_rooms_below_it(file: Path) -> None:
     assert not units & FRONT_DOORS
 
 
+@pytest.mark.parametrize("file", [file for file in [*FILES, *FLOWS] if file.name != "__init__.py"], ids=str)
+def test_only_a_face_is_imported_from_another_room(file: Path) -> None:
+    """`from vnp_lib.room import name`, and never a file of that room."""
+    room = file.parts[0] if len(file.parts) > 1 else None
+    inner = {
+        name for name in our_imports(file) if name.split(".")[0] in ROOMS and name.split(".")[0] != room and "." in name
+    }
+    submodules = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vnp_lib.")
+        for alias in node.names
+        if node.module.split(".")[1] in set(ROOMS) - {room}
+        and (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists()
+    }
+    assert inner | submodules == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_face_only_re_exports(room: str) -> None:
+    """It has a docstring of one sentence, imports and `__all__`; a lazy one also `lazy_face`."""
+    face = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    docstring = ast.get_docstring(face)
+    assert docstring is not None
+    assert re.fullmatch(r"[^.]+(\.\w[^.]*)*\.", docstring)
+    statements = [node for node in face.body[1:] if not isinstance(node, ast.ImportFrom)]
+    kinds = [ast.unparse(node).split("=")[0].split(":")[0].strip() for node in statements]
+    assert kinds in (["__all__"], ["if TYPE_CHECKING", "__all__", "__getattr__, __dir__"])
+    module = importlib.import_module(f"vnp_lib.{room}")
+    assert list(module.__all__) == sorted(set(module.__all__), key=module.__all__.index)
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert set(module.__all__) <= set(dir(module))
+
+
+def test_every_module_is_in_the_table() -> None:
+    assert {"__init__.py", *(f"{name}.py" for name in {*FLOOR_OF, *FRONT_DOORS})} == {
+        file.name for file in FILES if len(file.parts) == 1
+    }
+    assert set(MAY_IMPORT) == set(ROOMS)
+
+
 @pytest.mark.parametrize("module", sorted(FLOOR_OF))
 def test_the_ground_floor_imports_no_room(module: str) -> None:
-    if not (PACKAGE / f"{module}.py").exists():
-        pytest.skip(f"there is no {module} yet")
     units = {name.split(".")[0] for name in our_imports(Path(f"{module}.py"))} - {"__version__"}
     assert {unit for unit in units if FLOOR_OF.get(unit, 99) >= FLOOR_OF[module]} == set()
 
@@ -100,3 +142,9 @@ def test_vnp_lib_imports_without_prefect() -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, vnp_lib; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_one_module_reads_the_environment() -> None:
+    """And `options`, through pydantic-settings."""
+    readers = {str(file) for file in FILES if re.search(r"\bos\.(environ|getenv)\b", (PACKAGE / file).read_text())}
+    assert readers == {"environment.py"}

@@ -32,9 +32,9 @@ def test_the_package_in_use_is_accepted():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda tree: (tree / "pooling.py").write_text("pass"),
-        lambda tree: (tree / "pooling.py").rename(tree / "pool.py"),
-        lambda tree: (tree / "weights.py").unlink(),
+        lambda tree: (tree / "model" / "pooling.py").write_text("pass"),
+        lambda tree: (tree / "model" / "pooling.py").rename(tree / "model" / "pool.py"),
+        lambda tree: (tree / "model" / "weights.py").unlink(),
         lambda tree: (tree / "inner").mkdir() or (tree / "inner" / "new.py").touch(),
     ],
     ids=["other text", "another name", "a file less", "a file more, further down"],

@@ -7,26 +7,93 @@ from typing import TYPE_CHECKING
 from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from vnp_lib.checkpoint.manifest import CheckpointManifest
+    from vnp_lib.checkpoint.file import Checkpoint, CheckpointRecord, load_checkpoint, set_aside
+    from vnp_lib.checkpoint.manifest import CheckpointManifest, CommittedCheckpoint, ShardStatus, is_of_run
+    from vnp_lib.checkpoint.quarantine import (
+        Quarantine,
+        QuarantinedSequence,
+        broken_set_up,
+        quarantined,
+        sequence_digest,
+    )
     from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
-    from vnp_lib.checkpoint.writer import AsyncCheckpointWriter, CheckpointTrigger
+    from vnp_lib.checkpoint.survey import (
+        LOOKUP_DELAYS_S,
+        CommittedRows,
+        Damage,
+        Survey,
+        heal_shard,
+        refresh_listings,
+        survey_checkpoints,
+        wait_for_listed_files,
+    )
+    from vnp_lib.checkpoint.writer import (
+        DEFAULT_SEQ_THRESHOLD,
+        DEFAULT_TIME_THRESHOLD_S,
+        AsyncCheckpointWriter,
+        CheckpointTrigger,
+    )
 
 __all__ = [
+    "DEFAULT_SEQ_THRESHOLD",
+    "DEFAULT_TIME_THRESHOLD_S",
+    "LOOKUP_DELAYS_S",
     "AsyncCheckpointWriter",
+    "Checkpoint",
     "CheckpointManifest",
+    "CheckpointRecord",
     "CheckpointTrigger",
+    "CommittedCheckpoint",
+    "CommittedRows",
+    "Damage",
+    "Quarantine",
+    "QuarantinedSequence",
+    "ShardStatus",
+    "Survey",
+    "broken_set_up",
+    "heal_shard",
+    "is_of_run",
+    "load_checkpoint",
+    "quarantined",
+    "refresh_listings",
     "resume_from_checkpoints",
+    "sequence_digest",
+    "set_aside",
+    "survey_checkpoints",
     "validate_checkpoint_pt",
+    "wait_for_listed_files",
 ]
 
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
         "AsyncCheckpointWriter": "vnp_lib.checkpoint.writer",
+        "Checkpoint": "vnp_lib.checkpoint.file",
         "CheckpointManifest": "vnp_lib.checkpoint.manifest",
+        "CheckpointRecord": "vnp_lib.checkpoint.file",
         "CheckpointTrigger": "vnp_lib.checkpoint.writer",
+        "CommittedCheckpoint": "vnp_lib.checkpoint.manifest",
+        "CommittedRows": "vnp_lib.checkpoint.survey",
+        "DEFAULT_SEQ_THRESHOLD": "vnp_lib.checkpoint.writer",
+        "DEFAULT_TIME_THRESHOLD_S": "vnp_lib.checkpoint.writer",
+        "Damage": "vnp_lib.checkpoint.survey",
+        "LOOKUP_DELAYS_S": "vnp_lib.checkpoint.survey",
+        "Quarantine": "vnp_lib.checkpoint.quarantine",
+        "QuarantinedSequence": "vnp_lib.checkpoint.quarantine",
+        "ShardStatus": "vnp_lib.checkpoint.manifest",
+        "Survey": "vnp_lib.checkpoint.survey",
+        "broken_set_up": "vnp_lib.checkpoint.quarantine",
+        "heal_shard": "vnp_lib.checkpoint.survey",
+        "is_of_run": "vnp_lib.checkpoint.manifest",
+        "load_checkpoint": "vnp_lib.checkpoint.file",
+        "quarantined": "vnp_lib.checkpoint.quarantine",
+        "refresh_listings": "vnp_lib.checkpoint.survey",
         "resume_from_checkpoints": "vnp_lib.checkpoint.resume",
-        "torch": "",  # users patch `vnp_lib.checkpoint.torch.save`
+        "sequence_digest": "vnp_lib.checkpoint.quarantine",
+        "set_aside": "vnp_lib.checkpoint.file",
+        "survey_checkpoints": "vnp_lib.checkpoint.survey",
         "validate_checkpoint_pt": "vnp_lib.checkpoint.resume",
+        "wait_for_listed_files": "vnp_lib.checkpoint.survey",
     },
+    modules=("torch",),
 )

@@ -35,7 +35,7 @@ from torch import Tensor
 from vnp_lib.checkpoint.archive import _check_archive
 from vnp_lib.checkpoint.array_pickle import arrays_allowed
 from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
-from vnp_lib.storage.durable import (
+from vnp_lib.storage import (
     FileDigest,
     digest_stream,
     durable_file,

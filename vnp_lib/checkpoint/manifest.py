@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vnp_lib.errors import StorageError
-from vnp_lib.storage.durable import make_directory, read_sealed_json, write_sealed_json
-from vnp_lib.storage.locks import FileLock
+from vnp_lib.storage import FileLock, make_directory, read_sealed_json, write_sealed_json
 
 VERSION = "1.0"
 MAX_CHECKPOINTS_LISTED = 256  # of a shard

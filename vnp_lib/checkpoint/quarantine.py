@@ -25,10 +25,8 @@ import numpy as np
 
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import Failure, FailureCause
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan
-from vnp_lib.storage.durable import canonical_json, fsync_directory, write_file
-from vnp_lib.storage.locks import FileLock
+from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.storage import FileLock, canonical_json, fsync_directory, write_file
 
 LOCK_TIMEOUT_S = 30.0
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from vnp_lib.checkpoint.file import CheckpointRecord, checkpoint_paths, read_record, set_aside
 from vnp_lib.errors import CheckpointError, StorageError, StorageFailingError
-from vnp_lib.storage.durable import fsync_directory, marker_path, refresh_listing
+from vnp_lib.storage import fsync_directory, marker_path, refresh_listing
 
 LOOKUP_DELAYS_S = (1.0, 4.0, 15.0, 45.0)  # together longer than NFS remembers what is in a directory, 60 s
 

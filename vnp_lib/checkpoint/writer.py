@@ -32,7 +32,7 @@ from vnp_lib.checkpoint.file import (
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.environment import viral_checkpoint_mode
 from vnp_lib.errors import CheckpointError, CheckpointWriteError, StorageError
-from vnp_lib.storage.durable import make_directory, marker_path, write_marker
+from vnp_lib.storage import make_directory, marker_path, write_marker
 
 
 class _DefaultCount(int):

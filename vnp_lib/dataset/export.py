@@ -15,8 +15,8 @@ from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
 from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_bytes
-from vnp_lib.plan.outputs import StoreDtype
-from vnp_lib.storage.durable import make_directory, remove_orphaned_temporaries, require_free_space
+from vnp_lib.plan import StoreDtype
+from vnp_lib.storage import make_directory, remove_orphaned_temporaries, require_free_space
 
 logger = logging.getLogger(__name__)
 

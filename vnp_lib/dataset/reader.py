@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from vnp_lib.dataset.schema import column_names, values_at
 from vnp_lib.errors import StorageError
-from vnp_lib.plan.outputs import Output, RowLayout, StoreDtype
-from vnp_lib.storage import durable
+from vnp_lib.plan import Output, RowLayout, StoreDtype
+from vnp_lib.storage import digest_file, digest_stream, read_sealed_json
 from vnp_lib.user_paths import PathUse, user_path
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most readers do without
@@ -340,7 +340,7 @@ def read_success(directory: Path) -> dict[str, Any]:
     before sequences were cut, when that was not looked at; and one that says nothing of the software that computed it, when
     checkpoints did not tell.
     """
-    success = durable.read_sealed_json(directory / SUCCESS_NAME)
+    success = read_sealed_json(directory / SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
         raise StorageError(f"{directory} has schema {success['schema']}; this version reads {DATASET_SCHEMA}")
     for part in success["parts"]:
@@ -393,7 +393,7 @@ def _as_batch(table: pa.Table) -> pa.RecordBatch:
 def _sha256_of_end(path: Path, size_bytes: int) -> str:
     with path.open("rb") as file:
         file.seek(-size_bytes, os.SEEK_END)
-        return durable.digest_stream(file).sha256
+        return digest_stream(file).sha256
 
 
 def _find_dataset(path: Path) -> Path:
@@ -411,7 +411,7 @@ def _find_dataset(path: Path) -> Path:
 def _damage(directory: Path, part: dict[str, Any]) -> str | None:
     path = directory / str(part["name"])
     try:
-        digest = durable.digest_file(path)
+        digest = digest_file(path)
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return (

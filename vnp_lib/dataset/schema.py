@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vnp_lib.plan.outputs import Output, RowLayout, StoreDtype, Values, offsets_of
+from vnp_lib.plan import Output, RowLayout, StoreDtype, Values, offsets_of
 
 
 def column_names(layout: RowLayout) -> list[str]:

@@ -7,14 +7,58 @@ from typing import TYPE_CHECKING
 from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
+    from vnp_lib.inference.batches import read_batches
+    from vnp_lib.inference.callbacks import Listener
+    from vnp_lib.inference.executor import ExactModel, PackedModel, embed_batch
+    from vnp_lib.inference.gpu_memory import TOKENS_UNSEEN, choose_token_budget
+    from vnp_lib.inference.precision import (
+        LEAST_COSINE,
+        Certificate,
+        Comparison,
+        ExactRows,
+        from_metadata,
+        sampled_ordinals,
+    )
     from vnp_lib.inference.runner import AsyncInferenceRunner, InferenceResult
+    from vnp_lib.inference.token_budget import TokenBudget
 
-__all__ = ["AsyncInferenceRunner", "InferenceResult"]
+__all__ = [
+    "LEAST_COSINE",
+    "TOKENS_UNSEEN",
+    "AsyncInferenceRunner",
+    "Certificate",
+    "Comparison",
+    "ExactModel",
+    "ExactRows",
+    "InferenceResult",
+    "Listener",
+    "PackedModel",
+    "TokenBudget",
+    "choose_token_budget",
+    "embed_batch",
+    "from_metadata",
+    "read_batches",
+    "sampled_ordinals",
+]
 
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
         "AsyncInferenceRunner": "vnp_lib.inference.runner",
+        "Certificate": "vnp_lib.inference.precision",
+        "Comparison": "vnp_lib.inference.precision",
+        "ExactModel": "vnp_lib.inference.executor",
+        "ExactRows": "vnp_lib.inference.precision",
         "InferenceResult": "vnp_lib.inference.runner",
+        "LEAST_COSINE": "vnp_lib.inference.precision",
+        "Listener": "vnp_lib.inference.callbacks",
+        "PackedModel": "vnp_lib.inference.executor",
+        "TOKENS_UNSEEN": "vnp_lib.inference.gpu_memory",
+        "TokenBudget": "vnp_lib.inference.token_budget",
+        "choose_token_budget": "vnp_lib.inference.gpu_memory",
+        "embed_batch": "vnp_lib.inference.executor",
+        "from_metadata": "vnp_lib.inference.precision",
+        "read_batches": "vnp_lib.inference.batches",
+        "sampled_ordinals": "vnp_lib.inference.precision",
     },
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vnp_lib.errors import NumericalInstabilityError
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from vnp_lib.model.tokens import PackedBatch
+    from vnp_lib.model import PackedBatch
 
 _MOST_SHOWN = 10
 

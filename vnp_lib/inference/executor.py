@@ -17,14 +17,22 @@ from torch import Tensor
 from vnp_lib.errors import BatchFailedError, DeviceFailedError
 from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.inference.token_budget import TokenBudget
-from vnp_lib.model.esm2 import ESM2
-from vnp_lib.model.foreign import representations_of
-from vnp_lib.model.heads import with_heads
-from vnp_lib.model.pooling import mean_pool, rows_of, split_rows
-from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
-from vnp_lib.model.weights import Weights, load_model
-from vnp_lib.model.windows import join_windows, long_mean_of
-from vnp_lib.plan.outputs import RowLayout, offsets_of
+from vnp_lib.model import (
+    ESM2,
+    LETTERS,
+    PackedBatch,
+    Weights,
+    join_windows,
+    load_model,
+    long_mean_of,
+    mean_pool,
+    pack_batch,
+    representations_of,
+    rows_of,
+    split_rows,
+    with_heads,
+)
+from vnp_lib.plan import RowLayout, offsets_of
 
 _NUM_AMINO_ACIDS = 20  # the first of the letters
 _CPU = torch.device("cpu")

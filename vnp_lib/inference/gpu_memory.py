@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from vnp_lib.devices import free_gpu_bytes
 from vnp_lib.environment import visible_gpu
 from vnp_lib.errors import ConfigError
-from vnp_lib.model.esm2 import Architecture, architecture_of
-from vnp_lib.model.heads import MAP_VALUES
-from vnp_lib.model.tokens import TOKENS_AROUND
-from vnp_lib.plan.outputs import NUM_LOGITS, Output, OutputKind, RowLayout
+from vnp_lib.model import MAP_VALUES, TOKENS_AROUND, Architecture, architecture_of
+from vnp_lib.plan import NUM_LOGITS, Output, OutputKind, RowLayout
 
 TOKENS_UNSEEN = 16_384  # where the GPUs are on other machines, or do not tell what memory they have
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.plan.plan import Ordinals, RunPlan
+from vnp_lib.plan import Ordinals, RunPlan
 
 NUM_SAMPLED = 64
 LONGEST_SAMPLED = 1022  # residues; in float32 a much longer one may not fit, and would take long

@@ -19,23 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.checkpoint.manifest import CheckpointManifest
-from vnp_lib.checkpoint.resume import resume_from_checkpoints
-from vnp_lib.checkpoint.writer import (
+from vnp_lib.checkpoint import (
     DEFAULT_SEQ_THRESHOLD,
     DEFAULT_TIME_THRESHOLD_S,
     AsyncCheckpointWriter,
+    CheckpointManifest,
     CheckpointTrigger,
+    resume_from_checkpoints,
 )
 from vnp_lib.errors import SequenceTooLargeError
 from vnp_lib.inference.callbacks import Listener
 from vnp_lib.inference.executor import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
 from vnp_lib.inference.precision import compare, to_metadata
 from vnp_lib.inference.token_budget import TokenBudget
-from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
-from vnp_lib.plan.outputs import RowLayout, offsets_of
-from vnp_lib.plan.paths import checkpoint_path
-from vnp_lib.plan.plan import model_tokens
+from vnp_lib.model import TOKENS_AROUND, PackedBatch
+from vnp_lib.plan import RowLayout, checkpoint_path, model_tokens, offsets_of
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vnp_lib.errors import ConfigError, FingerprintMismatchError
-from vnp_lib.storage.durable import durable_file, make_directory
+from vnp_lib.storage import durable_file, make_directory
 from vnp_lib.streams import best_effort
 
 _BLOCK_BYTES = 2**20
@@ -23,7 +23,7 @@ _NEXT_BYTE_S = 60.0  # the same, once some have come
 _logger = logging.getLogger(__name__)
 
 
-def require_piped(stream: BinaryIO, path: Path, *, is_kept: bool = True) -> None:
+def require_piped_stdin(stream: BinaryIO, path: Path, *, is_kept: bool = True) -> None:
     """Raise ConfigError where nothing is piped to `stream`, and nothing that was `is_kept` in `path`."""
     if not (is_kept and path.exists()) and not _is_piped(stream):
         raise ConfigError(
@@ -32,7 +32,7 @@ def require_piped(stream: BinaryIO, path: Path, *, is_kept: bool = True) -> None
         )
 
 
-def keep(stream: BinaryIO, path: Path) -> bool:
+def keep_stdin(stream: BinaryIO, path: Path) -> bool:
     """Keep what can be read from `stream` in `path`, durably, and say whether that was done now.
 
     Where something is kept already, nothing need be piped; what is, is compared with it. A pipe that nobody writes to is then
@@ -42,7 +42,7 @@ def keep(stream: BinaryIO, path: Path) -> bool:
         ConfigError: Nothing is piped or kept, or it cannot be written.
         FingerprintMismatchError: Another input is kept.
     """
-    require_piped(stream, path)
+    require_piped_stdin(stream, path)
     if path.exists():
         if _is_piped(stream):
             _require_same(stream, path)

@@ -19,7 +19,7 @@ from vnp_lib.model.attention import runs_of_equal_length
 from vnp_lib.model.esm2 import ESM2, architecture_of
 from vnp_lib.model.weight_files import read_tensors
 from vnp_lib.model.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
-from vnp_lib.plan.outputs import NUM_LOGITS, OutputKind
+from vnp_lib.plan import NUM_LOGITS, OutputKind
 
 MAP_VALUES = 2**20  # of each attention head that are in memory at a time; one sequence's are, however many
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.model.tokens import TOKENS_AROUND
-from vnp_lib.plan.outputs import Output, OutputKind, RowLayout
+from vnp_lib.plan import Output, OutputKind, RowLayout
 
 
 def rows_of(computed: Mapping[str, Any], cu_seqlens: Tensor, layout: RowLayout, shares: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.plan.packing import pack
+from vnp_lib.plan import pack
 
 BOS = 0
 PAD = 1

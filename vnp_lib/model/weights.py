@@ -23,7 +23,7 @@ from vnp_lib.model.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.model.linear import convolution_is_faster
 from vnp_lib.model.tokens import ALPHABET_SIZE
 from vnp_lib.model.weight_files import files_of, is_read_whole, locate_weights, read_tensors, save_fair_esm
-from vnp_lib.storage.durable import digest_file
+from vnp_lib.storage import digest_file
 
 RANDOM_SEED = 0
 

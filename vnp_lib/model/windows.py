@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
-from vnp_lib.plan.windows import VIRNUCPRO_RESIDUES, Windows
+from vnp_lib.plan import VIRNUCPRO_RESIDUES, Windows
 
 
 class LongMean(ABC):

@@ -1,1 +1,110 @@
 """Decide what a run computes: its outputs, sequences, windows, shards and batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vnp_lib.lazy import lazy_face
+
+if TYPE_CHECKING:
+    from vnp_lib.plan.outputs import (
+        NUM_LOGITS,
+        Output,
+        OutputKind,
+        RowLayout,
+        StoreDtype,
+        Values,
+        as_stored,
+        choose_outputs,
+        offsets_of,
+    )
+    from vnp_lib.plan.packing import pack, packed_tokens
+    from vnp_lib.plan.paths import RunPaths, checkpoint_path
+    from vnp_lib.plan.plan import (
+        NUM_SPECIAL_TOKENS,
+        ROW_OVERHEAD_BYTES,
+        ModelIdentity,
+        Ordinals,
+        RunPlan,
+        describe_input,
+        load_plan,
+        longest_first,
+        model_tokens,
+        required_bytes,
+    )
+    from vnp_lib.plan.planner import check_free_space, is_input_gone, kept_store_dtype, kept_token_budget, make_plan
+    from vnp_lib.plan.scan import Surveyor, nothing_left
+    from vnp_lib.plan.windows import VIRNUCPRO_RESIDUES, Windows
+
+__all__ = [
+    "NUM_LOGITS",
+    "NUM_SPECIAL_TOKENS",
+    "ROW_OVERHEAD_BYTES",
+    "VIRNUCPRO_RESIDUES",
+    "ModelIdentity",
+    "Ordinals",
+    "Output",
+    "OutputKind",
+    "RowLayout",
+    "RunPaths",
+    "RunPlan",
+    "StoreDtype",
+    "Surveyor",
+    "Values",
+    "Windows",
+    "as_stored",
+    "check_free_space",
+    "checkpoint_path",
+    "choose_outputs",
+    "describe_input",
+    "is_input_gone",
+    "kept_store_dtype",
+    "kept_token_budget",
+    "load_plan",
+    "longest_first",
+    "make_plan",
+    "model_tokens",
+    "nothing_left",
+    "offsets_of",
+    "pack",
+    "packed_tokens",
+    "required_bytes",
+]
+
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "ModelIdentity": "vnp_lib.plan.plan",
+        "NUM_LOGITS": "vnp_lib.plan.outputs",
+        "NUM_SPECIAL_TOKENS": "vnp_lib.plan.plan",
+        "Ordinals": "vnp_lib.plan.plan",
+        "Output": "vnp_lib.plan.outputs",
+        "OutputKind": "vnp_lib.plan.outputs",
+        "ROW_OVERHEAD_BYTES": "vnp_lib.plan.plan",
+        "RowLayout": "vnp_lib.plan.outputs",
+        "RunPaths": "vnp_lib.plan.paths",
+        "RunPlan": "vnp_lib.plan.plan",
+        "StoreDtype": "vnp_lib.plan.outputs",
+        "Surveyor": "vnp_lib.plan.scan",
+        "VIRNUCPRO_RESIDUES": "vnp_lib.plan.windows",
+        "Values": "vnp_lib.plan.outputs",
+        "Windows": "vnp_lib.plan.windows",
+        "as_stored": "vnp_lib.plan.outputs",
+        "check_free_space": "vnp_lib.plan.planner",
+        "checkpoint_path": "vnp_lib.plan.paths",
+        "choose_outputs": "vnp_lib.plan.outputs",
+        "describe_input": "vnp_lib.plan.plan",
+        "is_input_gone": "vnp_lib.plan.planner",
+        "kept_store_dtype": "vnp_lib.plan.planner",
+        "kept_token_budget": "vnp_lib.plan.planner",
+        "load_plan": "vnp_lib.plan.plan",
+        "longest_first": "vnp_lib.plan.plan",
+        "make_plan": "vnp_lib.plan.planner",
+        "model_tokens": "vnp_lib.plan.plan",
+        "nothing_left": "vnp_lib.plan.scan",
+        "offsets_of": "vnp_lib.plan.outputs",
+        "pack": "vnp_lib.plan.packing",
+        "packed_tokens": "vnp_lib.plan.packing",
+        "required_bytes": "vnp_lib.plan.plan",
+    },
+)

@@ -19,12 +19,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vnp_lib.errors import StorageError
-from vnp_lib.inputs.policy import InputCounts
+from vnp_lib.inputs import InputCounts
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
 from vnp_lib.plan.packing import pack
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.windows import Windows
-from vnp_lib.storage.durable import (
+from vnp_lib.storage import (
     FileDigest,
     digest_file,
     read_sealed_json,

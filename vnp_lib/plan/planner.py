@@ -16,10 +16,18 @@ import pyarrow as pa
 
 from vnp_lib import __version__
 from vnp_lib.errors import ConfigError, FingerprintMismatchError, StorageError
-from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import InputChunk, Places, read, renaming_of
-from vnp_lib.inputs.records import Fault
-from vnp_lib.inputs.sources import STDIN, Source, find_sources, is_there
+from vnp_lib.inputs import (
+    STDIN,
+    Fault,
+    InputChunk,
+    InputPolicy,
+    Places,
+    Source,
+    find_sources,
+    is_there,
+    read,
+    renaming_of,
+)
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import (
@@ -34,7 +42,7 @@ from vnp_lib.plan.plan import (
     required_bytes,
 )
 from vnp_lib.plan.scan import Surveyor, _Survey
-from vnp_lib.storage.durable import (
+from vnp_lib.storage import (
     DurableFile,
     canonical_json,
     durable_file,

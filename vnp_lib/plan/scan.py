@@ -10,11 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs.duplicates import DIGEST_BYTES, digests_of, find_repeats
-from vnp_lib.inputs.policy import InputCounts, InputPolicy
-from vnp_lib.inputs.reader import EMPTY_ADVICE, InputChunk, places_of
-from vnp_lib.inputs.records import SequenceChunk
-from vnp_lib.inputs.sources import Source
+from vnp_lib.inputs import (
+    DIGEST_BYTES,
+    EMPTY_ADVICE,
+    InputChunk,
+    InputCounts,
+    InputPolicy,
+    SequenceChunk,
+    Source,
+    digests_of,
+    find_repeats,
+    places_of,
+)
 
 _NUM_SHOWN = 10
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.inputs.policy import VIRNUCPRO_RESIDUES
+from vnp_lib.inputs import VIRNUCPRO_RESIDUES
 
 __all__ = ["VIRNUCPRO_RESIDUES", "Windows"]
 

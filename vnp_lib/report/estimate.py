@@ -23,20 +23,35 @@ from rich.text import Text
 from vnp_lib.devices import resolve_devices
 from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.formatting import format_bytes, format_duration
-from vnp_lib.inputs import standard_input
-from vnp_lib.inputs.policy import InputCounts, InputPolicy
-from vnp_lib.inputs.reader import InputChunk, Places, Rename, places_of, renaming_of, survey
-from vnp_lib.inputs.records import Fault, LetterCounts
-from vnp_lib.inputs.sources import STDIN, Source, describe_left_out, find_sources
+from vnp_lib.inputs import (
+    STDIN,
+    Fault,
+    InputChunk,
+    InputCounts,
+    InputPolicy,
+    LetterCounts,
+    Places,
+    Rename,
+    Source,
+    describe_left_out,
+    find_sources,
+    keep_stdin,
+    places_of,
+    renaming_of,
+    survey,
+)
 from vnp_lib.options import ForecastConfig
-from vnp_lib.plan.packing import packed_tokens
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, model_tokens, required_bytes
-from vnp_lib.plan.scan import Surveyor, nothing_left
+from vnp_lib.plan import (
+    NUM_SPECIAL_TOKENS,
+    RunPaths,
+    Surveyor,
+    model_tokens,
+    nothing_left,
+    packed_tokens,
+    required_bytes,
+)
 from vnp_lib.report.status import load_plan_of
-from vnp_lib.run.directory import look_at_model
-from vnp_lib.run.history import read_attempts
-from vnp_lib.run.resolve import planned_layout, planned_token_budget
+from vnp_lib.run import look_at_model, planned_layout, planned_token_budget, read_attempts
 from vnp_lib.terminal import bar, plain
 
 _MOST_REFUSALS_SHOWN = 5
@@ -63,7 +78,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class RunEstimate:
     """What a run would be. Counts are of the records that can be used."""
 
     fasta: tuple[str, ...]
@@ -107,7 +122,7 @@ class Forecast:
         return asdict(self) | {"expected_s": self.expected_s, "can_begin": self.can_begin}
 
 
-def forecast(config: ForecastConfig) -> Forecast:
+def estimate_run(config: ForecastConfig) -> RunEstimate:
     """Read the input, and say what a run with these settings would be.
 
     Raises:
@@ -126,7 +141,7 @@ def forecast(config: ForecastConfig) -> Forecast:
     batch_tokens = np.concatenate(
         [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]
     )
-    return Forecast(
+    return RunEstimate(
         fasta=tuple(map(str, config.fasta)),
         left_out=tuple(describe_left_out(config.fasta)),
         model=config.model,
@@ -153,7 +168,7 @@ def forecast(config: ForecastConfig) -> Forecast:
     )
 
 
-def render(seen: Forecast) -> RenderableType:
+def render_estimate(seen: RunEstimate) -> RenderableType:
     """Draw it for a terminal."""
     return Group(_Facts(tuple(_facts(seen))), "", _Bars(seen.lengths), "", *_verdict(seen))
 
@@ -218,7 +233,7 @@ def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
         return
     with TemporaryDirectory() as directory:
         path = kept if kept.exists() else Path(directory, kept.name)
-        standard_input.keep(sys.stdin.buffer, path)
+        keep_stdin(sys.stdin.buffer, path)
         yield path
 
 
@@ -265,7 +280,7 @@ class _Refused:
 
 def _describe_weights(config: ForecastConfig) -> str:
     """Say where the weights are, after a look at them as a run looks."""
-    from vnp_lib.model.weights import published_path
+    from vnp_lib.model import published_path
 
     found = look_at_model(config)
     if found is None:
@@ -319,7 +334,7 @@ def _mean_speed(run_dir: Path, model: str) -> Speed:
     return Speed(tokens_per_s=sum(checkpoint.tokens for checkpoint in checkpoints) / seconds, source=str(run_dir))
 
 
-def _facts(seen: Forecast) -> Iterator[tuple[str, str]]:
+def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
     yield "sequences", f"{seen.num_sequences:,}, {seen.num_computed:,} distinct"
     yield "residues", f"{seen.num_residues:,}; {seen.num_tokens:,} tokens to compute"
     yield "weights", seen.weights
@@ -402,7 +417,7 @@ class _Bars:
             yield plain(f"{span}{bar(share, options, width=width)}{count}")
 
 
-def _verdict(seen: Forecast) -> Iterator[Text]:
+def _verdict(seen: RunEstimate) -> Iterator[Text]:
     if seen.num_refused:
         yield plain(f"{seen.num_refused:,} would be refused:", style="bold red")
         yield from (plain(f"  {refusal}") for refusal in seen.refusals)

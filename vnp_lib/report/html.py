@@ -18,16 +18,13 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.manifest import CheckpointManifest
-from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
+from vnp_lib.checkpoint import CheckpointManifest, Quarantine, QuarantinedSequence
 from vnp_lib.errors import StorageError
 from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
-from vnp_lib.plan.packing import packed_tokens
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, describe_input
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, describe_input, packed_tokens
 from vnp_lib.report.status import RunStatus, read_status
-from vnp_lib.run.history import Attempt, read_attempts
-from vnp_lib.storage.durable import write_file
+from vnp_lib.run import Attempt, read_attempts
+from vnp_lib.storage import write_file
 
 _MOST_ROWS = 200  # of a table
 
@@ -209,7 +206,7 @@ def _shown(count: int, what: str, which: str, where: Path) -> str:
 def _snippet(paths: RunPaths, *, has_rows: bool) -> str:
     first_row = "dataset[dataset.ids[0]]  # float32, (dim,)\n" if has_rows else ""
     return (
-        "from vnp_lib.dataset.reader import open_dataset\n"
+        "from vnp_lib.dataset import open_dataset\n"
         f"dataset = open_dataset({str(paths.run_dir.resolve())!r})\n"
         f"{first_row}"
         "\n"

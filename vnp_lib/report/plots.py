@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from vnp_lib.failures import FailureKind
-from vnp_lib.run.history import Attempt, CheckpointEntry, Ending
+from vnp_lib.run import Attempt, CheckpointEntry, Ending
 
 COLOURS = {
     Ending.DONE: "#009e73",

@@ -14,11 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib.checkpoint import Quarantine
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import ask_nvml
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.run.metrics import Histogram, RunMetrics
+from vnp_lib.run import Histogram, RunMetrics
 
 _OF_A_SHARD = (
     (GaugeMetricFamily, "vnp_shard_sequences", "Distinct sequences of a shard.", attrgetter("num_sequences")),

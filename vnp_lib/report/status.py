@@ -21,18 +21,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.checkpoint.manifest import CheckpointManifest, ShardStatus
-from vnp_lib.checkpoint.quarantine import Quarantine
-from vnp_lib.dataset.reader import describe_rows, open_dataset, read_success
+from vnp_lib.checkpoint import CheckpointManifest, Quarantine, ShardStatus
+from vnp_lib.dataset import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_age, format_duration, utc_now
-from vnp_lib.inference.precision import Certificate
-from vnp_lib.inputs.policy import InputCounts
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan, describe_input, load_plan
-from vnp_lib.run.history import Attempt, CheckpointEntry, Ending, read_attempts
+from vnp_lib.inference import Certificate
+from vnp_lib.inputs import InputCounts
+from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
+from vnp_lib.run import Attempt, CheckpointEntry, Ending, read_attempts
 from vnp_lib.software import SoftwareShare, describe_software
-from vnp_lib.storage.locks import FileLock, LockHolder
+from vnp_lib.storage import FileLock, LockHolder
 from vnp_lib.terminal import natural_width, plain
 
 _MOST_SHARDS_SHOWN = 40
@@ -195,17 +193,17 @@ def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]
     )
 
 
-def render(status: RunStatus) -> RenderableType:
+def render_status(status: RunStatus) -> RenderableType:
     """Draw it for a terminal."""
     return Group(*_headline(status), _Shards(status), *_totals(status))
 
 
 def watch(read: Callable[[], RunStatus], *, interval_s: float, console: Console) -> None:
     """Draw it again every `interval_s` seconds, until Ctrl-C."""
-    with Live(render(read()), console=console, auto_refresh=False) as live:
+    with Live(render_status(read()), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
-            live.update(render(read()), refresh=True)
+            live.update(render_status(read()), refresh=True)
 
 
 def _recorded_shards(paths: RunPaths) -> tuple[dict[int, dict[str, Any]], list[str]]:

@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.manifest import CheckpointManifest
-from vnp_lib.checkpoint.quarantine import Quarantine
-from vnp_lib.dataset.reader import EmbeddingDataset, open_dataset, verify_dataset
+from vnp_lib.checkpoint import CheckpointManifest, Quarantine
+from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan, load_plan
-from vnp_lib.run.resume import _reason, read_checkpoints, with_copies
-from vnp_lib.storage.locks import FileLock, LockHolder
+from vnp_lib.plan import RunPaths, RunPlan, load_plan
+from vnp_lib.run import failure_reason, read_checkpoints, with_copies
+from vnp_lib.storage import FileLock, LockHolder
 
 if TYPE_CHECKING:  # torch takes seconds to import: what is no run directory is said before
-    from vnp_lib.checkpoint.file import CheckpointRecord
-    from vnp_lib.checkpoint.survey import Damage, Survey
+    from vnp_lib.checkpoint import CheckpointRecord, Damage, Survey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +121,10 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
 
 def _without_plan(paths: RunPaths, running: LockHolder | None, damage: str) -> RunReport:
     """The checkpoints can then be believed by their own markers only."""
-    from vnp_lib.checkpoint.file import load_checkpoint
+    from vnp_lib.checkpoint import load_checkpoint
 
     found = sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt"))
-    reasons = [reason for path in found if (reason := _reason(load_checkpoint, path, fingerprint=None))]
+    reasons = [reason for path in found if (reason := failure_reason(load_checkpoint, path, fingerprint=None))]
     return RunReport(
         run_dir=paths.run_dir,
         running=running,

@@ -22,12 +22,18 @@ from torch import Tensor
 from vnp_lib.config import ModelName
 from vnp_lib.devices import resolve_devices, resolve_dtype, torch_device_name
 from vnp_lib.errors import ConfigError
-from vnp_lib.inference.executor import embed_batch
-from vnp_lib.inference.precision import LEAST_COSINE
-from vnp_lib.model.esm2 import architecture_of
-from vnp_lib.model.reference import fair_esm_network
-from vnp_lib.model.tokens import PackedBatch, pack_batch
-from vnp_lib.model.weights import Weights, is_official, load_model, parameters_of, resolve_weights
+from vnp_lib.inference import LEAST_COSINE, embed_batch
+from vnp_lib.model import (
+    PackedBatch,
+    Weights,
+    architecture_of,
+    fair_esm_network,
+    is_official,
+    load_model,
+    pack_batch,
+    parameters_of,
+    resolve_weights,
+)
 from vnp_lib.terminal import natural_width, plain
 
 SEQUENCES = {
@@ -131,7 +137,7 @@ class ModelReport:
         return told
 
 
-def verify_model(model: ModelName, weights: str, *, dtype: str, device: str) -> ModelReport:
+def compare_with_fair_esm(model: ModelName, weights: str, *, dtype: str, device: str) -> ModelReport:
     """Compute `SEQUENCES` with fair-esm's network and with ours.
 
     It takes as much host memory as fair-esm's network does in float32, 12 GB for 3B.
@@ -198,7 +204,7 @@ def _packed() -> PackedBatch:
     return pack_batch([*SEQUENCES.values()], [*SEQUENCES], range(len(SEQUENCES)), batch_idx=0)
 
 
-def render(report: ModelReport) -> RenderableType:
+def render_model_report(report: ModelReport) -> RenderableType:
     """Draw it for a terminal."""
     return Group(*_headline(report), _Layers(report), *_verdict(report))
 

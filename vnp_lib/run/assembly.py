@@ -26,24 +26,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vnp_lib.dataset.reader import DATASET_SCHEMA, SUCCESS_NAME, describe_rows, footer_of, read_success, verify_dataset
-from vnp_lib.dataset.schema import columns_of, fields_of
+from vnp_lib.dataset import (
+    DATASET_SCHEMA,
+    SUCCESS_NAME,
+    columns_of,
+    describe_rows,
+    fields_of,
+    footer_of,
+    read_success,
+    verify_dataset,
+)
 from vnp_lib.errors import ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
 from vnp_lib.formatting import utc_now
-from vnp_lib.inference.precision import Certificate, Comparison, from_metadata
-from vnp_lib.inputs.policy import InputCounts
-from vnp_lib.plan.outputs import RowLayout, StoreDtype, Values, as_stored, offsets_of
-from vnp_lib.plan.packing import pack
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan
+from vnp_lib.inference import Certificate, Comparison, from_metadata
+from vnp_lib.inputs import InputCounts
+from vnp_lib.plan import RowLayout, RunPaths, RunPlan, StoreDtype, Values, as_stored, offsets_of, pack
 from vnp_lib.prefetch import map_ahead
 from vnp_lib.run.buckets import _THREADS, _VALUE_BYTES, _Buckets, _Copies, _divide, _Division, _RaggedBuckets
 from vnp_lib.run.resume import _require_planned, load_planned, planned_layout, with_copies
 from vnp_lib.software import Software, SoftwareShare, describe_software
-from vnp_lib.storage import durable
+from vnp_lib.storage import (
+    DurableFile,
+    durable_file,
+    exchange_directories,
+    fsync_directory,
+    make_directory,
+    move_file,
+    read_sealed_json,
+    remove_file,
+    write_sealed_json,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
-    from vnp_lib.checkpoint.file import Checkpoint, CheckpointRecord
+    from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
 
 _PART_BYTES = (
     64 * 1024**2
@@ -194,8 +209,8 @@ def _is_whole(paths: RunPaths, content: dict[str, Any]) -> bool:
 
 
 def _sync_names(paths: RunPaths) -> None:
-    durable.make_directory(paths.embeddings_dir)
-    durable.fsync_directory(paths.embeddings_dir)
+    make_directory(paths.embeddings_dir)
+    fsync_directory(paths.embeddings_dir)
 
 
 def _find_missing(
@@ -230,7 +245,7 @@ def _settle(paths: RunPaths) -> None:
     if paths.replaced_dataset.is_dir():
         if not os.path.lexists(paths.embeddings_dir):  # stopped between two renames
             is_written = (paths.new_dataset / paths.success.name).exists()
-            _move(paths.new_dataset if is_written else paths.replaced_dataset, paths.embeddings_dir)
+            move_file(paths.new_dataset if is_written else paths.replaced_dataset, paths.embeddings_dir)
         if paths.replaced_dataset.is_dir():
             _give_back(paths)
     shutil.rmtree(paths.assembly_dir, ignore_errors=True)
@@ -239,13 +254,13 @@ def _settle(paths: RunPaths) -> None:
 def _put_in_place(paths: RunPaths) -> None:
     """Exchange the new dataset for what is in its place."""
     if not os.path.lexists(paths.embeddings_dir):
-        _move(paths.new_dataset, paths.embeddings_dir)
+        move_file(paths.new_dataset, paths.embeddings_dir)
         return
-    _move(paths.new_dataset, paths.replaced_dataset)
-    if not durable.exchange_directories(paths.embeddings_dir, paths.replaced_dataset):
-        _move(paths.replaced_dataset, paths.new_dataset)
-        _move(paths.embeddings_dir, paths.replaced_dataset)
-        _move(paths.new_dataset, paths.embeddings_dir)
+    move_file(paths.new_dataset, paths.replaced_dataset)
+    if not exchange_directories(paths.embeddings_dir, paths.replaced_dataset):
+        move_file(paths.replaced_dataset, paths.new_dataset)
+        move_file(paths.embeddings_dir, paths.replaced_dataset)
+        move_file(paths.new_dataset, paths.embeddings_dir)
     _give_back(paths)
 
 
@@ -254,16 +269,10 @@ def _give_back(paths: RunPaths) -> None:
     own = _own_names(paths.replaced_dataset)
     for path in sorted(paths.replaced_dataset.iterdir(), key=lambda path: path.name == paths.success.name):
         if path.name in own:
-            durable.ops.unlink(path)
+            remove_file(path)
         elif not path.name.startswith(_TEMPORARY_PREFIX):
-            _move(path, paths.embeddings_dir / path.name)
+            move_file(path, paths.embeddings_dir / path.name)
     shutil.rmtree(paths.replaced_dataset)
-
-
-def _move(source: Path, target: Path) -> None:
-    durable.ops.replace(source, target)
-    durable.fsync_directory(target.parent)
-    durable.fsync_directory(source.parent)
 
 
 def _own_names(directory: Path) -> set[str]:
@@ -273,7 +282,7 @@ def _own_names(directory: Path) -> set[str]:
     if success.exists():
         listed.add(success.name)
         with suppress(StorageError):
-            listed |= {part["name"] for part in durable.read_sealed_json(success)["parts"]}
+            listed |= {part["name"] for part in read_sealed_json(success)["parts"]}
     return listed | {path.name for path in directory.glob(_PARTS) if path.name not in listed and _is_marked(path)}
 
 
@@ -296,7 +305,7 @@ def _write_dataset(
     part_bytes: int,
 ) -> None:
     for directory in (paths.assembly_dir, paths.new_dataset):
-        durable.make_directory(directory)
+        make_directory(directory)
     division = _divide(plan, planned_layout(plan, records), part_bytes)
     buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
     comparisons, software = _distribute(plan, records, buckets)
@@ -319,7 +328,7 @@ def _write_dataset(
         "parts": list(map_ahead(write, range(division.starts.size), threads=_THREADS)),
         "created_at": created_at,
     }
-    durable.write_sealed_json(paths.new_dataset / paths.success.name, success)
+    write_sealed_json(paths.new_dataset / paths.success.name, success)
 
 
 def _distribute(
@@ -368,13 +377,13 @@ def _write_part(
     columns = columns_of(division.layout, values, plan.lengths[ordinals], is_large=division.is_large)
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.new_dataset / f"part-{part:05d}.parquet"
-    with durable.durable_file(path) as file:
+    with durable_file(path) as file:
         _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
     plan.forget_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
 
 
-def _write_table(file: durable.DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
+def _write_table(file: DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
     """Write a part in groups of rows that take 4 MB together; a larger row is a group of its own."""
     with pq.ParquetWriter(
         file,

@@ -17,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.errors import StorageError
-from vnp_lib.plan.outputs import RowLayout, offsets_of
-from vnp_lib.plan.packing import pack
-from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES, Ordinals, RunPlan
+from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RowLayout, RunPlan, offsets_of, pack
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
-    from vnp_lib.checkpoint.file import Checkpoint
+    from vnp_lib.checkpoint import Checkpoint
 
 _MOST_PARTS = 16_384  # `_SUCCESS.json` takes 250 bytes for each, and readers take no more than 32 MiB of it
 _BUFFER_BYTES = 256 * 1024**2  # of rows that wait for their buckets, or four parts, if that is less

@@ -12,30 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vnp_lib import __version__
-from vnp_lib.checkpoint.quarantine import sequence_digest
+from vnp_lib.checkpoint import sequence_digest
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import planned_devices, resolve_devices
 from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
-from vnp_lib.inputs import standard_input
-from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read
-from vnp_lib.inputs.sources import STDIN, describe_left_out, find_sources
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import load_plan
-from vnp_lib.plan.planner import is_input_gone
+from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, keep_stdin, read, require_piped_stdin
+from vnp_lib.plan import RunPaths, is_input_gone, load_plan
 from vnp_lib.run.assembly import require_own_parts
 from vnp_lib.run.ownership import move_aside, require_no_others
 from vnp_lib.run.resolve import _exact_software, _plan, planned_layout
 from vnp_lib.run.run import Run
 from vnp_lib.software import NUMERICS_VERSION, package_in_use
-from vnp_lib.storage.durable import make_directory, remove_orphaned_temporaries
-from vnp_lib.storage.file_system import try_file_system
-from vnp_lib.storage.locks import FileLock
+from vnp_lib.storage import FileLock, make_directory, remove_orphaned_temporaries, try_file_system
 from vnp_lib.user_paths import shown
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint.survey import Survey
-    from vnp_lib.model.weights import Weights
+    from vnp_lib.checkpoint import Survey
+    from vnp_lib.model import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +58,7 @@ def look_at_model(config: EmbedConfig) -> Weights | None:
     Raises:
         InputError: They cannot be used, or the model has no such layer.
     """
-    from vnp_lib.model.heads import check_heads
-    from vnp_lib.model.weights import look_at_weights
+    from vnp_lib.model import check_heads, look_at_weights
 
     layout = planned_layout(config)
     weights = look_at_weights(config.model, config.weights)
@@ -79,7 +71,7 @@ def _look_at_input(config: EmbedConfig) -> None:
     """Look at the beginning of each file, and that something is piped where that is asked for."""
     stdin = RunPaths(config.output_dir).stdin
     if STDIN in config.fasta:
-        standard_input.require_piped(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
+        require_piped_stdin(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
     if not config.force_restart and is_input_gone(RunPaths(config.output_dir), config.fasta):
         return
     files = [given for given in config.fasta if given != STDIN]
@@ -117,7 +109,7 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
         InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
             afterwards either; one that was is untouched.
     """
-    from vnp_lib.model.weights import resolve_weights
+    from vnp_lib.model import resolve_weights
 
     paths = RunPaths(config.output_dir)
     devices = planned_devices(config)
@@ -180,7 +172,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     Raises:
         InputError: The directory holds another run by now, or this machine's weights are others.
     """
-    from vnp_lib.model.weights import resolve_weights
+    from vnp_lib.model import resolve_weights
 
     plan = load_plan(RunPaths(config.output_dir))
     weights = resolve_weights(config.model, config.weights)
@@ -207,7 +199,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
 @contextmanager
 def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
     """Keep standard input where it is asked for; what turns out to be unusable is not kept, and whatever else happens it is."""
-    is_new = STDIN in config.fasta and standard_input.keep(sys.stdin.buffer, paths.stdin)
+    is_new = STDIN in config.fasta and keep_stdin(sys.stdin.buffer, paths.stdin)
     try:
         yield
     except InputError:

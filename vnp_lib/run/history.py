@@ -24,14 +24,12 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
-from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint import CheckpointManifest
 from vnp_lib.errors import StorageError
 from vnp_lib.failures import Failure, classify_exception
 from vnp_lib.formatting import utc_now
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan
-from vnp_lib.storage.durable import read_marker
-from vnp_lib.storage.locks import FileLock, LockHolder
+from vnp_lib.plan import RunPaths, RunPlan
+from vnp_lib.storage import FileLock, LockHolder, read_marker
 
 MAX_HISTORY_BYTES = 32 * 1024**2
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vnp_lib.errors import ConfigError
-from vnp_lib.plan.paths import RunPaths
+from vnp_lib.plan import RunPaths
 from vnp_lib.run.assembly import is_of_a_dataset
-from vnp_lib.storage.durable import make_directory, move_file
+from vnp_lib.storage import make_directory, move_file
 
 _SUPERSEDED = re.compile(r"superseded_(\d+)")
 _IN_CHECKPOINTS = re.compile(r"shard_\d+|manifest.*\.(json|lock)|.*\.jsonl")

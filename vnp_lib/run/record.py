@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vnp_lib.checkpoint.manifest import CheckpointManifest, CommittedCheckpoint, is_of_run
+from vnp_lib.checkpoint import CheckpointManifest, CommittedCheckpoint, is_of_run
 from vnp_lib.errors import StorageError
 
 PATIENCE_S = 0.25  # for the file to be up to date, which takes milliseconds; the caller may be an event loop

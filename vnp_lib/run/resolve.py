@@ -6,25 +6,33 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vnp_lib.config import EmbedConfig
-from vnp_lib.dataset.reader import stored_dtype
+from vnp_lib.dataset import stored_dtype
 from vnp_lib.devices import kind_of, resolve_dtype, torch_device_name
 from vnp_lib.errors import ConfigError
-from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.plan.outputs import OutputKind, RowLayout, StoreDtype, choose_outputs
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import ModelIdentity, RunPlan
-from vnp_lib.plan.planner import check_free_space, kept_store_dtype, kept_token_budget, make_plan
+from vnp_lib.inputs import InputPolicy
+from vnp_lib.plan import (
+    ModelIdentity,
+    OutputKind,
+    RowLayout,
+    RunPaths,
+    RunPlan,
+    StoreDtype,
+    check_free_space,
+    choose_outputs,
+    kept_store_dtype,
+    kept_token_budget,
+    make_plan,
+)
 from vnp_lib.software import NUMERICS_VERSION, exact_software
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.model.weights import Weights
+    from vnp_lib.model import Weights
 
 CPU_TOKEN_BUDGET = 2048
 
 
 def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
-    from vnp_lib.model.esm2 import architecture_of
-    from vnp_lib.model.heads import check_heads
+    from vnp_lib.model import architecture_of, check_heads
 
     layout = planned_layout(config)
     num_shards = config.shards or len(devices)
@@ -69,7 +77,7 @@ def planned_layout(config: EmbedConfig) -> RowLayout:
     Raises:
         ConfigError: The model has no such layer, or what is asked for of long sequences cannot be.
     """
-    from vnp_lib.model.esm2 import architecture_of  # imports torch, which takes seconds
+    from vnp_lib.model import architecture_of  # imports torch, which takes seconds
 
     architecture = architecture_of(config.model)
     outputs = choose_outputs(
@@ -125,7 +133,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
         return config.token_budget
     if kind_of(devices[0]) == "cpu":
         return CPU_TOKEN_BUDGET
-    from vnp_lib.inference.gpu_memory import TOKENS_UNSEEN, choose_token_budget
+    from vnp_lib.inference import TOKENS_UNSEEN, choose_token_budget
 
     if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
         return kept

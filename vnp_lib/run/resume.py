@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib.checkpoint import Quarantine
 from vnp_lib.errors import CheckpointError, StorageError
-from vnp_lib.plan.outputs import RowLayout, offsets_of
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan
+from vnp_lib.plan import RowLayout, RunPaths, RunPlan, offsets_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
-    from vnp_lib.checkpoint.file import Checkpoint, CheckpointRecord
-    from vnp_lib.checkpoint.survey import CommittedRows, Survey
+    from vnp_lib.checkpoint import Checkpoint, CheckpointRecord, CommittedRows, Survey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +41,7 @@ def find_pending_work(
     This shard's own checkpoints are read whole. A damaged one is moved aside and costs its own rows only. Of what is
     left, suspects come first, in their order, each as a batch of its own, and what is deferred comes last likewise.
     """
-    from vnp_lib.checkpoint.survey import heal_shard
+    from vnp_lib.checkpoint import heal_shard
 
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
     is_done = done_or_set_aside(plan, paths)
@@ -66,7 +63,7 @@ def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows |
     Args:
         committed: Of who looks again and again.
     """
-    from vnp_lib.checkpoint.survey import CommittedRows
+    from vnp_lib.checkpoint import CommittedRows
 
     committed = committed or CommittedRows(paths.checkpoints_dir, plan.fingerprint, plan.num_sequences)
     is_done = committed.done_mask()
@@ -92,11 +89,11 @@ def _left(
 
 def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
     """Read all checkpoints whole, and hold their content, not only their bytes, against their markers and the plan."""
-    from vnp_lib.checkpoint.survey import Damage, Survey, survey_checkpoints
+    from vnp_lib.checkpoint import Damage, Survey, survey_checkpoints
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     layout = planned_layout(plan, survey.valid) if survey.valid else None
-    reasons = [_reason(load_planned, plan, record, layout) for record in survey.valid]
+    reasons = [failure_reason(load_planned, plan, record, layout) for record in survey.valid]
     read = list(zip(survey.valid, reasons, strict=True))
     return Survey(
         valid=tuple(record for record, reason in read if reason is None),
@@ -111,7 +108,7 @@ def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
     )
 
 
-def _reason(read: Any, *arguments: Any, **options: Any) -> str | None:
+def failure_reason(read: Any, *arguments: Any, **options: Any) -> str | None:
     try:
         read(*arguments, **options)
     except (StorageError, OSError) as error:
@@ -127,7 +124,7 @@ def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLay
     """What a row of a run is; how wide a mean is that its plan says nothing else of, the first checkpoint tells."""
     if records:
         return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
-    from vnp_lib.model.esm2 import architecture_of
+    from vnp_lib.model import architecture_of
 
     return RowLayout.of_identity(plan.identity, embed_dim=architecture_of(plan.identity["model"]).embed_dim)
 
@@ -138,7 +135,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> 
     Raises:
         CheckpointError: It does not prove itself, or does not fit; says what to do.
     """
-    from vnp_lib.checkpoint.file import load_checkpoint
+    from vnp_lib.checkpoint import load_checkpoint
 
     _require_planned(plan, record)
     checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)

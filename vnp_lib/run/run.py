@@ -13,24 +13,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.quarantine import Quarantine
+from vnp_lib.checkpoint import Quarantine
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import kind_of, num_cores
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import RunPlan
+from vnp_lib.plan import RunPaths, RunPlan
 from vnp_lib.run.assembly import DatasetSummary, whole_dataset
 from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import RunMetrics
 from vnp_lib.run.record import RunRecord
 from vnp_lib.run.resume import done_or_set_aside, read_checkpoints
 from vnp_lib.software import package_in_use
-from vnp_lib.storage.durable import make_directory
+from vnp_lib.storage import make_directory
 
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint.survey import CommittedRows, Survey
-    from vnp_lib.model.weights import Weights
+    from vnp_lib.checkpoint import CommittedRows, Survey
+    from vnp_lib.model import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class Run:
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
         """Look into the markers of all checkpoints, or of one shard's."""
-        from vnp_lib.checkpoint.survey import survey_checkpoints
+        from vnp_lib.checkpoint import survey_checkpoints
 
         return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank)
 
@@ -83,7 +82,7 @@ class Run:
 
     def look_again(self) -> bool:
         """Say whether all shards are complete, after having the system forget what it remembers of the directories."""
-        from vnp_lib.checkpoint.survey import refresh_listings
+        from vnp_lib.checkpoint import refresh_listings
 
         refresh_listings(self.paths.checkpoints_dir)
         return all(shard.is_complete for shard in self.shard_states())
@@ -117,8 +116,7 @@ class Run:
         Raises:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
-        from vnp_lib.checkpoint.file import set_aside
-        from vnp_lib.checkpoint.survey import wait_for_listed_files
+        from vnp_lib.checkpoint import set_aside, wait_for_listed_files
 
         wait_for_listed_files(self.paths.checkpoints_dir)
         survey = read_checkpoints(self.plan, self.paths)
@@ -186,7 +184,7 @@ class Run:
 
     @cached_property
     def _committed(self) -> CommittedRows:
-        from vnp_lib.checkpoint.survey import CommittedRows
+        from vnp_lib.checkpoint import CommittedRows
 
         return CommittedRows(self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences)
 

@@ -405,6 +405,11 @@ def refresh_listing(directory: Path) -> None:
             remove_temporary(path)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file; that survives a power loss once its directory is synced."""
+    ops.unlink(path)
+
+
 def remove_temporary(path: Path) -> None:
     """Remove a temporary file of our own, with a second try where that fails: the run goes on, and nothing is to be left of it."""
     for _ in range(2):

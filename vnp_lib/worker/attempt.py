@@ -24,33 +24,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, broken_set_up, quarantined
+from vnp_lib.checkpoint import Quarantine, QuarantinedSequence, broken_set_up, quarantined
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
-from vnp_lib.inference.batches import read_batches
-from vnp_lib.inference.callbacks import Listener
-from vnp_lib.inference.precision import ExactRows, sampled_ordinals
-from vnp_lib.inference.token_budget import TokenBudget
-from vnp_lib.plan.outputs import OutputKind, RowLayout
-from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, RunPlan, load_plan
-from vnp_lib.run.events import EventStream
-from vnp_lib.run.history import AttemptHistory, Ending
-from vnp_lib.run.job import ShardJob
-from vnp_lib.run.record import RunRecord
-from vnp_lib.run.resume import PendingWork, find_pending_work
+from vnp_lib.inference import ExactRows, Listener, TokenBudget, read_batches, sampled_ordinals
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, OutputKind, RowLayout, RunPaths, RunPlan, load_plan
+from vnp_lib.run import AttemptHistory, Ending, EventStream, PendingWork, RunRecord, ShardJob, find_pending_work
 from vnp_lib.software import require_same_package
-from vnp_lib.storage.durable import remove_orphaned_temporaries
-from vnp_lib.storage.locks import FileLock
+from vnp_lib.storage import FileLock, remove_orphaned_temporaries
 from vnp_lib.streams import standard_streams
 from vnp_lib.worker.stop_signals import Request, StopRequests
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
-    from vnp_lib.inference.executor import ExactModel
-    from vnp_lib.inference.runner import AsyncInferenceRunner
-    from vnp_lib.model.esm2 import ESM2
-    from vnp_lib.model.tokens import PackedBatch
-    from vnp_lib.model.weights import Weights
+    from vnp_lib.inference import AsyncInferenceRunner, ExactModel
+    from vnp_lib.model import ESM2, PackedBatch, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +163,8 @@ class ShardAttempt:
     def _load_runner(self, plan: RunPlan, work: PendingWork) -> AsyncInferenceRunner:
         import torch
 
-        from vnp_lib.inference.executor import ExactModel
-        from vnp_lib.inference.runner import AsyncInferenceRunner
-        from vnp_lib.model.heads import with_heads
-        from vnp_lib.model.weights import load_model
+        from vnp_lib.inference import AsyncInferenceRunner, ExactModel
+        from vnp_lib.model import load_model, with_heads
 
         job = self._job
         if job.num_threads is not None:
@@ -234,7 +219,7 @@ class ShardAttempt:
 
     def _is_worth_a_trial(self, work: PendingWork) -> bool:
         """Whether it pays to try which way to multiply is faster, and each attempt may find its own."""
-        from vnp_lib.model.esm2 import architecture_of
+        from vnp_lib.model import architecture_of
 
         architecture = architecture_of(self._job.model)
         num_weights = 12 * architecture.num_layers * architecture.embed_dim**2
@@ -242,8 +227,7 @@ class ShardAttempt:
 
     def _unchanged_weights(self, plan: RunPlan, heads: Sequence[OutputKind]) -> Weights:
         """Find what the run was begun with. InputError where it is something else by now."""
-        from vnp_lib.model.heads import check_heads
-        from vnp_lib.model.weights import resolve_weights
+        from vnp_lib.model import check_heads, resolve_weights
 
         job = self._job
         weights = resolve_weights(job.model, job.weights)
@@ -255,7 +239,7 @@ class ShardAttempt:
 
     def _layout(self, plan: RunPlan) -> RowLayout | None:
         """What a row is; None: the mean over all residues of the last layer, which a model gives without being asked."""
-        from vnp_lib.model.esm2 import architecture_of
+        from vnp_lib.model import architecture_of
 
         architecture = architecture_of(self._job.model)
         layout = RowLayout.of_identity(plan.identity, embed_dim=architecture.embed_dim)
@@ -356,7 +340,7 @@ def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
         seqlens: Tokens of each sequence of the pass, (B,).
         device: "cpu" or "cuda".
     """
-    from vnp_lib.model.esm2 import architecture_of
+    from vnp_lib.model import architecture_of
 
     architecture = architecture_of(model)
     dim = architecture.embed_dim
@@ -420,7 +404,7 @@ class _Reporter(Listener):
 
 def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
     """The thresholds of a job, or nothing where both are the defaults, which the environment may change."""
-    from vnp_lib.checkpoint.writer import DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S
+    from vnp_lib.checkpoint import DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S
 
     thresholds = (job.checkpoint_seq_threshold, job.checkpoint_time_threshold)
     if thresholds == (DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S):

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from vnp_lib.storage.durable import write_file
+from vnp_lib.storage import write_file
 from vnp_lib.worker.liveness import Silence
 
 _LOOK_EVERY_S = 10.0  # or oftener

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vnp_lib.checkpoint.quarantine import quarantined
+from vnp_lib.checkpoint import quarantined
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import Failure, FailureKind, classify_exception
-from vnp_lib.run.run import Run
+from vnp_lib.run import Run
 from vnp_lib.worker.retry import RetryDecision, RetryPolicy
 
 

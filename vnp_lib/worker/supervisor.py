@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 from vnp_lib.devices import control_group
 from vnp_lib.environment import child_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
-from vnp_lib.run.events import Event, EventReader
+from vnp_lib.run import Event, EventReader
 from vnp_lib.worker.liveness import ProcessState, Silence
 
 logger = logging.getLogger(__name__)

@@ -225,28 +225,28 @@ class TestStandardInput:
 
     def test_what_is_piped_is_kept_and_needs_not_be_piped_again(self, kept: Path) -> None:
         with self.piped(b">a\nMKV\n") as pipe, open(os.devnull, "rb") as nothing:
-            assert standard_input.keep(pipe, kept)
+            assert standard_input.keep_stdin(pipe, kept)
             assert kept.read_bytes() == b">a\nMKV\n"
-            assert not standard_input.keep(nothing, kept)
+            assert not standard_input.keep_stdin(nothing, kept)
         with self.piped(b">a\nMKV\n") as same, self.piped(b"") as empty:
-            assert not standard_input.keep(same, kept)
-            assert not standard_input.keep(empty, kept)
+            assert not standard_input.keep_stdin(same, kept)
+            assert not standard_input.keep_stdin(empty, kept)
 
     def test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays(self, kept: Path) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(b">a\nMKL\n") as other:
-            standard_input.keep(pipe, kept)
+            standard_input.keep_stdin(pipe, kept)
             with pytest.raises(
                 FingerprintMismatchError, match="another input is piped than the one that this run was begun"
             ):
-                standard_input.keep(other, kept)
+                standard_input.keep_stdin(other, kept)
         assert kept.read_bytes() == b">a\nMKV\n"
 
     @pytest.mark.parametrize("piped", [b">a\nM", b">a\nMKV\n>b\nM\n", b">b\n"], ids=["less", "more", "else"])
     def test_a_part_of_it_and_more_than_it_are_other_input_too(self, kept: Path, piped: bytes) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(piped) as other:
-            standard_input.keep(pipe, kept)
+            standard_input.keep_stdin(pipe, kept)
             with pytest.raises(FingerprintMismatchError):
-                standard_input.keep(other, kept)
+                standard_input.keep_stdin(other, kept)
 
     @pytest.mark.parametrize("begun", [b"", b">a\n"], ids=["silent", "begun"])
     def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_resume(
@@ -256,11 +256,11 @@ class TestStandardInput:
         for name in ("_SAID_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
             monkeypatch.setattr(standard_input, name, 0.05)
         with self.piped(b">a\nMKV\n") as pipe:
-            standard_input.keep(pipe, kept)
+            standard_input.keep_stdin(pipe, kept)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream, open(write_end, "wb", buffering=0) as writer:
             writer.write(begun)
-            assert not standard_input.keep(stream, kept)
+            assert not standard_input.keep_stdin(stream, kept)
         waits, goes_on = capsys.readouterr().err.splitlines()
         assert "waiting for FASTA on standard input" in waits
         assert f"goes on with what is kept in {kept}" in goes_on
@@ -274,7 +274,7 @@ class TestStandardInput:
             writer = open(write_end, "wb")  # noqa: SIM115  # closed by the timer
             timer = threading.Timer(0.3, lambda: (writer.write(b">a\nMKV\n"), writer.close()))
             timer.start()
-            assert standard_input.keep(stream, kept)
+            assert standard_input.keep_stdin(stream, kept)
             timer.join()
         assert kept.read_bytes() == b">a\nMKV\n"
         assert capsys.readouterr().err.count("waiting for FASTA") == 1
@@ -283,7 +283,7 @@ class TestStandardInput:
         controller, terminal = os.openpty()
         told = pytest.raises(ConfigError, match="nothing is piped to standard input; pipe FASTA to it")
         with open(terminal, "rb") as stream, open(controller, "rb"), told:
-            standard_input.keep(stream, kept)
+            standard_input.keep_stdin(stream, kept)
         assert not kept.exists()
 
     def test_errors_call_it_by_its_name(self, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class TestStandardInput:
 
     def test_a_plan_is_made_of_it(self, tmp_path: Path, kept: Path) -> None:
         with self.piped(gzip.compress(b">a\nMKV\n")) as pipe:
-            standard_input.keep(pipe, kept)
+            standard_input.keep_stdin(pipe, kept)
         assert plan_of(tmp_path / "run", Path("-")).fetch(np.array([0])) == (["a"], ["MKV"])
 
     def test_vnp_plan_counts_it_and_keeps_nothing(self, tmp_path: Path) -> None:

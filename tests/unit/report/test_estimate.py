@@ -27,7 +27,7 @@ from vnp_lib.plan.outputs import Output, RowLayout
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
 from vnp_lib.plan.planner import make_plan
-from vnp_lib.report.estimate import Forecast, forecast
+from vnp_lib.report.estimate import RunEstimate, estimate_run
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.history import read_attempts
 from vnp_lib.worker.attempt import ShardAttempt, StopFlag
@@ -42,8 +42,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def seen_of(*fasta: Path, **settings) -> Forecast:
-    return forecast(ForecastConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings))
+def seen_of(*fasta: Path, **settings) -> RunEstimate:
+    return estimate_run(ForecastConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings))
 
 
 def write_history(run_dir: Path, fasta: Path, tokens_and_seconds: list[tuple[int, float]], model: str = MODEL) -> None:

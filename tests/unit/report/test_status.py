@@ -28,7 +28,7 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report import status
-from vnp_lib.report.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render
+from vnp_lib.report.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render_status
 from vnp_lib.run.assembly import assemble
 from vnp_lib.run.history import AttemptHistory
 from vnp_lib.storage.locks import FileLock
@@ -80,7 +80,7 @@ def status_of(plan: RunPlan, paths: RunPaths) -> RunStatus:
 
 def drawn(seen: RunStatus, width: int = 140) -> str:
     out = io.StringIO()
-    Console(file=out, width=width, markup=False, highlight=False).print(render(seen))
+    Console(file=out, width=width, markup=False, highlight=False).print(render_status(seen))
     return out.getvalue()
 
 

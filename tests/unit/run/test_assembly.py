@@ -426,7 +426,7 @@ def test_a_row_that_is_not_finite_is_named(run: Run, monkeypatch: pytest.MonkeyP
             checkpoint.embeddings[0, 3] = np.inf
         return checkpoint
 
-    monkeypatch.setattr(vnp_lib.checkpoint.file, "load_checkpoint", load_with_a_bad_row)
+    monkeypatch.setattr(vnp_lib.checkpoint, "load_checkpoint", load_with_a_bad_row)
     with pytest.raises(NumericalInstabilityError, match=r"not finite, the first of 'p\d+'"):
         run.assemble()
     assert not run.paths.success.exists()

@@ -23,7 +23,7 @@ import pytest
 
 from vnp_lib.errors import LockTimeoutError, StorageError
 from vnp_lib.processes import ProcessIdentity
-from vnp_lib.storage import durable
+from vnp_lib.storage import durable, locks
 from vnp_lib.storage.durable import (
     DurableOps,
     FileDigest,
@@ -83,7 +83,7 @@ def use_ops(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A real process that has everything of `vnp_lib.storage.durable` at hand."""
-    script = f"import json, os, sys, time\nfrom pathlib import Path\nfrom vnp_lib.storage.durable import *\n{code}"
+    script = f"import json, os, sys, time\nfrom pathlib import Path\nfrom vnp_lib.storage.durable import *\nfrom vnp_lib.storage.locks import *\n{code}"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -736,7 +736,7 @@ for _ in range(50):
     ) -> None:
         """A process id that is another's by now; a machine of which only the lock can tell."""
         path = tmp_path / "a.lock"
-        monkeypatch.setattr(durable, "locks_are_shared", lambda directory: other.get("host") != "elsewhere")
+        monkeypatch.setattr(locks, "locks_are_shared", lambda directory: other.get("host") != "elsewhere")
         holder = FileLock(path, purpose="stay")
         with holder.held(timeout_s=0):
             named = json.loads(path.read_bytes()) | other

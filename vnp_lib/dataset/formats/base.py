@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.dataset.reader import EmbeddingDataset, as_rows
 from vnp_lib.errors import ConfigError
-from vnp_lib.plan.outputs import Output, StoreDtype, Values, as_stored
+from vnp_lib.plan import Output, StoreDtype, Values, as_stored
 
 _BATCH_BYTES = 16 * 1024**2  # of embeddings, at a time
 _BATCH_IDS = 65_536

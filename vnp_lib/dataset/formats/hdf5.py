@@ -15,7 +15,7 @@ import numpy as np
 
 from vnp_lib.dataset.formats.base import Rows
 from vnp_lib.errors import ConfigError
-from vnp_lib.storage.durable import durable_path
+from vnp_lib.storage import durable_path
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -15,8 +15,7 @@ from numpy.typing import DTypeLike
 
 from vnp_lib.dataset.formats.base import Rows, ids_beside
 from vnp_lib.dataset.formats.safetensors import _matrix, _ragged, _Streamed
-from vnp_lib.storage import durable
-from vnp_lib.storage.durable import durable_file
+from vnp_lib.storage import durable_file, fsync_directory, remove_file
 
 
 def write_npy(rows: Rows, path: Path, replace: bool) -> None:
@@ -28,8 +27,8 @@ def write_npy(rows: Rows, path: Path, replace: bool) -> None:
             matrix.write(values.data)
             lines.write("".join(f"{sequence_id}\n" for sequence_id in ids).encode())
         if replace and path.exists():
-            durable.ops.unlink(path)
-            durable.fsync_directory(path.parent)
+            remove_file(path)
+            fsync_directory(path.parent)
 
 
 def write_npz(rows: Rows, path: Path, replace: bool) -> None:

@@ -9,7 +9,7 @@ from vnp_lib.dataset.formats.hdf5 import write_h5ad, write_hdf5, write_hdf5_unip
 from vnp_lib.dataset.formats.numpy_files import write_csv, write_npy, write_npz, write_ragged_npz
 from vnp_lib.dataset.formats.safetensors import write_ragged_safetensors, write_safetensors
 from vnp_lib.dataset.formats.torch_files import write_esm_extract, write_virnucpro
-from vnp_lib.plan.outputs import StoreDtype
+from vnp_lib.plan import StoreDtype
 
 FORMATS = {
     "npy": Format(

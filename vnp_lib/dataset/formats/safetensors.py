@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.dataset.formats.base import Rows
-from vnp_lib.plan.outputs import OutputKind, offsets_of
-from vnp_lib.storage.durable import durable_file
+from vnp_lib.plan import OutputKind, offsets_of
+from vnp_lib.storage import durable_file
 
 _IN_SAFETENSORS = {"int64": "I64", "int32": "I32", "float32": "F32", "float16": "F16", "uint8": "U8"}
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from vnp_lib.dataset.formats.base import Rows
 from vnp_lib.errors import ConfigError
-from vnp_lib.plan.outputs import Output, OutputKind, Values
-from vnp_lib.storage.durable import durable_directory, path_below
+from vnp_lib.plan import Output, OutputKind, Values
+from vnp_lib.storage import durable_directory, path_below
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
