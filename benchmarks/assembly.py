@@ -51,7 +51,9 @@ def write_checkpoints(paths: RunPaths, rows_per_checkpoint: int, dim: int) -> No
             ordinals = plan.order[start : start + rows_per_checkpoint]
             rows = np.repeat(ordinals[:, None].astype(np.float32), dim, axis=1)
             metadata = {"fingerprint": plan.fingerprint, "ordinals": ordinals.tolist()}
-            writer.write_checkpoint_async(paths.checkpoint(0, number), rows, plan.ids(ordinals), metadata)
+            writer.write_checkpoint_async(
+                paths.checkpoint(0, number), rows, plan.ids(ordinals), metadata
+            )
 
 
 class MemoryWatch:
@@ -98,7 +100,9 @@ def assembly_figures(paths: RunPaths) -> AssemblyFigures:
     watch = MemoryWatch()
     plan = load_plan(paths)
     started_at = time.perf_counter()
-    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+    records = survey_checkpoints(
+        paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+    ).valid
     surveyed_at, cpu_at = time.perf_counter(), time.process_time()
     summary = assemble(plan, paths, records)
     return AssemblyFigures(
@@ -140,7 +144,9 @@ def main() -> None:
         identity = ModelIdentity(model="none", weights_digest="none", layer=0, dtype="float32")
         make_plan(paths, [fasta], identity, num_shards=1, token_budget=16_384)
         write_checkpoints(paths, given.rows_per_checkpoint, given.dim)
-        process = multiprocessing.get_context("spawn").Process(target=measure_assembly, args=(paths,))
+        process = multiprocessing.get_context("spawn").Process(
+            target=measure_assembly, args=(paths,)
+        )
         process.start()
         process.join()
 

@@ -73,7 +73,9 @@ class Teams:
         self._whole = Team(processes=1, threads=cores, huge_pages=huge_pages)
         self._split = Team(processes=cores, threads=1, huge_pages=huge_pages)
 
-    def embed(self, variant: Variant, model: str, weights: Path, sequences: Sequence[str]) -> tuple[float, np.ndarray]:
+    def embed(
+        self, variant: Variant, model: str, weights: Path, sequences: Sequence[str]
+    ) -> tuple[float, np.ndarray]:
         """Seconds from letters to rows, as the parent sees it, and the rows in order."""
         spec = EngineSpec(name=variant.engine, model=model, weights=weights, dtype=variant.dtype)
         team = self._split if variant.is_split else self._whole
@@ -90,8 +92,14 @@ class Teams:
     def linear_layers(self) -> dict[str, str]:
         """How our float32 linear layers are computed here: each process tries it for itself."""
         teams = {"with all cores": self._whole, "split": self._split}
-        tried = {name: team.call(convolution_is_faster, *[()] * team.size) for name, team in teams.items()}
-        return {name: "by convolution" if all(found) else "by matrix product" for name, found in tried.items()}
+        tried = {
+            name: team.call(convolution_is_faster, *[()] * team.size)
+            for name, team in teams.items()
+        }
+        return {
+            name: "by convolution" if all(found) else "by matrix product"
+            for name, found in tried.items()
+        }
 
     def stop(self) -> None:
         self._whole.stop()
@@ -105,17 +113,28 @@ def require_equal(name: str, rows: np.ndarray, ours: np.ndarray, *, is_half: boo
         ValueError: So far that it is not the same work.
     """
     error = float(np.abs(rows - ours).max() / np.abs(ours).max())
-    cosine = float(((rows * ours).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(ours, axis=1)).min())
+    cosine = float(
+        ((rows * ours).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(ours, axis=1)).min()
+    )
     if not (cosine >= LEAST_COSINE if is_half else error <= MOST_RELATIVE_ERROR):
-        raise ValueError(f"{name} computes something else: relative error {error:.1e}, least cosine {cosine:.6f}")
+        raise ValueError(
+            f"{name} computes something else: relative error {error:.1e}, least cosine {cosine:.6f}"
+        )
     return error
 
 
 def measure_chunks(
-    teams: Teams, model: str, weights: Path, input_name: str, chosen: Sequence[Sequence[str]], rounds: int
+    teams: Teams,
+    model: str,
+    weights: Path,
+    input_name: str,
+    chosen: Sequence[Sequence[str]],
+    rounds: int,
 ) -> Iterator[Record]:
     """Run all variants on each chunk in turn, beginning with another one each time; one record a chunk and round."""
-    _compare(teams, model, weights, chosen[len(chosen) // 2])  # which also loads the models and warms them up
+    _compare(
+        teams, model, weights, chosen[len(chosen) // 2]
+    )  # which also loads the models and warms them up
     for turn, (round_idx, chunk_idx) in enumerate(np.ndindex(rounds, len(chosen))):
         sequences = chosen[chunk_idx]
         shift = turn % len(VARIANTS)
@@ -136,7 +155,10 @@ def measure_chunks(
             "seconds": {variant.name: timed_rows[variant.name][0] for variant in VARIANTS},
             "relative_error": {
                 variant.name: require_equal(
-                    variant.name, timed_rows[variant.name][1], ours, is_half=variant.dtype != "float32"
+                    variant.name,
+                    timed_rows[variant.name][1],
+                    ours,
+                    is_half=variant.dtype != "float32",
                 )
                 for variant in VARIANTS
             },
@@ -162,7 +184,9 @@ def measure_programs(
         for name in PROGRAMS:
             with tempfile.TemporaryDirectory(dir=scratch) as directory:
                 out = Path(directory, "out")
-                files = ProgramFiles(model=model, weights=_weights(scratch, model), fasta=fasta, output_dir=out)
+                files = ProgramFiles(
+                    model=model, weights=_weights(scratch, model), fasta=fasta, output_dir=out
+                )
                 seconds[name] = run_program(
                     name, files, prefect_home=scratch / "prefect", extract_script=extract_script
                 )
@@ -186,25 +210,62 @@ def warm_up_programs(scratch: Path, model: str, sequences: Sequence[str]) -> Non
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=NAMES, default=["8M", "35M"])
-    parser.add_argument("--cores", type=int, default=2, help="how many to use; more leave the measured ones in peace")
-    parser.add_argument("--chunks", type=int, default=3, help="batches of extract.py's, of each input")
-    parser.add_argument("--chunk-tokens", type=int, default=STOCK_TOKENS, help="tokens of such a batch")
-    parser.add_argument("--huge-pages", action="store_true", help="for the memory of all that are compared")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each chunk, and the whole programs, are run")
     parser.add_argument(
-        "--program-proteins", type=int, default=1000, help="proteins for the whole programs; 0: leave out"
+        "--cores",
+        type=int,
+        default=2,
+        help="how many to use; more leave the measured ones in peace",
     )
-    parser.add_argument("--program-models", nargs="+", choices=NAMES, default=["8M"], help="models for those")
     parser.add_argument(
-        "--extract-script", type=Path, help="fair-esm's scripts/extract.py, in place of our account of it"
+        "--chunks", type=int, default=3, help="batches of extract.py's, of each input"
     )
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that it works; the figures mean little")
-    parser.add_argument("--output", type=Path, help="JSON file; by default benchmarks/results/<date>-<machine>.json")
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=STOCK_TOKENS, help="tokens of such a batch"
+    )
+    parser.add_argument(
+        "--huge-pages", action="store_true", help="for the memory of all that are compared"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="how often each chunk, and the whole programs, are run",
+    )
+    parser.add_argument(
+        "--program-proteins",
+        type=int,
+        default=1000,
+        help="proteins for the whole programs; 0: leave out",
+    )
+    parser.add_argument(
+        "--program-models", nargs="+", choices=NAMES, default=["8M"], help="models for those"
+    )
+    parser.add_argument(
+        "--extract-script",
+        type=Path,
+        help="fair-esm's scripts/extract.py, in place of our account of it",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a minute, to see that it works; the figures mean little",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; by default benchmarks/results/<date>-<machine>.json"
+    )
     given = parser.parse_args()
     if given.quick:
-        given.models, given.chunks, given.chunk_tokens, given.rounds, given.program_proteins = ["8M"], 1, 512, 1, 5
+        given.models, given.chunks, given.chunk_tokens, given.rounds, given.program_proteins = (
+            ["8M"],
+            1,
+            512,
+            1,
+            5,
+        )
     return given
 
 
@@ -221,19 +282,25 @@ def bench_chunks(results: Results, output: Path, scratch: Path, given: argparse.
         for input_name, sequences in inputs.items():
             chosen = chunks(sequences, given.chunks, given.chunk_tokens)
             start = len(results["chunks"])
-            for record in measure_chunks(teams, model, _weights(scratch, model), input_name, chosen, given.rounds):
+            for record in measure_chunks(
+                teams, model, _weights(scratch, model), input_name, chosen, given.rounds
+            ):
                 results["chunks"].append(record)
                 write_results(output, results)
             print(chunk_table(results["chunks"][start:]), flush=True)
     teams.stop()
 
 
-def bench_programs(results: Results, output: Path, scratch: Path, given: argparse.Namespace) -> None:
+def bench_programs(
+    results: Results, output: Path, scratch: Path, given: argparse.Namespace
+) -> None:
     """Measure the whole programs, and print one table."""
     sequences = log_normal_mix(given.program_proteins)
     warm_up_programs(scratch, NAMES[given.program_models[0]], sequences[:1])
     for model in (NAMES[short] for short in given.program_models):
-        for record in measure_programs(scratch, model, sequences, given.rounds, given.extract_script):
+        for record in measure_programs(
+            scratch, model, sequences, given.rounds, given.extract_script
+        ):
             results["programs"].append(record)
             write_results(output, results)
     print(program_table(results["programs"]), flush=True)
@@ -244,7 +311,12 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
     name = f"{cpu_name()}-{len(os.sched_getaffinity(0))}-cores{'-quick' * given.quick}"
     output = given.output or results_path(name)
-    results: Results = {"machine": describe_machine(), "settings": vars(given), "chunks": [], "programs": []}
+    results: Results = {
+        "machine": describe_machine(),
+        "settings": vars(given),
+        "chunks": [],
+        "programs": [],
+    }
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         for short in {*given.models, *given.program_models}:

@@ -74,9 +74,20 @@ def checkpointing(num_batches: int) -> list[Figure]:
     slower = 100 * (kept.beside_model_s - kept.last_write_s - free.beside_model_s) / kept.elapsed_s
     p99_ms = 1000 * float(np.percentile(kept.handovers_s[:-1], 99))
     return [
-        Figure.at_most("checkpointing at 3B's rate: the loop is held up", share, 0.2, "% of the time"),
-        Figure.at_most(f"a checkpoint holds up the loop, p99 of {len(kept.handovers_s) - 1}", p99_ms, 50.0, "ms"),
-        Figure(what="the loop beside the model, more than without checkpoints", value=slower, unit="% of the time"),
+        Figure.at_most(
+            "checkpointing at 3B's rate: the loop is held up", share, 0.2, "% of the time"
+        ),
+        Figure.at_most(
+            f"a checkpoint holds up the loop, p99 of {len(kept.handovers_s) - 1}",
+            p99_ms,
+            50.0,
+            "ms",
+        ),
+        Figure(
+            what="the loop beside the model, more than without checkpoints",
+            value=slower,
+            unit="% of the time",
+        ),
         Figure(what="the last checkpoint is waited for", value=1000 * kept.last_write_s, unit="ms"),
     ]
 
@@ -87,9 +98,16 @@ def planning(num_sequences: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as directory:
         fasta = Path(directory, "in.fasta")
         write_fasta(fasta, num_sequences, np.random.default_rng(0), SHORTEST, LONGEST)
-        cpu_s, wall_s, memory_mb, libraries_mb = in_a_process(_plan, fasta, RunPaths(Path(directory, "run")))
+        cpu_s, wall_s, memory_mb, libraries_mb = in_a_process(
+            _plan, fasta, RunPaths(Path(directory, "run"))
+        )
     return [
-        Figure.at_least(f"planning {num_sequences:,} sequences", num_sequences / cpu_s, 300_000, "sequences/s of CPU"),
+        Figure.at_least(
+            f"planning {num_sequences:,} sequences",
+            num_sequences / cpu_s,
+            300_000,
+            "sequences/s of CPU",
+        ),
         Figure(what="the same by the clock", value=num_sequences / wall_s, unit="sequences/s"),
         Figure(what="its peak memory, libraries included", value=memory_mb, unit="MB"),
         Figure(what="the libraries alone", value=libraries_mb, unit="MB"),
@@ -112,7 +130,11 @@ def tokenising(num_sequences: int) -> list[Figure]:
         pack_s, read_s, residues = in_a_process(_tokenise, fasta, RunPaths(Path(directory, "run")))
     return [
         Figure.at_least("tokenising and packing", residues / pack_s / 1e6, 50.0, "M residues/s"),
-        Figure(what="the same, read from the plan too", value=residues / (pack_s + read_s) / 1e6, unit="M residues/s"),
+        Figure(
+            what="the same, read from the plan too",
+            value=residues / (pack_s + read_s) / 1e6,
+            unit="M residues/s",
+        ),
     ]
 
 
@@ -142,9 +164,14 @@ def assembly(num_sequences: int, dim: int) -> list[Figure]:
         measured = in_a_process(assembly_figures, paths)
     return [
         Figure.at_least(
-            f"assembly of {measured.read_mb:,.0f} MB, every digest checked", measured.mb_per_s, 200.0, "MB/s"
+            f"assembly of {measured.read_mb:,.0f} MB, every digest checked",
+            measured.mb_per_s,
+            200.0,
+            "MB/s",
         ),
-        Figure(what="the same per second of processor time", value=measured.mb_per_cpu_s, unit="MB/s"),
+        Figure(
+            what="the same per second of processor time", value=measured.mb_per_cpu_s, unit="MB/s"
+        ),
         Figure(what="its peak memory, mapped files included", value=measured.peak_mb, unit="MB"),
     ]
 
@@ -155,12 +182,17 @@ def imports(trials: int) -> list[Figure]:
 
     inside = "import time; t = time.perf_counter(); import vnp_lib; print(time.perf_counter() - t)"
     library_s = statistics.median(
-        float(subprocess.check_output([sys.executable, "-c", inside], cwd=ROOT)) for _ in range(trials)
+        float(subprocess.check_output([sys.executable, "-c", inside], cwd=ROOT))
+        for _ in range(trials)
     )
     return [
         Figure.at_most("import vnp_lib", library_s, 0.1, "s"),
         Figure(what="vnp --help", value=median_s("-m", "vnp_lib", "--help"), unit="s"),
-        Figure(what="python flows/embed.py --help", value=median_s("flows/embed.py", "--help"), unit="s"),
+        Figure(
+            what="python flows/embed.py --help",
+            value=median_s("flows/embed.py", "--help"),
+            unit="s",
+        ),
         Figure(what="import prefect", value=median_s("-c", "import prefect"), unit="s"),
         Figure(what="import torch", value=median_s("-c", "import torch"), unit="s"),
     ]
@@ -188,16 +220,26 @@ def starts(trials: int) -> list[Figure]:
         (scratch / "in.fasta").write_text(">a\nMKVLAAGIVGLCAKAY\n>b\nMWWKVLAAGIV\n")
         for name, server in (("embedded", _embedded_server), ("standing", standing_server)):
             with server(scratch / name) as environment:
-                start_ours(scratch, environment), start_empty(scratch, environment)  # what only a first run does
-                pairs = [(start_empty(scratch, environment), start_ours(scratch, environment)) for _ in range(trials)]
+                (
+                    start_ours(scratch, environment),
+                    start_empty(scratch, environment),
+                )  # what only a first run does
+                pairs = [
+                    (start_empty(scratch, environment), start_ours(scratch, environment))
+                    for _ in range(trials)
+                ]
             empty_s = statistics.median(empty.all_s for empty, _ in pairs)
             body_s = statistics.median(empty.there_s for empty, _ in pairs)
             ours_s = statistics.median(ours.there_s for _, ours in pairs)
             figures += [
                 Figure(what=f"{name} server: an empty flow has run", value=empty_s, unit="s"),
                 Figure(what=f"{name} server: an empty flow has begun", value=body_s, unit="s"),
-                Figure(what=f"{name} server: our first forward pass begins", value=ours_s, unit="s"),
-                Figure.at_most(f"{name} server: later than an empty flow has run", ours_s - empty_s, 4.0, "s"),
+                Figure(
+                    what=f"{name} server: our first forward pass begins", value=ours_s, unit="s"
+                ),
+                Figure.at_most(
+                    f"{name} server: later than an empty flow has run", ours_s - empty_s, 4.0, "s"
+                ),
             ]
     return figures
 
@@ -207,7 +249,14 @@ def start_ours(scratch: Path, environment: dict[str, str]) -> Start:
     (scratch / "sitecustomize.py").write_text(f"STAMP = {str(stamp)!r}\n{_HOOK}")
     settings = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
     return _start(
-        ["flows/embed.py", "--fasta", str(scratch / "in.fasta"), "--output-dir", str(run_dir), *settings],
+        [
+            "flows/embed.py",
+            "--fasta",
+            str(scratch / "in.fasta"),
+            "--output-dir",
+            str(run_dir),
+            *settings,
+        ],
         stamp,
         environment | {"PYTHONPATH": f"{scratch}{os.pathsep}{ROOT}"},
     )
@@ -260,11 +309,15 @@ def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=1_000_000, help="to plan")
-    parser.add_argument("--batches", type=int, default=700, help="of 107 sequences, with and without checkpoints")
+    parser.add_argument(
+        "--batches", type=int, default=700, help="of 107 sequences, with and without checkpoints"
+    )
     parser.add_argument("--rows", type=int, default=50_000, help="of --dim floats, to put together")
     parser.add_argument("--dim", type=int, default=2560)
     parser.add_argument("--trials", type=int, default=5, help="starts of each kind")
-    parser.add_argument("--only", help="one of: checkpointing, planning, tokenising, assembly, imports, starts")
+    parser.add_argument(
+        "--only", help="one of: checkpointing, planning, tokenising, assembly, imports, starts"
+    )
     given = parser.parse_args()
     parts: dict[str, Callable[[], list[Figure]]] = {
         "checkpointing": lambda: checkpointing(given.batches),

@@ -32,7 +32,9 @@ class LoopFigures:
     """A run of the loop."""
 
     elapsed_s: float
-    beside_model_s: float  # all that was not in the stub, the wait for the last checkpoint's writing included
+    beside_model_s: (
+        float  # all that was not in the stub, the wait for the last checkpoint's writing included
+    )
     last_write_s: float  # that wait
     handovers_s: tuple[float, ...]  # how long each checkpoint held up the loop
 
@@ -71,7 +73,9 @@ def measure_checkpointing(num_batches: int) -> tuple[LoopFigures, LoopFigures]:
 
 
 class _NoModel:
-    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Mapping[str, Any]:
         raise NotImplementedError
 
 
@@ -79,7 +83,12 @@ def _batches(num_batches: int) -> Iterator[PackedBatch]:
     for batch_idx in range(num_batches):
         ordinals = np.arange(ROWS_OF_A_BATCH) + batch_idx * ROWS_OF_A_BATCH
         ids = [f"protein_{ordinal}" for ordinal in ordinals.tolist()]
-        yield pack_batch(["M" * RESIDUES] * ROWS_OF_A_BATCH, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
+        yield pack_batch(
+            ["M" * RESIDUES] * ROWS_OF_A_BATCH,
+            sequence_ids=ids,
+            ordinals=ordinals,
+            batch_idx=batch_idx,
+        )
 
 
 @contextmanager

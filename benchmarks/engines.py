@@ -39,7 +39,9 @@ class Engine(Protocol):
 class FairEsm:
     """What fair-esm's extract.py does with one batch: a padded batch, logits too, a mean for each row."""
 
-    def __init__(self, network: nn.Module, *, device: torch.device = CPU, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, *, device: torch.device = CPU, autocast: torch.dtype | None = None
+    ) -> None:
         self._network = network
         self._device = device
         self._autocast = autocast
@@ -53,10 +55,16 @@ class FairEsm:
     def embed(self, prepared: tuple[Tensor, list[int]]) -> Tensor:
         tokens, lengths = prepared
         last = self._network.num_layers
-        with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            output = self._network(tokens.to(self._device), repr_layers=[last], return_contacts=False)
+        with torch.autocast(
+            self._device.type, dtype=self._autocast, enabled=self._autocast is not None
+        ):
+            output = self._network(
+                tokens.to(self._device), repr_layers=[last], return_contacts=False
+            )
         states = output["representations"][last]
-        return torch.stack([states[row, 1 : length + 1].float().mean(0) for row, length in enumerate(lengths)]).cpu()
+        return torch.stack(
+            [states[row, 1 : length + 1].float().mean(0) for row, length in enumerate(lengths)]
+        ).cpu()
 
 
 class Transformers:
@@ -79,8 +87,12 @@ class Transformers:
     @torch.inference_mode()
     def embed(self, prepared: tuple[Any, list[int]]) -> Tensor:
         tokens, lengths = prepared
-        states = self._network(**{name: x.to(self._device) for name, x in tokens.items()}).last_hidden_state
-        return torch.stack([states[row, 1 : length + 1].float().mean(0) for row, length in enumerate(lengths)]).cpu()
+        states = self._network(
+            **{name: x.to(self._device) for name, x in tokens.items()}
+        ).last_hidden_state
+        return torch.stack(
+            [states[row, 1 : length + 1].float().mean(0) for row, length in enumerate(lengths)]
+        ).cpu()
 
 
 class InBatches:
@@ -92,7 +104,9 @@ class InBatches:
 
     def prepare(self, sequences: Sequence[str]) -> tuple[list[Any], list[int]]:
         batches = stock_batches(sequences, self._token_budget)
-        prepared = [self._engine.prepare([sequences[index] for index in batch]) for batch in batches]
+        prepared = [
+            self._engine.prepare([sequences[index] for index in batch]) for batch in batches
+        ]
         return prepared, [index for batch in batches for index in batch]
 
     def embed(self, prepared: tuple[list[Any], list[int]]) -> Tensor:
@@ -103,18 +117,25 @@ class InBatches:
 class Ours:
     """What a child of a run does: longest first, packed, one batch ahead of its rows on a GPU."""
 
-    def __init__(self, network: ESM2, *, token_budget: int = CPU_TOKEN_BUDGET, device: torch.device = CPU) -> None:
+    def __init__(
+        self, network: ESM2, *, token_budget: int = CPU_TOKEN_BUDGET, device: torch.device = CPU
+    ) -> None:
         self._embedder = Embedder(network, device, budget=TokenBudget())
         self._token_budget = token_budget
         self._in_flight = 1 if device.type == "cuda" else 0
 
     def prepare(self, sequences: Sequence[str]) -> tuple[list[PackedBatch], list[int]]:
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-        boundaries = pack(np.array([len(sequences[index]) + TOKENS_AROUND for index in order]), self._token_budget)
+        boundaries = pack(
+            np.array([len(sequences[index]) + TOKENS_AROUND for index in order]), self._token_budget
+        )
         batches = []
         for number, (start, stop) in enumerate(pairwise(boundaries)):
             ordinals = order[start:stop]
-            chosen, ids = [sequences[index] for index in ordinals], [str(index) for index in ordinals]
+            chosen, ids = (
+                [sequences[index] for index in ordinals],
+                [str(index) for index in ordinals],
+            )
             batches.append(pack_batch(chosen, ids, ordinals, batch_idx=number))
         return batches, order
 
@@ -155,7 +176,11 @@ def _engine(spec: EngineSpec) -> Engine:
     fair_esm = _fair_esm(spec.weights)
     if spec.name == "transformers":
         architecture = architecture_of(spec.model)
-        trunk = {name: x for name, x in fair_esm.state_dict().items() if not name.startswith(("lm_head", "contact"))}
+        trunk = {
+            name: x
+            for name, x in fair_esm.state_dict().items()
+            if not name.startswith(("lm_head", "contact"))
+        }
         state = {name: x for name, x in trunk.items() if not name.endswith("inv_freq")}
         return Transformers(transformers_network(architecture, state))
     engine = FairEsm(fair_esm)

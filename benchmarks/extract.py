@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--toks_per_batch", type=int, default=4096)
     parser.add_argument("--repr_layers", type=int, nargs="+", default=[-1])
-    parser.add_argument("--include", nargs="+", choices=["mean", "per_tok", "bos", "contacts"], required=True)
+    parser.add_argument(
+        "--include", nargs="+", choices=["mean", "per_tok", "bos", "contacts"], required=True
+    )
     parser.add_argument("--truncation_seq_length", type=int, default=1022)
     parser.add_argument("--nogpu", action="store_true", required=True)
     given = parser.parse_args()
@@ -41,10 +43,14 @@ def main() -> None:
             states = output["representations"]
             for row, (label, sequence) in enumerate(zip(labels, sequences, strict=True)):
                 num_residues = min(len(sequence), given.truncation_seq_length)
-                own = {layer: of_layer[row, : num_residues + 1] for layer, of_layer in states.items()}
+                own = {
+                    layer: of_layer[row, : num_residues + 1] for layer, of_layer in states.items()
+                }
                 result: dict[str, Any] = {"label": label, **_results(own, given.include)}
                 if "contacts" in given.include:
-                    result["contacts"] = output["contacts"][row, :num_residues, :num_residues].clone()
+                    result["contacts"] = output["contacts"][
+                        row, :num_residues, :num_residues
+                    ].clone()
                 path = given.output_dir / f"{label}.pt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(result, path)
@@ -56,7 +62,9 @@ def _results(states: dict[int, Tensor], include: list[str]) -> dict[str, dict[in
     if "per_tok" in include:
         results["representations"] = {layer: own[1:].clone() for layer, own in states.items()}
     if "mean" in include:
-        results["mean_representations"] = {layer: own[1:].mean(0).clone() for layer, own in states.items()}
+        results["mean_representations"] = {
+            layer: own[1:].mean(0).clone() for layer, own in states.items()
+        }
     if "bos" in include:
         results["bos_representations"] = {layer: own[0].clone() for layer, own in states.items()}
     return results

@@ -36,12 +36,18 @@ class Figure:
     def line(self) -> str:
         goal = "" if self.goal is None else f"at {self.kind} {self.goal:,g}"
         verdict = {None: "", True: "met", False: "NOT met"}[self.is_met]
-        return f"{self.what:62} {_short(self.value):>12} {self.unit:18} {goal:20} {verdict}".rstrip()
+        return (
+            f"{self.what:62} {_short(self.value):>12} {self.unit:18} {goal:20} {verdict}".rstrip()
+        )
 
 
 def report(name: str, figures: Iterable[Figure]) -> None:
     """Print the figures as they come, as a table, and keep them in `results/<date>-<machine>-<name>.json`."""
-    from benchmarks.machine import cpu_name, describe_machine, results_path  # imports torch: see beside.py
+    from benchmarks.machine import (
+        cpu_name,
+        describe_machine,
+        results_path,
+    )  # imports torch: see beside.py
     from benchmarks.results import write_json
 
     print(f"{'figure':62} {'value':>12} {'unit':18} {'goal':20}", flush=True)
@@ -50,7 +56,13 @@ def report(name: str, figures: Iterable[Figure]) -> None:
         print(figure.line(), flush=True)
         shown.append(figure)
     path = results_path(f"{cpu_name()}-{name}")
-    write_json(path, {"machine": describe_machine(), "figures": [asdict(f) | {"is_met": f.is_met} for f in shown]})
+    write_json(
+        path,
+        {
+            "machine": describe_machine(),
+            "figures": [asdict(f) | {"is_met": f.is_met} for f in shown],
+        },
+    )
     print(f"kept in {path}; load of the last minute {os.getloadavg()[0]:.1f}")
 
 

@@ -64,7 +64,12 @@ def gemm_tflops(dtype: torch.dtype, device: torch.device, *, size: int, repeats:
 
 
 def measure_variant(
-    variant: Variant, model: str, state: State, sequences: Sequence[str], exact: Tensor, given: argparse.Namespace
+    variant: Variant,
+    model: str,
+    state: State,
+    sequences: Sequence[str],
+    exact: Tensor,
+    given: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """One record for each token budget. What cannot be done is a record too, and the others go on."""
     architecture, device = MODELS[model], torch.device(given.device)
@@ -72,12 +77,19 @@ def measure_variant(
     try:
         network = variant.build(architecture, state, device)
     except (ImportError, RuntimeError) as error:
-        yield about | {"token_budget": 0, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        yield about | {
+            "token_budget": 0,
+            "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}",
+        }
         return
     for budget in variant.budgets:
         engine = variant.engine(network, device, budget)
         try:
-            yield about | {"token_budget": budget} | _measure(variant, engine, architecture, sequences, exact, given)
+            yield (
+                about
+                | {"token_budget": budget}
+                | _measure(variant, engine, architecture, sequences, exact, given)
+            )
         except RuntimeError as error:  # out of memory is one
             yield about | {
                 "token_budget": budget,
@@ -95,7 +107,9 @@ def _peers(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[
         yield Variant(
             name=name,
             gemm_dtype=gemm_dtype,
-            build=lambda architecture, state, device: fair_esm_network(architecture, state, device=device),
+            build=lambda architecture, state, device: fair_esm_network(
+                architecture, state, device=device
+            ),
             engine=lambda network, device, budget, autocast=autocast: InBatches(
                 FairEsm(network, device=device, autocast=autocast), budget
             ),
@@ -105,8 +119,12 @@ def _peers(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[
         yield Variant(
             name="fair-esm half()",
             gemm_dtype=torch.float16,
-            build=lambda architecture, state, device: fair_esm_network(architecture, state, device=device).half(),
-            engine=lambda network, device, budget: InBatches(FairEsm(network, device=device), budget),
+            build=lambda architecture, state, device: fair_esm_network(
+                architecture, state, device=device
+            ).half(),
+            engine=lambda network, device, budget: InBatches(
+                FairEsm(network, device=device), budget
+            ),
             budgets=budgets,
         )
     yield Variant(
@@ -115,7 +133,9 @@ def _peers(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[
         build=lambda architecture, state, device: _with_parameters_in(
             transformers_network(architecture, state, device=device), torch.bfloat16
         ),
-        engine=lambda network, device, budget: InBatches(Transformers(network, device=device), budget),
+        engine=lambda network, device, budget: InBatches(
+            Transformers(network, device=device), budget
+        ),
         budgets=budgets,
     )
 
@@ -128,7 +148,9 @@ def _ours(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[V
             build=lambda architecture, state, device, dtype=dtype: our_network(
                 architecture, state, dtype=dtype, device=device
             ),
-            engine=lambda network, device, budget: Ours(network, token_budget=budget, device=device),
+            engine=lambda network, device, budget: Ours(
+                network, token_budget=budget, device=device
+            ),
             budgets=budgets,
         )
     yield Variant(
@@ -191,7 +213,9 @@ def measure_model(model: str, given: argparse.Namespace) -> Iterator[dict[str, A
 def profile_ours(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Where the device's time goes in our forward passes in the first of the dtypes: the longest kernels, in ms."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtypes[0])
-    network = our_network(MODELS[model], dict(random_tensors(MODELS[model])), dtype=dtype, device=device)
+    network = our_network(
+        MODELS[model], dict(random_tensors(MODELS[model])), dtype=dtype, device=device
+    )
     engine = Ours(network, token_budget=PROFILED_BUDGET, device=device)
     prepared = engine.prepare(_drawn(min(given.tokens, 4 * PROFILED_BUDGET)))
     engine.embed(prepared)
@@ -199,33 +223,68 @@ def profile_ours(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
         engine.embed(prepared)
         _synchronize(device)
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    found = {event.key: (getattr(event, attribute) / 1e3, event.count) for event in profiler.key_averages()}
+    found = {
+        event.key: (getattr(event, attribute) / 1e3, event.count)
+        for event in profiler.key_averages()
+    }
     total_ms = sum(ms for ms, _ in found.values())
     longest = sorted(found.items(), key=lambda item: -item[1][0])[:_MOST_PROFILED]
-    return [{"kernel": key, "ms": ms, "share": ms / total_ms, "calls": calls} for key, (ms, calls) in longest]
+    return [
+        {"kernel": key, "ms": ms, "share": ms / total_ms, "calls": calls}
+        for key, (ms, calls) in longest
+    ]
 
 
 def profile_table(profile: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(one["kernel"][:90], f"{one['ms']:.1f}", f"{one['share']:.1%}", one["calls"]) for one in profile]
+    rows = [
+        (one["kernel"][:90], f"{one['ms']:.1f}", f"{one['share']:.1%}", one["calls"])
+        for one in profile
+    ]
     return markdown_table(("kernel", "ms", "share", "calls"), rows)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D"])
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16", "float16"])
-    parser.add_argument("--budgets", nargs="+", type=int, default=[8192, 16_384, 32_768, 65_536], help="tokens a pass")
-    parser.add_argument("--tokens", type=int, default=262_144, help="tokens of one measurement, about")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D"]
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16", "float16"]
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=int,
+        default=[8192, 16_384, 32_768, 65_536],
+        help="tokens a pass",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=262_144, help="tokens of one measurement, about"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gemm-size", type=int, default=8192)
     parser.add_argument("--gemm-repeats", type=int, default=100)
-    parser.add_argument("--profile", action="store_true", help="also say which kernels our time goes to")
-    parser.add_argument("--smoke", action="store_true", help="so little work that a CPU does it in a minute")
-    parser.add_argument("--output", type=Path, help="JSON file; by default benchmarks/results/<date>-<gpu>.json")
+    parser.add_argument(
+        "--profile", action="store_true", help="also say which kernels our time goes to"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="so little work that a CPU does it in a minute"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; by default benchmarks/results/<date>-<gpu>.json"
+    )
     given = parser.parse_args()
     if given.smoke:
-        given.budgets, given.tokens, given.rounds, given.gemm_size, given.gemm_repeats = [256, 512], 1024, 1, 256, 2
+        given.budgets, given.tokens, given.rounds, given.gemm_size, given.gemm_repeats = (
+            [256, 512],
+            1024,
+            1,
+            256,
+            2,
+        )
         given.dtypes = ["bfloat16"]  # CPUs multiply float16 a hundred times more slowly
     return given
 

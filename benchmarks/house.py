@@ -111,7 +111,9 @@ class SourceFile:
 
 def measure(root: Path) -> dict[str, Any]:
     """Return all figures of a checkout as JSON values."""
-    files = [read_file(root, path) for name in PACKAGES for path in sorted((root / name).rglob("*.py"))]
+    files = [
+        read_file(root, path) for name in PACKAGES for path in sorted((root / name).rglob("*.py"))
+    ]
     functions = [function for file in files for function in file.functions]
     once = used_once(files)
     small = [function for function in once if function.code_lines <= SMALL_HELPER]
@@ -122,7 +124,9 @@ def measure(root: Path) -> dict[str, Any]:
     units = {file.unit for file in files}
     readme = root / "README.md"
     return {
-        "files": {name: sum(file.path.startswith(f"{name}/") for file in files) for name in PACKAGES},
+        "files": {
+            name: sum(file.path.startswith(f"{name}/") for file in files) for name in PACKAGES
+        },
         "rooms": sorted(rooms),
         "units": len(units),
         "arrows_between_units": len(unit_arrows),
@@ -133,14 +137,17 @@ def measure(root: Path) -> dict[str, Any]:
         "used_once_percent": round(100 * len(once) / max(1, len(functions)), 1),
         "used_once_small": len(small),
         "function_lines": quantiles([function.length for function in functions]),
-        "function_lines_without_docstring": quantiles([function.length_without_docstring for function in functions]),
+        "function_lines_without_docstring": quantiles(
+            [function.length_without_docstring for function in functions]
+        ),
         "code_lines": code_lines,
         "own_line_comments": comments,
         "comments_per_100_code_lines": round(100 * comments / max(1, code_lines), 2),
         "long_lines": long_lines(root),
         "readme_lines": len(readme.read_text().splitlines()) if readme.exists() else 0,
         "used_once_list": [
-            f"{function.path}:{function.line} {function.name} {function.code_lines}" for function in once
+            f"{function.path}:{function.line} {function.name} {function.code_lines}"
+            for function in once
         ],
     }
 
@@ -184,7 +191,12 @@ def docstring_lines(node: ast.AST) -> range:
 
 def functions_of(tree: ast.Module, path: str, code: set[int]) -> Iterator[Function]:
     """Yield the functions of a file, nested ones included."""
-    methods = {statement for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for statement in node.body}
+    methods = {
+        statement
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+    }
     for node in ast.walk(tree):
         if not isinstance(node, FunctionNode):
             continue
@@ -213,7 +225,9 @@ def used_once(files: list[SourceFile]) -> list[Function]:
                 references.setdefault(name, []).append((file, node))
     # What each file imports: modules, and names by their absolute path.
     imported = {
-        file.module: {module if name is None else f"{module}.{name}" for module, name in imported_names(file)}
+        file.module: {
+            module if name is None else f"{module}.{name}" for module, name in imported_names(file)
+        }
         for file in files
     }
     found = []
@@ -227,9 +241,13 @@ def used_once(files: list[SourceFile]) -> list[Function]:
                 if id(node) in own:
                     continue
                 if isinstance(node, ast.Name):
-                    reaches = user is file or (f"{file.module}.{function.name}" in imported[user.module])
+                    reaches = user is file or (
+                        f"{file.module}.{function.name}" in imported[user.module]
+                    )
                 else:
-                    reaches = user is file or function.is_method or file.module in imported[user.module]
+                    reaches = (
+                        user is file or function.is_method or file.module in imported[user.module]
+                    )
                 places += reaches
             if places == 1:
                 found.append(function)
@@ -350,7 +368,9 @@ def as_text(figures: dict[str, Any], *, with_list: bool) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the figures of a checkout."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.house", description="Measure the layout of the source.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.house", description="Measure the layout of the source."
+    )
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--list", action="store_true", help="list the helpers used once")

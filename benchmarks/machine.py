@@ -90,6 +90,8 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     with suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
         return run.stdout.strip()
     return None

@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 def write_weights(directory: Path, model: str) -> Path:
     """Write random parameters as the two files that fair-esm wants, the contact regression beside the model."""
     torch.manual_seed(0)
-    state = fair_esm_network(architecture_of(model), dict(random_tensors(architecture_of(model)))).state_dict()
+    state = fair_esm_network(
+        architecture_of(model), dict(random_tensors(architecture_of(model)))
+    ).state_dict()
     regression = {name: state.pop(name) for name in list(state) if name.startswith("contact_head.")}
     path = directory / f"{model}.pt"
     save_weights(path, model, state)
@@ -43,7 +45,11 @@ def load_fair_esm(path: Path) -> nn.Module:
 
 
 def our_network(
-    architecture: Architecture, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device
+    architecture: Architecture,
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> ESM2:
     return ESM2.from_fair_esm(architecture, state.items(), dtype=dtype, device=device)
 
@@ -77,4 +83,6 @@ def transformers_network(
     )
     with torch.device(device):
         network = EsmModel(config, add_pooling_layer=False)
-    return reference.filled(network, {name_in_transformers(name): tensor for name, tensor in state.items()})
+    return reference.filled(
+        network, {name_in_transformers(name): tensor for name, tensor in state.items()}
+    )

@@ -53,7 +53,9 @@ class Trial:
 def write_fasta(path: Path, draw: random.Random) -> None:
     """Proteins of 50 to 600 residues."""
     lengths = (draw.randint(50, 600) for _ in range(NUM_SEQUENCES))
-    path.write_text("".join(f">p{i}\n{''.join(draw.choices(RESIDUES, k=k))}\n" for i, k in enumerate(lengths)))
+    path.write_text(
+        "".join(f">p{i}\n{''.join(draw.choices(RESIDUES, k=k))}\n" for i, k in enumerate(lengths))
+    )
 
 
 def preempt_child(fasta: Path, run_dir: Path, delay_s: float) -> Trial:
@@ -103,7 +105,11 @@ async def _preempt_child(paths: RunPaths, delay_s: float) -> Trial:
             grace_s=60.0,
         )
     left_s = time.monotonic() - told_at
-    pending = [ordinal for _, ordinals in find_pending_work(plan, paths, 0).batches for ordinal in ordinals.tolist()]
+    pending = [
+        ordinal
+        for _, ordinals in find_pending_work(plan, paths, 0).batches
+        for ordinal in ordinals.tolist()
+    ]
     return Trial(
         children_s=left_s,
         all_s=left_s,
@@ -123,7 +129,11 @@ def preempt_flow(fasta: Path, run_dir: Path, delay_s: float, home: Path) -> Tria
         "runtime.checkpoint-seq-threshold": ROWS_PER_CHECKPOINT,
     }
     process = subprocess.Popen(
-        [sys.executable, "flows/embed.py", *(str(part) for k, v in arguments.items() for part in (f"--{k}", v))],
+        [
+            sys.executable,
+            "flows/embed.py",
+            *(str(part) for k, v in arguments.items() for part in (f"--{k}", v)),
+        ],
         cwd=ROOT,
         env=os.environ | {"PREFECT_HOME": str(home)},
         stderr=subprocess.DEVNULL,
@@ -148,12 +158,18 @@ def preempt_flow(fasta: Path, run_dir: Path, delay_s: float, home: Path) -> Tria
 
 def committed_ordinals(paths: RunPaths, *, verify_digests: bool) -> NDArray[np.int64]:
     """The rows that finished checkpoints hold, by their markers or by every byte of them."""
-    survey = survey_checkpoints(paths.checkpoints_dir, load_plan(paths).fingerprint, verify_digests=verify_digests)
-    return np.concatenate([np.empty(0, dtype=np.int64), *(record.ordinals for record in survey.valid)])
+    survey = survey_checkpoints(
+        paths.checkpoints_dir, load_plan(paths).fingerprint, verify_digests=verify_digests
+    )
+    return np.concatenate(
+        [np.empty(0, dtype=np.int64), *(record.ordinals for record in survey.valid)]
+    )
 
 
 def report(what: str, seconds: list[float], goal_s: float) -> None:
-    print(f"{what}: median {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s (goal {goal_s:g} s)")
+    print(
+        f"{what}: median {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s (goal {goal_s:g} s)"
+    )
 
 
 def main() -> None:
@@ -168,16 +184,23 @@ def main() -> None:
         scratch = Path(directory)
         fasta = scratch / "in.fasta"
         write_fasta(fasta, draw)
-        alone = [preempt_child(fasta, scratch / f"child_{i}", delay_s) for i, delay_s in enumerate(delays_s)]
+        alone = [
+            preempt_child(fasta, scratch / f"child_{i}", delay_s)
+            for i, delay_s in enumerate(delays_s)
+        ]
         flows = [
             preempt_flow(fasta, scratch / f"flow_{i}", delay_s, scratch / "prefect")
             for i, delay_s in enumerate(delays_s)
         ]
     report("SIGTERM to a child: it has left", [trial.children_s for trial in alone], 8.0)
-    report("SIGTERM to the flow: its children have left", [trial.children_s for trial in flows], 8.0)
+    report(
+        "SIGTERM to the flow: its children have left", [trial.children_s for trial in flows], 8.0
+    )
     report("SIGTERM to the flow: everything has left", [trial.all_s for trial in flows], 10.0)
     print(f"rows lost: {sum(trial.rows_lost for trial in alone + flows)}")
-    print(f"rows computed again: {sum(trial.rows_repeated for trial in alone)} of {len(alone)} children alone")
+    print(
+        f"rows computed again: {sum(trial.rows_repeated for trial in alone)} of {len(alone)} children alone"
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ class ProgramFiles:
     output_dir: Path
 
 
-def run_program(name: ProgramName, files: ProgramFiles, *, prefect_home: Path, extract_script: Path | None) -> float:
+def run_program(
+    name: ProgramName, files: ProgramFiles, *, prefect_home: Path, extract_script: Path | None
+) -> float:
     """Run one from start to end, with as many threads or children as there are cores; seconds.
 
     Raises:
@@ -42,7 +44,9 @@ def run_program(name: ProgramName, files: ProgramFiles, *, prefect_home: Path, e
     environment = inherited | FAIR_ESM_ENVIRONMENT | {"PREFECT_HOME": str(prefect_home)}
     command = [sys.executable, *_arguments(name, files, extract_script)]
     seconds, ended = timed(
-        lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        lambda: subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
     )
     if ended.returncode:
         print(ended.stdout, ended.stderr, file=sys.stderr)
@@ -56,16 +60,34 @@ def read_rows(name: ProgramName, output_dir: Path) -> np.ndarray:
         dataset = open_dataset(output_dir)
         return np.concatenate([rows for _, rows in dataset.batches(10_000)])
     files = sorted(output_dir.glob("*.pt"), key=lambda path: int(path.stem.removeprefix("p")))
-    return torch.stack([next(iter(torch.load(path)["mean_representations"].values())) for path in files]).numpy()
+    return torch.stack(
+        [next(iter(torch.load(path)["mean_representations"].values())) for path in files]
+    ).numpy()
 
 
 def _arguments(name: ProgramName, files: ProgramFiles, extract_script: Path | None) -> list[str]:
-    model, weights, fasta, out = files.model, str(files.weights), str(files.fasta), str(files.output_dir)
+    model, weights, fasta, out = (
+        files.model,
+        str(files.weights),
+        str(files.fasta),
+        str(files.output_dir),
+    )
     if name == "extract.py":
-        program = [str(extract_script.resolve())] if extract_script else ["-m", "benchmarks.extract"]
+        program = (
+            [str(extract_script.resolve())] if extract_script else ["-m", "benchmarks.extract"]
+        )
         return [*program, weights, fasta, out, "--include", "mean", "--nogpu"]
     if name == "vnp without Prefect":
         return ["-m", "benchmarks.without_prefect", model, weights, fasta, out]
     devices = ",".join("cpu" for _ in os.sched_getaffinity(0))
-    options = {"fasta": fasta, "output-dir": out, "model": model, "weights": weights, "devices": devices}
-    return ["flows/embed.py", *(part for name, value in options.items() for part in (f"--{name}", value))]
+    options = {
+        "fasta": fasta,
+        "output-dir": out,
+        "model": model,
+        "weights": weights,
+        "devices": devices,
+    }
+    return [
+        "flows/embed.py",
+        *(part for name, value in options.items() for part in (f"--{name}", value)),
+    ]

@@ -32,7 +32,10 @@ Record = Mapping[str, Any]
 
 def write_results(path: Path, results: Record) -> None:
     """Write a CPU's results, with the ratios of what they hold so far."""
-    derived = {key: [_spread_record(*group) for group in _variants(results[key])] for key in ("chunks", "programs")}
+    derived = {
+        key: [_spread_record(*group) for group in _variants(results[key])]
+        for key in ("chunks", "programs")
+    }
     write_json(path, {**results, "derived": derived})
 
 
@@ -51,7 +54,9 @@ def chunk_table(records: Sequence[Record]) -> str:
         tokens_per_s = np.median([one["tokens"] / one["seconds"][name] for one in chosen])
         figures = (*_ratio_cells(name, chosen), f"{tokens_per_s:,.0f}", f"{np.median(gflops):,.0f}")
         rows.append((*about, name, *figures, f"{np.median(gflops / ceiling):.0%}"))
-    return markdown_table(("model", "input", "variant", *_RATIO_HEADS, "tokens/s", "GFLOP/s", "of GEMM"), rows)
+    return markdown_table(
+        ("model", "input", "variant", *_RATIO_HEADS, "tokens/s", "GFLOP/s", "of GEMM"), rows
+    )
 
 
 def program_table(records: Sequence[Record]) -> str:
@@ -61,8 +66,19 @@ def program_table(records: Sequence[Record]) -> str:
         seconds = np.median([one["seconds"][name] for one in chosen])
         tokens_per_s = np.median([one["tokens"] / one["seconds"][name] for one in chosen])
         size = f"{chosen[0]['proteins']:,} / {chosen[0]['tokens']:,}"
-        rows.append((*about, size, name, *_ratio_cells(name, chosen), f"{seconds:.1f}", f"{tokens_per_s:,.0f}"))
-    return markdown_table(("model", "proteins / tokens", "program", *_RATIO_HEADS, "seconds", "tokens/s"), rows)
+        rows.append(
+            (
+                *about,
+                size,
+                name,
+                *_ratio_cells(name, chosen),
+                f"{seconds:.1f}",
+                f"{tokens_per_s:,.0f}",
+            )
+        )
+    return markdown_table(
+        ("model", "proteins / tokens", "program", *_RATIO_HEADS, "seconds", "tokens/s"), rows
+    )
 
 
 def gpu_table(records: Sequence[Record]) -> str:
@@ -79,7 +95,8 @@ def gpu_table(records: Sequence[Record]) -> str:
         "least cosine",
     )
     return markdown_table(
-        heads, [_gpu_cells(record, _speed_of_fair_esm(record["model"], records)) for record in records]
+        heads,
+        [_gpu_cells(record, _speed_of_fair_esm(record["model"], records)) for record in records],
     )
 
 
@@ -97,7 +114,9 @@ def machine_lines(results: Record) -> str:
 
 def gemm_line(records: Sequence[Record]) -> str:
     """Matrix products of the same run: median and highest."""
-    rates = {name: [one["gemm_gflops"][name] for one in records] for name in records[0]["gemm_gflops"]}
+    rates = {
+        name: [one["gemm_gflops"][name] for one in records] for name in records[0]["gemm_gflops"]
+    }
     return "GEMM, GFLOP/s, median (highest): " + ", ".join(
         f"{name} {np.median(found):,.0f} ({max(found):,.0f})" for name, found in rates.items()
     )
@@ -106,8 +125,13 @@ def gemm_line(records: Sequence[Record]) -> str:
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[str(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:], ""])
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:], ""]
+    )
 
 
 Variants = list[tuple[tuple[str, ...], str, list[Record]]]
@@ -132,13 +156,27 @@ def _ratio_cells(name: str, records: Sequence[Record]) -> tuple[str, ...]:
     low, q1, median, q3, high = np.percentile(_ratios(name, records), [0, 25, 50, 75, 100])
     goal = GOALS.get(name)
     verdict = "" if goal is None else f">= {goal} {'reached' if median >= goal else 'MISSED'}"
-    return f"{median:.2f}", f"{q1:.2f}..{q3:.2f}", f"{low:.2f}..{high:.2f}", str(len(records)), verdict
+    return (
+        f"{median:.2f}",
+        f"{q1:.2f}..{q3:.2f}",
+        f"{low:.2f}..{high:.2f}",
+        str(len(records)),
+        verdict,
+    )
 
 
 def _spread_record(about: tuple[str, ...], name: str, records: Sequence[Record]) -> dict[str, Any]:
     low, q1, median, q3, high = np.percentile(_ratios(name, records), [0, 25, 50, 75, 100]).tolist()
     tokens_per_s = float(np.median([one["tokens"] / one["seconds"][name] for one in records]))
-    spread = {"median": median, "q1": q1, "q3": q3, "min": low, "max": high, "n": len(records), "goal": GOALS.get(name)}
+    spread = {
+        "median": median,
+        "q1": q1,
+        "q3": q3,
+        "min": low,
+        "max": high,
+        "n": len(records),
+        "goal": GOALS.get(name),
+    }
     return {"about": about, "variant": name, "times_extract": spread, "tokens_per_s": tokens_per_s}
 
 
@@ -184,9 +222,13 @@ _DESCRIBE: dict[str, Callable[[Record], str]] = {"cpu": _describe_cpu, "gpu": _d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
-    parser.add_argument("--readme", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="put the tables into benchmarks/README.md"
+    )
     given = parser.parse_args()
     results = json.loads(given.file.read_text())
     kind = "gpu" if "measurements" in results else "cpu"

@@ -112,13 +112,19 @@ class MemoryWatch:
             with suppress(OSError, StopIteration):  # it has gone, or is waited for
                 command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
                 status = Path(f"/proc/{pid}/status").read_text()
-                peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+                peak = next(
+                    int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
+                )
                 name = _kind_of_process(command)
                 self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak * 1024 / 1e6)
 
 
 def _kind_of_process(command: str) -> str:
-    kinds = {"vnp_lib/worker/__main__.py": "a child", "flows/embed.py": "the flow", "uvicorn": "Prefect's server"}
+    kinds = {
+        "vnp_lib/worker/__main__.py": "a child",
+        "flows/embed.py": "the flow",
+        "uvicorn": "Prefect's server",
+    }
     return next((kind for part, kind in kinds.items() if part in command), "any other")
 
 
@@ -153,7 +159,9 @@ class Program:
             time.sleep(0.1)
         took_s = time.time() - begun_at
         if flow.poll():
-            raise RuntimeError(f"the flow left with {flow.returncode}: {self._log.read_text()[-2000:]}")
+            raise RuntimeError(
+                f"the flow left with {flow.returncode}: {self._log.read_text()[-2000:]}"
+            )
         switch_off(flow)
         return took_s
 
@@ -192,7 +200,9 @@ class Program:
         }
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
         python_path = f"{self.directory}{os.pathsep}{ROOT}"
-        return CommandLine(prefect_home=self._prefect_home).start(*arguments, log=self._log, PYTHONPATH=python_path)
+        return CommandLine(prefect_home=self._prefect_home).start(
+            *arguments, log=self._log, PYTHONPATH=python_path
+        )
 
 
 def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
@@ -207,7 +217,8 @@ def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
     check_rows(program.paths)
     return RunFigures(
         num_sequences=num_sequences,
-        phases_s=_phases(first, second, "took") | {"batches and checkpoints": _batches_s(program.paths)},
+        phases_s=_phases(first, second, "took")
+        | {"batches and checkpoints": _batches_s(program.paths)},
         cpu_s=_phases(first, second, "cpu"),
         first_run_s=first_run_s,
         second_run_s=second_run_s,
@@ -216,16 +227,22 @@ def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
     )
 
 
-def _phases(first: list[dict[str, Any]], second: list[dict[str, Any]], kind: str) -> dict[str, float]:
+def _phases(
+    first: list[dict[str, Any]], second: list[dict[str, Any]], kind: str
+) -> dict[str, float]:
     """How long each phase took, by the notes of the two runs: `took` is by the clock, `cpu` is processor time."""
 
     def seconds(notes: list[dict[str, Any]], *names: str, is_child: bool) -> float:
-        return sum(n["seconds"][kind] for n in notes if n["name"] in names and n["is_child"] == is_child)
+        return sum(
+            n["seconds"][kind] for n in notes if n["name"] in names and n["is_child"] == is_child
+        )
 
     return {
         "plan": seconds(first, "make_plan", is_child=False),
         "plan again, after SIGKILL": seconds(second, "make_plan", is_child=False),
-        "resume scans, all shards": seconds(second, "heal_shard", "survey_checkpoints", is_child=True),
+        "resume scans, all shards": seconds(
+            second, "heal_shard", "survey_checkpoints", is_child=True
+        ),
         "assembly": seconds(second, "assemble", is_child=False),
     }
 
@@ -243,7 +260,9 @@ def check_rows(paths: RunPaths) -> None:
     for ids, rows in dataset.batches(10_000):
         records = plan.records(start, start + len(ids))
         assert ids == records.column("id").to_pylist()
-        expected = np.array([_sum_of_tokens(sequence) for sequence in records.column("sequence").to_pylist()])
+        expected = np.array(
+            [_sum_of_tokens(sequence) for sequence in records.column("sequence").to_pylist()]
+        )
         assert np.array_equal(rows, expected[:, None] + np.arange(WIDTH, dtype=np.float32))
         start += len(ids)
     assert start == plan.num_sequences
@@ -252,7 +271,9 @@ def check_rows(paths: RunPaths) -> None:
 def _sum_of_tokens(sequence: str) -> int:
     from vnp_lib.model.tokens import EOS, FIRST_LETTER, LETTERS
 
-    return EOS + sum(sequence.count(letter) * (FIRST_LETTER + place) for place, letter in enumerate(LETTERS))
+    return EOS + sum(
+        sequence.count(letter) * (FIRST_LETTER + place) for place, letter in enumerate(LETTERS)
+    )
 
 
 def scan(paths: RunPaths) -> dict[str, float]:
@@ -263,10 +284,17 @@ def scan(paths: RunPaths) -> dict[str, float]:
     whole_s = time.perf_counter() - begun_at
     assert work.num_sequences == 0
     begun_at = time.perf_counter()
-    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+    records = survey_checkpoints(
+        paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+    ).valid
     markers_s = time.perf_counter() - begun_at
     size_mb = sum(record.size_bytes for record in records) / 1e6
-    return {"checkpoints": len(records), "whole_s": whole_s, "markers_s": markers_s, "size_mb": size_mb}
+    return {
+        "checkpoints": len(records),
+        "whole_s": whole_s,
+        "markers_s": markers_s,
+        "size_mb": size_mb,
+    }
 
 
 def measure_scan(directory: Path, num_sequences: int, dim: int) -> dict[str, float]:
@@ -288,7 +316,9 @@ def print_runs(small: RunFigures, large: RunFigures) -> None:
     for phase in large.phases_s:
         before, after = small.phases_s[phase], large.phases_s[phase]
         print(f"{phase:30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
-    print(f"{'all phases':30}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}")
+    print(
+        f"{'all phases':30}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}"
+    )
     for phase in large.cpu_s:
         before, after = small.cpu_s[phase], large.cpu_s[phase]
         print(f"{phase + ', CPU':30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
@@ -317,7 +347,9 @@ def figures_of(small: RunFigures, large: RunFigures, scanned: dict[str, float]) 
             "s",
         ),
         Figure.at_most("the same, markers only", scanned["markers_s"], MOST_SCAN_S, "s"),
-        Figure.at_most("Prefect's database for ten times the input", database, MOST_DATABASE_GROWTH, "times"),
+        Figure.at_most(
+            "Prefect's database for ten times the input", database, MOST_DATABASE_GROWTH, "times"
+        ),
     ]
 
 

@@ -25,7 +25,8 @@ class Team:
         try:
             self._members = [context.Pipe() for _ in range(processes)]
             self._processes = [
-                context.Process(target=_serve, args=(theirs, threads), daemon=True) for _, theirs in self._members
+                context.Process(target=_serve, args=(theirs, threads), daemon=True)
+                for _, theirs in self._members
             ]
             for process in self._processes:
                 process.start()

@@ -43,17 +43,22 @@ def virnucpro_orfs(count: int, *, seed: int = 0) -> list[str]:
 
 def stock_batches(sequences: Sequence[str], token_budget: int = STOCK_TOKENS) -> list[list[int]]:
     """Cut a list into extract.py's batches, shortest proteins first, as indices."""
-    batches: list[list[int]] = FastaBatchedDataset(range(len(sequences)), sequences).get_batch_indices(
-        token_budget, extra_toks_per_seq=1
-    )
+    batches: list[list[int]] = FastaBatchedDataset(
+        range(len(sequences)), sequences
+    ).get_batch_indices(token_budget, extra_toks_per_seq=1)
     return batches
 
 
-def chunks(sequences: Sequence[str], count: int, token_budget: int = STOCK_TOKENS) -> list[list[str]]:
+def chunks(
+    sequences: Sequence[str], count: int, token_budget: int = STOCK_TOKENS
+) -> list[list[str]]:
     """Choose `count` of extract.py's batches, evenly from the shortest proteins to the longest."""
     batches = stock_batches(sequences, token_budget)
     places = (np.arange(count) + 0.5) / count * len(batches)
-    return [[sequences[index] for index in batches[place]] for place in sorted(set(places.astype(int).tolist()))]
+    return [
+        [sequences[index] for index in batches[place]]
+        for place in sorted(set(places.astype(int).tolist()))
+    ]
 
 
 def write_fasta(path: Path, sequences: Iterable[str]) -> None:

@@ -27,7 +27,10 @@ def run_options() -> str:
 
 def vnp_commands() -> str:
     """What `vnp COMMAND --help` says, for each command."""
-    return "\n\n".join(f"### vnp {command}\n\n{_as_text(help_of_vnp(command))}" for command in names_of_vnp_commands())
+    return "\n\n".join(
+        f"### vnp {command}\n\n{_as_text(help_of_vnp(command))}"
+        for command in names_of_vnp_commands()
+    )
 
 
 def names_of_vnp_commands() -> list[str]:
@@ -45,7 +48,9 @@ def run_settings() -> str:
 
 def runtime_settings() -> str:
     """The table of the settings for when things go wrong or take long."""
-    return _table(_settings_of(RuntimeConfig, option="--runtime.", variable="VNP_RUNTIME__"), head=_SETTING)
+    return _table(
+        _settings_of(RuntimeConfig, option="--runtime.", variable="VNP_RUNTIME__"), head=_SETTING
+    )
 
 
 def error_tree() -> str:
@@ -62,7 +67,14 @@ def character_classes() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     make.__name__: make
-    for make in (run_options, vnp_commands, run_settings, runtime_settings, error_tree, character_classes)
+    for make in (
+        run_options,
+        vnp_commands,
+        run_settings,
+        runtime_settings,
+        error_tree,
+        character_classes,
+    )
 }
 
 
@@ -78,7 +90,9 @@ def _printed_by(command: Callable[[], object]) -> str:
     return printed.getvalue()
 
 
-def _settings_of(model: type[BaseModel], *, option: str, variable: str) -> Iterator[tuple[str, ...]]:
+def _settings_of(
+    model: type[BaseModel], *, option: str, variable: str
+) -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
         if name != "runtime":  # those have a table of their own
             names = f"`{option}{name.replace('_', '-')}`<br>`{variable}{name.upper()}`"
@@ -97,7 +111,9 @@ def _default_of(field: FieldInfo) -> str:
 def _table(rows: Iterator[tuple[str, ...]], *, head: tuple[str, ...]) -> str:
     """A Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _as_text(text: str) -> str:

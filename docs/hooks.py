@@ -34,5 +34,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     if element := fetched_from_elsewhere(output):
-        raise PluginError(f"{page.file.src_uri} would be shown with something from elsewhere: {element}")
+        raise PluginError(
+            f"{page.file.src_uri} would be shown with something from elsewhere: {element}"
+        )
     return output

@@ -10,7 +10,11 @@ ROOT = Path(__file__).parents[1]
 BORROWED = (  # what the site has beside docs/
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "prefect.yaml"),
     *("benchmarks/README.md", "examples/README.md"),
-    *(f"deployments/{path.name}" for path in sorted((ROOT / "deployments").iterdir()) if path.is_file()),
+    *(
+        f"deployments/{path.name}"
+        for path in sorted((ROOT / "deployments").iterdir())
+        if path.is_file()
+    ),
 )
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")

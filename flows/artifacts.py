@@ -78,7 +78,9 @@ def _tags_of(flow_run_id: UUID) -> _FlowRunTags:
 class ShardArtifact:
     """The progress artifact of a shard, one for all its attempts, touched at most every `interval_s`."""
 
-    def __init__(self, rank: int, *, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, rank: int, *, interval_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._key = f"shard-{rank:03d}"
         self._interval_s = interval_s
         self._clock = clock
@@ -95,7 +97,9 @@ class ShardArtifact:
     async def _send(self, percent: float, description: str) -> None:
         percent = round(percent, 1)
         if self._id is None:
-            self._id = await acreate_progress_artifact(percent, key=self._key, description=description)
+            self._id = await acreate_progress_artifact(
+                percent, key=self._key, description=description
+            )
         else:
             await aupdate_progress_artifact(self._id, percent, description=description)
 
@@ -135,20 +139,29 @@ class _ShardTable:
     async def _send(self, status: RunStatus) -> None:
         rows = [_row(shard) for shard in status.shards]
         if self._id is None:
-            self._id = await acreate_table_artifact(rows, key="vnp-shards", description=_headline(status))
+            self._id = await acreate_table_artifact(
+                rows, key="vnp-shards", description=_headline(status)
+            )
         else:
             update = ArtifactUpdate(data=json.dumps(rows), description=_headline(status))
             async with get_client() as client:
                 await client.update_artifact(artifact_id=self._id, artifact=update)
 
 
-async def show_summary(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> None:
+async def show_summary(
+    run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int
+) -> None:
     """Say at the end what there is, what is not, and how to read it."""
     text = describe_in_markdown(run, summary, elapsed_s=elapsed_s, num_tokens=num_tokens)
-    await _harmless("vnp-summary", acreate_markdown_artifact(text, key="vnp-summary", description=summary.describe()))
+    await _harmless(
+        "vnp-summary",
+        acreate_markdown_artifact(text, key="vnp-summary", description=summary.describe()),
+    )
 
 
-def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int) -> str:
+def describe_in_markdown(
+    run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int
+) -> str:
     """The summary's text. `num_tokens` went through the model in this flow run, in `elapsed_s` seconds all in all."""
     identity, report = run.plan.identity, run.paths.report.resolve()
     facts = {
@@ -157,7 +170,9 @@ def describe_in_markdown(run: Run, summary: DatasetSummary, *, elapsed_s: float,
         "in quarantine": f"{summary.num_quarantined:,}",
         "missing": f"{summary.num_missing:,}",
         "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
-        "precision": summary.precision.describe() if summary.precision else f"{identity['dtype']}, not compared",
+        "precision": summary.precision.describe()
+        if summary.precision
+        else f"{identity['dtype']}, not compared",
         "dataset": f"`{summary.path.resolve()}`, {format_bytes(summary.size_bytes)}, parts: {summary.num_parts:,}",
         "report": f"[{_escaped(str(report))}]({report.as_uri()})",
         "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
@@ -184,7 +199,11 @@ def _quarantine_in_markdown(run: Run) -> list[str]:
         for sequence in held[:_MOST_QUARANTINED_SHOWN]
     ]
     more = f"All {len(held):,} are in `{run.paths.quarantine.resolve()}`."
-    return ["## In quarantine", "\n".join(["| id | residues | cause | message |", "|---|---|---|---|", *shown]), more]
+    return [
+        "## In quarantine",
+        "\n".join(["| id | residues | cause | message |", "|---|---|---|---|", *shown]),
+        more,
+    ]
 
 
 def _cell(text: str) -> str:
@@ -223,7 +242,9 @@ def _row(shard: ShardProgress) -> dict[str, Any]:
     }
 
 
-async def _harmless(what: str, showing: Awaitable[Any], *, patience_s: float | None = _PATIENCE_S) -> None:
+async def _harmless(
+    what: str, showing: Awaitable[Any], *, patience_s: float | None = _PATIENCE_S
+) -> None:
     try:
         async with asyncio.timeout(patience_s):
             await showing

@@ -6,7 +6,9 @@ import sys
 
 from flows.program import main
 
-if __name__ == "__main__":  # before Prefect is imported: the program sees to its settings and its server first
+if (
+    __name__ == "__main__"
+):  # before Prefect is imported: the program sees to its settings and its server first
     sys.exit(main(program="python flows/embed.py"))
 
 import asyncio
@@ -80,16 +82,23 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
     missing: IncompleteDatasetError | None = None
     for _ in range(_MOST_ROUNDS):
         shards = run.shard_states()
-        if not all(shard.is_complete for shard in shards) and (kept := run.kept_dataset()) is not None:
+        if (
+            not all(shard.is_complete for shard in shards)
+            and (kept := run.kept_dataset()) is not None
+        ):
             await tell_of_dataset(run, kept, started_at, num_tokens)
-            return Completed(message=f"{kept.describe()}: the dataset is whole, and its checkpoints are gone")
+            return Completed(
+                message=f"{kept.describe()}: the dataset is whole, and its checkpoints are gone"
+            )
         num_tokens += run.num_tokens_left(shards)
         async with shard_table(run):
             states = await embed_shards(run, shards)
         if not run.config.allow_partial and not all(state.is_completed() for state in states):
             return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
         try:
-            summary = assemble_dataset(run, is_whole=missing is None and all(state.is_completed() for state in states))
+            summary = assemble_dataset(
+                run, is_whole=missing is None and all(state.is_completed() for state in states)
+            )
         except CheckpointError as error:
             get_run_logger().warning("%s: it is computed again", error)
             run.set_damaged_aside()
@@ -102,10 +111,14 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
         else:
             await tell_of_dataset(run, summary, started_at, num_tokens)
             return Completed(message=f"{summary.describe()}, {describe(run, states)}")
-    return Failed(message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing")
+    return Failed(
+        message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing"
+    )
 
 
-async def tell_of_dataset(run: Run, summary: DatasetSummary, started_at: float, num_tokens: int) -> None:
+async def tell_of_dataset(
+    run: Run, summary: DatasetSummary, started_at: float, num_tokens: int
+) -> None:
     """Say what there is now: in the log, on a page, in Prefect."""
     warn_of_poor_precision(summary)
     warn_of_mixed_software(summary)
@@ -136,13 +149,19 @@ async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any
     ) as progress:
         for shard in shards:
             progress.begin(shard.rank, sequences=shard.num_done, tokens=shard.tokens_done)
-            run.metrics.set_progress(shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_done)
+            run.metrics.set_progress(
+                shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_done
+            )
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(embed_one(run, shard, devices, progress)) for shard in shards]
+            tasks = [
+                group.create_task(embed_one(run, shard, devices, progress)) for shard in shards
+            ]
     return [task.result() for task in tasks]
 
 
-async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress) -> State[Any]:
+async def embed_one(
+    run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress
+) -> State[Any]:
     """Run a shard's task, with a retry hook of its own, until it has completed or failed for good.
 
     Where Prefect's server is gone, the shard is embedded without the task.
@@ -159,7 +178,9 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
     )
     try:
         # Prefect's types say State, for async tasks too.
-        state = await cast(Awaitable[State[Any]], task(run, shard, devices, progress, artifact, return_state=True))
+        state = await cast(
+            Awaitable[State[Any]], task(run, shard, devices, progress, artifact, return_state=True)
+        )
         error: object = state.data if state.is_failed() else None
     except Exception as raised:
         error = raised
@@ -171,7 +192,9 @@ async def embed_one(run: Run, shard: ShardState, devices: DevicePool, progress: 
             # A cached result runs no task, and the manifest may be a new one.
             run.manifest.mark_shard_complete(shard.rank)
         return state
-    get_run_logger().warning("shard %d is embedded without Prefect's server, which is gone: %r", shard.rank, error)
+    get_run_logger().warning(
+        "shard %d is embedded without Prefect's server, which is gone: %r", shard.rank, error
+    )
     flow_run_id = UUID(flow_run.id)
     return await try_without_prefect(
         lambda: embed_shard.fn(run, run.shard_state(shard.rank), devices, progress, artifact),
@@ -195,7 +218,8 @@ def warn_of_poor_precision(summary: DatasetSummary) -> None:
     """Say it where half precision has moved the embeddings further than people expect."""
     if summary.precision and summary.precision.is_poor:
         get_run_logger().warning(
-            "%s: that is poor for half precision; --dtype float32 is exact", summary.precision.describe()
+            "%s: that is poor for half precision; --dtype float32 is exact",
+            summary.precision.describe(),
         )
 
 
@@ -220,10 +244,14 @@ def write_page(run: Run) -> None:
 def describe(run: Run, states: Sequence[State[Any]]) -> str:
     """Say how the shards ended: `2 Completed, 1 Cached`; and which have not been embedded, and why."""
     counts = Counter(state.name for state in states)
-    described = "shards: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=str))
+    described = "shards: " + ", ".join(
+        f"{count} {name}" for name, count in sorted(counts.items(), key=str)
+    )
     failed = [rank for rank, state in enumerate(states) if not state.is_completed()]
     if not failed:
         return described
     recorded = run.manifest.shards()
-    reasons = "; ".join(f"shard {rank}: {recorded[rank]['error'] or states[rank].message}" for rank in failed[:5])
+    reasons = "; ".join(
+        f"shard {rank}: {recorded[rank]['error'] or states[rank].message}" for rank in failed[:5]
+    )
     return f"{described}; not embedded: {failed} ({reasons})"

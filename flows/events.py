@@ -33,5 +33,8 @@ def tell_of_completion(run: Run, summary: DatasetSummary) -> None:
 
 def _emit(event: str, run: Run, **payload: Any) -> None:
     about = {"run_dir": str(run.paths.run_dir.resolve()), "model": run.config.model}
-    resource = {"prefect.resource.id": f"vnp.run.{run.plan.fingerprint}", "prefect.resource.name": about["run_dir"]}
+    resource = {
+        "prefect.resource.id": f"vnp.run.{run.plan.fingerprint}",
+        "prefect.resource.name": about["run_dir"],
+    }
     emit_event(event, resource=resource, payload=about | payload)

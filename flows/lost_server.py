@@ -59,7 +59,8 @@ def is_lost_server(error: object) -> bool:
 
 
 async def try_without_prefect(
-    attempt: Callable[[], Awaitable[dict[str, Any]]], judge: Callable[[Exception], Awaitable[RetryDecision]]
+    attempt: Callable[[], Awaitable[dict[str, Any]]],
+    judge: Callable[[Exception], Awaitable[RetryDecision]],
 ) -> State[Any]:
     """Do what Prefect's task engine does with a shard: attempt it, and again after the delay while `judge` says so."""
     while True:

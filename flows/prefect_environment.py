@@ -20,7 +20,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SERVER_START_S = 120
 _NEEDED_BYTES = 32_000_000  # of the database of a Prefect server that is new, with its journal
 
-_PREFECTS_OWN_PROFILES = ("ephemeral", "local", "test", "cloud")  # there without a file, and then without settings
+_PREFECTS_OWN_PROFILES = (
+    "ephemeral",
+    "local",
+    "test",
+    "cloud",
+)  # there without a file, and then without settings
 
 # What a run needs, unless the user has set it: under any of these names, in any place where Prefect looks.
 _DEFAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -50,7 +55,11 @@ class UserSettings:
         for where, values in self._places:
             for name in names:
                 if name in values:
-                    return Setting(value=values[name], where=where.format(name=name)) if values[name] else None
+                    return (
+                        Setting(value=values[name], where=where.format(name=name))
+                        if values[name]
+                        else None
+                    )
         return None
 
     def find_like(self, ending: str, value: object) -> tuple[str, Setting] | None:
@@ -80,7 +89,9 @@ def read_user_settings(environ: Mapping[str, str], cwd: Path) -> UserSettings:
     return settings
 
 
-def prepare_environment(environ: MutableMapping[str, str] | None = None, cwd: Path | None = None) -> None:
+def prepare_environment(
+    environ: MutableMapping[str, str] | None = None, cwd: Path | None = None
+) -> None:
     """Complete the environment with what a run needs of Prefect; what the user has set stays.
 
     Of a file that cannot be read, nothing is taken; whoever starts a run hears of it from `read_user_settings`.
@@ -89,7 +100,9 @@ def prepare_environment(environ: MutableMapping[str, str] | None = None, cwd: Pa
     try:
         settings = read_user_settings(environ, cwd or Path.cwd())
     except (ConfigError, OSError):
-        settings = UserSettings([("{name}", {name.upper(): value for name, value in environ.items()})])
+        settings = UserSettings(
+            [("{name}", {name.upper(): value for name, value in environ.items()})]
+        )
     for names, value in _DEFAULTS:
         if settings.find(*names) is None:
             environ[names[0]] = value
@@ -114,7 +127,9 @@ class PrefectHome:
     notice: str = ""
 
 
-def choose_home(settings: UserSettings, environ: MutableMapping[str, str], *, is_needed: bool) -> PrefectHome:
+def choose_home(
+    settings: UserSettings, environ: MutableMapping[str, str], *, is_needed: bool
+) -> PrefectHome:
     """Choose PREFECT_HOME: the user's, or ~/.prefect, or where that cannot be written a temporary one.
 
     `environ` is changed so that Prefect takes it too, and gets a HOME where there is none: without one it cannot be imported.
@@ -159,7 +174,9 @@ def _temporary_home(path: Path, fault: str) -> PrefectHome:
 
 def _fault_of(path: Path) -> str:
     """Say what is wrong with a directory for a database, if anything is; nothing is left behind in it."""
-    existing = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    existing = next(
+        each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each)
+    )
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(bytes(65_536))
@@ -196,7 +213,9 @@ def _profiles_path(settings: UserSettings, cwd: Path) -> Path | None:
         return cwd / chosen.value
     home = settings.find("PREFECT_HOME")
     try:
-        return (Path(home.value).expanduser() if home else Path.home() / ".prefect") / "profiles.toml"
+        return (
+            Path(home.value).expanduser() if home else Path.home() / ".prefect"
+        ) / "profiles.toml"
     except RuntimeError:
         return None
 

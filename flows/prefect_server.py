@@ -130,7 +130,9 @@ class TemporaryServer(PrefectServer):
             self._wait_until_lost()
             if not self._is_wanted.is_set():
                 return
-            tell("note: Prefect's server of this run was lost, and is started again; the run goes on")
+            tell(
+                "note: Prefect's server of this run was lost, and is started again; the run goes on"
+            )
             try:
                 self._end_process(0.0)
                 self.start()
@@ -168,7 +170,9 @@ class TemporaryServer(PrefectServer):
         self._listener.close()
 
 
-def find_prefect(tell: Callable[[str], None], *, environ: MutableMapping[str, str] | None = None) -> PrefectServer:
+def find_prefect(
+    tell: Callable[[str], None], *, environ: MutableMapping[str, str] | None = None
+) -> PrefectServer:
     """Find the user's Prefect server or start one, and import Prefect with it.
 
     What is ours of it ends with this process, after what Prefect has registered to be done at exit: it sends its last lines.
@@ -201,7 +205,9 @@ def find_prefect(tell: Callable[[str], None], *, environ: MutableMapping[str, st
 
 def require_server(settings: UserSettings) -> None:
     """Refuse settings under which there is no server at all."""
-    enabled = settings.find("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE")
+    enabled = settings.find(
+        "PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"
+    )
     if (
         settings.find("PREFECT_API_URL") is None
         and enabled
@@ -220,14 +226,20 @@ def _start_server(
     cleanup: ExitStack,
     tell: Callable[[str], None],
 ) -> TemporaryServer:
-    chosen = settings.find("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+    chosen = settings.find(
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"
+    )
     check_database(chosen, home)
     for name, value in _OWN_SERVER_DEFAULTS.items():
         if settings.find(name) is None:
             environ[name] = value
-    if (auth := settings.find("PREFECT_SERVER_API_AUTH_STRING")) and not settings.find("PREFECT_API_AUTH_STRING"):
+    if (auth := settings.find("PREFECT_SERVER_API_AUTH_STRING")) and not settings.find(
+        "PREFECT_API_AUTH_STRING"
+    ):
         environ["PREFECT_API_AUTH_STRING"] = auth.value
-    database = f"the database of {chosen.where}" if chosen else f"the database {home / 'prefect.db'}"
+    database = (
+        f"the database of {chosen.where}" if chosen else f"the database {home / 'prefect.db'}"
+    )
     server = TemporaryServer(database, cleanup)
     server.start()
     environ["PREFECT_API_URL"] = server.api_url
@@ -246,13 +258,17 @@ def _import_prefect(settings: UserSettings) -> None:
         ConfigError: A setting has a value that Prefect does not take, or Prefect is not whole.
     """
     try:
-        with redirect_stderr(io.StringIO()):  # the package prints what is wrong; the module below raises it
+        with redirect_stderr(
+            io.StringIO()
+        ):  # the package prints what is wrong; the module below raises it
             import prefect
         import prefect.main  # noqa: F401
     except Exception as error:
         errors = getattr(error, "errors", None)
         faults = (
-            [_fault_of(each, settings) for each in errors()] if callable(errors) else [" ".join(str(error).split())]
+            [_fault_of(each, settings) for each in errors()]
+            if callable(errors)
+            else [" ".join(str(error).split())]
         )
         told = "; ".join(faults)
         raise ConfigError(f"Prefect cannot be used with these settings: {told}") from error
@@ -269,7 +285,9 @@ def require_certificates(settings: UserSettings) -> None:
     """Refuse a file of certificates that is not there: no client can be made with it, whatever server it is for."""
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "PREFECT_API_SSL_CERT_FILE"):
         if (found := settings.find(name)) and not Path(found.value).exists():
-            raise ConfigError(f"{name}={found.value}, set by {found.where}, does not exist; correct it or unset it")
+            raise ConfigError(
+                f"{name}={found.value}, set by {found.where}, does not exist; correct it or unset it"
+            )
 
 
 def check_standing_server(url: Setting) -> None:
@@ -281,7 +299,9 @@ def check_standing_server(url: Setting) -> None:
     about = f"Prefect's server at {url.value}, set by {url.where},"
     address = urlsplit(url.value)
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise ConfigError(f"{about} is no address; it must look like http://host:4200/api, and {_OWN}")
+        raise ConfigError(
+            f"{about} is no address; it must look like http://host:4200/api, and {_OWN}"
+        )
     fault: list[str] = []
     probe = threading.Thread(target=lambda: fault.append(_fault_of_server(url.value)), daemon=True)
     probe.start()
@@ -317,7 +337,9 @@ def _fault_of_server(url: str) -> str:
         return _told(error)
     ours = prefect.__version__.split(".")[0]
     if not re.fullmatch(r"\d+\.\d+.*", str(version)):
-        return f"does not answer as a Prefect server does, but with the version {str(version)[:40]!r}"
+        return (
+            f"does not answer as a Prefect server does, but with the version {str(version)[:40]!r}"
+        )
     if version.split(".")[0] != ours:
         return f"is of version {version}, and Prefect here is {prefect.__version__}: install one that fits"
     return ""
@@ -380,13 +402,20 @@ def _fault_of_sqlite(path: Path) -> str:
         )
         try:
             connection.execute("BEGIN IMMEDIATE")  # and nothing is written: can it be locked?
-            versions = [version for (version,) in connection.execute("SELECT version_num FROM alembic_version")]
+            versions = [
+                version
+                for (version,) in connection.execute("SELECT version_num FROM alembic_version")
+            ]
             connection.execute("ROLLBACK")
         finally:
             connection.close()
     except sqlite3.Error as error:
         is_empty = "no such table" in str(error)
-        return "" if is_empty else str(error) + (" by another process" if "locked" in str(error) else "")
+        return (
+            ""
+            if is_empty
+            else str(error) + (" by another process" if "locked" in str(error) else "")
+        )
     known = _known_versions()
     if unknown := [version for version in versions if known and version not in known]:
         return f"it is of another version of Prefect than the one installed here (its schema is {unknown[0]!r})"
@@ -398,12 +427,18 @@ def _known_versions() -> set[str]:
     spec = find_spec("prefect")
     if spec is None or spec.origin is None:
         return set()
-    folder = Path(spec.origin).parent / "server" / "database" / "_migrations" / "versions" / "sqlite"
+    folder = (
+        Path(spec.origin).parent / "server" / "database" / "_migrations" / "versions" / "sqlite"
+    )
     found: set[str] = set()
     with suppress(OSError):
         for path in folder.glob("*.py"):
             found |= set(
-                re.findall(r'^revision(?:: \w+)? = "(\w+)"', path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                re.findall(
+                    r'^revision(?:: \w+)? = "(\w+)"',
+                    path.read_text(encoding="utf-8"),
+                    flags=re.MULTILINE,
+                )
             )
     return found
 
@@ -437,7 +472,9 @@ def _drop_unusable_proxies(environ: MutableMapping[str, str], url: Setting | Non
 
     is_here = url is None or urlsplit(url.value).hostname in ("127.0.0.1", "localhost", "::1")
     for name in [
-        name for name in environ if name.lower() in ("all_proxy", "http_proxy", "https_proxy") and environ[name]
+        name
+        for name in environ
+        if name.lower() in ("all_proxy", "http_proxy", "https_proxy") and environ[name]
     ]:
         try:
             value = environ[name]
@@ -455,11 +492,17 @@ def _server_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Give a server our environment, without empty entries of PYTHONPATH, which would be the current directory."""
     ours = dict(environ)
     if "PYTHONPATH" in ours:
-        ours["PYTHONPATH"] = os.pathsep.join(part for part in ours["PYTHONPATH"].split(os.pathsep) if part)
+        ours["PYTHONPATH"] = os.pathsep.join(
+            part for part in ours["PYTHONPATH"].split(os.pathsep) if part
+        )
     return ours | {"PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false", "PYTHONSAFEPATH": "1"}
 
 
 def _reason_of(lines: deque[str]) -> str:
     """The last exception that a server has told of."""
-    told = [line.strip() for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b.*", line.strip())]
+    told = [
+        line.strip()
+        for line in lines
+        if re.match(r"[\w.]+(Error|Exception|Exit)\b.*", line.strip())
+    ]
     return told[-1][:300] if told else "it has not said why"

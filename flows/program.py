@@ -75,7 +75,9 @@ def _run(config: EmbedConfig, server: PrefectServer, started_at: float) -> int:
     try:
         outcome, result = run_flow(config, server, started_at)
     except (TerminationSignal, asyncio.CancelledError):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are leaving, and Prefect's server has to be stopped yet
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # we are leaving, and Prefect's server has to be stopped yet
         _tell("stopped by SIGTERM. What was computed is kept: the same command goes on from there")
         return ExitCode.STOPPED
     except KeyboardInterrupt:
@@ -90,7 +92,9 @@ def _say_interrupted() -> int:
     return ExitCode.INTERRUPTED
 
 
-def run_flow(config: EmbedConfig, server: PrefectServer, started_at: float) -> tuple[State[Any], Any]:
+def run_flow(
+    config: EmbedConfig, server: PrefectServer, started_at: float
+) -> tuple[State[Any], Any]:
     """Run the flow to its end and return how it ended, and its result: where it failed by an exception, that.
 
     How the flow ended counts, not whether Prefect could record it.
@@ -104,7 +108,9 @@ def run_flow(config: EmbedConfig, server: PrefectServer, started_at: float) -> t
         if not is_lost_server(error):
             raise
         if ending.state is None:
-            raise InputError(f"Prefect's server at {server.api_url} does not answer any more: {error}") from error
+            raise InputError(
+                f"Prefect's server at {server.api_url} does not answer any more: {error}"
+            ) from error
         _tell(_lost(server))
         return ending.state, ending.state.data
 
@@ -123,7 +129,9 @@ async def _embed_to_its_end(
     return outcome, await outcome.aresult(raise_on_failure=False)
 
 
-async def _leave_without_prefect(config: EmbedConfig, server: PrefectServer, ending: Any, started_at: float) -> None:
+async def _leave_without_prefect(
+    config: EmbedConfig, server: PrefectServer, ending: Any, started_at: float
+) -> None:
     """End the program where the flow has ended and Prefect's server is gone: Prefect would try for minutes to record it."""
     state = await ending.wait()
     recording_s = 0.0 if server.is_gone else _RECORDING_S
@@ -147,7 +155,11 @@ def _exit_now(report: Callable[[], int], server: PrefectServer) -> NoReturn:
 
 
 def _lost(server: PrefectServer) -> str:
-    whose = "its own Prefect server" if isinstance(server, TemporaryServer) else f"Prefect's server at {server.api_url}"
+    whose = (
+        "its own Prefect server"
+        if isinstance(server, TemporaryServer)
+        else f"Prefect's server at {server.api_url}"
+    )
     return f"note: the run has ended without {whose}, which does not answer any more: its end is not recorded there"
 
 
@@ -156,10 +168,14 @@ def quiet_prefect(*, verbose: bool) -> None:
     lost never belongs there: kilobytes of tracebacks about events that nobody waits for.
     """
     for name in _BACKGROUND_LOGGERS:
-        logging.getLogger(name).addFilter(lambda record: False)  # Prefect sets their levels anew when a flow begins
+        logging.getLogger(name).addFilter(
+            lambda record: False
+        )  # Prefect sets their levels anew when a flow begins
     prefect = logging.getLogger("prefect")
     prefect.propagate = verbose
-    prefect.addHandler(logging.NullHandler())  # without any handler, warnings would go to standard error after all
+    prefect.addHandler(
+        logging.NullHandler()
+    )  # without any handler, warnings would go to standard error after all
     logging.raiseExceptions = False  # nor what is wrong with a log line, or with where it goes
 
 

@@ -28,7 +28,9 @@ def is_plain_result(path: Path) -> bool:
         numbers = json.loads(record["result"])
         serializer = record["metadata"]["serializer"]
         # Else another parser might take another one of two keys of the same name.
-        is_as_written = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() == data
+        is_as_written = (
+            json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() == data
+        )
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
     return (

@@ -14,7 +14,13 @@ from flows.artifacts import ShardArtifact, tag_flow_run
 from flows.device_pool import DevicePool
 from flows.events import tell_of_preemption, tell_of_quarantine
 from flows.lost_server import is_lost_server
-from vnp_lib.failures import Failure, FailureCause, FailureKind, ShardFailedError, classify_exception
+from vnp_lib.failures import (
+    Failure,
+    FailureCause,
+    FailureKind,
+    ShardFailedError,
+    classify_exception,
+)
 from vnp_lib.run import Run
 from vnp_lib.worker import RetryDecision, judge
 
@@ -66,7 +72,9 @@ def make_retry_hook(run: Run, judge_attempt: Judge) -> RetryHook:
 def percent_done(run: Run, rank: int) -> float:
     """How much of a shard is in checkpoints of its own, as the manifest has it."""
     recorded = run.manifest.get_shard_status(rank) or {"total_sequences": 0}
-    return float(min(100.0, 100.0 * recorded["total_sequences"] / max(run.plan.shard_ordinals(rank).size, 1)))
+    return float(
+        min(100.0, 100.0 * recorded["total_sequences"] / max(run.plan.shard_ordinals(rank).size, 1))
+    )
 
 
 def failure_of(error: object) -> Failure:
@@ -75,4 +83,6 @@ def failure_of(error: object) -> Failure:
         return error.failure
     if isinstance(error, BaseException):
         return classify_exception(error)
-    return Failure(cause=FailureCause.UNKNOWN, message=f"the attempt ended in an unknown way: {error!r}")
+    return Failure(
+        cause=FailureCause.UNKNOWN, message=f"the attempt ended in an unknown way: {error!r}"
+    )

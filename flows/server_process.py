@@ -28,7 +28,9 @@ def main(fd: int) -> int:
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     # On a thread, since on the main one uvicorn would take the signals back.
-    serving = threading.Thread(target=server.run, kwargs={"sockets": [socket.socket(fileno=fd)]}, daemon=True)
+    serving = threading.Thread(
+        target=server.run, kwargs={"sockets": [socket.socket(fileno=fd)]}, daemon=True
+    )
     serving.start()
     is_ready = False
     while serving.is_alive() and not _has_ended(sys.stdin.fileno()):

@@ -61,9 +61,13 @@ async def embed_shard(
         else:
             await _attempt_here(run, shard.rank, devices, progress, artifact)
     of_the_shard = run.checkpoints(rank=shard.rank).valid
-    run.manifest.reconcile(of_the_shard, rank=shard.rank)  # a child may die before it records its last one
+    run.manifest.reconcile(
+        of_the_shard, rank=shard.rank
+    )  # a child may die before it records its last one
     run.manifest.mark_shard_complete(shard.rank)
-    run.metrics.set_progress(shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_sequences)
+    run.metrics.set_progress(
+        shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_sequences
+    )
     num_quarantined = run.num_quarantined(shard.rank)
     return {
         "rank": shard.rank,
@@ -89,7 +93,11 @@ async def _attempt(
 ) -> None:
     runtime = run.config.runtime
     run.prepare_shard(rank)
-    write_file(run.paths.job(rank), run.shard_job(rank, device).model_dump_json(indent=1).encode(), replace=True)
+    write_file(
+        run.paths.job(rank),
+        run.shard_job(rank, device).model_dump_json(indent=1).encode(),
+        replace=True,
+    )
     follower = _Follower(run, rank, attempt, device, progress, artifact)
     run.metrics.attempt(rank)
     await run_child(
@@ -110,7 +118,13 @@ class _Follower:
     """Passes on what a child says: to the task run's log, to the progress bar and to the shard's artifact."""
 
     def __init__(
-        self, run: Run, rank: int, attempt: int, device: str, progress: RunProgress, artifact: ShardArtifact
+        self,
+        run: Run,
+        rank: int,
+        attempt: int,
+        device: str,
+        progress: RunProgress,
+        artifact: ShardArtifact,
     ) -> None:
         self._run = run
         self._rank = rank
@@ -131,8 +145,15 @@ class _Follower:
                 self._logger.info("waiting for an earlier attempt: %s", message)
                 if time.monotonic() >= self._next_told_at:
                     self._next_told_at = time.monotonic() + _TELL_EVERY_S
-                    self._progress.tell(f"shard {self._rank} waits for another process to leave it: {message}")
-            case {"event": "started", "pending": int(pending), "done": int(done), "tokens_done": int(tokens)}:
+                    self._progress.tell(
+                        f"shard {self._rank} waits for another process to leave it: {message}"
+                    )
+            case {
+                "event": "started",
+                "pending": int(pending),
+                "done": int(done),
+                "tokens_done": int(tokens),
+            }:
                 self._sequences, self._total = done, done + pending
                 self._progress.begin(self._rank, sequences=done, tokens=tokens)
                 self._logger.info(
@@ -150,7 +171,9 @@ class _Follower:
                 self._run.manifest.remember_token_budget(self._rank, self._device, tokens)
                 self._logger.warning("%d tokens in one forward pass from now on", tokens)
             case {"event": "quarantined", "id": str(sequence_id), "message": str(message)}:
-                self._logger.warning("%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message)
+                self._logger.warning(
+                    "%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message
+                )
                 tell_of_quarantine(self._run, sequence_id, message)
             case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
                 self._logger.debug("checkpoint %d is on disk: %d rows", number, rows)

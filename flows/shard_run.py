@@ -32,8 +32,12 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
     heartbeat = RunPaths(config.output_dir).heartbeat(rank)
     with sigterm_cancels_the_flow():
         async with beating(heartbeat, interval_s=config.runtime.heartbeat_s):
-            run = await asyncio.to_thread(attach_run, config, fingerprint)  # reads the weights: minutes for the largest
-            shard = await asyncio.to_thread(run.shard_state, rank)  # seconds, where there are many checkpoints
+            run = await asyncio.to_thread(
+                attach_run, config, fingerprint
+            )  # reads the weights: minutes for the largest
+            shard = await asyncio.to_thread(
+                run.shard_state, rank
+            )  # seconds, where there are many checkpoints
             ordinals = run.plan.shard_ordinals(rank)
             progress = RunProgress(
                 total_sequences=ordinals.size,
@@ -42,7 +46,9 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
             )
             with metrics_served(run), progress:
                 progress.begin(rank, sequences=shard.num_done, tokens=shard.tokens_done)
-                run.metrics.set_progress(rank, num_sequences=shard.num_sequences, num_done=shard.num_done)
+                run.metrics.set_progress(
+                    rank, num_sequences=shard.num_sequences, num_done=shard.num_done
+                )
                 try:
                     return await embed_one(run, shard, DevicePool(run.devices), progress)
                 finally:

@@ -108,7 +108,9 @@ class _Requests:
 
 
 @contextmanager
-def every_sigterm_heard(loop: asyncio.AbstractEventLoop, on_sigterm: Callable[[], None]) -> Iterator[None]:
+def every_sigterm_heard(
+    loop: asyncio.AbstractEventLoop, on_sigterm: Callable[[], None]
+) -> Iterator[None]:
     """Call `on_sigterm` in the loop for each SIGTERM. The signal's handler stays in its place, and may do what it likes."""
     if not _is_main_thread():  # the only one in which Python hears signals
         yield

@@ -44,17 +44,28 @@ async def end_leftovers(run: Run) -> None:
     """
     async with get_client() as client:
         ours = run_tag(_flow_run_id())
-        leftovers = [left for left in await _unfinished(client, [directory_tag(run)]) if ours not in left.tags]
+        leftovers = [
+            left
+            for left in await _unfinished(client, [directory_tag(run)])
+            if ours not in left.tags
+        ]
         if not leftovers:
             return
-        get_run_logger().warning("%d flow runs that an earlier run has left are ended first", len(leftovers))
+        get_run_logger().warning(
+            "%d flow runs that an earlier run has left are ended first", len(leftovers)
+        )
         await _cancel(client, leftovers, "the run that it was part of is gone")
         deadline = time.monotonic() + run.config.runtime.grace_s
         for left in leftovers:
-            while not (state := await _state(client, left.id)).is_final() and time.monotonic() < deadline:
+            while (
+                not (state := await _state(client, left.id)).is_final()
+                and time.monotonic() < deadline
+            ):
                 await asyncio.sleep(_POLL_S)
             if not state.is_final():
-                await client.set_flow_run_state(left.id, Cancelled(message="nobody has ended it"), force=True)
+                await client.set_flow_run_state(
+                    left.id, Cancelled(message="nobody has ended it"), force=True
+                )
 
 
 async def cancel_shards(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
@@ -96,16 +107,24 @@ def directory_tag(run: Run) -> str:
 async def _find(rank: int, client: PrefectClient) -> UUID | None:
     """Find the flow run that an earlier process of this flow run has started: that process was taken away, or cut off."""
     started = await _unfinished(client, [run_tag(_flow_run_id())], name=_name(rank))
-    return next((shard.id for shard in started if shard.state and not shard.state.is_cancelling()), None)
+    return next(
+        (shard.id for shard in started if shard.state and not shard.state.is_cancelling()), None
+    )
 
 
 async def _start(run: Run, rank: int, client: PrefectClient) -> UUID:
-    config = run.config.model_copy(update={"output_dir": run.paths.run_dir.resolve(), "executor": "local"})
+    config = run.config.model_copy(
+        update={"output_dir": run.paths.run_dir.resolve(), "executor": "local"}
+    )
     try:
         flow_run = await arun_deployment(
             run.config.shard_deployment,
             client=client,
-            parameters={"config": config.model_dump(mode="json"), "rank": rank, "fingerprint": run.plan.fingerprint},
+            parameters={
+                "config": config.model_dump(mode="json"),
+                "rank": rank,
+                "fingerprint": run.plan.fingerprint,
+            },
             timeout=0,
             flow_run_name=_name(rank),
             tags=["vnp", run.config.model, run_tag(_flow_run_id()), directory_tag(run)],
@@ -130,7 +149,9 @@ def _flow_run_id() -> str:
     return str(context.flow_run.id)
 
 
-async def _follow(run: Run, rank: int, client: PrefectClient, flow_run_id: UUID, progress: RunProgress) -> None:
+async def _follow(
+    run: Run, rank: int, client: PrefectClient, flow_run_id: UUID, progress: RunProgress
+) -> None:
     watch = HeartbeatWatch(run.paths.heartbeat(rank))
     lost_after_s = run.config.runtime.lost_after_s
     shown = _ShownProgress(run, await asyncio.to_thread(run.shard_state, rank), progress)
@@ -146,7 +167,9 @@ async def _follow(run: Run, rank: int, client: PrefectClient, flow_run_id: UUID,
         await asyncio.sleep(_POLL_S)
     if not state.is_completed():
         cause = FailureCause.KILLED if state.is_crashed() else FailureCause.GIVEN_UP
-        raise ShardFailedError(Failure(cause=cause, message=f"flow run {flow_run_id} {state.name}: {state.message}"))
+        raise ShardFailedError(
+            Failure(cause=cause, message=f"flow run {flow_run_id} {state.name}: {state.message}")
+        )
     shown.complete()
 
 
@@ -165,23 +188,34 @@ class _ShownProgress:
     def update(self) -> None:
         """Go by the manifest, a small file. It counts rows; which of the shard's they are is not looked up."""
         before = self._begun.num_done
-        now = min(before + max(0, self._recorded() - self._recorded_before), self._begun.num_sequences)
-        come = self._run.plan.num_tokens(self._ordinals[before:now])  # the longest are computed first
+        now = min(
+            before + max(0, self._recorded() - self._recorded_before), self._begun.num_sequences
+        )
+        come = self._run.plan.num_tokens(
+            self._ordinals[before:now]
+        )  # the longest are computed first
         self._observe(num_done=now, tokens_done=self._begun.tokens_done + come)
 
     def complete(self) -> None:
-        self._observe(num_done=self._begun.num_sequences, tokens_done=self._run.plan.num_tokens(self._ordinals))
+        self._observe(
+            num_done=self._begun.num_sequences,
+            tokens_done=self._run.plan.num_tokens(self._ordinals),
+        )
 
     def _observe(self, *, num_done: int, tokens_done: int) -> None:
         self._progress.observe(self._rank, sequences=num_done, tokens=tokens_done)
-        self._run.metrics.set_progress(self._rank, num_sequences=self._begun.num_sequences, num_done=num_done)
+        self._run.metrics.set_progress(
+            self._rank, num_sequences=self._begun.num_sequences, num_done=num_done
+        )
 
     def _recorded(self) -> int:
         recorded = self._run.manifest.get_shard_status(self._rank)
         return int(recorded["total_sequences"]) if recorded else 0
 
 
-async def _unfinished(client: PrefectClient, tags: list[str], *, name: str | None = None) -> list[FlowRun]:
+async def _unfinished(
+    client: PrefectClient, tags: list[str], *, name: str | None = None
+) -> list[FlowRun]:
     """All flow runs with these tags that have not ended."""
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=tags),
@@ -200,7 +234,9 @@ async def _cancel(client: PrefectClient, flow_runs: Iterable[FlowRun], reason: s
     """Ask for their end. One that no machine has yet is cancelled at once; of the others, their worker takes care."""
     for flow_run in flow_runs:
         is_waiting = flow_run.state is None or flow_run.state.is_scheduled()
-        await client.set_flow_run_state(flow_run.id, (Cancelled if is_waiting else Cancelling)(message=reason))
+        await client.set_flow_run_state(
+            flow_run.id, (Cancelled if is_waiting else Cancelling)(message=reason)
+        )
 
 
 async def _state(client: PrefectClient, flow_run_id: UUID) -> State[Any]:

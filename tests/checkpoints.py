@@ -35,9 +35,13 @@ def write_checkpoint(path: Path, ordinals: list[int], *, rows: Tensor | None = N
         )
 
 
-def write_shard(checkpoints_dir: Path, num_checkpoints: int, *, rank: int = 0, rows: int = 3) -> list[Path]:
+def write_shard(
+    checkpoints_dir: Path, num_checkpoints: int, *, rank: int = 0, rows: int = 3
+) -> list[Path]:
     """Checkpoints of `rows` ordinals each, counted through."""
-    paths = [checkpoint_path(checkpoints_dir, rank, batch_idx) for batch_idx in range(num_checkpoints)]
+    paths = [
+        checkpoint_path(checkpoints_dir, rank, batch_idx) for batch_idx in range(num_checkpoints)
+    ]
     for batch_idx, path in enumerate(paths):
         write_checkpoint(path, list(range(batch_idx * rows, (batch_idx + 1) * rows)))
     return paths

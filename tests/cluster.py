@@ -36,8 +36,12 @@ class Cluster:
 
     def start_server(self) -> None:
         """Start the server, on the database of the last one."""
-        self.server = self._start("server", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
-        wait_until(lambda: self.server.poll() is not None or self._is_served(), timeout_s=PATIENCE_S)
+        self.server = self._start(
+            "server", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)
+        )
+        wait_until(
+            lambda: self.server.poll() is not None or self._is_served(), timeout_s=PATIENCE_S
+        )
         assert self.server.poll() is None, (self.directory / "server.log").read_text()
 
     def deploy(self) -> None:
@@ -53,7 +57,9 @@ class Cluster:
     def start_machine(self, name: str) -> subprocess.Popen[str]:
         """Start a worker that takes one shard at a time, and whose children find the name of their GPU in `GPU`."""
         arguments = ("worker", "start", "--pool", POOL, "--name", name, "--limit", "1")
-        return self._start(name, *arguments, GPU=name, OMP_NUM_THREADS="1", PREFECT_WORKER_QUERY_SECONDS="1")
+        return self._start(
+            name, *arguments, GPU=name, OMP_NUM_THREADS="1", PREFECT_WORKER_QUERY_SECONDS="1"
+        )
 
     def used_slots(self) -> int:
         """How many flow runs of shards the deployment's concurrency limit takes to be at work."""
@@ -77,7 +83,9 @@ class Cluster:
 
     def _start(self, name: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         command_line = CommandLine(prefect_home=self.directory / name, api_url=self._api_url)
-        process = command_line.start_prefect(*arguments, log=self.directory / f"{name}.log", **variables)
+        process = command_line.start_prefect(
+            *arguments, log=self.directory / f"{name}.log", **variables
+        )
         self.started.append(process)
         return process
 

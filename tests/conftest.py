@@ -47,7 +47,8 @@ def tiny_fasta(tmp_path_factory):
     draw = random.Random(7)
     path = tmp_path_factory.mktemp("tiny") / "tiny.fasta"
     records = (
-        f">protein_{i} of no importance\n{''.join(draw.choices(ALPHABET, k=draw.randint(5, 60)))}\n" for i in range(40)
+        f">protein_{i} of no importance\n{''.join(draw.choices(ALPHABET, k=draw.randint(5, 60)))}\n"
+        for i in range(40)
     )
     path.write_text("".join(records))
     return path
@@ -67,7 +68,9 @@ def short_fasta(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """A server with an empty database, for flows that run in the test's own process."""
-    from prefect.testing.utilities import prefect_test_harness  # seconds to import: for those who ask for it
+    from prefect.testing.utilities import (
+        prefect_test_harness,
+    )  # seconds to import: for those who ask for it
 
     with prefect_test_harness(server_startup_timeout=600):
         yield
@@ -84,7 +87,9 @@ def served_command_line(tmp_path_factory, prefect_server) -> CommandLine:
     """The command line with a standing server, which starts seconds sooner."""
     from prefect.settings import PREFECT_API_URL
 
-    return CommandLine(prefect_home=tmp_path_factory.mktemp("prefect"), api_url=PREFECT_API_URL.value())
+    return CommandLine(
+        prefect_home=tmp_path_factory.mktemp("prefect"), api_url=PREFECT_API_URL.value()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +118,11 @@ if job:
         file.write("x")
     attempt = len(tally.read_text())
 """
-        (directory / "sitecustomize.py").write_text(preamble + textwrap.indent(textwrap.dedent(code), "    "))
-        monkeypatch.setenv("PYTHONPATH", f"{directory}{os.pathsep}{ROOT}")  # ours, in a copy of the tree too
+        (directory / "sitecustomize.py").write_text(
+            preamble + textwrap.indent(textwrap.dedent(code), "    ")
+        )
+        monkeypatch.setenv(
+            "PYTHONPATH", f"{directory}{os.pathsep}{ROOT}"
+        )  # ours, in a copy of the tree too
 
     return make

@@ -124,7 +124,8 @@ FIXED: tuple[tuple[str, str], ...] = ()
 
 _PATTERNS = tuple((word, re.compile(pattern)) for word, pattern, _ in WORDS)
 _ALLOWED = {
-    word: tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns) for word, patterns in ALLOWED.items()
+    word: tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
+    for word, patterns in ALLOWED.items()
 }
 _FIXED = tuple((re.compile(path), re.compile(text)) for path, text in FIXED)
 
@@ -165,7 +166,9 @@ def hits(paths: Iterable[Path]) -> list[Hit]:
         for offset, word in sorted(find(text)):
             number = text.count("\n", 0, offset) + 1
             line = lines[number - 1].strip()
-            if not any(where.search(path.as_posix()) and what.search(line) for where, what in _FIXED):
+            if not any(
+                where.search(path.as_posix()) and what.search(line) for where, what in _FIXED
+            ):
                 found.append((path, number, word, line))
     return found
 

@@ -24,7 +24,11 @@ class FairEsm:
 
     def state(self) -> dict[str, Tensor]:
         """All parameters, those of the heads included."""
-        return {name: tensor for name, tensor in self._network.state_dict().items() if "rot_emb" not in name}
+        return {
+            name: tensor
+            for name, tensor in self._network.state_dict().items()
+            if "rot_emb" not in name
+        }
 
     @torch.inference_mode()
     def outputs(

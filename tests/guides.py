@@ -22,7 +22,8 @@ from tests.support import ROOT
 LANGUAGES = frozenset({"bash", "python"})  # what is run
 
 _FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 _OUTPUT = re.compile(r"\n+```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 _BLOCK_BEGINS = "\x1e"
@@ -107,7 +108,11 @@ def run_page(
     languages: Collection[str] = LANGUAGES,
 ) -> None:
     """Run the commands of a page in a copy of the working tree; they must succeed and print what the page says."""
-    blocks = [block for block in blocks_of(page.read_text()) if is_command(block) and block.language in languages]
+    blocks = [
+        block
+        for block in blocks_of(page.read_text())
+        if is_command(block) and block.language in languages
+    ]
     printed, told = checkout / "printed.log", checkout / "told.log"
     with printed.open("w") as stdout, told.open("w") as stderr:
         shell = subprocess.Popen(
@@ -124,11 +129,15 @@ def run_page(
             shell.terminate()
             shell.wait()
     outputs = _outputs(printed.read_text(errors="replace"))
-    assert code == 0, f"{page}:{max(outputs, default=0)}\n{printed.read_text()}\n{told.read_text(errors='replace')}"
+    assert code == 0, (
+        f"{page}:{max(outputs, default=0)}\n{printed.read_text()}\n{told.read_text(errors='replace')}"
+    )
     for block in blocks:
         if block.output is not None:
             got = outputs[block.line]
-            assert doctest.OutputChecker().check_output(block.output, got, _IS_LIKE), f"{page}:{block.line}\n{got}"
+            assert doctest.OutputChecker().check_output(block.output, got, _IS_LIKE), (
+                f"{page}:{block.line}\n{got}"
+            )
 
 
 def _outputs(printed: str) -> dict[int, str]:
@@ -148,7 +157,11 @@ def copy_of_the_repository(directory: Path) -> Path:
 
 def environment_of_a_reader(prefect_home: Path, **variables: str) -> dict[str, str]:
     """This process's environment without what it says to vnp or Prefect, and with a Prefect home of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VNP_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "VNP_"))
+    }
     return environment | {"PREFECT_HOME": str(prefect_home)} | variables
 
 

@@ -18,7 +18,9 @@ from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES, ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.run.assembly import DatasetSummary, assemble
 
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
+)
 DIM = 8
 FORTY_ROWS = 40 * (DIM * 4 + ROW_OVERHEAD_BYTES)  # bytes
 CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -34,10 +36,16 @@ class Run(NamedTuple):
     sequences: list[str]
 
     def records(self) -> tuple[CheckpointRecord, ...]:
-        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False).valid
+        return survey_checkpoints(
+            self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False
+        ).valid
 
     def assemble(
-        self, *, quarantined: Sequence[int] = (), allow_missing: bool = False, part_bytes: int = FORTY_ROWS
+        self,
+        *,
+        quarantined: Sequence[int] = (),
+        allow_missing: bool = False,
+        part_bytes: int = FORTY_ROWS,
     ) -> DatasetSummary:
         return assemble(
             self.plan,
@@ -92,7 +100,10 @@ class Records(NamedTuple):
 def made_up_records(num_sequences: int = 150, seed: int = 0) -> Records:
     """In no order of ids or lengths, with copies among the sequences, every second one with a description."""
     rng = np.random.default_rng(seed)
-    pool = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(5, 60))) for _ in range(num_sequences)]
+    pool = [
+        "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(5, 60)))
+        for _ in range(num_sequences)
+    ]
     sequences = [pool[pick] for pick in rng.integers(0, num_sequences, size=num_sequences)]
     ids = [f"p{number}" for number in rng.permutation(num_sequences)]
     descriptions = [f"protein {sequence_id}" if i % 2 else "" for i, sequence_id in enumerate(ids)]
@@ -111,7 +122,10 @@ def start_run(
 
 
 def start_run_of(
-    tmp_path: Path, records: Records, model: ModelIdentity = MODEL, store_dtype: StoreDtype = StoreDtype.FLOAT32
+    tmp_path: Path,
+    records: Records,
+    model: ModelIdentity = MODEL,
+    store_dtype: StoreDtype = StoreDtype.FLOAT32,
 ) -> Run:
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">{i} {d}\n{s}\n" for i, d, s in zip(*records, strict=True)))
@@ -151,10 +165,14 @@ def write_planned(run: Run, layout: RowLayout, path: Path, ordinals: NDArray[np.
         write_checkpoint(run.plan, path, ordinals, rows=np.stack(rows))
     else:
         widths = np.array([row.size for row in rows])
-        write_checkpoint(run.plan, path, ordinals, rows=np.concatenate(rows), offsets=offsets_of(widths))
+        write_checkpoint(
+            run.plan, path, ordinals, rows=np.concatenate(rows), offsets=offsets_of(widths)
+        )
 
 
-def finished_run_of(tmp_path: Path, layout: RowLayout, store_dtype: StoreDtype = StoreDtype.FLOAT32) -> Run:
+def finished_run_of(
+    tmp_path: Path, layout: RowLayout, store_dtype: StoreDtype = StoreDtype.FLOAT32
+) -> Run:
     run = start_run(tmp_path, model=identity_of(layout), store_dtype=store_dtype)
     for rank in range(run.plan.num_shards):
         for batch_idx, batch in enumerate(np.array_split(run.plan.shard_ordinals(rank), 4)):

@@ -36,7 +36,9 @@ def small_config(
     """A run of the smallest model with random weights, on two single-threaded children where it has two shards."""
     defaults = {"model": "esm2_t6_8M_UR50D", "weights": "random", "devices": "cpu,cpu", "shards": 2}
     quick = RuntimeConfig(**{"backoff_base_s": 0.01, **(runtime or {})})
-    return EmbedConfig(fasta=(fasta,), output_dir=output_dir, runtime=quick, **{**defaults, **settings})
+    return EmbedConfig(
+        fasta=(fasta,), output_dir=output_dir, runtime=quick, **{**defaults, **settings}
+    )
 
 
 def embed_alone(fasta: Path, run_dir: Path) -> Path:
@@ -45,7 +47,14 @@ def embed_alone(fasta: Path, run_dir: Path) -> Path:
     Returns:
         The run directory.
     """
-    embed(fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=run_dir, progress=False)
+    embed(
+        fasta,
+        model="esm2_t6_8M_UR50D",
+        weights="random",
+        device="cpu",
+        output_dir=run_dir,
+        progress=False,
+    )
     return run_dir
 
 
@@ -57,23 +66,35 @@ class CommandLine:
     api_url: str | None = None  # of a standing server; without one, each run starts its own
     cwd: Path = ROOT
 
-    def start(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: object, log: Path | None = None, **variables: str
+    ) -> subprocess.Popen[str]:
         """Start it as the leader of a process group of its own, with these environment variables.
 
         What it says goes to the file `log`, or else to pipes.
         """
-        return self._start(os.path.relpath(ROOT / "flows" / "embed.py", self.cwd), *arguments, log=log, **variables)
+        return self._start(
+            os.path.relpath(ROOT / "flows" / "embed.py", self.cwd), *arguments, log=log, **variables
+        )
 
-    def start_prefect(self, *arguments: object, log: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    def start_prefect(
+        self, *arguments: object, log: Path | None = None, **variables: str
+    ) -> subprocess.Popen[str]:
         """Start the command `prefect` in its place."""
         return self._start("-m", "prefect", *arguments, log=log, **variables)
 
-    def _start(self, *arguments: object, log: Path | None, **variables: str) -> subprocess.Popen[str]:
+    def _start(
+        self, *arguments: object, log: Path | None, **variables: str
+    ) -> subprocess.Popen[str]:
         with nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
             return self._start_saying(output, *arguments, **variables)
 
-    def _start_saying(self, output: int | IO[str], *arguments: object, **variables: str) -> subprocess.Popen[str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))}
+    def _start_saying(
+        self, output: int | IO[str], *arguments: object, **variables: str
+    ) -> subprocess.Popen[str]:
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))
+        }
         if self.api_url is not None:
             environment["PREFECT_API_URL"] = self.api_url
         return subprocess.Popen(
@@ -105,7 +126,11 @@ def finished_checkpoints(run_dir: Path) -> dict[Path, bytes]:
 
 
 def computed_ordinals(run_dir: Path) -> list[int]:
-    return [ordinal for path in finished_checkpoints(run_dir) for ordinal in read_marker(path)["ordinals"]]
+    return [
+        ordinal
+        for path in finished_checkpoints(run_dir)
+        for ordinal in read_marker(path)["ordinals"]
+    ]
 
 
 def flip_bit(path: Path, position: int | None = None) -> None:
@@ -180,7 +205,9 @@ def scrape(port: int) -> dict[str, float]:
 
 def read_page(page: str) -> dict[str, float]:
     """The samples of a metrics page by name and labels, as Prometheus's parser reads them: `vnp_failures_total{kind=oom}`."""
-    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    samples = [
+        sample for family in text_string_to_metric_families(page) for sample in family.samples
+    ]
     return {_name(sample.name, sample.labels): sample.value for sample in samples}
 
 
@@ -194,7 +221,9 @@ def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:
     ours, oracle = open_dataset(run_dir), open_dataset(oracle_dir)
     assert list(ours.ids) == list(oracle.ids)
     for ordinal, sequence_id in enumerate(oracle.ids):
-        np.testing.assert_allclose(ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id)
+        np.testing.assert_allclose(
+            ours[sequence_id], oracle[sequence_id], atol=1e-5, err_msg=sequence_id
+        )
         np.testing.assert_array_equal(ours.row(ordinal), ours[sequence_id])
 
 
@@ -219,9 +248,15 @@ def write_foreign_code(directory: Path) -> Path:
 
     The other `vnp_lib` gives the first residue's representation in place of the mean of all.
     """
-    shutil.copytree(ROOT / "vnp_lib", directory / "vnp_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "vnp_lib", directory / "vnp_lib", ignore=shutil.ignore_patterns("__pycache__")
+    )
     with (directory / "vnp_lib" / "pooling.py").open("a") as pooling:
-        pooling.write("\n\ndef mean_pool(hidden, cu_seqlens):\n    return hidden[cu_seqlens[:-1].long() + 1].float()\n")
+        pooling.write(
+            "\n\ndef mean_pool(hidden, cu_seqlens):\n    return hidden[cu_seqlens[:-1].long() + 1].float()\n"
+        )
     for name in ("random", "json", "numpy", "torch", "pyarrow", "safetensors", "sitecustomize"):
-        (directory / f"{name}.py").write_text(f"raise ImportError('{name}.py of the current directory is imported')\n")
+        (directory / f"{name}.py").write_text(
+            f"raise ImportError('{name}.py of the current directory is imported')\n"
+        )
     return directory

@@ -224,23 +224,34 @@ class _Records:
     @cached_property
     def num_tokens(self) -> NDArray[np.int64]:
         """Of each, BOS and EOS included, (N,)."""
-        return np.fromiter(map(len, self.sequences), dtype=np.int64, count=len(self.sequences)) + NUM_SPECIAL_TOKENS
+        return (
+            np.fromiter(map(len, self.sequences), dtype=np.int64, count=len(self.sequences))
+            + NUM_SPECIAL_TOKENS
+        )
 
 
-def _layout(model: str, include: Collection[str] | None, repr_layers: Collection[int] | None) -> RowLayout:
+def _layout(
+    model: str, include: Collection[str] | None, repr_layers: Collection[int] | None
+) -> RowLayout:
     """What is asked for of each sequence."""
     from vnp_lib.model import architecture_of
 
     _require_one_of("model", model, ModelName)
     kinds = ["mean"] if include is None else [*include]
     if isinstance(include, str) or not kinds:
-        raise ConfigError(f"include is {include!r}; give a list of {', '.join(get_args(OutputName))}")
+        raise ConfigError(
+            f"include is {include!r}; give a list of {', '.join(get_args(OutputName))}"
+        )
     for kind in kinds:
         _require_one_of("include", kind, OutputName)
     architecture = architecture_of(model)
-    outputs = choose_outputs(set(map(OutputKind, kinds)), repr_layers, num_layers=architecture.num_layers)
+    outputs = choose_outputs(
+        set(map(OutputKind, kinds)), repr_layers, num_layers=architecture.num_layers
+    )
     if include is None and len(outputs) > 1:
-        raise ConfigError(f"repr_layers is {repr_layers!r}; for several layers give include=['mean'] too")
+        raise ConfigError(
+            f"repr_layers is {repr_layers!r}; for several layers give include=['mean'] too"
+        )
     return RowLayout(outputs, architecture.embed_dim)
 
 
@@ -305,7 +316,9 @@ def _current(device: str) -> AbstractContextManager[None]:
 
 def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
     policy = InputPolicy(
-        id_column=settings.id_column, sequence_column=settings.sequence_column, allow_empty=settings.allow_empty
+        id_column=settings.id_column,
+        sequence_column=settings.sequence_column,
+        allow_empty=settings.allow_empty,
     )
     sources = find_sources(paths, stdin=STDIN)
     for told in describe_left_out(paths):
@@ -320,12 +333,16 @@ def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
         descriptions += chunk.usable.descriptions
         sequences += chunk.usable.sequences
     representatives = surveyor.finish(sources, policy).representatives
-    return _Records(ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives)
+    return _Records(
+        ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives
+    )
 
 
 def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
     if not records.ids and settings.allow_empty:
-        return _Records(ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64))
+        return _Records(
+            ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64)
+        )
     chunk = from_memory(records.ids, records.sequences)
     texts = replace(chunk.usable, descriptions=records.descriptions)
     surveyor = Surveyor()
@@ -344,9 +361,15 @@ def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
     )
 
 
-def _embed(given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings) -> Outputs:
+def _embed(
+    given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings
+) -> Outputs:
     if run_dir is None:
-        records = _checked(given, settings) if isinstance(given, RecordsInMemory) else _read_files(given, settings)
+        records = (
+            _checked(given, settings)
+            if isinstance(given, RecordsInMemory)
+            else _read_files(given, settings)
+        )
         return _embed_in_memory(records, settings)
     if not isinstance(given, RecordsInMemory):
         return _embed_into(run_dir, given, settings)
@@ -373,7 +396,9 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
         device,
         budget=TokenBudget(token_budget),
         layout=settings.layout,
-        exactly=None if dtype == torch.float32 else ExactModel(settings.model, weights, layout=settings.layout),
+        exactly=None
+        if dtype == torch.float32
+        else ExactModel(settings.model, weights, layout=settings.layout),
     )
     gathered = _Gathered(settings.layout, records.num_tokens - NUM_SPECIAL_TOKENS)
     with (
@@ -383,7 +408,9 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     ):
         for result in results:
             ordinals = batches[result.batch_idx]
-            if len(result.sequence_ids) == ordinals.size:  # else one is too large, and the loop ends by saying so
+            if (
+                len(result.sequence_ids) == ordinals.size
+            ):  # else one is too large, and the loop ends by saying so
                 gathered.put(ordinals, result.embeddings.numpy())
             bar.advance(_SHARD, sequences=len(result.sequence_ids), tokens=result.num_tokens)
     gathered.fan_out(records.representatives)
@@ -402,11 +429,15 @@ class _Gathered:
     def put(self, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Take rows, (n, W) or end to end."""
         if self._layout.is_fixed:
-            for array, part in zip(self.arrays.values(), np.split(rows, len(self.arrays), axis=1), strict=True):
+            for array, part in zip(
+                self.arrays.values(), np.split(rows, len(self.arrays), axis=1), strict=True
+            ):
                 array[ordinals] = part
             return
         widths = self._layout.widths(self._lengths[ordinals])
-        for ordinal, row in zip(ordinals.tolist(), np.split(rows, offsets_of(widths)[1:-1]), strict=True):
+        for ordinal, row in zip(
+            ordinals.tolist(), np.split(rows, offsets_of(widths)[1:-1]), strict=True
+        ):
             for name, values in self._layout.divide(row, int(self._lengths[ordinal])).items():
                 self.arrays[name][ordinal] = values.copy()  # or it would hold all of its batch
 
@@ -425,7 +456,9 @@ class _Gathered:
 def _space_for(outputs: Mapping[str, Output], num_sequences: int, embed_dim: int) -> dict[str, Any]:
     """What takes the outputs of all sequences, by name: vectors (N, D), and a list where they are of different lengths."""
     return {
-        name: np.empty((num_sequences, embed_dim), dtype=np.float32) if output.is_fixed else [None] * num_sequences
+        name: np.empty((num_sequences, embed_dim), dtype=np.float32)
+        if output.is_fixed
+        else [None] * num_sequences
         for name, output in outputs.items()
     }
 
@@ -445,7 +478,10 @@ def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator
 
     for batch_idx, ordinals in enumerate(batches):
         places = ordinals.tolist()
-        sequences, ids = [records.sequences[place] for place in places], [records.ids[place] for place in places]
+        sequences, ids = (
+            [records.sequences[place] for place in places],
+            [records.ids[place] for place in places],
+        )
         yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
 
 
@@ -475,7 +511,9 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
         set_aside = run.quarantine.ordinals()
         if set_aside:
             logger.warning(
-                "%d sequences are in quarantine and have no row: see %s", len(set_aside), run.paths.quarantine
+                "%d sequences are in quarantine and have no row: see %s",
+                len(set_aside),
+                run.paths.quarantine,
             )
         assemble(run.plan, run.paths, run.checkpoints().valid, quarantined=set_aside)
     return _read_whole(output_dir)
@@ -485,7 +523,9 @@ def _embed_shard(run: Run, settings: _Settings, bar: RunProgress) -> None:
     """Do in this process what a child does, and record it as a run does."""
     run.prepare_shard(_SHARD)
     run.manifest.start_attempt(_SHARD, device=settings.device)
-    job = run.shard_job(_SHARD, settings.device).model_copy(update={"device": torch_device_name(settings.device)})
+    job = run.shard_job(_SHARD, settings.device).model_copy(
+        update={"device": torch_device_name(settings.device)}
+    )
     lock = FileLock(run.paths.shard_lock(_SHARD), purpose=f"embed shard {_SHARD}")
     with lock.held(timeout_s=_ORPHAN_LIMIT_S):
         ShardAttempt(job, _Shown(bar), _NoSignals()).run_in_lock()
@@ -519,7 +559,9 @@ def _written_as_fasta(records: _Records) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vnp-") as directory:
         path = Path(directory) / "sequences.fasta"
         with path.open("w", encoding="utf-8") as file:
-            for name, description, text in zip(records.ids, records.descriptions, records.sequences, strict=True):
+            for name, description, text in zip(
+                records.ids, records.descriptions, records.sequences, strict=True
+            ):
                 file.write(f">{name} {description}".rstrip() + f"\n{text}\n")
         yield path
 
@@ -533,13 +575,20 @@ def _read_whole(run_dir: Path) -> Outputs:
         for column, array in arrays.items():
             array[start:stop] = dataset.arrays_in(batch, column)
         start = stop
-    return Outputs(ids=list(dataset.ids), arrays=dict(zip(dataset.outputs, arrays.values(), strict=True)))
+    return Outputs(
+        ids=list(dataset.ids), arrays=dict(zip(dataset.outputs, arrays.values(), strict=True))
+    )
 
 
 def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgress:
     """A bar on standard error or in a notebook; elsewhere nothing, not even a line now and then."""
     console = error_console(quiet=not settings.progress)
-    return RunProgress(total_sequences=num_sequences, total_tokens=num_tokens, log_interval_s=math.inf, console=console)
+    return RunProgress(
+        total_sequences=num_sequences,
+        total_tokens=num_tokens,
+        log_interval_s=math.inf,
+        console=console,
+    )
 
 
 @contextmanager
@@ -549,5 +598,7 @@ def _told_plainly() -> Iterator[None]:
         yield
     except BatchFailedError as error:
         if isinstance(error.__cause__, NumericalInstabilityError):
-            raise NumericalInstabilityError(f"{error.__cause__}; take it out to embed the others") from None
+            raise NumericalInstabilityError(
+                f"{error.__cause__}; take it out to embed the others"
+            ) from None
         raise

@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with standard_streams():
         code = _run_command(arguments)
         if error := output_error():
-            print(f"standard output cannot be written: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            print(
+                f"standard output cannot be written: {getattr(error, 'strerror', None) or error}",
+                file=sys.stderr,
+            )
             return code or ExitCode.FAILED
         return code
 
@@ -83,7 +86,10 @@ def verify(options: argparse.Namespace) -> ExitCode:
 
 
 def _show(
-    found: RunStatus | RunEstimate | ModelReport, render: Callable[[Any], RenderableType], *, as_json: bool
+    found: RunStatus | RunEstimate | ModelReport,
+    render: Callable[[Any], RenderableType],
+    *,
+    as_json: bool,
 ) -> None:
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
@@ -93,7 +99,9 @@ def _show(
 
 def status(options: argparse.Namespace) -> ExitCode:
     if options.watch is not None and options.json:
-        raise ConfigError("--watch draws on a terminal and --json is for machines: give one of them")
+        raise ConfigError(
+            "--watch draws on a terminal and --json is for machines: give one of them"
+        )
     read = open_status(options.run_dir)
     if options.watch is not None:
         with suppress(KeyboardInterrupt):
@@ -139,15 +147,22 @@ def verify_model(options: argparse.Namespace) -> ExitCode:
     # It imports torch, which takes seconds.
     from vnp_lib.report import compare_with_fair_esm, render_model_report
 
-    report = compare_with_fair_esm(options.model, options.weights, dtype=options.dtype, device=options.device)
+    report = compare_with_fair_esm(
+        options.model, options.weights, dtype=options.dtype, device=options.device
+    )
     _show(report, render_model_report, as_json=options.json)
     return ExitCode.DONE if report.is_close else ExitCode.FAILED
 
 
 def esm_extract(options: argparse.Namespace) -> ExitCode:
-    from vnp_lib.esm_extract import ExtractSettings, extract  # with torch: the other commands answer without it
+    from vnp_lib.esm_extract import (
+        ExtractSettings,
+        extract,
+    )  # with torch: the other commands answer without it
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "others")}
+    given = {
+        name: value for name, value in vars(options).items() if name not in ("command", "others")
+    }
     settings = ExtractSettings(
         **given | {"include": frozenset(options.include), "repr_layers": tuple(options.repr_layers)}
     )
@@ -159,7 +174,9 @@ def esm_extract(options: argparse.Namespace) -> ExitCode:
         print(error, file=sys.stderr)
         return ExitCode.FAILED
     except KeyboardInterrupt:
-        print(f"interrupted; the files that are in {settings.output_dir} are whole", file=sys.stderr)
+        print(
+            f"interrupted; the files that are in {settings.output_dir} are whole", file=sys.stderr
+        )
         return ExitCode.INTERRUPTED
     print(f"{num_files:,} files are in {settings.output_dir}")
     return ExitCode.DONE
@@ -170,7 +187,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="vnp", description="Look into run directories, ahead to runs, and at the model."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_status, _add_plan, _add_export, _add_report, _add_esm_extract, _add_verify, _add_verify_model):
+    for add in (
+        _add_status,
+        _add_plan,
+        _add_export,
+        _add_report,
+        _add_esm_extract,
+        _add_verify,
+        _add_verify_model,
+    ):
         add(commands)
     return parser
 
@@ -231,14 +256,19 @@ def _add_export(commands: _Commands) -> None:
         + "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items())
         + f"\n\nfor columns with values for each residue (per_tok, contacts, logits): {', '.join(RAGGED_FORMATS)}",
     )
-    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below")
+    parser.add_argument(
+        "--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below"
+    )
     parser.add_argument(
         "--column",
         metavar="NAME",
         help="the column of the dataset to export: mean_33, per_tok_33; by default the only one of vectors, and all for esm-extract",
     )
     parser.add_argument(
-        "--output", type=_output, metavar="PATH", help="the file or directory to write; by default in RUN_DIR/exports"
+        "--output",
+        type=_output,
+        metavar="PATH",
+        help="the file or directory to write; by default in RUN_DIR/exports",
     )
     parser.add_argument(
         "--store-dtype",
@@ -251,7 +281,9 @@ def _add_export(commands: _Commands) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument(
-        "--allow-partial", action="store_true", help="export a dataset from which sequences are missing"
+        "--allow-partial",
+        action="store_true",
+        help="export a dataset from which sequences are missing",
     )
     parser.set_defaults(command=export)
 
@@ -276,10 +308,18 @@ def _add_esm_extract(commands: _Commands) -> None:
         "LABEL is the whole header line. Values are those of float32. What is there under these names is replaced. Exit code 0, "
         "1: memory or the disk did not suffice, 2: an argument, the input or a label cannot be used.",
     )
-    parser.add_argument("model_location", help="the path of a model's parameters, as a run takes them, or its name")
+    parser.add_argument(
+        "model_location", help="the path of a model's parameters, as a run takes them, or its name"
+    )
     parser.add_argument("fasta_file", type=user_path, help="FASTA file, also compressed; or a pipe")
     parser.add_argument("output_dir", type=_output, help="directory for the files")
-    parser.add_argument("--toks_per_batch", type=int, default=4096, metavar="N", help="tokens in a forward pass (4096)")
+    parser.add_argument(
+        "--toks_per_batch",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens in a forward pass (4096)",
+    )
     parser.add_argument(
         "--repr_layers",
         type=int,
@@ -302,7 +342,9 @@ def _add_esm_extract(commands: _Commands) -> None:
         metavar="N",
         help="residues after which a sequence is cut (1022)",
     )
-    parser.add_argument("--nogpu", action="store_true", help="stay on the CPU, though there is a GPU")
+    parser.add_argument(
+        "--nogpu", action="store_true", help="stay on the CPU, though there is a GPU"
+    )
     parser.set_defaults(command=esm_extract)
 
 
@@ -328,7 +370,12 @@ def _add_verify_model(commands: _Commands) -> None:
         "4 bytes a parameter, 12 GB for 3B. Exit code 0: close enough, 1: not, 2: a setting or the weights cannot be used.",
     )
     default = {name: field.default for name, field in EmbedConfig.model_fields.items()}
-    parser.add_argument("--model", choices=get_args(ModelName), default=default["model"], help="%(default)s by default")
+    parser.add_argument(
+        "--model",
+        choices=get_args(ModelName),
+        default=default["model"],
+        help="%(default)s by default",
+    )
     parser.add_argument(
         "--weights",
         type=weights_path,
@@ -336,9 +383,14 @@ def _add_verify_model(commands: _Commands) -> None:
         metavar="TEXT",
         help="as a run takes them: 'auto', 'random', or a path",
     )
-    parser.add_argument("--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it")
     parser.add_argument(
-        "--device", default="auto", metavar="TEXT", help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number"
+        "--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="TEXT",
+        help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number",
     )
     parser.set_defaults(command=verify_model)
 

@@ -77,7 +77,9 @@ def _told_as_a_value(read: Callable[[Any], object]) -> BeforeValidator:
         except ConfigError as error:
             raise PydanticCustomError("path", "{told}", {"told": str(error)}) from None
         except TypeError:
-            raise PydanticCustomError("path", "{told}", {"told": f"{value!r} is not a path"}) from None
+            raise PydanticCustomError(
+                "path", "{told}", {"told": f"{value!r} is not a path"}
+            ) from None
 
     return BeforeValidator(validated)
 
@@ -91,7 +93,9 @@ def weights_path(given: AnyPath) -> str:
     return given if given in ("auto", "random") else str(user_path(given, PathUse.WEIGHTS))
 
 
-InputPaths = Annotated[tuple[Path, ...], NoDecode, _told_as_a_value(lambda given: tuple(map(str, user_inputs(given))))]
+InputPaths = Annotated[
+    tuple[Path, ...], NoDecode, _told_as_a_value(lambda given: tuple(map(str, user_inputs(given))))
+]
 OutputPath = Annotated[Path, _path(PathUse.OUTPUT)]
 RunPath = Annotated[Path, _path(PathUse.RUN)]
 WeightsPath = Annotated[str, _told_as_a_value(weights_path)]
@@ -107,10 +111,15 @@ def _form_title(name: str, _: object) -> str:
 class RuntimeConfig(BaseModel):
     """How a run behaves when things go wrong or take long. The defaults suit days on preemptible GPUs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Runtime", field_title_generator=_form_title)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", title="Runtime", field_title_generator=_form_title
+    )
 
     checkpoint_seq_threshold: int = Field(
-        10_000, gt=0, title="Sequences per checkpoint", description="Write a checkpoint after this many sequences."
+        10_000,
+        gt=0,
+        title="Sequences per checkpoint",
+        description="Write a checkpoint after this many sequences.",
     )
     checkpoint_time_threshold: float = Field(
         300.0,
@@ -119,17 +128,30 @@ class RuntimeConfig(BaseModel):
         title="Time per checkpoint (s)",
         description="Write a checkpoint after this many seconds, however few sequences there are.",
     )
-    max_retries_transient: int = Field(3, ge=0, description="Retries of a shard after a passing failure.")
+    max_retries_transient: int = Field(
+        3, ge=0, description="Retries of a shard after a passing failure."
+    )
     max_retries_oom: int = Field(3, ge=0, description="Retries of a shard that ran out of memory.")
-    max_retries_poison: int = Field(2, ge=1, description="How often one batch may fail before it is not tried again.")
+    max_retries_poison: int = Field(
+        2, ge=1, description="How often one batch may fail before it is not tried again."
+    )
     spot_retry_poll_interval: float = Field(
-        60.0, ge=0, title="Wait after a preemption (s)", description="Seconds to wait after a preemption."
+        60.0,
+        ge=0,
+        title="Wait after a preemption (s)",
+        description="Seconds to wait after a preemption.",
     )
     backoff_base_s: float = Field(
-        1.0, ge=0, description="Seconds before the first retry after a passing failure; they double."
+        1.0,
+        ge=0,
+        description="Seconds before the first retry after a passing failure; they double.",
     )
-    backoff_max_s: float = Field(60.0, ge=0, description="Most seconds before a retry after a passing failure.")
-    grace_s: float = Field(30.0, gt=0, description="Seconds a child has to save its work when it is told to stop.")
+    backoff_max_s: float = Field(
+        60.0, ge=0, description="Most seconds before a retry after a passing failure."
+    )
+    grace_s: float = Field(
+        30.0, gt=0, description="Seconds a child has to save its work when it is told to stop."
+    )
     startup_limit_s: float = Field(
         900.0,
         gt=0,
@@ -142,20 +164,30 @@ class RuntimeConfig(BaseModel):
         description="Seconds without a sign of life after which a child is stopped that computes; longer where one layer may "
         "take that long.",
     )
-    artifact_interval_s: float = Field(5.0, gt=0, description="Least seconds between two updates in the Prefect UI.")
+    artifact_interval_s: float = Field(
+        5.0, gt=0, description="Least seconds between two updates in the Prefect UI."
+    )
     heartbeat_s: float = Field(
-        5.0, gt=0, description="Seconds between two signs of life of a shard that runs on another machine."
+        5.0,
+        gt=0,
+        description="Seconds between two signs of life of a shard that runs on another machine.",
     )
     lost_after_s: float = Field(
-        180.0, gt=0, description="Seconds without a sign of life after which another machine is taken to be gone."
+        180.0,
+        gt=0,
+        description="Seconds without a sign of life after which another machine is taken to be gone.",
     )
-    log_interval_s: float = Field(30.0, gt=0, description="Seconds between progress lines where there is no terminal.")
+    log_interval_s: float = Field(
+        30.0, gt=0, description="Seconds between progress lines where there is no terminal."
+    )
 
 
 class EmbedConfig(BaseModel):
     """Embed the proteins of FASTA files with ESM-2: one vector a protein, resumable at any moment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Embed", field_title_generator=_form_title)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", title="Embed", field_title_generator=_form_title
+    )
 
     fasta: InputPaths = Field(
         title="FASTA files",
@@ -164,7 +196,8 @@ class EmbedConfig(BaseModel):
         "standard input; CSV, TSV and Parquet by their suffix. On a command line, several with commas between.",
     )
     output_dir: OutputPath = Field(
-        title="Run directory", description="Run directory: made where missing, continued where it holds a run begun."
+        title="Run directory",
+        description="Run directory: made where missing, continued where it holds a run begun.",
     )
     model: ModelName = Field("esm2_t36_3B_UR50D", description="ESM-2 model, by fair-esm's name.")
     weights: WeightsPath = Field(
@@ -190,7 +223,9 @@ class EmbedConfig(BaseModel):
         description="'auto': every GPU, or where there is none the CPU, a child a core if memory allows; 'cpu' ('cpu,cpu' shares "
         "its cores); '0,1': GPUs.",
     )
-    shards: int | None = Field(None, ge=1, description="Tasks to divide the input into; one per device if not given.")
+    shards: int | None = Field(
+        None, ge=1, description="Tasks to divide the input into; one per device if not given."
+    )
     token_budget: int | None = Field(
         None,
         ge=1,
@@ -203,10 +238,13 @@ class EmbedConfig(BaseModel):
         "whatever machines the work pool of the shard deployment has; they share the run directory.",
     )
     shard_deployment: str = Field(
-        "vnp-embed-shard/gpu", description="Deployment that embeds one shard, where a work pool embeds them."
+        "vnp-embed-shard/gpu",
+        description="Deployment that embeds one shard, where a work pool embeds them.",
     )
     dtype: DType = Field(
-        "auto", title="Precision", description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU."
+        "auto",
+        title="Precision",
+        description="Precision of the model. 'auto': bfloat16 on a GPU, float32 on the CPU.",
     )
     store_dtype: StoreDtypeName | None = Field(
         None,
@@ -226,7 +264,8 @@ class EmbedConfig(BaseModel):
         "aside, named, and all others are embedded; 'fail': its shard fails.",
     )
     allow_partial: CliImplicitFlag[bool] = Field(
-        False, description="Put the dataset together even where shards have failed; without their missing rows."
+        False,
+        description="Put the dataset together even where shards have failed; without their missing rows.",
     )
     force_restart: CliImplicitFlag[bool] = Field(
         False, description="Begin anew: what the run directory holds is moved aside, not continued."
@@ -241,7 +280,9 @@ class EmbedConfig(BaseModel):
         "127.0.0.1",
         description="Where metrics are served. '127.0.0.1': for this machine alone; '0.0.0.0': for all that reach it.",
     )
-    verbose: CliImplicitFlag[bool] = Field(False, description="Show Prefect's own log lines on the console too.")
+    verbose: CliImplicitFlag[bool] = Field(
+        False, description="Show Prefect's own log lines on the console too."
+    )
     invalid_residues: InvalidResidues = Field(
         "error",
         description="What becomes of letters that are no amino acids, and of a * that is not at the end. 'error': the run is refused; "
@@ -254,7 +295,9 @@ class EmbedConfig(BaseModel):
         "'rename': the second x becomes x_2, the third x_3, with the next number where there is such an id.",
     )
     dedup: CliImplicitFlag[bool] = Field(
-        True, title="Compute identical sequences once", description="Compute identical sequences once."
+        True,
+        title="Compute identical sequences once",
+        description="Compute identical sequences once.",
     )
     long: LongSequences = Field(
         "whole",
@@ -293,18 +336,28 @@ class EmbedConfig(BaseModel):
         description="'six-frame': the input is nucleotides; what is embedded are the proteins that VirNucPro makes of them.",
     )
     chunk_length: ChunkLength = Field(
-        500, title="Chunk length (nucleotides)", description="Nucleotides of the chunks that are translated."
+        500,
+        title="Chunk length (nucleotides)",
+        description="Nucleotides of the chunks that are translated.",
     )
-    id_column: str = Field("id", description="Column of CSV, TSV and Parquet files that holds the ids.")
-    sequence_column: str = Field("sequence", description="Column of these that holds the sequences.")
-    runtime: RuntimeConfig = Field(RuntimeConfig(), description="Checkpoints, retries and patience.")
+    id_column: str = Field(
+        "id", description="Column of CSV, TSV and Parquet files that holds the ids."
+    )
+    sequence_column: str = Field(
+        "sequence", description="Column of these that holds the sequences."
+    )
+    runtime: RuntimeConfig = Field(
+        RuntimeConfig(), description="Checkpoints, retries and patience."
+    )
 
     @field_validator("min_length")
     @classmethod
     def _leaves_something(cls, min_length: int | None, info: ValidationInfo) -> int | None:
         most = info.data.get("max_length") if info.data.get("long") != "window" else None
         if min_length is not None and most is not None and min_length > most:
-            raise PydanticCustomError("min_length", "Must not be above --max-length, which is {most}", {"most": most})
+            raise PydanticCustomError(
+                "min_length", "Must not be above --max-length, which is {most}", {"most": most}
+            )
         return min_length
 
     @field_validator("max_length")
@@ -312,7 +365,11 @@ class EmbedConfig(BaseModel):
     def _is_for_long_sequences(cls, max_length: int | None, info: ValidationInfo) -> int | None:
         has_none = info.data.get("long", "whole") in ("whole", "virnucpro")
         if not has_none and max_length is None:
-            raise PydanticCustomError("max_length", "Needed where long sequences are not taken whole")
+            raise PydanticCustomError(
+                "max_length", "Needed where long sequences are not taken whole"
+            )
         if has_none and max_length is not None:
-            raise PydanticCustomError("max_length", "Means nothing where long sequences are taken whole")
+            raise PydanticCustomError(
+                "max_length", "Means nothing where long sequences are taken whole"
+            )
         return max_length

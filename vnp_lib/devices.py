@@ -48,20 +48,26 @@ def available_memory_bytes(
 ) -> int:
     """How much memory can be had: of the machine, or of the control group that this process is held in."""
     lines = meminfo.read_text(encoding="utf-8").splitlines()
-    of_the_machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    of_the_machine = next(
+        int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+    )
     try:
         group = control_group(cgroup, root)
-        limit, used = ((group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current")
+        )
         return min(of_the_machine, int(limit) - int(used))
     except (OSError, StopIteration, ValueError):  # no such group, or "max"
         return of_the_machine
 
 
-def control_group(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Path:
+def control_group(
+    cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Path:
     """Find the directory of this process's control group. OSError or StopIteration where there is none."""
-    own = next(line for line in cgroup.read_text(encoding="utf-8").splitlines() if line.startswith("0::")).removeprefix(
-        "0::"
-    )
+    own = next(
+        line for line in cgroup.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
+    ).removeprefix("0::")
     return root / own.lstrip("/")
 
 
@@ -74,7 +80,11 @@ def free_gpu_bytes(gpu: str) -> int | None:
     """
 
     def free_bytes(nvml: Any) -> int:
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdigit() else nvml.nvmlDeviceGetHandleByUUID(gpu)
+        handle = (
+            nvml.nvmlDeviceGetHandleByIndex(int(gpu))
+            if gpu.isdigit()
+            else nvml.nvmlDeviceGetHandleByUUID(gpu)
+        )
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
 
     return ask_nvml(free_bytes)
@@ -126,7 +136,9 @@ def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
     if config.executor == "local":
         return resolve_devices(config.devices, config.model)
     if config.shards is None:
-        raise ConfigError("--executor work-pool needs --shards: into how many flow runs is the input to be divided?")
+        raise ConfigError(
+            "--executor work-pool needs --shards: into how many flow runs is the input to be divided?"
+        )
     return ("cpu",) if config.devices.startswith("cpu") else ("0",)
 
 

@@ -19,7 +19,9 @@ def child_environment(device: str) -> dict[str, str]:
     if path := os.pathsep.join(filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))):
         inherited["PYTHONPATH"] = path
     if device == "cpu":
-        return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | inherited | {"CUDA_VISIBLE_DEVICES": ""}
+        return (
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | inherited | {"CUDA_VISIBLE_DEVICES": ""}
+        )
     return inherited | {
         "CUDA_VISIBLE_DEVICES": visible_gpu(device),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, cuBLAS need not give the same bits again
@@ -28,10 +30,19 @@ def child_environment(device: str) -> dict[str, str]:
 
 def visible_gpu(device: str) -> str:
     """Name a GPU as CUDA_VISIBLE_DEVICES does, by number or UUID; `device` counts within the mask that there may be."""
-    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    visible = [
+        entry.strip()
+        for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if entry.strip()
+    ]
     return visible[int(device)] if visible else device
 
 
 def viral_checkpoint_mode() -> bool:
     """Whether checkpoints are to be written more often, as VirNucPro's users ask by an environment variable."""
-    return os.environ.get("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "").strip().lower() in {"1", "true", "yes", "on"}
+    return os.environ.get("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "").strip().lower() in {
+        "1",
+        "true",
+        "yes",
+        "on",
+    }

@@ -81,7 +81,9 @@ class DeviceFailedError(VnpError):
 class BatchFailedError(VnpError):
     """An exception while a batch was in the model; that exception is its `__cause__`."""
 
-    def __init__(self, batch_idx: int, sequence_ids: tuple[str, ...], ordinal: int | None = None) -> None:
+    def __init__(
+        self, batch_idx: int, sequence_ids: tuple[str, ...], ordinal: int | None = None
+    ) -> None:
         super().__init__(batch_idx, sequence_ids, ordinal)
         self.batch_idx = batch_idx
         self.sequence_ids = sequence_ids

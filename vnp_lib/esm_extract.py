@@ -75,7 +75,9 @@ class ExtractSettings:
     fasta_file: Path
     output_dir: Path
     toks_per_batch: int = 4096
-    repr_layers: tuple[int, ...] = (-1,)  # 0, the embedding, to the number of layers; -1 is the last
+    repr_layers: tuple[int, ...] = (
+        -1,
+    )  # 0, the embedding, to the number of layers; -1 is the last
     include: frozenset[Kind]
     truncation_seq_length: int = 1022  # residues
     nogpu: bool = False
@@ -102,14 +104,18 @@ def extract(settings: ExtractSettings) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.nogpu else "cpu")
     weights = resolve_weights(model, weights_file or "auto")
-    network = with_heads(load_model(model, weights, dtype=torch.float32, device=device), model, weights, layout.heads)
+    network = with_heads(
+        load_model(model, weights, dtype=torch.float32, device=device), model, weights, layout.heads
+    )
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     remove_orphaned_temporaries(settings.output_dir)
     num_tokens = sum(map(len, sequences)) + TOKENS_AROUND * len(sequences)
     with RunProgress(total_sequences=len(labels), total_tokens=num_tokens) as progress:
         for batch in _batches(labels, sequences, settings.toks_per_batch):
             results = _results(network, batch.to(device), layout)
-            for ordinal, label, result in zip(batch.ordinals.tolist(), batch.sequence_ids, results, strict=True):
+            for ordinal, label, result in zip(
+                batch.ordinals.tolist(), batch.sequence_ids, results, strict=True
+            ):
                 _save(extract_file(label, result), paths[ordinal], settings.output_dir)
             progress.advance(0, sequences=batch.num_sequences, tokens=batch.num_tokens)
     return len(labels)
@@ -127,7 +133,11 @@ def _is_path(model_location: str) -> bool:
     """fair-esm takes what ends in .pt for a path, and all else for a name. We read other files and directories too."""
     if model_location in MODELS:
         return False
-    return "/" in model_location or model_location.endswith((".pt", ".safetensors")) or os.path.lexists(model_location)
+    return (
+        "/" in model_location
+        or model_location.endswith((".pt", ".safetensors"))
+        or os.path.lexists(model_location)
+    )
 
 
 def _read(path: Path) -> tuple[list[str], list[str]]:
@@ -138,7 +148,9 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
         source = Source(path=file, name="standard input" if path == STDIN else str(path))
         with named(source), unchanging(file):
             if holds_fastq(file):
-                raise FastaError(f"{file}: this is FASTQ, which holds nucleotides; give proteins as FASTA")
+                raise FastaError(
+                    f"{file}: this is FASTQ, which holds nucleotides; give proteins as FASTA"
+                )
             for raw in read_fasta(file):
                 checked = check(raw, _FAIR_ESM, first_record=len(labels))
                 if checked.faults:
@@ -151,14 +163,18 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
 
 def _require_distinct_proteins(path: Path, labels: list[str], sequences: list[str]) -> None:
     if not labels:
-        raise FastaError(f"{path}: there is no sequence in it; give a file with at least one record")
+        raise FastaError(
+            f"{path}: there is no sequence in it; give a file with at least one record"
+        )
     if nucleotide_share(sequences[:_SAMPLE]) >= MOST_NUCLEOTIDES_IN_PROTEINS:
         raise FastaError(
             f"{path}: this looks like nucleotides; ESM-2 takes proteins: translate it first, for example with `seqkit translate`"
         )
     label, count = Counter(labels).most_common(1)[0]
     if count > 1:
-        raise FastaError(f"{path}: {count} sequences have the header {label!r}, and each would have the same file")
+        raise FastaError(
+            f"{path}: {count} sequences have the header {label!r}, and each would have the same file"
+        )
 
 
 @contextmanager
@@ -196,11 +212,17 @@ def _truncated(sequences: list[str], most_residues: int) -> list[str]:
     return [sequence[:most_residues] for sequence in sequences]
 
 
-def _batches(labels: Sequence[str], sequences: Sequence[str], token_budget: int) -> Iterator[PackedBatch]:
+def _batches(
+    labels: Sequence[str], sequences: Sequence[str], token_budget: int
+) -> Iterator[PackedBatch]:
     """The longest first: what does not fit into memory fails at once."""
-    num_tokens = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + TOKENS_AROUND
+    num_tokens = (
+        np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + TOKENS_AROUND
+    )
     order = np.argsort(-num_tokens, kind="stable")
-    for batch_idx, ordinals in enumerate(np.split(order, pack(num_tokens[order], token_budget)[1:-1])):
+    for batch_idx, ordinals in enumerate(
+        np.split(order, pack(num_tokens[order], token_budget)[1:-1])
+    ):
         places = ordinals.tolist()
         yield pack_batch(
             [sequences[place] for place in places],
@@ -211,7 +233,9 @@ def _batches(labels: Sequence[str], sequences: Sequence[str], token_budget: int)
 
 
 @torch.inference_mode()
-def _results(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Iterator[dict[Output, Tensor]]:
+def _results(
+    network: PackedModel, batch: PackedBatch, layout: RowLayout
+) -> Iterator[dict[Output, Tensor]]:
     """What goes into the file of each sequence. No tensor is a view: a file would hold all that it is of."""
     lengths = batch.lengths
     rows = split_rows(_rows(network, batch, layout), layout.widths(lengths))
@@ -219,7 +243,8 @@ def _results(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Ite
         shapes = [output.shape(length, layout.embed_dim) for output in layout.outputs]
         parts = row.split_with_sizes([prod(shape) for shape in shapes])
         yield {
-            output: part.view(shape).clone() for output, part, shape in zip(layout.outputs, parts, shapes, strict=True)
+            output: part.view(shape).clone()
+            for output, part, shape in zip(layout.outputs, parts, shapes, strict=True)
         }
 
 

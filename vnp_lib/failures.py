@@ -83,7 +83,9 @@ class FailureCause(StrEnum):
     CIRCUIT_OPEN = "circuit_open"
     QUARANTINE_FULL = "quarantine_full"
     GIVEN_UP = "given_up"  # by a flow run of its own, which has had its retries
-    COMPUTE_ERROR = "compute_error"  # an exception of no special kind while a batch was in the model
+    COMPUTE_ERROR = (
+        "compute_error"  # an exception of no special kind while a batch was in the model
+    )
     NATIVE_CRASH = "native_crash"  # SIGSEGV and its like
     SILENT_EXIT = "silent_exit"  # an exit code, and no word why
     HANG = "hang"
@@ -134,7 +136,9 @@ class Failure:
     ordinal: int | None = None  # the sequence that was in it alone
     sequence_ids: tuple[str, ...] = ()  # the first of that batch, ten at most
     exit_code: int | None = None  # negative: the signal that ended the child
-    batch_sha256: str = ""  # of the batch's ordinals, once it is judged: the plan may be divided into others later
+    batch_sha256: str = (
+        ""  # of the batch's ordinals, once it is judged: the plan may be divided into others later
+    )
 
     @property
     def kind(self) -> FailureKind:
@@ -213,7 +217,11 @@ def classify_exit(
         last_event: What it said last.
     """
     signum = _fatal_signal(exit_code)
-    cause = FailureCause.SILENT_EXIT if signum is None else _SIGNAL_CAUSES.get(signum, FailureCause.KILLED)
+    cause = (
+        FailureCause.SILENT_EXIT
+        if signum is None
+        else _SIGNAL_CAUSES.get(signum, FailureCause.KILLED)
+    )
     if cause == FailureCause.KILLED and ran_out_of_host_memory:
         cause = FailureCause.HOST_OOM
     if cause in _SUSPICIOUS and is_probing:
@@ -325,7 +333,10 @@ _ERRNO_CAUSES: dict[int, FailureCause] = {
 _MESSAGE_CAUSES = tuple(
     (re.compile(pattern, re.IGNORECASE), cause)
     for pattern, cause in (
-        (r"received sigterm|termination notice|preempted|spot interruption", FailureCause.PREEMPTED),
+        (
+            r"received sigterm|termination notice|preempted|spot interruption",
+            FailureCause.PREEMPTED,
+        ),
         (
             r"uncorrectable ecc|ecc error|gpu is lost|fallen off the bus|nvlink|unable to determine the device handle",
             FailureCause.HARDWARE,
@@ -335,8 +346,14 @@ _MESSAGE_CAUSES = tuple(
             FailureCause.HARDWARE,
         ),
         (r"system not yet initialized|unknown error", FailureCause.HARDWARE),
-        (r"defaultcpuallocator|cannot allocate memory|can't allocate memory", FailureCause.HOST_OOM),
-        (r"out of memory|cublas_status_alloc_failed|cudnn_status_alloc_failed", FailureCause.GPU_OOM),
+        (
+            r"defaultcpuallocator|cannot allocate memory|can't allocate memory",
+            FailureCause.HOST_OOM,
+        ),
+        (
+            r"out of memory|cublas_status_alloc_failed|cudnn_status_alloc_failed",
+            FailureCause.GPU_OOM,
+        ),
         (r"device-side assert", FailureCause.DEVICE_ASSERT),
         (r"illegal memory access|illegal address|misaligned address", FailureCause.ILLEGAL_ADDRESS),
         (r"launch timed out", FailureCause.HANG),
@@ -362,7 +379,15 @@ _TYPE_CAUSES: tuple[tuple[type[BaseException], FailureCause], ...] = (
     (ImportError, FailureCause.CONFIGURATION),
     (MemoryError, FailureCause.HOST_OOM),
 )
-_BUGS = (TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError, NotImplementedError)
+_BUGS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 def _cause_of(error: BaseException, *, in_batch: bool) -> FailureCause:

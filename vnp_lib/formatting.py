@@ -18,7 +18,9 @@ def format_bytes(size_bytes: float) -> str:
         return f"{size_bytes:.0f} bytes"
     exponent = next((place for place in (1, 2, 3) if size_bytes < 999.5 * 1000**place), 4)
     value = size_bytes / 1000**exponent
-    return f"{value:.1f} {_UNITS[exponent]}" if value < 99.95 else f"{value:,.0f} {_UNITS[exponent]}"
+    return (
+        f"{value:.1f} {_UNITS[exponent]}" if value < 99.95 else f"{value:,.0f} {_UNITS[exponent]}"
+    )
 
 
 def format_age(at: datetime, now: datetime) -> str:

@@ -28,9 +28,13 @@ from vnp_lib.errors import ConfigError
 class ForecastConfig(EmbedConfig):
     """Say what a run would be. All options of a run are taken. Nothing on disk is changed."""
 
-    output_dir: OutputPath = Field(Path(), description="Where the run would be: the space on that disk is looked at.")
+    output_dir: OutputPath = Field(
+        Path(), description="Where the run would be: the space on that disk is looked at."
+    )
     tokens_per_second: float | None = Field(
-        None, gt=0, description="Tokens per second of all devices together, for the time that the run would take."
+        None,
+        gt=0,
+        description="Tokens per second of all devices together, for the time that the run would take.",
     )
     speed_of: RunPath | None = Field(
         None,
@@ -70,12 +74,18 @@ class _HelpFormatter(argparse.HelpFormatter):
         "tuple[int,...]": "LAYERS",
     }
 
-    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], *args: Any, **kwargs: Any) -> None:
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], *args: Any, **kwargs: Any
+    ) -> None:
         needed = [each for each in actions if "(required)" in (each.help or "")]
-        told = " ".join(f"{each.option_strings[0]} {self._metavar_formatter(each, '')(1)[0]}" for each in needed)
+        told = " ".join(
+            f"{each.option_strings[0]} {self._metavar_formatter(each, '')(1)[0]}" for each in needed
+        )
         super().add_usage(f"%(prog)s {told} [options]", actions, *args, **kwargs)
 
-    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+    def _metavar_formatter(
+        self, action: argparse.Action, default_metavar: str
+    ) -> Callable[[int], tuple[str, ...]]:
         if action.metavar == "float":
             action.metavar = "SECONDS" if "seconds" in (action.help or "").lower() else "N"
         elif isinstance(action.metavar, str):
@@ -83,11 +93,15 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._metavar_formatter(action, default_metavar)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = re.sub(r" \(default: \(.*\)\)$", "", action.help or "")  # of several values; the text says it
+        told = re.sub(
+            r" \(default: \(.*\)\)$", "", action.help or ""
+        )  # of several values; the text says it
         return told.replace(" (default: None)", "").replace(" (required)", "")
 
 
-def parse_command_line(arguments: Sequence[str], *, program: str = "python flows/embed.py") -> EmbedConfig:
+def parse_command_line(
+    arguments: Sequence[str], *, program: str = "python flows/embed.py"
+) -> EmbedConfig:
     """Read the settings from a command line of `program`, and what it leaves open from `VNP_*`.
 
     Raises:
@@ -103,7 +117,9 @@ def parse_forecast_command_line(arguments: Sequence[str]) -> ForecastConfig:
 
 
 def _parse_arguments(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+    namespace: argparse.Namespace | None = None,
 ) -> argparse.Namespace:
     """Do what `parse_args` does, and say what is at fault where a shell has put files in the place of a pattern."""
     given, others = parser.parse_known_args(arguments, namespace)
@@ -120,7 +136,10 @@ def _parse_arguments(
 def _given(model: type[BaseSettings], arguments: Sequence[str], program: str) -> dict[str, Any]:
     try:
         source = CliSettingsSource[Any](
-            model, formatter_class=_HelpFormatter, parse_args_method=_parse_arguments, cli_prog_name=program
+            model,
+            formatter_class=_HelpFormatter,
+            parse_args_method=_parse_arguments,
+            cli_prog_name=program,
         )
         return CliApp.run(model, cli_args=list(arguments), cli_settings_source=source).model_dump()
     except ValidationError as error:
@@ -132,7 +151,9 @@ def _given(model: type[BaseSettings], arguments: Sequence[str], program: str) ->
 def _explain(detail: Mapping[str, object]) -> str:
     location = detail["loc"]
     assert isinstance(location, tuple)
-    option = "--" + ".".join(str(part).replace("_", "-") for part in location if not isinstance(part, int))
+    option = "--" + ".".join(
+        str(part).replace("_", "-") for part in location if not isinstance(part, int)
+    )
     if detail["type"] == "missing":
         return f"{option} is needed (see --help)"
     if detail["type"] == "path":

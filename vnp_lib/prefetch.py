@@ -33,7 +33,9 @@ class ReadAhead(Iterable[T]):
         return sum(future.result() is not _END for future in made)
 
 
-def map_ahead(function: Callable[[S], T], items: Iterable[S], *, threads: int) -> Generator[T, None, None]:
+def map_ahead(
+    function: Callable[[S], T], items: Iterable[S], *, threads: int
+) -> Generator[T, None, None]:
     """Give `function` of each item, in order, while so many threads work on the next ones. An error comes at its place."""
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="map-ahead") as pool:
         ahead: deque[Future[T]] = deque()

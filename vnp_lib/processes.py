@@ -44,7 +44,11 @@ class ProcessIdentity:
         if not _is_running(self.pid):
             return False
         started_at = _started_at(self.pid)
-        return started_at is None or _UNKNOWN in (self.started_at, started_at) or started_at == self.started_at
+        return (
+            started_at is None
+            or _UNKNOWN in (self.started_at, started_at)
+            or started_at == self.started_at
+        )
 
 
 def _is_running(pid: int) -> bool:
@@ -78,6 +82,8 @@ def _started_at(pid: int) -> str | None:
     """When a process was started, or None where the system does not say."""
     try:
         # The name of the program, in parentheses, may hold spaces and parentheses. The start is the 22nd field.
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode("ascii")
+        return (
+            Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode("ascii")
+        )
     except (OSError, LookupError):
         return None

@@ -59,7 +59,10 @@ def require_same_package(starter: object) -> None:
     if isinstance(starter, dict) and starter.get("code_sha256") == ours.code_sha256:
         return
     told = starter if isinstance(starter, dict) else {}
-    version, directory = told.get("version", "of an unknown version"), told.get("directory", "an unknown place")
+    version, directory = (
+        told.get("version", "of an unknown version"),
+        told.get("directory", "an unknown place"),
+    )
     if directory == ours.directory:
         raise ConfigError(
             f"the code of vnp in {directory} has changed since this run was started (from {version} to {ours.version}), "
@@ -88,7 +91,10 @@ class Software:
 
         package = package_in_use()
         return cls(
-            vnp=package.version, code_sha256=package.code_sha256, torch=str(torch.__version__), device=_kind_of(device)
+            vnp=package.version,
+            code_sha256=package.code_sha256,
+            torch=str(torch.__version__),
+            device=_kind_of(device),
         )
 
     @classmethod
@@ -117,7 +123,10 @@ class SoftwareShare:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote."""
-        return cls(software=Software.of_metadata({"software": dict(record)}), sequences=int(record["sequences"]))
+        return cls(
+            software=Software.of_metadata({"software": dict(record)}),
+            sequences=int(record["sequences"]),
+        )
 
 
 def describe_software(shares: Sequence[SoftwareShare]) -> str:
@@ -130,13 +139,21 @@ def describe_software(shares: Sequence[SoftwareShare]) -> str:
         code = f" (code {used.code_sha256[:_CODE_LETTERS]})" if len(codes) > len(versions) else ""
         number = f": {share.sequences:,} sequences" if len(shares) > 1 else ""
         is_known = used.vnp != _UNKNOWN
-        names.append((f"vnp {used.vnp}{code}, torch {used.torch}, {used.device}" if is_known else _UNKNOWN) + number)
+        names.append(
+            (f"vnp {used.vnp}{code}, torch {used.torch}, {used.device}" if is_known else _UNKNOWN)
+            + number
+        )
     return "; ".join(names)
 
 
 def is_mixed(shares: Iterable[SoftwareShare]) -> bool:
     """Whether more than one version of vnp, its code or torch computed a dataset. Devices of several kinds are ordinary."""
-    return len({(each.software.vnp, each.software.code_sha256, each.software.torch) for each in shares}) > 1
+    return (
+        len(
+            {(each.software.vnp, each.software.code_sha256, each.software.torch) for each in shares}
+        )
+        > 1
+    )
 
 
 def exact_software(devices: Iterable[TorchDevice]) -> str:
@@ -144,7 +161,11 @@ def exact_software(devices: Iterable[TorchDevice]) -> str:
     import torch
 
     return ", ".join(
-        [f"vnp {package_in_use().version}", f"torch {torch.__version__}", *sorted(set(map(_kind_of, devices)))]
+        [
+            f"vnp {package_in_use().version}",
+            f"torch {torch.__version__}",
+            *sorted(set(map(_kind_of, devices))),
+        ]
     )
 
 

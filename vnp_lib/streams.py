@@ -52,7 +52,9 @@ class BestEffortStream:
         while data:
             if not self._is_writable():
                 return
-            with suppress(BlockingIOError):  # somebody has made it non-blocking, and another writer was faster
+            with suppress(
+                BlockingIOError
+            ):  # somebody has made it non-blocking, and another writer was faster
                 data = data[os.write(self._fd, data[:_CHUNK_BYTES]) :]
 
     def _is_writable(self) -> bool:
@@ -60,7 +62,13 @@ class BestEffortStream:
         assert self._fd is not None
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        patience_ms = None if self._patience_s is None else self._patience_s * 1000 if self._was_writable else 0
+        patience_ms = (
+            None
+            if self._patience_s is None
+            else self._patience_s * 1000
+            if self._was_writable
+            else 0
+        )
         self._was_writable = bool(poll.poll(patience_ms))
         return self._was_writable
 
@@ -96,7 +104,9 @@ class _Nowhere(io.StringIO):
         return len(text)
 
 
-def best_effort(stream: TextIO | BestEffortStream | None, *, patience_s: float | None = None) -> TextIO:
+def best_effort(
+    stream: TextIO | BestEffortStream | None, *, patience_s: float | None = None
+) -> TextIO:
     """Give a stream that never fails; one that is closed (None) becomes one that nobody reads."""
     if isinstance(stream, BestEffortStream):
         return cast(TextIO, stream)

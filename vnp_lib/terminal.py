@@ -32,7 +32,9 @@ def natural_width(table: Table, console: Console, options: ConsoleOptions) -> in
 
 def error_console(*, quiet: bool = False) -> Console:
     """Standard error, for what is only shown: a full disk, a reader that has left or is paused do not matter."""
-    return with_some_width(Console(file=best_effort(sys.stderr, patience_s=_PATIENCE_S), quiet=quiet))
+    return with_some_width(
+        Console(file=best_effort(sys.stderr, patience_s=_PATIENCE_S), quiet=quiet)
+    )
 
 
 def with_some_width(console: Console) -> Console:

@@ -77,8 +77,17 @@ def user_inputs(given: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
     Raises:
         ConfigError: As `user_path`; or there is nothing between two commas, or standard input is given twice.
     """
-    items = _divided(given) if isinstance(given, str) else [given] if isinstance(given, os.PathLike) else [*given]
-    paths = tuple(Path("-") if str(item).strip() in _STDIN_NAMES else user_path(item, PathUse.INPUT) for item in items)
+    items = (
+        _divided(given)
+        if isinstance(given, str)
+        else [given]
+        if isinstance(given, os.PathLike)
+        else [*given]
+    )
+    paths = tuple(
+        Path("-") if str(item).strip() in _STDIN_NAMES else user_path(item, PathUse.INPUT)
+        for item in items
+    )
     if paths.count(Path("-")) > 1:
         raise ConfigError("-: standard input is given twice, and can be read once; give it once")
     return paths
@@ -102,7 +111,10 @@ def _divided(text: str) -> list[str]:
         parts.append(",".join(pieces[:count]))
         pieces = pieces[count:]
     if len(parts) > 1 and not all(part.strip() for part in parts):
-        raise _refusal(text, "there is nothing before, after or between two of the commas; take that comma away")
+        raise _refusal(
+            text,
+            "there is nothing before, after or between two of the commas; take that comma away",
+        )
     return parts
 
 
@@ -122,12 +134,16 @@ def _means_something(text: str) -> bool:
         expanded = _expanded(text.strip(), PathUse.INPUT)
     except ConfigError:
         return False
-    return os.path.lexists(expanded) or (glob.has_magic(expanded) and any(glob.iglob(expanded, recursive=True)))
+    return os.path.lexists(expanded) or (
+        glob.has_magic(expanded) and any(glob.iglob(expanded, recursive=True))
+    )
 
 
 def _expanded(text: str, use: PathUse) -> str:
     if not text:
-        raise ConfigError("'': the path is empty; give one, or see that the variable that it comes from is set")
+        raise ConfigError(
+            "'': the path is empty; give one, or see that the variable that it comes from is set"
+        )
     if os.path.lexists(text):
         return text
     if collapsed := _COLLAPSED.match(text):
@@ -141,9 +157,14 @@ def _expanded(text: str, use: PathUse) -> str:
             "there are quotes around this path; take them away: a shell does that, a form or a file of variables does not",
         )
     if _ON_WINDOWS.match(text):
-        raise _refusal(text, "this is a path of Windows; give the path that it has here, in WSL for example /mnt/c/...")
+        raise _refusal(
+            text,
+            "this is a path of Windows; give the path that it has here, in WSL for example /mnt/c/...",
+        )
     if _ON_ANOTHER_MACHINE.match(text):
-        raise _refusal(text, "this is on another machine; copy it here first, or mount that file system")
+        raise _refusal(
+            text, "this is on another machine; copy it here first, or mount that file system"
+        )
     return _VARIABLE.sub(lambda variable: _value(variable, text), _with_home(text))
 
 
@@ -153,7 +174,11 @@ def _with_home(text: str) -> str:
     expanded = os.path.expanduser(text)
     if expanded == text:
         user = text[1:].partition("/")[0]
-        what = f"there is no user {user!r} on this machine" if user else "HOME is not set, so that ~ is not known"
+        what = (
+            f"there is no user {user!r} on this machine"
+            if user
+            else "HOME is not set, so that ~ is not known"
+        )
         raise _refusal(text, f"{what}; write the path in full")
     return expanded
 
@@ -162,16 +187,24 @@ def _value(variable: re.Match[str], text: str) -> str:
     name = variable[1] or variable[2]
     value = os.path.expandvars(f"${{{name}}}")
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise _refusal(text, f"only $NAME and ${{NAME}} are expanded; write what {variable[0]} stands for")
+        raise _refusal(
+            text, f"only $NAME and ${{NAME}} are expanded; write what {variable[0]} stands for"
+        )
     if value in ("", f"${{{name}}}"):
-        raise _refusal(text, f"the environment variable {name} is not set; set it, or write the path in full")
+        raise _refusal(
+            text, f"the environment variable {name} is not set; set it, or write the path in full"
+        )
     return value
 
 
 def _path_in_address(text: str, use: PathUse) -> str:
     try:
         address = urlsplit(text)
-        is_here = address.scheme.lower() == "file" and address.netloc in ("", "localhost") and address.path
+        is_here = (
+            address.scheme.lower() == "file"
+            and address.netloc in ("", "localhost")
+            and address.path
+        )
     except ValueError:  # brackets that are no IPv6 address
         is_here = False
     if is_here:
@@ -201,7 +234,9 @@ def _instead_of_address(text: str, use: PathUse) -> str:
     }.get(scheme)
     if use == PathUse.FILE or show is None:
         return "addresses are not fetched; download it, and give the path of the file"
-    return f"addresses are not fetched; pipe it, as in `{show} | python flows/embed.py --fasta - ...`"
+    return (
+        f"addresses are not fetched; pipe it, as in `{show} | python flows/embed.py --fasta - ...`"
+    )
 
 
 def _refusal(text: str, why: str) -> ConfigError:
@@ -213,16 +248,26 @@ def _require_possible(text: str, use: PathUse) -> None:
     if "\0" in text:
         raise ConfigError(f"{text!r}: a path cannot have a NUL character in it; take it away")
     if re.search(r"[\n\r]", text) and not os.path.lexists(text):
-        raise ConfigError(f"{text!r}: there is a line break in this path; give one path, several with commas between")
-    if too_long := next((part for part in text.split("/") if len(os.fsencode(part)) > _MOST_NAME_BYTES), None):
+        raise ConfigError(
+            f"{text!r}: there is a line break in this path; give one path, several with commas between"
+        )
+    if too_long := next(
+        (part for part in text.split("/") if len(os.fsencode(part)) > _MOST_NAME_BYTES), None
+    ):
         raise ConfigError(
             f"{too_long[:40]}...: this is too long for the name of a file, which has {_MOST_NAME_BYTES} bytes at most; give a path"
         )
     try:
         # Of a run directory the path without links is recorded.
-        whole = os.path.realpath(text) if use in (PathUse.OUTPUT, PathUse.RUN) else os.path.abspath(text)
+        whole = (
+            os.path.realpath(text)
+            if use in (PathUse.OUTPUT, PathUse.RUN)
+            else os.path.abspath(text)
+        )
     except OSError as error:
-        raise _refusal(text, f"the current directory is not there any more ({error.strerror})") from None
+        raise _refusal(
+            text, f"the current directory is not there any more ({error.strerror})"
+        ) from None
     try:
         whole.encode()
     except UnicodeEncodeError:

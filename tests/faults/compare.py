@@ -37,7 +37,9 @@ def outcome_of(directory: Path) -> Outcome:
             for ids, rows in dataset.batches(16)
             for sequence_id, row in zip(ids, rows, strict=True)
         ],
-        part_digests={path.name: _sha256(path) for path in RunPaths(directory).embeddings_dir.glob("part-*")},
+        part_digests={
+            path.name: _sha256(path) for path in RunPaths(directory).embeddings_dir.glob("part-*")
+        },
     )
 
 
@@ -53,7 +55,11 @@ def assert_as_uninterrupted(directory: Path, oracle: Outcome) -> None:
     outcome = outcome_of(directory)
     assert outcome.rows == oracle.rows
     assert outcome == oracle
-    held = Counter(ordinal for record in _valid_records(directory, oracle) for ordinal in record.ordinals.tolist())
+    held = Counter(
+        ordinal
+        for record in _valid_records(directory, oracle)
+        for ordinal in record.ordinals.tolist()
+    )
     assert held.most_common(1)[0][1] == 1, f"ordinals in more than one checkpoint: {held}"
     assert not [*directory.rglob(".tmp-*")], f"left behind: {[*directory.rglob('.tmp-*')]}"
 
@@ -73,12 +79,18 @@ def assert_recovers(directory: Path, oracle: Outcome, *, shards: int = 2) -> Non
 def committed_files(directory: Path, oracle: Outcome) -> dict[Path, str]:
     """The sha256 of every checkpoint that proves itself, and of its marker."""
     checkpoints = [record.path for record in _valid_records(directory, oracle)]
-    return {path: _sha256(path) for pt in checkpoints for path in (pt, pt.with_name(pt.name + ".done"))}
+    return {
+        path: _sha256(path) for pt in checkpoints for path in (pt, pt.with_name(pt.name + ".done"))
+    }
 
 
 def committed_ordinals(directory: Path, oracle: Outcome) -> set[int]:
     """What is in checkpoints that prove themselves."""
-    return {ordinal for record in _valid_records(directory, oracle) for ordinal in record.ordinals.tolist()}
+    return {
+        ordinal
+        for record in _valid_records(directory, oracle)
+        for ordinal in record.ordinals.tolist()
+    }
 
 
 def assert_rows_are_right(directory: Path, oracle: Outcome) -> None:

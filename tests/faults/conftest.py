@@ -19,9 +19,17 @@ from tests.faults.workload import expected_rows
 def pytest_addoption(parser):
     group = parser.getgroup("faults")
     group.addoption(
-        "--faults", choices=("small", "full"), default="small", help="How many trials of each fault to run."
+        "--faults",
+        choices=("small", "full"),
+        default="small",
+        help="How many trials of each fault to run.",
     )
-    group.addoption("--fault-seed", type=int, default=None, help="Run again the one trial that failed with this seed.")
+    group.addoption(
+        "--fault-seed",
+        type=int,
+        default=None,
+        help="Run again the one trial that failed with this seed.",
+    )
 
 
 @pytest.fixture(scope="session")

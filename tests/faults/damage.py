@@ -69,9 +69,13 @@ def assert_mended(run_dir: Path, kind: str, template: Path, oracle: Outcome) -> 
     """The next run computes what the damaged file held, and nothing else."""
     before = committed_files(run_dir, oracle)
     lost = committed_ordinals(template, oracle) - committed_ordinals(run_dir, oracle)
-    assert (lost == set()) == (kind not in ("checkpoint", "marker")), f"damage to a {kind} has cost {lost}"
+    assert (lost == set()) == (kind not in ("checkpoint", "marker")), (
+        f"damage to a {kind} has cost {lost}"
+    )
     assert_recovers(run_dir, oracle)
-    records = survey_checkpoints(RunPaths(run_dir).checkpoints_dir, oracle.fingerprint, verify_digests=True).valid
+    records = survey_checkpoints(
+        RunPaths(run_dir).checkpoints_dir, oracle.fingerprint, verify_digests=True
+    ).valid
     computed = [record.ordinals.tolist() for record in records if record.path not in before]
     assert {ordinal for ordinals in computed for ordinal in ordinals} == lost
 
@@ -81,7 +85,9 @@ def assert_refused(run_dir: Path, kind: str, path: Path, oracle: Outcome) -> Non
     paths = RunPaths(run_dir)
     if kind in ("checkpoint", "marker"):
         checkpoint = path.with_name(path.name.removesuffix(".done"))
-        assert _refuses(load_checkpoint, checkpoint, fingerprint=oracle.fingerprint, error=CheckpointError)
+        assert _refuses(
+            load_checkpoint, checkpoint, fingerprint=oracle.fingerprint, error=CheckpointError
+        )
         assert not validate_checkpoint_pt(checkpoint)[0]
         survey = survey_checkpoints(paths.checkpoints_dir, oracle.fingerprint, verify_digests=True)
         assert [damage.path for damage in survey.damaged] == [checkpoint]

@@ -47,7 +47,9 @@ class File:
             case "holes":
                 return _with_holes(whole, start, draw)
             case "writes":
-                return self._safe + b"".join(draw.choice([data, bytes(len(data))]) for data in self._unsynced)
+                return self._safe + b"".join(
+                    draw.choice([data, bytes(len(data))]) for data in self._unsynced
+                )
         return whole
 
     def _whole(self) -> bytes:
@@ -60,7 +62,9 @@ class Directory:
     def __init__(self) -> None:
         self.names: dict[str, File | Directory] = {}  # what a process sees
         self._safe: dict[str, File | Directory] = {}
-        self._unsynced: list[dict[str, File | Directory | None]] = []  # each makes some names and takes some away
+        self._unsynced: list[
+            dict[str, File | Directory | None]
+        ] = []  # each makes some names and takes some away
 
     def change(self, **names: File | Directory | None) -> None:
         """Make names and, where there is None for one, take it away; all at once."""
@@ -114,7 +118,10 @@ class Disk:
 
     def _replace(self, source: Path, target: Path, _: None) -> None:
         moved = self._find(source)
-        (from_directory, old_name), (to_directory, new_name) = self._place(source), self._place(target)
+        (from_directory, old_name), (to_directory, new_name) = (
+            self._place(source),
+            self._place(target),
+        )
         if from_directory is to_directory:
             return from_directory.change(**{new_name: moved, old_name: None})
         to_directory.change(**{new_name: moved})
@@ -175,7 +182,9 @@ def _with_holes(whole: bytes, start: int, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def _write_directory(directory: Directory, target: Path, draw: random.Random, contents: dict[File, bytes]) -> None:
+def _write_directory(
+    directory: Directory, target: Path, draw: random.Random, contents: dict[File, bytes]
+) -> None:
     target.mkdir()
     for name, entry in directory.after_power_loss(draw).items():
         if isinstance(entry, Directory):

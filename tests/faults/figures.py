@@ -25,6 +25,12 @@ def table() -> list[str]:
     """The rows recorded so far as aligned lines, in the order of their recording; none if there are none."""
     if not _figures:
         return []
-    rows = [("fault", "trials", "result"), *((fault, f"{trials:,}", result) for fault, trials, result in _figures)]
+    rows = [
+        ("fault", "trials", "result"),
+        *((fault, f"{trials:,}", result) for fault, trials, result in _figures),
+    ]
     fault_width, trials_width, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [f"{fault:<{fault_width}} | {trials:>{trials_width}} | {result}" for fault, trials, result in rows]
+    return [
+        f"{fault:<{fault_width}} | {trials:>{trials_width}} | {result}"
+        for fault, trials, result in rows
+    ]

@@ -40,7 +40,11 @@ def forgeries(canary: Path) -> Iterator[Forgery]:
     yield from _foreign_objects()
 
 
-def archive(pickled: bytes, storages: tuple[bytes, ...] = (bytes(64),), compression: int = zipfile.ZIP_STORED) -> bytes:
+def archive(
+    pickled: bytes,
+    storages: tuple[bytes, ...] = (bytes(64),),
+    compression: int = zipfile.ZIP_STORED,
+) -> bytes:
     """A zip archive as torch.save makes it."""
     members = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}
     members |= {f"data/{number}": storage for number, storage in enumerate(storages)}
@@ -58,14 +62,37 @@ def tensor(
 ) -> bytes:
     """The operations that build a tensor of any claim."""
     persistent_id = (
-        b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(storage) + _text("cpu") + _int(numel) + b"tQ"
+        b"("
+        + _text("storage")
+        + f"ctorch\n{kind}\n".encode()
+        + _text(storage)
+        + _text("cpu")
+        + _int(numel)
+        + b"tQ"
     )
-    return _TENSOR + b"(" + persistent_id + _int(offset) + _ints(shape) + _ints(strides) + b"\x89" + _NO_HOOKS + b"tR"
+    return (
+        _TENSOR
+        + b"("
+        + persistent_id
+        + _int(offset)
+        + _ints(shape)
+        + _ints(strides)
+        + b"\x89"
+        + _NO_HOOKS
+        + b"tR"
+    )
 
 
 def content(embeddings: bytes, sequence_ids: bytes = b"]", metadata: bytes = b"}") -> bytes:
     """The pickle of a checkpoint, from the operations that build its values."""
-    pairs = (_text("embeddings"), embeddings, _text("sequence_ids"), sequence_ids, _text("metadata"), metadata)
+    pairs = (
+        _text("embeddings"),
+        embeddings,
+        _text("sequence_ids"),
+        sequence_ids,
+        _text("metadata"),
+        metadata,
+    )
     return _PROTOCOL_2 + b"}(" + b"".join(pairs) + b"u."
 
 
@@ -77,26 +104,52 @@ def good_content() -> bytes:
 def _programs(command: str) -> Iterator[tuple[str, bytes]]:
     """Pickles that run a command when a careless unpickler reads them."""
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        yield f"reduce to os.system, protocol {protocol}", pickle.dumps(_Reduced(os.system, command), protocol)
-        yield f"reduce within a checkpoint, protocol {protocol}", pickle.dumps(_checkpoint_with(command), protocol)
+        yield (
+            f"reduce to os.system, protocol {protocol}",
+            pickle.dumps(_Reduced(os.system, command), protocol),
+        )
+        yield (
+            f"reduce within a checkpoint, protocol {protocol}",
+            pickle.dumps(_checkpoint_with(command), protocol),
+        )
     text = _text(command)
     yield "reduce to exec", pickle.dumps(_Reduced(exec, f"__import__('os').system({command!r})"), 2)
     yield "inst", b"(S" + repr(command).encode() + b"\nios\nsystem\n."
     yield "obj", b"(cos\nsystem\n" + text + b"o."
     yield "stack global", b"\x80\x04\x8c\x02os\x8c\x06system\x93" + text + b"\x85R."
     yield "newobj", _PROTOCOL_2 + b"csubprocess\nPopen\n" + text + b"\x85\x81."
-    yield "newobj_ex", b"\x80\x04csubprocess\nPopen\n(" + text + b"t}" + _text("shell") + b"\x88s\x92."
+    yield (
+        "newobj_ex",
+        b"\x80\x04csubprocess\nPopen\n(" + text + b"t}" + _text("shell") + b"\x88s\x92.",
+    )
     yield (
         "build of a class",
-        _PROTOCOL_2 + b"ctypes\nSimpleNamespace\n)R}" + _text("__setstate__") + b"cos\nsystem\nsb" + text + b"b.",
+        _PROTOCOL_2
+        + b"ctypes\nSimpleNamespace\n)R}"
+        + _text("__setstate__")
+        + b"cos\nsystem\nsb"
+        + text
+        + b"b.",
     )
     yield "build of a tensor", _PROTOCOL_2 + b"ctorch\nTensor\n)\x81(" + text + b"tb."
     yield "extension registry", _PROTOCOL_2 + b"\x82\x01" + text + b"\x85R."
-    yield "load from bytes", pickle.dumps(_Reduced(torch.storage._load_from_bytes, _pickled(command)), 2)
+    yield (
+        "load from bytes",
+        pickle.dumps(_Reduced(torch.storage._load_from_bytes, _pickled(command)), 2),
+    )
     yield "nested pickle", pickle.dumps(_Reduced(pickle.loads, _pickled(command)), 2)
-    yield "numpy reconstruct", pickle.dumps(np.array([_Reduced(os.system, command)], dtype=object), 2)
-    yield "getattr of an allowed module", _PROTOCOL_2 + b"ctorch.serialization\nos.system\n" + text + b"\x85R."
-    yield "apply over a list", _PROTOCOL_2 + b"cbuiltins\nlist\n(cbuiltins\nmap\n(cos\nsystem\n]" + text + b"atRtR."
+    yield (
+        "numpy reconstruct",
+        pickle.dumps(np.array([_Reduced(os.system, command)], dtype=object), 2),
+    )
+    yield (
+        "getattr of an allowed module",
+        _PROTOCOL_2 + b"ctorch.serialization\nos.system\n" + text + b"\x85R.",
+    )
+    yield (
+        "apply over a list",
+        _PROTOCOL_2 + b"cbuiltins\nlist\n(cbuiltins\nmap\n(cos\nsystem\n]" + text + b"atRtR.",
+    )
 
 
 def _polyglots(command: str) -> Iterator[Forgery]:
@@ -108,7 +161,9 @@ def _polyglots(command: str) -> Iterator[Forgery]:
     yield Forgery("an archive with bytes after it", good + b"\0")
     yield Forgery("two directories, zipfile's and torch's", _two_directories())
     yield Forgery("a member twice", _zip_with_twins(good_content(), _pickled(command)))
-    yield Forgery("a member in other letters", _zip_with_twins(good_content(), _pickled(command), "DATA.PKL"))
+    yield Forgery(
+        "a member in other letters", _zip_with_twins(good_content(), _pickled(command), "DATA.PKL")
+    )
 
 
 def _torchscript(command: str) -> Iterator[Forgery]:
@@ -119,19 +174,30 @@ def _torchscript(command: str) -> Iterator[Forgery]:
         "version": b"3\n",
     }
     yield Forgery("TorchScript", _zip(members))
-    yield Forgery("TorchScript around a checkpoint", _zip(members | {"data.pkl": good_content(), "data/0": bytes(64)}))
-    yield Forgery("TorchScript with a program for constants", _zip(members | {"constants.pkl": _pickled(command)}))
+    yield Forgery(
+        "TorchScript around a checkpoint",
+        _zip(members | {"data.pkl": good_content(), "data/0": bytes(64)}),
+    )
+    yield Forgery(
+        "TorchScript with a program for constants",
+        _zip(members | {"constants.pkl": _pickled(command)}),
+    )
 
 
 def _bombs() -> Iterator[Forgery]:
     """Small files that would fill the memory, or take for ever."""
     big = 1 << 28
     yield Forgery(
-        "deflated rows", archive(content(tensor((1, big // 4), (big // 4, 1), numel=big // 4)), (bytes(big),), 8)
+        "deflated rows",
+        archive(content(tensor((1, big // 4), (big // 4, 1), numel=big // 4)), (bytes(big),), 8),
     )
-    yield Forgery("deflated pickle", archive(good_content()[:-1] + b"N0" * (1 << 22) + b".", compression=8))
+    yield Forgery(
+        "deflated pickle", archive(good_content()[:-1] + b"N0" * (1 << 22) + b".", compression=8)
+    )
     yield Forgery("bzip2", archive(good_content(), (bytes(1 << 24),), zipfile.ZIP_BZIP2))
-    yield Forgery("bytearray", archive(_PROTOCOL_2 + b"cbuiltins\nbytearray\n" + _int(big) + b"\x85R."))
+    yield Forgery(
+        "bytearray", archive(_PROTOCOL_2 + b"cbuiltins\nbytearray\n" + _int(big) + b"\x85R.")
+    )
     yield Forgery(
         "bytearray in the metadata",
         archive(
@@ -144,16 +210,23 @@ def _bombs() -> Iterator[Forgery]:
     )
     yield Forgery("codecs, doubling", archive(_doubling_by_codec(24)))
     yield Forgery(
-        "a storage by call", archive(_PROTOCOL_2 + b"ctorch.storage\nUntypedStorage\n" + _int(big) + b"\x85R.")
+        "a storage by call",
+        archive(_PROTOCOL_2 + b"ctorch.storage\nUntypedStorage\n" + _int(big) + b"\x85R."),
     )
-    yield Forgery("a tensor by call", archive(_PROTOCOL_2 + b"ctorch\nFloatTensor\n" + _int(big) + b"\x85R."))
+    yield Forgery(
+        "a tensor by call", archive(_PROTOCOL_2 + b"ctorch\nFloatTensor\n" + _int(big) + b"\x85R.")
+    )
     yield Forgery("a tuple that takes for ever to hash", archive(_deep_tuple_as_key(60)))
     yield Forgery("lists of lists", archive(_PROTOCOL_2 + b"]" * 20_000 + b"a" * 19_999 + b"."))
     yield Forgery("marks", archive(_PROTOCOL_2 + b"(" * 100_000 + b"."))
     yield Forgery(
-        "a long integer that is not there", archive(_PROTOCOL_2 + b"\x8b" + struct.pack("<i", 2**31 - 1) + b".")
+        "a long integer that is not there",
+        archive(_PROTOCOL_2 + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"."),
     )
-    yield Forgery("a string that is not there", archive(_PROTOCOL_2 + b"X" + struct.pack("<I", 2**32 - 1) + b"."))
+    yield Forgery(
+        "a string that is not there",
+        archive(_PROTOCOL_2 + b"X" + struct.pack("<I", 2**32 - 1) + b"."),
+    )
 
 
 def _false_claims() -> Iterator[Forgery]:
@@ -163,7 +236,9 @@ def _false_claims() -> Iterator[Forgery]:
         "stride 0": tensor((10_000_000, 2560), (0, 0)),
         "stride 0 in one dimension": tensor((1, 1 << 40), (4, 0)),
         "more rows than bytes": tensor((1 << 30, 4), (4, 1)),
-        "a storage that claims more than its member": tensor((1, 1 << 20), (1 << 20, 1), numel=1 << 20),
+        "a storage that claims more than its member": tensor(
+            (1, 1 << 20), (1 << 20, 1), numel=1 << 20
+        ),
         "an offset behind the end": tensor((1, 4), (4, 1), offset=1 << 30),
         "negative sizes": tensor((-1, 4), (4, 1)),
         "negative strides": tensor((1, 4), (-4, -1)),
@@ -179,8 +254,13 @@ def _false_claims() -> Iterator[Forgery]:
         yield Forgery(name, archive(content(claim, one)))
     shared = tensor((1, 4), (4, 1))
     many = b"](" + b"".join(shared for _ in range(1000)) + b"e"
-    yield Forgery("one storage, a thousand tensors", archive(content(shared, one, b"}" + _text("x") + many + b"s")))
-    yield Forgery("a tensor in the metadata", archive(content(shared, one, b"}" + _text("x") + shared + b"s")))
+    yield Forgery(
+        "one storage, a thousand tensors",
+        archive(content(shared, one, b"}" + _text("x") + many + b"s")),
+    )
+    yield Forgery(
+        "a tensor in the metadata", archive(content(shared, one, b"}" + _text("x") + shared + b"s"))
+    )
 
 
 def _foreign_objects() -> Iterator[Forgery]:
@@ -192,7 +272,9 @@ def _foreign_objects() -> Iterator[Forgery]:
     yield Forgery("a path", archive(pickle.dumps(Path("/etc/passwd"), 2)))
     yield Forgery("a NumPy array", archive(pickle.dumps(np.ones((1, 4), dtype=np.float32), 2)))
     yield Forgery("an id that is a class", archive(content(row, b"]ctorch\nFloatStorage\na")))
-    yield Forgery("a persistent id that is a command", archive(_PROTOCOL_2 + _text("touch it") + b"Q."))
+    yield Forgery(
+        "a persistent id that is a command", archive(_PROTOCOL_2 + _text("touch it") + b"Q.")
+    )
     yield Forgery("an empty archive", _zip({}))
     yield Forgery("an archive without a pickle", _zip({"data/0": bytes(64)}))
     yield Forgery("a pickle without an end", archive(good_content()[:-1]))
@@ -213,14 +295,26 @@ def _pickled(command: str) -> bytes:
 
 
 def _checkpoint_with(command: str) -> dict[str, Any]:
-    return {"embeddings": [[1.0]], "sequence_ids": ["a"], "metadata": {"x": _Reduced(os.system, command)}}
+    return {
+        "embeddings": [[1.0]],
+        "sequence_ids": ["a"],
+        "metadata": {"x": _Reduced(os.system, command)},
+    }
 
 
 def _legacy(pickled: bytes) -> bytes:
     """torch's format before the zip archive: magic number, protocol, system, object, keys of the storages."""
     magic = 0x1950A86A20F9469CFC6C
-    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    return b"".join(pickle.dumps(each, 2) for each in (magic, 1001, system)) + pickled + pickle.dumps([], 2)
+    system = {
+        "protocol_version": 1001,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    return (
+        b"".join(pickle.dumps(each, 2) for each in (magic, 1001, system))
+        + pickled
+        + pickle.dumps([], 2)
+    )
 
 
 def _zip(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -241,7 +335,9 @@ def _two_directories() -> bytes:
     bomb = archive(good_content(), (bytes(1 << 24),), zipfile.ZIP_DEFLATED)
     good = archive(good_content())
     bomb_start = struct.unpack("<I", bomb[-6:-2])[0]
-    padding = bytes(max(0, len(bomb) - bomb_start - 22 - (len(good) - struct.unpack("<I", good[-6:-2])[0] - 22)))
+    padding = bytes(
+        max(0, len(bomb) - bomb_start - 22 - (len(good) - struct.unpack("<I", good[-6:-2])[0] - 22))
+    )
     joined = bomb + padding + good
     return joined[:-6] + struct.pack("<I", bomb_start) + joined[-2:]
 
@@ -253,7 +349,12 @@ def _doubling_by_codec(times: int) -> bytes:
 
 def _deep_tuple_as_key(depth: int) -> bytes:
     """A tuple of twice the tuple before, and so on."""
-    return _PROTOCOL_2 + b"}K\x01" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(depth)) + b"K\x01s."
+    return (
+        _PROTOCOL_2
+        + b"}K\x01"
+        + b"".join(b"q%ch%c\x86" % (level, level) for level in range(depth))
+        + b"K\x01s."
+    )
 
 
 def _text(text: str) -> bytes:

@@ -50,7 +50,9 @@ class CountingOps(WatchedOps):
         self.names.append(name)
         return self.at(len(self.names), name, act, arguments)
 
-    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def at(
+        self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Any:
         """Do the operation with this number."""
         return act(*arguments)
 
@@ -62,7 +64,9 @@ class KillingOps(CountingOps):
         super().__init__()
         self._kill_at = kill_at
 
-    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def at(
+        self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Any:
         if number == self._kill_at:
             if name == "write":
                 fd, data = arguments
@@ -86,7 +90,9 @@ class DenyingOps(CountingOps):
         self._for_good = for_good
         self._failed_fds: set[int] = set()
 
-    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def at(
+        self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Any:
         is_denied = number >= self._deny_at if self._for_good else number == self._deny_at
         if name == "fsync":
             self.synced_again |= arguments[0] in self._failed_fds
@@ -95,7 +101,9 @@ class DenyingOps(CountingOps):
             self._failed_fds.discard(arguments[0])
             act(*arguments)
         if is_denied:
-            raise OSError(self._code, os.strerror(self._code), f"injected at operation {number}, {name}")
+            raise OSError(
+                self._code, os.strerror(self._code), f"injected at operation {number}, {name}"
+            )
         return None if name == "close" else act(*arguments)
 
 
@@ -107,8 +115,14 @@ class ShortWritingOps(CountingOps):
         self._cut_at = cut_at
         self._for_good = for_good
 
-    def at(self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        if name != "write" or number < self._cut_at or (number > self._cut_at and not self._for_good):
+    def at(
+        self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Any:
+        if (
+            name != "write"
+            or number < self._cut_at
+            or (number > self._cut_at and not self._for_good)
+        ):
             return act(*arguments)
         fd, data = arguments
         return act(fd, data[: 1 if number == self._cut_at else (len(data) + 1) // 2])
@@ -120,7 +134,9 @@ class RecordingOps(WatchedOps):
     SIGKILL in the place of operation `kill_at` of those called `kill_name`, or of all, where that is None.
     """
 
-    def __init__(self, record: Path, *, kill_at: int | None = None, kill_name: str | None = None) -> None:
+    def __init__(
+        self, record: Path, *, kill_at: int | None = None, kill_name: str | None = None
+    ) -> None:
         super().__init__()
         self._record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._until_kill = kill_at
@@ -132,7 +148,11 @@ class RecordingOps(WatchedOps):
             if self._until_kill == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
         result = act(*arguments)
-        self.note(name, *(bytes(each) if isinstance(each, memoryview) else each for each in arguments), result)
+        self.note(
+            name,
+            *(bytes(each) if isinstance(each, memoryview) else each for each in arguments),
+            result,
+        )
         return result
 
     def note(self, *event: Any) -> None:

@@ -41,7 +41,9 @@ def flip_bits(directory: Path, seed: int, template: Path, oracle: Outcome) -> No
     assert_mended(run_dir, kind, template, oracle)
 
 
-def refuse_flips(run_dir: Path, kind: str, path: Path, positions: list[int], oracle: Outcome) -> None:
+def refuse_flips(
+    run_dir: Path, kind: str, path: Path, positions: list[int], oracle: Outcome
+) -> None:
     whole = path.read_bytes()
     for position in positions:
         data = bytearray(whole)

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.compare import Outcome, assert_recovers, committed_files, committed_ordinals, outcome_of
+from tests.faults.compare import (
+    Outcome,
+    assert_recovers,
+    committed_files,
+    committed_ordinals,
+    outcome_of,
+)
 from tests.faults.damage import KINDS, assert_mended, assert_refused, copy_of, file_of, whole_run
 from tests.faults.figures import record_figure
 from tests.faults.trials import call
@@ -25,7 +31,15 @@ from vnp_lib.storage.durable import marker_path
 pytestmark = pytest.mark.slow
 
 GROWTHS = sorted(
-    {*range(1, 18), *(2**power + step for power in range(5, 13) for step in (-1, 0, 1) if 2**power + step <= 4096)}
+    {
+        *range(1, 18),
+        *(
+            2**power + step
+            for power in range(5, 13)
+            for step in (-1, 0, 1)
+            if 2**power + step <= 4096
+        ),
+    }
 )
 
 
@@ -35,7 +49,9 @@ def lengths(path: Path) -> list[int]:
     cuts = {0, 1, size - 1, *range(512, size, 512)}
     if path.suffix == ".pt":
         cuts |= {boundary + step for boundary in zip_boundaries(path) for step in (-1, 0, 1)}
-    return sorted(length for length in cuts if 0 <= length < size) + [size + growth for growth in GROWTHS]
+    return sorted(length for length in cuts if 0 <= length < size) + [
+        size + growth for growth in GROWTHS
+    ]
 
 
 def zip_boundaries(path: Path) -> Iterator[int]:
@@ -44,7 +60,9 @@ def zip_boundaries(path: Path) -> Iterator[int]:
     with zipfile.ZipFile(path) as archive:
         yield from (archive.start_dir, len(data) - 22, len(data) - 42, len(data) - 98)
         for member in archive.infolist():
-            name, extra = struct.unpack("<HH", data[member.header_offset + 26 : member.header_offset + 30])
+            name, extra = struct.unpack(
+                "<HH", data[member.header_offset + 26 : member.header_offset + 30]
+            )
             start = member.header_offset + 30 + name + extra
             yield from (member.header_offset, start, start + member.file_size)
 
@@ -54,7 +72,11 @@ def test_no_file_of_another_length_is_believed(trials, oracle, scale) -> None:
     template = trials.scratch / "lengths" / "run"
     trials.once(whole_run, template)
     num_lengths = sum(trials.run(cut_and_grow, range(len(KINDS) * scale(1, 8)), template, oracle))
-    record_figure("cuts and growth at every length class", num_lengths, "0 accepted, 0 good checkpoints computed again")
+    record_figure(
+        "cuts and growth at every length class",
+        num_lengths,
+        "0 accepted, 0 good checkpoints computed again",
+    )
 
 
 def cut_and_grow(directory: Path, seed: int, template: Path, oracle: Outcome) -> int:
@@ -70,12 +92,16 @@ def cut_and_grow(directory: Path, seed: int, template: Path, oracle: Outcome) ->
     return len(chosen)
 
 
-def refuse_lengths(run_dir: Path, kind: str, path: Path, chosen: list[int], seed: int, oracle: Outcome) -> None:
+def refuse_lengths(
+    run_dir: Path, kind: str, path: Path, chosen: list[int], seed: int, oracle: Outcome
+) -> None:
     whole = path.read_bytes()
     draw = random.Random(seed)
     for length in chosen:
         growth = max(0, length - len(whole))
-        more = draw.choice([bytes(growth), draw.randbytes(growth), (whole * (1 + growth // len(whole)))[:growth]])
+        more = draw.choice(
+            [bytes(growth), draw.randbytes(growth), (whole * (1 + growth // len(whole)))[:growth]]
+        )
         path.write_bytes(whole[:length] + more)
         try:
             assert_refused(run_dir, kind, path, oracle)
@@ -148,7 +174,9 @@ def of_another_run_with_marker(ours: Path, theirs: Path) -> None:
     lose_both(ours, theirs)
     with AsyncCheckpointWriter() as writer:
         rows = torch.from_numpy(held.embeddings + 1)
-        writer.write_checkpoint_async(ours, rows, held.sequence_ids, held.metadata | {"fingerprint": "0" * 64})
+        writer.write_checkpoint_async(
+            ours, rows, held.sequence_ids, held.metadata | {"fingerprint": "0" * 64}
+        )
 
 
 def a_directory(ours: Path, theirs: Path) -> None:
@@ -194,7 +222,9 @@ def misplace(directory: Path, seed: int, template: Path, oracle: Outcome) -> Non
     assert not ended.error, ended.error
     is_doubled = change is copy_over_with_marker
     good = committed_files(run_dir, oracle)
-    assert len(good) == len(committed_files(template, oracle)) - 2 * (num_lost - is_doubled), change.__name__
+    assert len(good) == len(committed_files(template, oracle)) - 2 * (num_lost - is_doubled), (
+        change.__name__
+    )
     lost = committed_ordinals(template, oracle) - committed_ordinals(run_dir, oracle)
     assert bool(lost) == bool(num_lost), change.__name__
 

@@ -47,7 +47,9 @@ def test_a_refused_operation_is_a_clear_error_at_worst(trials, oracle, scale, sc
     """Each errno at each operation; at writes, of which a file takes dozens, they take turns."""
     template = trials.scratch / f"refused-{scenario.__name__}"
     refusals = list(all_refusals(trials.once(prepare, scenario, template)))
-    chosen = random.Random(2).sample(range(len(refusals)), min(len(refusals), scale(35, len(refusals))))
+    chosen = random.Random(2).sample(
+        range(len(refusals)), min(len(refusals), scale(35, len(refusals)))
+    )
     ended_well = trials.run(refuse, chosen, refusals, template, oracle)
     assert any(ended_well) or len(ended_well) == 1, "no run ever got over an error"
     names = ", ".join(errno.errorcode[code] for code in CODES)
@@ -117,7 +119,9 @@ def all_refusals(operations: list[str]) -> Iterator[Refusal]:
             yield Refusal(number, code, for_good)
 
 
-def refuse(directory: Path, seed: int, refusals: list[Refusal], template: Path, oracle: Outcome) -> bool:
+def refuse(
+    directory: Path, seed: int, refusals: list[Refusal], template: Path, oracle: Outcome
+) -> bool:
     """Refuse `refusals[seed]`. Say whether the run ended well all the same."""
     run_dir = copy_of(template, directory)
     committed = committed_files(run_dir, oracle)

@@ -38,7 +38,9 @@ def test_a_run_killed_again_and_again_is_finished_by_the_last(trials, oracle, se
     """At up to twenty operations and moments in a row, with another number of shards each time."""
     num_kills = trials.run(kill_again_and_again, seeds(scale(20, 2_000)), oracle)
     record_figure(
-        "random multi-kill, 1 to 20 kills a run", len(num_kills), f"0 mismatches after {sum(num_kills):,} kills"
+        "random multi-kill, 1 to 20 kills a run",
+        len(num_kills),
+        f"0 mismatches after {sum(num_kills):,} kills",
     )
 
 

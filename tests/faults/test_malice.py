@@ -90,7 +90,9 @@ def test_no_forged_checkpoint_is_believed_and_none_runs_code(scratch, has_marker
         if has_marker:
             vouch_for(path, **GOOD_FIELDS)
 
-        growth_bytes = peak_growth_bytes(lambda run=run, path=path, name=name: _require_refusal(run, path, name))
+        growth_bytes = peak_growth_bytes(
+            lambda run=run, path=path, name=name: _require_refusal(run, path, name)
+        )
 
         assert growth_bytes < MEMORY_BYTES + MEMORY_PER_BYTE * len(data), (
             f"{name}: reading {len(data):,} bytes took {growth_bytes:,}"
@@ -110,7 +112,9 @@ def _require_refusal(run: Path, path: Path, name: str) -> None:
     assert not is_valid, name
     assert reason, name
     survey = survey_checkpoints(run, RUN, verify_digests=True)
-    assert len(survey.damaged) == (not has_marker), name  # a survey reads markers and digests, and no content
+    assert len(survey.damaged) == (not has_marker), (
+        name
+    )  # a survey reads markers and digests, and no content
     heal_shard(run, 0, RUN)
     assert path.exists() == has_marker, name
     resumed = resume_from_checkpoints(run, 0)
@@ -126,11 +130,18 @@ def _is_believed(path: Path) -> bool:
     return True
 
 
-FORGED_INTO_A_RUN = ["reduce to os.system, protocol 2, as a zip archive", "bytearray", "stride 0", "TorchScript"]
+FORGED_INTO_A_RUN = [
+    "reduce to os.system, protocol 2, as a zip archive",
+    "bytearray",
+    "stride 0",
+    "TorchScript",
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FORGED_INTO_A_RUN, "other ids", "ordinals of nobody", "ordinals in another order"])
+@pytest.mark.parametrize(
+    "name", [*FORGED_INTO_A_RUN, "other ids", "ordinals of nobody", "ordinals in another order"]
+)
 def test_a_run_gets_rid_of_a_forged_checkpoint_and_computes_its_rows(trials, oracle, name):
     """Though its marker fits, and a resume, which reads digests only, takes it for good."""
     template = trials.scratch / "forged" / "run"
@@ -144,7 +155,11 @@ def recover_from_forgery(directory: Path, template: Path, name: str, oracle: Out
     path = RunPaths(run_dir).checkpoint(0, 1)
     ended = call(forge, path, name, directory / "canary")
     assert not ended.error, ended.error
-    good = {path_: digest for path_, digest in committed_files(run_dir, oracle).items() if path.name not in path_.name}
+    good = {
+        path_: digest
+        for path_, digest in committed_files(run_dir, oracle).items()
+        if path.name not in path_.name
+    }
     for _ in range(3):
         ended = call(run_to_the_end, run_dir)
         if ended.value:
@@ -163,9 +178,18 @@ def forge(path: Path, name: str, canary: Path) -> None:
     marker_path(path).unlink()
     if name in FORGED_INTO_A_RUN:
         path.write_bytes(dict(forgeries(canary))[name])
-        vouch_for(path, rows=len(ordinals), width=8, ordinals=ordinals, fingerprint=held.metadata["fingerprint"])
+        vouch_for(
+            path,
+            rows=len(ordinals),
+            width=8,
+            ordinals=ordinals,
+            fingerprint=held.metadata["fingerprint"],
+        )
         return
-    changed = {"ordinals of nobody": [each + 10_000 for each in ordinals], "ordinals in another order": ordinals[::-1]}
+    changed = {
+        "ordinals of nobody": [each + 10_000 for each in ordinals],
+        "ordinals in another order": ordinals[::-1],
+    }
     ids = [f"x{id_}" for id_ in held.sequence_ids] if name == "other ids" else held.sequence_ids
     with AsyncCheckpointWriter() as writer:
         metadata = held.metadata | {"ordinals": changed.get(name, ordinals)}
@@ -222,32 +246,47 @@ def walled_in(tmp_path) -> Iterator[Path]:
 
 def test_hostile_ids_given_to_the_writer_come_back_exactly(walled_in, seeds):
     (seed,) = seeds(1)
-    ids = [*hostile_ids(seed), "\udc80", "\ud800"]  # no text that a file could hold, but Python strings nevertheless
+    ids = [
+        *hostile_ids(seed),
+        "\udc80",
+        "\ud800",
+    ]  # no text that a file could hold, but Python strings nevertheless
     path = RunPaths(walled_in).checkpoint(0, 0)
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(
-            path, torch.arange(len(ids) * 2.0).reshape(-1, 2), ids, {"ordinals": list(range(len(ids)))}
+            path,
+            torch.arange(len(ids) * 2.0).reshape(-1, 2),
+            ids,
+            {"ordinals": list(range(len(ids)))},
         )
     checkpoint = load_checkpoint(path, fingerprint=None)
     assert checkpoint.sequence_ids == ids, f"seed {seed}"
-    assert sorted(each.name for each in walled_in.rglob("*") if each.is_file()) == [path.name, marker_path(path).name]
+    assert sorted(each.name for each in walled_in.rglob("*") if each.is_file()) == [
+        path.name,
+        marker_path(path).name,
+    ]
     assert resume_from_checkpoints(RunPaths(walled_in).checkpoints_dir, 0).ids == ids
     record_figure("hostile ids, given to the writer", len(ids), "0 written outside, all come back")
 
 
-def test_hostile_ids_in_a_fasta_come_back_exactly_from_the_dataset(walled_in, seeds, tmp_path_factory):
+def test_hostile_ids_in_a_fasta_come_back_exactly_from_the_dataset(
+    walled_in, seeds, tmp_path_factory
+):
     """All that the reader takes: the id ends at the first white space, shows something, and has no control characters."""
     (seed,) = seeds(1)
     margin = re.compile(f"^[{INVISIBLE}]|[{INVISIBLE}]$")
     ids = [
         each
         for each in hostile_ids(seed)
-        if each.split() == [each] and not margin.search(each) and "Cc" not in map(unicodedata.category, each)
+        if each.split() == [each]
+        and not margin.search(each)
+        and "Cc" not in map(unicodedata.category, each)
     ]
     fasta = tmp_path_factory.mktemp("input") / "hostile.fasta"
     draw = random.Random(seed)
     fasta.write_text(
-        "".join(f">{each} ../{each}\n{''.join(draw.choices(ALPHABET, k=30))}\n" for each in ids), newline=""
+        "".join(f">{each} ../{each}\n{''.join(draw.choices(ALPHABET, k=30))}\n" for each in ids),
+        newline="",
     )
     paths = RunPaths(walled_in)
     model = ModelIdentity(model="m", weights_digest="w", layer=1, dtype="float32")
@@ -255,16 +294,24 @@ def test_hostile_ids_in_a_fasta_come_back_exactly_from_the_dataset(walled_in, se
 
     for rank in range(plan.num_shards):
         _embed_by_id(plan, paths, rank)
-    assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
+    assemble(
+        plan,
+        paths,
+        survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid,
+    )
 
     assert verify_dataset(walled_in) == []
     dataset = open_dataset(walled_in)
     assert dataset.ids == ids, f"seed {seed}"
-    assert all(dataset[each][0] == np.float32(zlib.crc32(each.encode())) for each in ids), f"seed {seed}"
+    assert all(dataset[each][0] == np.float32(zlib.crc32(each.encode())) for each in ids), (
+        f"seed {seed}"
+    )
     names = {each.relative_to(walled_in).parts[0] for each in walled_in.rglob("*")}
     assert names == {"plan", "checkpoints", "embeddings"}
     assert len(ids) >= 200
-    record_figure("hostile ids, through a FASTA to the dataset", len(ids), "0 written outside, all come back")
+    record_figure(
+        "hostile ids, through a FASTA to the dataset", len(ids), "0 written outside, all come back"
+    )
 
 
 def _embed_by_id(plan: RunPlan, paths: RunPaths, rank: int) -> None:
@@ -273,7 +320,10 @@ def _embed_by_id(plan: RunPlan, paths: RunPaths, rank: int) -> None:
     rows = torch.tensor([[float(np.float32(zlib.crc32(each.encode())))] * 2 for each in ids])
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(
-            paths.checkpoint(rank, 0), rows, ids, {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
+            paths.checkpoint(rank, 0),
+            rows,
+            ids,
+            {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint},
         )
 
 
@@ -283,7 +333,10 @@ def _tree(directory: Path, *, but: Path) -> dict[str, tuple[int, int]]:
         folders[:] = [each for each in folders if Path(folder, each) != but]
         for name in (*names, *folders):
             status = Path(folder, name).lstat()
-            found[os.path.join(folder, name)] = (status.st_mode, 0 if name in folders else status.st_size)
+            found[os.path.join(folder, name)] = (
+                status.st_mode,
+                0 if name in folders else status.st_size,
+            )
     return found
 
 
@@ -304,11 +357,15 @@ def elsewhere(walled_in) -> Path:
 
 def write_row(path: Path) -> None:
     with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(path, torch.ones(1, 2), ["a"], {"ordinals": [0], "fingerprint": RUN})
+        writer.write_checkpoint_async(
+            path, torch.ones(1, 2), ["a"], {"ordinals": [0], "fingerprint": RUN}
+        )
 
 
 @pytest.mark.parametrize("leads_to", ["file", "nowhere"])
-def test_a_link_under_the_temporary_name_is_not_followed(walled_in, elsewhere, monkeypatch, leads_to):
+def test_a_link_under_the_temporary_name_is_not_followed(
+    walled_in, elsewhere, monkeypatch, leads_to
+):
     """However well its name was guessed."""
     monkeypatch.setattr(durable.uuid, "uuid4", lambda: uuid.UUID(int=7))
     path = RunPaths(walled_in).checkpoint(0, 0)
@@ -321,7 +378,9 @@ def test_a_link_under_the_temporary_name_is_not_followed(walled_in, elsewhere, m
 
 @pytest.mark.parametrize("leads_to", ["file", "nowhere"])
 @pytest.mark.parametrize("link", ["checkpoint", "marker"])
-def test_a_link_in_the_place_of_a_checkpoint_is_moved_aside_and_not_followed(walled_in, elsewhere, link, leads_to):
+def test_a_link_in_the_place_of_a_checkpoint_is_moved_aside_and_not_followed(
+    walled_in, elsewhere, link, leads_to
+):
     path = RunPaths(walled_in).checkpoint(0, 0)
     path.parent.mkdir(parents=True)
     (path if link == "checkpoint" else marker_path(path)).symlink_to(elsewhere / leads_to)
@@ -333,11 +392,19 @@ def test_a_link_in_the_place_of_a_checkpoint_is_moved_aside_and_not_followed(wal
 
 
 @pytest.mark.parametrize("leads_to", ["file", "nowhere"])
-def test_a_link_in_the_place_of_a_lock_the_manifest_or_the_plan_is_not_followed(walled_in, elsewhere, leads_to):
+def test_a_link_in_the_place_of_a_lock_the_manifest_or_the_plan_is_not_followed(
+    walled_in, elsewhere, leads_to
+):
     paths = RunPaths(walled_in)
     paths.plan_dir.mkdir()
     paths.checkpoints_dir.mkdir()
-    for link in (paths.run_lock, paths.manifest, paths.manifest.with_suffix(".lock"), paths.plan_json, paths.sequences):
+    for link in (
+        paths.run_lock,
+        paths.manifest,
+        paths.manifest.with_suffix(".lock"),
+        paths.plan_json,
+        paths.sequences,
+    ):
         link.symlink_to(elsewhere / leads_to)
     with pytest.raises(OSError, match="symbolic"):
         FileLock(paths.run_lock, purpose="test").acquire(timeout_s=0)
@@ -351,7 +418,9 @@ def test_a_link_in_the_place_of_a_lock_the_manifest_or_the_plan_is_not_followed(
     assert not paths.sequences.is_symlink()
 
 
-@pytest.mark.parametrize("name", ["plan", "checkpoints", "checkpoints/shard_0", "embeddings", ".assembly"])
+@pytest.mark.parametrize(
+    "name", ["plan", "checkpoints", "checkpoints/shard_0", "embeddings", ".assembly"]
+)
 def test_a_run_does_not_write_through_a_link_to_a_directory(walled_in, elsewhere, name):
     link = walled_in / name
     link.parent.mkdir(exist_ok=True)
@@ -365,4 +434,6 @@ def test_a_child_does_not_log_through_a_link(walled_in, elsewhere):
     log.symlink_to(elsewhere / "file")
     limits = {"startup_limit_s": 1.0, "silence_limit_s": 1.0, "grace_s": 1.0}
     with pytest.raises(OSError, match="symbolic"):
-        asyncio.run(run_child(Path("job.json"), device="cpu", log_path=log, on_event=None, **limits))
+        asyncio.run(
+            run_child(Path("job.json"), device="cpu", log_path=log, on_event=None, **limits)
+        )

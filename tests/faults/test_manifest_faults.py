@@ -19,7 +19,15 @@ from vnp_lib.checkpoint.manifest import CheckpointManifest
 pytestmark = pytest.mark.slow
 
 NUM_PROCESSES = 8
-CHANGES = ("update", "mark_complete", "mark_failed", "start_attempt", "record_failure", "initialize", "rebuild")
+CHANGES = (
+    "update",
+    "mark_complete",
+    "mark_failed",
+    "start_attempt",
+    "record_failure",
+    "initialize",
+    "rebuild",
+)
 
 
 def test_no_update_of_eight_processes_is_lost(trials, scale) -> None:
@@ -28,33 +36,51 @@ def test_no_update_of_eight_processes_is_lost(trials, scale) -> None:
     recorded = trials.once(eight_processes, num_updates)
     assert recorded == NUM_PROCESSES * num_updates
     record_figure(
-        f"manifest: 8 processes x {num_updates} updates", NUM_PROCESSES * num_updates, f"{recorded:,} recorded"
+        f"manifest: 8 processes x {num_updates} updates",
+        NUM_PROCESSES * num_updates,
+        f"{recorded:,} recorded",
     )
 
 
-def test_a_manifest_is_whole_and_knows_what_was_acknowledged_wherever_a_writer_is_killed(trials, scale) -> None:
+def test_a_manifest_is_whole_and_knows_what_was_acknowledged_wherever_a_writer_is_killed(
+    trials, scale
+) -> None:
     """Each kind of change, killed at each operation, while another process goes on with its own."""
     num_operations = {change: trials.once(count_operations, change) for change in CHANGES}
-    every = [(change, number) for change in CHANGES for number in range(1, num_operations[change] + 1)]
+    every = [
+        (change, number) for change in CHANGES for number in range(1, num_operations[change] + 1)
+    ]
     num_trials = len(trials.run(kill_a_change, range(len(every) * scale(1, 8)), every))
     record_figure(
-        "manifest: killed at each operation of each change", num_trials, "JSON valid, nothing acknowledged lost"
+        "manifest: killed at each operation of each change",
+        num_trials,
+        "JSON valid, nothing acknowledged lost",
     )
 
 
 def test_no_update_is_lost_among_processes_that_are_killed(trials, seeds, scale) -> None:
     """Eight processes that update and are killed at any moment, and started again."""
     counts = trials.run(kill_updaters, seeds(scale(2, 20)))
-    record_figure("manifest: 8 processes killed at random", sum(counts), "JSON valid, nothing acknowledged lost")
+    record_figure(
+        "manifest: 8 processes killed at random",
+        sum(counts),
+        "JSON valid, nothing acknowledged lost",
+    )
 
 
 def eight_processes(directory: Path, num_updates: int) -> int:
     manifest = new_manifest(directory)
-    children = [Child(update, manifest.path, number // 2, number * num_updates, num_updates) for number in range(8)]
+    children = [
+        Child(update, manifest.path, number // 2, number * num_updates, num_updates)
+        for number in range(8)
+    ]
     ended = [child.wait() for child in children]
     assert not any(each.error for each in ended), [each.error for each in ended]
     shards = [manifest.get_shard_status(rank) for rank in range(NUM_PROCESSES)]
-    assert manifest.get_global_progress()["total_sequences_checkpointed"] == 10 * NUM_PROCESSES * num_updates
+    assert (
+        manifest.get_global_progress()["total_sequences_checkpointed"]
+        == 10 * NUM_PROCESSES * num_updates
+    )
     return sum(shard["num_checkpoints"] for shard in shards)
 
 
@@ -78,20 +104,28 @@ def kill_a_change(directory: Path, seed: int, every: list[tuple[str, int]]) -> N
     json.loads(manifest.path.read_bytes())
     assert manifest.get_shard_status(2)["num_checkpoints"] == 10
     assert manifest.failures(1)[0] == {"kind": "before"}
-    assert not call(do, change, directory).error  # the lock is free, and the same change can be made again
+    assert not call(
+        do, change, directory
+    ).error  # the lock is free, and the same change can be made again
 
 
 def kill_updaters(directory: Path, seed: int) -> int:
     """Say how many updates were acknowledged."""
     draw = random.Random(seed)
     manifest = new_manifest(directory)
-    running = {rank: Child(update_and_acknowledge, manifest.path, rank, 0) for rank in range(NUM_PROCESSES)}
+    running = {
+        rank: Child(update_and_acknowledge, manifest.path, rank, 0) for rank in range(NUM_PROCESSES)
+    }
     for _ in range(24):
         rank = draw.randrange(NUM_PROCESSES)
-        _until_acknowledged(manifest.path, rank, at_least=_acknowledged(manifest.path, rank) + draw.randint(0, 2))
+        _until_acknowledged(
+            manifest.path, rank, at_least=_acknowledged(manifest.path, rank) + draw.randint(0, 2)
+        )
         kill(running[rank])
         json.loads(manifest.path.read_bytes())
-        running[rank] = Child(update_and_acknowledge, manifest.path, rank, 100_000 * (1 + _round(manifest.path, rank)))
+        running[rank] = Child(
+            update_and_acknowledge, manifest.path, rank, 100_000 * (1 + _round(manifest.path, rank))
+        )
     for child in running.values():
         kill(child)
     total = 0
@@ -99,7 +133,9 @@ def kill_updaters(directory: Path, seed: int) -> int:
         acknowledged = _acknowledged(manifest.path, rank)
         recorded = manifest.get_shard_status(rank)["num_checkpoints"]
         deaths = _round(manifest.path, rank) + 1
-        assert acknowledged <= recorded <= acknowledged + deaths, f"shard {rank}: {acknowledged} said, {recorded} there"
+        assert acknowledged <= recorded <= acknowledged + deaths, (
+            f"shard {rank}: {acknowledged} said, {recorded} there"
+        )
         total += acknowledged
     return total
 

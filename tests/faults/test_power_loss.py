@@ -87,7 +87,9 @@ def record_run(run_dir: Path, record: Path, shards: int, **kill: Any) -> None:
 
 
 def assert_nothing_lost(run_dir: Path, events: list[Event], oracle: Outcome) -> None:
-    acknowledged = {ordinal for name, *details in events if name == ACKNOWLEDGED for ordinal in details[0]}
+    acknowledged = {
+        ordinal for name, *details in events if name == ACKNOWLEDGED for ordinal in details[0]
+    }
     lost = acknowledged - committed_ordinals(run_dir, oracle)
     assert not lost, f"ordinals {sorted(lost)} were called durable"
     if any(event[0] == ASSEMBLED for event in events):

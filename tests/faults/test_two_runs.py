@@ -48,7 +48,9 @@ def test_a_second_run_is_refused_at_once_and_told_by_whom(trials, oracle, scale)
     """And the lock is free the moment its holder is killed."""
     waited_s = trials.run(refuse_the_second, range(scale(3, 30)), oracle)
     record_figure(
-        "a second run while the first holds the lock", len(waited_s), f"refused within {max(waited_s) * 1000:.0f} ms"
+        "a second run while the first holds the lock",
+        len(waited_s),
+        f"refused within {max(waited_s) * 1000:.0f} ms",
     )
 
 
@@ -101,7 +103,11 @@ def run_twice_without_locks(directory: Path, seed: int, oracle: Outcome) -> Coun
     events = Counter(told.read_text().splitlines() if told.exists() else ())
     return (
         Counter(
-            {"trials": 1, "committed files replaced": 0, "attempts that failed and were made again": failures.total()}
+            {
+                "trials": 1,
+                "committed files replaced": 0,
+                "attempts that failed and were made again": failures.total(),
+            }
         )
         + events
     )
@@ -128,7 +134,9 @@ def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
             if run_to_the_end(run_dir, shards=shards):
                 return errors
         except (VnpError, OSError, ValueError) as error:
-            if isinstance(error, ValueError) and "there is no shard" not in str(error):  # in the other's manifest
+            if isinstance(error, ValueError) and "there is no shard" not in str(
+                error
+            ):  # in the other's manifest
                 raise
             errors.append(f"{type(error).__name__}: {error}")
             time.sleep(draw.uniform(0, LONGEST_OFFSET_S))
@@ -167,7 +175,9 @@ def _is_committed(path: Path) -> bool:
     if not re.fullmatch(r"batch_\d{5}\.pt(\.done)?", path.name):
         return False
     checkpoint = path.with_name(path.name.removesuffix(".done"))
-    return path.exists() and marker_path(checkpoint).exists() and validate_checkpoint_pt(checkpoint)[0]
+    return (
+        path.exists() and marker_path(checkpoint).exists() and validate_checkpoint_pt(checkpoint)[0]
+    )
 
 
 def refuse_the_second(directory: Path, seed: int, oracle: Outcome) -> float:

@@ -72,15 +72,21 @@ class Trials:
         """Call `function(directory, *arguments)` in a process of its own, and return what it returns."""
         return self._run(_without_seed, [0], (function, *arguments))[0]
 
-    def _run(self, trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...]) -> list[Any]:
+    def _run(
+        self, trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...]
+    ) -> list[Any]:
         pickle.dump((trial, seeds, common, self.scratch), self._server.stdin)
         self._server.stdin.flush()
         ended: list[Ended] = pickle.load(self._server.stdout)
         failed = [
-            (seed, each.error) for seed, each in zip(seeds, ended, strict=True) if each.error not in ("", _NOT_RUN)
+            (seed, each.error)
+            for seed, each in zip(seeds, ended, strict=True)
+            if each.error not in ("", _NOT_RUN)
         ]
         if failed:
-            told = "\n".join(f"--fault-seed={seed} runs this one alone:\n{error}" for seed, error in failed)
+            told = "\n".join(
+                f"--fault-seed={seed} runs this one alone:\n{error}" for seed, error in failed
+            )
             raise AssertionError(f"trials of {trial.__name__} failed, and no more were run\n{told}")
         return [each.value for each in ended]
 
@@ -94,7 +100,9 @@ class Trials:
 
 def serve() -> None:
     """Run the trials that are asked for on standard input, until it ends."""
-    sys.modules["torch.nn.attention.varlen"] = None  # with its imports, forking would take twice as long
+    sys.modules["torch.nn.attention.varlen"] = (
+        None  # with its imports, forking would take twice as long
+    )
 
     import numpy as np
     import pyarrow as pa
@@ -156,7 +164,9 @@ def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ended
     return Child(function, *arguments, **options).wait()
 
 
-def _call(pipe: int, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> NoReturn:
+def _call(
+    pipe: int, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> NoReturn:
     """Ends the process at once, without the clean-up that belongs to its parent."""
     try:
         ended = Ended(function(*arguments, **options), "")
@@ -173,7 +183,9 @@ def _without_seed(directory: Path, seed: int, function: Callable[..., Any], *arg
     return ended.value
 
 
-def _run_all(trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...], scratch: Path) -> list[Ended]:
+def _run_all(
+    trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...], scratch: Path
+) -> list[Ended]:
     """Divide the trials among as many processes as there are processors; the results are in the order of the seeds."""
     num_processes = len(os.sched_getaffinity(0))
     shares = [seeds[first::num_processes] for first in range(num_processes)]
@@ -186,11 +198,15 @@ def _run_all(trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...
     return ended
 
 
-def _run_share(trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...], scratch: Path) -> list[Ended]:
+def _run_share(
+    trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...], scratch: Path
+) -> list[Ended]:
     ended: list[Ended] = []
     for seed in seeds:
         too_many_failed = sum(bool(each.error) for each in ended) >= _MOST_FAILURES
-        ended.append(Ended(None, _NOT_RUN) if too_many_failed else _run_one(trial, seed, common, scratch))
+        ended.append(
+            Ended(None, _NOT_RUN) if too_many_failed else _run_one(trial, seed, common, scratch)
+        )
     return ended
 
 

@@ -47,31 +47,45 @@ def proteins() -> dict[str, str]:
     sequences: list[str] = []
     for number in range(_NUM_PROTEINS):
         is_copy = number % 7 == 6
-        sequences.append(sequences[number - 3] if is_copy else "".join(draw.choices(ALPHABET, k=draw.randint(5, 40))))
+        sequences.append(
+            sequences[number - 3]
+            if is_copy
+            else "".join(draw.choices(ALPHABET, k=draw.randint(5, 40)))
+        )
     return {f"protein_{number}": sequence for number, sequence in enumerate(sequences)}
 
 
 def expected_rows() -> list[tuple[str, bytes]]:
     """Id and row of every protein in input order, without any code of the library's but its alphabet."""
-    return [(sequence_id, _expected_row(sequence).tobytes()) for sequence_id, sequence in proteins().items()]
+    return [
+        (sequence_id, _expected_row(sequence).tobytes())
+        for sequence_id, sequence in proteins().items()
+    ]
 
 
 def write_fasta(directory: Path) -> None:
-    records = (f">{sequence_id} a description\n{sequence}\n" for sequence_id, sequence in proteins().items())
+    records = (
+        f">{sequence_id} a description\n{sequence}\n"
+        for sequence_id, sequence in proteins().items()
+    )
     (directory / FASTA).write_text("".join(records))
 
 
 class Events:
     """Takes what a shard's attempt says, and tells `acknowledge` which ordinals it has called safe."""
 
-    def __init__(self, paths: RunPaths, rank: int, acknowledge: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self, paths: RunPaths, rank: int, acknowledge: Callable[[list[int]], None]
+    ) -> None:
         self._paths = paths
         self._rank = rank
         self._acknowledge = acknowledge
 
     def send(self, event: str, **fields: Any) -> None:
         if event == "checkpoint":
-            self._acknowledge(read_marker(self._paths.checkpoint(self._rank, fields["number"]))["ordinals"])
+            self._acknowledge(
+                read_marker(self._paths.checkpoint(self._rank, fields["number"]))["ordinals"]
+            )
         if event == "started":  # what it found is called done
             for path in self._paths.shard_dir(self._rank).glob("batch_*.pt"):
                 self._acknowledge(read_marker(path)["ordinals"])
@@ -82,7 +96,9 @@ class StubModel:
 
     layers = ()  # that could give a sign of life
 
-    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Mapping[str, Any]:
         starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
         positions = torch.arange(input_ids.numel()) - starts
         return {"representations": {6: _WEIGHTS[input_ids] * (positions[:, None] % 5 + 1)}}
@@ -144,7 +160,11 @@ def modules_of_a_run() -> list[str]:
         run_to_the_end(Path(directory) / "run")
         outcome_of(Path(directory) / "run")
     # Those without a specification are in no file: Cython makes one for what its modules share.
-    return sorted(name for name, module in sys.modules.items() if getattr(module, "__spec__", None) is not None)
+    return sorted(
+        name
+        for name, module in sys.modules.items()
+        if getattr(module, "__spec__", None) is not None
+    )
 
 
 def put_doubles_in_place() -> None:
@@ -165,5 +185,8 @@ def _attempt(run: Run, rank: int, acknowledge: Callable[[list[int]], None]) -> N
 
 def _expected_row(sequence: str) -> np.ndarray[Any, Any]:
     tokens = [FIRST_LETTER + LETTERS.index(letter) for letter in sequence]
-    states = [_WEIGHTS[token].numpy() * (position % 5 + 1) for position, token in enumerate(tokens, start=1)]
+    states = [
+        _WEIGHTS[token].numpy() * (position % 5 + 1)
+        for position, token in enumerate(tokens, start=1)
+    ]
     return (np.sum(states, axis=0, dtype=np.float64) / len(states)).astype(np.float32)

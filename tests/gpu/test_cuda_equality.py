@@ -40,20 +40,29 @@ def _inference():
 def batch() -> PackedBatch:
     draw = random.Random(3)
     sequences = ["".join(draw.choices("LAGVSERTIDPKQNFYMHWC", k=length)) for length in LENGTHS]
-    return pack_batch(sequences, [f"s{length}" for length in LENGTHS], range(len(LENGTHS)), batch_idx=0)
+    return pack_batch(
+        sequences, [f"s{length}" for length in LENGTHS], range(len(LENGTHS)), batch_idx=0
+    )
 
 
 @pytest.fixture(scope="module", params=MODEL_NAMES)
 def model_and_oracle(request, batch) -> tuple[str, torch.Tensor]:
     """A model's name, and fair-esm's own means in float32, one sequence at a time, on the same GPU."""
     architecture = MODELS[request.param]
-    oracle = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads).eval().to(CUDA)
+    oracle = (
+        FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads)
+        .eval()
+        .to(CUDA)
+    )
     _, unexpected = oracle.load_state_dict(dict(random_tensors(architecture)), strict=False)
     assert not unexpected
     last = architecture.num_layers
     with torch.inference_mode():
         sequences = batch.input_ids.to(CUDA).split(batch.cu_seqlens.diff().tolist())
-        states = [oracle(tokens[None], repr_layers=[last])["representations"][last][0] for tokens in sequences]
+        states = [
+            oracle(tokens[None], repr_layers=[last])["representations"][last][0]
+            for tokens in sequences
+        ]
         return request.param, torch.stack([each[1:-1].mean(0) for each in states]).cpu()
 
 
@@ -66,7 +75,8 @@ def rows_of(model_name: str, dtype: torch.dtype, batch: PackedBatch) -> torch.Te
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least_cosine"), [(torch.float32, 0.9999999), (torch.float16, 0.99999), (torch.bfloat16, 0.9999)]
+    ("dtype", "least_cosine"),
+    [(torch.float32, 0.9999999), (torch.float16, 0.99999), (torch.bfloat16, 0.9999)],
 )
 def test_packed_rows_are_fair_esms(model_and_oracle, batch, dtype, least_cosine):
     name, expected = model_and_oracle
@@ -82,7 +92,9 @@ def test_rows_do_not_depend_on_their_neighbours(batch):
     together = rows_of(MODEL_NAMES[0], torch.bfloat16, batch)
     for row, piece in enumerate(batch.split(1)):
         alone = rows_of(MODEL_NAMES[0], torch.bfloat16, piece)
-        assert F.cosine_similarity(alone.double(), together[row : row + 1].double()).item() >= 0.9999
+        assert (
+            F.cosine_similarity(alone.double(), together[row : row + 1].double()).item() >= 0.9999
+        )
 
 
 def test_without_the_varlen_kernel_rows_are_the_same(monkeypatch, batch):
@@ -99,9 +111,12 @@ def test_a_batch_beyond_memory_is_computed_in_pieces(batch):
     model = load_model(MODEL_NAMES[1], RANDOM, dtype=torch.bfloat16, device=CUDA)
     embedder = Embedder(model, CUDA, budget=(budget := TokenBudget()))
     torch.cuda.empty_cache()
-    spare_bytes = 150 * 1024**2  # the whole batch takes 200, its longest sequence 50 and what the allocator rounds up
+    spare_bytes = (
+        150 * 1024**2
+    )  # the whole batch takes 200, its longest sequence 50 and what the allocator rounds up
     torch.cuda.set_per_process_memory_fraction(
-        (torch.cuda.memory_reserved() + spare_bytes) / torch.cuda.get_device_properties(CUDA).total_memory
+        (torch.cuda.memory_reserved() + spare_bytes)
+        / torch.cuda.get_device_properties(CUDA).total_memory
     )
     try:
         embedded = embedder.collect(embedder.launch(batch))

@@ -75,14 +75,24 @@ except Exception as error:
         pytest.param(OUT_OF_MEMORY, "oom", "gpu_oom", None, id="out of memory"),
         pytest.param(DEVICE_ASSERT, None, "device_assert", None, id="device assert"),
         pytest.param(ILLEGAL_ADDRESS, None, "illegal_address", None, id="illegal address"),
-        pytest.param(TOKEN_BEYOND_THE_ALPHABET, "poison_input", "device_assert", 7, id="device assert in a batch"),
+        pytest.param(
+            TOKEN_BEYOND_THE_ALPHABET,
+            "poison_input",
+            "device_assert",
+            7,
+            id="device assert in a batch",
+        ),
     ],
 )
 def test_what_a_gpu_says_is_understood(tmp_path, code, kind, cause, batch_idx):
     script = tmp_path / "script.py"
     script.write_text(HARNESS.format(code=code))
     ended = subprocess.run(
-        [sys.executable, "-c", CATCHING, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", CATCHING, str(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ended.stdout.strip(), ended.stderr
     told = json.loads(ended.stdout.strip().splitlines()[-1])

@@ -35,7 +35,9 @@ SHARE_FOR_THEM = 0.8  # of memory, the rest being for what the allocator cannot 
 
 def batch_of(num_tokens: int, seqlen: int) -> PackedBatch:
     count = num_tokens // seqlen
-    return pack_batch(["A" * (seqlen - 2)] * count, list(map(str, range(count))), range(count), batch_idx=0)
+    return pack_batch(
+        ["A" * (seqlen - 2)] * count, list(map(str, range(count))), range(count), batch_idx=0
+    )
 
 
 def embed_whole(model_name: str, dtype: torch.dtype) -> Embedder:
@@ -51,7 +53,9 @@ def spare_memory(num_bytes: int) -> Iterator[None]:
     """Let torch have only so much more than it has."""
     torch.cuda.empty_cache()
     most = torch.cuda.memory_reserved() + num_bytes
-    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(CUDA).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        most / torch.cuda.get_device_properties(CUDA).total_memory
+    )
     try:
         yield
     finally:

@@ -32,10 +32,14 @@ class StubModel:
 
     def forward_packed(self, input_ids, cu_seqlens, max_seqlen):
         self.num_batches += 1
-        return {"representations": {36: input_ids[:, None] + torch.arange(WIDTH, dtype=torch.float32)}}
+        return {
+            "representations": {36: input_ids[:, None] + torch.arange(WIDTH, dtype=torch.float32)}
+        }
 
     def forward(self, input_ids):
-        return {"representations": {36: input_ids[..., None] + torch.arange(WIDTH, dtype=torch.float32)}}
+        return {
+            "representations": {36: input_ids[..., None] + torch.arange(WIDTH, dtype=torch.float32)}
+        }
 
 
 def sequence_ids(num_batches: int, batch_size: int = 10) -> list[str]:
@@ -54,7 +58,10 @@ def tokens(sequence_id: str) -> list[int]:
 def padded_loader(num_batches: int, batch_size: int = 10) -> list[dict]:
     ids = sequence_ids(num_batches, batch_size)
     batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-    return [{"input_ids": torch.tensor([tokens(i) for i in batch]), "sequence_ids": batch} for batch in batches]
+    return [
+        {"input_ids": torch.tensor([tokens(i) for i in batch]), "sequence_ids": batch}
+        for batch in batches
+    ]
 
 
 def packed_loader(num_batches: int, batch_size: int = 10) -> list[dict]:
@@ -88,7 +95,11 @@ def checkpoints(tmp_path):
 def test_runner_creates_checkpoints_during_inference(tmp_path):
     """A threshold of 20 and five batches of 10 give two full checkpoints and a final one, each with its marker."""
     results = run(tmp_path, padded_loader(5), threshold=20)
-    assert [path.name for path in checkpoints(tmp_path)] == ["batch_00000.pt", "batch_00001.pt", "batch_00002.pt"]
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "batch_00000.pt",
+        "batch_00001.pt",
+        "batch_00002.pt",
+    ]
     assert all(marker_path(path).exists() for path in checkpoints(tmp_path))
     for result in results:
         assert_rows_belong_to_their_ids(result.sequence_ids, result.embeddings)
@@ -106,7 +117,11 @@ def test_runner_resume_skips_completed_work(tmp_path):
     assert sorted(ids) == sorted(sequence_ids(5))
     for result in results:
         assert_rows_belong_to_their_ids(result.sequence_ids, result.embeddings)
-    on_disk = [i for path in checkpoints(tmp_path) for i in load_checkpoint(path, fingerprint="").sequence_ids]
+    on_disk = [
+        i
+        for path in checkpoints(tmp_path)
+        for i in load_checkpoint(path, fingerprint="").sequence_ids
+    ]
     assert sorted(on_disk) == sorted(sequence_ids(5))
 
 
@@ -151,7 +166,11 @@ def test_resume_skips_corrupted_checkpoint(tmp_path):
     assert [result.batch_idx for result in results[1:]] == [1, 2]
     for result in results:
         assert_rows_belong_to_their_ids(result.sequence_ids, result.embeddings)
-    on_disk = [i for path in checkpoints(tmp_path) for i in load_checkpoint(path, fingerprint="").sequence_ids]
+    on_disk = [
+        i
+        for path in checkpoints(tmp_path)
+        for i in load_checkpoint(path, fingerprint="").sequence_ids
+    ]
     assert on_disk == sequence_ids(3)
 
 
@@ -167,7 +186,11 @@ def test_five_resumes_write_every_row_once(tmp_path):
     """Resumed rows are not written into the next checkpoint."""
     for num_batches in range(1, 6):
         run(tmp_path, padded_loader(5)[:num_batches], threshold=10)
-    on_disk = [i for path in checkpoints(tmp_path) for i in load_checkpoint(path, fingerprint="").sequence_ids]
+    on_disk = [
+        i
+        for path in checkpoints(tmp_path)
+        for i in load_checkpoint(path, fingerprint="").sequence_ids
+    ]
     assert on_disk == sequence_ids(5)
 
 
@@ -189,7 +212,9 @@ def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
         def forward_packed(self, input_ids, cu_seqlens, max_seqlen):
             output = super().forward_packed(input_ids, cu_seqlens, max_seqlen)
             states = output["representations"][36]
-            states[(LENGTH + 1) % len(states), 0] = torch.nan  # of the second sequence, in its batch and alone
+            states[(LENGTH + 1) % len(states), 0] = (
+                torch.nan
+            )  # of the second sequence, in its batch and alone
             return output
 
     with pytest.raises(BatchFailedError) as caught:
@@ -236,7 +261,11 @@ def test_manifest_updated_on_completion(tmp_path, tiny_fasta, sabotage):
     run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=0)
     manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)
     complete, failed = manifest.get_shard_status(0), manifest.get_shard_status(1)
-    assert (complete["status"], complete["error"], complete["total_sequences"]) == ("complete", None, 20)
+    assert (complete["status"], complete["error"], complete["total_sequences"]) == (
+        "complete",
+        None,
+        20,
+    )
     assert failed["status"] == "failed"
     assert "exit code 9" in failed["error"]
     assert failed["failures"][0]["kind"] == "transient"

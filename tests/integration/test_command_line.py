@@ -72,7 +72,12 @@ def test_the_library_goes_on_where_a_run_ended(first_run, short_fasta, tmp_path)
     marker_path(lost).unlink()
     lost.unlink()
     embeddings = embed(
-        short_fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=run_dir, progress=False
+        short_fasta,
+        model="esm2_t6_8M_UR50D",
+        weights="random",
+        device="cpu",
+        output_dir=run_dir,
+        progress=False,
     )
     assert_same_rows(run_dir, first_run[0])
     assert embeddings.ids == list(open_dataset(first_run[0]).ids)
@@ -144,21 +149,45 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
         case "no arguments":
             return (), "--fasta is needed"
         case "missing file":
-            return ("--fasta", tmp_path / "none.fasta", "--output-dir", out), "there is no such file"
+            return (
+                "--fasta",
+                tmp_path / "none.fasta",
+                "--output-dir",
+                out,
+            ), "there is no such file"
         case "empty file":
             (tmp_path / "empty.fasta").touch()
-            return ("--fasta", tmp_path / "empty.fasta", "--output-dir", out), "there is no sequence in it"
+            return (
+                "--fasta",
+                tmp_path / "empty.fasta",
+                "--output-dir",
+                out,
+            ), "there is no sequence in it"
         case "nucleotides":
             (tmp_path / "dna.fasta").write_text(">a\nACGTACGTNACGGTCA\n")
             return ("--fasta", tmp_path / "dna.fasta", "--output-dir", out), "nucleotides"
         case "unknown model":
             return ("--fasta", good, "--output-dir", out, "--model", "esm3"), "esm2_t36_3B_UR50D"
         case "wrong value":
-            return ("--fasta", good, "--output-dir", out, "--token-budget", "none"), "--token-budget"
+            return (
+                "--fasta",
+                good,
+                "--output-dir",
+                out,
+                "--token-budget",
+                "none",
+            ), "--token-budget"
         case "missing weights":
             return ("--fasta", good, "--output-dir", out, "--weights", tmp_path / "w.pt"), "w.pt"
         case "directory that is a file":
-            return ("--fasta", good, "--output-dir", good / "out", "--weights", "random"), "--output-dir"
+            return (
+                "--fasta",
+                good,
+                "--output-dir",
+                good / "out",
+                "--weights",
+                "random",
+            ), "--output-dir"
         case "cut gz":
             (tmp_path / "cut.fasta.gz").write_bytes(gzip.compress(PROTEIN.encode() * 100)[:-20])
             return ("--fasta", tmp_path / "cut.fasta.gz", "--output-dir", out), "cut short"
@@ -202,7 +231,9 @@ def test_a_run_computes_with_its_own_code_wherever_it_is_started(
 def test_a_duplicate_id_far_down_is_said_in_a_sentence(served_command_line, tmp_path):
     """By the flow, which has begun by then: without a traceback, and without a run directory left behind."""
     (tmp_path / "in.fasta").write_text(PROTEIN + ">b\nMKV\n" + PROTEIN)
-    ended = served_command_line.run("--fasta", tmp_path / "in.fasta", "--output-dir", tmp_path / "out", *SMALL_MODEL)
+    ended = served_command_line.run(
+        "--fasta", tmp_path / "in.fasta", "--output-dir", tmp_path / "out", *SMALL_MODEL
+    )
     assert ended.returncode == 2, ended.stderr
     assert "'a'" in ended.stderr
     assert "Traceback" not in ended.stderr

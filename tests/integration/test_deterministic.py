@@ -35,7 +35,9 @@ original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
 
 def run_flow(fasta: Path, run_dir: Path, **settings):
     runtime = {"checkpoint_seq_threshold": 2}
-    config = small_config(fasta, run_dir, token_budget=200, deterministic=True, runtime=runtime, **settings)
+    config = small_config(
+        fasta, run_dir, token_budget=200, deterministic=True, runtime=runtime, **settings
+    )
     return asyncio.run(embed(config, return_state=True))
 
 
@@ -65,5 +67,8 @@ def test_another_division_is_refused(tiny_fasta, whole):
     outcome = run_flow(tiny_fasta, whole, shards=3)
     error = asyncio.run(outcome.aresult(raise_on_failure=False))
     assert isinstance(error, FingerprintMismatchError)
-    assert re.search("'2 shards, 200 tokens .*torch .*' there and '3 shards, 200 tokens .*torch .*' here", str(error))
+    assert re.search(
+        "'2 shards, 200 tokens .*torch .*' there and '3 shards, 200 tokens .*torch .*' here",
+        str(error),
+    )
     assert digests(whole) == before

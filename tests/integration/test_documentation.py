@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.networks import write_weights
-from tests.guides import LANGUAGES, copy_of_the_repository, environment_of_a_reader, run_page, runnable_pages, table_in
+from tests.guides import (
+    LANGUAGES,
+    copy_of_the_repository,
+    environment_of_a_reader,
+    run_page,
+    runnable_pages,
+    table_in,
+)
 from tests.support import ROOT
 
 pytestmark = [
@@ -55,7 +62,14 @@ def begun(variables, tmp_path_factory, tiny_fasta) -> Path:
         random.Random(7).choices(["ATG", "GCT", "GGC", "AAA", "CGT"], k=400)
     )  # without a stop in its first frame
     (checkout / "contigs.fna").write_text(f">contig_1\n{contig}\n")
-    run = ("-m", "benchmarks.without_prefect", "esm2_t6_8M_UR50D", "random", "proteins.fasta", "runs/mine")
+    run = (
+        "-m",
+        "benchmarks.without_prefect",
+        "esm2_t6_8M_UR50D",
+        "random",
+        "proteins.fasta",
+        "runs/mine",
+    )
     subprocess.run([sys.executable, *run], cwd=checkout, env=variables, check=True, timeout=180)
     (checkout / "weights").mkdir()
     write_weights(checkout / "weights", "esm2_t6_8M_UR50D")
@@ -84,7 +98,12 @@ def test_the_tutorial_ends_with_its_picture(read):
     from matplotlib.testing.compare import compare_images
 
     checkout = read(TUTORIAL)
-    assert compare_images(str(ROOT / "docs/images/tutorial.png"), str(checkout / "tutorial.png"), tol=5) is None
+    assert (
+        compare_images(
+            str(ROOT / "docs/images/tutorial.png"), str(checkout / "tutorial.png"), tol=5
+        )
+        is None
+    )
     assert files_without_a_word(checkout / "runs/tutorial") == []
 
 
@@ -92,7 +111,10 @@ def files_without_a_word(run_dir: Path) -> list[str]:
     """Files of a run directory that the reference of files does not have."""
     told = [path for row in table_in("docs/reference/files.md") for path in row[0].split("`, `")]
     pattern = re.compile(
-        "|".join(re.escape(path).replace("N", r"\d+") + (".+" if path.endswith("/") else "") for path in told)
+        "|".join(
+            re.escape(path).replace("N", r"\d+") + (".+" if path.endswith("/") else "")
+            for path in told
+        )
     )
     files = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()]
     return [file for file in files if not pattern.fullmatch(file)]

@@ -105,9 +105,13 @@ def test_every_row_is_what_fair_esm_gives_for_that_sequence(example_run, records
     last = MODELS[MODEL].num_layers
     for ordinal, (sequence_id, sequence) in enumerate(records):
         with torch.inference_mode():
-            states = fair_esm(to_tokens([("", sequence)])[2], repr_layers=[last])["representations"][last]
+            states = fair_esm(to_tokens([("", sequence)])[2], repr_layers=[last])[
+                "representations"
+            ][last]
         expected = states[0, 1:-1].mean(dim=0).numpy()
-        np.testing.assert_allclose(dataset[sequence_id], expected, atol=1e-4, rtol=0, err_msg=sequence_id)
+        np.testing.assert_allclose(
+            dataset[sequence_id], expected, atol=1e-4, rtol=0, err_msg=sequence_id
+        )
         np.testing.assert_array_equal(dataset.row(ordinal), dataset[sequence_id])
 
 
@@ -120,7 +124,9 @@ def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch)
     """Prefect knows the shards' results, and the disk bears them out; the metrics say so. A new port is no other run."""
     before = (example_run / "embeddings" / "_SUCCESS.json").read_bytes()
     port, pages = free_port(), []
-    monkeypatch.setattr("flows.embed.tell_of_completion", lambda run, summary: pages.append(scrape(port)))
+    monkeypatch.setattr(
+        "flows.embed.tell_of_completion", lambda run, summary: pages.append(scrape(port))
+    )
     outcome = run_flow(EXAMPLE, example_run, shards=3, metrics_port=port)
     assert outcome.is_completed()
     (page,) = pages
@@ -130,7 +136,11 @@ def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch)
         assert page[f"vnp_shard_sequences{{shard={rank}}}"] == num_sequences
         assert page[f"vnp_shard_sequences_done{{shard={rank}}}"] == num_sequences
         assert page[f"vnp_sequences_embedded_total{{shard={rank}}}"] == 0
-    assert task_states(outcome) == {"shard-000": "Cached", "shard-001": "Cached", "shard-002": "Cached"}
+    assert task_states(outcome) == {
+        "shard-000": "Cached",
+        "shard-001": "Cached",
+        "shard-002": "Cached",
+    }
     assert (example_run / "embeddings" / "_SUCCESS.json").read_bytes() == before
 
 
@@ -194,13 +204,17 @@ def test_the_flow_of_one_shard_serves_the_metrics_of_that_shard(example_run, mon
     asyncio.run(embed_shard_run(config, 1, plan.fingerprint))
     (page,) = pages
     num_sequences = plan.shard_ordinals(1).size
-    assert {sample: count for sample, count in page.items() if sample.startswith("vnp_shard_sequences")} == {
+    assert {
+        sample: count for sample, count in page.items() if sample.startswith("vnp_shard_sequences")
+    } == {
         "vnp_shard_sequences{shard=1}": num_sequences,
         "vnp_shard_sequences_done{shard=1}": num_sequences,
     }
 
 
-def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(finished, tiny_fasta, whole):
+def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(
+    finished, tiny_fasta, whole
+):
     """A persisted result counts for no more than the checkpoints on disk."""
     for path in RunPaths(finished).shard_dir(1).glob("batch_*"):
         path.unlink()
@@ -255,7 +269,9 @@ def test_another_division_keeps_what_is_done(finished, tiny_fasta, settings):
     files = {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")}
     outcome = run_flow(tiny_fasta, finished, **settings)
     assert outcome.is_completed(), outcome.message
-    assert {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")} == files
+    assert {
+        path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")
+    } == files
 
 
 def test_a_dataset_whose_checkpoints_were_deleted_ends_the_run_at_once(finished, tiny_fasta):
@@ -273,14 +289,26 @@ def test_a_dataset_whose_checkpoints_were_deleted_ends_the_run_at_once(finished,
 
 
 def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, tiny_fasta):
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
     outcome = run_flow(tiny_fasta, finished, dtype="bfloat16")
     assert outcome.is_failed()
-    error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
+    error = (
+        outcome.data
+        if isinstance(outcome.data, BaseException)
+        else asyncio.run(outcome.aresult(False))
+    )
     assert isinstance(error, FingerprintMismatchError)
     assert "float32" in str(error)
     assert "bfloat16" in str(error)
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    after = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
     assert after == before
 
 
@@ -296,7 +324,11 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
     lock = FileLock(RunPaths(tmp_path / "run").run_lock, purpose="test")
     with lock.held(timeout_s=1):
         outcome = run_flow(tiny_fasta, tmp_path / "run")
-    error = outcome.data if isinstance(outcome.data, BaseException) else asyncio.run(outcome.aresult(False))
+    error = (
+        outcome.data
+        if isinstance(outcome.data, BaseException)
+        else asyncio.run(outcome.aresult(False))
+    )
     assert isinstance(error, RunDirectoryBusyError)
     assert "in use" in str(error)
 

@@ -79,7 +79,9 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
     elif isinstance(theirs, torch.Tensor):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), where
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max(), where
-        assert ours.untyped_storage().nbytes() == theirs.untyped_storage().nbytes(), f"{where}: a view of more"
+        assert ours.untyped_storage().nbytes() == theirs.untyped_storage().nbytes(), (
+            f"{where}: a view of more"
+        )
     else:
         assert ours == theirs, where
 
@@ -89,7 +91,18 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
     [
         pytest.param(["--include", "mean"], id="one word changed"),
         pytest.param(
-            ["--include", "bos", "mean", "per_tok", "--repr_layers", "0", "-2", "6", "--toks_per_batch", "64"],
+            [
+                "--include",
+                "bos",
+                "mean",
+                "per_tok",
+                "--repr_layers",
+                "0",
+                "-2",
+                "6",
+                "--toks_per_batch",
+                "64",
+            ],
             id="kinds and layers",
         ),
         pytest.param(["--include", "contacts", "mean", "--toks_per_batch", "200"], id="contacts"),
@@ -108,9 +121,22 @@ def test_every_file_is_fair_esms(tmp_path, weights, fasta, options):
 def test_the_export_of_a_run_has_fair_esms_files_too(tmp_path, weights):
     """Of all that it computed, from a dataset on disk: names, keys, shapes, dtypes and values."""
     fasta = tmp_path / "in.fasta"
-    fasta.write_text(f">P1 the first\n{ALPHABET * 2}\n>sp|P3|A_B/directory\nW\n>P4\nMKVLATTWQERS\n>copy\nW\n")
+    fasta.write_text(
+        f">P1 the first\n{ALPHABET * 2}\n>sp|P3|A_B/directory\nW\n>P4\nMKVLATTWQERS\n>copy\nW\n"
+    )
     kinds = ["mean", "bos", "per_tok", "contacts"]
-    run_fair_esm(weights, fasta, tmp_path / "theirs", "--include", *kinds, "--repr_layers", "0", "3", "6", "--nogpu")
+    run_fair_esm(
+        weights,
+        fasta,
+        tmp_path / "theirs",
+        "--include",
+        *kinds,
+        "--repr_layers",
+        "0",
+        "3",
+        "6",
+        "--nogpu",
+    )
     embed(
         fasta,
         model=MODEL,
@@ -147,15 +173,21 @@ def test_what_is_cut_is_counted_on_standard_error(tmp_path, weights, fasta):
         check=True,
         timeout=120,
     )
-    assert ended.stderr.startswith("1 of 6 sequences are longer than 1022 residues: what comes after these is left out")
+    assert ended.stderr.startswith(
+        "1 of 6 sequences are longer than 1022 residues: what comes after these is left out"
+    )
     assert ended.stdout == f"6 files are in {tmp_path}/out\n"
 
 
-def test_contacts_without_their_parameters_are_refused_before_anything_is_written(tmp_path, weights, fasta, capsys):
+def test_contacts_without_their_parameters_are_refused_before_anything_is_written(
+    tmp_path, weights, fasta, capsys
+):
     alone = tmp_path / "alone" / weights.name
     alone.parent.mkdir()
     alone.symlink_to(weights)
-    assert extract(alone, fasta, tmp_path / "out", "--include", "contacts") == ExitCode.UNUSABLE_INPUT
+    assert (
+        extract(alone, fasta, tmp_path / "out", "--include", "contacts") == ExitCode.UNUSABLE_INPUT
+    )
     assert "need its contact regression" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -174,7 +206,9 @@ def test_a_file_of_an_earlier_input_is_not_trusted(tmp_path, weights, fasta):
     changed = [
         name
         for name in before
-        if not torch.equal(before[name]["mean_representations"][last], after[name]["mean_representations"][last])
+        if not torch.equal(
+            before[name]["mean_representations"][last], after[name]["mean_representations"][last]
+        )
     ]
     assert (after.keys(), changed) == (before.keys(), ["ärger über Umlaute.pt"])
 
@@ -194,7 +228,10 @@ def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_wr
     tmp_path, weights, fasta, capsys, header, told
 ):
     fasta.write_text(fasta.read_text() + f">{header}\nMKV\n")
-    assert extract(weights, fasta, tmp_path / "deep/out", "--include", "mean") == ExitCode.UNUSABLE_INPUT
+    assert (
+        extract(weights, fasta, tmp_path / "deep/out", "--include", "mean")
+        == ExitCode.UNUSABLE_INPUT
+    )
     assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
@@ -207,7 +244,10 @@ def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_wr
             "layers 7 are asked for: this model has the layers 0 (its embedding) to 6",
         ),
         (["--include", "mean", "--repr_layers", "-8"], "layers -8 are asked for"),
-        (["--include", "mean", "--toks_per_batch", "0"], "--toks_per_batch is 0; it must be at least 1"),
+        (
+            ["--include", "mean", "--toks_per_batch", "0"],
+            "--toks_per_batch is 0; it must be at least 1",
+        ),
         (["--include", "mean", "--truncation_seq_length", "0"], "--truncation_seq_length is 0"),
     ],
 )
@@ -219,7 +259,9 @@ def test_what_cannot_be_done_is_told_in_a_sentence(tmp_path, weights, fasta, cap
 
 def test_a_model_that_is_none_of_the_six_is_refused(tmp_path, fasta, capsys):
     for model in ("esm1b_t33_650M_UR50S", tmp_path / "absent.pt"):
-        assert extract(model, fasta, tmp_path / "out", "--include", "mean") == ExitCode.UNUSABLE_INPUT
+        assert (
+            extract(model, fasta, tmp_path / "out", "--include", "mean") == ExitCode.UNUSABLE_INPUT
+        )
     told = capsys.readouterr().err
     assert "there is no model 'esm1b_t33_650M_UR50S'; choose one of esm2_t6_8M_UR50D" in told
     assert "absent.pt" in told
@@ -228,7 +270,9 @@ def test_a_model_that_is_none_of_the_six_is_refused(tmp_path, fasta, capsys):
 def test_a_full_disk_ends_it_with_a_sentence_and_whole_files(tmp_path, weights, fasta, capsys):
     """Here a directory stands where a file is to be."""
     (tmp_path / "out" / "P4.pt").mkdir(parents=True)
-    assert extract(weights, fasta, tmp_path / "out", "--include", "mean", "--nogpu") == ExitCode.FAILED
+    assert (
+        extract(weights, fasta, tmp_path / "out", "--include", "mean", "--nogpu") == ExitCode.FAILED
+    )
     assert "P4.pt" in capsys.readouterr().err
     assert not list(tmp_path.rglob(".tmp-*"))
 
@@ -238,7 +282,16 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path, weights, fasta, monkeypatch, c
     monkeypatch.setattr("vnp_lib.model.esm2.ESM2.forward_packed", _interrupted_at_the_second_pass())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        ended = extract(weights, fasta, tmp_path / "out", "--include", "mean", "--nogpu", "--toks_per_batch", "60")
+        ended = extract(
+            weights,
+            fasta,
+            tmp_path / "out",
+            "--include",
+            "mean",
+            "--nogpu",
+            "--toks_per_batch",
+            "60",
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended == ExitCode.INTERRUPTED

@@ -49,21 +49,45 @@ TAKEN_BY_BOTH = {
 }
 # What is refused here, and fair-esm takes; the words that say why, and what fair-esm gives.
 TAKEN_BY_FAIR_ESM = {
-    "no residues": (b">a\n>b\nMKV\n", "sequence 'a' has no residues", "a mean that is not a number"),
-    "a header without a name": (b">\nMKV\n", "a record has no id", "a name made of the line's number"),
+    "no residues": (
+        b">a\n>b\nMKV\n",
+        "sequence 'a' has no residues",
+        "a mean that is not a number",
+    ),
+    "a header without a name": (
+        b">\nMKV\n",
+        "a record has no id",
+        "a name made of the line's number",
+    ),
     "tokens": (b">a\nMK<mask>V\n", "'<' at position 3", "a mean over EOS and padding too"),
-    "a token that is no letter": (b">a\nMK<unk>V\n", "'<' at position 3", "a mean over EOS and padding too"),
+    "a token that is no letter": (
+        b">a\nMK<unk>V\n",
+        "'<' at position 3",
+        "a mean over EOS and padding too",
+    ),
     "text before the first header": (
         b"MKV\n>a\nMKVL\n",
         "its first line must start with '>'",
         "MKVMKVL under the name a",
     ),
     "an NBRF header": (b">P1;a\nMKV\n", "NBRF/PIR", "the title read as residues, if it can be"),
-    "a control character in a header": (b">a\x01\nMKV\n", "control character", "a file with it in its name"),
-    "nucleotides": (b">a\nACGTACGTACGTACGT\n", "looks like nucleotides", "vectors that mean nothing"),
+    "a control character in a header": (
+        b">a\x01\nMKV\n",
+        "control character",
+        "a file with it in its name",
+    ),
+    "nucleotides": (
+        b">a\nACGTACGTACGTACGT\n",
+        "looks like nucleotides",
+        "vectors that mean nothing",
+    ),
     "an empty file": (b"", "there is no sequence in it", "no files"),
     "FASTQ": (b"@a\nMKV\n+\nIII\n", "this is FASTQ", "no files"),
-    "a header that leads out of the directory": (b">../a\nMKV\n", "leads out of", "a file elsewhere"),
+    "a header that leads out of the directory": (
+        b">../a\nMKV\n",
+        "leads out of",
+        "a file elsewhere",
+    ),
 }
 # What fair-esm cannot read, and is read here.
 TAKEN_BY_US = {
@@ -77,11 +101,17 @@ TAKEN_BY_US = {
     "UTF-16": ">a\nMKV\n".encode("utf-16"),
 }
 TAKEN_BY_NEITHER = {
-    "the same header twice": (b">a one\nMKV\n>a one\nMKVL\n", "2 sequences have the header 'a one'"),
+    "the same header twice": (
+        b">a one\nMKV\n>a one\nMKVL\n",
+        "2 sequences have the header 'a one'",
+    ),
     "an inner stop": (b">a\nMK*V\n", "'*' at position 3; a stop codon inside a protein"),
     "digits": (b">a\n1 MKV\n", "'1' at position 1"),
     "two chains": (b">a\nMKV:MKV\n", "':' at position 4"),
-    "a line break that is missing": (b">a\nMKV>b\nMKV\n", "'>' at position 4; a line break is missing"),
+    "a line break that is missing": (
+        b">a\nMKV>b\nMKV\n",
+        "'>' at position 4; a line break is missing",
+    ),
     "a header that is not UTF-8": (b">a \xe9\nMKV\n", "not UTF-8"),
     "a name too long for a file": (b">" + b"x" * 300 + b"\nMKV\n", "too long for a file name"),
 }
@@ -96,7 +126,9 @@ def _loaded_once(weights: Path) -> Iterator[None]:
         theirs = pretrained.load_model_and_alphabet(str(weights))
         patch.setattr(pretrained, "load_model_and_alphabet", lambda location: theirs)
         found = esm_extract.resolve_weights(MODEL, str(weights))
-        network = esm_extract.load_model(MODEL, found, dtype=torch.float32, device=torch.device("cpu"))
+        network = esm_extract.load_model(
+            MODEL, found, dtype=torch.float32, device=torch.device("cpu")
+        )
         patch.setattr(esm_extract, "model_of", lambda path: MODEL)
         patch.setattr(esm_extract, "resolve_weights", lambda model, weights: found)
         patch.setattr(esm_extract, "load_model", lambda *arguments, **options: network)
@@ -117,7 +149,11 @@ def run_both(tmp_path: Path, weights: Path, capsys) -> Callable[[bytes], tuple[A
         fasta = tmp_path / "in.fasta"
         fasta.write_bytes(content)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
-            patch.setattr(sys, "argv", ["extract.py", str(weights), str(fasta), str(tmp_path / "theirs/x"), *options])
+            patch.setattr(
+                sys,
+                "argv",
+                ["extract.py", str(weights), str(fasta), str(tmp_path / "theirs/x"), *options],
+            )
             try:
                 benchmarks.extract.main()
                 theirs = written(tmp_path / "theirs")
@@ -137,7 +173,12 @@ def written(directory: Path) -> dict[str, Any]:
 
 
 def values_of(result: dict[str, Any]) -> dict[tuple[str, int], torch.Tensor]:
-    return {(kind, layer): tensor for kind, by in result.items() if kind != "label" for layer, tensor in by.items()}
+    return {
+        (kind, layer): tensor
+        for kind, by in result.items()
+        if kind != "label"
+        for layer, tensor in by.items()
+    }
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -148,7 +189,10 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert mine.keys() == expected.keys()
         for key, tensor in expected.items():
             assert mine[key].shape == tensor.shape, (name, key)
-            assert (mine[key] - tensor).abs().max() <= 2e-5 * tensor.abs().max().clamp(min=1), (name, key)
+            assert (mine[key] - tensor).abs().max() <= 2e-5 * tensor.abs().max().clamp(min=1), (
+                name,
+                key,
+            )
 
 
 @pytest.mark.parametrize("name", TAKEN_BY_BOTH)
@@ -210,7 +254,14 @@ def test_every_difference_is_told() -> None:
 
 
 def test_gaps_for_unknown_residues_give_what_fair_esm_gives(tmp_path: Path, weights: Path) -> None:
-    arguments = [weights, CASES / "gap_for_unknown.fasta", tmp_path / "out", "--include", "mean", "--nogpu"]
+    arguments = [
+        weights,
+        CASES / "gap_for_unknown.fasta",
+        tmp_path / "out",
+        "--include",
+        "mean",
+        "--nogpu",
+    ]
     assert main(["esm-extract", *map(str, arguments)]) == ExitCode.DONE
     mean = torch.load(tmp_path / "out/x_chain_0.pt", weights_only=True)["mean_representations"][6]
     assert mean[:4].tolist() == pytest.approx([-0.02493, 0.43785, 0.16260, 0.23107], abs=2e-5)
@@ -231,7 +282,10 @@ class TestWhatIsAFile:
         content = gzip.compress(b">a\nMK-V\n>b\nMKV\n")
         os.mkfifo(tmp_path / "pipe")
         read_end, write_end = os.pipe()
-        for fasta, opened in ((f"/dev/fd/{read_end}", write_end), (tmp_path / "pipe", tmp_path / "pipe")):
+        for fasta, opened in (
+            (f"/dev/fd/{read_end}", write_end),
+            (tmp_path / "pipe", tmp_path / "pipe"),
+        ):
             writer = threading.Thread(target=write_to, args=(opened, content))
             writer.start()
             assert self.extract(weights, fasta, tmp_path / "out") == ExitCode.DONE
@@ -239,18 +293,40 @@ class TestWhatIsAFile:
             assert written(tmp_path / "out").keys() == {"a.pt", "b.pt"}
         os.close(read_end)
 
-    def test_what_is_wrong_in_a_pipe_is_told_by_its_name(self, tmp_path: Path, weights: Path, capsys) -> None:
+    def test_what_is_wrong_in_a_pipe_is_told_by_its_name(
+        self, tmp_path: Path, weights: Path, capsys
+    ) -> None:
         read_end, write_end = os.pipe()
         os.write(write_end, b">a\nMKV\n>b\nMK*V\n")
         os.close(write_end)
-        assert self.extract(weights, f"/dev/fd/{read_end}", tmp_path / "out") == ExitCode.UNUSABLE_INPUT
-        assert capsys.readouterr().err.startswith(f"/dev/fd/{read_end}, line 3: sequence 'b' has '*'")
+        assert (
+            self.extract(weights, f"/dev/fd/{read_end}", tmp_path / "out")
+            == ExitCode.UNUSABLE_INPUT
+        )
+        assert capsys.readouterr().err.startswith(
+            f"/dev/fd/{read_end}, line 3: sequence 'b' has '*'"
+        )
         os.close(read_end)
 
     def test_standard_input_is_a_file_too(self, tmp_path: Path, weights: Path) -> None:
-        program = [sys.executable, "-m", "vnp_lib", "esm-extract", weights, "-", tmp_path / "out", "--include", "mean"]
+        program = [
+            sys.executable,
+            "-m",
+            "vnp_lib",
+            "esm-extract",
+            weights,
+            "-",
+            tmp_path / "out",
+            "--include",
+            "mean",
+        ]
         subprocess.run(
-            [*program, "--nogpu"], input=b">a\nMKV\n", cwd=ROOT, check=True, capture_output=True, timeout=120
+            [*program, "--nogpu"],
+            input=b">a\nMKV\n",
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            timeout=120,
         )
         assert written(tmp_path / "out").keys() == {"a.pt"}
 
@@ -259,7 +335,10 @@ class TestWhatIsAFile:
         [
             ("/dev/null", "/dev/null: this is a device; give a file or a pipe"),
             ("absent.fasta", "absent.fasta: there is no such file"),
-            ("https://host/x.fasta", "https://host/x.fasta: addresses are not fetched; download it, and give the path"),
+            (
+                "https://host/x.fasta",
+                "https://host/x.fasta: addresses are not fetched; download it, and give the path",
+            ),
             ("$ABSENT/x", "$ABSENT/x: the environment variable ABSENT is not set"),
             ("", "'': the path is empty"),
         ],
@@ -284,5 +363,8 @@ class TestWhatIsAFile:
         self, tmp_path, weights, capsys
     ) -> None:
         (tmp_path / "in.fasta").write_text(">a\nMKV\n")
-        assert self.extract(weights, tmp_path / "in.fasta", tmp_path / "in.fasta") == ExitCode.UNUSABLE_INPUT
+        assert (
+            self.extract(weights, tmp_path / "in.fasta", tmp_path / "in.fasta")
+            == ExitCode.UNUSABLE_INPUT
+        )
         assert "in.fasta: this is a file; give a directory" in capsys.readouterr().err

@@ -98,12 +98,17 @@ def test_a_set_up_that_gives_few_a_finite_row_fails_and_says_what_it_may_be(tmp_
     for _ in range(2):
         outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run", token_budget=80)
         assert outcome.is_failed()
-        assert re.search("[4-6] of 12 sequences have no finite embedding, in float32 neither: so many", outcome.message)
+        assert re.search(
+            "[4-6] of 12 sequences have no finite embedding, in float32 neither: so many",
+            outcome.message,
+        )
         assert len(quarantined(tmp_path / "run")) <= 3
     assert {failure["cause"] for failure in failures(tmp_path / "run")} <= {"quarantine_full"}
 
 
-def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(tmp_path, sabotage, proteins, oracle):
+def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(
+    tmp_path, sabotage, proteins, oracle
+):
     """No attempt is lost, no row is, and what was learned is remembered."""
     sabotage(patch(Way.MEMORY))
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
@@ -114,7 +119,9 @@ def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(tmp_
     assert manifest.token_budget(0, "cpu") < 80
 
 
-def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(tmp_path, sabotage, proteins):
+def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(
+    tmp_path, sabotage, proteins
+):
     sabotage(patch(Way.TOO_LARGE))
     runtime = {"max_retries_oom": 1}
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, runtime=runtime, **ONE_SHARD)
@@ -125,7 +132,9 @@ def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(tmp_pa
     assert outcome.message.startswith("23 of 24 distinct sequences are embedded")
 
 
-def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(tmp_path, sabotage, proteins, oracle):
+def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(
+    tmp_path, sabotage, proteins, oracle
+):
     """Then a partial dataset for whoever asks for it, and a later run that needs only what failed."""
     paths = RunPaths(tmp_path / "run")
     sabotage(patch(Way.EXCEPTION))
@@ -191,7 +200,9 @@ def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifes
 
 
 @pytest.mark.soak
-def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(tmp_path, tiny_fasta, monkeypatch, caplog):
+def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(
+    tmp_path, tiny_fasta, monkeypatch, caplog
+):
     """A process that hangs with it is named; no attempt fails, and what the manifest lacks is in it at the next run."""
     monkeypatch.setattr(record, "LOCK_TIMEOUT_S", 0.5)
     run_dir = tmp_path / "run"

@@ -53,13 +53,17 @@ def standard_input(text: bytes | None) -> Iterator[None]:
 
 
 def run_flow(given: Path, run_dir: Path, **settings):
-    return asyncio.run(embed(small_config(given, run_dir, shards=1, devices="cpu", **settings), return_state=True))
+    return asyncio.run(
+        embed(small_config(given, run_dir, shards=1, devices="cpu", **settings), return_state=True)
+    )
 
 
 def mean_rows(records: list[tuple[str, str]]) -> list[np.ndarray]:
     """What extract.py gives for them with --truncation_seq_length 60: fair-esm's model, its tokens, its mean."""
     model = FairESM2(ARCHITECTURE.num_layers, ARCHITECTURE.embed_dim, ARCHITECTURE.attention_heads)
-    assert not model.load_state_dict(dict(random_tensors(ARCHITECTURE)), strict=False).unexpected_keys
+    assert not model.load_state_dict(
+        dict(random_tensors(ARCHITECTURE)), strict=False
+    ).unexpected_keys
     model.eval()
     to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter(truncation_seq_length=MOST)
     last = ARCHITECTURE.num_layers
@@ -78,10 +82,18 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog)
     records[5] = (records[2][0], records[5][1])
     records[7] = (records[7][0], records[3][1])
     with (tmp_path / "x.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("accession", "organism", "aa"), *((name, "?", aa) for name, aa in records)])
+        csv.writer(file).writerows(
+            [("accession", "organism", "aa"), *((name, "?", aa) for name, aa in records)]
+        )
 
     settings = {"duplicate_ids": "keep", "long": "truncate", "max_length": MOST}
-    outcome = run_flow(tmp_path / "x.csv", tmp_path / "run", id_column="accession", sequence_column="aa", **settings)
+    outcome = run_flow(
+        tmp_path / "x.csv",
+        tmp_path / "run",
+        id_column="accession",
+        sequence_column="aa",
+        **settings,
+    )
     assert outcome.is_completed(), outcome.message
 
     dataset = open_dataset(tmp_path / "run")
@@ -108,7 +120,13 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog)
 
 def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path) -> None:
     """In the dataset under the new ids; what is read back equals what a dictionary of these ids gives."""
-    records = [("x one", "MKVLATTW"), ("x two", "MKLWWW"), ("y", "MK"), ("x_2", "ACDEFGHIK"), ("x", "MKVLATTW")]
+    records = [
+        ("x one", "MKVLATTW"),
+        ("x two", "MKLWWW"),
+        ("y", "MK"),
+        ("x_2", "ACDEFGHIK"),
+        ("x", "MKVLATTW"),
+    ]
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
     told = "4 sequences embedded, 1 record skipped, 2 ids renamed, 1 duplicate not computed again"
@@ -118,7 +136,9 @@ def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path)
     dataset = open_dataset(tmp_path / "run")
     named = {"x": "MKVLATTW", "x_3": "MKLWWW", "x_2": "ACDEFGHIK", "x_4": "MKVLATTW"}
     assert dataset.ids == list(named)
-    for name, row in vnp_lib.embed(named, model=ARCHITECTURE_NAME, weights="random", device="cpu", progress=False):
+    for name, row in vnp_lib.embed(
+        named, model=ARCHITECTURE_NAME, weights="random", device="cpu", progress=False
+    ):
         np.testing.assert_allclose(dataset[name], row, atol=1e-5)
 
 
@@ -146,7 +166,10 @@ def test_what_is_piped_goes_on_without_a_pipe_and_is_not_mixed_with_other_input(
     text = tiny_fasta.read_bytes() + b">bad\nMK1\n"
     with standard_input(None), pytest.raises(ConfigError, match="nothing is piped"):
         run_flow(Path("-"), run_dir).result()
-    with standard_input(text), pytest.raises(FastaError, match=r"^standard input, line 81: sequence 'bad' has '1'"):
+    with (
+        standard_input(text),
+        pytest.raises(FastaError, match=r"^standard input, line 81: sequence 'bad' has '1'"),
+    ):
         run_flow(Path("-"), run_dir).result()
     assert not run_dir.exists()
 

@@ -44,7 +44,9 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory, oracle: FairEsm) -> P
 
 def run_flow(fasta: Path, run_dir: Path, **settings: Any) -> Any:
     runtime = {"checkpoint_seq_threshold": 5}
-    config = small_config(fasta, run_dir, runtime=runtime, devices="cpu", shards=1, token_budget=300, **settings)
+    config = small_config(
+        fasta, run_dir, runtime=runtime, devices="cpu", shards=1, token_budget=300, **settings
+    )
     return asyncio.run(embed(config, return_state=True))
 
 
@@ -61,7 +63,9 @@ if attempt == 1:
 """
 
 
-def test_arrays_of_every_shape_outlive_a_killed_child(tmp_path, sabotage, tiny_fasta, weights_file, oracle):
+def test_arrays_of_every_shape_outlive_a_killed_child(
+    tmp_path, sabotage, tiny_fasta, weights_file, oracle
+):
     """What the killed child left and what the next one computes come to one dataset, each array with its id."""
     sabotage(KILLED_AT_THE_THIRD)
     outcome = run_flow(
@@ -91,16 +95,26 @@ def test_arrays_of_every_shape_outlive_a_killed_child(tmp_path, sabotage, tiny_f
     assert "belongs to another run" in again.message
 
 
-def test_contacts_without_their_regression_are_refused_before_anything_is_made(tmp_path, tiny_fasta, oracle):
-    trunk = {name: tensor for name, tensor in oracle.state().items() if not name.startswith("contact_head.")}
+def test_contacts_without_their_regression_are_refused_before_anything_is_made(
+    tmp_path, tiny_fasta, oracle
+):
+    trunk = {
+        name: tensor
+        for name, tensor in oracle.state().items()
+        if not name.startswith("contact_head.")
+    }
     save_weights(tmp_path / "trunk.pt", SMALLEST, trunk)
-    outcome = run_flow(tiny_fasta, tmp_path / "run", include=("contacts",), weights=str(tmp_path / "trunk.pt"))
+    outcome = run_flow(
+        tiny_fasta, tmp_path / "run", include=("contacts",), weights=str(tmp_path / "trunk.pt")
+    )
     assert outcome.is_failed()
     assert "trunk-contact-regression.pt" in outcome.message
     assert not (tmp_path / "run").exists()
 
 
-def test_windows_and_half_precision_go_through_a_whole_run(tmp_path, tiny_fasta, weights_file, oracle):
+def test_windows_and_half_precision_go_through_a_whole_run(
+    tmp_path, tiny_fasta, weights_file, oracle
+):
     """The sample of the certificate is of windows too: it is close to the run's own rows. They are stored in float16."""
     outcome = run_flow(
         tiny_fasta,
@@ -132,13 +146,20 @@ def test_a_value_beyond_float16_ends_the_run_in_a_sentence_and_the_next_one_comp
     state["emb_layer_norm_after.weight"] = state["emb_layer_norm_after.weight"] * 1e6
     save_weights(tmp_path / "loud.pt", SMALLEST, state)
     run_dir = tmp_path / "run"
-    outcome = run_flow(tiny_fasta, run_dir, store_dtype="float16", weights=str(tmp_path / "loud.pt"))
+    outcome = run_flow(
+        tiny_fasta, run_dir, store_dtype="float16", weights=str(tmp_path / "loud.pt")
+    )
     assert outcome.is_failed()
-    assert "start the run again with --store-dtype float32: nothing is computed twice" in outcome.message
+    assert (
+        "start the run again with --store-dtype float32: nothing is computed twice"
+        in outcome.message
+    )
     checkpoints = finished_checkpoints(run_dir)
     assert not RunPaths(run_dir).success.exists()
 
-    outcome = run_flow(tiny_fasta, run_dir, store_dtype="float32", weights=str(tmp_path / "loud.pt"))
+    outcome = run_flow(
+        tiny_fasta, run_dir, store_dtype="float32", weights=str(tmp_path / "loud.pt")
+    )
     assert outcome.is_completed(), outcome.message
     assert finished_checkpoints(run_dir) == checkpoints
     assert np.abs(open_dataset(run_dir).to_numpy()[1]).max() > 65_504

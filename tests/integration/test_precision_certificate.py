@@ -56,7 +56,9 @@ original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
 
 def run_flow(fasta: Path, run_dir: Path, **settings):
     quick = {"spot_retry_poll_interval": 0.01, "checkpoint_seq_threshold": 5}
-    config = small_config(fasta, run_dir, **{"dtype": "bfloat16", "runtime": quick, "token_budget": 300} | settings)
+    config = small_config(
+        fasta, run_dir, **{"dtype": "bfloat16", "runtime": quick, "token_budget": 300} | settings
+    )
     return asyncio.run(embed(config, return_state=True))
 
 
@@ -86,7 +88,9 @@ def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fa
     told = precision(tmp_path / "run")
     assert told["num_compared"] == len(theirs) == 40
     assert told["lowest_cosine"] == pytest.approx(min(cosines), abs=1e-9)
-    assert told["max_abs_difference"] == pytest.approx(max(abs(a - b).max() for a, b in pairs), rel=1e-3)
+    assert told["max_abs_difference"] == pytest.approx(
+        max(abs(a - b).max() for a, b in pairs), rel=1e-3
+    )
     assert 0.999 < told["lowest_cosine"] < 1.0
     assert precision(exact) is None
     said = f"cosine at least {told['lowest_cosine']:.6f}"
@@ -104,7 +108,9 @@ def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
 @pytest.mark.soak
 def test_measuring_harms_nothing(tmp_path, sabotage):
     """A protein that the model cannot take in float32 either is set aside as ever; all others have their rows."""
-    write_proteins(tmp_path / "in.fasta", 24, {4: Way.EXIT, 9: Way.EXCEPTION, 17: Way.NAN, 20: Way.TOO_LARGE})
+    write_proteins(
+        tmp_path / "in.fasta", 24, {4: Way.EXIT, 9: Way.EXCEPTION, 17: Way.NAN, 20: Way.TOO_LARGE}
+    )
     sabotage(patch(Way.EXIT, Way.EXCEPTION, Way.NAN))
     outcome = run_flow(tmp_path / "in.fasta", tmp_path / "run")
     assert outcome.is_completed(), outcome.message

@@ -85,7 +85,9 @@ def test_the_engine_reads_the_delay_after_the_hook_has_set_it():
             name: fail.with_options(task_run_name=name, retry_condition_fn=hook_that_waits(delays))
             for name, delays in delays_s.items()
         }
-        await asyncio.gather(*(copy(began_at[name], return_state=True) for name, copy in copies.items()))
+        await asyncio.gather(
+            *(copy(began_at[name], return_state=True) for name, copy in copies.items())
+        )
 
     outcome = asyncio.run(fail_again_and_again(return_state=True))
 
@@ -94,7 +96,10 @@ def test_the_engine_reads_the_delay_after_the_hook_has_set_it():
         states = histories[name]
         waits = [state for state in states if state.name == "AwaitingRetry"]
         due_at = [state.state_details.scheduled_time for state in waits]
-        asked_for_s = [(due - state.timestamp).total_seconds() for due, state in zip(due_at, waits, strict=True)]
+        asked_for_s = [
+            (due - state.timestamp).total_seconds()
+            for due, state in zip(due_at, waits, strict=True)
+        ]
         assert asked_for_s == pytest.approx(delays, abs=0.05)
         assert len(began_at[name]) == len(delays) + 1
         assert all(began >= due for began, due in zip(began_at[name][1:], due_at, strict=True))
@@ -111,9 +116,14 @@ def task_run_histories(flow_run_id: UUID | None) -> dict[str, list[State[Any]]]:
         def read() -> list[TaskRun]:
             return client.read_task_runs(flow_run_filter=of_the_run)
 
-        wait_until(lambda: bool(runs := read()) and all(run.state and run.state.is_final() for run in runs))
+        wait_until(
+            lambda: bool(runs := read()) and all(run.state and run.state.is_final() for run in runs)
+        )
         histories = {run.name: client.read_task_run_states(run.id) for run in read()}
-    return {name: sorted(states, key=lambda state: state.timestamp) for name, states in histories.items()}
+    return {
+        name: sorted(states, key=lambda state: state.timestamp)
+        for name, states in histories.items()
+    }
 
 
 STUBBORN = """
@@ -179,7 +189,9 @@ def test_sigterms_stop_the_flow_and_a_late_one_its_children_wherever_they_strike
         [sys.executable, "-c", STUBBORN.format(busy=busy), child], cwd=ROOT, start_new_session=True
     )
     wait_until((tmp_path / "followed").exists)
-    pid = int((tmp_path / "pid").read_text())  # not `workers_of`, which sees the shell's fork of a `sleep` too
+    pid = int(
+        (tmp_path / "pid").read_text()
+    )  # not `workers_of`, which sees the shell's fork of a `sleep` too
     with nobody_left_of(process, tmp_path):
         process.send_signal(signal.SIGTERM)
         wait_until((tmp_path / "told").exists, timeout_s=ORPHANS_LIVE_S)
@@ -271,7 +283,14 @@ def test_a_late_second_sigterm_waits_for_nobody(
             vnp_lib.worker.attempt.StopFlag.set = lambda self: None
     """)
     run_dir = tmp_path / "run"
-    arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_CHILDREN, *SMALL_CHECKPOINTS)
+    arguments = (
+        "--fasta",
+        short_fasta,
+        "--output-dir",
+        run_dir,
+        *ON_TWO_CHILDREN,
+        *SMALL_CHECKPOINTS,
+    )
     process = command_line.start(*arguments)
     with nobody_left_of(process, run_dir):
         wait_until(lambda: process.poll() is not None or shards_with_checkpoints(run_dir) == {0, 1})
@@ -334,10 +353,13 @@ def test_a_deployed_run_that_is_preempted_is_rescheduled_and_loses_nothing(
 
 
 @pytest.fixture
-def worker(served_command_line: CommandLine, deployment_id: UUID) -> Iterator[subprocess.Popen[str]]:
+def worker(
+    served_command_line: CommandLine, deployment_id: UUID
+) -> Iterator[subprocess.Popen[str]]:
     """A process worker that starts what is scheduled."""
     process = served_command_line.start_prefect(
-        *("worker", "start", "--pool", "vnp-local", "--type", "process"), PREFECT_WORKER_QUERY_SECONDS="1"
+        *("worker", "start", "--pool", "vnp-local", "--type", "process"),
+        PREFECT_WORKER_QUERY_SECONDS="1",
     )
     yield process
     process.terminate()

@@ -13,10 +13,14 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 GUIDE = ROOT / "deployments" / "process-pool.md"
 
 
-@pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="the guide starts with `make embed`, which makes .venv")
+@pytest.mark.skipif(
+    not (ROOT / ".venv").is_dir(), reason="the guide starts with `make embed`, which makes .venv"
+)
 def test_the_guide_leads_from_nothing_to_a_finished_run(tmp_path):
     """On a Prefect home and a port of its own, offline; the server and the worker are gone afterwards."""
     checkout = copy_of_the_repository(tmp_path)
-    environment = environment_of_a_reader(tmp_path / "home", PREFECT_SERVER_API_PORT=str(free_port()))
+    environment = environment_of_a_reader(
+        tmp_path / "home", PREFECT_SERVER_API_PORT=str(free_port())
+    )
     run_page(GUIDE, checkout, environment, timeout_s=840)
     assert len(open_dataset(checkout / "runs" / "deployed")) == 122

@@ -38,7 +38,9 @@ def state_name(flow_run_id: UUID) -> str | None:
         return client.read_flow_run(flow_run_id).state_name
 
 
-def test_what_earlier_runs_on_the_same_directory_have_left_is_ended_and_nothing_else(tmp_path, tiny_fasta):
+def test_what_earlier_runs_on_the_same_directory_have_left_is_ended_and_nothing_else(
+    tmp_path, tiny_fasta
+):
     """None of them has a machine that could end it: those at work are marked after the grace, not before."""
     config = small_config(tiny_fasta, tmp_path / "run", runtime={"grace_s": 1.0})
     elsewhere = small_config(tiny_fasta, tmp_path / "elsewhere")
@@ -80,8 +82,12 @@ def test_a_run_that_ends_badly_cancels_its_shards_and_no_others(tmp_path, tiny_f
         assert context is not None
         assert context.flow_run is not None
         ours = run_tag(str(context.flow_run.id))
-        expected[await make_shard_run(Running(), ours)] = "Cancelling" if "executor" in config else "Running"
-        expected[await make_shard_run(Scheduled(), ours)] = "Cancelled" if "executor" in config else "Scheduled"
+        expected[await make_shard_run(Running(), ours)] = (
+            "Cancelling" if "executor" in config else "Running"
+        )
+        expected[await make_shard_run(Scheduled(), ours)] = (
+            "Cancelled" if "executor" in config else "Scheduled"
+        )
         expected[await make_shard_run(Running(), run_tag("another"))] = "Running"
         raise RuntimeError
 

@@ -32,7 +32,9 @@ NUM_COMPUTED = 66
 @pytest.fixture
 def job(tmp_path, short_fasta) -> Path:
     """Some 60 batches, a checkpoint every ten sequences."""
-    return make_job(short_fasta, tmp_path / "run", token_budget=128, runtime={"checkpoint_seq_threshold": 10})
+    return make_job(
+        short_fasta, tmp_path / "run", token_budget=128, runtime={"checkpoint_seq_threshold": 10}
+    )
 
 
 def make_job(fasta: Path, run_dir: Path, **settings) -> Path:
@@ -86,7 +88,9 @@ def signal_the_worker(job: Path, signum: int):
 
 def rows_on_disk(job: Path) -> int:
     paths = RunPaths(job.parents[2])
-    survey = survey_checkpoints(paths.checkpoints_dir, load_plan(paths).fingerprint, verify_digests=True)
+    survey = survey_checkpoints(
+        paths.checkpoints_dir, load_plan(paths).fingerprint, verify_digests=True
+    )
     return sum(record.rows for record in survey.valid)
 
 
@@ -108,7 +112,11 @@ def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
     assert names[:2] == ["started", "loaded"]
     assert last["event"] == names[-1] == "done"
     assert sum(event["sequences"] for event in events if event["event"] == "batch") == NUM_COMPUTED
-    assert sum(event["rows"] for event in events if event["event"] == "checkpoint") == NUM_COMPUTED == rows_on_disk(job)
+    assert (
+        sum(event["rows"] for event in events if event["event"] == "checkpoint")
+        == NUM_COMPUTED
+        == rows_on_disk(job)
+    )
 
 
 @pytest.mark.parametrize("log", ["/dev/full", "missing/worker.log"])
@@ -154,9 +162,13 @@ def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
 def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, sabotage):
     """Without what it has not committed, and without a word; its second batch would take an hour."""
     fasta = tmp_path / "in.fasta"
-    fasta.write_text("".join(f">good_{i}\n{'ACDEFGHIKL' * 6}{'M' * i}\n" for i in range(10)) + ">bad\nWWWWHAC\n")
+    fasta.write_text(
+        "".join(f">good_{i}\n{'ACDEFGHIKL' * 6}{'M' * i}\n" for i in range(10)) + ">bad\nWWWWHAC\n"
+    )
     sabotage(patch(Way.HANG))
-    job = make_job(fasta, tmp_path / "run", token_budget=670, runtime={"checkpoint_seq_threshold": 1})
+    job = make_job(
+        fasta, tmp_path / "run", token_budget=670, runtime={"checkpoint_seq_threshold": 1}
+    )
     heard = Counter()
 
     async def on_event(event):
@@ -266,7 +278,9 @@ def _follow_to_its_end(job: Path) -> None:
 @pytest.mark.soak
 def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
     """As by Ctrl-Z, gang scheduling, a paused virtual machine: the clock went on, and nobody was there to speak or hear."""
-    supervisor = multiprocessing.get_context("spawn").Process(target=_follow_to_its_end, args=(job,))
+    supervisor = multiprocessing.get_context("spawn").Process(
+        target=_follow_to_its_end, args=(job,)
+    )
     supervisor.start()
     wait_until(lambda: job.with_name("begun").exists() or not supervisor.is_alive())
     stopped = (the_worker(job), supervisor.pid)
@@ -319,7 +333,9 @@ def _follow_until_killed(job: Path) -> None:
 
 
 def test_a_child_whose_supervisor_is_killed_saves_and_leaves(job):
-    supervisor = multiprocessing.get_context("spawn").Process(target=_follow_until_killed, args=(job,))
+    supervisor = multiprocessing.get_context("spawn").Process(
+        target=_follow_until_killed, args=(job,)
+    )
     supervisor.start()
     wait_until(lambda: bool(workers_of(job.parent)) or not supervisor.is_alive())
     pid = the_worker(job)

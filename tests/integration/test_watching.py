@@ -40,7 +40,9 @@ def look_at(flow_run_id: UUID) -> tuple[FlowRun, list[TaskRun], list[Artifact]]:
             of_the_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
             return (
                 await client.read_flow_run(flow_run_id),
-                await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))),
+                await client.read_task_runs(
+                    flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+                ),
                 await client.read_artifacts(artifact_filter=of_the_run),
             )
 
@@ -67,7 +69,9 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
         patch(Way.NAN)
         + "\nif rank == 1 and attempt == 1:\n    import signal\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    config = small_config(proteins, tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1}, metrics_port=port)
+    config = small_config(
+        proteins, tmp_path / "run", runtime={"spot_retry_poll_interval": 0.1}, metrics_port=port
+    )
     with tags("mine"):
         outcome = asyncio.run(embed(config, return_state=True))
     assert outcome.is_completed(), outcome.message
@@ -78,11 +82,21 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
         "shard-000": ["cpu", MODEL, "mine"],
         "shard-001": ["cpu", MODEL, "mine"],
     }
-    assert sorted(artifact.key for artifact in artifacts) == ["shard-000", "shard-001", "vnp-shards", "vnp-summary"]
+    assert sorted(artifact.key for artifact in artifacts) == [
+        "shard-000",
+        "shard-001",
+        "vnp-shards",
+        "vnp-summary",
+    ]
     shown = {artifact.key: artifact for artifact in artifacts}
     assert shown["shard-001"].data == 100.0
     first, second = json.loads(shown["vnp-shards"].data)
-    assert (first["shard"], first["state"], second["shard"], second["state"]) == ("000", "complete", "001", "complete")
+    assert (first["shard"], first["state"], second["shard"], second["state"]) == (
+        "000",
+        "complete",
+        "001",
+        "complete",
+    )
     assert (first["last failure"], second["attempt"]) == ("", 2)
     assert second["last failure"].startswith("spot_preemption: spot preemption #1")
     summary = shown["vnp-summary"].data
@@ -98,15 +112,23 @@ def test_a_run_with_a_bad_protein_shows_its_shards_its_summary_its_events_and_it
 
     (page,) = pages
     plan = load_plan(RunPaths(tmp_path / "run"))
-    assert of_the_shards(page, "vnp_shard_sequences") == of_the_shards(page, "vnp_shard_sequences_done") == [4, 4]
+    assert (
+        of_the_shards(page, "vnp_shard_sequences")
+        == of_the_shards(page, "vnp_shard_sequences_done")
+        == [4, 4]
+    )
     assert sum(of_the_shards(page, "vnp_sequences_embedded_total")) == 7
     assert sum(of_the_shards(page, "vnp_checkpoint_sequences_total")) == 7
-    assert sum(of_the_shards(page, "vnp_tokens_embedded_total")) == sum(plan.lengths + 2) - (plan.lengths[2] + 2)
+    assert sum(of_the_shards(page, "vnp_tokens_embedded_total")) == sum(plan.lengths + 2) - (
+        plan.lengths[2] + 2
+    )
     assert of_the_shards(page, "vnp_batches_queued") == [0, 0]
     assert of_the_shards(page, "vnp_attempts_total") == [1, 2]
-    assert {sample: count for sample, count in page.items() if sample.startswith("vnp_failures_total") and count} == {
-        "vnp_failures_total{kind=spot_preemption}": 1
-    }
+    assert {
+        sample: count
+        for sample, count in page.items()
+        if sample.startswith("vnp_failures_total") and count
+    } == {"vnp_failures_total{kind=spot_preemption}": 1}
     assert page["vnp_checkpoint_write_seconds_count"] == 2
     assert page["vnp_checkpoint_write_seconds_sum"] > 0
     assert page["vnp_quarantined_sequences"] == 1
@@ -124,7 +146,10 @@ def test_tags_that_come_at_once_are_all_kept_and_none_harms_the_run():
     async def tagged() -> None:
         flow_run_id = UUID(runtime.flow_run.id)
         await asyncio.gather(
-            *(tag_flow_run(flow_run_id, tag) for tag in ("failed:oom", "failed:transient", "failed:oom"))
+            *(
+                tag_flow_run(flow_run_id, tag)
+                for tag in ("failed:oom", "failed:transient", "failed:oom")
+            )
         )
         await tag_flow_run(uuid4(), "of no flow run")
 

@@ -38,7 +38,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 NUM_SHARDS = 4
 NUM_COMPUTED = 66  # of 69 sequences: three are there twice
 GRACE_S = 10.0
-CANCELLED_WITHIN_S = 90.0  # 7 to 25 on two cores: Prefect's worker imports the flow, to look for hooks
+CANCELLED_WITHIN_S = (
+    90.0  # 7 to 25 on two cores: Prefect's worker imports the flow, to look for hooks
+)
 A_GPU_THAT_CAN_BE_SLOW = """
 import fcntl, time
 from vnp_lib.model.esm2 import ESM2
@@ -117,7 +119,9 @@ class Story:
     def wait_until_at_work(self, *machines: str) -> None:
         """Until each of these machines has a checkpoint of its shard on disk."""
         wait_until(
-            lambda: all(any(map(self.has_checkpoint, self.gpus.shards_on(machine))) for machine in machines),
+            lambda: all(
+                any(map(self.has_checkpoint, self.gpus.shards_on(machine))) for machine in machines
+            ),
             timeout_s=PATIENCE_S,
         )
 
@@ -129,7 +133,9 @@ class Story:
         """The flow runs of its shards, oldest first."""
         ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"vnp-dir:{self.run_dir}"]))
         with self.cluster.client() as client:
-            return client.read_flow_runs(flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+            return client.read_flow_runs(
+                flow_run_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_ASC
+            )
 
     def give_up(self) -> None:
         """After a test that has failed: what it has left at work must not keep the next one waiting for its places."""
@@ -144,7 +150,9 @@ class Story:
 
     def causes_of_failures(self) -> list[str]:
         manifest = CheckpointManifest(RunPaths(self.run_dir).manifest)
-        return [failure["cause"] for rank in range(NUM_SHARDS) for failure in manifest.failures(rank)]
+        return [
+            failure["cause"] for rank in range(NUM_SHARDS) for failure in manifest.failures(rank)
+        ]
 
     def assert_right(self, oracle_dir: Path, *, kept: dict[Path, bytes]) -> None:
         """Every row is right and was computed once, no checkpoint of `kept` anew; nobody is left, or has shared a GPU."""
@@ -160,7 +168,9 @@ class Story:
         given = self.config.model_dump(mode="json", exclude_unset=True)
         runtime = {f"runtime.{name}": value for name, value in given.pop("runtime").items()}
         given = given | runtime | {"fasta": given["fasta"][0]}
-        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+        return [
+            word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +241,15 @@ def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterru
         switch_off(first)
         (lost,) = story.gpus.shards_on("first")
         page = scrape(story.config.metrics_port)
-        assert sum(page[f"vnp_shard_sequences{{shard={rank}}}"] for rank in range(NUM_SHARDS)) == NUM_COMPUTED
+        assert (
+            sum(page[f"vnp_shard_sequences{{shard={rank}}}"] for rank in range(NUM_SHARDS))
+            == NUM_COMPUTED
+        )
         before = finished_checkpoints(story.run_dir)
-        assert CheckpointManifest(RunPaths(story.run_dir).manifest).shards()[lost]["status"] == "in_progress"
+        assert (
+            CheckpointManifest(RunPaths(story.run_dir).manifest).shards()[lost]["status"]
+            == "in_progress"
+        )
         story.gpus.make_fast()
         story.wait_until_complete(run)
 
@@ -242,7 +258,9 @@ def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterru
     story.assert_right(uninterrupted, kept=before)
 
 
-def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(story, cluster, start_machine, uninterrupted):
+def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(
+    story, cluster, start_machine, uninterrupted
+):
     """What Prefect still takes for running holds every place that the deployment's concurrency limit has."""
     machines = [start_machine("first"), start_machine("second")]
     with story.running() as run:
@@ -269,7 +287,9 @@ def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(story,
     story.assert_right(uninterrupted, kept=before)
 
 
-def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(story, start_machine, uninterrupted):
+def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(
+    story, start_machine, uninterrupted
+):
     """The run is killed, its machines are not: they go on, and take the shards that wait, until the run is there again."""
     start_machine("first")
     start_machine("second")
@@ -277,11 +297,17 @@ def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(story, star
         story.wait_until_at_work("first", "second")
         switch_off(run)
     story.gpus.make_fast()
-    wait_until(lambda: len(story.gpus.shards_on("first") + story.gpus.shards_on("second")) > 2, timeout_s=PATIENCE_S)
+    wait_until(
+        lambda: len(story.gpus.shards_on("first") + story.gpus.shards_on("second")) > 2,
+        timeout_s=PATIENCE_S,
+    )
     story.gpus.make_slow()
 
     with story.running() as run:
-        wait_until(lambda: len(story.shard_runs()) > NUM_SHARDS or run.poll() is not None, timeout_s=PATIENCE_S)
+        wait_until(
+            lambda: len(story.shard_runs()) > NUM_SHARDS or run.poll() is not None,
+            timeout_s=PATIENCE_S,
+        )
         story.gpus.make_fast()
         story.wait_until_complete(run)
 
@@ -290,7 +316,9 @@ def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(story, star
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "the button in the UI"])
-def test_a_cancelled_run_takes_its_shards_with_it(story, cluster, start_machine, uninterrupted, how):
+def test_a_cancelled_run_takes_its_shards_with_it(
+    story, cluster, start_machine, uninterrupted, how
+):
     """On other machines they would compute for hours. They save what they have, and the same command goes on from there."""
     if how == "the button in the UI":
         start_machine("head")
@@ -309,7 +337,10 @@ def test_a_cancelled_run_takes_its_shards_with_it(story, cluster, start_machine,
             run.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
             assert run.wait(timeout=PATIENCE_S) == (130 if how == "Ctrl-C" else 143)
     cancelled_at = time.monotonic()
-    wait_until(lambda: {run.state_name for run in story.shard_runs()} == {"Cancelled"}, timeout_s=CANCELLED_WITHIN_S)
+    wait_until(
+        lambda: {run.state_name for run in story.shard_runs()} == {"Cancelled"},
+        timeout_s=CANCELLED_WITHIN_S,
+    )
     wait_until(lambda: workers_of(story.run_dir) == [], timeout_s=GRACE_S)
     print(f"{how}: all shards have ended after {time.monotonic() - cancelled_at:.1f} s")
     before = finished_checkpoints(story.run_dir)
@@ -323,7 +354,9 @@ def test_a_cancelled_run_takes_its_shards_with_it(story, cluster, start_machine,
     story.assert_right(uninterrupted, kept=before)
 
 
-def test_the_shards_of_a_run_that_is_rescheduled_go_on(story, cluster, start_machine, uninterrupted):
+def test_the_shards_of_a_run_that_is_rescheduled_go_on(
+    story, cluster, start_machine, uninterrupted
+):
     """As in a pod that is taken away: SIGTERM, and a worker executes the same flow run again, which finds its shards."""
     flow_run_id = story.schedule()
     parent = cluster.command_line.start_prefect(

@@ -64,10 +64,14 @@ def choose(names: Sequence[str]) -> list[Mutant]:
 def require_sound(mutants: Sequence[Mutant], scratch: Path) -> None:
     """See that every mutant is one, that copies import themselves, and that all tests pass on the library as it is."""
     if stale := [mutant.name for mutant in mutants if mutant.occurrences(ROOT) != 1]:
-        raise CatalogueError(f"stale: {', '.join(stale)}: what they replace is not in the library exactly once")
+        raise CatalogueError(
+            f"stale: {', '.join(stale)}: what they replace is not in the library exactly once"
+        )
     tree = copy_of_the_tree(scratch / "original")
     require_own_library(tree)
-    passed = run_tests(tree, list(dict.fromkeys(test for mutant in mutants for test in mutant.caught_by)))
+    passed = run_tests(
+        tree, list(dict.fromkeys(test for mutant in mutants for test in mutant.caught_by))
+    )
     if passed.exit_code != _PASSED:
         raise CatalogueError(f"{passed.output}\nthe tests do not pass on the library as it is")
 
@@ -79,10 +83,15 @@ def judge_all(mutants: Sequence[Mutant], scratch: Path, *, is_verbose: bool) -> 
     print(f"{'mutant':{name_width}}  {'caught by':{test_width}}  seconds")
     num_caught = 0
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        for mutant, run in zip(mutants, pool.map(partial(run_mutant, scratch=scratch), mutants), strict=True):
+        for mutant, run in zip(
+            mutants, pool.map(partial(run_mutant, scratch=scratch), mutants), strict=True
+        ):
             is_caught = run.exit_code == _FAILED
             verdict = shown(mutant.caught_by[0]) if is_caught else why_not(run.exit_code)
-            print(f"{mutant.name:{name_width}}  {verdict:{test_width}}  {run.elapsed_s:7.1f}", flush=True)
+            print(
+                f"{mutant.name:{name_width}}  {verdict:{test_width}}  {run.elapsed_s:7.1f}",
+                flush=True,
+            )
             if is_verbose or run.exit_code not in (_PASSED, _FAILED):
                 print(run.output)
             num_caught += is_caught
@@ -109,14 +118,25 @@ def require_own_library(tree: Path) -> None:
     """The virtual environment has the repository's own library installed, which must not be the one that is tested."""
     code = "import flows, vnp_lib; print(flows.__file__, vnp_lib.__file__)"
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, env=environment(tree), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env=environment(tree),
+        capture_output=True,
+        text=True,
     )
     if found.stdout.split() != [str(tree / "flows/__init__.py"), str(tree / "vnp_lib/__init__.py")]:
         raise CatalogueError(f"the copy does not import itself: {found.stdout}{found.stderr}")
 
 
 def run_tests(tree: Path, tests: Sequence[str]) -> PytestRun:
-    options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={_TEST_LIMIT_S}", f"--basetemp={tree / 'tmp'}"]
+    options = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={_TEST_LIMIT_S}",
+        f"--basetemp={tree / 'tmp'}",
+    ]
     started_s = time.monotonic()
     try:
         finished = subprocess.run(
@@ -129,13 +149,24 @@ def run_tests(tree: Path, tests: Sequence[str]) -> PytestRun:
             timeout=_LIMIT_S,
         )
     except subprocess.TimeoutExpired:
-        raise CatalogueError(f"pytest had not ended after {_LIMIT_S} s in {tree.name}: {' '.join(tests)}") from None
-    return PytestRun(exit_code=finished.returncode, output=finished.stdout, elapsed_s=time.monotonic() - started_s)
+        raise CatalogueError(
+            f"pytest had not ended after {_LIMIT_S} s in {tree.name}: {' '.join(tests)}"
+        ) from None
+    return PytestRun(
+        exit_code=finished.returncode,
+        output=finished.stdout,
+        elapsed_s=time.monotonic() - started_s,
+    )
 
 
 def environment(tree: Path) -> dict[str, str]:
     """With the order of sets fixed: a mutant that goes through one is caught every time or never."""
-    settings = {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "PYTHONPATH": str(tree),
+        "PYTHONHASHSEED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     return os.environ | settings
 
 

@@ -73,9 +73,7 @@ note("started")
 @contextmanager
 def sabotaged(directory: Path, code: str) -> Iterator[None]:
     """Have every child that is started within the block run `code` first, as a `sitecustomize` that Python imports."""
-    guarded = (
-        f"import sys\nif sys.orig_argv[-1].endswith('job.json'):\n    exec(compile({code!r}, 'sabotage', 'exec'))\n"
-    )
+    guarded = f"import sys\nif sys.orig_argv[-1].endswith('job.json'):\n    exec(compile({code!r}, 'sabotage', 'exec'))\n"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "sitecustomize.py").write_text(guarded)
     with pytest.MonkeyPatch.context() as patch:

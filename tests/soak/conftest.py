@@ -5,5 +5,12 @@ from __future__ import annotations
 
 def pytest_addoption(parser):
     group = parser.getgroup("soak")
-    group.addoption("--soak-minutes", type=float, default=10.0, help="How long to begin new rounds of the soak.")
-    group.addoption("--soak-seed", type=int, default=1, help="Of the first round; the next ones count on from it.")
+    group.addoption(
+        "--soak-minutes", type=float, default=10.0, help="How long to begin new rounds of the soak."
+    )
+    group.addoption(
+        "--soak-seed",
+        type=int,
+        default=1,
+        help="Of the first round; the next ones count on from it.",
+    )

@@ -50,7 +50,10 @@ _SIGNALS = {
 }
 _OF_CHILDREN = (Fault.CHILD_TERM, Fault.CHILD_KILL, Fault.CHILD_STOP)
 _OF_THE_FLOW = (Fault.FLOW_TERM, Fault.FLOW_INT, Fault.FLOW_KILL)
-_OF_THE_DISK = {Fault.DISK_FULL: ("disk_full", (0.2, 1.5)), Fault.DISK_SLOW: ("slow_disk", (2.0, 6.0))}
+_OF_THE_DISK = {
+    Fault.DISK_FULL: ("disk_full", (0.2, 1.5)),
+    Fault.DISK_SLOW: ("slow_disk", (2.0, 6.0)),
+}
 FROZEN_AT_MOST_S = 15.0  # longer than the silence limit of a soak
 _STOPPING = (Fault.FLOW_TERM, Fault.FLOW_INT)
 
@@ -64,14 +67,21 @@ class Struck:
     lost_children: set[int] = field(default_factory=set)  # process ids of those that could not save
     child_stops_s: list[float] = field(default_factory=list)  # from SIGTERM to the end
     flow_stops_s: list[float] = field(default_factory=list)
-    orphans_s: list[float] = field(default_factory=list)  # from the flow's SIGKILL to the end of a child
+    orphans_s: list[float] = field(
+        default_factory=list
+    )  # from the flow's SIGKILL to the end of a child
 
 
 class Storm:
     """Starts a run, strikes it at random times, and starts it again until it is complete."""
 
     def __init__(
-        self, command_line: CommandLine, arguments: Sequence[object], run_dir: Path, journal_dir: Path, seed: int
+        self,
+        command_line: CommandLine,
+        arguments: Sequence[object],
+        run_dir: Path,
+        journal_dir: Path,
+        seed: int,
     ) -> None:
         self._command_line = command_line
         self._arguments = arguments
@@ -120,7 +130,9 @@ class Storm:
         while self._flow.poll() is None:
             time.sleep(_POLL_S)
             self._look_after()
-            assert time.monotonic() - quiet_since < _QUIET_LIMIT_S * slowness(), "it does not come to an end"
+            assert time.monotonic() - quiet_since < _QUIET_LIMIT_S * slowness(), (
+                "it does not come to an end"
+            )
             if left and not is_struck and self._is_due(*due) and self._strike(left[0]):
                 is_struck = left.pop(0) in _OF_THE_FLOW
                 due = self._next_due(read_journal(self._journal_dir).rows_computed)
@@ -196,7 +208,9 @@ class Storm:
             self._orphans.remove(pid)
             self._struck.orphans_s.append(now - self._killed_at)
         limit_s = ORPHANS_LEAVE_WITHIN_S * slowness()
-        assert not self._orphans or now - self._killed_at < limit_s, f"orphans after {limit_s} s: {self._orphans}"
+        assert not self._orphans or now - self._killed_at < limit_s, (
+            f"orphans after {limit_s} s: {self._orphans}"
+        )
         for name in [name for name, until in self._disk_faults.items() if now >= until]:
             del self._disk_faults[name]
             (self._journal_dir / name).unlink()
@@ -212,7 +226,9 @@ class Storm:
             self._struck.flow_stops_s.append(time.monotonic() - self._stopping_since)
         if code != -signal.SIGKILL:
             left_behind = set(workers_of(self._run_dir)) - self._orphans
-            assert not left_behind, f"left with exit code {code}, but not its children {left_behind}"
+            assert not left_behind, (
+                f"left with exit code {code}, but not its children {left_behind}"
+            )
         return code
 
     def _clear_up(self) -> None:

@@ -28,7 +28,9 @@ ONE_CHILD = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", 
 
 def write_proteins(path: Path, lengths: list[int]) -> Path:
     draw = random.Random(3)
-    path.write_text("".join(f">p{n}\n{draw_protein(draw, length)}\n" for n, length in enumerate(lengths)))
+    path.write_text(
+        "".join(f">p{n}\n{draw_protein(draw, length)}\n" for n, length in enumerate(lengths))
+    )
     return path
 
 
@@ -38,10 +40,20 @@ def assert_whole_at_the_first_attempt(run_dir: Path, count: int) -> None:
     assert (shard["attempts"], shard["failures"]) == (1, [])
 
 
-def test_a_very_long_protein_takes_the_time_it_takes(served_command_line: CommandLine, tmp_path: Path) -> None:
+def test_a_very_long_protein_takes_the_time_it_takes(
+    served_command_line: CommandLine, tmp_path: Path
+) -> None:
     """16,000 residues on a CPU against a limit of 8 s."""
     fasta = write_proteins(tmp_path / "in.fasta", [60] * 60 + [16_000])
-    arguments = ("--fasta", fasta, "--output-dir", tmp_path / "run", *ONE_CHILD, "--runtime.silence-limit-s", 8)
+    arguments = (
+        "--fasta",
+        fasta,
+        "--output-dir",
+        tmp_path / "run",
+        *ONE_CHILD,
+        "--runtime.silence-limit-s",
+        8,
+    )
     ended = served_command_line.run(*arguments, timeout_s=1000)
     assert ended.returncode == 0, ended.stderr
     assert_whole_at_the_first_attempt(tmp_path / "run", 61)
@@ -56,7 +68,14 @@ def test_what_was_stopped_and_continued_has_not_been_silent(
     run_dir = tmp_path / "run"
     process = served_command_line.start(
         *("--fasta", fasta, "--output-dir", run_dir, *ONE_CHILD, "--token-budget", 128),
-        *("--runtime.checkpoint-seq-threshold", 10, "--runtime.silence-limit-s", 15, "--runtime.grace-s", 5),
+        *(
+            "--runtime.checkpoint-seq-threshold",
+            10,
+            "--runtime.silence-limit-s",
+            15,
+            "--runtime.grace-s",
+            5,
+        ),
     )
     with reaped(process, run_dir):
         wait_until(lambda: process.poll() is not None or len(finished_checkpoints(run_dir)) >= 1)
@@ -72,13 +91,17 @@ def test_what_was_stopped_and_continued_has_not_been_silent(
     assert_whole_at_the_first_attempt(run_dir, 300)
 
 
-def test_who_holds_a_shard_is_said_and_waited_for(served_command_line: CommandLine, tmp_path: Path) -> None:
+def test_who_holds_a_shard_is_said_and_waited_for(
+    served_command_line: CommandLine, tmp_path: Path
+) -> None:
     fasta = write_proteins(tmp_path / "in.fasta", [60] * 20)
     paths = RunPaths(tmp_path / "run")
     make_directory(paths.shard_dir(0))
     lock = FileLock(paths.shard_lock(0), purpose="hang")
     with lock.held(timeout_s=0):
-        process = served_command_line.start("--fasta", fasta, "--output-dir", paths.run_dir, *ONE_CHILD)
+        process = served_command_line.start(
+            "--fasta", fasta, "--output-dir", paths.run_dir, *ONE_CHILD
+        )
         time.sleep(40)
         assert process.poll() is None
     with reaped(process, paths.run_dir):

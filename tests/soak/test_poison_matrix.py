@@ -70,7 +70,9 @@ class Case:
         child, and that child's death names the culprit.
         """
         lethal = [ordinal for ordinal, way in self.marked.items() if way in LETHAL]
-        batches = {(ordinal % self.shards, ordinal // self.shards // self.batch_size) for ordinal in lethal}
+        batches = {
+            (ordinal % self.shards, ordinal // self.shards // self.batch_size) for ordinal in lethal
+        }
         strikes_of_batches = 2 * len(batches) if self.batch_size > 1 else 0
         return strikes_of_batches + 2 * len(lethal) + self.shards
 
@@ -105,7 +107,12 @@ CASES = (
     Case(story="all of a batch", marked={20: E, 21: S}, batch_size=2),
     Case(story="five in a batch", marked={16: E, 17: Q, 19: S, 22: H, 23: N}),
     Case(story="five scattered", marked={2: E, 13: Q, 22: S, 29: N, 44: Q}),
-    Case(story="five scattered in three shards", marked={1: S, 11: E, 21: Q, 31: N, 41: H}, shards=3, batch_size=4),
+    Case(
+        story="five scattered in three shards",
+        marked={1: S, 11: E, 21: Q, 31: N, 41: H},
+        shards=3,
+        batch_size=4,
+    ),
     *(at_random(seed) for seed in (1, 2, 3)),
 )
 
@@ -130,7 +137,10 @@ class Tally:
     def record(self) -> None:
         for story, held in self.endings.items():
             culprits = sum(len(case.marked) for case, _ in held)
-            children, most = sum(count for _, count in held), sum(case.most_children for case, _ in held)
+            children, most = (
+                sum(count for _, count in held),
+                sum(case.most_children for case, _ in held),
+            )
             result = f"{culprits} set aside or named, no other; {children} children, at most {most} allowed"
             record_figure(f"poison: {story}", len(held), result)
 
@@ -153,7 +163,9 @@ def directory(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def oracle(directory) -> dict[str, NDArray[np.float32]]:
     """The rows of the same proteins, none of which is bad, by id; each computed alone, where none can be taken for another."""
-    dataset = open_dataset(embed_all(Case(story="oracle", marked={}, batch_size=1), directory / "oracle").run_dir)
+    dataset = open_dataset(
+        embed_all(Case(story="oracle", marked={}, batch_size=1), directory / "oracle").run_dir
+    )
     assert len(dataset) == COUNT
     return {sequence_id: dataset[sequence_id] for sequence_id in dataset.ids}
 
@@ -176,12 +188,17 @@ def test_exactly_the_bad_ones_are_set_aside(case, endings, oracle, tally):
     """By their ids and for their causes; every other row is there and right, and no child was started in vain."""
     ending = endings[str(case)].result()
     assert ending.quarantined == {
-        ordinal: (f"protein_{ordinal}", CAUSES[way], 2) for ordinal, way in case.marked.items() if way != Way.HANG
+        ordinal: (f"protein_{ordinal}", CAUSES[way], 2)
+        for ordinal, way in case.marked.items()
+        if way != Way.HANG
     }
     silent = [f"protein_{ordinal}" for ordinal, way in case.marked.items() if way == Way.HANG]
     assert len(ending.reasons) == len(silent)
     for sequence_id, reason in zip(silent, ending.reasons, strict=True):
-        assert f"{sequence_id!r} (30 residues), computed alone and last, gave no sign of life" in reason
+        assert (
+            f"{sequence_id!r} (30 residues), computed alone and last, gave no sign of life"
+            in reason
+        )
     assert_all_other_rows(ending.run_dir, case, oracle)
     assert all(ending.accused), (
         "a failure that no protein is blamed for: is the machine too busy for the silence limit?"
@@ -191,9 +208,13 @@ def test_exactly_the_bad_ones_are_set_aside(case, endings, oracle, tally):
     tally.endings[case.story].append((case, ending.num_children))
 
 
-def assert_all_other_rows(run_dir: Path, case: Case, oracle: dict[str, NDArray[np.float32]]) -> None:
+def assert_all_other_rows(
+    run_dir: Path, case: Case, oracle: dict[str, NDArray[np.float32]]
+) -> None:
     dataset = open_dataset(run_dir)
-    assert dataset.ids == [f"protein_{ordinal}" for ordinal in range(COUNT) if ordinal not in case.marked]
+    assert dataset.ids == [
+        f"protein_{ordinal}" for ordinal in range(COUNT) if ordinal not in case.marked
+    ]
     for ordinal in set(range(COUNT)) - set(case.marked):
         row = dataset[f"protein_{ordinal}"]
         assert abs(row - oracle[f"protein_{ordinal}"]).max() < 1e-5, ordinal
@@ -206,7 +227,9 @@ def write_input(path: Path, marked: Mapping[int, Way]) -> None:
         for ordinal in range(COUNT):
             protein = draw_protein(draw, RESIDUES)
             way = marked.get(ordinal)
-            file.write(f">protein_{ordinal}\n{protein if way is None else marked_as(protein, way)}\n")
+            file.write(
+                f">protein_{ordinal}\n{protein if way is None else marked_as(protein, way)}\n"
+            )
 
 
 def embed_all(case: Case, directory: Path) -> Ending:
@@ -229,11 +252,23 @@ def embed_all(case: Case, directory: Path) -> Ending:
         children: Counter[int] = Counter()
         reasons = asyncio.run(embed_shards(run, children, most=case.most_children))
         paths, ordinals = run.paths, run.quarantine.ordinals()
-        assemble(run.plan, paths, run.checkpoints().valid, quarantined=ordinals, allow_missing=bool(reasons))
+        assemble(
+            run.plan,
+            paths,
+            run.checkpoints().valid,
+            quarantined=ordinals,
+            allow_missing=bool(reasons),
+        )
         return Ending(
             run_dir=paths.run_dir,
-            quarantined={each.ordinal: (each.id, each.cause, each.attempts) for each in run.quarantine.read()},
-            accused=[record["accuses_batch"] for rank in range(case.shards) for record in run.manifest.failures(rank)],
+            quarantined={
+                each.ordinal: (each.id, each.cause, each.attempts) for each in run.quarantine.read()
+            },
+            accused=[
+                record["accuses_batch"]
+                for rank in range(case.shards)
+                for record in run.manifest.failures(rank)
+            ],
             num_children=children.total(),
             reasons=reasons,
         )
@@ -242,7 +277,10 @@ def embed_all(case: Case, directory: Path) -> Ending:
 async def embed_shards(run: Run, children: Counter[int], *, most: int) -> list[str]:
     """Embed all shards, and return why some have failed."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(embed_shard(run, rank, children, most=most)) for rank in range(run.plan.num_shards)]
+        tasks = [
+            group.create_task(embed_shard(run, rank, children, most=most))
+            for rank in range(run.plan.num_shards)
+        ]
     return [reason for task in tasks if (reason := task.result())]
 
 
@@ -254,10 +292,14 @@ async def embed_shard(run: Run, rank: int, children: Counter[int], *, most: int)
     """
     while True:
         children[rank] += 1
-        assert children[rank] <= most, f"{most} children were not enough: {run.manifest.failures(rank)}"
+        assert children[rank] <= most, (
+            f"{most} children were not enough: {run.manifest.failures(rank)}"
+        )
         run.prepare_shard(rank)
         run.manifest.start_attempt(rank, device="cpu")
-        write_file(run.paths.job(rank), run.shard_job(rank, "cpu").model_dump_json().encode(), replace=True)
+        write_file(
+            run.paths.job(rank), run.shard_job(rank, "cpu").model_dump_json().encode(), replace=True
+        )
         try:
             await attempt(run, rank)
             return ""

@@ -32,15 +32,23 @@ SMALL_CHECKPOINTS = ("--shards", 4, "--token-budget", 128, "--runtime.checkpoint
 
 def server_of(pid: int) -> list[int]:
     """The Prefect server that a run has started."""
-    return [each for each in descendants_of(pid) if b"server_process.py" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    return [
+        each
+        for each in descendants_of(pid)
+        if b"server_process.py" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("when", ["start", "middle"])
-def test_a_run_completes_without_its_server(command_line, tmp_path, short_fasta, uninterrupted, when, signum):
+def test_a_run_completes_without_its_server(
+    command_line, tmp_path, short_fasta, uninterrupted, when, signum
+):
     """Killed or frozen: all rows, exit code 0, no traceback, and not minutes longer."""
     run_dir = tmp_path / "run"
-    process = command_line.start("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
+    process = command_line.start(
+        "--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS
+    )
     enough = {
         "start": lambda: RunPaths(run_dir).plan_dir.exists(),
         "middle": lambda: len(finished_checkpoints(run_dir)) > 1,
@@ -70,7 +78,9 @@ def test_a_killed_run_takes_its_server_along(command_line, tmp_path, short_fasta
 def test_sigterm_to_everything_is_told_in_a_line(command_line, tmp_path, short_fasta):
     """As Slurm and systemd send it: to flow, server and workers at once."""
     run_dir = tmp_path / "run"
-    process = command_line.start("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
+    process = command_line.start(
+        "--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS
+    )
     wait_until(lambda: len(finished_checkpoints(run_dir)) > 1)
     started_at = time.monotonic()
     for pid in (process.pid, *server_of(process.pid), *workers_of(run_dir)):
@@ -102,12 +112,21 @@ def test_an_installed_wheel_runs_from_a_hostile_directory(tmp_path, short_fasta,
     )
     (wheel,) = (tmp_path / "wheel").glob("vnp-*.whl")
     target = tmp_path / "installed"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel],
+        check=True,
+    )
     hostile = tmp_path / "hostile"
     hostile.mkdir()
     for name in ("random", "json", "prefect", "numpy", "logging", "vnp_lib", "flows", "uvicorn"):
-        (hostile / f"{name}.py").write_text("raise SystemExit('imported from the current directory')\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VNP_"))} | {
+        (hostile / f"{name}.py").write_text(
+            "raise SystemExit('imported from the current directory')\n"
+        )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "VNP_"))
+    } | {
         "PYTHONPATH": str(target),
         "PREFECT_HOME": str(tmp_path / "home"),
         "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": "s3-bucket/mine",
@@ -130,7 +149,9 @@ def test_an_installed_wheel_runs_from_a_hostile_directory(tmp_path, short_fasta,
     assert_same_rows(tmp_path / "run", uninterrupted)
 
 
-def test_standard_error_on_a_full_disk_does_not_end_a_run(command_line: CommandLine, tmp_path, short_fasta):
+def test_standard_error_on_a_full_disk_does_not_end_a_run(
+    command_line: CommandLine, tmp_path, short_fasta
+):
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(
             [

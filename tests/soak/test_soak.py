@@ -35,8 +35,19 @@ SHORTEST = 20  # residues
 TOKEN_BUDGET = 256
 CHECKPOINT_ROWS = 16
 PAUSE_S = 0.1  # of each forward pass: long enough to be struck in
-OUT_OF_MEMORY = range(25, COUNT, 100)  # they fit alone, and run out of memory together with others in most rounds
-MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu,cpu", "--shards", 3)
+OUT_OF_MEMORY = range(
+    25, COUNT, 100
+)  # they fit alone, and run out of memory together with others in most rounds
+MODEL = (
+    "--model",
+    "esm2_t6_8M_UR50D",
+    "--weights",
+    "random",
+    "--devices",
+    "cpu,cpu",
+    "--shards",
+    3,
+)
 RUNTIME = {
     "checkpoint-seq-threshold": CHECKPOINT_ROWS,
     "spot-retry-poll-interval": 0.1,
@@ -60,7 +71,9 @@ class Round:
     @classmethod
     def drawn(cls, seed: int) -> Round:
         draw = random.Random(seed)
-        places = sorted(draw.sample(sorted(set(range(COUNT)) - set(OUT_OF_MEMORY)), draw.randint(0, 3)))
+        places = sorted(
+            draw.sample(sorted(set(range(COUNT)) - set(OUT_OF_MEMORY)), draw.randint(0, 3))
+        )
         ways = (Way.EXCEPTION, Way.EXIT, Way.SEGFAULT, Way.NAN, Way.NAN)
         faults = draw.choices(list(Fault), k=draw.randint(3, 6))
         first_stop = faults.index(Fault.CHILD_STOP) if Fault.CHILD_STOP in faults else 0
@@ -69,7 +82,9 @@ class Round:
             poison={place: draw.choice(ways) for place in places},
             runs_out_of_memory=draw.random() < 0.7,
             # A frozen child accuses what is in the model: two in a round could meet the same innocent.
-            faults=tuple(f for i, f in enumerate(faults) if f != Fault.CHILD_STOP or i == first_stop),
+            faults=tuple(
+                f for i, f in enumerate(faults) if f != Fault.CHILD_STOP or i == first_stop
+            ),
         )
 
 
@@ -116,7 +131,9 @@ class Totals:
         record_figure("soak: out of memory", counts["out_of_memory"], "met with smaller batches")
         for way in (Way.EXCEPTION, Way.EXIT, Way.SEGFAULT, Way.NAN):
             record_figure(f"soak: poison, {way.name.lower()}", self.poison[way], "in quarantine")
-        record_figure("soak: starts of the flow", counts["starts"], f"{counts['children']} children")
+        record_figure(
+            "soak: starts of the flow", counts["starts"], f"{counts['children']} children"
+        )
         again = f"of {counts['good']:,} embedded; at most {counts['allowed']:,} allowed"
         record_figure("soak: rows computed again", counts["again"], again)
 
@@ -141,7 +158,9 @@ def test_whatever_strikes_when_nothing_is_lost(request, served_command_line, tmp
 
 def run_unharmed(command_line: CommandLine, directory: Path) -> Path:
     """Each protein is computed alone, where none can be taken for another."""
-    ended = command_line.run(*arguments_for(directory, {}, token_budget=1), timeout_s=600.0 * slowness())
+    ended = command_line.run(
+        *arguments_for(directory, {}, token_budget=1), timeout_s=600.0 * slowness()
+    )
     assert ended.returncode == 0, ended.stderr
     return directory / "run"
 
@@ -149,7 +168,9 @@ def run_unharmed(command_line: CommandLine, directory: Path) -> Path:
 def run_in_a_storm(command_line: CommandLine, directory: Path, round_: Round) -> Struck:
     arguments = arguments_for(directory, round_.poison)
     active = set(round_.poison.values()) | ({Way.MEMORY} if round_.runs_out_of_memory else set())
-    with sabotaged(directory / "sabotage", patch(*active) + journalling(directory, pause_s=PAUSE_S)):
+    with sabotaged(
+        directory / "sabotage", patch(*active) + journalling(directory, pause_s=PAUSE_S)
+    ):
         storm = Storm(command_line, arguments, directory / "run", directory, round_.seed)
         return storm.rage(round_.faults)
 
@@ -163,9 +184,13 @@ def arguments_for(
     draw = random.Random(20_260_101)
     with (directory / "in.fasta").open("w") as file:
         for ordinal in range(COUNT):
-            protein = draw_protein(draw, 30 if ordinal in OUT_OF_MEMORY else draw.randint(SHORTEST, 60))
+            protein = draw_protein(
+                draw, 30 if ordinal in OUT_OF_MEMORY else draw.randint(SHORTEST, 60)
+            )
             way = marked.get(ordinal)
-            file.write(f">protein_{ordinal}\n{protein if way is None else marked_as(protein, way)}\n")
+            file.write(
+                f">protein_{ordinal}\n{protein if way is None else marked_as(protein, way)}\n"
+            )
     runtime = [word for name, value in RUNTIME.items() for word in (f"--runtime.{name}", value)]
     paths = ("--fasta", directory / "in.fasta", "--output-dir", directory / "run")
     return (*paths, *MODEL, "--token-budget", token_budget, *runtime)
@@ -182,10 +207,16 @@ def assert_nothing_is_lost(
     assert_computed_once(run_dir, plan)
     assert_verified(run_dir)
     journal = read_journal(directory)
-    longest_batch = most_rows_of_a_batch() if round_.runs_out_of_memory else 1  # in forward passes: it may go in pieces
-    assert journal.orphaned_passes <= longest_batch + 1, f"{journal.orphaned_passes} passes after the parent's end"
+    longest_batch = (
+        most_rows_of_a_batch() if round_.runs_out_of_memory else 1
+    )  # in forward passes: it may go in pieces
+    assert journal.orphaned_passes <= longest_batch + 1, (
+        f"{journal.orphaned_passes} passes after the parent's end"
+    )
     again = journal.rows_computed - (COUNT - len(round_.poison))
-    assert 0 <= again <= most_rework(round_, struck, journal), f"{again} rows computed again, {struck}, {journal}"
+    assert 0 <= again <= most_rework(round_, struck, journal), (
+        f"{again} rows computed again, {struck}, {journal}"
+    )
 
 
 def quarantined(run_dir: Path, plan: RunPlan) -> set[int]:
@@ -210,10 +241,14 @@ def assert_rows(run_dir: Path, round_: Round, oracle: Mapping[str, NDArray[np.fl
 
 
 def assert_computed_once(run_dir: Path, plan: RunPlan) -> None:
-    survey = survey_checkpoints(RunPaths(run_dir).checkpoints_dir, plan.fingerprint, verify_digests=True)
+    survey = survey_checkpoints(
+        RunPaths(run_dir).checkpoints_dir, plan.fingerprint, verify_digests=True
+    )
     assert not survey.damaged
     held = Counter(ordinal for record in survey.valid for ordinal in record.ordinals.tolist())
-    assert set(held.values()) == {1}, f"in more than one checkpoint: {[each for each in held if held[each] > 1]}"
+    assert set(held.values()) == {1}, (
+        f"in more than one checkpoint: {[each for each in held if held[each] > 1]}"
+    )
 
 
 def assert_verified(run_dir: Path) -> None:
@@ -232,7 +267,9 @@ def most_rework(round_: Round, struck: Struck, journal: Journal) -> int:
     batch = most_rows_of_a_batch()
     checkpoint = CHECKPOINT_ROWS - 1 + batch
     lost_children = len(struck.lost_children | journal.met_a_full_disk) + journal.lethal_passes
-    strikes = 2 * list(round_.poison.values()).count(Way.EXCEPTION) if round_.runs_out_of_memory else 0
+    strikes = (
+        2 * list(round_.poison.values()).count(Way.EXCEPTION) if round_.runs_out_of_memory else 0
+    )
     return lost_children * ((1 + MAX_IN_FLIGHT) * checkpoint + batch) + strikes * (batch - 1)
 
 

@@ -52,12 +52,18 @@ NAMED = {"a": "MKVLATTWQERS", "b": "MKL", "c": "ACDEFGHIKLMNPQRSTVWYBUZOX", "d":
 def fair_esm_means(sequences: list[str]) -> np.ndarray:
     """The oracle's mean representations, one sequence at a time, (N, D)."""
     architecture = MODELS[SMALLEST]
-    oracle = FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads).eval()
+    oracle = FairEsm2(
+        architecture.num_layers, architecture.embed_dim, architecture.attention_heads
+    ).eval()
     oracle.load_state_dict(dict(random_tensors(architecture)), strict=False)
     last = architecture.num_layers
     with torch.inference_mode():
-        tokens = [pack_batch([sequence], ["s"], [0], batch_idx=0).input_ids for sequence in sequences]
-        states = [oracle(own[None], repr_layers=[last])["representations"][last][0] for own in tokens]
+        tokens = [
+            pack_batch([sequence], ["s"], [0], batch_idx=0).input_ids for sequence in sequences
+        ]
+        states = [
+            oracle(own[None], repr_layers=[last])["representations"][last][0] for own in tokens
+        ]
         return torch.stack([own[1:-1].mean(dim=0) for own in states]).numpy()
 
 
@@ -96,16 +102,26 @@ def oracle() -> np.ndarray:
 
 def as_fasta(tmp_path: Path) -> Path:
     path = tmp_path / "in.fasta"
-    path.write_text("".join(f">{name} described\n{sequence.lower()}*\n" for name, sequence in NAMED.items()))
+    path.write_text(
+        "".join(f">{name} described\n{sequence.lower()}*\n" for name, sequence in NAMED.items())
+    )
     return path
 
 
 @pytest.mark.parametrize(
     ("given", "ids"),
     [
-        pytest.param(lambda _: list(NAMED.values()), ["0", "1", "2", "3"], id="a list of sequences"),
-        pytest.param(lambda _: iter(NAMED.values()), ["0", "1", "2", "3"], id="an iterator of sequences"),
-        pytest.param(lambda _: [f" {s.lower()}\n*" for s in NAMED.values()], ["0", "1", "2", "3"], id="to be mended"),
+        pytest.param(
+            lambda _: list(NAMED.values()), ["0", "1", "2", "3"], id="a list of sequences"
+        ),
+        pytest.param(
+            lambda _: iter(NAMED.values()), ["0", "1", "2", "3"], id="an iterator of sequences"
+        ),
+        pytest.param(
+            lambda _: [f" {s.lower()}\n*" for s in NAMED.values()],
+            ["0", "1", "2", "3"],
+            id="to be mended",
+        ),
         pytest.param(lambda _: NAMED, list(NAMED), id="a dictionary"),
         pytest.param(lambda _: NAMED.items(), list(NAMED), id="pairs"),
         pytest.param(as_fasta, list(NAMED), id="a Path"),
@@ -113,7 +129,9 @@ def as_fasta(tmp_path: Path) -> Path:
         pytest.param(lambda directory: [as_fasta(directory)], list(NAMED), id="a list of Paths"),
     ],
 )
-def test_every_form_of_input_gives_fair_esms_vectors_in_the_order_given(tmp_path, oracle, given, ids):
+def test_every_form_of_input_gives_fair_esms_vectors_in_the_order_given(
+    tmp_path, oracle, given, ids
+):
     embeddings = embed(given(tmp_path), **SMALL)
     assert embeddings.ids == ids
     assert_close(embeddings.embeddings, oracle)
@@ -121,7 +139,9 @@ def test_every_form_of_input_gives_fair_esms_vectors_in_the_order_given(tmp_path
 
 @pytest.mark.parametrize("given", [NAMED, as_fasta])
 def test_a_run_directory_gets_the_dataset_and_the_same_rows_come_back(tmp_path, oracle, given):
-    embeddings = embed(given(tmp_path) if callable(given) else given, **SMALL, output_dir=tmp_path / "run")
+    embeddings = embed(
+        given(tmp_path) if callable(given) else given, **SMALL, output_dir=tmp_path / "run"
+    )
     assert verify_run(tmp_path / "run").is_well
     dataset = open_dataset(tmp_path / "run")
     assert embeddings.ids == list(dataset.ids) == list(NAMED)
@@ -145,7 +165,9 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory, both_heads: FairEsm) 
 
 @pytest.mark.parametrize("include", [list(OutputKind), ["std", "mean"], {"per_tok"}, ("contacts",)])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_whatever_is_asked_for_is_fair_esms_by_name_and_id(tmp_path, weights_file, both_heads, include, in_memory):
+def test_whatever_is_asked_for_is_fair_esms_by_name_and_id(
+    tmp_path, weights_file, both_heads, include, in_memory
+):
     """Under the names, and in the order, that a dataset has them; with a run directory it is one. Copies have it too."""
     given = NAMED | {"a_again": NAMED["a"]}
     outputs = embed(
@@ -196,7 +218,11 @@ def test_a_single_mean_that_is_asked_for_by_name_has_it(oracle, tmp_path):
 
 
 def test_contacts_without_their_parameters_are_refused(tmp_path):
-    trunk = {name: tensor for name, tensor in random_tensors(MODELS[SMALLEST]) if not name.startswith("contact_head.")}
+    trunk = {
+        name: tensor
+        for name, tensor in random_tensors(MODELS[SMALLEST])
+        if not name.startswith("contact_head.")
+    }
     save_weights(tmp_path / "trunk.pt", SMALLEST, trunk)
     with pytest.raises(InputError, match=r"trunk-contact-regression\.pt"):
         embed(NAMED, **SMALL | {"weights": tmp_path / "trunk.pt"}, include=["contacts"])
@@ -254,7 +280,9 @@ def without_a_finite_row_for_d(
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_row_that_is_not_finite_is_an_error_that_names_the_id(monkeypatch, tmp_path, oracle, in_memory):
+def test_a_row_that_is_not_finite_is_an_error_that_names_the_id(
+    monkeypatch, tmp_path, oracle, in_memory
+):
     """With a run directory the batches before it are kept there, and a later call computes the rest."""
     settings = SMALL | {"token_budget": 19, "output_dir": None if in_memory else tmp_path / "run"}
     with (
@@ -284,7 +312,9 @@ def test_what_a_run_has_in_quarantine_has_no_row_and_that_is_said(tmp_path, orac
 
 
 @pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/shard_0"])
-def test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted(monkeypatch, tmp_path, oracle, gone):
+def test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted(
+    monkeypatch, tmp_path, oracle, gone
+):
     """Nothing goes through the model again; a damaged dataset is computed anew."""
     paths = RunPaths(tmp_path / "run")
     embed(NAMED, **SMALL, output_dir=paths.run_dir)
@@ -302,7 +332,9 @@ def test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted(monkeypatch
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_ctrl_c_leaves_nothing_running_and_the_next_call_goes_on(monkeypatch, tmp_path, tiny_fasta, in_memory):
+def test_ctrl_c_leaves_nothing_running_and_the_next_call_goes_on(
+    monkeypatch, tmp_path, tiny_fasta, in_memory
+):
     """A signal while the third batch is in the model; with a run directory nothing is computed twice."""
     passes = 0
 
@@ -359,7 +391,10 @@ def test_it_works_within_a_running_event_loop(oracle):
     [
         ([], "there is no sequence to embed; give at least one"),
         (["MKV", ""], r"record 1: sequence '1' has no residues"),
-        ({"a": "MKV", "b": "MK-V"}, r"record 1: sequence 'b' has '-' at position 3; gaps belong to an alignment"),
+        (
+            {"a": "MKV", "b": "MK-V"},
+            r"record 1: sequence 'b' has '-' at position 3; gaps belong to an alignment",
+        ),
         ({"a": "MK*V"}, "a stop codon inside a protein"),
         ({"a b": "MKV"}, r"record 0: the id 'a b' has white space in it"),
         ({"a ": "MKV"}, r"record 0: the id 'a ' has white space in it"),
@@ -405,12 +440,17 @@ def test_a_fault_in_a_file_is_told_with_its_place(tmp_path, text, told, in_memor
         ({"include": []}, r"include is \[\]; give a list of mean, bos"),
         ({"include": ["mean", "means"]}, "include is 'means'; choose one of mean, bos"),
         ({"repr_layers": [7]}, "this model has the layers 0 .* to 6"),
-        ({"repr_layers": [1, 2]}, r"repr_layers is \[1, 2\]; for several layers give include=\['mean'\] too"),
+        (
+            {"repr_layers": [1, 2]},
+            r"repr_layers is \[1, 2\]; for several layers give include=\['mean'\] too",
+        ),
         ({"weights": "absent.pt"}, "absent.pt"),
     ],
 )
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_settings_that_cannot_be_used_are_told_before_anything_is_made(tmp_path, settings, told, in_memory):
+def test_settings_that_cannot_be_used_are_told_before_anything_is_made(
+    tmp_path, settings, told, in_memory
+):
     with pytest.raises(InputError, match=told):
         embed(NAMED, **SMALL | settings, output_dir=None if in_memory else tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -423,15 +463,20 @@ def test_a_device_of_torchs_is_one(oracle):
 def test_half_precision_is_close_and_its_rows_are_float32(oracle):
     rows = embed(NAMED, **SMALL, dtype="bfloat16").embeddings
     assert rows.dtype == np.float32
-    cosines = (rows * oracle).sum(axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(oracle, axis=1)
+    cosines = (
+        (rows * oracle).sum(axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(oracle, axis=1)
+    )
     assert cosines.min() >= 0.999
     assert np.abs(rows - oracle).max() > 2e-5  # it is not float32 by another name
 
 
 @pytest.mark.parametrize(
-    ("is_terminal", "progress", "is_shown"), [(True, True, True), (True, False, False), (False, True, False)]
+    ("is_terminal", "progress", "is_shown"),
+    [(True, True, True), (True, False, False), (False, True, False)],
 )
-def test_a_bar_is_shown_on_a_terminal_if_it_is_wanted(monkeypatch, capsys, is_terminal, progress, is_shown):
+def test_a_bar_is_shown_on_a_terminal_if_it_is_wanted(
+    monkeypatch, capsys, is_terminal, progress, is_shown
+):
     if is_terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for one
         monkeypatch.setenv("TERM", "xterm")
@@ -454,19 +499,28 @@ def test_embeddings_are_looked_up_by_id_and_walked_in_order():
     np.testing.assert_array_equal(embeddings["y"], [2, 3])
     with pytest.raises(KeyError, match="'w' is not among the 3 ids"):
         embeddings["w"]
-    assert {name: row.tolist() for name, row in embeddings} == {"x": [0, 1], "y": [2, 3], "z": [4, 5]}
+    assert {name: row.tolist() for name, row in embeddings} == {
+        "x": [0, 1],
+        "y": [2, 3],
+        "z": [4, 5],
+    }
 
 
 def test_outputs_are_looked_up_by_id_and_walked_in_order():
     residues = [np.full((length, 2), length, dtype=np.float32) for length in (3, 1)]
-    outputs = Outputs(ids=["x", "y"], arrays={"mean_6": np.eye(2, dtype=np.float32), "per_tok_6": residues})
+    outputs = Outputs(
+        ids=["x", "y"], arrays={"mean_6": np.eye(2, dtype=np.float32), "per_tok_6": residues}
+    )
     assert len(outputs) == 2
     assert ("y" in outputs, "w" in outputs) == (True, False)
     assert outputs["y"]["mean_6"].tolist() == [0, 1]
     assert outputs["y"]["per_tok_6"] is residues[1]
     with pytest.raises(KeyError, match="'w' is not among the 2 ids"):
         outputs["w"]
-    assert [(name, found["per_tok_6"].shape) for name, found in outputs] == [("x", (3, 2)), ("y", (1, 2))]
+    assert [(name, found["per_tok_6"].shape) for name, found in outputs] == [
+        ("x", (3, 2)),
+        ("y", (1, 2)),
+    ]
 
 
 def test_embeddings_become_a_tensor_and_a_data_frame():

@@ -28,9 +28,9 @@ RECORDS = [
 def test_the_cost_of_a_token_is_that_of_the_matrix_products_and_of_attention():
     """3B at 400 tokens: 24 x 2560^2 x 36 + 4 x 2560 x 36 x 400 = 5.81 GFLOP a token."""
     protein = "A" * 398
-    assert forward_flops(MODELS["esm2_t36_3B_UR50D"], [protein]) / num_tokens([protein]) == pytest.approx(
-        5.81e9, rel=1e-3
-    )
+    assert forward_flops(MODELS["esm2_t36_3B_UR50D"], [protein]) / num_tokens(
+        [protein]
+    ) == pytest.approx(5.81e9, rel=1e-3)
 
 
 def test_a_ratio_is_taken_within_each_chunk():
@@ -62,6 +62,15 @@ def test_chunks_go_from_short_proteins_to_long_ones():
 
 def test_the_gpu_benchmark_starts_on_a_bare_machine():
     """It reaches neither Prefect nor pydantic, and no parser of FASTA."""
-    absent = ("prefect", "pydantic", "pydantic_settings", "dnaio", "pyarrow", "rich", "safetensors", "transformers")
+    absent = (
+        "prefect",
+        "pydantic",
+        "pydantic_settings",
+        "dnaio",
+        "pyarrow",
+        "rich",
+        "safetensors",
+        "transformers",
+    )
     code = f"import sys; sys.modules |= dict.fromkeys({absent}); import benchmarks.gpu"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -59,7 +59,9 @@ def update(of: CheckpointManifest, rank: int, batch_idx: int, num_sequences: int
     of.update_shard_checkpoint(rank, batch_idx, num_sequences, f"batch_{batch_idx:05d}.pt")
 
 
-def updates_in_another_process(path: Path, rank: int, first: int, count: int) -> subprocess.Popen[bytes]:
+def updates_in_another_process(
+    path: Path, rank: int, first: int, count: int
+) -> subprocess.Popen[bytes]:
     code = """
 import sys
 from pathlib import Path
@@ -69,7 +71,9 @@ manifest = CheckpointManifest(path)
 for k in range(first, first + count):
     manifest.update_shard_checkpoint(rank, k, 10, f"batch_{k:05d}.pt")
 """
-    return subprocess.Popen([sys.executable, "-c", code, str(path), str(rank), str(first), str(count)])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(rank), str(first), str(count)]
+    )
 
 
 def test_manifest_initialize_creates_json(path: Path) -> None:
@@ -81,12 +85,22 @@ def test_manifest_initialize_creates_json(path: Path) -> None:
     for rank, shard in enumerate(state["shards"].values()):
         assert shard["status"] == "in_progress"
         assert (shard["original_rank"], shard["assigned_rank"]) == (rank, rank)
-        assert (shard["last_checkpoint_batch"], shard["total_sequences"], shard["checkpoints"]) == (-1, 0, [])
-        assert (shard["retry_count"], shard["error"], shard["last_checkpoint_time"]) == (0, None, None)
+        assert (shard["last_checkpoint_batch"], shard["total_sequences"], shard["checkpoints"]) == (
+            -1,
+            0,
+            [],
+        )
+        assert (shard["retry_count"], shard["error"], shard["last_checkpoint_time"]) == (
+            0,
+            None,
+            None,
+        )
 
 
 def test_manifest_update_shard_checkpoint(four_shards: CheckpointManifest) -> None:
-    four_shards.update_shard_checkpoint(rank=0, batch_idx=5, num_sequences=100, checkpoint_file="batch_00005.pt")
+    four_shards.update_shard_checkpoint(
+        rank=0, batch_idx=5, num_sequences=100, checkpoint_file="batch_00005.pt"
+    )
     shard = status_of(four_shards, 0)
     assert (shard["last_checkpoint_batch"], shard["total_sequences"]) == (5, 100)
     (entry,) = shard["checkpoints"]
@@ -100,10 +114,16 @@ def test_manifest_update_shard_checkpoint(four_shards: CheckpointManifest) -> No
     assert status_of(four_shards, 1)["total_sequences"] == 0
 
 
-@pytest.mark.parametrize("name", ["shard_0/batch_00005.pt", "../a.pt", "/a.pt", "a\\b.pt", "a\0.pt", "..", ".", ""])
-def test_a_file_name_with_a_path_in_it_is_refused(four_shards: CheckpointManifest, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["shard_0/batch_00005.pt", "../a.pt", "/a.pt", "a\\b.pt", "a\0.pt", "..", ".", ""]
+)
+def test_a_file_name_with_a_path_in_it_is_refused(
+    four_shards: CheckpointManifest, name: str
+) -> None:
     with pytest.raises(ValueError, match="must be a bare file name"):
-        four_shards.update_shard_checkpoint(rank=0, batch_idx=5, num_sequences=1, checkpoint_file=name)
+        four_shards.update_shard_checkpoint(
+            rank=0, batch_idx=5, num_sequences=1, checkpoint_file=name
+        )
 
 
 def test_manifest_mark_shard_complete(four_shards: CheckpointManifest) -> None:
@@ -117,7 +137,11 @@ def test_manifest_mark_shard_failed(four_shards: CheckpointManifest) -> None:
     four_shards.mark_shard_failed(2, error="out of memory")
     four_shards.mark_shard_failed(2, error="out of memory again")
     shard = status_of(four_shards, 2)
-    assert (shard["status"], shard["error"], shard["retry_count"]) == ("failed", "out of memory again", 2)
+    assert (shard["status"], shard["error"], shard["retry_count"]) == (
+        "failed",
+        "out of memory again",
+        2,
+    )
     assert datetime.fromisoformat(shard["failed_at"]).tzinfo is UTC
 
 
@@ -193,7 +217,13 @@ def test_manifest_file_lock_prevents_corruption(
     flock, replace = fcntl.flock, os.replace
 
     def recorded_flock(fd: int, operation: int) -> None:
-        steps.append("LOCK_EX" if operation & fcntl.LOCK_EX else "LOCK_UN" if operation & fcntl.LOCK_UN else "?")
+        steps.append(
+            "LOCK_EX"
+            if operation & fcntl.LOCK_EX
+            else "LOCK_UN"
+            if operation & fcntl.LOCK_UN
+            else "?"
+        )
         flock(fd, operation)
 
     def recorded_replace(source: Path, target: Path) -> None:
@@ -226,7 +256,11 @@ def test_the_same_checkpoint_again_counts_once(four_shards: CheckpointManifest) 
     update(four_shards, 0, 0, 100)
     update(four_shards, 0, 1, 12)
     shard = status_of(four_shards, 0)
-    assert (shard["total_sequences"], shard["num_checkpoints"], shard["last_checkpoint_batch"]) == (112, 2, 1)
+    assert (shard["total_sequences"], shard["num_checkpoints"], shard["last_checkpoint_batch"]) == (
+        112,
+        2,
+        1,
+    )
 
 
 def test_an_update_costs_the_same_however_many_there_were(
@@ -244,7 +278,9 @@ def test_an_update_costs_the_same_however_many_there_were(
 
 
 @pytest.mark.parametrize(("batch_idx", "num_sequences"), [(-1, 1), (0, -1)])
-def test_negative_numbers_are_refused(four_shards: CheckpointManifest, batch_idx: int, num_sequences: int) -> None:
+def test_negative_numbers_are_refused(
+    four_shards: CheckpointManifest, batch_idx: int, num_sequences: int
+) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         four_shards.update_shard_checkpoint(0, batch_idx, num_sequences, "a.pt")
 
@@ -255,7 +291,9 @@ def test_a_shard_that_is_not_there_is_said(four_shards: CheckpointManifest) -> N
         four_shards.mark_shard_complete(4)
 
 
-def test_attempts_are_counted_and_put_a_failed_shard_in_progress(four_shards: CheckpointManifest) -> None:
+def test_attempts_are_counted_and_put_a_failed_shard_in_progress(
+    four_shards: CheckpointManifest,
+) -> None:
     assert four_shards.start_attempt(1) == 1
     four_shards.mark_shard_failed(1, "x")
     assert CheckpointManifest(four_shards.path).start_attempt(1) == 2
@@ -268,7 +306,11 @@ def test_failures_outlive_the_process_and_only_the_newest_are_kept(
     monkeypatch.setattr(manifest, "MAX_FAILURES_KEPT", 3)
     for strike in range(5):
         four_shards.record_failure(2, {"kind": "poison_input", "batch_idx": 42, "strike": strike})
-    assert [record["strike"] for record in CheckpointManifest(four_shards.path).failures(2)] == [2, 3, 4]
+    assert [record["strike"] for record in CheckpointManifest(four_shards.path).failures(2)] == [
+        2,
+        3,
+        4,
+    ]
     assert four_shards.failures(0) == []
 
 
@@ -320,7 +362,9 @@ READS: list[Callable[[CheckpointManifest], Any]] = [
 
 
 @pytest.mark.parametrize("read", READS)
-def test_a_missing_manifest_is_said(tmp_path: Path, read: Callable[[CheckpointManifest], Any]) -> None:
+def test_a_missing_manifest_is_said(
+    tmp_path: Path, read: Callable[[CheckpointManifest], Any]
+) -> None:
     with pytest.raises(StorageError, match=r"none/manifest.json is missing: a run makes it"):
         read(CheckpointManifest(tmp_path / "none" / "manifest.json"))
 
@@ -352,7 +396,9 @@ DAMAGES = [tear, age, flip, empty, turn_into_a_list]
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("read", READS)
 def test_a_damaged_manifest_is_never_believed(
-    four_shards: CheckpointManifest, damage: Callable[[Path], None], read: Callable[[CheckpointManifest], Any]
+    four_shards: CheckpointManifest,
+    damage: Callable[[Path], None],
+    read: Callable[[CheckpointManifest], Any],
 ) -> None:
     update(four_shards, 0, 0)
     damage(four_shards.path)
@@ -368,14 +414,18 @@ def test_a_damaged_manifest_is_made_anew_from_the_checkpoints(
     lost.open_or_rebuild(2, "run", "model", [])
     update(lost, 0, 0)
     damage(path)
-    lost.open_or_rebuild(2, "run", "model", [Committed(rank=0, batch_idx=0), Committed(rank=1, batch_idx=3, rows=7)])
+    lost.open_or_rebuild(
+        2, "run", "model", [Committed(rank=0, batch_idx=0), Committed(rank=1, batch_idx=3, rows=7)]
+    )
     assert lost.get_global_progress()["total_sequences_checkpointed"] == 17
     assert status_of(lost, 1)["last_checkpoint_batch"] == 3
     assert status_of(lost, 1)["checkpoints"][0]["file"] == "batch_00003.pt"
     assert ("made anew from the checkpoints" in caplog.text) is (damage is not Path.unlink)
 
 
-def test_another_runs_manifest_is_made_anew(four_shards: CheckpointManifest, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_runs_manifest_is_made_anew(
+    four_shards: CheckpointManifest, caplog: pytest.LogCaptureFixture
+) -> None:
     four_shards.record_failure(0, {"kind": "poison_input"})
     four_shards.open_or_rebuild(2, "another", "", [])
     assert "is another run's" in caplog.text
@@ -397,7 +447,11 @@ def test_a_good_manifest_keeps_its_history_and_gets_its_counts_from_the_disk(pat
         2,
         "run",
         "model",
-        [Committed(rank=1, batch_idx=0), Committed(rank=0, batch_idx=2), Committed(rank=0, batch_idx=0)],
+        [
+            Committed(rank=1, batch_idx=0),
+            Committed(rank=0, batch_idx=2),
+            Committed(rank=0, batch_idx=0),
+        ],
     )
     assert status_of(kept, 0)["total_sequences"] == 20
     assert [entry["batch_idx"] for entry in status_of(kept, 0)["checkpoints"]] == [0, 2]
@@ -413,7 +467,10 @@ def test_rebuilding_keeps_the_history_that_can_be_read(four_shards: CheckpointMa
     four_shards.mark_shard_failed(3, "x")
     four_shards.rebuild(2, "run", [Committed(rank=5, batch_idx=0)])
     assert four_shards.failures(3) == [{"kind": "oom"}]
-    assert (status_of(four_shards, 3)["attempts"], status_of(four_shards, 3)["retry_count"]) == (1, 1)
+    assert (status_of(four_shards, 3)["attempts"], status_of(four_shards, 3)["retry_count"]) == (
+        1,
+        1,
+    )
     assert four_shards.get_global_progress()["total_sequences_checkpointed"] == 10
     tear(four_shards.path)
     four_shards.rebuild(2, "run", [])
@@ -454,7 +511,10 @@ def test_reconciling_one_shard_leaves_the_others(four_shards: CheckpointManifest
     update(four_shards, 0, 0)
     update(four_shards, 1, 0)
     four_shards.reconcile([], rank=0)
-    assert (status_of(four_shards, 0)["total_sequences"], status_of(four_shards, 1)["total_sequences"]) == (0, 10)
+    assert (
+        status_of(four_shards, 0)["total_sequences"],
+        status_of(four_shards, 1)["total_sequences"],
+    ) == (0, 10)
 
 
 def test_a_lock_that_is_not_given_up_names_its_holder(
@@ -462,7 +522,10 @@ def test_a_lock_that_is_not_given_up_names_its_holder(
 ) -> None:
     monkeypatch.setattr(manifest, "LOCK_TIMEOUT_S", 0.01)
     lock = FileLock(four_shards.path.with_suffix(".lock"), purpose="test")
-    with lock.held(timeout_s=0), pytest.raises(LockTimeoutError, match=f"process {os.getpid()} on .* to test"):
+    with (
+        lock.held(timeout_s=0),
+        pytest.raises(LockTimeoutError, match=f"process {os.getpid()} on .* to test"),
+    ):
         update(four_shards, 0, 0)
     update(four_shards, 0, 0)
 
@@ -484,7 +547,18 @@ def test_readers_never_see_a_half_written_manifest(four_shards: CheckpointManife
     assert totals == sorted(totals)
 
 
-OPERATIONS = ["open", "flock", "open", "write", "fsync", "close", "replace", "fsync_directory", "flock", "close"]
+OPERATIONS = [
+    "open",
+    "flock",
+    "open",
+    "write",
+    "fsync",
+    "close",
+    "replace",
+    "fsync_directory",
+    "flock",
+    "close",
+]
 
 
 @pytest.mark.parametrize("kill_at", range(len(OPERATIONS)), ids=OPERATIONS)
@@ -544,7 +618,11 @@ def test_the_operations_of_an_update_are_the_ones_that_are_killed(
 def test_a_thousand_shards_stay_readable_and_cheap(path: Path) -> None:
     """With 256 checkpoints of each of 1,280 it had 34 MiB, which were written and never read again."""
     of_many = CheckpointManifest(path)
-    records = [Committed(rank=rank, batch_idx=number, rows=10) for rank in range(1280) for number in range(5)]
+    records = [
+        Committed(rank=rank, batch_idx=number, rows=10)
+        for rank in range(1280)
+        for number in range(5)
+    ]
     of_many.open_or_rebuild(1280, "", "", records)
     of_many.update_shard_checkpoint(1279, 5, 10, "batch_00005.pt")
     shard = of_many.get_shard_status(1279)

@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoints import RUN, content_by_hand, ids_of, rows_of, write_by_hand, write_checkpoint, write_shard
+from tests.checkpoints import (
+    RUN,
+    content_by_hand,
+    ids_of,
+    rows_of,
+    write_by_hand,
+    write_checkpoint,
+    write_shard,
+)
 from tests.support import flip_bit
 from vnp_lib.checkpoint import writer as writer_module
 from vnp_lib.checkpoint.file import load_checkpoint
@@ -24,7 +32,12 @@ from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint.survey import heal_shard, survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter, CheckpointTrigger
-from vnp_lib.errors import CheckpointWriteError, FingerprintMismatchError, NumericalInstabilityError, StorageError
+from vnp_lib.errors import (
+    CheckpointWriteError,
+    FingerprintMismatchError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, marker_path, read_marker
@@ -48,7 +61,11 @@ class HeldWriter(AsyncCheckpointWriter):
         self.threads: list[str] = []
 
     def _write_checkpoint_sync(
-        self, checkpoint_path: Path, embeddings: Tensor, sequence_ids: list[str], metadata: dict[str, Any]
+        self,
+        checkpoint_path: Path,
+        embeddings: Tensor,
+        sequence_ids: list[str],
+        metadata: dict[str, Any],
     ) -> None:
         self.threads.append(threading.current_thread().name)
         self.started.release()
@@ -97,7 +114,11 @@ class DyingOps(UnsyncedOps):
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        return value if name.startswith("_") or name in ("is_dead", "perform") else partial(self.perform, value)
+        return (
+            value
+            if name.startswith("_") or name in ("is_dead", "perform")
+            else partial(self.perform, value)
+        )
 
     def perform(self, call: Callable[..., Any], *arguments: Any) -> Any:
         self._operations_left -= 1
@@ -138,7 +159,9 @@ def test_trigger_time_threshold_fires() -> None:
 def test_trigger_emergency_override() -> None:
     """It fires however few sequences there are, and wins over the other two."""
     clock = Clock()
-    trigger = CheckpointTrigger(seq_threshold=10, time_threshold_sec=5, emergency_override_sec=8, clock=clock)
+    trigger = CheckpointTrigger(
+        seq_threshold=10, time_threshold_sec=5, emergency_override_sec=8, clock=clock
+    )
     clock.now_s += 8
     assert trigger.should_checkpoint(1) == (True, "emergency_time_override")
     assert trigger.should_checkpoint(100) == (True, "emergency_time_override")
@@ -146,7 +169,9 @@ def test_trigger_emergency_override() -> None:
 
 def test_trigger_reset_clears_counters() -> None:
     clock = Clock()
-    trigger = CheckpointTrigger(seq_threshold=10, time_threshold_sec=5, emergency_override_sec=8, clock=clock)
+    trigger = CheckpointTrigger(
+        seq_threshold=10, time_threshold_sec=5, emergency_override_sec=8, clock=clock
+    )
     clock.now_s += 8
     trigger.should_checkpoint(100)
     trigger.reset()
@@ -206,7 +231,14 @@ def test_writer_creates_pt_with_done_marker(tmp_path: Path) -> None:
 def test_writer_pt_contains_correct_data(tmp_path: Path) -> None:
     embeddings = torch.randn(10, 128)
     ids = [f"seq{row}" for row in range(10)]
-    metadata = {"batch_idx": 3, "reason": "final", "share": 0.5, "packed": True, "none": None, "list": [1, "a"]}
+    metadata = {
+        "batch_idx": 3,
+        "reason": "final",
+        "share": 0.5,
+        "packed": True,
+        "none": None,
+        "list": [1, "a"],
+    }
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(tmp_path / "batch_00000.pt", embeddings, ids, metadata)
     loaded = torch.load(tmp_path / "batch_00000.pt", weights_only=True)
@@ -221,7 +253,9 @@ def test_writer_atomic_write_no_temp_file_remains(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
-@pytest.mark.parametrize("as_array", [lambda rows: rows.numpy(), lambda rows: rows], ids=["numpy", "tensor"])
+@pytest.mark.parametrize(
+    "as_array", [lambda rows: rows.numpy(), lambda rows: rows], ids=["numpy", "tensor"]
+)
 def test_writer_copies_numpy_data_safely(tmp_path: Path, as_array: Callable[[Tensor], Any]) -> None:
     """What the caller does to its array, ids and metadata afterwards reaches no file."""
     rows = as_array(torch.ones(4, 3))
@@ -268,14 +302,18 @@ def test_writer_gpu_to_cpu_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_write_says_how_long_it_took(tmp_path: Path) -> None:
     times_s = iter([5.0, 7.5])
     with AsyncCheckpointWriter(clock=lambda: next(times_s)) as writer:
-        written = writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
+        written = writer.write_checkpoint_async(
+            tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {}
+        )
     assert written.result() == 2.5
 
 
 def test_writer_shutdown_waits_for_pending(tmp_path: Path) -> None:
     writer = AsyncCheckpointWriter()
     for batch_idx in range(3):
-        writer.write_checkpoint_async(tmp_path / f"batch_{batch_idx:05d}.pt", torch.ones(2, 3), ["a", "b"], {})
+        writer.write_checkpoint_async(
+            tmp_path / f"batch_{batch_idx:05d}.pt", torch.ones(2, 3), ["a", "b"], {}
+        )
     writer.shutdown()
     assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.glob("*.pt.done"))) == 3
 
@@ -294,7 +332,9 @@ def test_writer_async_failure_propagates(tmp_path: Path, monkeypatch: pytest.Mon
     first, second = (tmp_path / f"batch_0000{batch_idx}.pt" for batch_idx in range(2))
     writer.write_checkpoint_async(first, torch.ones(1, 2), ["a"], {})
     writer.write_checkpoint_async(second, torch.ones(1, 2), ["b"], {})
-    with pytest.raises(RuntimeError, match=r"1 checkpoint write\(s\) failed: .*batch_00001.pt.*the disk said no"):
+    with pytest.raises(
+        RuntimeError, match=r"1 checkpoint write\(s\) failed: .*batch_00001.pt.*the disk said no"
+    ):
         writer.wait_all()
     writer.shutdown()
     assert validate_checkpoint_pt(first) == (True, "")
@@ -322,7 +362,9 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
             tmp_path / "b.pt", rows.numpy(), made, {key: first[key] for key in reversed(first)}
         )
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
-    assert marker_path(tmp_path / "a.pt").read_bytes() == marker_path(tmp_path / "b.pt").read_bytes()
+    assert (
+        marker_path(tmp_path / "a.pt").read_bytes() == marker_path(tmp_path / "b.pt").read_bytes()
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,9 +380,13 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_view_saves_its_own_rows_only(tmp_path: Path, view: Callable[[Tensor], Tensor]) -> None:
     rows = view(torch.randn(1000, 1000))
     with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(tmp_path / "batch_00000.pt", rows, [str(row) for row in range(10)], {})
+        writer.write_checkpoint_async(
+            tmp_path / "batch_00000.pt", rows, [str(row) for row in range(10)], {}
+        )
     assert (tmp_path / "batch_00000.pt").stat().st_size < rows.nbytes + 10_000
-    assert np.array_equal(load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=None).embeddings, rows.numpy())
+    assert np.array_equal(
+        load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=None).embeddings, rows.numpy()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -370,7 +416,11 @@ def test_every_memory_layout_of_numpy_is_taken(tmp_path: Path, rows: Any) -> Non
         ({"embeddings": [[1.0]]}, TypeError, "is a list; it must be a tensor or a NumPy array"),
         ({"embeddings": torch.ones(2)}, ValueError, "shape mismatch"),
         ({"embeddings": torch.ones(0, 4), "sequence_ids": []}, ValueError, "shape mismatch"),
-        ({"embeddings": torch.ones(2, 4, dtype=torch.int64)}, ValueError, "is int64; it must be a floating type"),
+        (
+            {"embeddings": torch.ones(2, 4, dtype=torch.int64)},
+            ValueError,
+            "is int64; it must be a floating type",
+        ),
         ({"sequence_ids": ["a"]}, ValueError, "2 rows, 1 sequence_ids"),
         ({"sequence_ids": ["a", 7]}, ValueError, "no list of strings"),
         ({"metadata": {"ordinals": [0]}}, ValueError, "2 rows, 1 ordinals"),
@@ -378,15 +428,31 @@ def test_every_memory_layout_of_numpy_is_taken(tmp_path: Path, rows: Any) -> Non
         ({"metadata": {"ordinals": [0, -1]}}, ValueError, "whole numbers from 0"),
         ({"metadata": {"fingerprint": 7}}, ValueError, "fingerprint is no string"),
         ({"metadata": {"path": Path("a")}}, TypeError, r"metadata\['path'\] holds a PosixPath"),
-        ({"metadata": {"ordinals": np.arange(2)}}, TypeError, r"metadata\['ordinals'\] holds a ndarray"),
-        ({"embeddings": torch.tensor([[1.0], [torch.nan]])}, NumericalInstabilityError, "not finite: b$"),
-        ({"embeddings": torch.tensor([[torch.inf], [0.0]])}, NumericalInstabilityError, "not finite: a$"),
+        (
+            {"metadata": {"ordinals": np.arange(2)}},
+            TypeError,
+            r"metadata\['ordinals'\] holds a ndarray",
+        ),
+        (
+            {"embeddings": torch.tensor([[1.0], [torch.nan]])},
+            NumericalInstabilityError,
+            "not finite: b$",
+        ),
+        (
+            {"embeddings": torch.tensor([[torch.inf], [0.0]])},
+            NumericalInstabilityError,
+            "not finite: a$",
+        ),
     ],
 )
 def test_what_no_reader_would_take_is_refused_at_the_door(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
-    given: dict[str, Any] = {"embeddings": torch.ones(2, 4), "sequence_ids": ["a", "b"], "metadata": {}} | changes
+    given: dict[str, Any] = {
+        "embeddings": torch.ones(2, 4),
+        "sequence_ids": ["a", "b"],
+        "metadata": {},
+    } | changes
     with AsyncCheckpointWriter() as writer:
         for _ in range(3):  # and takes none of the room in flight
             with pytest.raises(error, match=reason):
@@ -397,11 +463,17 @@ def test_what_no_reader_would_take_is_refused_at_the_door(
 def test_rows_whose_sum_is_too_large_are_finite_all_the_same(tmp_path: Path) -> None:
     rows = torch.full((3, 4), torch.finfo(torch.float32).max)
     write_checkpoint(tmp_path / "batch_00000.pt", [0, 1, 2], rows=rows)
-    assert (load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=RUN).embeddings == rows.numpy()).all()
+    assert (
+        load_checkpoint(tmp_path / "batch_00000.pt", fingerprint=RUN).embeddings == rows.numpy()
+    ).all()
 
 
 def test_what_is_handed_over_in_pieces_is_written_as_if_it_were_whole(tmp_path: Path) -> None:
-    rows, ids, metadata = rows_of([0, 1, 2, 3, 4]), ids_of([0, 1, 2, 3, 4]), {"ordinals": [0, 1, 2, 3, 4]}
+    rows, ids, metadata = (
+        rows_of([0, 1, 2, 3, 4]),
+        ids_of([0, 1, 2, 3, 4]),
+        {"ordinals": [0, 1, 2, 3, 4]},
+    )
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(tmp_path / "whole.pt", rows, ids, metadata)
         writer.hand_over(tmp_path / "pieces.pt", [rows[:2], rows[2:3], rows[3:]], ids, metadata)
@@ -411,7 +483,10 @@ def test_what_is_handed_over_in_pieces_is_written_as_if_it_were_whole(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pieces": [torch.ones(1, 4), torch.tensor([[1.0, 1.0, torch.inf, -torch.inf]])]}, "not finite: b$"),
+        (
+            {"pieces": [torch.ones(1, 4), torch.tensor([[1.0, 1.0, torch.inf, -torch.inf]])]},
+            "not finite: b$",
+        ),
         ({"pieces": [torch.ones(1, 4)]}, "shape mismatch"),
         ({"metadata": {"ordinals": [3, 3]}}, "an ordinal is there twice"),
     ],
@@ -428,7 +503,9 @@ def test_what_is_handed_over_and_is_no_checkpoint_is_not_written(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("size_bytes", "expected"), [(1000, 2), (200 * 1024**2, 1), (300 * 1024**2, 1)])
+@pytest.mark.parametrize(
+    ("size_bytes", "expected"), [(1000, 2), (200 * 1024**2, 1), (300 * 1024**2, 1)]
+)
 def test_a_full_queue_holds_the_caller_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int, expected: int
 ) -> None:
@@ -471,7 +548,9 @@ def test_an_error_surfaces_at_the_next_checkpoint_and_stays(tmp_path: Path, deny
     assert os.listdir(tmp_path) == []
 
 
-def test_leaving_the_block_raises_an_error_that_nobody_has_heard_of(tmp_path: Path, deny: Any) -> None:
+def test_leaving_the_block_raises_an_error_that_nobody_has_heard_of(
+    tmp_path: Path, deny: Any
+) -> None:
     deny("link", [errno.EROFS])
     with pytest.raises(CheckpointWriteError), AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
@@ -501,7 +580,9 @@ def test_waiting_has_a_limit_and_forgets_nothing(tmp_path: Path) -> None:
 def test_a_cancelled_write_is_a_failure(tmp_path: Path) -> None:
     writer = HeldWriter()
     writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
-    assert writer.write_checkpoint_async(tmp_path / "batch_00001.pt", torch.ones(1, 2), ["a"], {}).cancel()
+    assert writer.write_checkpoint_async(
+        tmp_path / "batch_00001.pt", torch.ones(1, 2), ["a"], {}
+    ).cancel()
     writer.go_on.set()
     with pytest.raises(CheckpointWriteError, match="cancelled"):
         writer.wait_all()
@@ -515,27 +596,35 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, deny: Any, operation: str, co
     slept: list[float] = []
     deny(operation, [code] * 4)
     with AsyncCheckpointWriter(sleep=slept.append) as writer:
-        writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), rows_of([0, 1]), ids_of([0, 1]), {})
+        writer.write_checkpoint_async(
+            checkpoint_path(tmp_path, 0, 0), rows_of([0, 1]), ids_of([0, 1]), {}
+        )
     assert slept == [1, 5, 15, 30]
     assert np.array_equal(
-        load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None).embeddings, rows_of([0, 1])
+        load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None).embeddings,
+        rows_of([0, 1]),
     )
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
-def test_a_disk_that_stays_full_ends_in_a_clear_error_and_spoils_nothing(tmp_path: Path, deny: Any) -> None:
+def test_a_disk_that_stays_full_ends_in_a_clear_error_and_spoils_nothing(
+    tmp_path: Path, deny: Any
+) -> None:
     committed = write_shard(tmp_path, 2)
     slept: list[float] = []
     deny("write", [errno.ENOSPC] * 1000)
     writer = AsyncCheckpointWriter(sleep=slept.append)
     writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 2), rows_of([6]), ids_of([6]), {})
     with pytest.raises(
-        StorageError, match=r"batch_00002.pt: the disk is full .* make room and start the same run again"
+        StorageError,
+        match=r"batch_00002.pt: the disk is full .* make room and start the same run again",
     ):
         writer.wait_all()
     writer.shutdown()
     assert slept == [1, 5, 15, 30]
-    assert [record.path for record in survey_checkpoints(tmp_path, RUN, verify_digests=True).valid] == committed
+    assert [
+        record.path for record in survey_checkpoints(tmp_path, RUN, verify_digests=True).valid
+    ] == committed
     assert len(os.listdir(tmp_path / "shard_0")) == 4
 
 
@@ -553,7 +642,9 @@ def test_after_an_io_error_the_rows_are_written_once_more_to_a_new_file(
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
-def test_a_failed_fsync_is_never_repeated_on_its_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_fsync_is_never_repeated_on_its_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class FailingFsync(DurableOps):
         opened: list[int] = []
         synced: list[int] = []
@@ -570,10 +661,16 @@ def test_a_failed_fsync_is_never_repeated_on_its_descriptor(tmp_path: Path, monk
 
     monkeypatch.setattr(durable, "ops", FailingFsync())
     write_checkpoint(tmp_path / "batch_00000.pt", [0])
-    assert FailingFsync.synced == [1, 2, 3]  # the first file, the second file, the marker: each once
+    assert FailingFsync.synced == [
+        1,
+        2,
+        3,
+    ]  # the first file, the second file, the marker: each once
 
 
-def test_the_marker_is_written_after_the_file_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_marker_is_written_after_the_file_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[str] = []
 
     class Recording(DurableOps):
@@ -606,7 +703,9 @@ def test_a_committed_checkpoint_is_in_the_manifest(tmp_path: Path) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     manifest.initialize(2, "", "")
     with AsyncCheckpointWriter(manifest=manifest, rank=1) as writer:
-        writer.write_checkpoint_async(checkpoint_path(tmp_path, 1, 7), torch.ones(3, 2), ["a", "b", "c"], {})
+        writer.write_checkpoint_async(
+            checkpoint_path(tmp_path, 1, 7), torch.ones(3, 2), ["a", "b", "c"], {}
+        )
     shard = manifest.get_shard_status(1)
     assert shard is not None
     assert (shard["last_checkpoint_batch"], shard["total_sequences"]) == (7, 3)
@@ -614,7 +713,9 @@ def test_a_committed_checkpoint_is_in_the_manifest(tmp_path: Path) -> None:
         AsyncCheckpointWriter(manifest=manifest)
 
 
-def test_a_lost_manifest_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_manifest_costs_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     with AsyncCheckpointWriter(manifest=manifest, rank=0) as writer:
         writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), torch.ones(1, 2), ["a"], {})
@@ -644,7 +745,9 @@ def test_what_a_crash_left_under_the_name_is_moved_aside(tmp_path: Path, remaind
         flip_bit(path, 8000)
     write_checkpoint(path, [2, 3])
     assert load_checkpoint(path, fingerprint=RUN).sequence_ids == ids_of([2, 3])
-    assert len(list((tmp_path / "shard_0" / "damaged").iterdir())) == (2 if remainder == "damaged" else 1)
+    assert len(list((tmp_path / "shard_0" / "damaged").iterdir())) == (
+        2 if remainder == "damaged" else 1
+    )
 
 
 @pytest.mark.parametrize("remainder", [None, "file", "marker"])
@@ -659,7 +762,11 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
         write_checkpoint(checkpoint_path(run, 0, 0), [0, 1])
         if remainder is not None:
             write_checkpoint(checkpoint_path(run, 0, 1), [2, 3])
-            (checkpoint_path(run, 0, 1) if remainder == "marker" else marker_path(checkpoint_path(run, 0, 1))).unlink()
+            (
+                checkpoint_path(run, 0, 1)
+                if remainder == "marker"
+                else marker_path(checkpoint_path(run, 0, 1))
+            ).unlink()
         dying = DyingOps(kill_at)
         monkeypatch.setattr(durable, "ops", dying)
         try:
@@ -674,7 +781,8 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
         assert is_done[:2].all()
         assert is_done[2] == is_done[3]
         write_checkpoint(
-            checkpoint_path(run, 0, next_batch_idx), [ordinal for ordinal in range(5) if not is_done[ordinal]]
+            checkpoint_path(run, 0, next_batch_idx),
+            [ordinal for ordinal in range(5) if not is_done[ordinal]],
         )
         loaded = [
             load_checkpoint(record.path, fingerprint=RUN)
@@ -683,7 +791,9 @@ def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
         ordinals = [ordinal for each in loaded for ordinal in each.metadata["ordinals"]]
         assert sorted(ordinals) == list(range(5))
         assert [id_ for each in loaded for id_ in each.sequence_ids] == ids_of(ordinals)
-        assert np.array_equal(np.concatenate([each.embeddings for each in loaded]), rows_of(ordinals))
+        assert np.array_equal(
+            np.concatenate([each.embeddings for each in loaded]), rows_of(ordinals)
+        )
         kill_at += 1
     assert kill_at > 15
 
@@ -703,9 +813,13 @@ def test_hostile_ids_are_data(tmp_path: Path) -> None:
     ]
     path = checkpoint_path(tmp_path / "run", 0, 0)
     with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(path, torch.ones(len(ids), 2), ids, {"ordinals": list(range(len(ids)))})
+        writer.write_checkpoint_async(
+            path, torch.ones(len(ids), 2), ids, {"ordinals": list(range(len(ids)))}
+        )
     assert load_checkpoint(path, fingerprint=None).sequence_ids == ids
-    written = {each.relative_to(tmp_path).as_posix() for each in tmp_path.rglob("*") if each.is_file()}
+    written = {
+        each.relative_to(tmp_path).as_posix() for each in tmp_path.rglob("*") if each.is_file()
+    }
     assert written == {"run/shard_0/batch_00000.pt", "run/shard_0/batch_00000.pt.done"}
 
 
@@ -746,7 +860,10 @@ def test_validate_missing_keys_fails(tmp_path: Path) -> None:
 
 
 def test_validate_shape_mismatch_fails(tmp_path: Path) -> None:
-    write_by_hand(tmp_path / "batch_00000.pt", content_by_hand(embeddings=torch.ones(10, 4), sequence_ids=["a"] * 5))
+    write_by_hand(
+        tmp_path / "batch_00000.pt",
+        content_by_hand(embeddings=torch.ones(10, 4), sequence_ids=["a"] * 5),
+    )
     is_valid, reason = validate_checkpoint_pt(tmp_path / "batch_00000.pt")
     assert not is_valid
     assert reason == "shape mismatch: 10 rows, 5 sequence_ids"
@@ -818,7 +935,9 @@ def test_after_a_stop_every_number_from_there_on_is_free_to_be_written(tmp_path:
     paths = write_shard(tmp_path, 3)
     os.truncate(paths[1], 10)
     resumed = resume_from_checkpoints(tmp_path, 0)
-    assert resumed.corrupted_ids == ids_of([6, 7, 8])  # of the cut one nothing is known, and nothing is made up
+    assert resumed.corrupted_ids == ids_of(
+        [6, 7, 8]
+    )  # of the cut one nothing is known, and nothing is made up
     assert [path.exists() for path in paths] == [True, False, False]
     assert not marker_path(paths[1]).exists()
     write_checkpoint(paths[1], [3, 4, 5])
@@ -864,7 +983,9 @@ def test_rows_of_another_width_are_not_mixed_in(tmp_path: Path) -> None:
 def test_resuming_another_run_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     paths = write_shard(tmp_path, 2)
     flip_bit(paths[1], 9000)
-    with pytest.raises(FingerprintMismatchError, match=f"is of the run '{RUN}', and this run is 'other'"):
+    with pytest.raises(
+        FingerprintMismatchError, match=f"is of the run '{RUN}', and this run is 'other'"
+    ):
         resume_from_checkpoints(tmp_path, 0, fingerprint="other")
     assert all(path.exists() for path in paths)
     assert resume_from_checkpoints(tmp_path, 0, fingerprint=RUN).ids == ids_of([0, 1, 2])
@@ -881,7 +1002,9 @@ def test_resuming_over_and_over_changes_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_resuming_sets_the_manifests_counts_from_what_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_sets_the_manifests_counts_from_what_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     paths = write_shard(tmp_path, 2)
     resume_from_checkpoints(tmp_path, 0, manifest=manifest)

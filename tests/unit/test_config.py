@@ -38,7 +38,16 @@ def test_the_default_model_is_the_one_of_a_real_run():
 
 def test_options_variables_and_flow_parameters_give_the_same_settings(monkeypatch):
     by_options = parse_command_line(
-        [*NEEDED, "--token-budget", "512", "--shards", "3", "--force-restart", "--runtime.grace-s", "5"]
+        [
+            *NEEDED,
+            "--token-budget",
+            "512",
+            "--shards",
+            "3",
+            "--force-restart",
+            "--runtime.grace-s",
+            "5",
+        ]
     )
     for name, value in {
         "FASTA": "in.fasta",
@@ -73,7 +82,9 @@ def test_what_can_be_computed_is_what_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("given", "layers"), [("6", (6,)), ("-1", (-1,)), ("0,6", (0, 6))], ids=["one", "negative", "several"]
+    ("given", "layers"),
+    [("6", (6,)), ("-1", (-1,)), ("0,6", (0, 6))],
+    ids=["one", "negative", "several"],
 )
 def test_layers_and_outputs_are_lists_with_commas(given, layers):
     config = parse_command_line([*NEEDED, "--include", "mean,per_tok", f"--repr-layers={given}"])
@@ -82,7 +93,9 @@ def test_layers_and_outputs_are_lists_with_commas(given, layers):
 
 
 def test_an_output_that_there_is_not_is_refused_with_those_that_there_are():
-    with pytest.raises(ConfigError, match=r"--include: input should be 'mean', .* or 'logits'; it was 'median'"):
+    with pytest.raises(
+        ConfigError, match=r"--include: input should be 'mean', .* or 'logits'; it was 'median'"
+    ):
         parse_command_line([*NEEDED, "--include", "median"])
 
 
@@ -95,7 +108,10 @@ def test_the_flows_parameter_does_not_read_the_environment(monkeypatch):
 def test_several_fasta_files_by_comma_or_by_repeating_the_option():
     expected = (Path("a.fa"), Path("b.fa.gz"))
     assert parse_command_line(["--fasta", "a.fa,b.fa.gz", "--output-dir", "out"]).fasta == expected
-    assert parse_command_line(["--fasta", "a.fa", "--fasta", "b.fa.gz", "--output-dir", "out"]).fasta == expected
+    assert (
+        parse_command_line(["--fasta", "a.fa", "--fasta", "b.fa.gz", "--output-dir", "out"]).fasta
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +124,10 @@ def test_several_fasta_files_by_comma_or_by_repeating_the_option():
         ([*NEEDED, "--devices", "gpu0"], ["--devices", "gpu0"]),
         ([*NEEDED, "--metrics-port", "70000"], ["--metrics-port", "65535", "70000"]),
         ([*NEEDED, "--metrics-address", "localhost"], ["--metrics-address", "IPv4", "localhost"]),
-        ([*NEEDED, "--runtime.checkpoint-time-threshold", "600"], ["--runtime.checkpoint-time-threshold", "600"]),
+        (
+            [*NEEDED, "--runtime.checkpoint-time-threshold", "600"],
+            ["--runtime.checkpoint-time-threshold", "600"],
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_option(arguments, words):
@@ -129,7 +148,8 @@ def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
 
 
 @pytest.mark.parametrize(
-    ("parse", "settings"), [(parse_command_line, EmbedConfig), (parse_forecast_command_line, ForecastConfig)]
+    ("parse", "settings"),
+    [(parse_command_line, EmbedConfig), (parse_forecast_command_line, ForecastConfig)],
 )
 def test_help_names_what_a_number_counts(parse, settings, capsys, monkeypatch):
     """Seconds are called so where they are in the form's title, and nowhere else."""
@@ -153,7 +173,9 @@ def titles_of_numbers(settings, prefix=""):
     return {prefix + name: properties[name]["title"] for name in numbers}
 
 
-@pytest.mark.parametrize("command", ["status", "export", "report", "esm-extract", "verify", "verify-model"])
+@pytest.mark.parametrize(
+    "command", ["status", "export", "report", "esm-extract", "verify", "verify-model"]
+)
 def test_help_of_a_command_names_values_by_what_they_are(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
@@ -164,7 +186,10 @@ def test_help_of_a_command_names_values_by_what_they_are(command, capsys, monkey
 
 def test_usage_has_the_options_that_are_needed(capsys):
     for parse, usage in (
-        (parse_command_line, "usage: python flows/embed.py --fasta FILES --output-dir DIR [options]"),
+        (
+            parse_command_line,
+            "usage: python flows/embed.py --fasta FILES --output-dir DIR [options]",
+        ),
         (parse_forecast_command_line, "usage: vnp plan --fasta FILES [options]"),
     ):
         with pytest.raises(SystemExit):
@@ -222,7 +247,9 @@ def test_a_child_on_a_cpu_has_huge_pages_unless_told_otherwise(monkeypatch):
     assert child_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("true", True), ("1", True), ("false", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("true", True), ("1", True), ("false", False), ("", False)]
+)
 def test_viral_checkpoint_mode_is_a_switch(monkeypatch, value, expected):
     monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", value)
     assert viral_checkpoint_mode() is expected
@@ -233,7 +260,9 @@ def test_a_minimum_length_leaves_something_below_the_maximum():
     given = [*NEEDED, "--min-length", "100", "--max-length"]
     for long in ("skip", "truncate", "error"):
         assert parse_command_line([*given, "100", "--long", long]).min_length == 100
-        with pytest.raises(ConfigError, match="--min-length: must not be above --max-length, which is 99; it was"):
+        with pytest.raises(
+            ConfigError, match="--min-length: must not be above --max-length, which is 99; it was"
+        ):
             parse_command_line([*given, "99", "--long", long])
     assert parse_command_line([*given, "50", "--long", "window"]).min_length == 100
     with pytest.raises(ConfigError, match="--min-length: "):
@@ -241,7 +270,9 @@ def test_a_minimum_length_leaves_something_below_the_maximum():
 
 
 def test_windows_have_a_length_and_virnucpros_way_has_its_own():
-    assert parse_command_line([*NEEDED, "--long", "window", "--max-length", "1022"]).max_length == 1022
+    assert (
+        parse_command_line([*NEEDED, "--long", "window", "--max-length", "1022"]).max_length == 1022
+    )
     assert parse_command_line([*NEEDED, "--long", "virnucpro"]).max_length is None
     for given in (["--long", "window"], ["--long", "virnucpro", "--max-length", "1022"]):
         with pytest.raises(ConfigError, match="--max-length: "):

@@ -81,7 +81,10 @@ def environment_of(job: dict[str, Any]) -> dict[str, str]:
 def volumes_of(job: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """What is mounted, and the volume behind it, by path."""
     volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
-    return {mount["mountPath"]: (mount, volumes[mount["name"]]) for mount in container_of(job)["volumeMounts"]}
+    return {
+        mount["mountPath"]: (mount, volumes[mount["name"]])
+        for mount in container_of(job)["volumeMounts"]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,29 +94,45 @@ def job() -> dict[str, Any]:
 
 class TestJobTemplate:
     def test_every_placeholder_is_a_variable_and_every_variable_is_used(self):
-        used = {placeholder.name for placeholder in find_placeholders(TEMPLATE["job_configuration"])}
+        used = {
+            placeholder.name for placeholder in find_placeholders(TEMPLATE["job_configuration"])
+        }
         assert used == set(VARIABLES["properties"]) | {"env"}
 
     def test_prefect_takes_its_variables_and_their_defaults(self):
         is_valid_schema(VARIABLES)
-        defaults = {name: v["default"] for name, v in VARIABLES["properties"].items() if v.get("default") is not None}
+        defaults = {
+            name: v["default"]
+            for name, v in VARIABLES["properties"].items()
+            if v.get("default") is not None
+        }
         validate_against_form(defaults, VARIABLES, raise_on_error=True)
         validate_against_form(A_CLUSTER_OF_OURS, VARIABLES, raise_on_error=True)
 
-    @pytest.mark.parametrize("bad", [{"gpus": -1}, {"gpus": "two"}, {"run_as_user": 0}, {"backoff_limit": -1}])
+    @pytest.mark.parametrize(
+        "bad", [{"gpus": -1}, {"gpus": "two"}, {"run_as_user": 0}, {"backoff_limit": -1}]
+    )
     def test_prefect_refuses_what_is_out_of_bounds(self, bad):
         assert validate_against_form(bad, VARIABLES, raise_on_error=False)
 
     def test_every_variable_says_what_it_is(self):
-        assert [n for n, v in VARIABLES["properties"].items() if n != "cluster_config" and not v.get("title")] == []
+        assert [
+            n
+            for n, v in VARIABLES["properties"].items()
+            if n != "cluster_config" and not v.get("title")
+        ] == []
         assert [n for n, v in VARIABLES["properties"].items() if not v.get("description")] == []
 
     @pytest.mark.parametrize(
-        "job_variables", [{}, A_CLUSTER_OF_OURS, {"backoff_limit": 3}], ids=["bare", "ours", "retries"]
+        "job_variables",
+        [{}, A_CLUSTER_OF_OURS, {"backoff_limit": 3}],
+        ids=["bare", "ours", "retries"],
     )
     def test_kubernetes_takes_the_job(self, job_variables):
         jsonschema.Draft202012Validator.check_schema(JOB_SCHEMA)
-        jsonschema.validate(render_job(**job_variables), JOB_SCHEMA, cls=jsonschema.Draft202012Validator)
+        jsonschema.validate(
+            render_job(**job_variables), JOB_SCHEMA, cls=jsonschema.Draft202012Validator
+        )
 
     def test_the_schema_would_notice_a_field_in_the_wrong_place(self, job):
         broken = json.loads(json.dumps(job))
@@ -184,13 +203,16 @@ class TestJob:
             "limits": {"memory": "64Gi", "nvidia.com/gpu": 2},
         }
         assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
-        assert {"key": "kubernetes.azure.com/scalesetpriority", "value": "spot"}.items() <= pod["tolerations"][
-            1
-        ].items()
+        assert {"key": "kubernetes.azure.com/scalesetpriority", "value": "spot"}.items() <= pod[
+            "tolerations"
+        ][1].items()
         assert volumes["/data/runs"][1]["persistentVolumeClaim"]["claimName"] == "our-runs"
         assert volumes["/data/weights"][1]["persistentVolumeClaim"]["claimName"] == "our-weights"
         assert volumes["/dev/shm"][1]["emptyDir"]["sizeLimit"] == "8Gi"
-        assert (ours["metadata"]["namespace"], pod["serviceAccountName"]) == ("embeddings", "embedder")
+        assert (ours["metadata"]["namespace"], pod["serviceAccountName"]) == (
+            "embeddings",
+            "embedder",
+        )
         environment = environment_of(ours)
         assert environment["VNP_FLAVOUR"] == "ours"
         assert environment["HOME"] == "/tmp", "an env of one's own takes nothing away"
@@ -206,7 +228,9 @@ class TestWorker:
         pod = self.DEPLOYMENT["spec"]["template"]["spec"]
         jsonschema.validate(pod, pod_schema, cls=jsonschema.Draft202012Validator)
         with pytest.raises(jsonschema.ValidationError, match="completions"):
-            jsonschema.validate(pod | {"completions": 1}, pod_schema, cls=jsonschema.Draft202012Validator)
+            jsonschema.validate(
+                pod | {"completions": 1}, pod_schema, cls=jsonschema.Draft202012Validator
+            )
 
     def test_its_parts_belong_together(self):
         name = self.SERVICE_ACCOUNT["metadata"]["name"]
@@ -219,13 +243,18 @@ class TestWorker:
     def test_it_runs_the_pool_s_image_and_may_only_make_jobs(self):
         (container,) = self.DEPLOYMENT["spec"]["template"]["spec"]["containers"]
         assert container["image"] == VARIABLES["properties"]["image"]["default"]
-        assert {rule["apiGroups"][0]: set(rule["verbs"]) & {"create", "delete"} for rule in self.ROLE["rules"]} == {
+        assert {
+            rule["apiGroups"][0]: set(rule["verbs"]) & {"create", "delete"}
+            for rule in self.ROLE["rules"]
+        } == {
             "batch": {"create", "delete"},
             "": set(),
         }
 
 
-@pytest.fixture(params=DEPLOYMENTS, ids=lambda deployment: f"{deployment['entrypoint']}/{deployment['name']}")
+@pytest.fixture(
+    params=DEPLOYMENTS, ids=lambda deployment: f"{deployment['entrypoint']}/{deployment['name']}"
+)
 def deployment(request) -> dict[str, Any]:
     return request.param
 
@@ -246,14 +275,18 @@ class TestPrefectYaml:
 
     def test_its_job_variables_are_the_template_s(self, deployment):
         if deployment["work_pool"]["name"] == "vnp-gpu":
-            validate_against_form(deployment["work_pool"].get("job_variables", {}), VARIABLES, raise_on_error=True)
+            validate_against_form(
+                deployment["work_pool"].get("job_variables", {}), VARIABLES, raise_on_error=True
+            )
 
 
 def test_the_form_of_a_run_has_a_title_and_a_description_for_every_field():
     """What a person sees in Prefect's UI who starts a run there."""
     flow: Flow[Any, Any] = load_flow_from_entrypoint(str(ROOT / "flows/embed.py:embed"))
     models = flow.parameters.model_dump_for_openapi()["definitions"]
-    fields = {name: field for model in models.values() for name, field in model["properties"].items()}
+    fields = {
+        name: field for model in models.values() for name, field in model["properties"].items()
+    }
     assert [name for name, field in fields.items() if not field.get("description")] == []
     assert fields["fasta"]["title"] == "FASTA files"
     assert fields["backoff_base_s"]["title"] == "Backoff base (s)"
@@ -268,14 +301,18 @@ class TestAutomations:
         assert len({automation["name"] for automation in AUTOMATIONS}) == len(AUTOMATIONS)
 
     def test_they_listen_to_the_events_that_the_flows_send(self):
-        expected = {event for automation in AUTOMATIONS for event in automation["trigger"]["expect"]}
+        expected = {
+            event for automation in AUTOMATIONS for event in automation["trigger"]["expect"]
+        }
         ours = {event for event in expected if event.startswith("vnp.")}
         assert ours == {"vnp.shard.preempted", "vnp.sequence.quarantined", "vnp.run.completed"}
 
 
 class TestImage:
     DOCKERFILE = (ROOT / "deployments/Dockerfile").read_text().replace("\\\n", " ")
-    INSTRUCTIONS = tuple(line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if re.match(r"[A-Z]+ ", line))
+    INSTRUCTIONS = tuple(
+        line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if re.match(r"[A-Z]+ ", line)
+    )
     LOCK = (ROOT / "deployments/requirements.lock").read_text()
 
     def arguments_of(self, instruction: str) -> list[str]:
@@ -284,7 +321,9 @@ class TestImage:
     def test_it_does_not_run_as_root(self):
         assert self.arguments_of("USER") == ["10001:10001"]
         assert VARIABLES["properties"]["run_as_user"]["default"] == 10001
-        after_user = [name for name, _ in self.INSTRUCTIONS][[name for name, _ in self.INSTRUCTIONS].index("USER") :]
+        after_user = [name for name, _ in self.INSTRUCTIONS][
+            [name for name, _ in self.INSTRUCTIONS].index("USER") :
+        ]
         assert not {"RUN", "COPY", "ADD"} & set(after_user)
 
     def test_what_is_copied_exists_and_holds_no_weights(self):
@@ -297,7 +336,11 @@ class TestImage:
         ]
         assert sources
         assert [source for source in sources if not (ROOT / source).exists()] == []
-        allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+        allowed = {
+            line[1:]
+            for line in (ROOT / ".dockerignore").read_text().splitlines()
+            if line.startswith("!")
+        }
         assert set(sources) == allowed
         assert not re.search(r"curl|wget|torch\.hub|\.pt\b", "\n".join(self.arguments_of("RUN")))
 
@@ -317,9 +360,16 @@ class TestImage:
     def test_the_lock_is_what_was_tested(self):
         """The same versions as constraints.txt, and all that pyproject.toml asks for; `make lock` makes it so."""
         locked = dict(re.findall(r"^([\w.-]+)==(\S+) ", self.LOCK, flags=re.MULTILINE))
-        constraints = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
-        constraints = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in constraints.items()}
+        constraints = dict(
+            line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
+        )
+        constraints = {
+            re.sub(r"[-_.]+", "-", name).lower(): version for name, version in constraints.items()
+        }
         assert {n: v for n, v in locked.items() if constraints.get(n, v) != v} == {}
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        wanted = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", spec)[0]).lower() for spec in project["dependencies"]}
+        wanted = {
+            re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", spec)[0]).lower()
+            for spec in project["dependencies"]
+        }
         assert wanted - set(locked) == set()

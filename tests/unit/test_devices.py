@@ -38,7 +38,9 @@ def test_names_tell_the_number_of_parameters(model):
 
 
 def files_of(tmp_path, *, limit: str | None) -> dict:
-    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\n")
+    (tmp_path / "meminfo").write_text(
+        "MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\n"
+    )
     (tmp_path / "cgroup").write_text("0::/ours\n")
     if limit is not None:
         (tmp_path / "ours").mkdir()
@@ -48,7 +50,8 @@ def files_of(tmp_path, *, limit: str | None) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("limit", "available"), [(None, 3_072_000), ("max", 3_072_000), ("2500000", 1_500_000), ("9000000", 3_072_000)]
+    ("limit", "available"),
+    [(None, 3_072_000), ("max", 3_072_000), ("2500000", 1_500_000), ("9000000", 3_072_000)],
 )
 def test_a_control_groups_limit_counts(tmp_path, limit, available):
     assert available_memory_bytes(**files_of(tmp_path, limit=limit)) == available

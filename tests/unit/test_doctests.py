@@ -10,7 +10,9 @@ import vnp_lib.dataset.reader
 from tests.made_up_runs import Records, finish_run, start_run_of
 
 MODULES: tuple[ModuleType, ...] = (vnp_lib.dataset.reader,)
-EXAMPLES = [test for module in MODULES for test in doctest.DocTestFinder().find(module) if test.examples]
+EXAMPLES = [
+    test for module in MODULES for test in doctest.DocTestFinder().find(module) if test.examples
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)

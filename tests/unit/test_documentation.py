@@ -38,7 +38,10 @@ def run(page: str, directory: Path) -> None:
     path = directory / "page.md"
     path.write_text(page)
     run_page(
-        path, directory, os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, timeout_s=60
+        path,
+        directory,
+        os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        timeout_s=60,
     )
 
 
@@ -89,7 +92,10 @@ def test_a_page_that_does_not_do_what_it_says_is_noticed(tmp_path, page):
 
 def test_what_is_not_run_says_why_and_is_listed_here():
     reasons = {
-        (page, block.reason) for page in pages() for block in blocks_of((ROOT / page).read_text()) if block.reason
+        (page, block.reason)
+        for page in pages()
+        for block in blocks_of((ROOT / page).read_text())
+        if block.reason
     }
     assert reasons == NOT_RUN
 
@@ -125,8 +131,14 @@ def test_every_kind_of_failure_and_every_exit_code_is_told():
 
 def test_every_variable_of_the_environment_that_is_read_is_told():
     """`environment.py` reads the environment, and nothing else in the library does (`test_layers.py`)."""
-    read = set(re.findall(r"os\.environ\.get\(\s*\"(\w+)\"", (ROOT / "vnp_lib/environment.py").read_text()))
-    told = {row[0] for row in table_in("docs/reference/settings.md", "Other variables") if row[1] == "us"}
+    read = set(
+        re.findall(r"os\.environ\.get\(\s*\"(\w+)\"", (ROOT / "vnp_lib/environment.py").read_text())
+    )
+    told = {
+        row[0]
+        for row in table_in("docs/reference/settings.md", "Other variables")
+        if row[1] == "us"
+    }
     assert read == told
 
 
@@ -139,7 +151,9 @@ def test_every_setting_is_an_option_of_the_name_that_the_table_says():
 def test_every_command_of_vnp_has_its_help_in_the_reference():
     listed = re.search(r"^  COMMAND\n(?P<commands>(?:    .*\n)+)", help_of_vnp(), re.MULTILINE)
     assert listed is not None
-    assert set(names_of_vnp_commands()) == set(re.findall(r"^    (\S+)", listed["commands"], re.MULTILINE))
+    assert set(names_of_vnp_commands()) == set(
+        re.findall(r"^    (\S+)", listed["commands"], re.MULTILINE)
+    )
     assert {"plan", "report", "status", "verify"} <= set(names_of_vnp_commands())
 
 
@@ -157,7 +171,11 @@ def test_what_a_page_would_load_from_elsewhere_is_found(element):
 
 @pytest.mark.parametrize(
     "element",
-    ['<a href="https://www.uniprot.org">', '<img src="images/report.png">', '<script src="assets/a.js">'],
+    [
+        '<a href="https://www.uniprot.org">',
+        '<img src="images/report.png">',
+        '<script src="assets/a.js">',
+    ],
 )
 def test_a_link_to_elsewhere_and_what_is_our_own_are_not(element):
     assert fetched_from_elsewhere(f"<p>{element}</p>") is None
@@ -183,4 +201,6 @@ def test_a_link_between_files_of_the_repository_becomes_one_of_the_site(page, li
 def test_every_class_of_characters_has_its_row() -> None:
     rows = character_classes().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {each.name}" for each in CLASSES]
-    assert "<!-- generated: character_classes -->" in (ROOT / "docs/how-to/input.md").read_text(encoding="utf-8")
+    assert "<!-- generated: character_classes -->" in (ROOT / "docs/how-to/input.md").read_text(
+        encoding="utf-8"
+    )

@@ -42,7 +42,9 @@ C = FailureCause
 
 def cuda(message: str, code: int | None = None) -> Exception:
     """An AcceleratorError as torch raises it from a CUDA call."""
-    error = torch.AcceleratorError(f"CUDA error: {message}\nCUDA kernel errors might be asynchronously reported")
+    error = torch.AcceleratorError(
+        f"CUDA error: {message}\nCUDA kernel errors might be asynchronously reported"
+    )
     if code is not None:
         error.error_code = code
     return error
@@ -60,17 +62,25 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
 EXCEPTIONS = [
     # out of memory
     (
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"
+        ),
         C.GPU_OOM,
     ),
     (torch.cuda.OutOfMemoryError("CUDA out of memory."), C.GPU_OOM),
     (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), C.GPU_OOM),
     (cuda("out of memory", 2), C.GPU_OOM),
     (cuda("out of memory"), C.GPU_OOM),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), C.GPU_OOM),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        C.GPU_OOM,
+    ),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), C.GPU_OOM),
     (RuntimeError("HIP out of memory. Tried to allocate 1.00 GiB"), C.GPU_OOM),
-    (RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED: CUDA driver error: out of memory"), C.GPU_OOM),
+    (
+        RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED: CUDA driver error: out of memory"),
+        C.GPU_OOM,
+    ),
     (MemoryError(), C.HOST_OOM),
     (MemoryError("Unable to allocate 8.00 GiB for an array"), C.HOST_OOM),
     (
@@ -96,18 +106,32 @@ EXCEPTIONS = [
     (cuda("an illegal instruction was encountered", 715), C.LAUNCH_FAILURE),
     (RuntimeError("CUDA error: an illegal instruction was encountered"), C.LAUNCH_FAILURE),
     (cuda("invalid program counter", 718), C.LAUNCH_FAILURE),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), C.LAUNCH_FAILURE),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), C.LAUNCH_FAILURE),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        C.LAUNCH_FAILURE,
+    ),
+    (
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        C.LAUNCH_FAILURE,
+    ),
     (cuda("the launch timed out and was terminated", 702), C.HANG),
     (RuntimeError("CUDA error: the launch timed out and was terminated"), C.HANG),
     # the device itself
     (cuda("uncorrectable ECC error encountered", 214), C.HARDWARE),
     (RuntimeError("CUDA error: uncorrectable ECC error encountered"), C.HARDWARE),
     (cuda("Invalid access of peer GPU memory over nvlink or a hardware error", 220), C.HARDWARE),
-    (RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"), C.HARDWARE),
+    (
+        RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"),
+        C.HARDWARE,
+    ),
     (cuda("contained ECC error", 226), C.HARDWARE),
     (RuntimeError("GPU 0000:65:00.0 has fallen off the bus"), C.HARDWARE),
-    (RuntimeError("Unable to determine the device handle for GPU 0000:65:00.0: GPU is lost"), C.HARDWARE),
+    (
+        RuntimeError("Unable to determine the device handle for GPU 0000:65:00.0: GPU is lost"),
+        C.HARDWARE,
+    ),
     (cuda("CUDA-capable device(s) is/are busy or unavailable", 46), C.HARDWARE),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), C.HARDWARE),
     (cuda("no CUDA-capable device is detected", 100), C.HARDWARE),
@@ -116,9 +140,19 @@ EXCEPTIONS = [
     (RuntimeError("CUDA error: invalid device ordinal"), C.HARDWARE),
     (cuda("initialization error", 3), C.HARDWARE),
     (cuda("system not yet initialized", 802), C.HARDWARE),
-    (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), C.HARDWARE),
+    (
+        RuntimeError(
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
+        ),
+        C.HARDWARE,
+    ),
     (cuda("system has unsupported display driver / cuda driver combination", 803), C.HARDWARE),
-    (RuntimeError("The NVIDIA driver on your system is too old: CUDA driver version is insufficient"), C.HARDWARE),
+    (
+        RuntimeError(
+            "The NVIDIA driver on your system is too old: CUDA driver version is insufficient"
+        ),
+        C.HARDWARE,
+    ),
     (cuda("unknown error", 999), C.HARDWARE),
     (RuntimeError("CUDA error: unknown error"), C.HARDWARE),
     # the numbers
@@ -132,10 +166,16 @@ EXCEPTIONS = [
     (caused_by(StorageError("batch_00001.pt: make room"), os_error(errno.ENOSPC)), C.DISK_FULL),
     (CheckpointWriteError("1 checkpoint write(s) failed: No space left on device"), C.STORAGE),
     (
-        caused_by(CheckpointWriteError("1 checkpoints"), caused_by(StorageError("x"), os_error(errno.EDQUOT))),
+        caused_by(
+            CheckpointWriteError("1 checkpoints"),
+            caused_by(StorageError("x"), os_error(errno.EDQUOT)),
+        ),
         C.DISK_FULL,
     ),
-    (RuntimeError("PytorchStreamWriter failed writing file data.pkl: No space left on device"), C.DISK_FULL),
+    (
+        RuntimeError("PytorchStreamWriter failed writing file data.pkl: No space left on device"),
+        C.DISK_FULL,
+    ),
     (os_error(errno.EIO), C.STORAGE),
     (os_error(errno.EROFS), C.STORAGE),
     (os_error(errno.ESTALE), C.STORAGE),
@@ -208,11 +248,24 @@ def test_an_exit_code_has_its_cause(exit_code, cause):
 
 
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
-REQUESTS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+REQUESTS = {
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+}
 LIMITS = {signal.SIGXCPU: "ulimit -t", signal.SIGXFSZ: "ulimit -f", signal.SIGSYS: "seccomp"}
 
 
-HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH, *range(signal.SIGSTOP, signal.SIGURG)}
+HARMLESS = {
+    signal.SIGCHLD,
+    signal.SIGCONT,
+    signal.SIGURG,
+    signal.SIGWINCH,
+    *range(signal.SIGSTOP, signal.SIGURG),
+}
 
 
 def test_of_all_signals_only_those_of_a_crash_accuse_a_protein(tmp_path):
@@ -221,7 +274,9 @@ def test_of_all_signals_only_those_of_a_crash_accuse_a_protein(tmp_path):
     judged = {signum: classify_exit(code, batch_idx=3, ordinal=7) for signum, code in codes.items()}
     assert len(judged) > 50
     assert {signum for signum, failure in judged.items() if failure.accuses_batch} == CRASHES
-    assert {signum for signum, failure in judged.items() if failure.kind == FailureKind.SPOT_PREEMPTION} == REQUESTS
+    assert {
+        signum for signum, failure in judged.items() if failure.kind == FailureKind.SPOT_PREEMPTION
+    } == REQUESTS
     assert {signum for signum, failure in judged.items() if failure.is_permanent} == {*LIMITS}
     assert all(limit in judged[signum].message for signum, limit in LIMITS.items())
 
@@ -242,7 +297,10 @@ def exit_code_of(signum: int, cwd: Path) -> int:
 def test_a_shell_says_a_signal_in_its_own_way(signum):
     """But 128 + a signal that ends nothing is a code of somebody's own."""
     by_shell, itself = (classify_exit(code, batch_idx=3) for code in (128 + signum, -signum))
-    assert by_shell.cause == itself.cause or (by_shell.cause, itself.cause) == (C.SILENT_EXIT, C.KILLED)
+    assert by_shell.cause == itself.cause or (by_shell.cause, itself.cause) == (
+        C.SILENT_EXIT,
+        C.KILLED,
+    )
 
 
 @pytest.mark.parametrize("exit_code", [137, -signal.SIGKILL])
@@ -263,7 +321,16 @@ def test_in_a_batch_the_same_causes_hold_and_what_has_none_accuses_the_batch(err
 
 
 def test_hardware_host_and_disk_never_accuse_a_batch():
-    innocent = {C.HARDWARE, C.HOST_OOM, C.GPU_OOM, C.KILLED, C.PREEMPTED, C.DISK_FULL, C.STORAGE, C.STORAGE_FAILING}
+    innocent = {
+        C.HARDWARE,
+        C.HOST_OOM,
+        C.GPU_OOM,
+        C.KILLED,
+        C.PREEMPTED,
+        C.DISK_FULL,
+        C.STORAGE,
+        C.STORAGE_FAILING,
+    }
     for cause in innocent:
         failure = Failure(cause=cause, message="", batch_idx=3)
         assert not failure.accuses_batch
@@ -283,12 +350,16 @@ def test_every_cause_has_one_of_the_four_kinds():
 
 
 def test_a_failure_survives_being_written_down_with_more_beside_it():
-    failure = Failure(cause=C.DEVICE_ASSERT, message="x", batch_idx=3, ordinal=5, sequence_ids=("a",), exit_code=1)
+    failure = Failure(
+        cause=C.DEVICE_ASSERT, message="x", batch_idx=3, ordinal=5, sequence_ids=("a",), exit_code=1
+    )
     assert Failure.from_json(failure.to_json() | {"session": "s", "at": "now"}) == failure
     assert failure.to_json()["kind"] == "poison_input"
 
 
-@pytest.mark.parametrize("error", [BatchFailedError(3, ("a",)), ShardFailedError(Failure(cause=C.HANG, message="x"))])
+@pytest.mark.parametrize(
+    "error", [BatchFailedError(3, ("a",)), ShardFailedError(Failure(cause=C.HANG, message="x"))]
+)
 def test_errors_survive_pickling(error):
     """Prefect may write an exception down and read it back."""
     again = pickle.loads(pickle.dumps(error))
@@ -297,11 +368,18 @@ def test_errors_survive_pickling(error):
 
 def test_an_attempt_that_ended_badly_is_shown_as_people_read_it():
     """Prefect logs an exception's repr before each retry."""
-    error = ShardFailedError(Failure(cause=C.KILLED, message="the child left with SIGKILL", batch_idx=3))
-    assert repr(error) == "ShardFailedError('transient (killed) at batch 3: the child left with SIGKILL')"
+    error = ShardFailedError(
+        Failure(cause=C.KILLED, message="the child left with SIGKILL", batch_idx=3)
+    )
+    assert (
+        repr(error)
+        == "ShardFailedError('transient (killed) at batch 3: the child left with SIGKILL')"
+    )
 
 
-@pytest.mark.parametrize(("code", "name"), [(1, "exit code 1"), (-9, "SIGKILL"), (137, "SIGKILL"), (-63, "signal 63")])
+@pytest.mark.parametrize(
+    ("code", "name"), [(1, "exit code 1"), (-9, "SIGKILL"), (137, "SIGKILL"), (-63, "signal 63")]
+)
 def test_exit_codes_are_named(code, name):
     assert describe_exit(code) == name
 

@@ -46,12 +46,20 @@ def test_classify_error_spot_preemption_exitcode():
 
 
 def test_classify_error_spot_preemption_message():
-    assert classify_exception(RuntimeError("Received SIGTERM from the node")).kind == FailureKind.SPOT_PREEMPTION
+    assert (
+        classify_exception(RuntimeError("Received SIGTERM from the node")).kind
+        == FailureKind.SPOT_PREEMPTION
+    )
 
 
 def test_classify_error_oom():
-    by_type, by_message = torch.OutOfMemoryError("no room"), RuntimeError("CUDA out of memory. Tried to allocate")
-    assert classify_exception(by_type).kind == classify_exception(by_message).kind == FailureKind.OOM
+    by_type, by_message = (
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA out of memory. Tried to allocate"),
+    )
+    assert (
+        classify_exception(by_type).kind == classify_exception(by_message).kind == FailureKind.OOM
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,9 @@ def test_should_retry_poison_input_circuit_breaker(tmp_path):
     for session in ("first process", "second process"):
         manifest = CheckpointManifest(tmp_path / "manifest.json")
         strike = failure(FailureCause.DEVICE_ASSERT, batch_idx=42)
-        decisions.append(POLICY.decide(strike, counted_failures(manifest.failures(0), session, num_done=0)))
+        decisions.append(
+            POLICY.decide(strike, counted_failures(manifest.failures(0), session, num_done=0))
+        )
         manifest.record_failure(0, strike.to_json() | {"session": session})
     assert [decision.retry for decision in decisions] == [True, False]
     assert decisions[1].reason.startswith("circuit breaker: batch 42 failed 2 times")
@@ -113,7 +123,9 @@ def shard_dir(tmp_path):
         for number in range(3):
             metadata = {"fingerprint": "f", "ordinals": [2 * number, 2 * number + 1]}
             path = tmp_path / "shard_0" / f"batch_{number:05d}.pt"
-            writer.write_checkpoint_async(path, torch.full((2, 4), float(number)), ["a", "b"], metadata)
+            writer.write_checkpoint_async(
+                path, torch.full((2, 4), float(number)), ["a", "b"], metadata
+            )
     return tmp_path / "shard_0"
 
 
@@ -137,7 +149,10 @@ def test_validate_checkpoint_dir_done_marker_mismatch_warning(shard_dir, caplog)
     with caplog.at_level(logging.WARNING):
         assert heal_shard(shard_dir.parent, 0, "f") == 3
     assert "batch_00001.pt" in caplog.text
-    assert [path.name for path in sorted(shard_dir.glob("batch_*.pt"))] == ["batch_00000.pt", "batch_00002.pt"]
+    assert [path.name for path in sorted(shard_dir.glob("batch_*.pt"))] == [
+        "batch_00000.pt",
+        "batch_00002.pt",
+    ]
 
 
 def test_validate_checkpoint_dir_fresh_start(tmp_path):
@@ -157,7 +172,10 @@ def test_retry_worker_spot_preemption_delay():
 def test_retry_worker_oom_exponential_backoff():
     unlimited = RetryPolicy.from_config(RuntimeConfig(max_retries_oom=99, max_retries_transient=99))
     for cause in (FailureCause.GPU_OOM, FailureCause.UNKNOWN):
-        delays = [unlimited.decide(failure(cause), [failure(cause)] * count).delay_s for count in (0, 2, 10)]
+        delays = [
+            unlimited.decide(failure(cause), [failure(cause)] * count).delay_s
+            for count in (0, 2, 10)
+        ]
         assert delays == [1.0, 4.0, 60.0]
     assert POLICY.decide(failure(FailureCause.DEVICE_ASSERT, batch_idx=1), []).delay_s == 1.0
 
@@ -235,7 +253,9 @@ def test_sigterm_handler_waits_for_checkpoints(tmp_path, short_fasta):
 
 
 @pytest.mark.slow
-def test_a_child_that_does_not_hear_sigterm_is_killed_after_the_grace(tmp_path, short_fasta, sabotage):
+def test_a_child_that_does_not_hear_sigterm_is_killed_after_the_grace(
+    tmp_path, short_fasta, sabotage
+):
     sabotage("""
     import signal
     signal.signal = lambda *_: None
@@ -243,6 +263,8 @@ def test_a_child_that_does_not_hear_sigterm_is_killed_after_the_grace(tmp_path, 
     import vnp_lib.worker.attempt
     vnp_lib.worker.attempt.StopFlag.set = lambda self: None
     """)
-    waited_s = asyncio.run(stop_when_computing(settings(short_fasta, tmp_path / "run"), 0, grace_s=1.0))
+    waited_s = asyncio.run(
+        stop_when_computing(settings(short_fasta, tmp_path / "run"), 0, grace_s=1.0)
+    )
     assert waited_s >= 1.0
     assert workers_of(tmp_path) == []

@@ -17,18 +17,28 @@ _HELP = "import runpy, sys; sys.argv = {arguments}\ntry: runpy.{run}\nexcept Sys
 
 
 def modules_after(code: str) -> set[str]:
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(ended.stdout.splitlines()[-1].split())
 
 
 def test_the_package_itself_imports_nothing_large() -> None:
-    assert not modules_after("import vnp_lib" + _LOADED) & {"torch", "prefect", "numpy", "pyarrow", "pydantic"}
+    assert not modules_after("import vnp_lib" + _LOADED) & {
+        "torch",
+        "prefect",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+    }
 
 
 def test_the_package_is_typed() -> None:
     """And says so where it is installed, not only in this tree."""
     assert (resources.files("vnp_lib") / "py.typed").is_file()
-    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
     assert "py.typed" in shipped["vnp_lib"]
 
 
@@ -54,20 +64,41 @@ def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
     [
         pytest.param("import vnp_lib.cli" + _LOADED, id="import vnp_lib.cli"),
         pytest.param(
-            _HELP.format(arguments=["vnp", "--help"], run='run_module("vnp_lib", run_name="__main__")'), id="vnp --help"
+            _HELP.format(
+                arguments=["vnp", "--help"], run='run_module("vnp_lib", run_name="__main__")'
+            ),
+            id="vnp --help",
         ),
         pytest.param(
-            _HELP.format(arguments=["flows/embed.py", "--help"], run='run_path("flows/embed.py", run_name="__main__")'),
+            _HELP.format(
+                arguments=["flows/embed.py", "--help"],
+                run='run_path("flows/embed.py", run_name="__main__")',
+            ),
             id="python flows/embed.py --help",
         ),
     ],
 )
 def test_help_needs_neither_torch_nor_a_server_of_prefect(code: str) -> None:
-    assert not modules_after(code) & {"torch", "esm", "matplotlib", "prefect.server.api.server", "uvicorn"}
+    assert not modules_after(code) & {
+        "torch",
+        "esm",
+        "matplotlib",
+        "prefect.server.api.server",
+        "uvicorn",
+    }
 
 
 def test_a_child_imports_nothing_of_prefect_nor_what_draws() -> None:
     loaded = modules_after(
-        "import vnp_lib.worker.attempt, vnp_lib.inference.runner, vnp_lib.checkpoint.writer" + _LOADED
+        "import vnp_lib.worker.attempt, vnp_lib.inference.runner, vnp_lib.checkpoint.writer"
+        + _LOADED
     )
-    assert not loaded & {"prefect", "matplotlib", "jinja2", "rich", "esm", "torch._dynamo", "torch._inductor"}
+    assert not loaded & {
+        "prefect",
+        "matplotlib",
+        "jinja2",
+        "rich",
+        "esm",
+        "torch._dynamo",
+        "torch._inductor",
+    }

@@ -74,12 +74,16 @@ def test_a_room_imports_rooms_below_it(file: Path) -> None:
     assert not units & FRONT_DOORS
 
 
-@pytest.mark.parametrize("file", [file for file in [*FILES, *FLOWS] if file.name != "__init__.py"], ids=str)
+@pytest.mark.parametrize(
+    "file", [file for file in [*FILES, *FLOWS] if file.name != "__init__.py"], ids=str
+)
 def test_only_a_face_is_imported_from_another_room(file: Path) -> None:
     """`from vnp_lib.room import name`, and never a file of that room."""
     room = file.parts[0] if len(file.parts) > 1 else None
     inner = {
-        name for name in our_imports(file) if name.split(".")[0] in ROOMS and name.split(".")[0] != room and "." in name
+        name
+        for name in our_imports(file)
+        if name.split(".")[0] in ROOMS and name.split(".")[0] != room and "." in name
     }
     submodules = {
         f"{node.module}.{alias.name}"
@@ -135,7 +139,9 @@ def test_vnp_lib_imports_without_prefect() -> None:
         for file in FILES
         if file.stem not in ("__init__", "__main__")
     ]
-    code = "import sys; sys.modules['prefect'] = None\n" + "\n".join(f"import {module}" for module in modules)
+    code = "import sys; sys.modules['prefect'] = None\n" + "\n".join(
+        f"import {module}" for module in modules
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -146,5 +152,9 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_one_module_reads_the_environment() -> None:
     """And `options`, through pydantic-settings."""
-    readers = {str(file) for file in FILES if re.search(r"\bos\.(environ|getenv)\b", (PACKAGE / file).read_text())}
+    readers = {
+        str(file)
+        for file in FILES
+        if re.search(r"\bos\.(environ|getenv)\b", (PACKAGE / file).read_text())
+    }
     assert readers == {"environment.py"}

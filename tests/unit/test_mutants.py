@@ -30,6 +30,12 @@ def functions_in(file: str) -> set[str]:
     """Names of the functions in a file, those of classes with the class's name before them."""
     found = set()
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-        methods = [(f"{node.name}::", each) for each in node.body] if isinstance(node, ast.ClassDef) else [("", node)]
-        found |= {prefix + each.name for prefix, each in methods if isinstance(each, ast.FunctionDef)}
+        methods = (
+            [(f"{node.name}::", each) for each in node.body]
+            if isinstance(node, ast.ClassDef)
+            else [("", node)]
+        )
+        found |= {
+            prefix + each.name for prefix, each in methods if isinstance(each, ast.FunctionDef)
+        }
     return found

@@ -23,7 +23,9 @@ def test_results_come_in_the_order_of_their_items_whichever_is_ready_first() -> 
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_no_more_are_begun_than_there_are_threads_beside_the_one_that_is_given(threads: int) -> None:
+def test_no_more_are_begun_than_there_are_threads_beside_the_one_that_is_given(
+    threads: int,
+) -> None:
     begun: list[int] = []
     results = map_ahead(begun.append, range(100), threads=threads)
 

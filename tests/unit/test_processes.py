@@ -31,7 +31,9 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
     assert not replace(HERE, pid=ended.pid).is_alive()
 
 
-@pytest.mark.parametrize("other", [{"host": "node-" + HERE.host}, {"boot": "00000001"}, {"pid_namespace": "1"}])
+@pytest.mark.parametrize(
+    "other", [{"host": "node-" + HERE.host}, {"boot": "00000001"}, {"pid_namespace": "1"}]
+)
 def test_what_another_machine_boot_or_container_runs_cannot_be_seen(other: dict[str, str]) -> None:
     assert not replace(HERE, **other).is_visible()
 

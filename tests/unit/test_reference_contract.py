@@ -42,33 +42,55 @@ REQUIRED = inspect.Parameter.empty
 @pytest.mark.parametrize(
     ("called", "expected"),
     [
-        (CheckpointTrigger, {"seq_threshold": 10000, "time_threshold_sec": 300.0, "emergency_override_sec": 600.0}),
+        (
+            CheckpointTrigger,
+            {"seq_threshold": 10000, "time_threshold_sec": 300.0, "emergency_override_sec": 600.0},
+        ),
         (CheckpointTrigger.should_checkpoint, {"self": REQUIRED, "batch_size": REQUIRED}),
         (AsyncCheckpointWriter, {"max_workers": 1, "manifest": None, "rank": None}),
         (
             AsyncCheckpointWriter.write_checkpoint_async,
-            dict.fromkeys(["self", "checkpoint_path", "embeddings", "sequence_ids", "metadata"], REQUIRED),
+            dict.fromkeys(
+                ["self", "checkpoint_path", "embeddings", "sequence_ids", "metadata"], REQUIRED
+            ),
         ),
         (
             AsyncCheckpointWriter._write_checkpoint_sync,
-            dict.fromkeys(["self", "checkpoint_path", "embeddings", "sequence_ids", "metadata"], REQUIRED),
+            dict.fromkeys(
+                ["self", "checkpoint_path", "embeddings", "sequence_ids", "metadata"], REQUIRED
+            ),
         ),
         (AsyncCheckpointWriter.wait_all, {"self": REQUIRED, "timeout": None}),
         (
             resume_from_checkpoints,
-            {"checkpoint_dir": REQUIRED, "rank": REQUIRED, "force_restart": False, "manifest": None},
+            {
+                "checkpoint_dir": REQUIRED,
+                "rank": REQUIRED,
+                "force_restart": False,
+                "manifest": None,
+            },
         ),
         (CheckpointManifest, {"manifest_path": REQUIRED, "staleness_threshold_sec": 600}),
         (
             CheckpointManifest.initialize,
-            {"self": REQUIRED, "world_size": REQUIRED, "input_fingerprint": "", "model_config_hash": ""},
+            {
+                "self": REQUIRED,
+                "world_size": REQUIRED,
+                "input_fingerprint": "",
+                "model_config_hash": "",
+            },
         ),
         (
             CheckpointManifest.update_shard_checkpoint,
-            dict.fromkeys(["self", "rank", "batch_idx", "num_sequences", "checkpoint_file"], REQUIRED),
+            dict.fromkeys(
+                ["self", "rank", "batch_idx", "num_sequences", "checkpoint_file"], REQUIRED
+            ),
         ),
         (CheckpointManifest.mark_shard_complete, {"self": REQUIRED, "rank": REQUIRED}),
-        (CheckpointManifest.mark_shard_failed, {"self": REQUIRED, "rank": REQUIRED, "error": REQUIRED}),
+        (
+            CheckpointManifest.mark_shard_failed,
+            {"self": REQUIRED, "rank": REQUIRED, "error": REQUIRED},
+        ),
         (
             CheckpointManifest.record_redistribution,
             {"self": REQUIRED, "failed_rank": REQUIRED, "new_rank": REQUIRED},
@@ -90,15 +112,24 @@ REQUIRED = inspect.Parameter.empty
         ),
         (
             AsyncInferenceRunner.run,
-            {"self": REQUIRED, "dataloader": REQUIRED, "progress_callback": None, "force_restart": False},
+            {
+                "self": REQUIRED,
+                "dataloader": REQUIRED,
+                "progress_callback": None,
+                "force_restart": False,
+            },
         ),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
-def test_signatures_are_those_of_the_contract(called: Callable[..., Any], expected: dict[str, Any]) -> None:
+def test_signatures_are_those_of_the_contract(
+    called: Callable[..., Any], expected: dict[str, Any]
+) -> None:
     """By name, by position and by default; what we add can only be given by name."""
     parameters = inspect.signature(called).parameters.values()
-    by_position = {each.name: each.default for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
+    by_position = {
+        each.name: each.default for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD
+    }
     assert by_position == expected
     assert list(by_position) == list(expected)
 
@@ -113,7 +144,9 @@ def test_a_validated_path_may_be_given_by_position() -> None:
 def test_a_manifest_is_initialized_by_its_number_of_shards_alone(tmp_path: Path) -> None:
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     manifest.initialize(world_size=2)
-    manifest.update_shard_checkpoint(rank=0, batch_idx=5, num_sequences=100, checkpoint_file="batch_00005.pt")
+    manifest.update_shard_checkpoint(
+        rank=0, batch_idx=5, num_sequences=100, checkpoint_file="batch_00005.pt"
+    )
     assert manifest.get_shard_status(0)["total_sequences"] == 100
     assert manifest.get_resumable_shards() == [0, 1]
 
@@ -146,10 +179,15 @@ def test_viral_mode_is_for_who_gives_no_threshold(
     [(10_000, 300.0, (5000, 180.0)), (10, 300.0, (10, 300.0)), (10_000, 20.0, (10_000, 20.0))],
 )
 def test_viral_mode_reaches_a_run_that_is_configured_with_the_defaults(
-    monkeypatch: pytest.MonkeyPatch, seq_threshold: int, time_threshold: float, expected: tuple[int, float]
+    monkeypatch: pytest.MonkeyPatch,
+    seq_threshold: int,
+    time_threshold: float,
+    expected: tuple[int, float],
 ) -> None:
     monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "true")
-    job = ShardJob.model_construct(checkpoint_seq_threshold=seq_threshold, checkpoint_time_threshold=time_threshold)
+    job = ShardJob.model_construct(
+        checkpoint_seq_threshold=seq_threshold, checkpoint_time_threshold=time_threshold
+    )
     trigger = AsyncInferenceRunner(RequiresLayers(), "cpu", **_checkpoint_thresholds(job))._trigger
     assert (trigger.seq_threshold, trigger.time_threshold_sec) == expected
 
@@ -174,7 +212,9 @@ class Moved(Tensor):
 def test_a_tensor_comes_to_the_cpu_once_and_by_the_caller(tmp_path: Path) -> None:
     Moved.calls.clear()
     with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(tmp_path / "a.pt", torch.zeros(2, 3).as_subclass(Moved), ["a", "b"], {})
+        writer.write_checkpoint_async(
+            tmp_path / "a.pt", torch.zeros(2, 3).as_subclass(Moved), ["a", "b"], {}
+        )
     assert Moved.calls == [("to", threading.current_thread().name)]
     assert (load_checkpoint(tmp_path / "a.pt", fingerprint=None).embeddings == 1).all()
 
@@ -220,10 +260,16 @@ def test_one_failing_save_is_one_failure_and_is_told_when_waiting(tmp_path: Path
 
     writer = AsyncCheckpointWriter()
     with patch("vnp_lib.checkpoint.torch.save", side_effect=fail_first):
-        first = writer.write_checkpoint_async(tmp_path / "batch_00000.pt", np.ones((1, 2)), ["a"], {"batch_idx": 0})
+        first = writer.write_checkpoint_async(
+            tmp_path / "batch_00000.pt", np.ones((1, 2)), ["a"], {"batch_idx": 0}
+        )
         assert first.exception(timeout=30) is not None
-        writer.write_checkpoint_async(tmp_path / "batch_00001.pt", np.ones((1, 2)), ["b"], {"batch_idx": 1})
-        with pytest.raises(RuntimeError, match=r"^1 checkpoint write\(s\) failed: .*batch_00000.pt.*simulated"):
+        writer.write_checkpoint_async(
+            tmp_path / "batch_00001.pt", np.ones((1, 2)), ["b"], {"batch_idx": 1}
+        )
+        with pytest.raises(
+            RuntimeError, match=r"^1 checkpoint write\(s\) failed: .*batch_00000.pt.*simulated"
+        ):
             writer.wait_all()
     writer.shutdown()
     assert len(calls) == 2
@@ -279,7 +325,9 @@ def test_a_checkpoint_with_a_numpy_array_validates_and_resumes(
     array = array[:]
     array.flags.writeable = is_writeable
     path = checkpoint_path(tmp_path, 0, 0)
-    write_by_hand(path, content_by_hand(embeddings=array, metadata={"batch_idx": 0, "num_sequences": 3}))
+    write_by_hand(
+        path, content_by_hand(embeddings=array, metadata={"batch_idx": 0, "num_sequences": 3})
+    )
     assert validate_checkpoint_pt(path) == (True, "")
     ids, embeddings, resume_batch_idx, corrupted_ids = resume_from_checkpoints(tmp_path, rank=0)
     assert (ids, resume_batch_idx, corrupted_ids) == (["s0", "s1", "s2"], 1, [])
@@ -291,7 +339,9 @@ def test_a_vouched_for_checkpoint_with_a_numpy_array_loads(tmp_path: Path) -> No
     path = checkpoint_path(tmp_path, 0, 0)
     write_by_hand(path, content_by_hand(embeddings=ARRAYS["float32"]))
     vouch_for(path)
-    np.testing.assert_array_equal(load_checkpoint(path, fingerprint=None).embeddings, ARRAYS["float32"])
+    np.testing.assert_array_equal(
+        load_checkpoint(path, fingerprint=None).embeddings, ARRAYS["float32"]
+    )
 
 
 def test_the_ids_of_an_unused_checkpoint_with_a_numpy_array_come_back(tmp_path: Path) -> None:
@@ -305,7 +355,9 @@ def test_arrays_of_numpy_1_are_read(tmp_path: Path) -> None:
     """It names the module without an underscore."""
     path = checkpoint_path(tmp_path, 0, 0)
     write_by_hand(path, content_by_hand(embeddings=ARRAYS["float32"]))
-    rewrite_pickle(path, lambda data: data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    rewrite_pickle(
+        path, lambda data: data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    )
     assert validate_checkpoint_pt(path) == (True, "")
 
 
@@ -388,10 +440,15 @@ _reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     ],
     ids=["huge", "subclass", "ndarray", "object", "void", "subarray", "np.load"],
 )
-def test_numpys_reconstructors_build_arrays_of_numbers_and_nothing_else(tmp_path: Path, trap: Calls) -> None:
+def test_numpys_reconstructors_build_arrays_of_numbers_and_nothing_else(
+    tmp_path: Path, trap: Calls
+) -> None:
     """Beside a good array too, which makes them known."""
     path = checkpoint_path(tmp_path, 0, 0)
-    for content in (content_by_hand(embeddings=trap), content_by_hand(embeddings=ARRAYS["float32"], metadata=trap)):
+    for content in (
+        content_by_hand(embeddings=trap),
+        content_by_hand(embeddings=ARRAYS["float32"], metadata=trap),
+    ):
         write_by_hand(path, content)
         assert "failed to load" in validate_checkpoint_pt(path)[1]
         path.unlink()
@@ -402,7 +459,9 @@ def test_bytes_come_from_latin_1_only(codec: str) -> None:
     """Other codecs can take for ever, or give more than they got."""
     pickled = io.BytesIO()
     pickle.Pickler(pickled, protocol=2).dump(np.ones(3))
-    data = pickled.getvalue().replace(b"X\x06\x00\x00\x00latin1", b"X" + bytes([len(codec), 0, 0, 0]) + codec.encode())
+    data = pickled.getvalue().replace(
+        b"X\x06\x00\x00\x00latin1", b"X" + bytes([len(codec), 0, 0, 0]) + codec.encode()
+    )
     assert codec.encode() in data
     with pytest.raises(ValueError, match="_codecs encode"):
         require_plain_arrays(data)
@@ -497,11 +556,15 @@ class SeveralLayers(RequiresLayers):
 
     def forward_packed(self, *arguments, **named):  # type: ignore[no-untyped-def, override]
         given = super().forward_packed(*arguments, **named)
-        return {"representations": {0: given["representations"][36] * 0, **given["representations"]}}
+        return {
+            "representations": {0: given["representations"][36] * 0, **given["representations"]}
+        }
 
     def forward(self, *arguments, **named):  # type: ignore[no-untyped-def, override]
         given = super().forward(*arguments, **named)
-        return {"representations": {**given["representations"], 0: given["representations"][36] * 0}}
+        return {
+            "representations": {**given["representations"], 0: given["representations"][36] * 0}
+        }
 
 
 class PaddedOnly(nn.Module):
@@ -512,9 +575,14 @@ class PaddedOnly(nn.Module):
         self.num_layers = 33
         self.calls: list[tuple[str, list[int]]] = []
 
-    def forward(self, tokens: Tensor, repr_layers: Any = (), need_head_weights: bool = False) -> dict[str, Any]:
+    def forward(
+        self, tokens: Tensor, repr_layers: Any = (), need_head_weights: bool = False
+    ) -> dict[str, Any]:
         self.calls.append(("forward", list(repr_layers)))
-        return {"logits": None, "representations": {layer: states_of(tokens) for layer in repr_layers if layer <= 33}}
+        return {
+            "logits": None,
+            "representations": {layer: states_of(tokens) for layer in repr_layers if layer <= 33},
+        }
 
 
 def mock_model() -> MagicMock:
@@ -570,11 +638,20 @@ def assert_rows(results: list[Any]) -> None:
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(
-    "make_model", [RequiresLayers, ByKeyword, ByPosition, TakesAny, SeveralLayers, PaddedOnly, mock_model]
+    "make_model",
+    [RequiresLayers, ByKeyword, ByPosition, TakesAny, SeveralLayers, PaddedOnly, mock_model],
 )
-def test_a_model_by_another_hand_is_served_packed_and_padded(make_model: Callable[[], Any], packed: bool) -> None:
+def test_a_model_by_another_hand_is_served_packed_and_padded(
+    make_model: Callable[[], Any], packed: bool
+) -> None:
     model = make_model()
-    assert_rows(list(AsyncInferenceRunner(model, torch.device("cpu"), enable_streams=False).run(loader(packed=packed))))
+    assert_rows(
+        list(
+            AsyncInferenceRunner(model, torch.device("cpu"), enable_streams=False).run(
+                loader(packed=packed)
+            )
+        )
+    )
     if isinstance(model, RequiresLayers):
         assert model.calls == [("forward_packed" if packed else "forward", [36])] * 2
     if isinstance(model, PaddedOnly):
@@ -582,7 +659,9 @@ def test_a_model_by_another_hand_is_served_packed_and_padded(make_model: Callabl
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_a_run_that_is_resumed_in_the_midst_of_a_batch_serves_it_too(tmp_path: Path, packed: bool) -> None:
+def test_a_run_that_is_resumed_in_the_midst_of_a_batch_serves_it_too(
+    tmp_path: Path, packed: bool
+) -> None:
     """What is left of a padded batch is padded again."""
     done = ["seq5", "seq7", "seq8"]
     write_by_hand(
@@ -603,7 +682,9 @@ def test_a_run_that_is_resumed_in_the_midst_of_a_batch_serves_it_too(tmp_path: P
 
 
 def test_the_metadata_of_a_checkpoint_has_the_names_of_virnucpro(tmp_path: Path) -> None:
-    runner = AsyncInferenceRunner(RequiresLayers(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=4)
+    runner = AsyncInferenceRunner(
+        RequiresLayers(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=4
+    )
     list(runner.run(loader(packed=True)))
     metadata = torch.load(checkpoint_path(tmp_path, 0, 1), weights_only=True)["metadata"]
     named = ("trigger_reason", "batch_idx", "num_sequences")

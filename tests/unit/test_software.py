@@ -48,7 +48,9 @@ def test_the_digest_tells_of_every_change(tmp_path, change):
     assert Package.in_directory(tree).code_sha256 != before.code_sha256
 
 
-@pytest.mark.parametrize("starter", [None, 1, {}, {"version": "0.1.0"}, {"code_sha256": "of others"}])
+@pytest.mark.parametrize(
+    "starter", [None, 1, {}, {"version": "0.1.0"}, {"code_sha256": "of others"}]
+)
 def test_a_job_of_other_code_is_refused(starter):
     with pytest.raises(ConfigError, match=str(ROOT / "vnp_lib")):
         require_same_package(starter)
@@ -56,7 +58,9 @@ def test_a_job_of_other_code_is_refused(starter):
 
 def test_both_places_are_named():
     with pytest.raises(ConfigError, match=r"vnp 0\.0\.9 from /opt/old/vnp_lib"):
-        require_same_package({"version": "0.0.9", "code_sha256": "", "directory": "/opt/old/vnp_lib"})
+        require_same_package(
+            {"version": "0.0.9", "code_sha256": "", "directory": "/opt/old/vnp_lib"}
+        )
 
 
 def test_code_that_was_changed_under_a_run_is_named_as_that():
@@ -66,17 +70,23 @@ def test_code_that_was_changed_under_a_run_is_named_as_that():
 
 def test_a_job_names_the_package(tmp_path):
     fields = {name: 1 for name, field in ShardJob.model_fields.items() if field.is_required()}
-    texts = dict.fromkeys(("fingerprint", "model", "weights", "weights_digest", "dtype", "device"), "x")
+    texts = dict.fromkeys(
+        ("fingerprint", "model", "weights", "weights_digest", "dtype", "device"), "x"
+    )
     job = ShardJob(**fields | texts | {"run_dir": tmp_path})
     assert json.loads(job.model_dump_json())["package"] == asdict(package_in_use())
 
 
-def used(vnp: str = "0.2.0", code: str = "c0de", version: str = "2.10.0", device: str = "NVIDIA L4") -> Software:
+def used(
+    vnp: str = "0.2.0", code: str = "c0de", version: str = "2.10.0", device: str = "NVIDIA L4"
+) -> Software:
     return Software(vnp=vnp, code_sha256=code, torch=version, device=device)
 
 
 def shares(*software: Software) -> list[SoftwareShare]:
-    return [SoftwareShare(software=each, sequences=1000 + place) for place, each in enumerate(software)]
+    return [
+        SoftwareShare(software=each, sequences=1000 + place) for place, each in enumerate(software)
+    ]
 
 
 def test_what_a_checkpoint_keeps_is_read_back():
@@ -85,7 +95,9 @@ def test_what_a_checkpoint_keeps_is_read_back():
     assert Software.of_metadata(json.loads(json.dumps(here.to_metadata()))) == here
 
 
-@pytest.mark.parametrize("metadata", [{}, {"software": None}, {"software": [1]}, {"software": {"torch_version": "2"}}])
+@pytest.mark.parametrize(
+    "metadata", [{}, {"software": None}, {"software": [1]}, {"software": {"torch_version": "2"}}]
+)
 def test_a_checkpoint_that_does_not_say_is_of_unknown_software(metadata):
     assert Software.of_metadata(metadata) == used("unknown", "unknown", "unknown", "unknown")
 
@@ -95,9 +107,21 @@ def test_a_checkpoint_that_does_not_say_is_of_unknown_software(metadata):
     [
         ([], False, ""),
         ([used()], False, "vnp 0.2.0, torch 2.10.0, NVIDIA L4"),
-        ([used(), used(device="NVIDIA A100")], False, "vnp 0.2.0, torch 2.10.0, NVIDIA A100: 1,001 sequences"),
-        ([used(), used(vnp="0.3.0", code="new")], True, "vnp 0.3.0, torch 2.10.0, NVIDIA L4: 1,001 sequences"),
-        ([used(), used(version="2.11.0")], True, "vnp 0.2.0, torch 2.11.0, NVIDIA L4: 1,001 sequences"),
+        (
+            [used(), used(device="NVIDIA A100")],
+            False,
+            "vnp 0.2.0, torch 2.10.0, NVIDIA A100: 1,001 sequences",
+        ),
+        (
+            [used(), used(vnp="0.3.0", code="new")],
+            True,
+            "vnp 0.3.0, torch 2.10.0, NVIDIA L4: 1,001 sequences",
+        ),
+        (
+            [used(), used(version="2.11.0")],
+            True,
+            "vnp 0.2.0, torch 2.11.0, NVIDIA L4: 1,001 sequences",
+        ),
         (
             [used(), used(code="0123456789")],
             True,
@@ -105,11 +129,16 @@ def test_a_checkpoint_that_does_not_say_is_of_unknown_software(metadata):
         ),
     ],
 )
-def test_several_versions_are_told_apart_and_several_kinds_of_device_are_ordinary(software, mixed, told, monkeypatch):
+def test_several_versions_are_told_apart_and_several_kinds_of_device_are_ordinary(
+    software, mixed, told, monkeypatch
+):
     """As the run says it at its end, and the dataset for ever."""
     import flows.embed
 
-    read_back = [SoftwareShare.from_json(json.loads(json.dumps(each.to_json()))) for each in shares(*software)]
+    read_back = [
+        SoftwareShare.from_json(json.loads(json.dumps(each.to_json())))
+        for each in shares(*software)
+    ]
     assert describe_software(read_back).endswith(told)
     assert is_mixed(read_back) == mixed
     warnings = []

@@ -74,7 +74,9 @@ def test_a_reader_that_takes_nothing_costs_the_text_and_not_the_time():
     reader, writer = os.pipe()
     with opened(writer) as file:
         stream = best_effort(file, patience_s=0.01)
-        finished = threading.Thread(target=lambda: [stream.write("x" * 1000 + "\n") for _ in range(1000)], daemon=True)
+        finished = threading.Thread(
+            target=lambda: [stream.write("x" * 1000 + "\n") for _ in range(1000)], daemon=True
+        )
         finished.start()
         finished.join(30)
         assert not finished.is_alive()
@@ -122,7 +124,10 @@ def test_the_bar_of_a_run_never_fails(monkeypatch, stream, terminal):
         file.close()
     monkeypatch.setattr(sys, "stderr", None if stream == "none" else file)
     monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
-    with closing(file), RunProgress(total_sequences=2, total_tokens=20, log_interval_s=0.0) as progress:
+    with (
+        closing(file),
+        RunProgress(total_sequences=2, total_tokens=20, log_interval_s=0.0) as progress,
+    ):
         progress.begin(0, sequences=0, tokens=0)
         progress.advance(0, sequences=1, tokens=10)
     assert progress.describe().startswith("1 of 2 sequences")
@@ -157,7 +162,12 @@ def shell(command: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     line = f"vnp() {{ {arguments.replace(chr(39) + HEADS[1] + chr(39), chr(34) + '$CODE' + chr(34))}; }}; {command}"
     environment = os.environ | {"CODE": HEADS[1]} | variables
     return subprocess.run(
-        ["bash", "-c", line], env=environment, cwd=ROOT, capture_output=True, timeout=120, check=False
+        ["bash", "-c", line],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+        check=False,
     )
 
 

@@ -96,11 +96,17 @@ class TestOnePath:
         [
             ("", "'': the path is empty; give one"),
             (" \n", "'': the path is empty"),
-            ("$ABSENT/x", "$ABSENT/x: the environment variable ABSENT is not set; set it, or write"),
+            (
+                "$ABSENT/x",
+                "$ABSENT/x: the environment variable ABSENT is not set; set it, or write",
+            ),
             ("${ABSENT}", "${ABSENT}: the environment variable ABSENT is not set"),
             ("$EMPTY/x", "$EMPTY/x: the environment variable EMPTY is not set"),
             ("${ABSENT:-x}", "${ABSENT:-x}: only $NAME and ${NAME} are expanded"),
-            ("~nobody_here/x", "~nobody_here/x: there is no user 'nobody_here' on this machine; write the path"),
+            (
+                "~nobody_here/x",
+                "~nobody_here/x: there is no user 'nobody_here' on this machine; write the path",
+            ),
             ("a\0b", r"'a\x00b': a path cannot have a NUL character"),
             ("a\nb", r"'a\nb': there is a line break in this path"),
             ("x" * 256, f"{'x' * 40}...: this is too long for the name of a file"),
@@ -111,7 +117,10 @@ class TestOnePath:
             (r"\\server\x", r"\\server\x: this is a path of Windows"),
             ("me@host:/x", "me@host:/x: this is on another machine; copy it"),
             ("file://host/x", "file://host/x: addresses are not fetched"),
-            (NOT_UTF8, r"/prot\xe9ines: this name is not UTF-8 text; rename it, or give a link to it"),
+            (
+                NOT_UTF8,
+                r"/prot\xe9ines: this name is not UTF-8 text; rename it, or give a link to it",
+            ),
         ],
     )
     def test_what_can_be_no_path_is_refused_in_a_sentence(self, written: str, told: str) -> None:
@@ -135,18 +144,27 @@ class TestOnePath:
     def test_a_relative_path_in_a_directory_that_is_not_utf8_is_refused(self, monkeypatch) -> None:
         Path(NOT_UTF8).mkdir()
         monkeypatch.chdir(NOT_UTF8)
-        assert r"prot\xe9ines/out: this name is not UTF-8" in refusal(lambda: user_path("out", PathUse.OUTPUT))
+        assert r"prot\xe9ines/out: this name is not UTF-8" in refusal(
+            lambda: user_path("out", PathUse.OUTPUT)
+        )
 
-    def test_a_current_directory_that_was_removed_is_said(self, tmp_path: Path, monkeypatch) -> None:
+    def test_a_current_directory_that_was_removed_is_said(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
         (tmp_path / "gone").mkdir()
         monkeypatch.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
-        assert refusal(lambda: user_path("x")).startswith("x: the current directory is not there any more")
+        assert refusal(lambda: user_path("x")).startswith(
+            "x: the current directory is not there any more"
+        )
 
     def test_a_home_that_is_not_known_is_said(self, monkeypatch) -> None:
-        monkeypatch.setattr(os.path, "expanduser", lambda text: text)  # as without HOME and an entry in passwd
+        monkeypatch.setattr(
+            os.path, "expanduser", lambda text: text
+        )  # as without HOME and an entry in passwd
         assert (
-            refusal(lambda: user_path("~/x")) == "~/x: HOME is not set, so that ~ is not known; write the path in full"
+            refusal(lambda: user_path("~/x"))
+            == "~/x: HOME is not set, so that ~ is not known; write the path in full"
         )
 
     def test_a_path_is_shown_as_text_whatever_its_bytes(self) -> None:
@@ -170,7 +188,9 @@ class TestOnePath:
         ("hf://datasets/a/x.fasta", "download it, and give the path"),
     ],
 )
-def test_addresses_are_refused_with_the_command_that_fetches_them(collapse, address, command) -> None:
+def test_addresses_are_refused_with_the_command_that_fetches_them(
+    collapse, address, command
+) -> None:
     """Also where `Path` has made one slash of two."""
     told = refusal(lambda: user_inputs(collapse(address)))
     assert told.startswith(f"{address}: addresses are not fetched; ")
@@ -179,7 +199,9 @@ def test_addresses_are_refused_with_the_command_that_fetches_them(collapse, addr
     assert "addresses are not written to; give a directory" in refusal(
         lambda: user_path(collapse(address), PathUse.OUTPUT)
     )
-    assert "weights are not fetched" in refusal(lambda: user_path(collapse(address), PathUse.WEIGHTS))
+    assert "weights are not fetched" in refusal(
+        lambda: user_path(collapse(address), PathUse.WEIGHTS)
+    )
 
 
 class TestSeveralPaths:
@@ -211,7 +233,11 @@ class TestSeveralPaths:
             (["d,e/x.fa"], "d,e/*.fa,y.fa", ["d,e/*.fa", "y.fa"]),
             (["x1.fa"], "x[0,1].fa", ["x[0,1].fa"]),
             (["x,1.fa", "x,2.fa"], "x,?.fa", ["x,?.fa"]),
-            ([",".join("abcdefghijklmno")], "a,b,c,d,e,f,g,h,i,j,k,l,m,n,o", ["a,b,c,d,e,f,g,h,i,j,k,l,m,n,o"]),
+            (
+                [",".join("abcdefghijklmno")],
+                "a,b,c,d,e,f,g,h,i,j,k,l,m,n,o",
+                ["a,b,c,d,e,f,g,h,i,j,k,l,m,n,o"],
+            ),
         ],
     )
     def test_a_name_that_has_a_comma_in_it_is_that_file(
@@ -224,7 +250,9 @@ class TestSeveralPaths:
     @pytest.mark.parametrize("written", ["a,,b", ",a", "a,", "a, ,b"])
     def test_nothing_between_commas_is_refused(self, written: str) -> None:
         """It would be the current directory."""
-        assert refusal(lambda: user_inputs(written)).startswith(f"{written}: there is nothing before, after or between")
+        assert refusal(lambda: user_inputs(written)).startswith(
+            f"{written}: there is nothing before, after or between"
+        )
 
     def test_an_empty_text_is_refused(self) -> None:
         assert "the path is empty" in refusal(lambda: user_inputs(""))
@@ -241,7 +269,10 @@ def as_variables(name: str, value: str) -> EmbedConfig:
 
 
 def as_flow_parameter(name: str, value: str) -> EmbedConfig:
-    given = {"fasta": os.environ["VNP_FASTA"].split(","), "output_dir": os.environ["VNP_OUTPUT_DIR"]}
+    given = {
+        "fasta": os.environ["VNP_FASTA"].split(","),
+        "output_dir": os.environ["VNP_OUTPUT_DIR"],
+    }
     return EmbedConfig.model_validate(given | {name: [value] if name == "fasta" else value})
 
 
@@ -262,7 +293,12 @@ class TestSettings:
     def test_home_is_expanded_wherever_a_path_is_a_setting(self, parse, name) -> None:
         found = getattr(parse(name, "~/x"), name)
         assert (
-            found == {"fasta": (Path("/home/me/x"),), "output_dir": Path("/home/me/x"), "weights": "/home/me/x"}[name]
+            found
+            == {
+                "fasta": (Path("/home/me/x"),),
+                "output_dir": Path("/home/me/x"),
+                "weights": "/home/me/x",
+            }[name]
         )
 
     def test_an_address_is_refused_wherever_a_path_is_a_setting(self, parse, name) -> None:
@@ -313,13 +349,18 @@ def test_words_that_mean_weights_are_no_paths(weights: str) -> None:
 @pytest.mark.parametrize(
     ("run_dir", "told"),
     [
-        ("s3://bucket/run", "s3://bucket/run: addresses are not read; give a directory on a disk of this machine"),
+        (
+            "s3://bucket/run",
+            "s3://bucket/run: addresses are not read; give a directory on a disk of this machine",
+        ),
         ("$ABSENT/run", "$ABSENT/run: the environment variable ABSENT is not set"),
         ("~/nowhere", "/home/me/nowhere is not a run directory: there is no such directory"),
         ("file", "file is not a run directory: it is a file"),
     ],
 )
-def test_a_command_on_a_run_says_what_is_wrong_with_its_path(command, run_dir, told, capsys) -> None:
+def test_a_command_on_a_run_says_what_is_wrong_with_its_path(
+    command, run_dir, told, capsys
+) -> None:
     touch("file")
     assert main([*command, run_dir]) == ExitCode.UNUSABLE_INPUT
     (line,) = capsys.readouterr().err.splitlines()

@@ -8,7 +8,12 @@ from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
     from vnp_lib.checkpoint.file import Checkpoint, CheckpointRecord, load_checkpoint, set_aside
-    from vnp_lib.checkpoint.manifest import CheckpointManifest, CommittedCheckpoint, ShardStatus, is_of_run
+    from vnp_lib.checkpoint.manifest import (
+        CheckpointManifest,
+        CommittedCheckpoint,
+        ShardStatus,
+        is_of_run,
+    )
     from vnp_lib.checkpoint.quarantine import (
         Quarantine,
         QuarantinedSequence,

@@ -76,10 +76,14 @@ def _check_pickle(data: bytes) -> bool:
                 f"own: save it again without pickle_protocol"
             )
         if not _OPCODES.fullmatch(opcode.name) and opcode.name != _ARRAY_OPCODE:
-            raise ValueError(f"its pickle has the operation {opcode.name}, which no checkpoint needs")
+            raise ValueError(
+                f"its pickle has the operation {opcode.name}, which no checkpoint needs"
+            )
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
             if not ARRAY_GLOBALS.fullmatch(str(argument)):
-                raise ValueError(f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs")
+                raise ValueError(
+                    f"its pickle names {str(argument)[:100]!r}, which no checkpoint needs"
+                )
             holds_array = True
     if counts[_ARRAY_OPCODE] and not holds_array:
         raise ValueError(f"its pickle has the operation {_ARRAY_OPCODE}, which no checkpoint needs")

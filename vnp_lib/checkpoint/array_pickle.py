@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 # What pickles arrays, by the names that NumPy 1 and 2 give it, and how protocol 2 writes bytes.
-ARRAY_GLOBALS = re.compile(r"numpy\.(_core|core)\.multiarray _reconstruct|numpy ndarray|numpy dtype|_codecs encode")
+ARRAY_GLOBALS = re.compile(
+    r"numpy\.(_core|core)\.multiarray _reconstruct|numpy ndarray|numpy dtype|_codecs encode"
+)
 
 _DTYPES = {name: np.dtype(name) for name in ("f2", "f4", "f8", "i4", "i8")}
 _RECONSTRUCT = np._core.multiarray._reconstruct  # type: ignore[attr-defined]  # NumPy's types leave it out
@@ -151,7 +153,9 @@ def _called(function: Any, arguments: Any) -> Any:
         case ("numpy dtype", (str(code), False, True)) if code in _DTYPES:
             return _Dtype(_DTYPES[code].itemsize)
         case ("numpy dtype", (code, *_)):
-            raise ValueError(f"it holds a NumPy array of {str(code)[:20]!r}; arrays of {', '.join(_DTYPES)} are read")
+            raise ValueError(
+                f"it holds a NumPy array of {str(code)[:20]!r}; arrays of {', '.join(_DTYPES)} are read"
+            )
         case ("torch._utils _rebuild_tensor_v2", _) | ("collections OrderedDict", ()):
             return _OTHER
     raise ValueError(f"its pickle calls {name[:100]!r} with what no checkpoint needs")

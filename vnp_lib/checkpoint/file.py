@@ -50,8 +50,24 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHECKPOINT_FILE = re.compile(r"batch_(\d{5}|[1-9]\d{5,})\.pt")
 # What torch.load and zipfile raise for bytes that are no checkpoint, on purpose and by accident.
 _NOT_A_CHECKPOINT = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
-    *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+    *(
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        EOFError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        OSError,
+    ),
+    *(
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        struct.error,
+        zipfile.BadZipFile,
+    ),
 )
 
 logger = logging.getLogger(__name__)
@@ -79,14 +95,21 @@ class CheckpointContent(NamedTuple):
         repeated: dict[str, Any] = {
             key: self.metadata[key] for key in ("ordinals", "fingerprint") if key in self.metadata
         }
-        return {"rows": len(self.sequence_ids), "width": self.width, "dtype": self.dtype, **repeated}
+        return {
+            "rows": len(self.sequence_ids),
+            "width": self.width,
+            "dtype": self.dtype,
+            **repeated,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """The content of a checkpoint, as it is used."""
 
-    embeddings: np.ndarray[Any, Any]  # (rows, D), or (values,) with `offsets`; bfloat16 comes as float32
+    embeddings: np.ndarray[
+        Any, Any
+    ]  # (rows, D), or (values,) with `offsets`; bfloat16 comes as float32
     sequence_ids: list[str]
     metadata: dict[str, Any]
 
@@ -120,7 +143,9 @@ def checkpoint_paths(shard_dir: Path) -> list[Path]:
     if not shard_dir.is_dir():
         return []
     names = {path.name.removesuffix(".done") for path in shard_dir.iterdir()}
-    return sorted((shard_dir / name for name in names if _CHECKPOINT_FILE.fullmatch(name)), key=batch_idx_of)
+    return sorted(
+        (shard_dir / name for name in names if _CHECKPOINT_FILE.fullmatch(name)), key=batch_idx_of
+    )
 
 
 def load_checkpoint(path: Path, *, fingerprint: str | None) -> Checkpoint:
@@ -138,7 +163,9 @@ def load_checkpoint(path: Path, *, fingerprint: str | None) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Checkpoint(
-        embeddings=to_numpy(content.embeddings), sequence_ids=content.sequence_ids, metadata=content.metadata
+        embeddings=to_numpy(content.embeddings),
+        sequence_ids=content.sequence_ids,
+        metadata=content.metadata,
     )
 
 
@@ -161,7 +188,9 @@ def read_content(path: Path, *, fingerprint: str | None, may_be_bare: bool) -> C
     return content
 
 
-def read_record(path: Path, rank: int, fingerprint: str, *, verify_digest: bool) -> CheckpointRecord:
+def read_record(
+    path: Path, rank: int, fingerprint: str, *, verify_digest: bool
+) -> CheckpointRecord:
     """Read a checkpoint's marker, and see that the file is what it says; its content stays unread.
 
     Args:
@@ -257,7 +286,10 @@ def set_aside(path: Path, *, under: str = "damaged") -> Path:
     """
     make_directory(path.parent / under)
     target = path.parent / under / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
-    for source, destination in ((marker_path(path), marker_path(target)), (path, target)):  # never a marker alone
+    for source, destination in (
+        (marker_path(path), marker_path(target)),
+        (path, target),
+    ):  # never a marker alone
         if os.path.lexists(source):  # also a link to nowhere: its name is not free
             move_file(source, destination)
     logger.warning("%s is moved aside, to %s", path, target)
@@ -266,7 +298,9 @@ def set_aside(path: Path, *, under: str = "damaged") -> Path:
 
 def to_numpy(embeddings: Tensor) -> np.ndarray[Any, Any]:
     """The same values as an array; bfloat16, which NumPy lacks, as float32."""
-    array: np.ndarray[Any, Any] = (embeddings.float() if embeddings.dtype == torch.bfloat16 else embeddings).numpy()
+    array: np.ndarray[Any, Any] = (
+        embeddings.float() if embeddings.dtype == torch.bfloat16 else embeddings
+    ).numpy()
     return array
 
 
@@ -286,7 +320,11 @@ def _ids_of_bad_rows(content: CheckpointContent) -> list[str]:
         if content.embeddings.dim() == 2
         else content.embeddings.split_with_sizes(np.diff(content.metadata["offsets"]).tolist())
     )
-    return [id_ for id_, row in zip(content.sequence_ids, rows, strict=True) if not torch.isfinite(row).all()]
+    return [
+        id_
+        for id_, row in zip(content.sequence_ids, rows, strict=True)
+        if not torch.isfinite(row).all()
+    ]
 
 
 def _canonical(value: Any, strings: dict[str, str]) -> Any:
@@ -295,7 +333,9 @@ def _canonical(value: Any, strings: dict[str, str]) -> Any:
     The copies are new objects, or a string that torch happens to use itself would be a reference to that.
     """
     if isinstance(value, str):
-        return strings.setdefault(value, value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass"))
+        return strings.setdefault(
+            value, value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
+        )
     if isinstance(value, list):
         return [_canonical(each, strings) for each in value]
     if isinstance(value, dict):
@@ -332,7 +372,13 @@ def _read_marker(path: Path) -> dict[str, Any]:
         marker = read_marker_arrays(path)
     except StorageError as error:
         raise CheckpointError(str(error)) from error
-    for key, kind in (("size_bytes", int), ("sha256", str), ("rows", int), ("width", int), ("dtype", str)):
+    for key, kind in (
+        ("size_bytes", int),
+        ("sha256", str),
+        ("rows", int),
+        ("width", int),
+        ("dtype", str),
+    ):
         if type(marker.get(key)) is not kind:
             raise CheckpointError(f"its marker has no {key}")
     return marker
@@ -340,19 +386,25 @@ def _read_marker(path: Path) -> dict[str, Any]:
 
 def _require_fingerprint(marker: dict[str, Any], fingerprint: str | None) -> None:
     if fingerprint is not None and marker.get("fingerprint") != fingerprint:
-        raise CheckpointError(f"is of the run {marker.get('fingerprint')!r}, and this run is {fingerprint!r}")
+        raise CheckpointError(
+            f"is of the run {marker.get('fingerprint')!r}, and this run is {fingerprint!r}"
+        )
 
 
 def _verify_size(file: BinaryIO, marker: dict[str, Any]) -> None:
     size_bytes = os.fstat(file.fileno()).st_size
     if size_bytes != marker["size_bytes"]:
-        raise CheckpointError(f"the file has {size_bytes:,} bytes, its marker says {marker['size_bytes']:,}")
+        raise CheckpointError(
+            f"the file has {size_bytes:,} bytes, its marker says {marker['size_bytes']:,}"
+        )
 
 
 def _verify_digest(file: BinaryIO, marker: dict[str, Any]) -> None:
     _verify_size(file, marker)
     if digest_stream(file).sha256 != marker["sha256"]:
-        raise CheckpointError("its sha256 is not what its marker says: bytes have changed since it was written")
+        raise CheckpointError(
+            "its sha256 is not what its marker says: bytes have changed since it was written"
+        )
 
 
 def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
@@ -377,28 +429,40 @@ def _as_content(loaded: Any) -> CheckpointContent:
     if missing := [key for key in _KEYS if key not in loaded]:
         raise CheckpointError(f"missing required keys: {', '.join(missing)}")
     if len(loaded) > len(_KEYS):
-        raise CheckpointError(f"unknown key: {', '.join(repr(key) for key in loaded if key not in _KEYS)}")
+        raise CheckpointError(
+            f"unknown key: {', '.join(repr(key) for key in loaded if key not in _KEYS)}"
+        )
     if isinstance(loaded["embeddings"], np.ndarray):
         loaded["embeddings"] = tensor_of(loaded["embeddings"])
     return CheckpointContent(**loaded)
 
 
-def _check_content(content: CheckpointContent, *, max_bytes: int | None = None, may_be_integers: bool = False) -> None:
+def _check_content(
+    content: CheckpointContent, *, max_bytes: int | None = None, may_be_integers: bool = False
+) -> None:
     """What holds for every checkpoint, when it is written and when it is read."""
     embeddings, sequence_ids, metadata = content
-    if type(embeddings) is not Tensor or embeddings.layout != torch.strided or embeddings.device.type != "cpu":
+    if (
+        type(embeddings) is not Tensor
+        or embeddings.layout != torch.strided
+        or embeddings.device.type != "cpu"
+    ):
         raise CheckpointError("embeddings is no plain tensor on the CPU")
     is_integer = embeddings.dtype in (torch.int64, torch.int32)
     if embeddings.dtype not in _DTYPES and not (may_be_integers and is_integer):
         raise CheckpointError(f"embeddings is {content.dtype}; it must be a floating type")
     is_end_to_end = embeddings.dim() == 1 and type(metadata) is dict and "offsets" in metadata
     if (embeddings.dim() != 2 and not is_end_to_end) or embeddings.numel() == 0:
-        raise CheckpointError(f"shape mismatch: embeddings is {tuple(embeddings.shape)}; it must be (rows, width)")
+        raise CheckpointError(
+            f"shape mismatch: embeddings is {tuple(embeddings.shape)}; it must be (rows, width)"
+        )
     if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):
         raise CheckpointError("embeddings claims more than the file holds")
     if type(sequence_ids) is not list or not all(isinstance(id_, str) for id_ in sequence_ids):
         raise CheckpointError("sequence_ids is no list of strings")
-    rows = _num_rows(metadata["offsets"], embeddings.numel()) if is_end_to_end else embeddings.shape[0]
+    rows = (
+        _num_rows(metadata["offsets"], embeddings.numel()) if is_end_to_end else embeddings.shape[0]
+    )
     if len(sequence_ids) != rows:
         raise CheckpointError(f"shape mismatch: {rows} rows, {len(sequence_ids)} sequence_ids")
     if type(metadata) is not dict:
@@ -415,14 +479,18 @@ def _num_rows(offsets: Any, num_values: int) -> int:
         raise CheckpointError("offsets is no list of whole numbers")
     ascends = all(start < stop for start, stop in pairwise(offsets))
     if offsets[:1] != [0] or offsets[-1] != num_values or not ascends:
-        raise CheckpointError(f"shape mismatch: offsets does not ascend from 0 to {num_values}, the number of values")
+        raise CheckpointError(
+            f"shape mismatch: offsets does not ascend from 0 to {num_values}, the number of values"
+        )
     return len(offsets) - 1
 
 
 def _ordinals(values: Any, *, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Validate ordinals: a list, or an array of a marker's, which holds whole numbers from 0."""
     if not isinstance(values, array):
-        if type(values) is not list or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        if type(values) is not list or not all(
+            type(value) is int and 0 <= value < 2**63 for value in values
+        ):
             raise CheckpointError("ordinals is no list of whole numbers from 0")
         values = array("q", values)
     ordinals = np.asarray(values)

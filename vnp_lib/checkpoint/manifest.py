@@ -26,7 +26,13 @@ MAX_FAILURES_KEPT = 200  # of a shard
 MAX_FAILURES_KEPT_IN_ALL = 8000
 LOCK_TIMEOUT_S = 30.0
 
-_HISTORY = ("attempts", "failures", "retry_count", "suspects", "token_budgets")  # lives nowhere else
+_HISTORY = (
+    "attempts",
+    "failures",
+    "retry_count",
+    "suspects",
+    "token_budgets",
+)  # lives nowhere else
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +71,11 @@ class CheckpointManifest:
     """
 
     def __init__(
-        self, manifest_path: Path, staleness_threshold_sec: float = 600, *, clock: Callable[[], float] = time.time
+        self,
+        manifest_path: Path,
+        staleness_threshold_sec: float = 600,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock` gives seconds since the epoch: its readings are written down and outlive the process."""
         self.path = Path(manifest_path)
@@ -76,7 +86,9 @@ class CheckpointManifest:
     def exists(self) -> bool:
         return self.path.is_file()
 
-    def initialize(self, world_size: int, input_fingerprint: str = "", model_config_hash: str = "") -> None:
+    def initialize(
+        self, world_size: int, input_fingerprint: str = "", model_config_hash: str = ""
+    ) -> None:
         """Write a manifest of `world_size` shards in progress, unless there is one: that is left as it is."""
         with self._exclusive():
             if not self.exists():
@@ -100,7 +112,9 @@ class CheckpointManifest:
         """
         with self._exclusive():
             found = self._state_to_keep(input_fingerprint, model_config_hash)
-            self._write(self._fitted(found, world_size, input_fingerprint, model_config_hash, records))
+            self._write(
+                self._fitted(found, world_size, input_fingerprint, model_config_hash, records)
+            )
 
     def rebuild(
         self,
@@ -128,7 +142,9 @@ class CheckpointManifest:
         listed = list(records)
         self._change(lambda state: self._set_counts(state, listed, rank=rank))
 
-    def update_shard_checkpoint(self, rank: int, batch_idx: int, num_sequences: int, checkpoint_file: str) -> None:
+    def update_shard_checkpoint(
+        self, rank: int, batch_idx: int, num_sequences: int, checkpoint_file: str
+    ) -> None:
         """Record a committed checkpoint. The same one (number and file) again takes the place of the first.
 
         Args:
@@ -136,7 +152,9 @@ class CheckpointManifest:
         """
         _require_bare_name(checkpoint_file)
         if batch_idx < 0 or num_sequences < 0:
-            raise ValueError(f"batch_idx {batch_idx} and num_sequences {num_sequences} must not be negative")
+            raise ValueError(
+                f"batch_idx {batch_idx} and num_sequences {num_sequences} must not be negative"
+            )
         entry = {
             "batch_idx": batch_idx,
             "num_sequences": num_sequences,
@@ -146,7 +164,12 @@ class CheckpointManifest:
         self._change(lambda state: _record_checkpoint(_shard(state, rank), entry))
 
     def mark_shard_complete(self, rank: int) -> None:
-        complete = {"status": ShardStatus.COMPLETE, "completed_at": self._now(), "failed_at": None, "error": None}
+        complete = {
+            "status": ShardStatus.COMPLETE,
+            "completed_at": self._now(),
+            "failed_at": None,
+            "error": None,
+        }
         self._change(lambda state: _shard(state, rank).update(complete))
 
     def mark_shard_failed(self, rank: int, error: str) -> None:
@@ -166,7 +189,9 @@ class CheckpointManifest:
 
         def change(state: dict[str, Any]) -> int:
             shard = _shard(state, rank)
-            shard.update(status=ShardStatus.IN_PROGRESS, attempt_started_at=started_at, device=device)
+            shard.update(
+                status=ShardStatus.IN_PROGRESS, attempt_started_at=started_at, device=device
+            )
             shard["attempts"] += 1
             return int(shard["attempts"])
 
@@ -200,7 +225,9 @@ class CheckpointManifest:
 
     def suspects(self) -> list[int]:
         """Ordinals of all shards' suspects, also of shards that only an earlier run had."""
-        return [ordinal for shard in self.shards().values() for ordinal in shard.get("suspects", [])]
+        return [
+            ordinal for shard in self.shards().values() for ordinal in shard.get("suspects", [])
+        ]
 
     def remember_token_budget(self, rank: int, device: str, tokens: int) -> None:
         """Record how many tokens fit into a device's memory with a shard's sequences."""
@@ -213,7 +240,10 @@ class CheckpointManifest:
 
     def token_budget(self, rank: int, device: str) -> int | None:
         """What is remembered for a shard on a device, else the least of other shards on it; None where nothing is."""
-        budgets = {other: shard.get("token_budgets", {}).get(device) for other, shard in self.shards().items()}
+        budgets = {
+            other: shard.get("token_budgets", {}).get(device)
+            for other, shard in self.shards().items()
+        }
         known = [tokens for tokens in budgets.values() if tokens is not None]
         return budgets.get(rank) or min(known, default=None)
 
@@ -241,22 +271,36 @@ class CheckpointManifest:
 
     def get_resumable_shards(self) -> list[int]:
         """Ranks of this run's shards that are not complete, in order."""
-        return [rank for rank, shard in self._current_shards() if shard["status"] != ShardStatus.COMPLETE]
+        return [
+            rank
+            for rank, shard in self._current_shards()
+            if shard["status"] != ShardStatus.COMPLETE
+        ]
 
     def get_completed_shards(self) -> list[int]:
         """Ranks of this run's shards that are complete, in order."""
-        return [rank for rank, shard in self._current_shards() if shard["status"] == ShardStatus.COMPLETE]
+        return [
+            rank
+            for rank, shard in self._current_shards()
+            if shard["status"] == ShardStatus.COMPLETE
+        ]
 
     def get_global_progress(self) -> dict[str, int]:
         """Counts of this run's shards by status, and of the sequences in checkpoints of any shard, this run's or not."""
         state = self._read()
-        statuses = [shard["status"] for rank, shard in _shards_by_rank(state).items() if rank < state["world_size"]]
+        statuses = [
+            shard["status"]
+            for rank, shard in _shards_by_rank(state).items()
+            if rank < state["world_size"]
+        ]
         return {
             "total_shards": len(statuses),
             "completed": statuses.count(ShardStatus.COMPLETE),
             "in_progress": statuses.count(ShardStatus.IN_PROGRESS),
             "failed": statuses.count(ShardStatus.FAILED),
-            "total_sequences_checkpointed": sum(shard["total_sequences"] for shard in state["shards"].values()),
+            "total_sequences_checkpointed": sum(
+                shard["total_sequences"] for shard in state["shards"].values()
+            ),
         }
 
     def is_shard_stale(self, rank: int) -> bool:
@@ -265,8 +309,14 @@ class CheckpointManifest:
         shard = _shard(state, rank)
         if shard["status"] != ShardStatus.IN_PROGRESS:
             return False
-        signs_of_life = (state["created_at"], shard["attempt_started_at"], shard["last_checkpoint_time"])
-        newest_s = max(datetime.fromisoformat(time_).timestamp() for time_ in signs_of_life if time_)
+        signs_of_life = (
+            state["created_at"],
+            shard["attempt_started_at"],
+            shard["last_checkpoint_time"],
+        )
+        newest_s = max(
+            datetime.fromisoformat(time_).timestamp() for time_ in signs_of_life if time_
+        )
         return self._clock() - newest_s > self.staleness_threshold_sec
 
     @contextmanager
@@ -286,13 +336,17 @@ class CheckpointManifest:
 
     def _require_exists(self) -> None:
         if not self.exists():
-            raise StorageError(f"{self.path} is missing: a run makes it, and makes it anew from the checkpoints")
+            raise StorageError(
+                f"{self.path} is missing: a run makes it, and makes it anew from the checkpoints"
+            )
 
     def _read(self) -> dict[str, Any]:
         self._require_exists()
         state = read_sealed_json(self.path)
         if state.get("version") != VERSION:
-            raise StorageError(f"{self.path} has version {state.get('version')!r}; this version reads {VERSION!r}")
+            raise StorageError(
+                f"{self.path} has version {state.get('version')!r}; this version reads {VERSION!r}"
+            )
         return state
 
     def _write(self, state: dict[str, Any]) -> None:
@@ -301,9 +355,15 @@ class CheckpointManifest:
 
     def _current_shards(self) -> list[tuple[int, dict[str, Any]]]:
         state = self._read()
-        return [(rank, shard) for rank, shard in _shards_by_rank(state).items() if rank < state["world_size"]]
+        return [
+            (rank, shard)
+            for rank, shard in _shards_by_rank(state).items()
+            if rank < state["world_size"]
+        ]
 
-    def _state_to_keep(self, input_fingerprint: str, model_config_hash: str) -> dict[str, Any] | None:
+    def _state_to_keep(
+        self, input_fingerprint: str, model_config_hash: str
+    ) -> dict[str, Any] | None:
         """The state on disk, if it is whole and of this run."""
         if not self.exists():
             return None
@@ -326,7 +386,11 @@ class CheckpointManifest:
         records: Iterable[CommittedCheckpoint],
     ) -> dict[str, Any]:
         """Make the state that was found, or a new one, fit the run and what is on disk."""
-        state = self._new_state(world_size, input_fingerprint, model_config_hash) if found is None else found
+        state = (
+            self._new_state(world_size, input_fingerprint, model_config_hash)
+            if found is None
+            else found
+        )
         self._resize(state, world_size)
         self._set_counts(state, records)
         return state
@@ -338,13 +402,17 @@ class CheckpointManifest:
             logger.warning("%s; attempts and failures are counted from none", error)
             return
         if old_state["input_fingerprint"] not in ("", state["input_fingerprint"]):
-            logger.warning("%s is another run's; attempts and failures are counted from none", self.path)
+            logger.warning(
+                "%s is another run's; attempts and failures are counted from none", self.path
+            )
             return
         for rank, old in _shards_by_rank(old_state).items():
             shard = state["shards"].setdefault(str(rank), _new_shard(rank))
             shard.update({key: old[key] for key in _HISTORY if key in old})
 
-    def _new_state(self, world_size: int, input_fingerprint: str, model_config_hash: str) -> dict[str, Any]:
+    def _new_state(
+        self, world_size: int, input_fingerprint: str, model_config_hash: str
+    ) -> dict[str, Any]:
         state: dict[str, Any] = {
             "version": VERSION,
             "created_at": self._now(),
@@ -363,7 +431,11 @@ class CheckpointManifest:
             state["shards"].setdefault(str(rank), _new_shard(rank))
 
     def _set_counts(
-        self, state: dict[str, Any], records: Iterable[CommittedCheckpoint], *, rank: int | None = None
+        self,
+        state: dict[str, Any],
+        records: Iterable[CommittedCheckpoint],
+        *,
+        rank: int | None = None,
     ) -> None:
         listed: dict[int, list[CommittedCheckpoint]] = {}
         for record in records:
@@ -371,7 +443,11 @@ class CheckpointManifest:
         ranks = set(listed) | set(_shards_by_rank(state)) if rank is None else {rank}
         for each in sorted(ranks):
             shard = state["shards"].setdefault(str(each), _new_shard(each))
-            _count(shard, sorted(listed.get(each, []), key=lambda record: record.batch_idx), now=self._now())
+            _count(
+                shard,
+                sorted(listed.get(each, []), key=lambda record: record.batch_idx),
+                now=self._now(),
+            )
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
@@ -404,7 +480,9 @@ def _new_shard(rank: int) -> dict[str, Any]:
 def _shard(state: dict[str, Any], rank: int) -> dict[str, Any]:
     shard: dict[str, Any] | None = state["shards"].get(str(rank))
     if shard is None:
-        raise ValueError(f"there is no shard {rank}: the manifest has {', '.join(map(str, _shards_by_rank(state)))}")
+        raise ValueError(
+            f"there is no shard {rank}: the manifest has {', '.join(map(str, _shards_by_rank(state)))}"
+        )
     return shard
 
 
@@ -416,7 +494,9 @@ def _record_checkpoint(shard: dict[str, Any], entry: dict[str, Any]) -> None:
     others = [old for old in shard["checkpoints"] if _identity(old) != _identity(entry)]
     replaced = [old for old in shard["checkpoints"] if _identity(old) == _identity(entry)]
     shard["num_checkpoints"] += 1 - len(replaced)
-    shard["total_sequences"] += entry["num_sequences"] - sum(old["num_sequences"] for old in replaced)
+    shard["total_sequences"] += entry["num_sequences"] - sum(
+        old["num_sequences"] for old in replaced
+    )
     shard["checkpoints"] = [*others, entry][-MAX_CHECKPOINTS_LISTED:]
     shard["last_checkpoint_batch"] = max(shard["last_checkpoint_batch"], entry["batch_idx"])
     shard["last_checkpoint_time"] = entry["timestamp"]
@@ -424,7 +504,10 @@ def _record_checkpoint(shard: dict[str, Any], entry: dict[str, Any]) -> None:
 
 def is_of_run(state: dict[str, Any], input_fingerprint: str, model_config_hash: str) -> bool:
     """Whether a state of a manifest is that of a run."""
-    return (state["input_fingerprint"], state["model_config_hash"]) == (input_fingerprint, model_config_hash)
+    return (state["input_fingerprint"], state["model_config_hash"]) == (
+        input_fingerprint,
+        model_config_hash,
+    )
 
 
 def _shorten(shards: list[dict[str, Any]]) -> None:

@@ -74,7 +74,9 @@ class Quarantine:
     file cannot be written; all that it has changed is durable when it returns.
     """
 
-    def __init__(self, path: Path, *, num_sequences: int, num_computed: int, fingerprint: str) -> None:
+    def __init__(
+        self, path: Path, *, num_sequences: int, num_computed: int, fingerprint: str
+    ) -> None:
         """Open the file of a run.
 
         Args:
@@ -108,15 +110,21 @@ class Quarantine:
         """
         for sequence in sequences:
             if not 0 <= sequence.ordinal < self._num_sequences:
-                raise ValueError(f"ordinal {sequence.ordinal} is not among {self._num_sequences:,} sequences")
+                raise ValueError(
+                    f"ordinal {sequence.ordinal} is not among {self._num_sequences:,} sequences"
+                )
             if sequence.fingerprint != self._fingerprint:
-                raise ValueError(f"{sequence.id!r} is of the run {sequence.fingerprint!r}, not {self._fingerprint!r}")
+                raise ValueError(
+                    f"{sequence.id!r} is of the run {sequence.fingerprint!r}, not {self._fingerprint!r}"
+                )
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             held, others = self._read()
             present = {each.ordinal for each in held}
             added = [sequence for sequence in sequences if sequence.ordinal not in present]
             if not added:
-                fsync_directory(self.path.parent)  # whoever added them may have died before doing so
+                fsync_directory(
+                    self.path.parent
+                )  # whoever added them may have died before doing so
                 return False
             self._require_room([*held, *added])
             self._write([*held, *added], others)
@@ -166,7 +174,9 @@ class Quarantine:
                 continue
             least = sequences[-1].ordinal + 1 if sequences else 0
             if not least <= sequence.ordinal < self._num_sequences:
-                raise self._damaged(number, f"ordinal {sequence.ordinal} is out of order, or not in the input")
+                raise self._damaged(
+                    number, f"ordinal {sequence.ordinal} is out of order, or not in the input"
+                )
             sequences.append(sequence)
         return sequences, others
 
@@ -174,10 +184,13 @@ class Quarantine:
         limit = QuarantineLimit.of(self._num_computed)
         num_not_finite = sum(each.cause == FailureCause.NUMERICAL_INSTABILITY for each in sequences)
         if num_not_finite > limit.not_finite:
-            raise broken_set_up(f"{num_not_finite:,} of {self._num_computed:,} sequences", self.path)
+            raise broken_set_up(
+                f"{num_not_finite:,} of {self._num_computed:,} sequences", self.path
+            )
         if len(sequences) > limit.total:
             causes = ", ".join(
-                f"{count:,} {cause}" for cause, count in Counter(each.cause for each in sequences).items()
+                f"{count:,} {cause}"
+                for cause, count in Counter(each.cause for each in sequences).items()
             )
             raise QuarantineFullError(
                 f"{len(sequences):,} of {self._num_computed:,} sequences fail ({causes}), and at most {limit.total:,} are set "
@@ -231,7 +244,9 @@ def _unsealed(line: bytes) -> QuarantinedSequence | None:
         return None
 
 
-def quarantined(plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int) -> QuarantinedSequence:
+def quarantined(
+    plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int
+) -> QuarantinedSequence:
     """Describe a sequence to be set aside, for the failure that it caused `attempts` times when it was alone."""
     return QuarantinedSequence(
         ordinal=ordinal,

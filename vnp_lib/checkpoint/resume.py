@@ -30,9 +30,13 @@ class ResumedRows(NamedTuple):
     """What the checkpoints of one shard hold."""
 
     ids: list[str]
-    embeddings: np.ndarray[Any, Any] | None  # (len(ids), D) or end to end, in the order of the ids; bfloat16 as float32
+    embeddings: (
+        np.ndarray[Any, Any] | None
+    )  # (len(ids), D) or end to end, in the order of the ids; bfloat16 as float32
     resume_batch_idx: int  # the number of the next checkpoint
-    corrupted_ids: list[str]  # what unused checkpoints say they held; all that is not in `ids` is to be computed
+    corrupted_ids: list[
+        str
+    ]  # what unused checkpoints say they held; all that is not in `ids` is to be computed
 
 
 def validate_checkpoint_pt(path: Path) -> tuple[bool, str]:
@@ -75,7 +79,9 @@ def resume_from_checkpoints(
     """
     shard_dir = Path(checkpoint_dir) / f"shard_{rank}"
     paths = checkpoint_paths(shard_dir)
-    usable, damaged = ([], []) if force_restart else _usable_checkpoints(paths, fingerprint, on_damage)
+    usable, damaged = (
+        ([], []) if force_restart else _usable_checkpoints(paths, fingerprint, on_damage)
+    )
     if on_damage == "skip":
         require_few_lost([each for each in damaged if not each.is_unfinished], total=len(paths))
     used = {path for path, _ in usable}
@@ -88,8 +94,12 @@ def resume_from_checkpoints(
         _reconcile(manifest, rank, usable)
     return ResumedRows(
         ids=[id_ for _, content in usable for id_ in content.sequence_ids],
-        embeddings=to_numpy(torch.cat([content.embeddings for _, content in usable])) if usable else None,
-        resume_batch_idx=_next_batch_idx([path for path, _ in usable] if on_damage == "stop" else paths),
+        embeddings=to_numpy(torch.cat([content.embeddings for _, content in usable]))
+        if usable
+        else None,
+        resume_batch_idx=_next_batch_idx(
+            [path for path, _ in usable] if on_damage == "stop" else paths
+        ),
         corrupted_ids=corrupted_ids,
     )
 
@@ -136,15 +146,21 @@ def _require_same_run(path: Path, content: CheckpointContent, fingerprint: str |
         )
 
 
-def _reconcile(manifest: CheckpointManifest, rank: int, usable: Sequence[tuple[Path, CheckpointContent]]) -> None:
+def _reconcile(
+    manifest: CheckpointManifest, rank: int, usable: Sequence[tuple[Path, CheckpointContent]]
+) -> None:
     records = [
-        _Committed(path=path, rank=rank, batch_idx=batch_idx_of(path), rows=len(content.sequence_ids))
+        _Committed(
+            path=path, rank=rank, batch_idx=batch_idx_of(path), rows=len(content.sequence_ids)
+        )
         for path, content in usable
     ]
     try:
         manifest.reconcile(records, rank=rank)
     except (StorageError, OSError) as error:
-        logger.warning("the manifest does not know which checkpoints of shard %d are used: %s", rank, error)
+        logger.warning(
+            "the manifest does not know which checkpoints of shard %d are used: %s", rank, error
+        )
 
 
 def _next_batch_idx(paths: Sequence[Path]) -> int:

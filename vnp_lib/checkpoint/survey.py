@@ -20,7 +20,12 @@ from vnp_lib.checkpoint.file import CheckpointRecord, checkpoint_paths, read_rec
 from vnp_lib.errors import CheckpointError, StorageError, StorageFailingError
 from vnp_lib.storage import fsync_directory, marker_path, refresh_listing
 
-LOOKUP_DELAYS_S = (1.0, 4.0, 15.0, 45.0)  # together longer than NFS remembers what is in a directory, 60 s
+LOOKUP_DELAYS_S = (
+    1.0,
+    4.0,
+    15.0,
+    45.0,
+)  # together longer than NFS remembers what is in a directory, 60 s
 
 _SETTLED_AFTER_NS = 2 * 10**9  # coarser than the clocks of file systems: FAT's has two seconds
 
@@ -54,7 +59,9 @@ class Survey:
         """Which of a run's ordinals are in valid checkpoints, bool (num_sequences,)."""
         is_done = np.zeros(num_sequences, dtype=bool)
         for record in self.valid:
-            is_done[record.ordinals[record.ordinals < num_sequences]] = True  # assembly refuses what has others
+            is_done[record.ordinals[record.ordinals < num_sequences]] = (
+                True  # assembly refuses what has others
+            )
         return is_done
 
     def require_sound_storage(self) -> None:
@@ -103,8 +110,12 @@ class CommittedRows:
                 if path in self._stamps:
                     continue
                 with suppress(CheckpointError):
-                    ordinals = read_record(path, rank, self._fingerprint, verify_digest=False).ordinals
-                    ordinals = ordinals[ordinals < self._is_done.size]  # assembly refuses what has others
+                    ordinals = read_record(
+                        path, rank, self._fingerprint, verify_digest=False
+                    ).ordinals
+                    ordinals = ordinals[
+                        ordinals < self._is_done.size
+                    ]  # assembly refuses what has others
                     stamp = stamps[path]
                     if stamp is not None and _changed_ns(stamp) < settled_ns:
                         self._is_done[ordinals] = True
@@ -147,7 +158,11 @@ def survey_checkpoints(
 
 
 def heal_shard(
-    checkpoints_dir: Path, rank: int, fingerprint: str, *, sleep: Callable[[float], None] = time.sleep
+    checkpoints_dir: Path,
+    rank: int,
+    fingerprint: str,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> int:
     """Read one shard's checkpoints whole, move the damaged ones aside, and return the number of the next one.
 
@@ -158,7 +173,9 @@ def heal_shard(
         StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
     """
     wait_for_listed_files(checkpoints_dir, rank=rank, sleep=sleep)
-    survey = _survey_shard(checkpoints_dir / f"shard_{rank}", rank, fingerprint, verify_digests=True)
+    survey = _survey_shard(
+        checkpoints_dir / f"shard_{rank}", rank, fingerprint, verify_digests=True
+    )
     survey.require_sound_storage()
     for damage in survey.damaged:
         logger.warning("%s cannot be used: %s", damage.path, damage.reason)
@@ -179,7 +196,9 @@ def wait_for_listed_files(
 
     Over a network file system, a machine may remember for a while that a file of another one is not there.
     """
-    directories = [path for each, path in _shard_directories(checkpoints_dir) if rank in (None, each)]
+    directories = [
+        path for each, path in _shard_directories(checkpoints_dir) if rank in (None, each)
+    ]
     for directory in directories:
         refresh_listing(directory)
     for number, delay_s in enumerate(LOOKUP_DELAYS_S):
@@ -208,7 +227,11 @@ def require_few_lost(lost: Sequence[Damage], *, total: int) -> None:
 def _shard_directories(checkpoints_dir: Path) -> list[tuple[int, Path]]:
     if not checkpoints_dir.is_dir():
         return []
-    found = [(match, path) for path in checkpoints_dir.iterdir() if (match := _SHARD_DIRECTORY.fullmatch(path.name))]
+    found = [
+        (match, path)
+        for path in checkpoints_dir.iterdir()
+        if (match := _SHARD_DIRECTORY.fullmatch(path.name))
+    ]
     return sorted((int(match[1]), path) for match, path in found if path.is_dir())
 
 
@@ -227,7 +250,11 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         files = [os.stat(each) for each in (path, marker_path(path))]
     except OSError:
         return None
-    return tuple(value for each in files for value in (each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns))
+    return tuple(
+        value
+        for each in files
+        for value in (each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
+    )
 
 
 def _changed_ns(stamp: tuple[int, ...]) -> int:

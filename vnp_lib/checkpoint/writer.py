@@ -73,7 +73,10 @@ class CheckpointTrigger:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        is_given = seq_threshold is not DEFAULT_SEQ_THRESHOLD or time_threshold_sec is not DEFAULT_TIME_THRESHOLD_S
+        is_given = (
+            seq_threshold is not DEFAULT_SEQ_THRESHOLD
+            or time_threshold_sec is not DEFAULT_TIME_THRESHOLD_S
+        )
         if viral_checkpoint_mode() and not is_given:
             seq_threshold, time_threshold_sec = VIRAL_SEQ_THRESHOLD, VIRAL_TIME_THRESHOLD_S
         if not seq_threshold > 0:
@@ -176,14 +179,22 @@ class AsyncCheckpointWriter:
         _require_array(embeddings)
 
         def begin() -> Future[float]:
-            content = CheckpointContent(_snapshot(embeddings), list(sequence_ids), plain_copy(metadata))
+            content = CheckpointContent(
+                _snapshot(embeddings), list(sequence_ids), plain_copy(metadata)
+            )
             require_committable(content)
-            return self._executor.submit(self._write_checkpoint_sync, Path(checkpoint_path), *content)
+            return self._executor.submit(
+                self._write_checkpoint_sync, Path(checkpoint_path), *content
+            )
 
         return self._begun(begin, int(embeddings.nbytes))
 
     def hand_over(
-        self, checkpoint_path: Path, pieces: Sequence[Tensor], sequence_ids: list[str], metadata: dict[str, Any]
+        self,
+        checkpoint_path: Path,
+        pieces: Sequence[Tensor],
+        sequence_ids: list[str],
+        metadata: dict[str, Any],
     ) -> Future[float]:
         """Write what the caller gives away, and changes no more: it is put together, copied and checked in the background.
 
@@ -199,7 +210,9 @@ class AsyncCheckpointWriter:
 
         def begin() -> Future[float]:
             self._raise_failures()
-            return self._executor.submit(self._write_pieces, Path(checkpoint_path), pieces, sequence_ids, metadata)
+            return self._executor.submit(
+                self._write_pieces, Path(checkpoint_path), pieces, sequence_ids, metadata
+            )
 
         return self._begun(begin, size_bytes)
 
@@ -212,7 +225,10 @@ class AsyncCheckpointWriter:
             self._in_flight.leave(size_bytes)
             raise
         future.add_done_callback(lambda _: self._in_flight.leave(size_bytes))
-        self._futures = [*(each for each in self._futures if not each.done() or _failure_of(each)), future]
+        self._futures = [
+            *(each for each in self._futures if not each.done() or _failure_of(each)),
+            future,
+        ]
         return future
 
     def wait_all(self, timeout: float | None = None) -> None:
@@ -227,7 +243,9 @@ class AsyncCheckpointWriter:
         """
         unfinished = wait(self._futures, timeout).not_done
         if unfinished:
-            raise TimeoutError(f"{len(unfinished)} checkpoints are still being written after {timeout} s")
+            raise TimeoutError(
+                f"{len(unfinished)} checkpoints are still being written after {timeout} s"
+            )
         self._raise_failures()
 
     def has_pending(self) -> bool:
@@ -250,21 +268,33 @@ class AsyncCheckpointWriter:
             self._executor.shutdown(wait=True)
 
     def _raise_failures(self) -> None:
-        failures = [error for future in self._futures if future.done() and (error := _failure_of(future))]
+        failures = [
+            error for future in self._futures if future.done() and (error := _failure_of(future))
+        ]
         if failures:
             self._are_failures_told = True
             told = "; ".join(str(failure) for failure in failures)
-            raise CheckpointWriteError(f"{len(failures)} checkpoint write(s) failed: {told}") from failures[0]
+            raise CheckpointWriteError(
+                f"{len(failures)} checkpoint write(s) failed: {told}"
+            ) from failures[0]
 
     def _write_pieces(
-        self, checkpoint_path: Path, pieces: Sequence[Tensor], sequence_ids: list[str], metadata: dict[str, Any]
+        self,
+        checkpoint_path: Path,
+        pieces: Sequence[Tensor],
+        sequence_ids: list[str],
+        metadata: dict[str, Any],
     ) -> float:
         content = CheckpointContent(torch.cat(list(pieces)), sequence_ids, plain_copy(metadata))
         require_committable(content)
         return self._write_checkpoint_sync(checkpoint_path, *content)
 
     def _write_checkpoint_sync(
-        self, checkpoint_path: Path, embeddings: Tensor, sequence_ids: list[str], metadata: dict[str, Any]
+        self,
+        checkpoint_path: Path,
+        embeddings: Tensor,
+        sequence_ids: list[str],
+        metadata: dict[str, Any],
     ) -> float:
         started_at_s = self._clock()
         path = checkpoint_path
@@ -304,7 +334,9 @@ class AsyncCheckpointWriter:
             self._manifest.update_shard_checkpoint(self._rank, batch_idx_of(path), rows, path.name)
         # The checkpoint is committed, and the manifest can be made from it.
         except (StorageError, OSError, ValueError) as error:
-            logger.warning("%s is committed, but the manifest does not know it yet: %s", path, error)
+            logger.warning(
+                "%s is committed, but the manifest does not know it yet: %s", path, error
+            )
 
 
 class _InFlight:
@@ -332,12 +364,17 @@ class _InFlight:
     def _has_room(self, size_bytes: int) -> bool:
         if self._checkpoints == 0:
             return True
-        return self._checkpoints < self._max_checkpoints and self._bytes + size_bytes <= self._max_bytes
+        return (
+            self._checkpoints < self._max_checkpoints
+            and self._bytes + size_bytes <= self._max_bytes
+        )
 
 
 def _require_array(embeddings: object) -> None:
     if not isinstance(embeddings, Tensor | np.ndarray):
-        raise TypeError(f"embeddings is a {type(embeddings).__name__}; it must be a tensor or a NumPy array")
+        raise TypeError(
+            f"embeddings is a {type(embeddings).__name__}; it must be a tensor or a NumPy array"
+        )
 
 
 def _snapshot(embeddings: Tensor | np.ndarray[Any, Any]) -> Tensor:
@@ -372,4 +409,8 @@ def _what_to_do(path: Path, error: OSError) -> str:
 
 
 def _failure_of(future: Future[float]) -> BaseException | None:
-    return CancelledError("cancelled before it was written") if future.cancelled() else future.exception()
+    return (
+        CancelledError("cancelled before it was written")
+        if future.cancelled()
+        else future.exception()
+    )

@@ -92,7 +92,9 @@ def export_dataset(
         require_free_space(path.parent, chosen.size_bytes(rows))
         chosen.write(rows, path, replace)
     except FileExistsError as error:  # it was not there when we looked
-        raise ConfigError(f"{error.filename} is there already: give --force to replace it") from error
+        raise ConfigError(
+            f"{error.filename} is there already: give --force to replace it"
+        ) from error
     except OSError as error:
         raise StorageError(
             f"{path} cannot be written ({error}); nothing is left of it: make room, or choose another --output"
@@ -131,7 +133,9 @@ def _columns(dataset: EmbeddingDataset, to: str, column: str | None) -> tuple[st
     vectors = [name for name, output in dataset.columns.items() if output.is_fixed]
     columns = vectors or list(dataset.columns)
     if len(columns) > 1:
-        raise ConfigError(f"{there_are}, and --to {to} holds one: choose with --column {columns[0]}, for example")
+        raise ConfigError(
+            f"{there_are}, and --to {to} holds one: choose with --column {columns[0]}, for example"
+        )
     return tuple(columns)
 
 
@@ -174,7 +178,9 @@ def _require_place(path: Path, chosen: Format, *, replace: bool) -> None:
     """Say before anything is written that something is in the way."""
     taken = [each for each in chosen.files(path) if os.path.lexists(each)]
     if taken and not replace:
-        raise ConfigError(f"{taken[0]} is there already: give --force to replace it, or another --output")
+        raise ConfigError(
+            f"{taken[0]} is there already: give --force to replace it, or another --output"
+        )
     if taken and chosen.suffixes and path.is_dir():
         raise ConfigError(f"{path} is a directory, and the export is a file: give another --output")
     if taken and not chosen.suffixes and not _is_export(path):

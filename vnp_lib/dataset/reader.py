@@ -149,7 +149,11 @@ class EmbeddingDataset:
     @cached_property
     def ids(self) -> list[str]:
         """The ids of all rows, in input order."""
-        return [sequence_id for part in range(self._num_parts) for sequence_id in self._column(part, "id").to_pylist()]
+        return [
+            sequence_id
+            for part in range(self._num_parts)
+            for sequence_id in self._column(part, "id").to_pylist()
+        ]
 
     def row(self, ordinal: int) -> Row:
         """The row of the sequence at a position in the input, from 0. KeyError if it has none."""
@@ -161,7 +165,11 @@ class EmbeddingDataset:
                 return self._read(part, row)[1]
         raise KeyError(
             f"ordinal {ordinal} is not in {self.directory}: it is not in the input, or in quarantine"
-            + (", or not computed yet: the dataset is partial" if self.metadata["num_missing"] else "")
+            + (
+                ", or not computed yet: the dataset is partial"
+                if self.metadata["num_missing"]
+                else ""
+            )
         )
 
     def at(self, position: int) -> tuple[str, Row]:
@@ -245,7 +253,9 @@ class EmbeddingDataset:
                 for group in range(self._file(part).num_row_groups):
                     yield _as_batch(self._file(part).read_row_group(group, columns=list(columns)))
 
-    def arrays_in(self, batch: pa.RecordBatch, column: str) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+    def arrays_in(
+        self, batch: pa.RecordBatch, column: str
+    ) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """A column of a batch: vectors as (n, dim); others, for which the batch needs `length`, as n arrays in their shapes."""
         output, values = self.columns[column], batch.column(column)
         if output.is_fixed:
@@ -282,7 +292,11 @@ class EmbeddingDataset:
     def _row_of_id(self) -> dict[str, int]:
         rows = {sequence_id: row for row, sequence_id in enumerate(self.ids)}
         if len(rows) < len(self):
-            rows |= {sequence_id: _SEVERAL for sequence_id, count in Counter(self.ids).items() if count > 1}
+            rows |= {
+                sequence_id: _SEVERAL
+                for sequence_id, count in Counter(self.ids).items()
+                if count > 1
+            }
         return rows
 
     def _path(self, part: int) -> Path:
@@ -290,20 +304,31 @@ class EmbeddingDataset:
 
     def _read(self, part: int, row: int) -> tuple[str, Row]:
         metadata = self._file(part).metadata
-        starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
+        starts = [
+            0,
+            *accumulate(
+                metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)
+            ),
+        ]
         group = bisect_right(starts, row) - 1
         batch, place = self._row_group(part, group), row - starts[group]
         length = batch.column("length")[place].as_py()
         values = {
-            output.name: values_at(batch.column(column), place).reshape(output.shape(length, self.dim))
+            output.name: values_at(batch.column(column), place).reshape(
+                output.shape(length, self.dim)
+            )
             for column, output in self.columns.items()
         }
-        return batch.column("id")[place].as_py(), values[self.outputs[0]] if self.is_one_mean else values
+        return batch.column("id")[place].as_py(), values[
+            self.outputs[0]
+        ] if self.is_one_mean else values
 
     def _open_part(self, part: int) -> pq.ParquetFile:
         with _damage_is_storage_error(self._path(part)):
             _require_footer(self._path(part), self.metadata["parts"][part])
-            return pq.ParquetFile(self._path(part), memory_map=True, page_checksum_verification=True)
+            return pq.ParquetFile(
+                self._path(part), memory_map=True, page_checksum_verification=True
+            )
 
     def _column(self, part: int, name: str) -> pa.ChunkedArray:
         with _damage_is_storage_error(self._path(part)):
@@ -316,7 +341,9 @@ class EmbeddingDataset:
     def _read_row_group(self, part: int, group: int) -> pa.RecordBatch:
         with _damage_is_storage_error(self._path(part)):
             # Without Arrow's threads, which a forked child lacks.
-            return _as_batch(self._file(part).read_row_group(group, columns=self._columns, use_threads=False))
+            return _as_batch(
+                self._file(part).read_row_group(group, columns=self._columns, use_threads=False)
+            )
 
 
 def as_rows(embeddings: pa.FixedSizeListArray) -> NDArray[np.float32]:
@@ -329,7 +356,12 @@ def as_rows(embeddings: pa.FixedSizeListArray) -> NDArray[np.float32]:
 def describe_rows(num_rows: int, *, num_quarantined: int, num_missing: int) -> str:
     """Say how many rows a dataset has, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
     lacking = ((num_quarantined, "in quarantine"), (num_missing, "missing"))
-    return ", ".join([f"{num_rows:,} sequences embedded", *(f"{count:,} {what}" for count, what in lacking if count)])
+    return ", ".join(
+        [
+            f"{num_rows:,} sequences embedded",
+            *(f"{count:,} {what}" for count, what in lacking if count),
+        ]
+    )
 
 
 def read_success(directory: Path) -> dict[str, Any]:
@@ -342,7 +374,9 @@ def read_success(directory: Path) -> dict[str, Any]:
     """
     success = read_sealed_json(directory / SUCCESS_NAME)
     if success["schema"] != DATASET_SCHEMA:
-        raise StorageError(f"{directory} has schema {success['schema']}; this version reads {DATASET_SCHEMA}")
+        raise StorageError(
+            f"{directory} has schema {success['schema']}; this version reads {DATASET_SCHEMA}"
+        )
     for part in success["parts"]:
         path = directory / part["name"]
         size_bytes = path.stat().st_size if path.exists() else 0
@@ -415,7 +449,9 @@ def _damage(directory: Path, part: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return (
-        None if digest.sha256 == part["sha256"] else f"{path} is damaged: its sha256 is not the one of {SUCCESS_NAME}"
+        None
+        if digest.sha256 == part["sha256"]
+        else f"{path} is damaged: its sha256 is not the one of {SUCCESS_NAME}"
     )
 
 

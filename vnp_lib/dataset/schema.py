@@ -24,11 +24,19 @@ def fields_of(layout: RowLayout, dtype: StoreDtype, *, is_large: bool) -> list[p
         dtype: In which precision they are stored.
         is_large: Whether 2^31 values and more can come together in a part, too many for a list's offsets in 32 bits.
     """
-    types = [_type(output, layout.embed_dim, np.dtype(dtype), is_large=is_large) for output in layout.outputs]
-    return [pa.field(name, type_, nullable=False) for name, type_ in zip(column_names(layout), types, strict=True)]
+    types = [
+        _type(output, layout.embed_dim, np.dtype(dtype), is_large=is_large)
+        for output in layout.outputs
+    ]
+    return [
+        pa.field(name, type_, nullable=False)
+        for name, type_ in zip(column_names(layout), types, strict=True)
+    ]
 
 
-def columns_of(layout: RowLayout, rows: Values, lengths: NDArray[np.int32], *, is_large: bool) -> list[pa.Array]:
+def columns_of(
+    layout: RowLayout, rows: Values, lengths: NDArray[np.int32], *, is_large: bool
+) -> list[pa.Array]:
     """The columns, in the precision of the rows, (n, W) or end to end, of sequences of `lengths` residues, (n,)."""
     if layout.is_fixed:
         by_output = np.split(rows, len(layout.outputs), axis=1)
@@ -44,7 +52,9 @@ def columns_of(layout: RowLayout, rows: Values, lengths: NDArray[np.int32], *, i
         if output.is_fixed:
             columns.append(_as_list(values, output, layout.embed_dim))
         else:
-            columns.append(_as_ragged_list(values, widths, output, layout.embed_dim, is_large=is_large))
+            columns.append(
+                _as_ragged_list(values, widths, output, layout.embed_dim, is_large=is_large)
+            )
         starts = starts + widths
     return columns
 
@@ -58,7 +68,9 @@ def values_at(column: pa.Array, row: int) -> NDArray[np.float32]:
 
 
 def _type(output: Output, embed_dim: int, dtype: np.dtype[Any], *, is_large: bool) -> pa.DataType:
-    value = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)  # nulls would make reading half as fast
+    value = pa.field(
+        "element", pa.from_numpy_dtype(dtype), nullable=False
+    )  # nulls would make reading half as fast
     if output.is_fixed:
         return pa.list_(value, embed_dim)
     return pa.large_list(value) if is_large else pa.list_(value)
@@ -74,7 +86,9 @@ def _as_ragged_list(
 ) -> pa.Array:
     kind, offset = (pa.LargeListArray, pa.int64()) if is_large else (pa.ListArray, pa.int32())
     offsets = pa.array(offsets_of(widths), type=offset)
-    return kind.from_arrays(offsets, pa.array(values), type=_type(output, embed_dim, values.dtype, is_large=is_large))
+    return kind.from_arrays(
+        offsets, pa.array(values), type=_type(output, embed_dim, values.dtype, is_large=is_large)
+    )
 
 
 def _gathered(rows: Values, starts: NDArray[np.int64], widths: NDArray[np.int64]) -> Values:

@@ -9,13 +9,19 @@ from numpy.typing import NDArray
 
 from vnp_lib.plan import RunPlan
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
+if (
+    TYPE_CHECKING
+):  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.model import PackedBatch
 
-_MOST_REMEMBERED = 4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
+_MOST_REMEMBERED = (
+    4096  # rows of the plan, each of which brings up to four blocks of 64 KiB into memory
+)
 
 
-def read_batches(plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]) -> Iterator[PackedBatch]:
+def read_batches(
+    plan: RunPlan, batches: Sequence[tuple[int, NDArray[Any]]]
+) -> Iterator[PackedBatch]:
     """Read and tokenise batch after batch. Of the mapped plan, no more stays in memory than some thousand rows touch."""
     from vnp_lib.model import pack_batch
 

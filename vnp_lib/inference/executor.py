@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 class PackedModel(Protocol):
     """What is needed of a model."""
 
-    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Mapping[str, Any]:
         """Give `{"representations": {layer: states}}`, the states (T, D).
 
         A model that takes `repr_layers` too is always told them. One with a `forward` of its own need not have this method.
@@ -69,7 +71,9 @@ def _divided(batch: PackedBatch, layout: RowLayout | None) -> PackedBatch:
     return batch if long_mean is None else long_mean.divide(batch)
 
 
-def _embed_at_once(model: PackedModel, batch: PackedBatch, device: torch.device, layout: RowLayout | None) -> Tensor:
+def _embed_at_once(
+    model: PackedModel, batch: PackedBatch, device: torch.device, layout: RowLayout | None
+) -> Tensor:
     """The rows of a batch's sequences, on the CPU, in one pass."""
     divided = _divided(batch, layout)
     rows = embed_batch(model, divided.to(device), layout).cpu()
@@ -137,7 +141,12 @@ class ExactModel:
         self._on_loading()
         network = load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
         self._on_loaded(network)
-        return with_heads(network, self._model, self._weights, self._layout.heads if self._layout is not None else ())
+        return with_heads(
+            network,
+            self._model,
+            self._weights,
+            self._layout.heads if self._layout is not None else (),
+        )
 
 
 class Embedder:
@@ -179,7 +188,13 @@ class Embedder:
             pieces = list(self._pieces(computed))
             fits = [np.full(piece.num_sequences, rows is not None) for piece, rows in pieces]
             rows, arrived = _fetch([rows for _, rows in pieces if rows is not None])
-            return LaunchedBatch(batch=batch, computed=computed, fits=np.concatenate(fits), rows=rows, arrived=arrived)
+            return LaunchedBatch(
+                batch=batch,
+                computed=computed,
+                fits=np.concatenate(fits),
+                rows=rows,
+                arrived=arrived,
+            )
 
     @torch.inference_mode()
     def collect(self, launched: LaunchedBatch) -> EmbeddedBatch:
@@ -209,13 +224,19 @@ class Embedder:
         Raises:
             DeviceFailedError: The device fails at that too.
         """
-        harmless = pack_batch([LETTERS[:_NUM_AMINO_ACIDS]], sequence_ids=["harmless"], ordinals=[0], batch_idx=0)
+        harmless = pack_batch(
+            [LETTERS[:_NUM_AMINO_ACIDS]], sequence_ids=["harmless"], ordinals=[0], batch_idx=0
+        )
         try:
             embedded = self.collect(self.launch(harmless))
         except BatchFailedError as error:
-            raise DeviceFailedError(f"{self._device} fails at a harmless sequence: {error}") from error.__cause__
+            raise DeviceFailedError(
+                f"{self._device} fails at a harmless sequence: {error}"
+            ) from error.__cause__
         if embedded.batch is None:
-            raise DeviceFailedError(f"{self._device} has no finite row, or no memory, for a harmless sequence")
+            raise DeviceFailedError(
+                f"{self._device} has no finite row, or no memory, for a harmless sequence"
+            )
 
     def _mend(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
         """Compute rows that are not finite once more, in place, and say which are finite now, (B,)."""
@@ -223,10 +244,14 @@ class Embedder:
         bad = np.flatnonzero(~is_finite).tolist()
         if not bad:
             return is_finite
-        logger.warning("%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx)
+        logger.warning(
+            "%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx
+        )
         views = split_rows(rows, self._widths(batch))
         for row in bad:
-            views[row].copy_(self._exactly(batch.select(np.arange(batch.num_sequences) == row)).flatten())
+            views[row].copy_(
+                self._exactly(batch.select(np.arange(batch.num_sequences) == row)).flatten()
+            )
             is_finite[row] = torch.isfinite(views[row]).all()
         return is_finite
 

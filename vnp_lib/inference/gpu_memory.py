@@ -28,12 +28,16 @@ _WIDTHS_OF_ATTENTION = 5
 _OTHER_BYTES = 2**30  # CUDA's context and kernels, cuBLAS's workspace
 _USABLE_SHARE = 0.8  # of what is left: the rest is for gaps in the allocator's pool
 _MOST_TOKENS = 65_536
-_MOST_MULTIPLICATIONS = 4.8e13  # a pass of 16,384 tokens through the model with 3B parameters, and a little
+_MOST_MULTIPLICATIONS = (
+    4.8e13  # a pass of 16,384 tokens through the model with 3B parameters, and a little
+)
 
 logger = logging.getLogger(__name__)
 
 
-def choose_token_budget(model: str, dtype: torch.dtype, devices: Sequence[str], layout: RowLayout) -> int:
+def choose_token_budget(
+    model: str, dtype: torch.dtype, devices: Sequence[str], layout: RowLayout
+) -> int:
     """Choose the most tokens of a forward pass on this machine's GPUs, by the one that has the least memory free.
 
     Args:
@@ -59,11 +63,15 @@ def choose_token_budget(model: str, dtype: torch.dtype, devices: Sequence[str], 
             "or take a smaller --model. --token-budget 1024 tries it all the same."
         )
     tokens = min(fit, most_useful_tokens(architecture))
-    logger.info("%d tokens in a forward pass: GPU %s has %.1f GiB free", tokens, device, free_bytes / 2**30)
+    logger.info(
+        "%d tokens in a forward pass: GPU %s has %.1f GiB free", tokens, device, free_bytes / 2**30
+    )
     return tokens
 
 
-def tokens_that_fit(architecture: Architecture, dtype: torch.dtype, free_bytes: int, layout: RowLayout) -> int:
+def tokens_that_fit(
+    architecture: Architecture, dtype: torch.dtype, free_bytes: int, layout: RowLayout
+) -> int:
     """Say how many tokens of a forward pass fit into a GPU's free memory beside the weights, in steps of 1,024; maybe 0.
 
     Whether they are those of one sequence, whose contacts take the most, or of many short ones, which have the most rows.
@@ -81,15 +89,22 @@ def tokens_that_fit(architecture: Architecture, dtype: torch.dtype, free_bytes: 
 
 
 def pass_bytes(
-    architecture: Architecture, dtype: torch.dtype, layout: RowLayout, seqlens: NDArray[np.integer[Any]]
+    architecture: Architecture,
+    dtype: torch.dtype,
+    layout: RowLayout,
+    seqlens: NDArray[np.integer[Any]],
 ) -> int:
     """Say what a forward pass over sequences of so many tokens, (B,), takes at its peak, weights left out.
 
     Nothing is kept for a backward pass, so the peak is that of one layer, beside what is kept for the rows; or it is that of
     the rows, when the layers are done. Tokens and their rotary factors last through it all.
     """
-    made = _Pass(architecture=architecture, dtype=dtype, layout=layout, seqlens=seqlens.astype(np.int64))
-    return made.lasting_bytes + max(made.layer_bytes, made.maps_bytes, made.contacts_bytes, made.rows_bytes)
+    made = _Pass(
+        architecture=architecture, dtype=dtype, layout=layout, seqlens=seqlens.astype(np.int64)
+    )
+    return made.lasting_bytes + max(
+        made.layer_bytes, made.maps_bytes, made.contacts_bytes, made.rows_bytes
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +143,16 @@ class _Pass:
             return 0
         seqlens, counts = np.unique(self.seqlens, return_counts=True)
         at_once = np.minimum(counts, np.maximum(1, MAP_VALUES // seqlens**2))
-        maps_bytes = self.architecture.attention_heads * int((at_once * seqlens**2).max()) * _EXACT_BYTES
+        maps_bytes = (
+            self.architecture.attention_heads * int((at_once * seqlens**2).max()) * _EXACT_BYTES
+        )
         queries_bytes = self.architecture.embed_dim * int((at_once * seqlens).max()) * _EXACT_BYTES
         own_bytes = maps_bytes + max(maps_bytes, queries_bytes) + 2 * queries_bytes * self._is_half
-        return (_WIDTHS_OF_ATTENTION + self._num_kept) * self._states_bytes + self._sums_bytes + own_bytes
+        return (
+            (_WIDTHS_OF_ATTENTION + self._num_kept) * self._states_bytes
+            + self._sums_bytes
+            + own_bytes
+        )
 
     @property
     def contacts_bytes(self) -> int:
@@ -142,9 +163,13 @@ class _Pass:
     def rows_bytes(self) -> int:
         """Of what the network has given, of each output in float32, and of the rows that are made of them, end to end."""
         outputs_bytes = sum(map(self._output_bytes, self.layout.outputs))
-        end_to_end_bytes = int(self.layout.widths(self.seqlens - TOKENS_AROUND).sum()) * _EXACT_BYTES
+        end_to_end_bytes = (
+            int(self.layout.widths(self.seqlens - TOKENS_AROUND).sum()) * _EXACT_BYTES
+        )
         has_std = any(output.kind == OutputKind.STD for output in self.layout.outputs)
-        centred_bytes = (2 + self._is_half) * self._exact_states_bytes + self._reduced_bytes if has_std else 0
+        centred_bytes = (
+            (2 + self._is_half) * self._exact_states_bytes + self._reduced_bytes if has_std else 0
+        )
         return self._given_bytes + outputs_bytes + max(end_to_end_bytes, centred_bytes)
 
     def _output_bytes(self, output: Output) -> int:
@@ -164,7 +189,11 @@ class _Pass:
     @property
     def _given_bytes(self) -> int:
         """Of what the network gives."""
-        logits_bytes = self._tokens * NUM_LOGITS * self.dtype.itemsize if OutputKind.LOGITS in self.layout.heads else 0
+        logits_bytes = (
+            self._tokens * NUM_LOGITS * self.dtype.itemsize
+            if OutputKind.LOGITS in self.layout.heads
+            else 0
+        )
         return len(self._layers) * self._states_bytes + logits_bytes + self._sums_bytes
 
     @property

@@ -40,12 +40,16 @@ class Comparison:
         """Compare two rows, (W,)."""
         most, product, squares = 0.0, 0.0, np.zeros(2)
         for start in range(0, row.size, _BLOCK):
-            ours, theirs = (each[start : start + _BLOCK].astype(np.float64) for each in (row, exact))
+            ours, theirs = (
+                each[start : start + _BLOCK].astype(np.float64) for each in (row, exact)
+            )
             most = float(np.maximum(most, np.abs(ours - theirs).max()))
             product += float(ours @ theirs)
             squares += ours @ ours, theirs @ theirs
         norms = float(np.sqrt(squares).prod())
-        return cls(ordinal=ordinal, max_abs_difference=most, cosine=product / norms if norms else 0.0)
+        return cls(
+            ordinal=ordinal, max_abs_difference=most, cosine=product / norms if norms else 0.0
+        )
 
 
 class ExactRows(Mapping[int, NDArray[np.float32]]):
@@ -115,7 +119,9 @@ class Certificate:
 def sampled_ordinals(plan: RunPlan) -> Ordinals:
     """Choose the sequences to compare, at most 64, evenly over all lengths; the same for every division into shards."""
     eligible = plan.order[plan.lengths[plan.order] <= LONGEST_SAMPLED]
-    places = np.linspace(0, eligible.size - 1, min(NUM_SAMPLED, eligible.size)).round().astype(np.int64)
+    places = (
+        np.linspace(0, eligible.size - 1, min(NUM_SAMPLED, eligible.size)).round().astype(np.int64)
+    )
     return eligible[places]
 
 

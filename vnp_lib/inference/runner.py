@@ -41,7 +41,9 @@ RESUMED = -1  # batch_idx of the result that holds what earlier attempts compute
 
 _BATCHES_AHEAD = 4
 _MOST_SHOWN = 10
-_MOST_UNSAVED_BYTES = 256 * 1024**2  # ten thousand rows that are as long as their sequences may not fit into memory
+_MOST_UNSAVED_BYTES = (
+    256 * 1024**2
+)  # ten thousand rows that are as long as their sequences may not fit into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,9 @@ class InferenceResult:
     """The rows of one batch, or, under `RESUMED`, those that checkpoints held already."""
 
     sequence_ids: tuple[str, ...]  # B
-    embeddings: Tensor  # float32 (B, W), on the CPU, or end to end; row i belongs to sequence_ids[i]
+    embeddings: (
+        Tensor  # float32 (B, W), on the CPU, or end to end; row i belongs to sequence_ids[i]
+    )
     batch_idx: int
     num_tokens: int = 0  # that went through the model
     num_queued: int = 0  # batches that were read ahead and waited for the model
@@ -96,7 +100,9 @@ class AsyncInferenceRunner:
         if rank < 0:
             raise ValueError(f"rank must be non-negative, and is {rank}")
         device = torch.device(device)
-        self._embedder = Embedder(model, device, budget=budget or TokenBudget(), layout=layout, exactly=exactly)
+        self._embedder = Embedder(
+            model, device, budget=budget or TokenBudget(), layout=layout, exactly=exactly
+        )
         self._layout = layout
         self._batches_in_flight = 1 if enable_streams and device.type == "cuda" else 0
         self._checkpoint_dir = checkpoint_dir
@@ -145,7 +151,9 @@ class AsyncInferenceRunner:
             )
             if rows is not None:
                 yield InferenceResult(
-                    sequence_ids=tuple(resumed_ids), embeddings=torch.from_numpy(rows), batch_idx=RESUMED
+                    sequence_ids=tuple(resumed_ids),
+                    embeddings=torch.from_numpy(rows),
+                    batch_idx=RESUMED,
                 )
         batches = without_done(numbered_batches(dataloader), resumed_ids)
         for result in self.embed(batches, next_checkpoint=next_checkpoint):
@@ -154,7 +162,11 @@ class AsyncInferenceRunner:
             yield result
 
     def embed(
-        self, batches: Iterable[PackedBatch], *, next_checkpoint: int = 0, listener: Listener | None = None
+        self,
+        batches: Iterable[PackedBatch],
+        *,
+        next_checkpoint: int = 0,
+        listener: Listener | None = None,
     ) -> Generator[InferenceResult, None, None]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
@@ -195,7 +207,9 @@ class AsyncInferenceRunner:
             return batch.num_tokens
         return model_tokens(batch.lengths, self._layout.long_policy)
 
-    def _embedded(self, batches: Iterable[PackedBatch], listener: Listener) -> Iterator[EmbeddedBatch]:
+    def _embedded(
+        self, batches: Iterable[PackedBatch], listener: Listener
+    ) -> Iterator[EmbeddedBatch]:
         in_flight: deque[LaunchedBatch] = deque()
         for batch in batches:
             listener.on_batch(batch)
@@ -206,7 +220,9 @@ class AsyncInferenceRunner:
             yield self._embedder.collect(in_flight.popleft())
 
     @contextmanager
-    def _keeping(self, next_checkpoint: int, listener: Listener) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
+    def _keeping(
+        self, next_checkpoint: int, listener: Listener
+    ) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
         """Give a function that keeps a batch's rows; on the way out, for whatever reason, write what is left."""
         if self._checkpoint_dir is None:
             yield lambda batch, rows: None
@@ -272,7 +288,9 @@ def _refuse(too_large: list[PackedBatch]) -> None:
     told = [
         f"{sequence_id!r} ({tokens - TOKENS_AROUND:,} residues)"
         for batch in too_large
-        for sequence_id, tokens in zip(batch.sequence_ids, np.diff(batch.cu_seqlens.numpy()), strict=True)
+        for sequence_id, tokens in zip(
+            batch.sequence_ids, np.diff(batch.cu_seqlens.numpy()), strict=True
+        )
     ]
     if told:
         more = ", ..." if len(told) > _MOST_SHOWN else ""
@@ -326,7 +344,9 @@ class _Unsaved:
         compared = [
             comparison
             for batch, own in zip(batches, rows, strict=True)
-            for comparison in compare(batch.ordinals, self._one_by_one(batch, own), self._exact_rows)
+            for comparison in compare(
+                batch.ordinals, self._one_by_one(batch, own), self._exact_rows
+            )
         ]
         written = self._writer.hand_over(
             checkpoint_path(self._directory, self._rank, number),
@@ -346,7 +366,9 @@ class _Unsaved:
         )
         written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))
 
-    def _one_by_one(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+    def _one_by_one(
+        self, batch: PackedBatch, rows: Tensor
+    ) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         if self._layout is None or self._layout.is_fixed:
             return rows.numpy()
         return np.split(rows.numpy(), offsets_of(self._layout.widths(batch.lengths))[1:-1])

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
         renaming_of,
         survey,
     )
-    from vnp_lib.inputs.records import PROTEINS, Fault, LetterCounts, SequenceChunk, check, nucleotide_share
+    from vnp_lib.inputs.records import (
+        PROTEINS,
+        Fault,
+        LetterCounts,
+        SequenceChunk,
+        check,
+        nucleotide_share,
+    )
     from vnp_lib.inputs.sources import STDIN, Source, describe_left_out, find_sources, is_there
     from vnp_lib.inputs.standard_input import keep_stdin, require_piped_stdin
 

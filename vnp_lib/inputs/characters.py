@@ -47,8 +47,17 @@ class CharacterClass:
     contains: Callable[[str], object]  # a single character, which no class before has
 
 
-def _always(treatment: Treatment, *, name: str, members: str, contains: Callable[[str], object]) -> CharacterClass:
-    return CharacterClass(name=name, members=members, error=treatment, map=treatment, skip=treatment, contains=contains)
+def _always(
+    treatment: Treatment, *, name: str, members: str, contains: Callable[[str], object]
+) -> CharacterClass:
+    return CharacterClass(
+        name=name,
+        members=members,
+        error=treatment,
+        map=treatment,
+        skip=treatment,
+        contains=contains,
+    )
 
 
 def _refused(
@@ -91,8 +100,15 @@ CLASSES = (
         contains=_never,
     ),
     _always(Treatment.RAISED, name="lower case", members="the same in lower case", contains=_never),
-    _always(Treatment.UNKNOWN, name="J", members="`J`, which ESM-2's alphabet lacks", contains=_never),
-    _always(Treatment.DROPPED, name="final stop", members="one `*` at the end of a sequence", contains=_never),
+    _always(
+        Treatment.UNKNOWN, name="J", members="`J`, which ESM-2's alphabet lacks", contains=_never
+    ),
+    _always(
+        Treatment.DROPPED,
+        name="final stop",
+        members="one `*` at the end of a sequence",
+        contains=_never,
+    ),
     _refused(
         map_=Treatment.UNKNOWN,
         name="inner stop",
@@ -123,7 +139,9 @@ CLASSES = (
         name="gaps",
         members="`-`, `.`, `~`, and the dashes of word processors",
         advice="gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`",
-        contains=re.compile("[-.~\u00b7\u2010-\u2015\u2026\u2212\ufe58\ufe63\uff0d\uff0e]").fullmatch,
+        contains=re.compile(
+            "[-.~\u00b7\u2010-\u2015\u2026\u2212\ufe58\ufe63\uff0d\uff0e]"
+        ).fullmatch,
     ),
     _refused(
         name="header marks",

@@ -56,7 +56,12 @@ _FORMATS = (
         start=re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
         decompressor=bz2.BZ2Decompressor,
     ),
-    _Format(suffix=".xz", magic=b"\xfd7zXZ\0", start=re.compile(rb"\xfd7zXZ\0"), decompressor=lzma.LZMADecompressor),
+    _Format(
+        suffix=".xz",
+        magic=b"\xfd7zXZ\0",
+        start=re.compile(rb"\xfd7zXZ\0"),
+        decompressor=lzma.LZMADecompressor,
+    ),
     _Format(
         suffix=".zst",
         magic=b"\x28\xb5\x2f\xfd",

@@ -26,7 +26,9 @@ def find_repeats(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray
     """Ordinals whose digest occurred before, ascending, and where it first did: A B A A gives 2 3 and 0 0."""
     halves = _halves(digests)
     ascending_halves = np.sort(halves[:, 0])
-    if not np.equal(ascending_halves[1:], ascending_halves[:-1]).any():  # in a tenth of the time that the rest takes
+    if not np.equal(
+        ascending_halves[1:], ascending_halves[:-1]
+    ).any():  # in a tenth of the time that the rest takes
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     # Stable: equal digests end up together, by ordinal. Different ones with equal halves (1 in 10**19 pairs) could at
     # worst stand between two equal ones and hide that they are; nothing can make different ones look equal.
@@ -53,9 +55,13 @@ class UniqueIds:
         """Take the digests of all ids of the input, in its order."""
         self._repeats, firsts = find_repeats(digests)
         _, self._group = np.unique(firsts, return_inverse=True)  # of each repeat
-        self._next_number = np.full(self._group.max(initial=-1) + 1, 2, dtype=np.int64)  # of each group
+        self._next_number = np.full(
+            self._group.max(initial=-1) + 1, 2, dtype=np.int64
+        )  # of each group
         # Half a digest is enough to avoid an id: where it is another's, a number is left out.
-        self._taken = np.sort(_halves(digests)[:, 0]) if self._repeats.size else np.empty(0, dtype=np.uint64)
+        self._taken = (
+            np.sort(_halves(digests)[:, 0]) if self._repeats.size else np.empty(0, dtype=np.uint64)
+        )
         self._num_seen = 0
         self._num_renamed = 0
 
@@ -88,7 +94,9 @@ def _halves(digests: bytes | bytearray) -> NDArray[np.uint64]:
     return halves
 
 
-def _differs_from_the_one_before(halves: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _differs_from_the_one_before(
+    halves: NDArray[np.uint64], order: NDArray[np.int64]
+) -> NDArray[np.bool_]:
     is_new = np.zeros(order.size, dtype=bool)
     is_new[:1] = True
     for half in halves.T:

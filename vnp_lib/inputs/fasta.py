@@ -26,7 +26,9 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of it
 
 # Lines that begin with one of these, or are empty, are what they look like.
 _PLAIN_STARTS = np.zeros(256, dtype=bool)
-_PLAIN_STARTS[np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz*->\n", dtype=np.uint8)] = True
+_PLAIN_STARTS[
+    np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz*->\n", dtype=np.uint8)
+] = True
 
 
 def read_fasta(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
@@ -73,7 +75,9 @@ def read_fastq(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
                 yield RawChunk(headers=headers, sequences=sequences)
         except dnaio.FileFormatError as error:
             reason = " ".join(str(error).split())
-            raise FastaError(f"{path}: this FASTQ cannot be read ({reason}); mend it or make it again") from error
+            raise FastaError(
+                f"{path}: this FASTQ cannot be read ({reason}); mend it or make it again"
+            ) from error
 
 
 def holds_fastq(path: Path) -> bool:
@@ -86,7 +90,9 @@ def header_lines(path: Path) -> Iterator[int]:
     """The line number, from 1, of each record's header, in order. Raises as `open_text`."""
     if holds_fastq(path):
         return count(1, 4)
-    return (number for number, line in _numbered_lines(path) if line.startswith(">", _margin_of(line)))
+    return (
+        number for number, line in _numbered_lines(path) if line.startswith(">", _margin_of(line))
+    )
 
 
 class _NoHeaderError(Exception):
@@ -107,9 +113,17 @@ def _chunks(file: BinaryIO, chunk_size: int) -> Iterator[RawChunk]:
         if records:
             if headers:
                 sequences.append("".join(rest).replace("\n", ""))
-            ends = [record.find("\n") for record in records]  # of headers; an object each would keep the collector busy
-            headers += [record[:end] if end >= 0 else record for record, end in zip(records, ends, strict=True)]
-            bodies = [record[end + 1 :] if end >= 0 else "" for record, end in zip(records, ends, strict=True)]
+            ends = [
+                record.find("\n") for record in records
+            ]  # of headers; an object each would keep the collector busy
+            headers += [
+                record[:end] if end >= 0 else record
+                for record, end in zip(records, ends, strict=True)
+            ]
+            bodies = [
+                record[end + 1 :] if end >= 0 else ""
+                for record, end in zip(records, ends, strict=True)
+            ]
             rest = [bodies.pop()]
             sequences += [body.replace("\n", "") for body in bodies]
         num_bytes += len(text)
@@ -137,7 +151,11 @@ def _plain_text(file: BinaryIO) -> Iterator[str]:
             lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         codes = np.frombuffer(lines, dtype=np.uint8)
         starts = np.flatnonzero(codes[:-1] == ord("\n")) + 1
-        if lines.isascii() and _PLAIN_STARTS[codes[:1]].all() and _PLAIN_STARTS[codes[starts]].all():
+        if (
+            lines.isascii()
+            and _PLAIN_STARTS[codes[:1]].all()
+            and _PLAIN_STARTS[codes[starts]].all()
+        ):
             yield lines.decode()
         else:
             yield "".join(map(_plain_line, lines.decode().split("\n")))
@@ -196,4 +214,8 @@ def _what_is_wrong(path: Path) -> str:
 
 def _described(text: str) -> str:
     start = text.rstrip()[:80]
-    return f"text that starts with {start[:40]!r}" if start.replace("\t", " ").isprintable() else "a binary file"
+    return (
+        f"text that starts with {start[:40]!r}"
+        if start.replace("\t", " ").isprintable()
+        else "a binary file"
+    )

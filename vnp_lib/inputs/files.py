@@ -141,7 +141,8 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     files = [
         member
         for member in archive.infolist()
-        if not member.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in member.filename.split("/"))
+        if not member.is_dir()
+        and not any(part.startswith((".", "__MACOSX")) for part in member.filename.split("/"))
     ]
     names = [member.filename for member in files]
     if kind := zip_kind_of(names):
@@ -152,7 +153,9 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             f"{path}: there are proteins and nucleotides in this zip archive ({_listed(names)}); take out what is to be "
             f"embedded, for example with `unzip -p {path} '*.faa' > proteins.fasta`"
         )
-    chosen = [member for member, suffix in zip(files, suffixes, strict=True) if suffix in FASTA_SUFFIXES]
+    chosen = [
+        member for member, suffix in zip(files, suffixes, strict=True) if suffix in FASTA_SUFFIXES
+    ]
     chosen = chosen or (files if len(files) == 1 else [])
     if not chosen:
         raise FastaError(
@@ -160,7 +163,9 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             f"{', '.join(FASTA_SUFFIXES)}"
         )
     if any(member.flag_bits & 1 for member in chosen):
-        raise FastaError(f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`")
+        raise FastaError(
+            f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`"
+        )
     return chosen
 
 

@@ -119,7 +119,9 @@ def files_or_records(
 
 def _path(given: Any) -> Path:
     """The path that one text or path-like object names."""
-    text = os.fsdecode(bytes(given) if isinstance(given, bytearray) else str(given) if _is_text(given) else given)
+    text = os.fsdecode(
+        bytes(given) if isinstance(given, bytearray) else str(given) if _is_text(given) else given
+    )
     if text.lstrip().startswith(">") and not os.path.lexists(text):
         raise FastaError(
             f"{_shown(text)} is the text of a FASTA file, and a path is wanted; write it to a file, or give "
@@ -128,17 +130,23 @@ def _path(given: Any) -> Path:
     if (path := _existing(text)) is None and not _is_of_letters(text):
         path = user_path(text, PathUse.INPUT)  # says what is wrong with it
     if path is None or not _names_files(path):
-        raise FastaError(f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]")
+        raise FastaError(
+            f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]"
+        )
     return path
 
 
 def _refuse_what_has_no_records(given: Any) -> None:
     if isinstance(given, set | frozenset):
-        raise FastaError("a set has no order, and rows come back in the order given; give a list, such as sorted(...)")
+        raise FastaError(
+            "a set has no order, and rows come back in the order given; give a list, such as sorted(...)"
+        )
     if hasattr(given, "read") and hasattr(given, "readline"):
         name = getattr(given, "name", None)
         path = repr(name) if isinstance(name, str) and os.path.exists(name) else "its path"
-        raise FastaError(f"this is an open file; give {path} instead, or SeqIO.parse(file, 'fasta')")
+        raise FastaError(
+            f"this is an open file; give {path} instead, or SeqIO.parse(file, 'fasta')"
+        )
     if hasattr(type(given), "collect") or hasattr(type(given), "compute"):
         raise FastaError(
             f"a {type(given).__name__} is not computed yet; give what its collect() or compute() returns, with ids and sequences"
@@ -156,12 +164,16 @@ def _column_names(given: Any) -> list[Any] | None:
     return None
 
 
-def _rows_of_table(table: Any, names: Sequence[Any], id_column: str, sequence_column: str) -> Iterable[tuple[Any, Any]]:
+def _rows_of_table(
+    table: Any, names: Sequence[Any], id_column: str, sequence_column: str
+) -> Iterable[tuple[Any, Any]]:
     index = getattr(table, "index", None)
     index_is_id = getattr(index, "name", None) == id_column and id_column not in names
     wanted = [sequence_column] if index_is_id else [id_column, sequence_column]
     has_index = hasattr(table, "iloc") and sequence_column in names
-    or_series = f", or give table[{sequence_column!r}], whose index has the ids" if has_index else ""
+    or_series = (
+        f", or give table[{sequence_column!r}], whose index has the ids" if has_index else ""
+    )
     for name in wanted:
         if (count := names.count(name)) != 1:
             found = "there is no column" if count == 0 else f"{count} columns are called"
@@ -174,7 +186,9 @@ def _rows_of_table(table: Any, names: Sequence[Any], id_column: str, sequence_co
 
 
 def _listed_names(names: Sequence[Any]) -> str:
-    return ", ".join(repr(str(name) if isinstance(name, str) else name) for name in names) or "(none)"
+    return (
+        ", ".join(repr(str(name) if isinstance(name, str) else name) for name in names) or "(none)"
+    )
 
 
 def _is_series(given: Any) -> bool:
@@ -223,7 +237,9 @@ def _items(given: Any) -> list[Any]:
     try:
         iterator = iter(given)
     except TypeError:
-        raise FastaError(f"sequences is {_shown(given)}, a {type(given).__name__}; {_WANTED}") from None
+        raise FastaError(
+            f"sequences is {_shown(given)}, a {type(given).__name__}; {_WANTED}"
+        ) from None
     return [*iterator]
 
 
@@ -245,7 +261,9 @@ def _paths(items: Sequence[Any]) -> list[Path]:
                     f"for the file, or ({str(place)!r}, {item!r}) for the sequence"
                 )
         return [user_path(item, PathUse.INPUT) for item in items]
-    if isinstance(items[0], str) and items[0].isalpha():  # a sequence that a file happens to be named like
+    if (
+        isinstance(items[0], str) and items[0].isalpha()
+    ):  # a sequence that a file happens to be named like
         _refuse_files_among_sequences(items)
         return []
     raise FastaError(
@@ -294,7 +312,9 @@ def _existing(text: str) -> Path | None:
 
 
 def _looks_like_a_file(text: str) -> bool:
-    has_directory = "/" in text and not (text.isupper() and text.replace("/", "").isalpha())  # chains, as MKV/MKL
+    has_directory = "/" in text and not (
+        text.isupper() and text.replace("/", "").isalpha()
+    )  # chains, as MKV/MKL
     return has_directory or has_fasta_suffix(Path(text)) or is_table(Path(text))
 
 
@@ -309,7 +329,9 @@ def _is_text(given: Any) -> bool:
 
 def _names_files(path: Path) -> bool:
     """Whether there is such a file or directory, or a pattern matches something."""
-    return os.path.exists(path) or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))
+    return os.path.exists(path) or (
+        glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True))
+    )
 
 
 def _records(items: Sequence[Any], id_column: str, sequence_column: str) -> RecordsInMemory:
@@ -345,7 +367,9 @@ def _with_ids(rows: Iterable[tuple[Any, Any]]) -> RecordsInMemory:
     return records
 
 
-def _taken_apart(place: int, item: Any, id_column: str, sequence_column: str) -> tuple[str | None, Any, str]:
+def _taken_apart(
+    place: int, item: Any, id_column: str, sequence_column: str
+) -> tuple[str | None, Any, str]:
     """Id, if it has one, sequence and description of a record."""
     if hasattr(item, "as_py"):
         item = item.as_py()
@@ -370,7 +394,9 @@ def _taken_apart(place: int, item: Any, id_column: str, sequence_column: str) ->
 
 
 def _is_record(given: Any, sequence_column: str) -> bool:
-    return hasattr(given, "id") and any(hasattr(given, name) for name in ("seq", "sequence", sequence_column))
+    return hasattr(given, "id") and any(
+        hasattr(given, name) for name in ("seq", "sequence", sequence_column)
+    )
 
 
 def _has_id_of_its_own(value: Any) -> bool:
@@ -392,7 +418,9 @@ def _is_one_sequence(given: Any) -> bool:
     if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
         return False
     text = str(given)
-    return len(text) == len(given) and text.isalpha()  # what other containers look like has brackets
+    return (
+        len(text) == len(given) and text.isalpha()
+    )  # what other containers look like has brackets
 
 
 def _id_text(place: int, id_: Any) -> str:
@@ -422,11 +450,19 @@ def _sequence_text(place: int, sequence: Any, sequence_id: str) -> str:
     if _is_missing(sequence):
         raise FastaError(f"{named} has no sequence ({sequence}); leave it out")
     if isinstance(sequence, os.PathLike):
-        raise FastaError(f"{named} is the path {_shown(sequence)}; give files or sequences, not both")
+        raise FastaError(
+            f"{named} is the path {_shown(sequence)}; give files or sequences, not both"
+        )
     if _is_biopython_sequence(sequence) or isinstance(sequence, UserString):
         return _letters(named, sequence)
-    is_container = isinstance(sequence, list | tuple | set | frozenset | Mapping) or hasattr(sequence, "ndim")
-    if not is_container and hasattr(sequence, "__len__") and len(text := _letters(named, sequence)) == len(sequence):
+    is_container = isinstance(sequence, list | tuple | set | frozenset | Mapping) or hasattr(
+        sequence, "ndim"
+    )
+    if (
+        not is_container
+        and hasattr(sequence, "__len__")
+        and len(text := _letters(named, sequence)) == len(sequence)
+    ):
         return text
     raise FastaError(f"{named} is {_shown(sequence)}, a {type(sequence).__name__}; {_WANTED}")
 
@@ -442,7 +478,9 @@ def _decoded(place: int, text: bytes | bytearray) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError:
-        raise FastaError(f"record {place} is {_shown(bytes(text))}, which is no UTF-8 text; decode it first") from None
+        raise FastaError(
+            f"record {place} is {_shown(bytes(text))}, which is no UTF-8 text; decode it first"
+        ) from None
 
 
 def _description(record: Any) -> str:

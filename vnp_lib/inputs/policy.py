@@ -10,7 +10,13 @@ from vnp_lib.inputs.records import (
 )
 
 if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
-    from vnp_lib.config import DuplicateIds, EmbedConfig, InvalidResidues, LongSequences, Translation
+    from vnp_lib.config import (
+        DuplicateIds,
+        EmbedConfig,
+        InvalidResidues,
+        LongSequences,
+        Translation,
+    )
 
 
 VIRNUCPRO_RESIDUES = 1024
@@ -56,9 +62,13 @@ class InputCounts:
     num_skipped: int = 0  # records
     num_cut: int = 0  # sequences
     num_windowed: int = 0  # sequences whose mean is taken over windows
-    num_in_part: int = 0  # sequences whose mean is that of their first residues, as VirNucPro takes it
+    num_in_part: int = (
+        0  # sequences whose mean is that of their first residues, as VirNucPro takes it
+    )
     num_renamed: int = 0  # records whose id another one before had
-    num_duplicates: int = 0  # sequences that are not computed again, since they are identical to one before
+    num_duplicates: int = (
+        0  # sequences that are not computed again, since they are identical to one before
+    )
     letters: LetterCounts = field(default_factory=LetterCounts)
 
     @classmethod
@@ -69,7 +79,12 @@ class InputCounts:
         return asdict(self)
 
     def __add__(self, other: InputCounts) -> InputCounts:
-        return InputCounts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+        return InputCounts(
+            **{
+                each.name: getattr(self, each.name) + getattr(other, each.name)
+                for each in fields(self)
+            }
+        )
 
     @property
     def is_altered(self) -> bool:
@@ -83,10 +98,16 @@ class InputCounts:
             (self.num_renamed, "id", "renamed"),
             (self.num_cut, "sequence", "cut short"),
             (self.num_windowed, "sequence", "averaged over windows"),
-            (self.num_in_part, "sequence", f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues"),
+            (
+                self.num_in_part,
+                "sequence",
+                f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues",
+            ),
             (self.letters.mapped + self.letters.read_as_unknown, "letter", "read as unknown"),
             (self.num_duplicates, "duplicate", "not computed again"),
         )
         return ", ".join(
-            f"{count:,} {what if count == 1 else what + 's'} {became}" for count, what, became in done if count
+            f"{count:,} {what if count == 1 else what + 's'} {became}"
+            for count, what, became in done
+            if count
         )

@@ -32,7 +32,9 @@ from vnp_lib.inputs.sources import Source
 from vnp_lib.inputs.tables import is_table, read_table, row_of
 from vnp_lib.inputs.translation import NUCLEOTIDES, six_frames
 
-Rename: TypeAlias = Callable[[list[str]], tuple[list[str], int]]  # ids to ids, and how many were changed
+Rename: TypeAlias = Callable[
+    [list[str]], tuple[list[str], int]
+]  # ids to ids, and how many were changed
 EMPTY_ADVICE = "have an empty dataset made with --allow-empty"
 
 _LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
@@ -46,7 +48,9 @@ class InputChunk:
     """Consecutive records of one source, as the run takes them."""
 
     usable: SequenceChunk
-    records: Sequence[int]  # number in the source, from 0, of each that is usable; of what it was translated from
+    records: Sequence[
+        int
+    ]  # number in the source, from 0, of each that is usable; of what it was translated from
     lengths: NDArray[np.int32]  # residues, of each that is usable
     original_lengths: NDArray[np.int32]  # the same before any was cut
     refused: list[Fault]  # by record
@@ -89,7 +93,9 @@ def survey(
         for raw in _read(source.path, policy, chunk_size):
             if num_read == 0:
                 _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy, source.rather)
-            checked = check(raw, alphabet, first_record=num_read, maps_unknown=policy.invalid_residues == "map")
+            checked = check(
+                raw, alphabet, first_record=num_read, maps_unknown=policy.invalid_residues == "map"
+            )
             num_read += len(raw.headers)
             yield from _taken(checked, policy, rename)
         if num_read == 0 and not policy.allow_empty:
@@ -196,7 +202,9 @@ def refusal(source: Source, faults: Sequence[Fault]) -> FastaError:
     return FastaError("\n".join(lines))
 
 
-def places_of(sources: Sequence[Source], policy: InputPolicy, ordinals: Collection[int]) -> dict[int, tuple[str, str]]:
+def places_of(
+    sources: Sequence[Source], policy: InputPolicy, ordinals: Collection[int]
+) -> dict[int, tuple[str, str]]:
     """Id and place, for people, of each of `ordinals`, which count the usable records of all sources. They are read again."""
     found: dict[int, tuple[str, str]] = {}
     ordinal = 0
@@ -216,18 +224,25 @@ def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk
         return iter(())
     if is_table(path):
         return read_table(
-            path, id_column=policy.id_column, sequence_column=policy.sequence_column, chunk_size=chunk_size
+            path,
+            id_column=policy.id_column,
+            sequence_column=policy.sequence_column,
+            chunk_size=chunk_size,
         )
     if policy.translate and holds_fastq(path):
         return read_fastq(path, chunk_size=chunk_size)
     return read_fasta(path, chunk_size=chunk_size)
 
 
-def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPolicy, rather: str = "") -> None:
+def _refuse_other_kind(
+    path: Path | str, sequences: list[str], policy: InputPolicy, rather: str = ""
+) -> None:
     """Raise FastaError where these are nucleotides and should be proteins, or the other way round."""
     others = f"; or give the other files: {rather}" if rather else ""
     share = nucleotide_share(sequences)
-    seen = f"{share:.0%} of the letters in the first {len(sequences)} records are A, C, G, T, U or N"
+    seen = (
+        f"{share:.0%} of the letters in the first {len(sequences)} records are A, C, G, T, U or N"
+    )
     if not policy.translate and share >= MOST_NUCLEOTIDES_IN_PROTEINS:
         raise FastaError(
             f"{path}: this looks like nucleotides ({seen}); ESM-2 takes proteins: translate it first, for example with "
@@ -239,7 +254,9 @@ def _refuse_other_kind(path: Path | str, sequences: list[str], policy: InputPoli
         )
 
 
-def _taken(checked: CheckedChunk, policy: InputPolicy, rename: Rename | None) -> Iterator[InputChunk]:
+def _taken(
+    checked: CheckedChunk, policy: InputPolicy, rename: Rename | None
+) -> Iterator[InputChunk]:
     """What a run takes of records that were checked. Proteins are named after their nucleotides, so these are renamed."""
     if policy.translate is None:
         chunk = _under_policy(checked, policy)
@@ -247,11 +264,16 @@ def _taken(checked: CheckedChunk, policy: InputPolicy, rename: Rename | None) ->
         yield replace(chunk, usable=texts, num_renamed=num_renamed)
         return
     texts, num_renamed = _renamed(checked.usable, rename)
-    nothing = replace(checked, usable=SequenceChunk(ids=[], descriptions=[], sequences=[]), records=[])
+    nothing = replace(
+        checked, usable=SequenceChunk(ids=[], descriptions=[], sequences=[]), records=[]
+    )
     yield replace(_under_policy(nothing, policy), num_renamed=num_renamed)
     for proteins, places in six_frames(texts, chunk_length=policy.chunk_length):
         records = [checked.records[place] for place in places]
-        yield _under_policy(CheckedChunk(usable=proteins, records=records, faults=[], letters=LetterCounts()), policy)
+        yield _under_policy(
+            CheckedChunk(usable=proteins, records=records, faults=[], letters=LetterCounts()),
+            policy,
+        )
 
 
 def _renamed(texts: SequenceChunk, rename: Rename | None) -> tuple[SequenceChunk, int]:
@@ -262,9 +284,14 @@ def _renamed(texts: SequenceChunk, rename: Rename | None) -> tuple[SequenceChunk
 
 
 def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
-    lengths = np.fromiter(map(len, checked.usable.sequences), dtype=np.int32, count=len(checked.usable.sequences))
+    lengths = np.fromiter(
+        map(len, checked.usable.sequences), dtype=np.int32, count=len(checked.usable.sequences)
+    )
     skips_empty = policy.min_length is not None
-    is_skipped = [policy.invalid_residues == "skip" or (skips_empty and fault.is_empty) for fault in checked.faults]
+    is_skipped = [
+        policy.invalid_residues == "skip" or (skips_empty and fault.is_empty)
+        for fault in checked.faults
+    ]
     chunk = InputChunk(
         usable=checked.usable,
         records=checked.records,
@@ -285,7 +312,9 @@ def _under_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
         case "virnucpro":
             return replace(chunk, num_in_part=num_long)
         case "truncate":
-            cut = replace(chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences])
+            cut = replace(
+                chunk.usable, sequences=[sequence[:most] for sequence in chunk.usable.sequences]
+            )
             return replace(chunk, usable=cut, lengths=np.minimum(chunk.lengths, most))
     return _without_long(chunk, most, skips=policy.long == "skip")
 
@@ -300,7 +329,11 @@ def _without_short(chunk: InputChunk, least: int | None) -> InputChunk:
 
 def _without_long(chunk: InputChunk, most: int, *, skips: bool) -> InputChunk:
     kept = chunk.lengths <= most
-    advice = "" if skips else "; cut it or leave it out, or have that done with --long truncate or --long skip"
+    advice = (
+        ""
+        if skips
+        else "; cut it or leave it out, or have that done with --long truncate or --long skip"
+    )
     faults = _faults_of_length(chunk, ~kept, f"at most {most:,} are allowed{advice}")
     return replace(
         _only(chunk, kept),

@@ -92,7 +92,10 @@ class LetterCounts:
 
     def __add__(self, other: LetterCounts) -> LetterCounts:
         return LetterCounts(
-            **{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}
+            **{
+                each.name: getattr(self, each.name) + getattr(other, each.name)
+                for each in fields(self)
+            }
         )
 
 
@@ -125,7 +128,9 @@ class Alphabet:
     unknown: str  # the letter for a residue that is not known
     read_as_unknown: str = ""  # upper-case letters that are read as that one, unasked
     drops_final_stop: bool = False
-    advice: Mapping[str, str] = field(default_factory=dict)  # on single characters, before that of their class
+    advice: Mapping[str, str] = field(
+        default_factory=dict
+    )  # on single characters, before that of their class
 
     def is_normal(self, lines: bytes) -> bool:
         """Whether there is nothing in it but `letters` and line ends."""
@@ -142,7 +147,9 @@ class Alphabet:
         joined = visible.translate(None, delete=_WHITE_SPACE)
         counts = LetterCounts(
             unknown=_count_in_any_case(joined, self.unknown),
-            read_as_unknown=sum(_count_in_any_case(joined, letter) for letter in self.read_as_unknown),
+            read_as_unknown=sum(
+                _count_in_any_case(joined, letter) for letter in self.read_as_unknown
+            ),
             lower_case=len(joined) - len(joined.translate(None, delete=_LOWER_CASE)),
             final_stops=(joined + b"\n").count(b"*\n") if self.drops_final_stop else 0,
             white_space=num_white_space + len(visible) - len(joined),
@@ -156,7 +163,9 @@ class Alphabet:
     def map_unknown(self, lines: bytes) -> tuple[bytes, int]:
         """Put the unknown letter for each character that stands for a residue, and say for how many."""
         num_mapped = len(lines) - len(lines.translate(None, delete=self._mapped))
-        lines = lines.translate(bytes.maketrans(self._mapped, self.unknown.encode() * len(self._mapped)))
+        lines = lines.translate(
+            bytes.maketrans(self._mapped, self.unknown.encode() * len(self._mapped))
+        )
         if lines.isascii():
             return lines, num_mapped
         characters = set(_BEYOND_ASCII.findall(text := lines.decode("utf-8", "surrogatepass")))
@@ -185,13 +194,19 @@ class Alphabet:
     def _mended(self) -> bytes:
         known, unknown = self.letters, self.read_as_unknown
         mended = known + self.unknown * 2 * len(unknown)
-        return bytes.maketrans((known.lower() + unknown + unknown.lower()).encode(), mended.encode())
+        return bytes.maketrans(
+            (known.lower() + unknown + unknown.lower()).encode(), mended.encode()
+        )
 
 
-PROTEINS = Alphabet(letters=LETTERS, residue="residue", unknown="X", read_as_unknown="J", drops_final_stop=True)
+PROTEINS = Alphabet(
+    letters=LETTERS, residue="residue", unknown="X", read_as_unknown="J", drops_final_stop=True
+)
 
 
-def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknown: bool = False) -> CheckedChunk:
+def check(
+    chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknown: bool = False
+) -> CheckedChunk:
     """Normalise a chunk, in a few passes over its joined bytes, and say which of its records cannot be used.
 
     Args:
@@ -202,7 +217,10 @@ def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknow
     """
     text = "\n".join(chunk.sequences)
     if text.isascii() and alphabet.is_normal(lines := text.encode()):
-        sequences, letters = chunk.sequences, LetterCounts(unknown=lines.count(alphabet.unknown.encode()))
+        sequences, letters = (
+            chunk.sequences,
+            LetterCounts(unknown=lines.count(alphabet.unknown.encode())),
+        )
         usable = _whole(chunk.headers, sequences)
     else:
         lines, letters = alphabet.normalise(text)
@@ -220,7 +238,8 @@ def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknow
     faults = list(_faults(chunk, sequences, alphabet, first_record))
     kept = sorted({*records} - {fault.record for fault in faults})
     usable = _whole(
-        [chunk.headers[record - first_record] for record in kept], [sequences[record - first_record] for record in kept]
+        [chunk.headers[record - first_record] for record in kept],
+        [sequences[record - first_record] for record in kept],
     )
     assert usable is not None
     return CheckedChunk(usable=usable, records=kept, faults=faults, letters=letters)
@@ -229,7 +248,11 @@ def check(chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknow
 def _is_in_codes(text: str) -> bool:
     """Whether it is written as `Met Lys Val Leu`: by its case or its spaces, since MET is three residues too."""
     letters = "".join(text.split()).upper()
-    return letters != text and _IN_CODES.fullmatch(letters) is not None and len({*re.findall("...", letters)}) >= 3
+    return (
+        letters != text
+        and _IN_CODES.fullmatch(letters) is not None
+        and len({*re.findall("...", letters)}) >= 3
+    )
 
 
 def nucleotide_share(sequences: Sequence[str]) -> float:
@@ -252,7 +275,10 @@ def _whole(headers: list[str], sequences: list[str]) -> SequenceChunk | None:
     if all(map(str.startswith, headers, ids)):
         rests = list(map(str.strip, map(str.removeprefix, headers, ids)))
     else:
-        rests = [header.lstrip()[len(first) :].strip() for header, first in zip(headers, ids, strict=True)]
+        rests = [
+            header.lstrip()[len(first) :].strip()
+            for header, first in zip(headers, ids, strict=True)
+        ]
     joined = "".join(ids)
     if not joined.isprintable() or not joined.isascii() or ";" in joined:
         ids = list(map(_without_margins, ids))
@@ -272,12 +298,16 @@ def _id_of(header: str) -> str:
     return _without_margins(words[0]) if words else ""
 
 
-def _faults(chunk: RawChunk, sequences: list[str], alphabet: Alphabet, first_record: int) -> Iterator[Fault]:
+def _faults(
+    chunk: RawChunk, sequences: list[str], alphabet: Alphabet, first_record: int
+) -> Iterator[Fault]:
     texts = zip(chunk.headers, chunk.sequences, sequences, strict=True)
     for record, (header, text, sequence) in enumerate(texts, start=first_record):
         sequence_id = _id_of(header)
         reason = (
-            f"a record has no id (its header is {f'>{header}'!r}); write one after the '>'" if not sequence_id else ""
+            f"a record has no id (its header is {f'>{header}'!r}); write one after the '>'"
+            if not sequence_id
+            else ""
         )
         reason = reason or _reason_of_id(sequence_id)
         is_empty = not reason and not sequence
@@ -306,9 +336,7 @@ def _reason(sequence_id: str, text: str, sequence: str, alphabet: Alphabet) -> s
         if letter not in alphabet.letters:
             return f"sequence {sequence_id!r} has {letter!r} at position {position}; {alphabet.advise(letter)}"
     if _is_in_codes(text):
-        return (
-            f"sequence {sequence_id!r} is in three-letter codes ({sequence[:12]}...); write a letter for each residue"
-        )
+        return f"sequence {sequence_id!r} is in three-letter codes ({sequence[:12]}...); write a letter for each residue"
     return ""
 
 

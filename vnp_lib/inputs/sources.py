@@ -27,7 +27,9 @@ class FoundFiles:
 
     given: Path
     paths: tuple[Path, ...]  # those of a pattern or directory sorted
-    left_out: tuple[str, ...] = ()  # names of what else is there, sorted; directories end with a slash
+    left_out: tuple[
+        str, ...
+    ] = ()  # names of what else is there, sorted; directories end with a slash
     num_hidden: int = 0  # files that are left out too, whose names begin with a dot
 
     def describe_left_out(self) -> str:
@@ -61,7 +63,9 @@ def find_files(given: Path) -> FoundFiles:
     except FileNotFoundError:
         raise FastaError(f"{shown(given)}: there is no such file{_hint(given)}") from None
     except OSError as error:
-        raise FastaError(f"{shown(given)}: this cannot be read ({error.strerror or error})") from error
+        raise FastaError(
+            f"{shown(given)}: this cannot be read ({error.strerror or error})"
+        ) from error
     for path in found.paths:
         _require_usable(path)
     return found
@@ -88,9 +92,13 @@ def _files_in(directory: Path) -> FoundFiles:
     hidden = [entry for entry in entries if entry.name.startswith(".")]
     seen = [entry for entry in entries if not entry.name.startswith(".")]
     # A link that leads nowhere is taken, and refused when it is read: it was to be a file.
-    taken = [entry for entry in seen if suffix_of(entry) in FASTA_SUFFIXES and _is_file_or_link(entry)]
+    taken = [
+        entry for entry in seen if suffix_of(entry) in FASTA_SUFFIXES and _is_file_or_link(entry)
+    ]
     left_out = tuple(_name_of(entry) for entry in seen if entry not in set(taken))
-    found = FoundFiles(given=directory, paths=tuple(taken), left_out=left_out, num_hidden=len(hidden))
+    found = FoundFiles(
+        given=directory, paths=tuple(taken), left_out=left_out, num_hidden=len(hidden)
+    )
     if not taken:
         held = f"; it holds {', '.join(left_out[:_NUM_SHOWN])}" if left_out else ""
         raise FastaError(
@@ -103,14 +111,18 @@ def _files_in(directory: Path) -> FoundFiles:
 def _files_matching(pattern: Path) -> FoundFiles:
     matching = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
     if not matching:
-        raise FastaError(f"{shown(pattern)}: nothing matches this pattern; mend it, or give the files by name")
+        raise FastaError(
+            f"{shown(pattern)}: nothing matches this pattern; mend it, or give the files by name"
+        )
     paths = tuple(path for path in matching if not os.path.isdir(path))
     if not paths:
         raise FastaError(
             f"{shown(pattern)}: only directories match this pattern; say which files in them, as in '{pattern}/*.faa'"
         )
     return FoundFiles(
-        given=pattern, paths=paths, left_out=tuple(_name_of(path) for path in matching if path not in set(paths))
+        given=pattern,
+        paths=paths,
+        left_out=tuple(_name_of(path) for path in matching if path not in set(paths)),
     )
 
 
@@ -123,7 +135,9 @@ def _hint(absent: Path) -> str:
     directory = absent.parent
     if not directory.is_dir():
         return f", nor a directory {shown(directory)}"
-    names = {_looks_of(path.name): path.name for path in islice(directory.iterdir(), _MOST_SIBLINGS)}
+    names = {
+        _looks_of(path.name): path.name for path in islice(directory.iterdir(), _MOST_SIBLINGS)
+    }
     looks = _looks_of(absent.name)
     alike = get_close_matches(looks, names, n=1, cutoff=0.8)
     if alike:
@@ -174,7 +188,9 @@ class Source:
 
     path: Path
     name: str  # for people
-    rather: str = ""  # `'dir/*.faa'`, where other files are nucleotides by their names, or this one alone is
+    rather: str = (
+        ""  # `'dir/*.faa'`, where other files are nucleotides by their names, or this one alone is
+    )
 
 
 def has_fasta_suffix(path: Path) -> bool:
@@ -186,7 +202,9 @@ def _raise(error: FastaError) -> None:
     raise error
 
 
-def find_sources(fasta: Sequence[Path], *, stdin: Path, refuse: Callable[[FastaError], None] = _raise) -> list[Source]:
+def find_sources(
+    fasta: Sequence[Path], *, stdin: Path, refuse: Callable[[FastaError], None] = _raise
+) -> list[Source]:
     """The files that are meant by paths, patterns and directories, in this order; those of one pattern or directory sorted.
 
     Args:
@@ -237,7 +255,11 @@ def _distinct(sources: list[Source], refuse: Callable[[FastaError], None]) -> It
         elif before.name == source.name:
             refuse(FastaError(f"{source.name}: this is given twice; give it once"))
         else:
-            refuse(FastaError(f"{source.name}: this is the same file as {before.name}; give one of them"))
+            refuse(
+                FastaError(
+                    f"{source.name}: this is the same file as {before.name}; give one of them"
+                )
+            )
 
 
 def _each_kind_pointed_at_the_other(sources: list[Source]) -> list[Source]:

@@ -54,7 +54,9 @@ def keep_stdin(stream: BinaryIO, path: Path) -> bool:
             for block in _blocks(stream):
                 file.write(block)
     except OSError as error:
-        raise ConfigError(f"standard input cannot be kept in {path}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"standard input cannot be kept in {path}: {error.strerror or error}"
+        ) from error
     return True
 
 
@@ -73,7 +75,9 @@ def _require_same(stream: BinaryIO, path: Path) -> None:
                 if block != kept.read(len(block)):
                     raise _another_input(path)
         except TimeoutError:
-            _say(f"standard input is not waited for any longer: the run goes on with what is kept in {path}")
+            _say(
+                f"standard input is not waited for any longer: the run goes on with what is kept in {path}"
+            )
             return
         if kept.tell() and kept.read(1):
             raise _another_input(path)

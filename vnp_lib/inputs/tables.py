@@ -27,7 +27,9 @@ def is_table(path: Path) -> bool:
     return _is_csv(path) or path.suffix.lower() in _PARQUET
 
 
-def read_table(path: Path, *, id_column: str, sequence_column: str, chunk_size: int = 8192) -> Iterator[RawChunk]:
+def read_table(
+    path: Path, *, id_column: str, sequence_column: str, chunk_size: int = 8192
+) -> Iterator[RawChunk]:
     """Read every row, in order. A cell with an id is taken as a FASTA header is; a line break in a cell is white space.
 
     Raises:
@@ -38,14 +40,18 @@ def read_table(path: Path, *, id_column: str, sequence_column: str, chunk_size: 
         try:
             for batch in (_csv_batches if _is_csv(path) else _parquet_batches)(path, file, columns):
                 for start in range(0, batch.num_rows, chunk_size):
-                    headers, sequences = (_texts(batch.column(name).slice(start, chunk_size)) for name in columns)
+                    headers, sequences = (
+                        _texts(batch.column(name).slice(start, chunk_size)) for name in columns
+                    )
                     yield RawChunk(
                         headers=[" ".join(header.splitlines()) for header in headers],
                         sequences=[sequence.replace("\n", " ") for sequence in sequences],
                     )
         except (pa.ArrowException, UnicodeDecodeError) as error:
             kind = path.suffix if path.suffix.lower() in _PARQUET else suffix_of(path)
-            raise FastaError(f"{path}: this cannot be read as {kind.removeprefix('.')} ({error}); mend it") from error
+            raise FastaError(
+                f"{path}: this cannot be read as {kind.removeprefix('.')} ({error}); mend it"
+            ) from error
 
 
 def row_of(path: Path, record: int) -> int:
@@ -61,17 +67,22 @@ def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator
     delimiter = _DELIMITERS[suffix_of(path)]
     with open_text(path) as again:
         lines = csv.reader(
-            io.TextIOWrapper(again, encoding="utf-8-sig", errors="replace", newline=""), delimiter=delimiter
+            io.TextIOWrapper(again, encoding="utf-8-sig", errors="replace", newline=""),
+            delimiter=delimiter,
         )
         names = next(filter(None, lines), [])
     if not names:
         return
     if names[0].startswith(">"):
-        raise FastaError(f"{path}: this is FASTA, by its looks, and no table; have its name end in .fasta")
+        raise FastaError(
+            f"{path}: this is FASTA, by its looks, and no table; have its name end in .fasta"
+        )
     _require_columns(path, names, columns)
     yield from pa.csv.open_csv(
         file,
-        read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),  # with threads errors tell no row
+        read_options=pa.csv.ReadOptions(
+            block_size=_BLOCK_BYTES, use_threads=False
+        ),  # with threads errors tell no row
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
             include_columns=columns,
@@ -82,10 +93,14 @@ def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator
     )
 
 
-def _parquet_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(
+    path: Path, file: BinaryIO, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
     kind = binary_kind_of(start := start_of(file))
     if kind and not start.startswith(b"PAR1"):
-        raise FastaError(f"{path}: this is not Parquet but {kind.name}; {kind.advice.format(path=path)}")
+        raise FastaError(
+            f"{path}: this is not Parquet but {kind.name}; {kind.advice.format(path=path)}"
+        )
     parquet = pq.ParquetFile(file)
     _require_columns(path, parquet.schema_arrow.names, columns)
     yield from parquet.iter_batches(columns=list(columns))

@@ -33,11 +33,17 @@ NUCLEOTIDES = Alphabet(
     letters="ACGTRYSWKMBDHVN",
     residue="nucleotide",
     unknown="N",
-    advice={"U": _RNA, "u": _RNA, "*": "this is no nucleotide: write {unknown} for an unknown {residue}"},
+    advice={
+        "U": _RNA,
+        "u": _RNA,
+        "*": "this is no nucleotide: write {unknown} for an unknown {residue}",
+    },
 )
 
 _BASES = "TCAG"  # each two places from its complement
-_AMINO_ACIDS = "FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEEGGGG"  # of TTT, TTC, ..., GGG
+_AMINO_ACIDS = (
+    "FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEEGGGG"  # of TTT, TTC, ..., GGG
+)
 _NUM_CODES = len(_BASES) + 1  # the last is that of every other letter
 _LEFT_OUT = b"\0"
 _FRAMES = range(3)
@@ -46,7 +52,9 @@ _NUM_PIECES = 4096  # that are translated at a time
 _Piece = tuple[int, str, str]  # place of its record, id so far, letters
 
 
-def six_frames(chunk: SequenceChunk, *, chunk_length: int) -> Iterator[tuple[SequenceChunk, list[int]]]:
+def six_frames(
+    chunk: SequenceChunk, *, chunk_length: int
+) -> Iterator[tuple[SequenceChunk, list[int]]]:
     """Translate records of nucleotides; with each chunk of proteins come the places in `chunk` of what they are of."""
     pieces = _pieces(chunk, chunk_length)
     while some := list(islice(pieces, _NUM_PIECES)):
@@ -77,8 +85,14 @@ def _translate(pieces: Sequence[_Piece]) -> tuple[SequenceChunk, list[int]]:
     for place, prefix, letters in pieces:
         stop = start + len(letters)
         last = len(backward) - start
-        frames = [(f"F{frame + 1}", forward[start + frame : max(start, stop - 2) : 3]) for frame in _FRAMES]
-        frames += [(f"R{frame + 1}", backward[last - len(letters) + 2 + frame : last : 3]) for frame in _FRAMES]
+        frames = [
+            (f"F{frame + 1}", forward[start + frame : max(start, stop - 2) : 3])
+            for frame in _FRAMES
+        ]
+        frames += [
+            (f"R{frame + 1}", backward[last - len(letters) + 2 + frame : last : 3])
+            for frame in _FRAMES
+        ]
         for name, protein in frames:
             if b"*" not in protein and (letters_left := protein.replace(_LEFT_OUT, b"")):
                 ids.append(prefix + name)
@@ -105,7 +119,9 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The amino acid of each codon and of its reverse complement, by the codes of its letters."""
     forward = np.full((_NUM_CODES,) * 3, _LEFT_OUT[0], dtype=np.uint8)
     backward = forward.copy()
-    for (first, second, third), amino_acid in zip(product(range(4), repeat=3), _AMINO_ACIDS, strict=True):
+    for (first, second, third), amino_acid in zip(
+        product(range(4), repeat=3), _AMINO_ACIDS, strict=True
+    ):
         forward[first, second, third] = ord(amino_acid)
         backward[(third + 2) % 4, (second + 2) % 4, (first + 2) % 4] = ord(amino_acid)
     return forward.ravel(), backward.ravel()

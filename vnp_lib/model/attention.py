@@ -27,7 +27,9 @@ class PackedLayout:
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype) -> PackedLayout:
         """Choose the backend for states of `dtype` on the device of `cu_seqlens`."""
-        runs = () if _has_varlen_kernel(cu_seqlens.device, dtype) else runs_of_equal_length(cu_seqlens)
+        runs = (
+            () if _has_varlen_kernel(cu_seqlens.device, dtype) else runs_of_equal_length(cu_seqlens)
+        )
         return cls(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, runs=runs)
 
 
@@ -120,7 +122,9 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
 def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
     tokens = [count * seqlen for count, seqlen in runs]
     states_of_runs = zip(*(x.split_with_sizes(tokens) for x in (q, k, v)), strict=True)
-    return torch.cat([_attend_one_run(states, *run) for states, run in zip(states_of_runs, runs, strict=True)])
+    return torch.cat(
+        [_attend_one_run(states, *run) for states, run in zip(states_of_runs, runs, strict=True)]
+    )
 
 
 def _attend_one_run(states: tuple[Tensor, ...], count: int, seqlen: int) -> Tensor:

@@ -15,7 +15,9 @@ _LONGEST = {
     torch.float32: 256,
     torch.bfloat16: 1024,
 }  # tokens; the scores of one head, L * L, are all in memory at a time
-_SCORES_AT_ONCE = 1 << 18  # 1 MiB in float32: what lies between the products stays in a core's cache
+_SCORES_AT_ONCE = (
+    1 << 18
+)  # 1 MiB in float32: what lies between the products stays in a core's cache
 _SAFE_SUM = 2.0**90  # float32 ends at 2**128
 
 
@@ -50,12 +52,18 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         for some_heads in zip(*(states.split(heads_at_once) for states in sequence), strict=True):
             _attend(*some_heads, scores=scores[: len(some_heads[0])])
     least, most = sums.aminmax()
-    return attended if least > 1 / _SAFE_SUM and most < _SAFE_SUM else None  # not so where one is NaN
+    return (
+        attended if least > 1 / _SAFE_SUM and most < _SAFE_SUM else None
+    )  # not so where one is NaN
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attended: Tensor, sums: Tensor, *, scores: Tensor) -> None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, attended: Tensor, sums: Tensor, *, scores: Tensor
+) -> None:
     """Fill `attended`, (H, L, D), and `sums`, (H, L, 1), of some heads of one sequence; `scores`, (H, L, L), is room."""
-    scores.baddbmm_(q.float(), k.float().mT, beta=0, alpha=math.log2(math.e) / math.sqrt(q.shape[-1]))
+    scores.baddbmm_(
+        q.float(), k.float().mT, beta=0, alpha=math.log2(math.e) / math.sqrt(q.shape[-1])
+    )
     weights = scores.exp2_()
     torch.sum(weights, dim=-1, keepdim=True, out=sums)
     torch.div(torch.bmm(weights.to(v.dtype), v), sums, out=attended)

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vnp_lib.errors import ConfigError
-from vnp_lib.model.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
+from vnp_lib.model.attention import (
+    PackedLayout,
+    pairs_adjacent,
+    rotary_factors,
+    rotate,
+    varlen_attention,
+)
 from vnp_lib.model.linear import Linear
 from vnp_lib.model.tokens import ALPHABET_SIZE, PAD
 
@@ -67,9 +73,12 @@ class ESM2(nn.Module):
         self.architecture = architecture
         # Given a weight, it draws none: for that, on "meta", torch imports its compiler, which takes seconds.
         weight = torch.empty(ALPHABET_SIZE, architecture.embed_dim)
-        self.embed_tokens = nn.Embedding(ALPHABET_SIZE, architecture.embed_dim, padding_idx=PAD, _weight=weight)
+        self.embed_tokens = nn.Embedding(
+            ALPHABET_SIZE, architecture.embed_dim, padding_idx=PAD, _weight=weight
+        )
         self.layers = nn.ModuleList(
-            _TransformerLayer(architecture, by_convolution=by_convolution) for _ in range(architecture.num_layers)
+            _TransformerLayer(architecture, by_convolution=by_convolution)
+            for _ in range(architecture.num_layers)
         )
         self.emb_layer_norm_after = nn.LayerNorm(architecture.embed_dim)
         self.requires_grad_(False)
@@ -99,13 +108,17 @@ class ESM2(nn.Module):
             name: torch.empty(parameter.shape, dtype=dtype, device=device or torch.device("cpu"))
             for name, parameter in network.named_parameters()
         }
-        network.load_state_dict(empty, assign=True)  # not `to_empty`: for that torch imports its compiler, too
+        network.load_state_dict(
+            empty, assign=True
+        )  # not `to_empty`: for that torch imports its compiler, too
         rooms = dict(network._rooms())
         for name, tensor in tensors:
             room = rooms.pop(name, None)
             if room is None or room.shape != tensor.shape:
                 raise ValueError(f"{name}, {tuple(tensor.shape)}, has no room in {architecture}")
-            room.copy_(pairs_adjacent(tensor, architecture.head_dim) if _IS_TURNED.search(name) else tensor)
+            room.copy_(
+                pairs_adjacent(tensor, architecture.head_dim) if _IS_TURNED.search(name) else tensor
+            )
         if rooms:
             raise ValueError(f"there are no parameters {', '.join(rooms)}")
         return network.eval()
@@ -172,7 +185,11 @@ class _TransformerLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, layout: PackedLayout, factors: Tensor, watch: Callable[[Tensor, Tensor], None] | None
+        self,
+        x: Tensor,
+        layout: PackedLayout,
+        factors: Tensor,
+        watch: Callable[[Tensor, Tensor], None] | None,
     ) -> Tensor:
         # `add_` goes into the fresh tensor: x may be among the states that the caller asked for.
         x = self.self_attn(self.self_attn_layer_norm(x), layout, factors, watch).add_(x)
@@ -189,7 +206,11 @@ class _SelfAttention(nn.Module):
         self.out_proj = Linear(dim, dim, by_convolution=by_convolution)
 
     def forward(
-        self, x: Tensor, layout: PackedLayout, factors: Tensor, watch: Callable[[Tensor, Tensor], None] | None
+        self,
+        x: Tensor,
+        layout: PackedLayout,
+        factors: Tensor,
+        watch: Callable[[Tensor, Tensor], None] | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (3, *self.heads))
         q, k = rotate(qkv[:, :2], factors).unbind(1)

@@ -24,10 +24,14 @@ def representations_of(model: Any, batch: PackedBatch) -> Mapping[int, Tensor]:
     has_packed = callable(getattr(model, "forward_packed", None))
     if not has_packed or (batch.is_padded and _has_forward(model)):
         is_token, input_ids = _padded(batch)
-        given: Mapping[int, Tensor] = _called(model.forward, (input_ids,), layers)["representations"]
+        given: Mapping[int, Tensor] = _called(model.forward, (input_ids,), layers)[
+            "representations"
+        ]
         return {layer: states[is_token] for layer, states in given.items()}
     arguments = (batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-    packed: Mapping[int, Tensor] = _called(model.forward_packed, arguments, layers)["representations"]
+    packed: Mapping[int, Tensor] = _called(model.forward_packed, arguments, layers)[
+        "representations"
+    ]
     return packed
 
 
@@ -41,7 +45,10 @@ def _last_layer(model: Any) -> int:
 
 def _has_forward(model: Any) -> bool:
     """Whether it has a padded pass that takes the layers; `nn.Module` has one that only says that there is none."""
-    if not callable(getattr(model, "forward", None)) or getattr(type(model), "forward", None) is nn.Module.forward:
+    if (
+        not callable(getattr(model, "forward", None))
+        or getattr(type(model), "forward", None) is nn.Module.forward
+    ):
         return False
     signature = inspect.signature(model.forward)
     return _binds(signature, None, repr_layers=[]) or _binds(signature, None, [])
@@ -51,7 +58,9 @@ def _padded(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Which places of the padded batch are tokens, bool (B, L), and the batch, (B, L)."""
     places = torch.arange(batch.max_seqlen, device=batch.input_ids.device)
     is_token = places < batch.cu_seqlens.diff()[:, None]
-    input_ids = torch.full(is_token.shape, PAD, dtype=batch.input_ids.dtype, device=batch.input_ids.device)
+    input_ids = torch.full(
+        is_token.shape, PAD, dtype=batch.input_ids.dtype, device=batch.input_ids.device
+    )
     input_ids[is_token] = batch.input_ids
     return is_token, input_ids
 
@@ -64,7 +73,9 @@ def _called(method: Callable[..., Any], arguments: tuple[Any, ...], layers: list
         return method(*arguments, repr_layers=layers)
     if _binds(signature, *arguments, repr_layers=layers):
         return method(*arguments, repr_layers=layers)
-    takes_any = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values())
+    takes_any = any(
+        each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()
+    )
     if takes_any or not _binds(signature, *arguments):
         return method(*arguments, layers)
     return method(*arguments)

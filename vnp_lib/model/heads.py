@@ -21,7 +21,9 @@ from vnp_lib.model.weight_files import read_tensors
 from vnp_lib.model.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
 from vnp_lib.plan import NUM_LOGITS, OutputKind
 
-MAP_VALUES = 2**20  # of each attention head that are in memory at a time; one sequence's are, however many
+MAP_VALUES = (
+    2**20
+)  # of each attention head that are in memory at a time; one sequence's are, however many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +63,39 @@ class ContactMaps:
         self._regression = regression
         self._runs = runs_of_equal_length(cu_seqlens)
         device = cu_seqlens.device
-        self._sums = [torch.zeros(count, tokens - 2, tokens - 2, device=device) for count, tokens in self._runs]
+        self._sums = [
+            torch.zeros(count, tokens - 2, tokens - 2, device=device)
+            for count, tokens in self._runs
+        ]
 
     def add(self, layer: int, q: Tensor, k: Tensor) -> None:
         """Take note of a layer, from 0, by its queries and keys, (T, H, D), positions turned in."""
         tokens_of_runs = [count * tokens for count, tokens in self._runs]
         weight = self._regression.weight[layer]
-        pairs = zip(q.split_with_sizes(tokens_of_runs), k.split_with_sizes(tokens_of_runs), strict=True)
-        for (count, tokens), (queries, keys), sums in zip(self._runs, pairs, self._sums, strict=True):
+        pairs = zip(
+            q.split_with_sizes(tokens_of_runs), k.split_with_sizes(tokens_of_runs), strict=True
+        )
+        for (count, tokens), (queries, keys), sums in zip(
+            self._runs, pairs, self._sums, strict=True
+        ):
             at_a_time = max(1, MAP_VALUES // tokens**2)
-            queries, keys = (x.view(count, tokens, *x.shape[1:]).transpose(1, 2) for x in (queries, keys))
+            queries, keys = (
+                x.view(count, tokens, *x.shape[1:]).transpose(1, 2) for x in (queries, keys)
+            )
             for start in range(0, count, at_a_time):
                 some = slice(start, start + at_a_time)
                 # without a name for the maps, under which they would last until there are the next ones
-                sums[some] += _evidence(_attention(queries[some].float(), keys[some].float()), weight)
+                sums[some] += _evidence(
+                    _attention(queries[some].float(), keys[some].float()), weight
+                )
 
     def probabilities(self) -> list[Tensor]:
         """How probable contacts are, float32 (L, L) for each sequence."""
-        return [contacts for sums in self._sums for contacts in torch.sigmoid(sums + self._regression.bias)]
+        return [
+            contacts
+            for sums in self._sums
+            for contacts in torch.sigmoid(sums + self._regression.bias)
+        ]
 
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:
@@ -114,14 +131,26 @@ class HeadedModel:
         self._contact_regression = contact_regression
 
     def forward_packed(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, repr_layers: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        repr_layers: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Compute what the network does, in its words, and `logits`, (T, 33), or `contacts`, float32 (L, L) a sequence."""
         last = self._network.architecture.num_layers
-        maps = ContactMaps(self._contact_regression, cu_seqlens) if self._contact_regression is not None else None
+        maps = (
+            ContactMaps(self._contact_regression, cu_seqlens)
+            if self._contact_regression is not None
+            else None
+        )
         computed: dict[str, Any] = {
             **self._network.forward_packed(
-                input_ids, cu_seqlens, max_seqlen, [*repr_layers, last], watch=maps.add if maps is not None else None
+                input_ids,
+                cu_seqlens,
+                max_seqlen,
+                [*repr_layers, last],
+                watch=maps.add if maps is not None else None,
             )
         }
         if self._language_model is not None:
@@ -132,7 +161,9 @@ class HeadedModel:
         return computed
 
 
-def with_heads(network: ESM2, model: str, weights: Weights, kinds: Collection[OutputKind]) -> ESM2 | HeadedModel:
+def with_heads(
+    network: ESM2, model: str, weights: Weights, kinds: Collection[OutputKind]
+) -> ESM2 | HeadedModel:
     """Give a network the heads that these kinds of output need, on its device; where they need none, it stays as it is.
 
     Raises:
@@ -144,8 +175,12 @@ def with_heads(network: ESM2, model: str, weights: Weights, kinds: Collection[Ou
     embedding = network.embed_tokens.weight
     return HeadedModel(
         network,
-        language_model=_language_model_head(model, weights, like=embedding) if wants_logits else None,
-        contact_regression=_contact_regression(model, weights, embedding.device) if wants_contacts else None,
+        language_model=_language_model_head(model, weights, like=embedding)
+        if wants_logits
+        else None,
+        contact_regression=_contact_regression(model, weights, embedding.device)
+        if wants_contacts
+        else None,
     )
 
 

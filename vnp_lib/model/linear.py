@@ -46,9 +46,15 @@ def convolution_is_faster() -> bool:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    x, weight, bias = torch.rand(_TOKENS, _WIDTH), torch.rand(4 * _WIDTH, _WIDTH), torch.rand(4 * _WIDTH)
+    x, weight, bias = (
+        torch.rand(_TOKENS, _WIDTH),
+        torch.rand(4 * _WIDTH, _WIDTH),
+        torch.rand(4 * _WIDTH),
+    )
     with torch.inference_mode():
-        return _seconds(lambda: convolved(x, weight, bias)) < _seconds(lambda: F.linear(x, weight, bias))
+        return _seconds(lambda: convolved(x, weight, bias)) < _seconds(
+            lambda: F.linear(x, weight, bias)
+        )
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:

@@ -14,7 +14,9 @@ from vnp_lib.model.tokens import TOKENS_AROUND
 from vnp_lib.plan import Output, OutputKind, RowLayout
 
 
-def rows_of(computed: Mapping[str, Any], cu_seqlens: Tensor, layout: RowLayout, shares: Tensor | None = None) -> Tensor:
+def rows_of(
+    computed: Mapping[str, Any], cu_seqlens: Tensor, layout: RowLayout, shares: Tensor | None = None
+) -> Tensor:
     """Reduce what the network has computed to the rows of `layout`, float32.
 
     Args:
@@ -65,7 +67,11 @@ def _output(
     hidden: Tensor = computed["representations"][output.layer]
     match output.kind:
         case OutputKind.MEAN:
-            return mean_pool(hidden, cu_seqlens) if shares is None else _shared(hidden, shares, cu_seqlens)
+            return (
+                mean_pool(hidden, cu_seqlens)
+                if shares is None
+                else _shared(hidden, shares, cu_seqlens)
+            )
         case OutputKind.BOS:
             return hidden[cu_seqlens[:-1]].float()
         case OutputKind.MAX:
@@ -89,13 +95,17 @@ def _shared(hidden: Tensor, shares: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _std(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """In two passes: the mean of the squares less the square of the mean would lose what is small beside the mean."""
     means = _reduced(hidden, "mean", cu_seqlens)
-    centred = hidden - means.repeat_interleave(_bos_residues_eos(cu_seqlens), dim=0, output_size=len(hidden))
+    centred = hidden - means.repeat_interleave(
+        _bos_residues_eos(cu_seqlens), dim=0, output_size=len(hidden)
+    )
     return _reduced(centred.square_(), "mean", cu_seqlens)[1::3].sqrt()
 
 
 def _reduced(hidden: Tensor, reduction: str, cu_seqlens: Tensor) -> Tensor:
     """Reduce BOS, residues and EOS of each sequence by themselves, (3 * B, D)."""
-    return torch.segment_reduce(hidden, reduction, lengths=_bos_residues_eos(cu_seqlens), axis=0, unsafe=True)
+    return torch.segment_reduce(
+        hidden, reduction, lengths=_bos_residues_eos(cu_seqlens), axis=0, unsafe=True
+    )
 
 
 def _bos_residues_eos(cu_seqlens: Tensor) -> Tensor:

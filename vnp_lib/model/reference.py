@@ -30,5 +30,7 @@ def filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     missing, unexpected = network.load_state_dict(state, strict=False)
     forgotten = [name for name in missing if not any(part in name for part in _NOT_OF_THE_LAYERS)]
     if forgotten or unexpected:
-        raise ValueError(f"{type(network).__name__} lacks {forgotten} and does not know {unexpected}")
+        raise ValueError(
+            f"{type(network).__name__} lacks {forgotten} and does not know {unexpected}"
+        )
     return network.eval()

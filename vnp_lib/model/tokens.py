@@ -35,11 +35,15 @@ class PackedBatch:
     input_ids: Tensor  # int64 (T,), BOS and EOS around every sequence
     cu_seqlens: Tensor  # int32 (B + 1,), first 0, last T
     max_seqlen: int  # tokens, BOS and EOS included
-    shares: Tensor | None = None  # float32 (T,), what each token counts for in a mean; None: all residues alike
+    shares: Tensor | None = (
+        None  # float32 (T,), what each token counts for in a mean; None: all residues alike
+    )
     is_padded: bool = False  # as it came
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any], *, batch_idx: int, first_ordinal: int) -> PackedBatch:
+    def from_mapping(
+        cls, mapping: Mapping[str, Any], *, batch_idx: int, first_ordinal: int
+    ) -> PackedBatch:
         """Take a batch from a loader's dictionary.
 
         Args:
@@ -52,7 +56,9 @@ class PackedBatch:
             ValueError: The ids, ordinals and sequences are not equally many, or a sequence has no residue.
         """
         sequence_ids = tuple(mapping["sequence_ids"])
-        input_ids, cu_seqlens = _pack_ids(torch.as_tensor(mapping["input_ids"]), mapping.get("cu_seqlens"))
+        input_ids, cu_seqlens = _pack_ids(
+            torch.as_tensor(mapping["input_ids"]), mapping.get("cu_seqlens")
+        )
         ordinals = mapping.get("ordinals")
         if ordinals is None:
             ordinals = range(first_ordinal, first_ordinal + len(sequence_ids))
@@ -90,7 +96,9 @@ class PackedBatch:
         """Cut it into batches of at most `token_budget` tokens, in order; a longer sequence is one of its own."""
         boundaries = pack(np.diff(self.cu_seqlens.numpy()), token_budget)
         places = np.arange(self.num_sequences)
-        return [self.select((start <= places) & (places < stop)) for start, stop in pairwise(boundaries)]
+        return [
+            self.select((start <= places) & (places < stop)) for start, stop in pairwise(boundaries)
+        ]
 
     def pinned(self) -> PackedBatch:
         """The same in page-locked memory. From other memory a GPU copies only while the CPU waits for all it has to do."""
@@ -109,7 +117,10 @@ class PackedBatch:
 
 
 def pack_batch(
-    sequences: Sequence[str], sequence_ids: Sequence[str], ordinals: Sequence[int] | NDArray[np.int64], batch_idx: int
+    sequences: Sequence[str],
+    sequence_ids: Sequence[str],
+    ordinals: Sequence[int] | NDArray[np.int64],
+    batch_idx: int,
 ) -> PackedBatch:
     """Turn sequences into tokens: BOS, one token a letter, EOS.
 
@@ -123,17 +134,23 @@ def pack_batch(
     is_residue = np.ones(cu_seqlens[-1], dtype=np.bool_)
     is_residue[cu_seqlens[:-1]] = is_residue[cu_seqlens[1:] - 1] = False
 
-    letters = "".join(sequences).encode("latin-1", errors="replace")  # one byte a letter, whatever the letter
+    letters = "".join(sequences).encode(
+        "latin-1", errors="replace"
+    )  # one byte a letter, whatever the letter
     input_ids = np.empty(cu_seqlens[-1], dtype=np.int64)
     input_ids[is_residue] = _TOKEN_OF_BYTE[np.frombuffer(letters, dtype=np.uint8)]
     input_ids[cu_seqlens[:-1]] = BOS
     input_ids[cu_seqlens[1:] - 1] = EOS
-    return _checked_batch(batch_idx, ordinals, tuple(sequence_ids), torch.from_numpy(input_ids), cu_seqlens)
+    return _checked_batch(
+        batch_idx, ordinals, tuple(sequence_ids), torch.from_numpy(input_ids), cu_seqlens
+    )
 
 
 def _token_of_byte() -> NDArray[np.int64]:
     table = np.full(256, UNK, dtype=np.int64)
-    table[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = np.arange(FIRST_LETTER, FIRST_LETTER + len(LETTERS))
+    table[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = np.arange(
+        FIRST_LETTER, FIRST_LETTER + len(LETTERS)
+    )
     return table
 
 

@@ -23,7 +23,9 @@ from vnp_lib.user_paths import PathUse, user_path
 
 _SAFETENSORS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_WANTED = "give the path of fair-esm's .pt file, or of Hugging Face's model.safetensors or its directory"
+_WANTED = (
+    "give the path of fair-esm's .pt file, or of Hugging Face's model.safetensors or its directory"
+)
 
 # Pieces of names, fair-esm's and those of transformers' EsmModel; a piece comes before those that are part of it.
 _IN_TRANSFORMERS = {
@@ -39,9 +41,20 @@ _IN_TRANSFORMERS = {
     "fc1.": "intermediate.dense.",
     "fc2.": "output.dense.",
 }
-_OF_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # transformers writes them still
+_OF_OLD = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+}  # transformers writes them still
 _FAIR_ESM_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
-_DAMAGE = (EOFError, RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
+_DAMAGE = (
+    EOFError,
+    RuntimeError,
+    UnpicklingError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
 
 _START_BYTES = 4096
 _OF_OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")
@@ -141,7 +154,10 @@ def name_in_transformers(name: str) -> str:
 
 def _name_in_fair_esm(name: str) -> str:
     name = name.removeprefix("esm.")  # EsmForMaskedLM has it, EsmModel has not
-    for old, new in (*_OF_OLD.items(), *((theirs, ours) for ours, theirs in _IN_TRANSFORMERS.items())):
+    for old, new in (
+        *_OF_OLD.items(),
+        *((theirs, ours) for ours, theirs in _IN_TRANSFORMERS.items()),
+    ):
         name = name.replace(old, new)
     return name
 
@@ -170,9 +186,13 @@ def _instead_of_absent(given: Path) -> str:
 def _instead_of_directory(directory: Path) -> str:
     """What to do about a directory that has no safetensors under the name that they have."""
     names = sorted(path.name for path in directory.iterdir())
-    models = sorted((name for name in names if name.startswith("models--")), key=lambda name: "esm2" not in name)
+    models = sorted(
+        (name for name in names if name.startswith("models--")), key=lambda name: "esm2" not in name
+    )
     files = [
-        name for name in names if name.endswith((".pt", ".pth", ".safetensors")) and "contact-regression" not in name
+        name
+        for name in names
+        if name.endswith((".pt", ".pth", ".safetensors")) and "contact-regression" not in name
     ]
     if found := models or files:
         return f"it holds {', '.join(found[:5])}: give the path of the one that is meant"
@@ -187,16 +207,23 @@ def _snapshot(cached: Path) -> Path:
     """The revision that is to be taken of a model in the hub's cache: `main`, or the only one."""
     snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
     main = cached / "refs/main"
-    if main.is_file() and (named := cached / "snapshots" / main.read_text(encoding="utf-8").strip()) in snapshots:
+    if (
+        main.is_file()
+        and (named := cached / "snapshots" / main.read_text(encoding="utf-8").strip()) in snapshots
+    ):
         return named
     if len(snapshots) != 1:
-        raise WeightsError(f"{cached} holds {len(snapshots)} revisions, and none is main: give the path of one of them")
+        raise WeightsError(
+            f"{cached} holds {len(snapshots)} revisions, and none is main: give the path of one of them"
+        )
     return snapshots[0]
 
 
 def _names_in_index(index: Path) -> list[str]:
     names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    if not names or any(Path(name).name != name for name in names):  # nothing outside of the index's directory
+    if not names or any(
+        Path(name).name != name for name in names
+    ):  # nothing outside of the index's directory
         raise ValueError("it names no files, or files elsewhere")
     return names
 
@@ -224,7 +251,12 @@ def _require_no_stand_in(path: Path) -> None:
     kind = next((kind for kind, pattern in _STAND_INS.items() if pattern.match(start)), None)
     if kind and not (is_json and start.lstrip().startswith(b"{")):
         raise ValueError(f"it is {kind}")
-    if size < _START_BYTES and not is_json and start.isascii() and start.decode().replace("\n", "").isprintable():
+    if (
+        size < _START_BYTES
+        and not is_json
+        and start.isascii()
+        and start.decode().replace("\n", "").isprintable()
+    ):
         line = start.decode().strip().partition("\n")[0]
         raise ValueError(f"it is text, {line[:60]!r}, which a server may have sent in its place")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
@@ -238,7 +270,10 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open  # a machine that measures random weights does without
+    from safetensors import (
+        SafetensorError,
+        safe_open,
+    )  # a machine that measures random weights does without
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -256,7 +291,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_fair_esm(path: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("it has no 'model', which fair-esm's have")
     named = {_FAIR_ESM_PREFIX.sub("", name): tensor for name, tensor in content["model"].items()}
@@ -268,11 +305,15 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WeightsError(f"cannot read the weights at {path} ({error.strerror or error}): {_WANTED}") from error
+        raise WeightsError(
+            f"cannot read the weights at {path} ({error.strerror or error}): {_WANTED}"
+        ) from error
     except _DAMAGE as error:
         whose = "Hugging Face's" if path.suffix in (".safetensors", ".json") else "fair-esm's"
         what = str(error) if isinstance(error, ValueError) else type(error).__name__
-        raise WeightsError(f"{path} is damaged or no file of {whose} ({what}): remove it and get it again") from error
+        raise WeightsError(
+            f"{path} is damaged or no file of {whose} ({what}): remove it and get it again"
+        ) from error
 
 
 def _cannot_read_pickles(path: Path) -> WeightsError:

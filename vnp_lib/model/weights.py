@@ -22,7 +22,13 @@ from vnp_lib.errors import WeightsError
 from vnp_lib.model.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.model.linear import convolution_is_faster
 from vnp_lib.model.tokens import ALPHABET_SIZE
-from vnp_lib.model.weight_files import files_of, is_read_whole, locate_weights, read_tensors, save_fair_esm
+from vnp_lib.model.weight_files import (
+    files_of,
+    is_read_whole,
+    locate_weights,
+    read_tensors,
+    save_fair_esm,
+)
 from vnp_lib.storage import digest_file
 
 RANDOM_SEED = 0
@@ -55,7 +61,9 @@ OFFICIAL_DIGESTS = {
             "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0",
         }
     ),
-    "esm2_t36_3B_UR50D": frozenset({"7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500"}),
+    "esm2_t36_3B_UR50D": frozenset(
+        {"7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500"}
+    ),
 }
 # The same of fair-esm's contact regressions.
 OFFICIAL_REGRESSION_DIGESTS = {
@@ -142,11 +150,18 @@ def model_of(path: Path) -> str:
     for model, architecture in MODELS.items():
         if found == (architecture.num_layers, architecture.embed_dim):
             return model
-    raise WeightsError(f"{path} holds none of {', '.join(MODELS)}: give the file of one of these, or its name")
+    raise WeightsError(
+        f"{path} holds none of {', '.join(MODELS)}: give the file of one of these, or its name"
+    )
 
 
 def load_model(
-    model: str, weights: Weights, *, dtype: torch.dtype, device: torch.device, by_convolution: bool | None = None
+    model: str,
+    weights: Weights,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    by_convolution: bool | None = None,
 ) -> ESM2:
     """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice.
 
@@ -167,7 +182,9 @@ def load_model(
     elif by_convolution is None:
         by_convolution = convolution_is_faster()
     # It copies: what is read in place changes under the model when someone overwrites the file.
-    return ESM2.from_fair_esm(architecture, tensors, dtype=dtype, device=device, by_convolution=by_convolution)
+    return ESM2.from_fair_esm(
+        architecture, tensors, dtype=dtype, device=device, by_convolution=by_convolution
+    )
 
 
 def parameters_of(model: str, weights: Weights) -> Iterable[tuple[str, Tensor]]:
@@ -182,7 +199,9 @@ def parameters_of(model: str, weights: Weights) -> Iterable[tuple[str, Tensor]]:
     return _checked_state(weights.path, model, architecture).items()
 
 
-def require_finite(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> None:
+def require_finite(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float32
+) -> None:
     """Raise WeightsError where a parameter is not finite in `dtype`: no embedding that it has part in would be.
 
     A pass over the numbers, at 8 GB/s for float32 on one processor; NaN comes through `aminmax`.
@@ -202,7 +221,9 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype
             )
 
 
-def _each_finite(tensors: Iterable[tuple[str, Tensor]], path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _each_finite(
+    tensors: Iterable[tuple[str, Tensor]], path: Path, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Pass parameters on one by one, each while its numbers are in memory."""
     for name, tensor in tensors:
         require_finite({name: tensor}, path, dtype)
@@ -223,12 +244,17 @@ def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tenso
     """
     architecture = architecture_of(model)
     shapes = {
-        "contact_head.regression.weight": (1, architecture.num_layers * architecture.attention_heads),
+        "contact_head.regression.weight": (
+            1,
+            architecture.num_layers * architecture.attention_heads,
+        ),
         "contact_head.regression.bias": (1,),
     }
     if weights.path is None:
         generator = torch.Generator().manual_seed(RANDOM_SEED)
-        weight, bias = (torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values())
+        weight, bias = (
+            torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values()
+        )
         return weight, bias
     beside = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
     if weights.path == published_path(model):
@@ -239,12 +265,16 @@ def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tenso
             f"contacts of {model} need its contact regression, and {beside} {'is another' if beside.exists() else 'is not there'}: "
             f"get it from {_contact_regression_url(model)}"
         )
-    require_finite({name: tensors[name] for name in shapes}, beside if beside.exists() else weights.path)
+    require_finite(
+        {name: tensors[name] for name in shapes}, beside if beside.exists() else weights.path
+    )
     weight, bias = (tensors[name].to(torch.float32, copy=True) for name in shapes)
     return weight, bias
 
 
-def random_tensors(architecture: Architecture, *, seed: int = RANDOM_SEED) -> Iterator[tuple[str, Tensor]]:
+def random_tensors(
+    architecture: Architecture, *, seed: int = RANDOM_SEED
+) -> Iterator[tuple[str, Tensor]]:
     """Draw float32 parameters, name by name, the same on every machine.
 
     Layer norms and biases are not neutral, so that a forgotten one shows; states keep their size through all layers.
@@ -282,7 +312,11 @@ def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
     modules: dict[str, dict[str, tuple[int, ...]]] = {
         "embed_tokens": {"weight": (ALPHABET_SIZE, dim)},
-        **{f"layers.{n}.{name}": own for n in range(architecture.num_layers) for name, own in layer.items()},
+        **{
+            f"layers.{n}.{name}": own
+            for n in range(architecture.num_layers)
+            for name, own in layer.items()
+        },
         "emb_layer_norm_after": norm,
     }
     return {f"{name}.{kind}": shape for name, own in modules.items() for kind, shape in own.items()}
@@ -323,7 +357,11 @@ def _checked_digest(file: Path) -> str:
     found = digest_file(file).sha256
     target = file.resolve()
     # The cache of Hugging Face's hub names large files by their sha256.
-    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name) and target.name != found:
+    if (
+        target.parent.name == "blobs"
+        and re.fullmatch(r"[0-9a-f]{64}", target.name)
+        and target.name != found
+    ):
         raise WeightsError(
             f"{file} is damaged: its sha256 is {found}, not what {target} is named by; download it again"
         )
@@ -347,7 +385,11 @@ def _contact_regression_url(model: str) -> str:
 
 def _require_published_regression(model: str, path: Path) -> None:
     if not path.exists():
-        _download(_contact_regression_url(model), path, what=f"parameters of the contact regression of {model}")
+        _download(
+            _contact_regression_url(model),
+            path,
+            what=f"parameters of the contact regression of {model}",
+        )
     found = digest_file(path).sha256
     if found != OFFICIAL_REGRESSION_DIGESTS.get(model, found):
         raise _not_published(path, found)
@@ -399,7 +441,11 @@ def _checked_state(path: Path, model: str, architecture: Architecture) -> dict[s
 def _architecture_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     layers = {int(found[1]) for name in state if (found := re.match(r"layers\.(\d+)\.", name))}
     embedding = state.get("embed_tokens.weight")
-    return (len(layers), embedding.shape[1]) if layers and embedding is not None and embedding.ndim == 2 else None
+    return (
+        (len(layers), embedding.shape[1])
+        if layers and embedding is not None and embedding.ndim == 2
+        else None
+    )
 
 
 # In the files, and not in this network.

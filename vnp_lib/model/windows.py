@@ -64,7 +64,9 @@ class MeanOverWindows(LongMean):
         boundaries = batch.cu_seqlens.tolist()
         pieces: list[Tensor] = []
         shares: list[NDArray[np.float64]] = []
-        for (begin, end), length, own in zip(pairwise(boundaries), lengths.tolist(), starts, strict=True):
+        for (begin, end), length, own in zip(
+            pairwise(boundaries), lengths.tolist(), starts, strict=True
+        ):
             tokens = batch.input_ids[begin:end]
             spans = [(start, min(start + self.windows.length, length)) for start in own]
             share = 1 / (_num_windows_over(spans, length) * length)
@@ -75,7 +77,9 @@ class MeanOverWindows(LongMean):
             {
                 "input_ids": torch.cat(pieces),
                 "cu_seqlens": np.cumsum([0, *(share.size + TOKENS_AROUND for share in shares)]),
-                "sequence_ids": np.repeat(np.array(batch.sequence_ids, dtype=object), windows_of_each).tolist(),
+                "sequence_ids": np.repeat(
+                    np.array(batch.sequence_ids, dtype=object), windows_of_each
+                ).tolist(),
                 "ordinals": np.repeat(batch.ordinals, windows_of_each),
             },
             batch_idx=batch.batch_idx,
@@ -111,4 +115,6 @@ def _num_windows_over(spans: list[tuple[int, int]], length: int) -> NDArray[np.i
 def _with_bos_and_eos(shares: list[NDArray[np.float64]]) -> Tensor:
     """Shares of tokens, of those of residues."""
     nothing = np.zeros(1)
-    return torch.from_numpy(np.concatenate([part for share in shares for part in (nothing, share, nothing)])).float()
+    return torch.from_numpy(
+        np.concatenate([part for share in shares for part in (nothing, share, nothing)])
+    ).float()

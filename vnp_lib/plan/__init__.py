@@ -32,7 +32,13 @@ if TYPE_CHECKING:
         model_tokens,
         required_bytes,
     )
-    from vnp_lib.plan.planner import check_free_space, is_input_gone, kept_store_dtype, kept_token_budget, make_plan
+    from vnp_lib.plan.planner import (
+        check_free_space,
+        is_input_gone,
+        kept_store_dtype,
+        kept_token_budget,
+        make_plan,
+    )
     from vnp_lib.plan.scan import Surveyor, nothing_left
     from vnp_lib.plan.windows import VIRNUCPRO_RESIDUES, Windows
 

@@ -23,7 +23,9 @@ class StoreDtype(StrEnum):
     """The precision in which values are stored. They are computed, and lie in checkpoints, in float32."""
 
     FLOAT32 = "float32"
-    FLOAT16 = "float16"  # rounded to the nearest: 11 significant bits, 0 below 3e-8, nothing above 65,504
+    FLOAT16 = (
+        "float16"  # rounded to the nearest: 11 significant bits, 0 below 3e-8, nothing above 65,504
+    )
 
 
 class OutputKind(StrEnum):
@@ -47,7 +49,9 @@ class Output:
     """One thing that is computed of every sequence."""
 
     kind: OutputKind
-    layer: int | None = None  # in fair-esm's numbers: 0 is the embedding; None for what takes the whole network
+    layer: int | None = (
+        None  # in fair-esm's numbers: 0 is the embedding; None for what takes the whole network
+    )
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -105,7 +109,9 @@ class RowLayout:
         if "outputs" not in identity:
             assert embed_dim is not None
             return cls((Output(kind=OutputKind.MEAN, layer=identity["layer"]),), embed_dim, policy)
-        return cls(tuple(map(Output.parse, identity["outputs"].split(","))), identity["embed_dim"], policy)
+        return cls(
+            tuple(map(Output.parse, identity["outputs"].split(","))), identity["embed_dim"], policy
+        )
 
     @classmethod
     def of_names(cls, names: Iterable[str], *, embed_dim: int) -> Self:
@@ -153,11 +159,18 @@ class RowLayout:
         """The outputs that a row, (W,), of a sequence of `length` residues consists of, by name: views of it, in their shapes."""
         shapes = [output.shape(length, self.embed_dim) for output in self.outputs]
         parts = np.split(row, np.cumsum([prod(shape) for shape in shapes])[:-1])
-        return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, shapes, strict=True)}
+        return {
+            name: part.reshape(shape)
+            for name, part, shape in zip(self.names, parts, shapes, strict=True)
+        }
 
     def identity(self) -> dict[str, Any]:
         """What of it is in a plan's identity beside `layer` and `pooling`, which tell one mean from another by themselves."""
-        return {} if self.is_one_mean else {"outputs": ",".join(self.names), "embed_dim": self.embed_dim}
+        return (
+            {}
+            if self.is_one_mean
+            else {"outputs": ",".join(self.names), "embed_dim": self.embed_dim}
+        )
 
 
 def choose_outputs(

@@ -27,7 +27,9 @@ def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[
     if token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}; it must be at least 1")
     if token_lengths.size and token_lengths.min() < 1:
-        raise ValueError(f"token_lengths holds {token_lengths.min()}; a sequence has at least 1 token")
+        raise ValueError(
+            f"token_lengths holds {token_lengths.min()}; a sequence has at least 1 token"
+        )
     ends = np.cumsum(token_lengths, dtype=np.int64)
     boundaries = [0]
     while (start := boundaries[-1]) < ends.size:
@@ -40,4 +42,8 @@ def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[
 def packed_tokens(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
     """Tokens of each of the batches that `pack` makes, (B,). Lengths 5 3 4 under a budget of 8 give 8 4."""
     starts = pack(token_lengths, token_budget)[:-1]
-    return np.add.reduceat(token_lengths, starts, dtype=np.int64) if starts.size else np.empty(0, dtype=np.int64)
+    return (
+        np.add.reduceat(token_lengths, starts, dtype=np.int64)
+        if starts.size
+        else np.empty(0, dtype=np.int64)
+    )

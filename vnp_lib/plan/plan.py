@@ -150,7 +150,10 @@ class _Texts:
     def take(self, ordinals: NDArray[np.int64]) -> list[str]:
         of_chunk = np.searchsorted(self._starts, ordinals, side="right") - 1
         rows = (ordinals - self._starts[of_chunk]).tolist()
-        return [self._chunks[chunk][row].as_py() for chunk, row in zip(of_chunk.tolist(), rows, strict=True)]
+        return [
+            self._chunks[chunk][row].as_py()
+            for chunk, row in zip(of_chunk.tolist(), rows, strict=True)
+        ]
 
 
 def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
@@ -166,13 +169,19 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
     """
     fields = read_sealed_json(paths.plan_json)
     if fields["schema"] != PLAN_SCHEMA:
-        raise StorageError(f"{paths.plan_json} has schema {fields['schema']}; this version reads {PLAN_SCHEMA}")
+        raise StorageError(
+            f"{paths.plan_json} has schema {fields['schema']}; this version reads {PLAN_SCHEMA}"
+        )
     if damage := _damage(paths, fields, verify_digests=verify_digests):
-        raise StorageError(f"{damage}; start the run again with its input: the plan is then written anew")
+        raise StorageError(
+            f"{damage}; start the run again with its input: the plan is then written anew"
+        )
     with paths.sequences.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
-    column = np.from_dlpack(table.column("length").combine_chunks())  # `to_numpy` would import pandas
+    column = np.from_dlpack(
+        table.column("length").combine_chunks()
+    )  # `to_numpy` would import pandas
     lengths = column.astype(np.int32, copy=False)
     mapped.madvise(mmap.MADV_DONTNEED)  # of which they are a small part
     representatives = _narrowed(np.load(paths.representatives))
@@ -198,7 +207,9 @@ def _narrowed(ordinals: NDArray[np.int64]) -> Ordinals:
     return ordinals.astype(np.int32) if ordinals.max(initial=0) < 2**31 else ordinals
 
 
-def longest_first(lengths: NDArray[np.integer[Any]], representatives: Ordinals) -> NDArray[np.int64]:
+def longest_first(
+    lengths: NDArray[np.integer[Any]], representatives: Ordinals
+) -> NDArray[np.int64]:
     """Ordinals of the first of each group of identical sequences, longest first, then by ordinal, (num_computed,)."""
     computed = np.flatnonzero(_is_computed(representatives))
     return computed[np.argsort(-lengths[computed], kind="stable")]
@@ -237,8 +248,14 @@ def required_bytes(plan: Counted, layout: RowLayout) -> int:
     if layout.is_fixed:  # which says it without looking at each of many millions
         num_values = num_rows * layout.fixed_width
     else:
-        num_values = int(layout.widths(plan.lengths).sum() + layout.widths(plan.computed_lengths).sum())
-    return num_values * np.dtype(np.float32).itemsize + num_rows * ROW_OVERHEAD_BYTES + _WORKSPACE_BYTES
+        num_values = int(
+            layout.widths(plan.lengths).sum() + layout.widths(plan.computed_lengths).sum()
+        )
+    return (
+        num_values * np.dtype(np.float32).itemsize
+        + num_rows * ROW_OVERHEAD_BYTES
+        + _WORKSPACE_BYTES
+    )
 
 
 def _store_dtype(fields: dict[str, Any]) -> StoreDtype:

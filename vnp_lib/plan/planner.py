@@ -55,7 +55,11 @@ from vnp_lib.storage import (
 
 _log = logging.getLogger(__name__)
 _DEFAULT_POLICY = InputPolicy()
-_OF_THE_SEQUENCES = ("schema", "sequences_sha256", "num_sequences")  # what of the identity only the input tells
+_OF_THE_SEQUENCES = (
+    "schema",
+    "sequences_sha256",
+    "num_sequences",
+)  # what of the identity only the input tells
 
 
 def make_plan(
@@ -84,7 +88,9 @@ def make_plan(
     try:
         content = _content_without_input(paths, fasta, policy, model)
         if content is None:
-            asked = _Asked(sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model)
+            asked = _Asked(
+                sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model
+            )
             content = _kept_content(paths, asked) or _write_content(paths, asked)
         chosen = {
             "given": _as_given(fasta),
@@ -97,7 +103,9 @@ def make_plan(
             write_sealed_json(paths.plan_json, content | chosen, replace=True)
     except OSError as error:
         reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
-        raise ConfigError(f"the run directory {paths.run_dir} cannot be made or written ({reason})") from error
+        raise ConfigError(
+            f"the run directory {paths.run_dir} cannot be made or written ({reason})"
+        ) from error
     return load_plan(paths, verify_digests=False)  # they have just been written, or read
 
 
@@ -132,7 +140,9 @@ def check_free_space(paths: RunPaths, plan: RunPlan, layout: RowLayout) -> None:
     if _has_dataset(paths, plan):
         return
     try:
-        require_free_space(paths.run_dir, required_bytes(plan, layout) - _tree_bytes(paths.checkpoints_dir))
+        require_free_space(
+            paths.run_dir, required_bytes(plan, layout) - _tree_bytes(paths.checkpoints_dir)
+        )
     except StorageError as error:
         raise ConfigError(str(error)) from error
 
@@ -260,19 +270,29 @@ class _SkippedRecords:
                 self.file = self._stack.enter_context(durable_file(self._path, replace=True))
             place = places.find(fault.record)
             self.file.write(
-                canonical_json({"file": source.name, "id": fault.sequence_id, "reason": fault.reason} | place)
+                canonical_json(
+                    {"file": source.name, "id": fault.sequence_id, "reason": fault.reason} | place
+                )
             )
 
 
 def _record_batch(chunk: InputChunk) -> pa.RecordBatch:
     texts = chunk.usable
-    columns = [texts.ids, texts.descriptions, texts.sequences, chunk.lengths, chunk.original_lengths]
+    columns = [
+        texts.ids,
+        texts.descriptions,
+        texts.sequences,
+        chunk.lengths,
+        chunk.original_lengths,
+    ]
     return pa.record_batch(columns, schema=SEQUENCES_SCHEMA)
 
 
 def _identity(survey: _Survey, asked: _Asked) -> dict[str, Any]:
     of_the_sequences = (PLAN_SCHEMA, survey.sequences_sha256, survey.representatives.size)
-    return _identity_of(asked.model, asked.policy) | dict(zip(_OF_THE_SEQUENCES, of_the_sequences, strict=True))
+    return _identity_of(asked.model, asked.policy) | dict(
+        zip(_OF_THE_SEQUENCES, of_the_sequences, strict=True)
+    )
 
 
 def _identity_of(model: ModelIdentity, policy: InputPolicy) -> dict[str, Any]:
@@ -287,9 +307,16 @@ def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict
             f"({__version__}) are of version {wanted.get('numerics', 1)}: one dataset does not mix them; go on with that vnp, or "
             f"choose another output directory, or --force-restart, which moves what is there aside"
         )
-    differing = [name for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)]
+    differing = [
+        name
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
     if differing:
-        listed = "; ".join(f"{name} is {stored.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
+        listed = "; ".join(
+            f"{name} is {stored.get(name)!r} there and {wanted.get(name)!r} here"
+            for name in differing
+        )
         raise FingerprintMismatchError(
             f"{paths.run_dir} belongs to another run ({listed}); choose another output directory, or --force-restart, "
             f"which moves what is there aside"

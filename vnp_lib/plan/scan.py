@@ -55,7 +55,9 @@ class Surveyor:
     def add(self, chunk: InputChunk) -> None:
         self.counts += chunk.counts
         self._sha256.update(_as_fasta(chunk.usable))
-        self._original_lengths_sha256.update(np.asarray(chunk.original_lengths).astype("<i4").tobytes())
+        self._original_lengths_sha256.update(
+            np.asarray(chunk.original_lengths).astype("<i4").tobytes()
+        )
         self._num_residues += int(chunk.lengths.sum(dtype=np.int64))
         self._id_digests += digests_of(chunk.usable.ids)
         self._sequence_digests += digests_of(chunk.usable.sequences)
@@ -84,13 +86,17 @@ class Surveyor:
         if policy.duplicate_ids != "keep":
             repeats, firsts = self.repeated_ids()
             if repeats.size and policy.duplicate_ids == "rename":
-                raise FastaError("the input was changed while it was read; wait until it is complete, then start again")
+                raise FastaError(
+                    "the input was changed while it was read; wait until it is complete, then start again"
+                )
             if repeats.size:
                 raise _duplicate_ids(sources, policy, repeats, firsts)
         representatives = self.representatives(dedup=policy.dedup)
         return _Survey(
             sequences_sha256=self._sha256.hexdigest(),
-            original_lengths_sha256=self._original_lengths_sha256.hexdigest() if self.counts.num_cut else "",
+            original_lengths_sha256=self._original_lengths_sha256.hexdigest()
+            if self.counts.num_cut
+            else "",
             num_residues=self._num_residues,
             counts=self.counts,
             representatives=representatives,
@@ -100,7 +106,9 @@ class Surveyor:
 def _as_fasta(chunk: SequenceChunk) -> bytes:
     lines = [""] * (2 * len(chunk.ids))
     described = zip(chunk.ids, chunk.descriptions, strict=True)
-    lines[0::2] = [f">{sequence_id} {rest}" if rest else f">{sequence_id}" for sequence_id, rest in described]
+    lines[0::2] = [
+        f">{sequence_id} {rest}" if rest else f">{sequence_id}" for sequence_id, rest in described
+    ]
     lines[1::2] = chunk.sequences
     return "\n".join([*lines, ""]).encode()
 
@@ -117,11 +125,16 @@ def nothing_left(counts: InputCounts, policy: InputPolicy) -> FastaError:
 
 
 def _duplicate_ids(
-    sources: Sequence[Source], policy: InputPolicy, repeats: NDArray[np.int64], firsts: NDArray[np.int64]
+    sources: Sequence[Source],
+    policy: InputPolicy,
+    repeats: NDArray[np.int64],
+    firsts: NDArray[np.int64],
 ) -> FastaError:
     pairs = list(zip(firsts[:_NUM_SHOWN].tolist(), repeats[:_NUM_SHOWN].tolist(), strict=True))
     places = places_of(sources, policy, {ordinal for pair in pairs for ordinal in pair})
-    listed = "; ".join(f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs)
+    listed = "; ".join(
+        f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs
+    )
     more = f"; and {repeats.size - _NUM_SHOWN:,} more" if repeats.size > _NUM_SHOWN else ""
     return FastaError(
         f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records, or have that done "

@@ -99,7 +99,9 @@ class RunEstimate:
     token_budget: int
     num_batches: int
     mean_fill: float  # tokens of the batches, of their budget; batches of one sequence over the budget count as full
-    num_over_budget: int  # sequences that are a batch of their own since they are longer than the budget
+    num_over_budget: (
+        int  # sequences that are a batch of their own since they are longer than the budget
+    )
     required_bytes: int
     free_bytes: int
     output_dir: str
@@ -159,7 +161,9 @@ def estimate_run(config: ForecastConfig) -> RunEstimate:
         num_shards=num_shards,
         token_budget=token_budget,
         num_batches=batch_tokens.size,
-        mean_fill=float(np.minimum(batch_tokens / token_budget, 1.0).mean()) if batch_tokens.size else 0.0,
+        mean_fill=float(np.minimum(batch_tokens / token_budget, 1.0).mean())
+        if batch_tokens.size
+        else 0.0,
         num_over_budget=int((batch_tokens > token_budget).sum()),
         required_bytes=required_bytes(found, layout),
         free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
@@ -237,7 +241,9 @@ def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
         yield path
 
 
-def _surveyed(source: Source, policy: InputPolicy, refused: _Refused, rename: Rename | None) -> Iterator[InputChunk]:
+def _surveyed(
+    source: Source, policy: InputPolicy, refused: _Refused, rename: Rename | None
+) -> Iterator[InputChunk]:
     """The chunks of a source, as far as it can be read."""
     try:
         yield from survey(source, policy, rename=rename)
@@ -257,21 +263,34 @@ class _Refused:
     def add(self, places: Places, faults: Sequence[Fault]) -> None:
         self.count += len(faults)
         room = _MOST_REFUSALS_SHOWN - len(self._records)
-        self._records += [f"{places.describe(fault.record)}: {fault.reason}" for fault in faults[:room]]
+        self._records += [
+            f"{places.describe(fault.record)}: {fault.reason}" for fault in faults[:room]
+        ]
 
     def add_file(self, error: FastaError) -> None:
         self.count += 1
         self._files.append(str(error))
 
     def add_repeats(
-        self, sources: Sequence[Source], policy: InputPolicy, repeats: NDArray[np.int64], firsts: NDArray[np.int64]
+        self,
+        sources: Sequence[Source],
+        policy: InputPolicy,
+        repeats: NDArray[np.int64],
+        firsts: NDArray[np.int64],
     ) -> None:
         """Refuse records whose id occurred before; the input is read again to find them."""
         self.count += repeats.size
-        pairs = list(zip(repeats[:_MOST_REFUSALS_SHOWN].tolist(), firsts[:_MOST_REFUSALS_SHOWN].tolist(), strict=True))
+        pairs = list(
+            zip(
+                repeats[:_MOST_REFUSALS_SHOWN].tolist(),
+                firsts[:_MOST_REFUSALS_SHOWN].tolist(),
+                strict=True,
+            )
+        )
         places = places_of(sources, policy, {ordinal for pair in pairs for ordinal in pair})
         self._repeats = [
-            f"{places[again][1]}: id {places[again][0]!r} is also in {places[first][1]}" for again, first in pairs
+            f"{places[again][1]}: id {places[again][0]!r} is also in {places[first][1]}"
+            for again, first in pairs
         ]
 
     def told(self) -> list[str]:
@@ -296,7 +315,9 @@ def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:
     counts, _ = np.histogram(lengths, bins=[1, *ends])
     filled = np.flatnonzero(counts)
     for index in range(filled[0], filled[-1] + 1) if filled.size else ():
-        yield LengthBin(least=ends[index - 1] if index else 1, most=ends[index] - 1, count=int(counts[index]))
+        yield LengthBin(
+            least=ends[index - 1] if index else 1, most=ends[index] - 1, count=int(counts[index])
+        )
 
 
 def _existing(path: Path) -> Path:
@@ -325,13 +346,22 @@ def _speed_of_one_device(config: ForecastConfig) -> Speed | None:
 def _mean_speed(run_dir: Path, model: str) -> Speed:
     plan = load_plan_of(run_dir)
     if plan.identity["model"] != model:
-        raise ConfigError(f"{run_dir} is a run of {plan.identity['model']}: its speed says nothing about {model}")
-    attempts = [attempt for rank in range(plan.num_shards) for attempt in read_attempts(RunPaths(run_dir), rank)]
+        raise ConfigError(
+            f"{run_dir} is a run of {plan.identity['model']}: its speed says nothing about {model}"
+        )
+    attempts = [
+        attempt
+        for rank in range(plan.num_shards)
+        for attempt in read_attempts(RunPaths(run_dir), rank)
+    ]
     checkpoints = [checkpoint for attempt in attempts for checkpoint in attempt.checkpoints]
     seconds = sum(checkpoint.seconds for checkpoint in checkpoints)
     if not seconds:
         raise ConfigError(f"{run_dir} has no checkpoint in its history: its speed is not known")
-    return Speed(tokens_per_s=sum(checkpoint.tokens for checkpoint in checkpoints) / seconds, source=str(run_dir))
+    return Speed(
+        tokens_per_s=sum(checkpoint.tokens for checkpoint in checkpoints) / seconds,
+        source=str(run_dir),
+    )
 
 
 def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
@@ -343,7 +373,11 @@ def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
         yield "files", told
     if done := seen.input.describe():
         skipped = RunPaths(Path(seen.output_dir)).skipped
-        yield "input", done + (f"; a run lists skipped records in {skipped}" if seen.input.num_skipped else "")
+        yield (
+            "input",
+            done
+            + (f"; a run lists skipped records in {skipped}" if seen.input.num_skipped else ""),
+        )
     if mended := list(_mended(seen.input.letters)):
         yield "letters", ", ".join(mended)
     yield (
@@ -351,7 +385,11 @@ def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
         (
             f"{seen.num_batches:,} in {seen.num_shards:,} {'shard' if seen.num_shards == 1 else 'shards'}, "
             f"{seen.mean_fill:.1%} of {seen.token_budget:,} tokens full"
-            + (f"; {seen.num_over_budget:,} sequences are longer than that" if seen.num_over_budget else "")
+            + (
+                f"; {seen.num_over_budget:,} sequences are longer than that"
+                if seen.num_over_budget
+                else ""
+            )
         ),
     )
     yield (
@@ -362,7 +400,10 @@ def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
         rate = f"at {seen.speed.tokens_per_s:,.0f} tokens/s ({seen.speed.source})"
         yield "time", f"about {format_duration(seen.expected_s)} {rate}"
     else:
-        yield "time", "not known; give --tokens-per-second, or a run to take it from with --speed-of"
+        yield (
+            "time",
+            "not known; give --tokens-per-second, or a run to take it from with --speed-of",
+        )
 
 
 def _mended(letters: LetterCounts) -> Iterator[str]:
@@ -409,7 +450,8 @@ class _Bars:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         most = max((each.count for each in self._bins), default=1)
         lines = [
-            (f"{each.least:>7,} to {each.most:>7,}  ", f" {each.count:,}", each.count / most) for each in self._bins
+            (f"{each.least:>7,} to {each.most:>7,}  ", f" {each.count:,}", each.count / most)
+            for each in self._bins
         ]
         words = max((len(span) + len(count) for span, count, _ in lines), default=0)
         width = max(1, min(_BAR_LETTERS, options.max_width - words))
@@ -426,4 +468,6 @@ def _verdict(seen: RunEstimate) -> Iterator[Text]:
     if not seen.has_room:
         yield plain("the disk has no room for this run", style="bold red")
     if seen.can_begin:
-        yield plain("nothing would be refused, and the disk has room: the run can begin", style="green")
+        yield plain(
+            "nothing would be refused, and the disk has room: the run can begin", style="green"
+        )

@@ -29,7 +29,9 @@ from vnp_lib.storage import write_file
 _MOST_ROWS = 200  # of a table
 
 
-def write_report(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now) -> Path:
+def write_report(
+    plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
+) -> Path:
     """Write the page from what the run has recorded, in the place of an earlier one, durably; return its path.
 
     Equal records give equal pages, but for the time of writing. What cannot be read is a note on the page.
@@ -41,11 +43,15 @@ def write_report(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime
     try:
         write_file(paths.report, page.encode("utf-8", "replace"), replace=True)
     except OSError as error:
-        raise StorageError(f"{paths.report} cannot be written: {error.strerror or error}") from error
+        raise StorageError(
+            f"{paths.report} cannot be written: {error.strerror or error}"
+        ) from error
     return paths.report
 
 
-def render_report(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now) -> str:
+def render_report(
+    plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
+) -> str:
     """Make the page, and write nothing.
 
     Raises:
@@ -71,14 +77,24 @@ def _quiet_matplotlib() -> Iterator[None]:
 def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) -> str:
     try:
         from vnp_lib.report import plots  # imports matplotlib, which takes a second
-    except (ImportError, OSError, ValueError) as error:  # no directory for its cache; an MPLBACKEND that does not exist
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ) as error:  # no directory for its cache; an MPLBACKEND that does not exist
         told = " ".join(str(error).split())
-        raise StorageError(f"Matplotlib cannot be used, so no report can be drawn: {told}") from error
+        raise StorageError(
+            f"Matplotlib cannot be used, so no report can be drawn: {told}"
+        ) from error
 
     status = read_status(plan, paths, clock=clock)
     recorded = _recorded_shards(paths)
-    ranks = sorted({*range(plan.num_shards), *(rank for rank, shard in recorded.items() if shard["attempts"])})
-    attempts = [each for rank in ranks for each in read_attempts(paths, rank, _failures_of(recorded, rank))]
+    ranks = sorted(
+        {*range(plan.num_shards), *(rank for rank, shard in recorded.items() if shard["attempts"])}
+    )
+    attempts = [
+        each for rank in ranks for each in read_attempts(paths, rank, _failures_of(recorded, rank))
+    ]
     sizes_bytes = list(_checkpoint_sizes(paths))
     failures = sorted(
         ((record, rank) for rank in ranks for record in _failures_of(recorded, rank)),
@@ -88,7 +104,9 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
     return _template().render(
         title=f"{plan.identity['model']}, {plan.num_sequences:,} sequences",
         written_at=_time(status.at),
-        running="No run is going on." if status.running is None else f"A run is going on: {status.running}.",
+        running="No run is going on."
+        if status.running is None
+        else f"A run is going on: {status.running}.",
         input=describe_input(status.input, paths),
         tiles=list(_tiles(status, attempts, sizes_bytes, num_failures=len(failures))),
         notes=status.notes,
@@ -99,14 +117,19 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
             "fill": plots.fill_histogram(_batch_tokens(plan), plan.token_budget),
             "checkpoints": plots.checkpoint_sizes(sizes_bytes),
         },
-        failures=[_failure(record, rank, plots.colour_of) for record, rank in failures[-_MOST_ROWS:]],
+        failures=[
+            _failure(record, rank, plots.colour_of) for record, rank in failures[-_MOST_ROWS:]
+        ],
         failures_shown=_shown(len(failures), "failures", "the newest", paths.manifest),
         quarantine=quarantined[:_MOST_ROWS],
         quarantine_shown="None."
         if not quarantined
         else _shown(len(quarantined), "sequences", "the first", paths.quarantine),
         shards=status.shards,
-        facts=[*_facts(plan, paths), *([("computed by", status.software)] if status.software else [])],
+        facts=[
+            *_facts(plan, paths),
+            *([("computed by", status.software)] if status.software else []),
+        ],
         dataset=f"The dataset is {status.dataset}.",
         snippet=_snippet(paths, has_rows=plan.num_sequences > 0),
     )
@@ -114,7 +137,9 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
 
 @cache
 def _template() -> Template:
-    environment = Environment(loader=PackageLoader("vnp_lib.report", "."), autoescape=True, finalize=_finalized)
+    environment = Environment(
+        loader=PackageLoader("vnp_lib.report", "."), autoescape=True, finalize=_finalized
+    )
     return environment.get_template("report.html.jinja")
 
 
@@ -144,7 +169,10 @@ def _checkpoint_sizes(paths: RunPaths) -> Iterator[int]:
 def _batch_tokens(plan: RunPlan) -> NDArray[np.int64]:
     ordinals = map(plan.shard_ordinals, range(plan.num_shards))
     return np.concatenate(
-        [packed_tokens(plan.lengths[own] + NUM_SPECIAL_TOKENS, plan.token_budget) for own in ordinals]
+        [
+            packed_tokens(plan.lengths[own] + NUM_SPECIAL_TOKENS, plan.token_budget)
+            for own in ordinals
+        ]
     )
 
 
@@ -160,7 +188,10 @@ def _tiles(
 ) -> Iterator[tuple[str, str]]:
     computing_s = sum(each.seconds for attempt in attempts for each in attempt.checkpoints)
     tokens = sum(each.tokens for attempt in attempts for each in attempt.checkpoints)
-    yield f"{status.num_done:,} of {status.num_computed:,} distinct sequences", f"{status.percent:.1f} %"
+    yield (
+        f"{status.num_done:,} of {status.num_computed:,} distinct sequences",
+        f"{status.percent:.1f} %",
+    )
     yield "shards", f"{len(status.shards):,}"
     yield "attempts", f"{len(attempts):,}"
     yield "failures", f"{num_failures:,}"
@@ -175,7 +206,9 @@ def _facts(plan: RunPlan, paths: RunPaths) -> Iterator[tuple[str, str]]:
     yield "run directory", str(paths.run_dir.resolve())
     yield "dataset", str(paths.embeddings_dir.resolve())
     yield "fingerprint", plan.fingerprint
-    yield from ((name.replace("_", " "), str(value)) for name, value in sorted(plan.identity.items()))
+    yield from (
+        (name.replace("_", " "), str(value)) for name, value in sorted(plan.identity.items())
+    )
     yield "distinct sequences", f"{plan.num_computed:,}"
     yield "residues", f"{plan.num_residues:,}"
     yield "tokens to compute", f"{plan.num_tokens(plan.order):,}"

@@ -40,7 +40,16 @@ _BAR = "#0072b2"
 _INK = "#1f2933"
 _DIM = "#616e7c"
 # Tol's muted ones: a shard's colour is not to be taken for that of an outcome.
-_SHARD_COLOURS = ("#332288", "#44aa99", "#cc6677", "#ddcc77", "#88ccee", "#882255", "#117733", "#999933")
+_SHARD_COLOURS = (
+    "#332288",
+    "#44aa99",
+    "#cc6677",
+    "#ddcc77",
+    "#88ccee",
+    "#882255",
+    "#117733",
+    "#999933",
+)
 _MOST_POINTS = 300  # of a line
 _MOST_DOTS = 600  # on all lines: they are what makes a file large
 _MOST_LABELS = 20  # of shards
@@ -76,9 +85,18 @@ def attempts_over_time(attempts: Sequence[Attempt], ranks: Sequence[int]) -> str
             days = np.array([attempt.duration.total_seconds() / 86_400 for attempt in own])
             places = [rows[attempt.rank] for attempt in own]
             axes.barh(
-                places, np.maximum(days, (end - start) / 300), left=starts, height=0.72, color=colour, linewidth=0
+                places,
+                np.maximum(days, (end - start) / 300),
+                left=starts,
+                height=0.72,
+                color=colour,
+                linewidth=0,
             )
-        points = [(each.at, rows[attempt.rank]) for attempt in attempts for each in _thinned(attempt.checkpoints)]
+        points = [
+            (each.at, rows[attempt.rank])
+            for attempt in attempts
+            for each in _thinned(attempt.checkpoints)
+        ]
         if points and len(ranks) <= _TICKED_SHARDS:
             axes.vlines(*_ticks(points), color="white", linewidth=0.7, alpha=0.8)
         axes.set_ylim(len(ranks) - 0.4, -0.6)
@@ -87,7 +105,11 @@ def attempts_over_time(attempts: Sequence[Attempt], ranks: Sequence[int]) -> str
         axes.set_ylabel("shard")
         axes.grid(axis="x")
         _dates(axes, attempts)
-        used = [(name, colour) for name, colour in COLOURS.items() if name in {_outcome(each) for each in attempts}]
+        used = [
+            (name, colour)
+            for name, colour in COLOURS.items()
+            if name in {_outcome(each) for each in attempts}
+        ]
         _legend(axes, [Patch(color=colour, label=name.replace("_", " ")) for name, colour in used])
         return drawn()
 
@@ -119,9 +141,17 @@ def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
         axes.grid(axis="y")
         _dates(axes, attempts)
         if is_few:
-            _legend(axes, [Patch(color=_SHARD_COLOURS[i], label=f"shard {rank}") for i, rank in enumerate(ranks)])
+            _legend(
+                axes,
+                [
+                    Patch(color=_SHARD_COLOURS[i], label=f"shard {rank}")
+                    for i, rank in enumerate(ranks)
+                ],
+            )
         else:
-            axes.set_title(f"each line is one of {len(ranks)} shards", loc="right", fontsize=9, color=_DIM)
+            axes.set_title(
+                f"each line is one of {len(ranks)} shards", loc="right", fontsize=9, color=_DIM
+            )
         return drawn()
 
 
@@ -131,7 +161,11 @@ def lengths_histogram(lengths: NDArray[np.int32]) -> str | None:
         return None
     bins = np.unique(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 41).astype(int))
     return _histogram(
-        lengths, bins if bins.size > 1 else np.array([bins[0], bins[0] + 1]), "residues", "sequences", is_log=True
+        lengths,
+        bins if bins.size > 1 else np.array([bins[0], bins[0] + 1]),
+        "residues",
+        "sequences",
+        is_log=True,
     )
 
 
@@ -173,7 +207,15 @@ def _histogram(
 ) -> str:
     counts, edges = np.histogram(values, bins=bins)
     with _drawn(width, height) as (axes, drawn):
-        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_BAR, edgecolor="white", linewidth=0.5)
+        axes.bar(
+            edges[:-1],
+            counts,
+            width=np.diff(edges),
+            align="edge",
+            color=_BAR,
+            edgecolor="white",
+            linewidth=0.5,
+        )
         if is_log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -222,11 +264,15 @@ def _days(times: Iterable[datetime]) -> NDArray[np.float64]:
 
 def _span(attempts: Sequence[Attempt]) -> tuple[float, float]:
     """The first start and the last end, in Matplotlib's days."""
-    start, end = _days([min(each.started_at for each in attempts), max(each.ended_at for each in attempts)])
+    start, end = _days(
+        [min(each.started_at for each in attempts), max(each.ended_at for each in attempts)]
+    )
     return start, max(end, start + 1 / 86_400)
 
 
-def _ticks(points: Sequence[tuple[datetime, int]]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def _ticks(
+    points: Sequence[tuple[datetime, int]],
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     rows = np.array([row for _, row in points])
     return _days([at for at, _ in points]), rows - 0.22, rows + 0.22
 

@@ -42,13 +42,18 @@ class RunProgress:
 
     def __enter__(self) -> RunProgress:
         if self._console.is_terminal or self._console.is_jupyter:
-            bar = Progress(TextColumn("{task.description}"), BarColumn(), console=self._console, transient=True)
+            bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), console=self._console, transient=True
+            )
             self._bar = bar, bar.add_task(self.describe(), total=self._total_tokens)
             bar.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._bar:
             self._bar[0].stop()
@@ -63,7 +68,9 @@ class RunProgress:
         if self._started_at is None:
             self._started_at = self._clock()
         else:
-            self._measured_tokens += tokens  # those of the first batch took time before the measuring began
+            self._measured_tokens += (
+                tokens  # those of the first batch took time before the measuring began
+            )
         self._newest_at = self._clock()
         done_sequences, done_tokens = self._done.get(rank, (0, 0))
         self._done[rank] = done_sequences + sequences, done_tokens + tokens
@@ -105,7 +112,9 @@ class RunProgress:
         return self._measured_tokens / elapsed_s if elapsed_s > 0 else 0.0
 
     def _totals(self) -> tuple[int, int]:
-        return sum(done[0] for done in self._done.values()), sum(done[1] for done in self._done.values())
+        return sum(done[0] for done in self._done.values()), sum(
+            done[1] for done in self._done.values()
+        )
 
     def _show(self) -> None:
         if self._bar:

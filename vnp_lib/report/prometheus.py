@@ -10,7 +10,12 @@ from operator import attrgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -21,7 +26,12 @@ from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.run import Histogram, RunMetrics
 
 _OF_A_SHARD = (
-    (GaugeMetricFamily, "vnp_shard_sequences", "Distinct sequences of a shard.", attrgetter("num_sequences")),
+    (
+        GaugeMetricFamily,
+        "vnp_shard_sequences",
+        "Distinct sequences of a shard.",
+        attrgetter("num_sequences"),
+    ),
     (
         GaugeMetricFamily,
         "vnp_shard_sequences_done",
@@ -52,7 +62,12 @@ _OF_A_SHARD = (
         "Batches that are read ahead and wait for the model; 0 where the model waits for the reading.",
         attrgetter("batches_queued"),
     ),
-    (CounterMetricFamily, "vnp_attempts", "Children that were started here.", attrgetter("attempts")),
+    (
+        CounterMetricFamily,
+        "vnp_attempts",
+        "Children that were started here.",
+        attrgetter("attempts"),
+    ),
 )
 _OF_A_GPU: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (
     (
@@ -87,7 +102,9 @@ def require_free_port(address: str, port: int) -> None:
     try:
         family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: the last run's is gone
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as the server does: the last run's is gone
             listener.bind(place)
     except OSError as error:
         raise ConfigError(
@@ -97,7 +114,9 @@ def require_free_port(address: str, port: int) -> None:
 
 
 @contextmanager
-def serving(metrics: RunMetrics, quarantine: Quarantine, *, address: str, port: int) -> Iterator[None]:
+def serving(
+    metrics: RunMetrics, quarantine: Quarantine, *, address: str, port: int
+) -> Iterator[None]:
     """Serve the page at `/metrics` while the block runs.
 
     Raises:
@@ -134,7 +153,9 @@ class _RunCollector(Collector):
             for rank, shard in shards:
                 family.add_metric([str(rank)], count_of(shard))
             yield family
-        failures = CounterMetricFamily("vnp_failures", "Attempts that failed, by how.", labels=["kind"])
+        failures = CounterMetricFamily(
+            "vnp_failures", "Attempts that failed, by how.", labels=["kind"]
+        )
         for kind, count in self._metrics.failures.items():
             failures.add_metric([kind], count)
         yield failures
@@ -146,7 +167,9 @@ class _RunCollector(Collector):
         )
         with suppress(StorageError, OSError):
             yield GaugeMetricFamily(
-                "vnp_quarantined_sequences", "Sequences that are set aside.", value=len(self._quarantine.read())
+                "vnp_quarantined_sequences",
+                "Sequences that are set aside.",
+                value=len(self._quarantine.read()),
             )
 
 
@@ -154,7 +177,9 @@ class _GpuCollector(Collector):
     """The machine's GPUs, asked of NVML at every scrape. What there is not, or cannot be told, is left out."""
 
     def collect(self) -> Iterator[Metric]:
-        families = [GaugeMetricFamily(name, meaning, labels=["gpu"]) for name, meaning, _ in _OF_A_GPU]
+        families = [
+            GaugeMetricFamily(name, meaning, labels=["gpu"]) for name, meaning, _ in _OF_A_GPU
+        ]
         ask_nvml(lambda nvml: _ask(nvml, families))
         yield from (family for family in families if family.samples)
 

@@ -112,13 +112,17 @@ class RunStatus:
     @property
     def tokens_per_s(self) -> float:
         """Of all running shards together, by their newest checkpoints; 0 where there is none."""
-        return sum(shard.tokens_per_s or 0.0 for shard in self.shards if shard.state == ShardState.RUNNING)
+        return sum(
+            shard.tokens_per_s or 0.0 for shard in self.shards if shard.state == ShardState.RUNNING
+        )
 
     @property
     def eta_s(self) -> float | None:
         """Seconds that the rest takes at the present speed; None where no speed is known."""
         rates = [
-            (s.tokens_left, s.tokens_per_s) for s in self.shards if s.state == ShardState.RUNNING and s.tokens_per_s
+            (s.tokens_left, s.tokens_per_s)
+            for s in self.shards
+            if s.state == ShardState.RUNNING and s.tokens_per_s
         ]
         if self.running is None or not rates:
             return None
@@ -165,13 +169,16 @@ def load_plan_of(run_dir: Path) -> RunPlan:
         raise ConfigError(f"the plan in {run_dir} cannot be read ({error})") from None
 
 
-def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now) -> RunStatus:
+def read_status(
+    plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
+) -> RunStatus:
     """Gather what the run has recorded. What cannot be read is a note, not an error."""
     recorded, manifest_notes = _recorded_shards(paths)
     running = FileLock(paths.run_lock, purpose="status").presumed_holder()
     quarantined, quarantine_notes = _quarantined(plan, paths)
     shards = tuple(
-        _shard(plan, paths, rank, recorded.get(rank, {}), running, quarantined) for rank in range(plan.num_shards)
+        _shard(plan, paths, rank, recorded.get(rank, {}), running, quarantined)
+        for rank in range(plan.num_shards)
     )
     num_recorded = sum(shard["total_sequences"] for shard in recorded.values())
     is_complete = all(shard.state == ShardState.COMPLETE for shard in shards)
@@ -183,12 +190,18 @@ def read_status(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]
         num_sequences=plan.num_sequences,
         num_computed=plan.num_computed,
         input=plan.counts,
-        num_done=sum(shard.num_done for shard in shards) if is_complete else min(num_recorded, plan.num_computed),
+        num_done=sum(shard.num_done for shard in shards)
+        if is_complete
+        else min(num_recorded, plan.num_computed),
         num_quarantined=None if quarantined is None else len(quarantined),
         shards=shards,
         dataset=_dataset(plan, paths),
         software=_software(paths),
-        notes=(*manifest_notes, *_redivision(plan, recorded, len(quarantined or ())), *quarantine_notes),
+        notes=(
+            *manifest_notes,
+            *_redivision(plan, recorded, len(quarantined or ())),
+            *quarantine_notes,
+        ),
         at=clock(),
     )
 
@@ -227,7 +240,11 @@ def _shard(
     ordinals = plan.shard_ordinals(rank)
     is_complete = recorded.get("status") == ShardStatus.COMPLETE
     num_set_aside = int(np.isin(ordinals, list(quarantined or ())).sum())
-    num_done = ordinals.size - num_set_aside if is_complete else min(recorded.get("total_sequences", 0), ordinals.size)
+    num_done = (
+        ordinals.size - num_set_aside
+        if is_complete
+        else min(recorded.get("total_sequences", 0), ordinals.size)
+    )
     attempts = read_attempts(paths, rank)
     newest = _newest_checkpoint(attempts)
     failures = recorded.get("failures", [])
@@ -237,7 +254,9 @@ def _shard(
         attempts=recorded.get("attempts", len(attempts)),
         num_sequences=ordinals.size,
         num_done=num_done,
-        tokens_left=0 if is_complete else plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
+        tokens_left=0
+        if is_complete
+        else plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
         tokens_per_s=newest.tokens_per_s if newest else None,
         checkpoint_at=newest.at if newest else None,
         device=recorded.get("device"),
@@ -246,7 +265,11 @@ def _shard(
 
 
 def _state(
-    paths: RunPaths, rank: int, recorded: str | None, attempts: list[Attempt], running: LockHolder | None
+    paths: RunPaths,
+    rank: int,
+    recorded: str | None,
+    attempts: list[Attempt],
+    running: LockHolder | None,
 ) -> ShardState:
     if recorded == ShardStatus.COMPLETE:
         return ShardState.COMPLETE
@@ -259,7 +282,9 @@ def _state(
 
 
 def _newest_checkpoint(attempts: list[Attempt]) -> CheckpointEntry | None:
-    return next((attempt.checkpoints[-1] for attempt in reversed(attempts) if attempt.checkpoints), None)
+    return next(
+        (attempt.checkpoints[-1] for attempt in reversed(attempts) if attempt.checkpoints), None
+    )
 
 
 def _failure(record: dict[str, Any]) -> LastFailure:
@@ -272,9 +297,13 @@ def _failure(record: dict[str, Any]) -> LastFailure:
     )
 
 
-def _redivision(plan: RunPlan, recorded: dict[int, dict[str, Any]], num_quarantined: int) -> Iterator[str]:
+def _redivision(
+    plan: RunPlan, recorded: dict[int, dict[str, Any]], num_quarantined: int
+) -> Iterator[str]:
     """The manifest counts a checkpoint for the shard that wrote it, whoever has its sequences now."""
-    foreign = any(rank >= plan.num_shards and shard["total_sequences"] for rank, shard in recorded.items())
+    foreign = any(
+        rank >= plan.num_shards and shard["total_sequences"] for rank, shard in recorded.items()
+    )
     sizes = {rank: plan.shard_ordinals(rank).size for rank in range(plan.num_shards)}
     misfits = any(
         not (size - num_quarantined if shard["status"] == ShardStatus.COMPLETE else 0)
@@ -304,22 +333,34 @@ def _dataset(plan: RunPlan, paths: RunPaths) -> str:
     if metadata["fingerprint"] != plan.fingerprint:
         return "of another run; the next run puts it together anew"
     rows = sum(part["rows"] for part in metadata["parts"])
-    told = describe_rows(rows, num_quarantined=metadata["num_quarantined"], num_missing=metadata["num_missing"])
-    precision = f"; {Certificate(**metadata['precision']).describe()}" if metadata["precision"] else ""
+    told = describe_rows(
+        rows, num_quarantined=metadata["num_quarantined"], num_missing=metadata["num_missing"]
+    )
+    precision = (
+        f"; {Certificate(**metadata['precision']).describe()}" if metadata["precision"] else ""
+    )
     return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}{precision}"
 
 
 def _software(paths: RunPaths) -> str:
     with suppress(StorageError, OSError):
         return describe_software(
-            [SoftwareShare.from_json(each) for each in read_success(paths.embeddings_dir)["software"]]
+            [
+                SoftwareShare.from_json(each)
+                for each in read_success(paths.embeddings_dir)["software"]
+            ]
         )
     return ""
 
 
 def _headline(status: RunStatus) -> Iterator[Text]:
-    going_on = "no run is going on" if status.running is None else f"a run is going on: {status.running}"
-    yield plain(f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences", style="bold")
+    going_on = (
+        "no run is going on" if status.running is None else f"a run is going on: {status.running}"
+    )
+    yield plain(
+        f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences",
+        style="bold",
+    )
     yield plain(going_on, style="" if status.running is None else "green")
     if told := describe_input(status.input, RunPaths(status.run_dir)):
         yield plain(f"of the input: {told}", style="yellow" if status.input.is_altered else "")
@@ -343,7 +384,9 @@ class _Shards:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = [tuple(_row(shard, self._at)) for shard in self._shown]
-        width_needed = natural_width(_table(_COLUMNS[:-1], [row[:-1] for row in rows], self._hidden), console, options)
+        width_needed = natural_width(
+            _table(_COLUMNS[:-1], [row[:-1] for row in rows], self._hidden), console, options
+        )
         if any(row[-1] for row in rows):
             width_needed += 1 + min(_NARROWEST_FAILURE, max(row[-1].cell_len for row in rows))
         if width_needed <= options.max_width:
@@ -359,7 +402,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Text]], hidden: str) 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in columns:
         is_text = name in ("state", "device", "last failure")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "last failure", overflow="fold")
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=name != "last failure",
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*row)
     if hidden:
@@ -371,7 +419,19 @@ def _paragraph(row: Sequence[Text]) -> Text:
     """Say what a row of the table says: `shard 3 running, attempt 2, 600 of 1,200 (50.0 %), 5,400 tokens/s on cpu`."""
     shard, state, attempt, done, total, percent, rate, device, failure = row
     told = Text.assemble(
-        "shard ", shard, " ", state, ", attempt ", attempt, ", ", done, " of ", total, " (", percent, " %)"
+        "shard ",
+        shard,
+        " ",
+        state,
+        ", attempt ",
+        attempt,
+        ", ",
+        done,
+        " of ",
+        total,
+        " (",
+        percent,
+        " %)",
     )
     if rate:
         told.append_text(Text.assemble(", ", rate, " tokens/s"))
@@ -399,7 +459,9 @@ def _row(shard: ShardProgress, now: datetime) -> Iterator[Text]:
     yield plain(f"{shard.percent:.1f}")
     yield plain("" if shard.tokens_per_s is None else f"{shard.tokens_per_s:,.0f}")
     yield plain(shard.device or "")
-    yield plain(f"{failure.kind}, {format_age(failure.at, now)}: {failure.explanation}" if failure else "")
+    yield plain(
+        f"{failure.kind}, {format_age(failure.at, now)}: {failure.explanation}" if failure else ""
+    )
 
 
 def _totals(status: RunStatus) -> Iterator[Text]:
@@ -416,7 +478,10 @@ def _totals(status: RunStatus) -> Iterator[Text]:
         yield plain(f"computed by: {status.software}")
     for note in status.notes:
         yield plain(f"note: {note}", style="yellow")
-    yield plain("counts are those of the newest checkpoints; `vnp verify` reads everything again", style="dim")
+    yield plain(
+        "counts are those of the newest checkpoints; `vnp verify` reads everything again",
+        style="dim",
+    )
 
 
 def _jsonable(value: Any) -> Any:

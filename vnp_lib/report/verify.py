@@ -33,8 +33,12 @@ class RunReport:
     damage: tuple[str, ...]  # one line for each thing that is wrong
     notes: tuple[str, ...] = ()  # what is worth knowing, and as it should be
     num_checkpoints: int = 0  # that are whole
-    num_sequences: int | None = None  # to compute, each distinct one once; None: the plan cannot be read
-    to_compute: dict[int, int] = field(default_factory=dict)  # sequences that the next run computes, by shard
+    num_sequences: int | None = (
+        None  # to compute, each distinct one once; None: the plan cannot be read
+    )
+    to_compute: dict[int, int] = field(
+        default_factory=dict
+    )  # sequences that the next run computes, by shard
     has_dataset: bool = False  # whole, with a row for every sequence that is not in quarantine
 
     @property
@@ -65,7 +69,9 @@ class RunReport:
             return "the same command as before writes the plan anew, and then computes what is in no whole checkpoint"
         count = sum(self.to_compute.values())
         if count:
-            shards = ", ".join(f"shard {rank}: {number:,}" for rank, number in self.to_compute.items())
+            shards = ", ".join(
+                f"shard {rank}: {number:,}" for rank, number in self.to_compute.items()
+            )
             return f"the next run computes {count:,} of {self.num_sequences:,} sequences ({shards})"
         if self.has_dataset:
             return f"the dataset is complete: the next run computes none of {self.num_sequences:,} sequences"
@@ -80,7 +86,9 @@ def verify_run(run_dir: Path) -> RunReport:
     """
     paths = RunPaths(run_dir)
     if not paths.plan_dir.is_dir() and not paths.checkpoints_dir.is_dir():
-        raise ConfigError(f"{run_dir} is not a run directory: it has neither plan/ nor checkpoints/")
+        raise ConfigError(
+            f"{run_dir} is not a run directory: it has neither plan/ nor checkpoints/"
+        )
     running = FileLock(paths.run_lock, purpose="verify").presumed_holder()
     try:
         plan = load_plan(paths)
@@ -95,13 +103,19 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
     quarantined, quarantine_damage = _quarantined(paths, plan)
     is_set_aside = with_copies(plan, [ordinal for ordinal in quarantined if not is_done[ordinal]])
     shards = {rank: plan.shard_ordinals(rank) for rank in range(plan.num_shards)}
-    left = {rank: int((~is_done & ~is_set_aside)[ordinals].sum()) for rank, ordinals in shards.items()}
+    left = {
+        rank: int((~is_done & ~is_set_aside)[ordinals].sum()) for rank, ordinals in shards.items()
+    }
     dataset = _dataset(paths, plan, is_set_aside)
     return RunReport(
         run_dir=paths.run_dir,
         running=running,
         damage=(
-            *(f"{damage.path}: {damage.reason}" for damage in survey.damaged if not damage.is_unfinished),
+            *(
+                f"{damage.path}: {damage.reason}"
+                for damage in survey.damaged
+                if not damage.is_unfinished
+            ),
             *_refusal(survey),
             *(_manifest(paths, survey.valid) if running is None else ()),
             *quarantine_damage,
@@ -124,11 +138,19 @@ def _without_plan(paths: RunPaths, running: LockHolder | None, damage: str) -> R
     from vnp_lib.checkpoint import load_checkpoint
 
     found = sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt"))
-    reasons = [reason for path in found if (reason := failure_reason(load_checkpoint, path, fingerprint=None))]
+    reasons = [
+        reason
+        for path in found
+        if (reason := failure_reason(load_checkpoint, path, fingerprint=None))
+    ]
     return RunReport(
         run_dir=paths.run_dir,
         running=running,
-        damage=(damage, *reasons, *(verify_dataset(paths.run_dir) if paths.success.exists() else ())),
+        damage=(
+            damage,
+            *reasons,
+            *(verify_dataset(paths.run_dir) if paths.success.exists() else ()),
+        ),
         num_checkpoints=len(found) - len(reasons),
     )
 
@@ -143,7 +165,9 @@ def _refusal(survey: Survey) -> Iterator[str]:
 def _unfinished(damage: Damage, running: LockHolder | None) -> str:
     if running is not None:
         return f"{damage.path}: is being written, or its writer was stopped"
-    return f"{damage.path}: its writer was stopped before it was finished; the next run moves it aside"
+    return (
+        f"{damage.path}: its writer was stopped before it was finished; the next run moves it aside"
+    )
 
 
 def _manifest(paths: RunPaths, valid: tuple[CheckpointRecord, ...]) -> Iterator[str]:
@@ -179,7 +203,10 @@ def _quarantined(paths: RunPaths, plan: RunPlan) -> tuple[frozenset[int], list[s
 
 
 def _quarantine_notes(
-    paths: RunPaths, quarantined: frozenset[int], is_done: NDArray[np.bool_], is_set_aside: NDArray[np.bool_]
+    paths: RunPaths,
+    quarantined: frozenset[int],
+    is_done: NDArray[np.bool_],
+    is_set_aside: NDArray[np.bool_],
 ) -> Iterator[str]:
     num_done = int(is_done[list(quarantined)].sum())
     if num_set_aside := len(quarantined) - num_done:
@@ -205,9 +232,15 @@ def _dataset(paths: RunPaths, plan: RunPlan, is_set_aside: NDArray[np.bool_]) ->
         return _DatasetState(damage=(*damage, anew))
     dataset = open_dataset(paths.run_dir)
     if dataset.metadata["fingerprint"] != plan.fingerprint:
-        return _DatasetState(damage=(f"{paths.embeddings_dir} is of another run; the next run puts it together anew",))
+        return _DatasetState(
+            damage=(
+                f"{paths.embeddings_dir} is of another run; the next run puts it together anew",
+            )
+        )
     lack = _lack(dataset, plan, num_set_aside=int(is_set_aside.sum()))
-    return _DatasetState(notes=(f"the dataset has {len(dataset):,} rows{lack}",), is_complete=not lack)
+    return _DatasetState(
+        notes=(f"the dataset has {len(dataset):,} rows{lack}",), is_complete=not lack
+    )
 
 
 def _lack(dataset: EmbeddingDataset, plan: RunPlan, *, num_set_aside: int) -> str:

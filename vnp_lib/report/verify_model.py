@@ -56,7 +56,9 @@ SEQUENCES = {
 class Tolerance:
     """How far apart two computations may be that are both right."""
 
-    relative_difference: float | None  # the largest of a layer, by the largest value of fair-esm's there; None: any
+    relative_difference: (
+        float | None
+    )  # the largest of a layer, by the largest value of fair-esm's there; None: any
     residue_cosine: float  # the lowest of a layer
     mean_cosine: float  # the lowest, of the embeddings that a run gives
 
@@ -64,7 +66,9 @@ class Tolerance:
         cosines = f"cosines of at least {self.residue_cosine} for residues and {self.mean_cosine} for means"
         if self.relative_difference is None:
             return cosines
-        return f"differences of at most {self.relative_difference:.0e} of the largest value, {cosines}"
+        return (
+            f"differences of at most {self.relative_difference:.0e} of the largest value, {cosines}"
+        )
 
 
 # A network rounded to half precision strays from layer to layer; what is wrong in it falls to cosines far below.
@@ -89,8 +93,13 @@ class LayerComparison:
     def between(cls, layer: int, ours: list[Tensor], theirs: list[Tensor]) -> LayerComparison:
         """Compare states, each (residues + 2, D), sequence by sequence. What is not finite is as far off as can be."""
         pairs = [(our.double(), their.double()) for our, their in zip(ours, theirs, strict=True)]
-        difference = max(float((our - their).abs().nan_to_num(inf, posinf=inf).max()) for our, their in pairs)
-        cosines = [F.cosine_similarity(our[1:-1], their[1:-1]).nan_to_num(-1.0).min() for our, their in pairs]
+        difference = max(
+            float((our - their).abs().nan_to_num(inf, posinf=inf).max()) for our, their in pairs
+        )
+        cosines = [
+            F.cosine_similarity(our[1:-1], their[1:-1]).nan_to_num(-1.0).min()
+            for our, their in pairs
+        ]
         return cls(
             layer=layer,
             max_abs_difference=difference,
@@ -124,7 +133,9 @@ class ModelReport:
     @property
     def first_apart(self) -> int | None:
         """The first layer that is too far off; None where all are near."""
-        return next((each.layer for each in self.layers if not each.is_within(self.tolerance)), None)
+        return next(
+            (each.layer for each in self.layers if not each.is_within(self.tolerance)), None
+        )
 
     @property
     def is_close(self) -> bool:
@@ -132,12 +143,18 @@ class ModelReport:
 
     def to_json(self) -> dict[str, Any]:
         """All of it; null stands for what is not finite."""
-        derived = {"tolerance": asdict(self.tolerance), "first_apart": self.first_apart, "is_close": self.is_close}
+        derived = {
+            "tolerance": asdict(self.tolerance),
+            "first_apart": self.first_apart,
+            "is_close": self.is_close,
+        }
         told: dict[str, Any] = _finite(asdict(self) | derived)
         return told
 
 
-def compare_with_fair_esm(model: ModelName, weights: str, *, dtype: str, device: str) -> ModelReport:
+def compare_with_fair_esm(
+    model: ModelName, weights: str, *, dtype: str, device: str
+) -> ModelReport:
     """Compute `SEQUENCES` with fair-esm's network and with ours.
 
     It takes as much host memory as fair-esm's network does in float32, 12 GB for 3B.
@@ -157,7 +174,9 @@ def compare_with_fair_esm(model: ModelName, weights: str, *, dtype: str, device:
     dtype = resolve_dtype(dtype, device)
     found = resolve_weights(model, weights)
     theirs = _states_of_fair_esm(model, found)
-    ours, means = _our_states(model, found, getattr(torch, dtype), torch.device(torch_device_name(device)))
+    ours, means = _our_states(
+        model, found, getattr(torch, dtype), torch.device(torch_device_name(device))
+    )
     their_means = torch.stack([states[1:-1].mean(dim=0) for states in theirs[-1]])
     return ModelReport(
         model=model,
@@ -167,9 +186,12 @@ def compare_with_fair_esm(model: ModelName, weights: str, *, dtype: str, device:
         weights_digest=found.digest,
         is_official=is_official(model, found),
         layers=tuple(
-            LayerComparison.between(layer, *states) for layer, states in enumerate(zip(ours, theirs, strict=True))
+            LayerComparison.between(layer, *states)
+            for layer, states in enumerate(zip(ours, theirs, strict=True))
         ),
-        lowest_mean_cosine=float(F.cosine_similarity(means.double(), their_means.double()).nan_to_num(-1.0).min()),
+        lowest_mean_cosine=float(
+            F.cosine_similarity(means.double(), their_means.double()).nan_to_num(-1.0).min()
+        ),
     )
 
 
@@ -195,9 +217,13 @@ def _our_states(
     network = load_model(model, weights, dtype=dtype, device=device)
     batch = _packed().to(device)
     layers = range(network.architecture.num_layers + 1)
-    states = network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)["representations"]
+    states = network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)[
+        "representations"
+    ]
     lengths = batch.cu_seqlens.diff().tolist()
-    return [list(states[layer].cpu().split_with_sizes(lengths)) for layer in layers], embed_batch(network, batch).cpu()
+    return [list(states[layer].cpu().split_with_sizes(lengths)) for layer in layers], embed_batch(
+        network, batch
+    ).cpu()
 
 
 def _packed() -> PackedBatch:
@@ -211,12 +237,17 @@ def render_model_report(report: ModelReport) -> RenderableType:
 
 def _headline(report: ModelReport) -> Iterator[Text]:
     where = "the CPU" if report.device == "cpu" else f"GPU {report.device}"
-    yield plain(f"{report.model} in {report.dtype} on {where}, beside fair-esm in float32 on the CPU", style="bold")
+    yield plain(
+        f"{report.model} in {report.dtype} on {where}, beside fair-esm in float32 on the CPU",
+        style="bold",
+    )
     yield plain(f"weights: {report.weights} ({report.weights_digest})")
     yield {
         True: plain("they are the official ones", style="green"),
         False: plain("they are not the official ones", style="yellow"),
-        None: plain("whether they are the official ones is not known: no sha256 of official files of this model is"),
+        None: plain(
+            "whether they are the official ones is not known: no sha256 of official files of this model is"
+        ),
     }[report.is_official]
     residues = sum(map(len, SEQUENCES.values()))
     yield plain(f"{len(SEQUENCES)} sequences, {residues:,} residues")
@@ -244,7 +275,13 @@ class _Layers:
 
 def _table(report: ModelReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("layer", "largest difference", "of the largest value", "lowest cosine of a residue", ""):
+    for name in (
+        "layer",
+        "largest difference",
+        "of the largest value",
+        "lowest cosine of a residue",
+        "",
+    ):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for each in report.layers:
         is_near = each.is_within(report.tolerance)
@@ -264,7 +301,9 @@ def _verdict(report: ModelReport) -> Iterator[Text]:
     if report.is_close:
         yield plain("close enough: this is fair-esm's model", style="green")
     elif report.first_apart is None:
-        yield plain("too far apart: every layer is near, the mean embeddings are not", style="bold red")
+        yield plain(
+            "too far apart: every layer is near, the mean embeddings are not", style="bold red"
+        )
     else:
         yield plain(f"too far apart: layer {report.first_apart} is the first", style="bold red")
 

@@ -10,7 +10,13 @@ from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import Histogram, RunMetrics
 from vnp_lib.run.record import RunRecord
 from vnp_lib.run.resolve import CPU_TOKEN_BUDGET, planned_layout, planned_token_budget
-from vnp_lib.run.resume import PendingWork, failure_reason, find_pending_work, read_checkpoints, with_copies
+from vnp_lib.run.resume import (
+    PendingWork,
+    failure_reason,
+    find_pending_work,
+    read_checkpoints,
+    with_copies,
+)
 from vnp_lib.run.run import RANDOM_WEIGHTS, Run, ShardState
 
 __all__ = [

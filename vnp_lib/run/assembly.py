@@ -36,13 +36,35 @@ from vnp_lib.dataset import (
     read_success,
     verify_dataset,
 )
-from vnp_lib.errors import ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.errors import (
+    ConfigError,
+    IncompleteDatasetError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.formatting import utc_now
 from vnp_lib.inference import Certificate, Comparison, from_metadata
 from vnp_lib.inputs import InputCounts
-from vnp_lib.plan import RowLayout, RunPaths, RunPlan, StoreDtype, Values, as_stored, offsets_of, pack
+from vnp_lib.plan import (
+    RowLayout,
+    RunPaths,
+    RunPlan,
+    StoreDtype,
+    Values,
+    as_stored,
+    offsets_of,
+    pack,
+)
 from vnp_lib.prefetch import map_ahead
-from vnp_lib.run.buckets import _THREADS, _VALUE_BYTES, _Buckets, _Copies, _divide, _Division, _RaggedBuckets
+from vnp_lib.run.buckets import (
+    _THREADS,
+    _VALUE_BYTES,
+    _Buckets,
+    _Copies,
+    _divide,
+    _Division,
+    _RaggedBuckets,
+)
 from vnp_lib.run.resume import _require_planned, load_planned, planned_layout, with_copies
 from vnp_lib.software import Software, SoftwareShare, describe_software
 from vnp_lib.storage import (
@@ -87,7 +109,9 @@ class DatasetSummary:
 
     def describe(self) -> str:
         """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
-        rows = describe_rows(self.num_rows, num_quarantined=self.num_quarantined, num_missing=self.num_missing)
+        rows = describe_rows(
+            self.num_rows, num_quarantined=self.num_quarantined, num_missing=self.num_missing
+        )
         return ", ".join(filter(None, [rows, self.counts.describe()]))
 
 
@@ -138,7 +162,9 @@ def assemble(
             if not (is_missing.any() and _is_whole(paths, content)):
                 require_own_parts(paths)
                 has_row = ~is_quarantined & ~is_missing
-                _write_dataset(plan, paths, records, has_row, content, clock().isoformat(), part_bytes)
+                _write_dataset(
+                    plan, paths, records, has_row, content, clock().isoformat(), part_bytes
+                )
                 _put_in_place(paths)
         _sync_names(paths)  # whoever put it together may have died before doing so
     except OSError as error:
@@ -147,7 +173,9 @@ def assemble(
             f"nothing is computed twice"
         ) from error
     finally:
-        if not paths.replaced_dataset.is_dir():  # else the next assembly ends what this one was stopped at
+        if (
+            not paths.replaced_dataset.is_dir()
+        ):  # else the next assembly ends what this one was stopped at
             shutil.rmtree(paths.assembly_dir, ignore_errors=True)
     return _summary(paths)
 
@@ -164,7 +192,9 @@ def require_own_parts(paths: RunPaths) -> None:
     if not paths.embeddings_dir.is_dir():
         return
     own = _own_names(paths.embeddings_dir)
-    foreign = sorted(path for path in paths.embeddings_dir.glob("*.parquet") if path.name not in own)
+    foreign = sorted(
+        path for path in paths.embeddings_dir.glob("*.parquet") if path.name not in own
+    )
     if foreign:
         raise ConfigError(
             f"{foreign[0]} is not of this run, or damaged, and whoever reads {paths.embeddings_dir}/*.parquet would take its rows "
@@ -177,7 +207,9 @@ def is_of_a_dataset(path: Path) -> bool:
     return path.name == SUCCESS_NAME or (fnmatchcase(path.name, _PARTS) and _is_marked(path))
 
 
-def _content(plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArray[np.bool_]) -> dict[str, Any]:
+def _content(
+    plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArray[np.bool_]
+) -> dict[str, Any]:
     """What tells one run's datasets apart, as it stands in `_SUCCESS.json`."""
     return {
         "fingerprint": plan.fingerprint,
@@ -214,7 +246,11 @@ def _sync_names(paths: RunPaths) -> None:
 
 
 def _find_missing(
-    plan: RunPlan, records: Sequence[CheckpointRecord], is_quarantined: NDArray[np.bool_], *, allow_missing: bool
+    plan: RunPlan,
+    records: Sequence[CheckpointRecord],
+    is_quarantined: NDArray[np.bool_],
+    *,
+    allow_missing: bool,
 ) -> NDArray[np.bool_]:
     """Which ordinals are in no checkpoint and not in quarantine, (N,). Raises as `assemble`."""
     is_computed = np.zeros(plan.num_sequences, dtype=bool)
@@ -224,10 +260,14 @@ def _find_missing(
     is_covered = is_computed[plan.representatives]
     is_missing: NDArray[np.bool_] = ~is_covered & ~is_quarantined
     if not (allow_missing and is_computed.any()):
-        _refuse_ordinals(plan, is_missing, "are in no checkpoint; start the run again: it computes them")
+        _refuse_ordinals(
+            plan, is_missing, "are in no checkpoint; start the run again: it computes them"
+        )
     _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")
     if not is_computed.any() and plan.num_sequences:
-        raise IncompleteDatasetError("every sequence is in quarantine: there is no dataset to put together")
+        raise IncompleteDatasetError(
+            "every sequence is in quarantine: there is no dataset to put together"
+        )
     return is_missing
 
 
@@ -235,9 +275,13 @@ def _refuse_ordinals(plan: RunPlan, mask: NDArray[np.bool_], what: str) -> None:
     ordinals = np.flatnonzero(mask)
     if ordinals.size:
         shown = ordinals[:_NUM_SHOWN]
-        listed = ", ".join(f"{ordinal} ({id_!r})" for ordinal, id_ in zip(shown, plan.ids(shown), strict=True))
+        listed = ", ".join(
+            f"{ordinal} ({id_!r})" for ordinal, id_ in zip(shown, plan.ids(shown), strict=True)
+        )
         more = ", ..." if ordinals.size > _NUM_SHOWN else ""
-        raise IncompleteDatasetError(f"{ordinals.size:,} of {mask.size:,} sequences {what}: ordinals {listed}{more}")
+        raise IncompleteDatasetError(
+            f"{ordinals.size:,} of {mask.size:,} sequences {what}: ordinals {listed}{more}"
+        )
 
 
 def _settle(paths: RunPaths) -> None:
@@ -245,7 +289,9 @@ def _settle(paths: RunPaths) -> None:
     if paths.replaced_dataset.is_dir():
         if not os.path.lexists(paths.embeddings_dir):  # stopped between two renames
             is_written = (paths.new_dataset / paths.success.name).exists()
-            move_file(paths.new_dataset if is_written else paths.replaced_dataset, paths.embeddings_dir)
+            move_file(
+                paths.new_dataset if is_written else paths.replaced_dataset, paths.embeddings_dir
+            )
         if paths.replaced_dataset.is_dir():
             _give_back(paths)
     shutil.rmtree(paths.assembly_dir, ignore_errors=True)
@@ -267,7 +313,9 @@ def _put_in_place(paths: RunPaths) -> None:
 def _give_back(paths: RunPaths) -> None:
     """Remove the dataset that was replaced, `_SUCCESS.json` last, and give what else lay beside it its place again."""
     own = _own_names(paths.replaced_dataset)
-    for path in sorted(paths.replaced_dataset.iterdir(), key=lambda path: path.name == paths.success.name):
+    for path in sorted(
+        paths.replaced_dataset.iterdir(), key=lambda path: path.name == paths.success.name
+    ):
         if path.name in own:
             remove_file(path)
         elif not path.name.startswith(_TEMPORARY_PREFIX):
@@ -283,7 +331,9 @@ def _own_names(directory: Path) -> set[str]:
         listed.add(success.name)
         with suppress(StorageError):
             listed |= {part["name"] for part in read_sealed_json(success)["parts"]}
-    return listed | {path.name for path in directory.glob(_PARTS) if path.name not in listed and _is_marked(path)}
+    return listed | {
+        path.name for path in directory.glob(_PARTS) if path.name not in listed and _is_marked(path)
+    }
 
 
 def _is_marked(path: Path) -> bool:
@@ -307,7 +357,9 @@ def _write_dataset(
     for directory in (paths.assembly_dir, paths.new_dataset):
         make_directory(directory)
     division = _divide(plan, planned_layout(plan, records), part_bytes)
-    buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(paths.assembly_dir, plan, division)
+    buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(
+        paths.assembly_dir, plan, division
+    )
     comparisons, software = _distribute(plan, records, buckets)
     precision = Certificate.of(comparisons)
     division = replace(division, software=describe_software(software))
@@ -370,11 +422,15 @@ def _write_part(
     expected = start + np.flatnonzero(has_row[start:stop])
     ordinals, rows = taken
     if not np.array_equal(ordinals, expected):
-        raise StorageError(f"ordinals {start} to {stop} came back from disk incomplete; start the run again")
+        raise StorageError(
+            f"ordinals {start} to {stop} came back from disk incomplete; start the run again"
+        )
     _require_finite(plan, division.layout, ordinals, rows)
     table = plan.records(start, stop).drop_columns(["sequence"]).take(pa.array(expected - start))
     values = _as_stored(plan, division.layout, ordinals, rows)
-    columns = columns_of(division.layout, values, plan.lengths[ordinals], is_large=division.is_large)
+    columns = columns_of(
+        division.layout, values, plan.lengths[ordinals], is_large=division.is_large
+    )
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.new_dataset / f"part-{part:05d}.parquet"
     with durable_file(path) as file:
@@ -397,13 +453,19 @@ def _write_table(file: DurableFile, table: pa.Table, row_bytes: NDArray[np.int64
             writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
 
 
-def _require_finite(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+def _require_finite(
+    plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]
+) -> None:
     bad = _not_finite(plan, layout, ordinals, rows)
     if bad.size:
-        raise NumericalInstabilityError(f"{bad.size:,} embeddings are not finite, the first of {_named(plan, bad[0])}")
+        raise NumericalInstabilityError(
+            f"{bad.size:,} embeddings are not finite, the first of {_named(plan, bad[0])}"
+        )
 
 
-def _as_stored(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> Values:
+def _as_stored(
+    plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: NDArray[np.float32]
+) -> Values:
     if plan.store_dtype is StoreDtype.FLOAT32:
         return rows
     values = as_stored(rows, plan.store_dtype)
@@ -416,7 +478,9 @@ def _as_stored(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], ro
     return values
 
 
-def _not_finite(plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: Values) -> NDArray[np.int64]:
+def _not_finite(
+    plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: Values
+) -> NDArray[np.int64]:
     """Those of `ordinals` in whose rows there is a value that is not finite."""
     is_finite = np.isfinite(rows)
     if is_finite.all():

@@ -22,7 +22,9 @@ from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RowLayout, RunPlan, offse
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
     from vnp_lib.checkpoint import Checkpoint
 
-_MOST_PARTS = 16_384  # `_SUCCESS.json` takes 250 bytes for each, and readers take no more than 32 MiB of it
+_MOST_PARTS = (
+    16_384  # `_SUCCESS.json` takes 250 bytes for each, and readers take no more than 32 MiB of it
+)
 _BUFFER_BYTES = 256 * 1024**2  # of rows that wait for their buckets, or four parts, if that is less
 _BLOCK_BYTES = 512 * 1024  # of rows
 _THREADS = 2
@@ -70,7 +72,11 @@ def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
     if not layout.is_one_mean:
         described["outputs"] = list(layout.names)
     return _Division(
-        layout=layout, starts=starts, num_sequences=plan.num_sequences, most_values=most_values, described=described
+        layout=layout,
+        starts=starts,
+        num_sequences=plan.num_sequences,
+        most_values=most_values,
+        described=described,
     )
 
 
@@ -109,19 +115,27 @@ class _Buckets:
         self._of_this_thread = threading.local()
         self._directory = directory
         self._name = uuid.uuid4().hex[:8]
-        self._places: defaultdict[int, list[NDArray[np.int32]]] = defaultdict(list)  # in a part, in the rows' order
+        self._places: defaultdict[int, list[NDArray[np.int32]]] = defaultdict(
+            list
+        )  # in a part, in the rows' order
         self._crc32: defaultdict[int, int] = defaultdict(int)
         self._waiting: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
         self._num_waiting_bytes = 0
         self._most_waiting_bytes = min(_BUFFER_BYTES, 4 * division.most_values * _VALUE_BYTES)
 
-    def append(self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]) -> None:
+    def append(
+        self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]
+    ) -> None:
         """Give each of the ascending `ordinals` the row of a checkpoint that stands at its place in `rows`."""
-        parts, starts = np.unique(np.searchsorted(self._starts, ordinals, side="right") - 1, return_index=True)
+        parts, starts = np.unique(
+            np.searchsorted(self._starts, ordinals, side="right") - 1, return_index=True
+        )
         stops = np.append(starts, ordinals.size)[1:]
         for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
             for block in self._taken(checkpoint, rows[start:stop]):
-                self._waiting[part].append(block.astype("<f4"))  # a copy: the checkpoint is to be forgotten
+                self._waiting[part].append(
+                    block.astype("<f4")
+                )  # a copy: the checkpoint is to be forgotten
                 self._num_waiting_bytes += self._waiting[part][-1].nbytes
                 if self._num_waiting_bytes > self._most_waiting_bytes:
                     self.flush()
@@ -148,7 +162,10 @@ class _Buckets:
         ordinals = self._starts[part] + np.concatenate(self._places.pop(part))
         ascending = np.argsort(ordinals)
         rows = self._rows_of(ordinals)
-        if path.stat().st_size != rows.nbytes or self._read(path, rows, ordinals, ascending) != self._crc32[part]:
+        if (
+            path.stat().st_size != rows.nbytes
+            or self._read(path, rows, ordinals, ascending) != self._crc32[part]
+        ):
             raise StorageError(f"{path} does not give back what was written to it; check the disk")
         path.unlink()
         self._announce(part + _THREADS)
@@ -171,7 +188,11 @@ class _Buckets:
         return (checkpoint.embeddings[block] for block in self._blocks(rows))
 
     def _read(
-        self, path: Path, rows: NDArray[np.float32], ordinals: NDArray[np.int64], ascending: NDArray[np.int64]
+        self,
+        path: Path,
+        rows: NDArray[np.float32],
+        ordinals: NDArray[np.int64],
+        ascending: NDArray[np.int64],
     ) -> int:
         """Put the rows of a bucket, which are in the order of `ordinals`, into ascending order, and return its crc32."""
         crc32 = 0
@@ -187,7 +208,10 @@ class _Buckets:
     def _announce(self, part: int) -> None:
         """Have the system read a bucket, should it not hold it in memory any more, while those before are written."""
         if part in self._places:
-            with suppress(FileNotFoundError), self._path(part).open("rb") as file:  # another thread may be taking it
+            with (
+                suppress(FileNotFoundError),
+                self._path(part).open("rb") as file,
+            ):  # another thread may be taking it
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     @property
@@ -214,7 +238,11 @@ class _RaggedBuckets(_Buckets):
         return (checkpoint.embeddings[offsets[row] : offsets[row + 1]] for row in rows.tolist())
 
     def _read(
-        self, path: Path, rows: NDArray[np.float32], ordinals: NDArray[np.int64], ascending: NDArray[np.int64]
+        self,
+        path: Path,
+        rows: NDArray[np.float32],
+        ordinals: NDArray[np.int64],
+        ascending: NDArray[np.int64],
     ) -> int:
         crc32 = 0
         offsets = offsets_of(self._widths(ordinals[ascending]))

@@ -16,7 +16,15 @@ from vnp_lib.checkpoint import sequence_digest
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import planned_devices, resolve_devices
 from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
-from vnp_lib.inputs import STDIN, InputPolicy, describe_left_out, find_sources, keep_stdin, read, require_piped_stdin
+from vnp_lib.inputs import (
+    STDIN,
+    InputPolicy,
+    describe_left_out,
+    find_sources,
+    keep_stdin,
+    read,
+    require_piped_stdin,
+)
 from vnp_lib.plan import RunPaths, is_input_gone, load_plan
 from vnp_lib.run.assembly import require_own_parts
 from vnp_lib.run.ownership import move_aside, require_no_others
@@ -62,7 +70,9 @@ def look_at_model(config: EmbedConfig) -> Weights | None:
 
     layout = planned_layout(config)
     weights = look_at_weights(config.model, config.weights)
-    if weights is not None and config.weights != "auto":  # else what is missing of them is downloaded
+    if (
+        weights is not None and config.weights != "auto"
+    ):  # else what is missing of them is downloaded
         check_heads(config.model, weights, layout.heads)
     return weights
 
@@ -92,9 +102,16 @@ def _look_at_output(config: EmbedConfig) -> None:
     above = output_dir.absolute()
     existing = next(path for path in (output_dir, *above.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output-dir {output_dir}: {existing} is not a directory that can be written")
+        raise ConfigError(
+            f"--output-dir {output_dir}: {existing} is not a directory that can be written"
+        )
     for given in config.fasta:
-        if given != STDIN and os.path.isdir(given) and os.path.exists(output_dir) and given.samefile(output_dir):
+        if (
+            given != STDIN
+            and os.path.isdir(given)
+            and os.path.exists(output_dir)
+            and given.samefile(output_dir)
+        ):
             raise ConfigError(
                 f"--output-dir {output_dir}: this is the directory of the input too, and a run fills its own with many files; give "
                 f"another one, for example {output_dir / 'run'}, or name the files, as in --fasta '{given / '*.fasta'}'"
@@ -162,7 +179,8 @@ def _release_the_innocent(run: Run, survey: Survey) -> None:
         run.quarantine.release(
             each.ordinal
             for each in held
-            if is_done[each.ordinal] or each.sequence_sha256 != sequence_digest(run.plan, each.ordinal)
+            if is_done[each.ordinal]
+            or each.sequence_sha256 != sequence_digest(run.plan, each.ordinal)
         )
 
 
@@ -177,16 +195,22 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     plan = load_plan(RunPaths(config.output_dir))
     weights = resolve_weights(config.model, config.weights)
     if plan.fingerprint != fingerprint:
-        raise InputError(f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})")
+        raise InputError(
+            f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})"
+        )
     if plan.vnp not in ("", __version__) or plan.identity.get("numerics", 1) != NUMERICS_VERSION:
         raise InputError(
             f"{config.output_dir} was opened by vnp {plan.vnp} (numbers of version {plan.identity.get('numerics', 1)}), and this "
             f"machine has vnp {__version__} (version {NUMERICS_VERSION}) in {package_in_use().directory}; install the same on both"
         )
     if plan.identity["weights_digest"] != weights.digest:
-        raise InputError(f"the weights of {config.model} on this machine are not those that the run was begun with")
+        raise InputError(
+            f"the weights of {config.model} on this machine are not those that the run was begun with"
+        )
     _try_file_system(config.output_dir, is_new=False)  # which may be mounted otherwise here
-    devices = tuple(dict.fromkeys(resolve_devices(config.devices, config.model)))  # one child has all cores of the CPU
+    devices = tuple(
+        dict.fromkeys(resolve_devices(config.devices, config.model))
+    )  # one child has all cores of the CPU
     own = _exact_software(devices, executor="work-pool")
     if not plan.identity.get("division", own).endswith(own):
         raise InputError(
@@ -215,7 +239,13 @@ def _directories(paths: RunPaths) -> list[Path]:
         ConfigError: One is a link: through it we would write outside of the run directory.
     """
     shard_dirs = sorted(paths.checkpoints_dir.glob("shard_*"))
-    directories = [paths.plan_dir, paths.checkpoints_dir, *shard_dirs, paths.embeddings_dir, paths.assembly_dir]
+    directories = [
+        paths.plan_dir,
+        paths.checkpoints_dir,
+        *shard_dirs,
+        paths.embeddings_dir,
+        paths.assembly_dir,
+    ]
     for directory in directories:
         if directory.is_symlink():
             raise ConfigError(
@@ -233,9 +263,13 @@ def _locked(paths: RunPaths) -> Iterator[None]:
         lock = FileLock(paths.run_lock, purpose="run on this directory")
         _take(lock)
     except LockTimeoutError as error:
-        raise RunDirectoryBusyError(f"{paths.run_dir} is in use: {error}. Wait for it, or stop it first.") from None
+        raise RunDirectoryBusyError(
+            f"{paths.run_dir} is in use: {error}. Wait for it, or stop it first."
+        ) from None
     except OSError as error:
-        raise ConfigError(f"--output-dir {paths.run_dir} cannot be written: {error.strerror}") from None
+        raise ConfigError(
+            f"--output-dir {paths.run_dir} cannot be written: {error.strerror}"
+        ) from None
     try:
         yield
     finally:

@@ -64,7 +64,9 @@ class EventStream:
 def encode_event(event: Event) -> bytes:
     """Return an event as a line of at most 16 KiB: where it is longer, texts and lists are cut."""
     line = json.dumps(event).encode() + b"\n"
-    return line if len(line) <= _LONGEST_LINE_BYTES else json.dumps(_shortened(event)).encode() + b"\n"
+    return (
+        line if len(line) <= _LONGEST_LINE_BYTES else json.dumps(_shortened(event)).encode() + b"\n"
+    )
 
 
 def _shortened(value: object) -> object:
@@ -94,7 +96,9 @@ class EventReader:
         Half a line at the end, as a killed writer leaves it, is no event.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):  # what has been read when it strikes stays in the buffers
+            async with asyncio.timeout(
+                within_s
+            ):  # what has been read when it strikes stays in the buffers
                 while True:
                     if (line := self._take_line()) is not None:
                         return _decode(line)

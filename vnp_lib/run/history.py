@@ -22,7 +22,15 @@ from types import TracebackType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    TypeAdapter,
+)
 
 from vnp_lib.checkpoint import CheckpointManifest
 from vnp_lib.errors import StorageError
@@ -109,11 +117,20 @@ class AttemptHistory:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._is_started and isinstance(error, Exception):
             failure = classify_exception(error)
-            self._append(_Ended, ending=Ending.FAILED, kind=failure.kind, cause=failure.cause, message=_short(failure))
+            self._append(
+                _Ended,
+                ending=Ending.FAILED,
+                kind=failure.kind,
+                cause=failure.cause,
+                message=_short(failure),
+            )
 
     def started(self, *, device: str, pending: int) -> None:
         """Begin. The manifest, where it can be read, has the attempt's number and its device among those of its kind."""
@@ -134,8 +151,16 @@ class AttemptHistory:
         now_s = self._monotonic()
         seconds, self._since_s = now_s - self._since_s, now_s
         with suppress(StorageError, OSError, LookupError):
-            ordinals = np.array(read_marker(self._paths.checkpoint(self._rank, number))["ordinals"], dtype=np.int64)
-            self._append(_Checkpoint, number=number, rows=rows, tokens=plan.num_tokens(ordinals), seconds=seconds)
+            ordinals = np.array(
+                read_marker(self._paths.checkpoint(self._rank, number))["ordinals"], dtype=np.int64
+            )
+            self._append(
+                _Checkpoint,
+                number=number,
+                rows=rows,
+                tokens=plan.num_tokens(ordinals),
+                seconds=seconds,
+            )
 
     def ended(self, ending: Ending) -> None:
         self._append(_Ended, ending=ending)
@@ -143,10 +168,14 @@ class AttemptHistory:
     def _append(self, line: type[_Line], **fields: Any) -> None:
         with suppress(OSError, ValueError):
             told = line(at=self._clock(), host=socket.gethostname(), pid=os.getpid(), **fields)
-            _append_line(self._paths.history(self._rank), told.model_dump_json(exclude_none=True).encode())
+            _append_line(
+                self._paths.history(self._rank), told.model_dump_json(exclude_none=True).encode()
+            )
 
 
-def read_attempts(paths: RunPaths, rank: int, failures: Sequence[dict[str, Any]] = ()) -> list[Attempt]:
+def read_attempts(
+    paths: RunPaths, rank: int, failures: Sequence[dict[str, Any]] = ()
+) -> list[Attempt]:
     """Read a shard's attempts, in the order in which they began; none where there is no history.
 
     Lines that are torn or not ours are passed over, and so is what stands before the last 32 MiB.
@@ -164,7 +193,9 @@ def read_attempts(paths: RunPaths, rank: int, failures: Sequence[dict[str, Any]]
             owner.add(line)
     attempts = [each.attempt(rank) for each in begun]
     if attempts:
-        attempts[-1] = _perhaps_running(attempts[-1], FileLock(paths.shard_lock(rank), purpose="").presumed_holder())
+        attempts[-1] = _perhaps_running(
+            attempts[-1], FileLock(paths.shard_lock(rank), purpose="").presumed_holder()
+        )
     return _judged(attempts, failures)
 
 
@@ -233,11 +264,19 @@ class _Begun:
             pending=started.pending,
             checkpoints=tuple(
                 CheckpointEntry(
-                    at=line.at, number=line.number, rows=line.rows, tokens=line.tokens, seconds=line.seconds
+                    at=line.at,
+                    number=line.number,
+                    rows=line.rows,
+                    tokens=line.tokens,
+                    seconds=line.seconds,
                 )
                 for line in self.checkpoints
             ),
-            ended_at=ended.at if ended else self.checkpoints[-1].at if self.checkpoints else started.at,
+            ended_at=ended.at
+            if ended
+            else self.checkpoints[-1].at
+            if self.checkpoints
+            else started.at,
             ending=ended.ending if ended else Ending.LOST,
             kind=ended.kind if ended else None,
             cause=ended.cause if ended else None,
@@ -246,7 +285,11 @@ class _Begun:
 
 
 def _perhaps_running(last: Attempt, holder: LockHolder | None) -> Attempt:
-    if last.ending != Ending.LOST or holder is None or (holder.host, holder.pid) != (last.host, last.pid):
+    if (
+        last.ending != Ending.LOST
+        or holder is None
+        or (holder.host, holder.pid) != (last.host, last.pid)
+    ):
         return last
     return replace(last, ending=Ending.RUNNING)
 

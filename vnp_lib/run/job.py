@@ -26,9 +26,13 @@ class ShardJob(BaseModel):
     is_deterministic: bool = False  # the same bits at every attempt
     token_budget: int  # of a forward pass, where memory did not suffice for the plan's
     suspects: tuple[int, ...] = ()  # ordinals to run alone and first, in this order
-    deferred: tuple[int, ...] = ()  # ordinals at which an attempt gave no sign of life: to run alone and last
+    deferred: tuple[
+        int, ...
+    ] = ()  # ordinals at which an attempt gave no sign of life: to run alone and last
     is_careful: bool = False  # one batch at a time, so that a failure is its own
     quarantines: bool = True  # sets aside what has no finite row; else that ends the attempt
     checkpoint_seq_threshold: int
     checkpoint_time_threshold: float
-    package: Package = Field(default_factory=package_in_use)  # of the parent: the worker refuses to be another
+    package: Package = Field(
+        default_factory=package_in_use
+    )  # of the parent: the worker refuses to be another

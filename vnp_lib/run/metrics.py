@@ -33,7 +33,9 @@ class Histogram:
     """How many values there were up to each bound."""
 
     bounds: tuple[float, ...]  # ascending
-    counts: list[int] = field(init=False)  # between two bounds, the upper one included; last, those above all
+    counts: list[int] = field(
+        init=False
+    )  # between two bounds, the upper one included; last, those above all
     sum: float = 0.0
 
     def __post_init__(self) -> None:
@@ -72,7 +74,12 @@ class RunMetrics:
         match event:
             case {"event": "started", "pending": int(pending), "done": int(done)}:
                 self.set_progress(rank, num_sequences=pending + done, num_done=done)
-            case {"event": "batch", "sequences": int(sequences), "tokens": int(tokens), "queued": int(queued)}:
+            case {
+                "event": "batch",
+                "sequences": int(sequences),
+                "tokens": int(tokens),
+                "queued": int(queued),
+            }:
                 shard.num_done += sequences
                 shard.sequences_embedded += sequences
                 shard.tokens_embedded += tokens

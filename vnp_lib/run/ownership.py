@@ -54,7 +54,11 @@ def move_aside(paths: RunPaths) -> None:
     own = _own_entries(paths)
     if not own:
         return
-    earlier = [int(match[1]) for path in paths.run_dir.iterdir() if (match := _SUPERSEDED.fullmatch(path.name))]
+    earlier = [
+        int(match[1])
+        for path in paths.run_dir.iterdir()
+        if (match := _SUPERSEDED.fullmatch(path.name))
+    ]
     aside = paths.run_dir / f"superseded_{max(earlier, default=0) + 1}"
     try:
         make_directory(aside)
@@ -71,7 +75,9 @@ def _own_entries(paths: RunPaths) -> list[Path]:
     directories = [
         directory
         for directory, is_own in _directories(paths).items()
-        if directory.is_dir() and not directory.is_symlink() and any(map(is_own, directory.iterdir()))
+        if directory.is_dir()
+        and not directory.is_symlink()
+        and any(map(is_own, directory.iterdir()))
     ]
     files = [paths.quarantine, paths.superseded_quarantine]
     if _holds_run(paths) or _is_page(paths.report):
@@ -88,11 +94,20 @@ def _holds_run(paths: RunPaths) -> bool:
 def _directories(paths: RunPaths) -> dict[Path, Callable[[Path], bool]]:
     """What a run calls its own, and how its entries there are known."""
     in_plan = {
-        path.name for path in (paths.plan_json, paths.sequences, paths.representatives, paths.skipped, paths.stdin)
+        path.name
+        for path in (
+            paths.plan_json,
+            paths.sequences,
+            paths.representatives,
+            paths.skipped,
+            paths.stdin,
+        )
     }
     return {
         paths.plan_dir: lambda path: path.name in in_plan or _is_temporary(path),
-        paths.checkpoints_dir: lambda path: _IN_CHECKPOINTS.fullmatch(path.name) is not None or _is_temporary(path),
+        paths.checkpoints_dir: lambda path: (
+            _IN_CHECKPOINTS.fullmatch(path.name) is not None or _is_temporary(path)
+        ),
         paths.results_dir: lambda path: _IN_RESULTS.fullmatch(path.name) is not None,
         paths.embeddings_dir: lambda path: is_of_a_dataset(path) or _is_temporary(path),
     }

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 from vnp_lib.checkpoint import CheckpointManifest, CommittedCheckpoint, is_of_run
 from vnp_lib.errors import StorageError
 
-PATIENCE_S = 0.25  # for the file to be up to date, which takes milliseconds; the caller may be an event loop
+PATIENCE_S = (
+    0.25  # for the file to be up to date, which takes milliseconds; the caller may be an event loop
+)
 LOCK_TIMEOUT_S = 5.0
 RETRY_S = 2.0
 
@@ -70,11 +72,15 @@ class RunRecord(CheckpointManifest):
         listed = list(records)
         found = self._state_to_keep(input_fingerprint, model_config_hash)
         with self._changed:
-            self._known = self._fitted(found, world_size, input_fingerprint, model_config_hash, listed)
+            self._known = self._fitted(
+                found, world_size, input_fingerprint, model_config_hash, listed
+            )
             self._is_opened = True
 
         def change(state: dict[str, Any]) -> None:
-            kept = copy.copy(state) if is_of_run(state, input_fingerprint, model_config_hash) else None
+            kept = (
+                copy.copy(state) if is_of_run(state, input_fingerprint, model_config_hash) else None
+            )
             fitted = self._fitted(kept, world_size, input_fingerprint, model_config_hash, listed)
             state.clear()
             state.update(fitted)
@@ -109,7 +115,9 @@ class RunRecord(CheckpointManifest):
             self._begin_to_write()
             self._changed.notify_all()
             if not self._is_behind:
-                is_decided = self._changed.wait_for(lambda: self._is_written(number) or self._is_behind, PATIENCE_S)
+                is_decided = self._changed.wait_for(
+                    lambda: self._is_written(number) or self._is_behind, PATIENCE_S
+                )
                 self._is_behind = self._is_behind or not is_decided
         return result
 
@@ -130,7 +138,9 @@ class RunRecord(CheckpointManifest):
 
     def _begin_to_write(self) -> None:
         if self._waiting and self._thread is None:
-            self._thread = threading.Thread(target=self._write_in_background, name="run-record", daemon=True)
+            self._thread = threading.Thread(
+                target=self._write_in_background, name="run-record", daemon=True
+            )
             self._thread.start()
 
     def _write_in_background(self) -> None:
@@ -169,7 +179,9 @@ class RunRecord(CheckpointManifest):
             self._write(state)
         with self._changed:
             self._known = state
-            self._waiting = [change for change in self._waiting if change.number > waiting[-1].number]
+            self._waiting = [
+                change for change in self._waiting if change.number > waiting[-1].number
+            ]
             if self._trouble is not None:
                 logger.info("%s is up to date again", self.path)
             self._trouble = None
@@ -182,7 +194,9 @@ class RunRecord(CheckpointManifest):
             if change.number > num_applied:
                 try:
                     change.apply(state)
-                except ValueError as error:  # another run's manifest by now, which has no such shard
+                except (
+                    ValueError
+                ) as error:  # another run's manifest by now, which has no such shard
                     logger.debug("%s: %s", self.path, error)
 
     def _note_trouble(self, error: Exception) -> None:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 CPU_TOKEN_BUDGET = 2048
 
 
-def _plan(config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights) -> RunPlan:
+def _plan(
+    config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights
+) -> RunPlan:
     from vnp_lib.model import architecture_of, check_heads
 
     layout = planned_layout(config)
@@ -90,7 +92,9 @@ def _long_policy(config: EmbedConfig) -> str:
     if config.long not in ("window", "virnucpro"):
         return "whole"  # or the input's affair
     if set(config.include) != {"mean"}:
-        raise ConfigError(f"--long {config.long} says how a mean is taken: it goes with --include mean alone")
+        raise ConfigError(
+            f"--long {config.long} says how a mean is taken: it goes with --include mean alone"
+        )
     if config.long == "virnucpro":
         return config.long
     assert config.max_length is not None
@@ -109,7 +113,11 @@ def _planned_store_dtype(config: EmbedConfig, paths: RunPaths) -> StoreDtype:
         ConfigError: The dataset is there in another precision, and the checkpoints to make it anew are not.
     """
     kept = kept_store_dtype(paths)
-    asked = StoreDtype(config.store_dtype) if config.store_dtype is not None else kept or StoreDtype.FLOAT32
+    asked = (
+        StoreDtype(config.store_dtype)
+        if config.store_dtype is not None
+        else kept or StoreDtype.FLOAT32
+    )
     stored = stored_dtype(paths.embeddings_dir)
     if stored not in (None, asked) and not any(paths.checkpoints_dir.glob("shard_*/batch_*.pt")):
         raise ConfigError(

@@ -14,7 +14,9 @@ from vnp_lib.checkpoint import Quarantine
 from vnp_lib.errors import CheckpointError, StorageError
 from vnp_lib.plan import RowLayout, RunPaths, RunPlan, offsets_of
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
+if (
+    TYPE_CHECKING
+):  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.checkpoint import Checkpoint, CheckpointRecord, CommittedRows, Survey
 
 
@@ -34,7 +36,12 @@ class PendingWork:
 
 
 def find_pending_work(
-    plan: RunPlan, paths: RunPaths, rank: int, *, suspects: Sequence[int] = (), deferred: Sequence[int] = ()
+    plan: RunPlan,
+    paths: RunPaths,
+    rank: int,
+    *,
+    suspects: Sequence[int] = (),
+    deferred: Sequence[int] = (),
 ) -> PendingWork:
     """Subtract from a shard's sequences those that valid checkpoints hold, in whatever shard's folder, or the quarantine.
 
@@ -57,7 +64,9 @@ def find_pending_work(
     )
 
 
-def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows | None = None) -> NDArray[np.bool_]:
+def done_or_set_aside(
+    plan: RunPlan, paths: RunPaths, committed: CommittedRows | None = None
+) -> NDArray[np.bool_]:
     """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them.
 
     Args:
@@ -65,20 +74,29 @@ def done_or_set_aside(plan: RunPlan, paths: RunPaths, committed: CommittedRows |
     """
     from vnp_lib.checkpoint import CommittedRows
 
-    committed = committed or CommittedRows(paths.checkpoints_dir, plan.fingerprint, plan.num_sequences)
+    committed = committed or CommittedRows(
+        paths.checkpoints_dir, plan.fingerprint, plan.num_sequences
+    )
     is_done = committed.done_mask()
     is_done[list(Quarantine.of(plan, paths).ordinals())] = True
     return is_done
 
 
 def _left(
-    batches: Sequence[NDArray[np.int64]], is_done: NDArray[np.bool_], suspects: Sequence[int], deferred: Sequence[int]
+    batches: Sequence[NDArray[np.int64]],
+    is_done: NDArray[np.bool_],
+    suspects: Sequence[int],
+    deferred: Sequence[int],
 ) -> list[tuple[int, NDArray[np.int64]]]:
     """What is not done, as (batch_idx, ordinals): suspects one by one, whole batches without them, the deferred one by one."""
     is_suspect = np.zeros_like(is_done)
     is_suspect[[*suspects, *deferred]] = True
     left = [(batch_idx, batch[~is_done[batch]]) for batch_idx, batch in enumerate(batches)]
-    batch_of = {ordinal: batch_idx for batch_idx, batch in left for ordinal in batch[is_suspect[batch]].tolist()}
+    batch_of = {
+        ordinal: batch_idx
+        for batch_idx, batch in left
+        for ordinal in batch[is_suspect[batch]].tolist()
+    }
     first, last = (
         [(batch_of[ordinal], np.array([ordinal])) for ordinal in alone if ordinal in batch_of]
         for alone in ([each for each in suspects if each not in deferred], deferred)
@@ -100,7 +118,9 @@ def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
         damaged=(
             *survey.damaged,
             *(
-                Damage(path=record.path, reason=_without_path(reason, record.path), is_unfinished=False)
+                Damage(
+                    path=record.path, reason=_without_path(reason, record.path), is_unfinished=False
+                )
                 for record, reason in read
                 if reason is not None
             ),
@@ -126,7 +146,9 @@ def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLay
         return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
     from vnp_lib.model import architecture_of
 
-    return RowLayout.of_identity(plan.identity, embed_dim=architecture_of(plan.identity["model"]).embed_dim)
+    return RowLayout.of_identity(
+        plan.identity, embed_dim=architecture_of(plan.identity["model"]).embed_dim
+    )
 
 
 def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> Checkpoint:
@@ -161,16 +183,24 @@ def _require_planned(plan: RunPlan, record: CheckpointRecord) -> None:
         raise CheckpointError(f"{record.path} holds an ordinal twice; move it and its marker away")
 
 
-def _require_as_recorded(plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, layout: RowLayout) -> None:
+def _require_as_recorded(
+    plan: RunPlan, record: CheckpointRecord, checkpoint: Checkpoint, layout: RowLayout
+) -> None:
     offsets = offsets_of(layout.widths(plan.lengths[record.ordinals]))
     wanted = (record.ordinals.size, layout.fixed_width) if layout.is_fixed else (int(offsets[-1]),)
     if checkpoint.embeddings.shape != wanted:
-        raise CheckpointError(f"{record.path} has rows of shape {checkpoint.embeddings.shape}; {wanted} is wanted")
+        raise CheckpointError(
+            f"{record.path} has rows of shape {checkpoint.embeddings.shape}; {wanted} is wanted"
+        )
     if not layout.is_fixed and checkpoint.metadata.get("offsets") != offsets.tolist():
         raise CheckpointError(
             f"{record.path} has rows of other widths than its sequences' lengths come to; move it and its marker away"
         )
     if checkpoint.metadata.get("ordinals") != record.ordinals.tolist():
-        raise CheckpointError(f"{record.path} and its marker differ in their ordinals; move both away")
+        raise CheckpointError(
+            f"{record.path} and its marker differ in their ordinals; move both away"
+        )
     if checkpoint.sequence_ids != plan.ids(record.ordinals):
-        raise CheckpointError(f"{record.path} gives its rows other ids than the plan; move it and its marker away")
+        raise CheckpointError(
+            f"{record.path} gives its rows other ids than the plan; move it and its marker away"
+        )

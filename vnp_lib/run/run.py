@@ -53,7 +53,9 @@ class ShardState:
 class Run:
     """A run directory that is ours for as long as `open_run` says."""
 
-    def __init__(self, *, config: EmbedConfig, devices: tuple[str, ...], weights: Weights, plan: RunPlan) -> None:
+    def __init__(
+        self, *, config: EmbedConfig, devices: tuple[str, ...], weights: Weights, plan: RunPlan
+    ) -> None:
         self.config = config
         self.devices = devices
         self.plan = plan
@@ -67,13 +69,17 @@ class Run:
         self.quarantine = Quarantine.of(plan, self.paths)
         self.metrics = RunMetrics()
         self._weights = weights
-        self._package = package_in_use()  # now, when what is on disk is what this process has imported
+        self._package = (
+            package_in_use()
+        )  # now, when what is on disk is what this process has imported
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
         """Look into the markers of all checkpoints, or of one shard's."""
         from vnp_lib.checkpoint import survey_checkpoints
 
-        return survey_checkpoints(self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank)
+        return survey_checkpoints(
+            self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank
+        )
 
     def shard_states(self) -> list[ShardState]:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
@@ -138,7 +144,9 @@ class Run:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
                 raise
-            raise ConfigError(f"{directory} cannot be made: {error.strerror}; move away what is there") from None
+            raise ConfigError(
+                f"{directory} cannot be made: {error.strerror}; move away what is there"
+            ) from None
         if not os.access(directory, os.W_OK | os.X_OK):
             raise ConfigError(f"{directory} cannot be written; mend its permissions")
 
@@ -177,22 +185,31 @@ class Run:
         if self.config.on_poison != "quarantine":
             return ()
         accused = [
-            failure.ordinal for failure in reversed(failures) if failure.accuses_batch and not failure.is_silence
+            failure.ordinal
+            for failure in reversed(failures)
+            if failure.accuses_batch and not failure.is_silence
         ]
-        ordinals = [ordinal for ordinal in accused if ordinal is not None] + self.manifest.suspects()
+        ordinals = [
+            ordinal for ordinal in accused if ordinal is not None
+        ] + self.manifest.suspects()
         return tuple(dict.fromkeys(ordinals))
 
     @cached_property
     def _committed(self) -> CommittedRows:
         from vnp_lib.checkpoint import CommittedRows
 
-        return CommittedRows(self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences)
+        return CommittedRows(
+            self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences
+        )
 
     def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
         ordinals = self.plan.shard_ordinals(rank)
         done = ordinals[is_done[ordinals]]
         return ShardState(
-            rank=rank, num_sequences=ordinals.size, num_done=done.size, tokens_done=self.plan.num_tokens(done)
+            rank=rank,
+            num_sequences=ordinals.size,
+            num_done=done.size,
+            tokens_done=self.plan.num_tokens(done),
         )
 
     def _threads_per_child(self) -> int | None:

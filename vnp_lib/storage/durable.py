@@ -45,7 +45,9 @@ _MOST_NAME_BYTES = 255  # of a file, on all common file systems
 _READ_BLOCK_BYTES = 1024**2
 _FILE_MODE = 0o640
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2
-_TEMPORARY = re.compile(r"\.tmp-(.+)@([^@]+)@([^@]+)@([^@]+)@([1-9]\d{0,6})@(\d+)@[0-9a-f]{8}", re.DOTALL)
+_TEMPORARY = re.compile(
+    r"\.tmp-(.+)@([^@]+)@([^@]+)@([^@]+)@([1-9]\d{0,6})@(\d+)@[0-9a-f]{8}", re.DOTALL
+)
 _TEMPORARY_BEFORE = re.compile(r"\.tmp-(.+)-([1-9]\d{0,6})-[0-9a-f]{8}", re.DOTALL)
 
 
@@ -106,7 +108,9 @@ class DurableFile(io.RawIOBase):
     """A file being written: append-only, and hashed on the way. Made by `durable_file`."""
 
     def __init__(self, fd: int) -> None:
-        self.error: OSError | None = None  # the first failed write: libraries wrap it in errors of their own
+        self.error: OSError | None = (
+            None  # the first failed write: libraries wrap it in errors of their own
+        )
         self._fd = fd
         self._size_bytes = 0
         self._sha256 = hashlib.sha256()
@@ -272,7 +276,9 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise StorageError(f"{path} is missing") from None
     if len(data) > MAX_JSON_BYTES:
-        raise StorageError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file")
+        raise StorageError(
+            f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file"
+        )
     try:
         fields = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -284,7 +290,9 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 def canonical_json(value: Any) -> bytes:
     """The one way to write `value` as JSON: keys sorted, no white space, ASCII, a newline at the end."""
-    return (json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
+    return (
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+    ).encode("ascii")
 
 
 def marker_path(path: Path) -> Path:
@@ -305,7 +313,9 @@ def write_marker(path: Path, digest: FileDigest, **fields: Any) -> FileDigest:
         name: packed_integers.pack(value) or value if isinstance(value, list) else value
         for name, value in fields.items()
     }
-    return write_sealed_json(marker_path(path), {**packed, "schema": MARKER_SCHEMA, **asdict(digest)})
+    return write_sealed_json(
+        marker_path(path), {**packed, "schema": MARKER_SCHEMA, **asdict(digest)}
+    )
 
 
 def read_marker(path: Path) -> dict[str, Any]:
@@ -316,7 +326,10 @@ def read_marker(path: Path) -> dict[str, Any]:
         OSError: The system could not read it.
     """
     fields = read_marker_arrays(path)
-    return {name: value.tolist() if isinstance(value, array) else value for name, value in fields.items()}
+    return {
+        name: value.tolist() if isinstance(value, array) else value
+        for name, value in fields.items()
+    }
 
 
 def read_marker_arrays(path: Path) -> dict[str, Any]:
@@ -325,7 +338,9 @@ def read_marker_arrays(path: Path) -> dict[str, Any]:
     fields = read_sealed_json(marker)
     if fields.get("schema") not in _MARKER_SCHEMAS:
         known = " and ".join(map(str, _MARKER_SCHEMAS))
-        raise StorageError(f"{marker} has schema {fields.get('schema')!r}; this version reads {known}")
+        raise StorageError(
+            f"{marker} has schema {fields.get('schema')!r}; this version reads {known}"
+        )
     try:
         return {
             name: packed_integers.unpack(value) if packed_integers.is_packed(value) else value
@@ -380,7 +395,9 @@ def make_directory(path: Path) -> None:
         ops.mkdir(path)
     except FileExistsError:
         if not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "there is a file where a directory has to be", str(path)) from None
+            raise NotADirectoryError(
+                errno.ENOTDIR, "there is a file where a directory has to be", str(path)
+            ) from None
     with suppress(PermissionError):
         fsync_directory(path.parent)
 
@@ -452,7 +469,14 @@ def path_below(directory: Path, name: str) -> Path:
 def temporary_path(path: Path) -> Path:
     """A name beside `path` that says who writes: its parts are divided by a sign that no host name has."""
     writer = ProcessIdentity.current()
-    identity = (writer.host, writer.boot, writer.pid_namespace, writer.pid, writer.started_at, uuid.uuid4().hex[:8])
+    identity = (
+        writer.host,
+        writer.boot,
+        writer.pid_namespace,
+        writer.pid,
+        writer.started_at,
+        uuid.uuid4().hex[:8],
+    )
     return path.with_name(f".tmp-{path.name}@" + "@".join(map(str, identity)))
 
 
@@ -474,7 +498,9 @@ def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> No
         raise
 
 
-def remove_orphaned_temporaries(directory: Path, *, clock: Callable[[], float] | None = None) -> list[Path]:
+def remove_orphaned_temporaries(
+    directory: Path, *, clock: Callable[[], float] | None = None
+) -> list[Path]:
     """Remove the temporary files and directories in `directory` whose writers are gone, and say which.
 
     A writer of this machine is gone when its process is, whoever has its id by now. Of other machines' and containers'
@@ -506,7 +532,9 @@ def _publish(temporary: Path, path: Path, written: os.stat_result, *, replace: b
     try:
         ops.link(temporary, path)
     except FileExistsError:
-        if not _is_same_file(path, written):  # over NFS a link that succeeded can be told as one that did not
+        if not _is_same_file(
+            path, written
+        ):  # over NFS a link that succeeded can be told as one that did not
             raise
     try:
         ops.unlink(temporary)
@@ -583,7 +611,9 @@ def _writer_is_gone(path: Path) -> bool | None:
     """Whether a temporary file's writer has ended; None where that cannot be told from here."""
     if match := _TEMPORARY.fullmatch(path.name):
         _, host, boot, pid_namespace, pid, started_at = match.groups()
-        writer = ProcessIdentity(host=host, boot=boot, pid_namespace=pid_namespace, pid=int(pid), started_at=started_at)
+        writer = ProcessIdentity(
+            host=host, boot=boot, pid_namespace=pid_namespace, pid=int(pid), started_at=started_at
+        )
         return not writer.is_alive() if writer.is_visible() else None
     # As version 1.0 named them. Where the host's name begins is clear only if the file's has no hyphen.
     match = _TEMPORARY_BEFORE.fullmatch(path.name)
@@ -619,5 +649,10 @@ def _exchange(first: Path, second: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):  # of glibc from 2.28 on, and of Linux
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(first))
-    if libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) != 0:
+    if (
+        libc.renameat2(
+            _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
+        )
+        != 0
+    ):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(first))

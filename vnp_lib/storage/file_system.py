@@ -48,7 +48,10 @@ class FileSystemAbilities:
             (self.new_file, "does not make files as a run needs them, each only once"),
             (self.link, "has no hard links, by which a run publishes a file without replacing one"),
             (self.rename, "does not rename a file over another"),
-            (self.directory_sync, "does not sync directories, so that a power cut could undo what was saved"),
+            (
+                self.directory_sync,
+                "does not sync directories, so that a power cut could undo what was saved",
+            ),
             (self.lock, "has no locks, by which a run keeps others out"),
             (self.mapping, "does not map files into memory"),
         ):

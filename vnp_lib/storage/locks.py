@@ -142,7 +142,11 @@ class FileLock:
         holder = self.holder()
         if holder is None or (holder.process.is_visible() and not holder.process.is_alive()):
             return None
-        if not holder.process.is_visible() and locks_are_shared(self.path.parent) and self._is_free():
+        if (
+            not holder.process.is_visible()
+            and locks_are_shared(self.path.parent)
+            and self._is_free()
+        ):
             return None
         return holder
 

@@ -11,7 +11,9 @@ MOUNTINFO = Path("/proc/self/mountinfo")
 
 # With these, flock excludes processes of one machine only: by default, or since it was mounted so.
 _LOCAL_LOCKS = re.compile(r"beegfs")
-_LOCAL_LOCK_OPTIONS = frozenset({"localflock", "nolock", "nobrl", "local_lock=flock", "local_lock=all"})
+_LOCAL_LOCK_OPTIONS = frozenset(
+    {"localflock", "nolock", "nobrl", "local_lock=flock", "local_lock=all"}
+)
 # Of these it cannot be told from outside.
 _PERHAPS_LOCAL_LOCKS = re.compile(r"9p|fuse(\..*)?|virtiofs")
 
@@ -48,10 +50,16 @@ def mount_of(path: Path) -> Mount | None:
     number, resolved = f"{os.major(device)}:{os.minor(device)}", path.resolve()
     # Where one was mounted over another, the later line counts.
     mounts = [_parse(line) for line in reversed(lines) if " - " in line]
-    above = [(numbered, mount) for numbered, mount in mounts if resolved.is_relative_to(mount.point)]
+    above = [
+        (numbered, mount) for numbered, mount in mounts if resolved.is_relative_to(mount.point)
+    ]
     # Some file systems, such as btrfs and overlay, give files another device number than their mount's.
     of_device = [mount for numbered, mount in above if numbered == number]
-    return max(of_device or [mount for _, mount in above], key=lambda mount: len(mount.point.parts), default=None)
+    return max(
+        of_device or [mount for _, mount in above],
+        key=lambda mount: len(mount.point.parts),
+        default=None,
+    )
 
 
 def locks_are_shared(path: Path) -> bool:

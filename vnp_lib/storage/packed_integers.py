@@ -9,8 +9,15 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-_TYPES = {"u1": "B", "u2": "H", "u4": "I", "u8": "Q"}  # names, as NumPy has them, and codes of `array`
-_LARGEST = {name: 2 ** (8 * array(code).itemsize) - 1 for name, code in _TYPES.items()} | {"u8": 2**63 - 1}
+_TYPES = {
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+}  # names, as NumPy has them, and codes of `array`
+_LARGEST = {name: 2 ** (8 * array(code).itemsize) - 1 for name, code in _TYPES.items()} | {
+    "u8": 2**63 - 1
+}
 
 
 def pack(values: Sequence[int]) -> dict[str, str] | None:

@@ -18,7 +18,9 @@ def import_own_package() -> None:
     if _PACKAGE in sys.modules:
         return
     directory = Path(__file__).parents[1]
-    spec = spec_from_file_location(_PACKAGE, directory / "__init__.py", submodule_search_locations=[str(directory)])
+    spec = spec_from_file_location(
+        _PACKAGE, directory / "__init__.py", submodule_search_locations=[str(directory)]
+    )
     assert spec is not None
     assert spec.loader is not None
     package = module_from_spec(spec)

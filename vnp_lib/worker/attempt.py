@@ -29,13 +29,23 @@ from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import ExactRows, Listener, TokenBudget, read_batches, sampled_ordinals
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, OutputKind, RowLayout, RunPaths, RunPlan, load_plan
-from vnp_lib.run import AttemptHistory, Ending, EventStream, PendingWork, RunRecord, ShardJob, find_pending_work
+from vnp_lib.run import (
+    AttemptHistory,
+    Ending,
+    EventStream,
+    PendingWork,
+    RunRecord,
+    ShardJob,
+    find_pending_work,
+)
 from vnp_lib.software import require_same_package
 from vnp_lib.storage import FileLock, remove_orphaned_temporaries
 from vnp_lib.streams import standard_streams
 from vnp_lib.worker.stop_signals import Request, StopRequests
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a child that waits for its shard does without
+if (
+    TYPE_CHECKING
+):  # torch takes seconds to import, and a child that waits for its shard does without
     from vnp_lib.inference import AsyncInferenceRunner, ExactModel
     from vnp_lib.model import ESM2, PackedBatch, Weights
 
@@ -128,12 +138,20 @@ class ShardAttempt:
     def _embed_what_is_left(self) -> ExitCode:
         plan = load_plan(self._paths)
         if plan.fingerprint != self._job.fingerprint:
-            raise InputError(f"{self._paths.plan_json} is of another run by now; start the run again")
+            raise InputError(
+                f"{self._paths.plan_json} is of another run by now; start the run again"
+            )
         remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
         work = find_pending_work(
-            plan, self._paths, self._job.rank, suspects=self._job.suspects, deferred=self._job.deferred
+            plan,
+            self._paths,
+            self._job.rank,
+            suspects=self._job.suspects,
+            deferred=self._job.deferred,
         )
-        self._events.send("started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done)
+        self._events.send(
+            "started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done
+        )
         self._history.started(device=self._job.device, pending=work.num_sequences)
         if work.batches:
             runner = self._load_runner(plan, work)
@@ -170,7 +188,9 @@ class ShardAttempt:
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
         if job.is_deterministic:
-            torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports torch's compiler
+            torch.set_deterministic_debug_mode(
+                "warn"
+            )  # `use_deterministic_algorithms` imports torch's compiler
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
@@ -232,9 +252,13 @@ class ShardAttempt:
         job = self._job
         weights = resolve_weights(job.model, job.weights)
         if weights.digest != job.weights_digest:
-            raise InputError(f"the weights of {job.model} ({job.weights}) have changed since the run was begun")
+            raise InputError(
+                f"the weights of {job.model} ({job.weights}) have changed since the run was begun"
+            )
         if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
-            raise InputError(f"the contact regression of {job.model} has changed since the run was begun")
+            raise InputError(
+                f"the contact regression of {job.model} has changed since the run was begun"
+            )
         return weights
 
     def _layout(self, plan: RunPlan) -> RowLayout | None:
@@ -243,10 +267,14 @@ class ShardAttempt:
 
         architecture = architecture_of(self._job.model)
         layout = RowLayout.of_identity(plan.identity, embed_dim=architecture.embed_dim)
-        plain = RowLayout.of_identity({"layer": architecture.num_layers}, embed_dim=architecture.embed_dim)
+        plain = RowLayout.of_identity(
+            {"layer": architecture.num_layers}, embed_dim=architecture.embed_dim
+        )
         return None if layout == plain else layout
 
-    def _exact_rows(self, plan: RunPlan, work: PendingWork, model: ExactModel) -> Mapping[int, NDArray[np.float32]]:
+    def _exact_rows(
+        self, plan: RunPlan, work: PendingWork, model: ExactModel
+    ) -> Mapping[int, NDArray[np.float32]]:
         """Embed this shard's part of the sample in float32, before the run's own model takes the memory.
 
         Each sequence is announced like a batch: should the process die of it, it is accused. To measure harms nothing: what
@@ -254,7 +282,9 @@ class ShardAttempt:
         """
         sample = sampled_ordinals(plan)
         alone = [
-            (idx, own[place : place + 1]) for idx, own in work.batches for place in np.flatnonzero(np.isin(own, sample))
+            (idx, own[place : place + 1])
+            for idx, own in work.batches
+            for place in np.flatnonzero(np.isin(own, sample))
         ]
         rows = ExactRows(self._paths.shard_dir(self._job.rank))
         try:
@@ -276,7 +306,9 @@ class ShardAttempt:
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
         listener = _Reporter(self._job, plan, self._events, self._stop, self._history)
         batches = read_batches(plan, work.batches)
-        with closing(runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener)) as results:
+        with closing(
+            runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener)
+        ) as results:
             for result in results:
                 self._events.send(
                     "batch",
@@ -345,7 +377,9 @@ def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
     architecture = architecture_of(model)
     dim = architecture.embed_dim
     exact = seqlens.astype(np.float64)
-    operations = 24 * dim**2 * exact.sum() + 4 * dim * (exact**2).sum()  # of a layer: its projections, its attention
+    operations = (
+        24 * dim**2 * exact.sum() + 4 * dim * (exact**2).sum()
+    )  # of a layer: its projections, its attention
     if device == "cpu":
         return round(float(operations) / _SLOWEST_CPU, 1)
     return round(float(operations) * architecture.num_layers / _SLOWEST_GPU, 1)
@@ -354,14 +388,18 @@ def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
 class _Reporter(Listener):
     """Tells the parent, and sets aside what cannot be embedded."""
 
-    def __init__(self, job: ShardJob, plan: RunPlan, events: Events, stop: StopFlag, history: AttemptHistory) -> None:
+    def __init__(
+        self, job: ShardJob, plan: RunPlan, events: Events, stop: StopFlag, history: AttemptHistory
+    ) -> None:
         self._job = job
         self._plan = plan
         self._events = events
         self._stop = stop
         self._history = history
         self._quarantine = Quarantine.of(plan, RunPaths(job.run_dir))
-        self._not_finite: list[QuarantinedSequence] = []  # one after the other, none with a finite row in between
+        self._not_finite: list[
+            QuarantinedSequence
+        ] = []  # one after the other, none with a finite row in between
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
@@ -380,8 +418,12 @@ class _Reporter(Listener):
         if not self._job.quarantines:
             super().on_not_finite(batch)
         cause = FailureCause.NUMERICAL_INSTABILITY
-        failure = Failure(cause=cause, message="its embedding is not finite, computed alone in float32 too")
-        self._not_finite += [quarantined(self._plan, each, failure, attempts=2) for each in batch.ordinals.tolist()]
+        failure = Failure(
+            cause=cause, message="its embedding is not finite, computed alone in float32 too"
+        )
+        self._not_finite += [
+            quarantined(self._plan, each, failure, attempts=2) for each in batch.ordinals.tolist()
+        ]
 
     def set_aside(self) -> None:
         """Put what has no finite row in quarantine, now that another row is finite, or there is nothing left to compute.
@@ -399,7 +441,9 @@ class _Reporter(Listener):
     def require_finite_rows(self) -> None:
         """Raise QuarantineFullError where one sequence after the other has no finite row."""
         if len(self._not_finite) >= _MOST_IN_A_ROW:
-            raise broken_set_up(f"{len(self._not_finite)} sequences one after the other", self._quarantine.path)
+            raise broken_set_up(
+                f"{len(self._not_finite)} sequences one after the other", self._quarantine.path
+            )
 
 
 def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
@@ -409,7 +453,9 @@ def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
     thresholds = (job.checkpoint_seq_threshold, job.checkpoint_time_threshold)
     if thresholds == (DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S):
         return {}
-    return dict(zip(("checkpoint_seq_threshold", "checkpoint_time_threshold"), thresholds, strict=True))
+    return dict(
+        zip(("checkpoint_seq_threshold", "checkpoint_time_threshold"), thresholds, strict=True)
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -424,12 +470,18 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int:
     stop = StopFlag()
     events = EventStream(is_stopping=stop.is_set)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
     logging.getLogger("vnp_lib").addHandler(_EventHandler(events))
     threading.Thread(target=_heed_the_parent, args=(stop,), daemon=True).start()
     try:
         text = Path(arguments[0]).read_text(encoding="utf-8")
-        require_same_package(json.loads(text).get("package"))  # before the rest, whose fields may be another version's
+        require_same_package(
+            json.loads(text).get("package")
+        )  # before the rest, whose fields may be another version's
         job = ShardJob.model_validate_json(text)
         return ShardAttempt(job, events, stop).run()
     except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
@@ -443,7 +495,9 @@ def _heed_the_parent(stop: StopFlag) -> None:
     while True:
         select.select([0], [], [])
         stop.set()  # before the word is taken out of the pipe, where a handler of SIGTERM looks for it
-        word = os.read(0, 4096)  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
+        word = os.read(
+            0, 4096
+        )  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
         if not stop.is_installed:  # nothing has been computed
             os.kill(os.getpid(), signal.SIGTERM)
         if not word:

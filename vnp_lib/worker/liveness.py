@@ -61,16 +61,24 @@ class ProcessState:
         """Read a process's state. A process that is gone, or a system without /proc, tells nothing."""
         is_stopped, cpu_s, io_bytes = False, 0.0, 0
         with suppress(OSError, ValueError, IndexError):
-            fields = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            fields = (
+                (proc / str(pid) / "stat")
+                .read_text(encoding="utf-8", errors="replace")
+                .rpartition(")")[2]
+                .split()
+            )
             is_stopped = fields[0] in ("T", "t")
             cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         with suppress(OSError, ValueError):
             counters = dict(
-                line.split(": ") for line in (proc / str(pid) / "io").read_text(encoding="utf-8").splitlines()
+                line.split(": ")
+                for line in (proc / str(pid) / "io").read_text(encoding="utf-8").splitlines()
             )
             io_bytes = sum(int(counters.get(name, 0)) for name in ("rchar", "wchar", "read_bytes"))
         return cls(is_stopped=is_stopped, cpu_s=cpu_s, io_bytes=io_bytes)
 
     def has_worked_since(self, earlier: Self, elapsed_s: float) -> bool:
         """Whether the process has read, written or computed since an earlier look, `elapsed_s` ago."""
-        return self.io_bytes > earlier.io_bytes or self.cpu_s - earlier.cpu_s > _IDLE_SHARE * elapsed_s
+        return (
+            self.io_bytes > earlier.io_bytes or self.cpu_s - earlier.cpu_s > _IDLE_SHARE * elapsed_s
+        )

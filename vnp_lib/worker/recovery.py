@@ -28,7 +28,9 @@ def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecisi
     """
     recorded = run.manifest.get_shard_status(rank) or {}
     failure = _with_batch(run, rank, failure)
-    history = counted_failures(recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0))
+    history = counted_failures(
+        recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0)
+    )
     policy = RetryPolicy.from_config(run.config.runtime)
     decision, failures = policy.decide(failure, history), [failure]
     if decision.is_circuit_open and failure.is_silence and failure.ordinal is not None:
@@ -57,7 +59,9 @@ def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecisi
     return decision
 
 
-def counted_failures(records: Sequence[dict[str, Any]], session: str, *, num_done: int) -> list[Failure]:
+def counted_failures(
+    records: Sequence[dict[str, Any]], session: str, *, num_done: int
+) -> list[Failure]:
     """Pick the failures of a shard that still count.
 
     Strikes and preemptions count for ever. Other failures count within one flow run, for a person who starts the run
@@ -81,7 +85,9 @@ def _with_batch(run: Run, rank: int, failure: Failure) -> Failure:
         return failure
     assert failure.batch_idx is not None
     ordinals = run.plan.shard_batches(rank)[failure.batch_idx]
-    return replace(failure, batch_sha256=hashlib.sha256(ordinals.astype("<i8").tobytes()).hexdigest())
+    return replace(
+        failure, batch_sha256=hashlib.sha256(ordinals.astype("<i8").tobytes()).hexdigest()
+    )
 
 
 def _silent(run: Run, ordinal: int, failure: Failure) -> str:
@@ -102,7 +108,9 @@ def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> 
         run.manifest.add_suspects(rank, ordinals)
         taken_apart = f"{decision.reason}: its sequences are computed one by one"
         return replace(decision, retry=True, reason=taken_apart)
-    sequence = quarantined(run.plan, failure.ordinal, failure, attempts=run.config.runtime.max_retries_poison)
+    sequence = quarantined(
+        run.plan, failure.ordinal, failure, attempts=run.config.runtime.max_retries_poison
+    )
     try:
         run.quarantine.add(sequence)
     except QuarantineFullError as error:

@@ -18,7 +18,9 @@ class RetryDecision:
     delay_s: float
     reason: str
     token_budget_scale: float = 1.0  # factor on the next attempt's token budget
-    is_circuit_open: bool = False  # the accused batch, or sequence, has failed so often that it is not tried again
+    is_circuit_open: bool = (
+        False  # the accused batch, or sequence, has failed so often that it is not tried again
+    )
 
 
 class CircuitBreaker:
@@ -63,10 +65,16 @@ class RetryPolicy:
     def decide(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
         """Judge a failure by the earlier ones of the same shard that still count (`history` does not hold it yet)."""
         if failure.is_permanent:
-            return RetryDecision(retry=False, delay_s=0.0, reason=f"{failure.message}: another attempt would not help")
+            return RetryDecision(
+                retry=False,
+                delay_s=0.0,
+                reason=f"{failure.message}: another attempt would not help",
+            )
         if failure.accuses_batch:
             return self._decide_accused(failure, history)
-        same_kind = [past for past in history if past.kind == failure.kind and not past.accuses_batch]
+        same_kind = [
+            past for past in history if past.kind == failure.kind and not past.accuses_batch
+        ]
         match failure.kind:
             case FailureKind.SPOT_PREEMPTION:
                 return RetryDecision(
@@ -77,7 +85,9 @@ class RetryPolicy:
             case FailureKind.POISON_INPUT:
                 return self._decide_counted(failure, len(same_kind), self.max_retries_poison)
             case FailureKind.OOM:
-                return self._decide_counted(failure, len(same_kind), self.max_retries_oom, token_budget_scale=0.5)
+                return self._decide_counted(
+                    failure, len(same_kind), self.max_retries_oom, token_budget_scale=0.5
+                )
             case FailureKind.TRANSIENT:
                 return self._decide_counted(failure, len(same_kind), self.max_retries_transient)
 
@@ -101,14 +111,24 @@ class RetryPolicy:
     def _decide_accused(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
         accused = _accused(failure)
         limit = self.max_retries_poison
-        if failure.is_silence and failure.ordinal is not None:  # the second opinion has a longer limit
+        if (
+            failure.is_silence and failure.ordinal is not None
+        ):  # the second opinion has a longer limit
             limit = max(2, limit)
-        breaker = CircuitBreaker(limit=limit, strikes=[_accused(past) for past in history if past.accuses_batch])
+        breaker = CircuitBreaker(
+            limit=limit, strikes=[_accused(past) for past in history if past.accuses_batch]
+        )
         count = breaker.record(*accused)
-        name = f"batch {failure.batch_idx}" if failure.ordinal is None else f"sequence {failure.ordinal}"
+        name = (
+            f"batch {failure.batch_idx}"
+            if failure.ordinal is None
+            else f"sequence {failure.ordinal}"
+        )
         if breaker.is_open(*accused):
             reason = f"circuit breaker: {name} failed {count} times ({failure.message})"
-            return RetryDecision(retry=False, delay_s=self.backoff_base_s, reason=reason, is_circuit_open=True)
+            return RetryDecision(
+                retry=False, delay_s=self.backoff_base_s, reason=reason, is_circuit_open=True
+            )
         reason = f"{name} failed {count} of {limit} times ({failure.message})"
         return RetryDecision(retry=True, delay_s=self.backoff_base_s, reason=reason)
 

@@ -38,7 +38,12 @@ _followed: dict[asyncio.subprocess.Process, float] = {}
 
 def worker_command(job_path: Path) -> list[str]:
     """Return the command of a worker process. It imports nothing from the current directory, and this process's `vnp_lib`."""
-    return [sys.executable, "-P", str(Path(__file__).with_name("__main__.py").absolute()), str(job_path)]
+    return [
+        sys.executable,
+        "-P",
+        str(Path(__file__).with_name("__main__.py").absolute()),
+        str(job_path),
+    ]
 
 
 async def run_child(
@@ -102,15 +107,23 @@ async def _events(child: asyncio.subprocess.Process, attempt: _Followed) -> Asyn
             silence.skip()
             continue
         before, seen = seen, ProcessState.of(child.pid)
-        if seen.is_stopped or (attempt.may_work_silently and seen.has_worked_since(before, look_every_s)):
+        if seen.is_stopped or (
+            attempt.may_work_silently and seen.has_worked_since(before, look_every_s)
+        ):
             silence.end()
         # After a late look, what the worker sent in the meantime is read before it is judged.
         elif silence.look() >= attempt.limit_s and not silence.was_late:
             raise TimeoutError
         if seen.is_stopped != was_stopped:
             was_stopped = seen.is_stopped
-            told = "is stopped by a signal or a debugger, and waited for" if was_stopped else "goes on"
-            yield {"event": "log", "level": logging.WARNING, "message": f"worker process {child.pid} {told}"}
+            told = (
+                "is stopped by a signal or a debugger, and waited for" if was_stopped else "goes on"
+            )
+            yield {
+                "event": "log",
+                "level": logging.WARNING,
+                "message": f"worker process {child.pid} {told}",
+            }
 
 
 class _Followed:
@@ -120,12 +133,16 @@ class _Followed:
         self.last: Event = {}
         self.limit_s = startup_limit_s
         self.shortest_limit_s = min(startup_limit_s, silence_limit_s)
-        self.may_work_silently = True  # it reads, checks, loads or saves: what it reads and writes are signs of life
+        self.may_work_silently = (
+            True  # it reads, checks, loads or saves: what it reads and writes are signs of life
+        )
         self._doing = "its start"
         self._pass_limit_s = silence_limit_s
         self._startup_limit_s = startup_limit_s
         self._silence_limit_s = silence_limit_s
-        self._in_model: list[tuple[int, int | None]] = []  # batch_idx, and ordinal of a single sequence; oldest first
+        self._in_model: list[
+            tuple[int, int | None]
+        ] = []  # batch_idx, and ordinal of a single sequence; oldest first
         self._is_probing = False
         self._oom_kills_before = host_oom_kills()
 
@@ -150,7 +167,11 @@ class _Followed:
                 self._allow(self._pass_limit_s, silent_work=False)
             case {"event": "probing"}:
                 self._is_probing = True
-            case {"event": "computing", "batch_idx": int(batch_idx), "ordinal": int() | None as ordinal}:
+            case {
+                "event": "computing",
+                "batch_idx": int(batch_idx),
+                "ordinal": int() | None as ordinal,
+            }:
                 factor = _SECOND_OPINION if event.get("is_deferred") is True else 1
                 slowest_s = event.get("slowest_s")
                 least_s = slowest_s if isinstance(slowest_s, int | float) else 0.0
@@ -178,7 +199,9 @@ class _Followed:
 
     def silence(self) -> Failure:
         """Judge a child that was stopped since it gave no sign of life."""
-        if (reported := self._reported(None)) is not None:  # it hangs on its way out, and what it said holds
+        if (
+            reported := self._reported(None)
+        ) is not None:  # it hangs on its way out, and what it said holds
             return reported
         if self.last.get("event") == "waiting":
             told = f"{self.last.get('message')}; given up after {self.limit_s:g} s (--runtime.startup-limit-s)"
@@ -201,17 +224,23 @@ class _Followed:
         if self.last.get("event") != "failed":
             return None
         with suppress(KeyError, TypeError, ValueError, AttributeError):
-            return Failure.from_json(self.last["failure"] | ({} if exit_code is None else {"exit_code": exit_code}))
+            return Failure.from_json(
+                self.last["failure"] | ({} if exit_code is None else {"exit_code": exit_code})
+            )
         return None
 
     def _suspect(self) -> tuple[int | None, int | None]:
         return self._in_model[0] if self._in_model else (None, None)
 
 
-def host_oom_kills(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+def host_oom_kills(
+    cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int:
     """How often the kernel's OOM killer has struck in this process's control group; 0 where that cannot be told."""
     try:
-        events = (control_group(cgroup, root) / "memory.events").read_text(encoding="utf-8").splitlines()
+        events = (
+            (control_group(cgroup, root) / "memory.events").read_text(encoding="utf-8").splitlines()
+        )
         return int(next(line for line in events if line.startswith("oom_kill ")).split()[1])
     except (OSError, StopIteration, ValueError):
         return 0

@@ -99,18 +99,24 @@ def test_a_file_that_does_not_fit_its_marker_never_reaches_torch(
     path = checkpoint_path(tmp_path, 0, 0)
     write_checkpoint(path, [0, 1, 2])
     flip_bit(path, 9000)
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has been given the bytes"))
+    monkeypatch.setattr(
+        torch, "load", lambda *_, **__: pytest.fail("torch has been given the bytes")
+    )
     with pytest.raises(CheckpointError, match="bytes have changed"):
         load_checkpoint(path, fingerprint=RUN)
 
 
 @pytest.mark.parametrize("fingerprint", ["ee" * 32, None])
-def test_a_checkpoint_of_another_run_is_not_believed(tmp_path: Path, fingerprint: str | None) -> None:
+def test_a_checkpoint_of_another_run_is_not_believed(
+    tmp_path: Path, fingerprint: str | None
+) -> None:
     path = checkpoint_path(tmp_path, 0, 0)
     metadata = {"ordinals": [0]} | ({"fingerprint": fingerprint} if fingerprint else {})
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(path, torch.ones(1, 2), ["a"], metadata)
-    with pytest.raises(CheckpointError, match=f"is of the run {fingerprint!r}, and this run is '{RUN}'"):
+    with pytest.raises(
+        CheckpointError, match=f"is of the run {fingerprint!r}, and this run is '{RUN}'"
+    ):
         load_checkpoint(path, fingerprint=RUN)
     (damage,) = survey_checkpoints(tmp_path, RUN, verify_digests=True).damaged
     assert "is of the run" in damage.reason
@@ -125,11 +131,17 @@ def test_a_checkpoint_of_another_run_is_not_believed(tmp_path: Path, fingerprint
         (content_by_hand(embeddings=[1.0]), "no plain tensor"),
         (content_by_hand(embeddings=torch.ones(3, 4).to_sparse()), "_rebuild_sparse_tensor"),
         (content_by_hand(embeddings=torch.nn.Parameter(torch.ones(3, 4))), "_rebuild_parameter"),
-        (content_by_hand(embeddings=torch.ones(3, 4, dtype=torch.complex64)), "ComplexFloatStorage"),
+        (
+            content_by_hand(embeddings=torch.ones(3, 4, dtype=torch.complex64)),
+            "ComplexFloatStorage",
+        ),
         (content_by_hand(embeddings=torch.ones(3, 4, dtype=torch.bool)), "BoolStorage"),
         (content_by_hand(embeddings=torch.ones(3)), "shape mismatch"),
         (content_by_hand(embeddings=torch.ones(3, 0)), "shape mismatch"),
-        (content_by_hand(embeddings=torch.ones(3, 1).expand(3, 1 << 20)), "claims more than the file holds"),
+        (
+            content_by_hand(embeddings=torch.ones(3, 1).expand(3, 1 << 20)),
+            "claims more than the file holds",
+        ),
         (content_by_hand(embeddings=torch.ones(4, 3).T), "claims more than the file holds"),
         (content_by_hand(embeddings=torch.full((3, 4), torch.nan)), "not finite"),
         (content_by_hand(sequence_ids=("a", "b", "c")), "no list of strings"),
@@ -184,11 +196,15 @@ class RunsCode:
         return self.call
 
 
-@pytest.mark.parametrize("place", ["whole", "embeddings", "sequence_ids", "metadata", "plain pickle"])
+@pytest.mark.parametrize(
+    "place", ["whole", "embeddings", "sequence_ids", "metadata", "plain pickle"]
+)
 @pytest.mark.parametrize(
     "function", [os.system, exec, eval, open, Path.touch, os.mkdir], ids=lambda each: each.__name__
 )
-def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(tmp_path: Path, place: str, function: Any) -> None:
+def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(
+    tmp_path: Path, place: str, function: Any
+) -> None:
     proof = tmp_path / "proof"
     arguments = {
         os.system: (f"touch {proof}",),
@@ -212,7 +228,9 @@ def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(tmp_path: Path, pl
     assert not proof.exists()
 
 
-def test_torch_by_itself_would_run_no_code_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_by_itself_would_run_no_code_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Were our look at the pickle to miss something."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand(metadata=RunsCode(os.mkdir, str(tmp_path / "proof"))))
@@ -225,7 +243,10 @@ def test_torch_by_itself_would_run_no_code_either(tmp_path: Path, monkeypatch: p
 def test_an_archive_with_compressed_members_is_refused(tmp_path: Path, member: str) -> None:
     """A deflated member can claim a thousand times the file's size."""
     write_by_hand(tmp_path / "plain.pt", content_by_hand())
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb,
+    ):
         for each in plain.infolist():
             name = each.filename.replace("plain/", "archive/")
             compression = zipfile.ZIP_DEFLATED if name == member else zipfile.ZIP_STORED
@@ -252,7 +273,9 @@ def test_an_archive_whose_members_claim_more_than_it_holds_is_refused(tmp_path: 
     assert reason == "failed to load: the members of the archive claim more than the file holds"
 
 
-def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_larger_than_its_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever torch.load makes of the bytes."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand())
@@ -284,7 +307,10 @@ def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
     for ordinal in range(2):
         write_checkpoint(path, [ordinal])
         targets.append(set_aside(path))
-    assert [load_checkpoint(target, fingerprint=RUN).sequence_ids for target in targets] == [["seq0"], ["seq1"]]
+    assert [load_checkpoint(target, fingerprint=RUN).sequence_ids for target in targets] == [
+        ["seq0"],
+        ["seq1"],
+    ]
     assert {target.parent for target in targets} == {tmp_path / "shard_0" / "damaged"}
     assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
 
@@ -312,7 +338,9 @@ def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
     assert steps == [*made_directory, ".done", "damaged", "shard_0", ".pt", "damaged", "shard_0"]
 
 
-@pytest.mark.parametrize("name", ["batch_0.pt", "batch_00000.pt.done", "batch_000000.pt", "batch_-0001.pt", "a.pt"])
+@pytest.mark.parametrize(
+    "name", ["batch_0.pt", "batch_00000.pt.done", "batch_000000.pt", "batch_-0001.pt", "a.pt"]
+)
 def test_what_is_no_checkpoints_name_has_no_number(name: str) -> None:
     with pytest.raises(ValueError, match="no name of a checkpoint"):
         batch_idx_of(Path(name))

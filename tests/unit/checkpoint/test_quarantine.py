@@ -26,8 +26,12 @@ NUM_SEQUENCES = 1000
 OURS = "0123abcd"
 
 
-def open_of(path: Path, num_sequences: int = NUM_SEQUENCES, *, fingerprint: str = OURS) -> Quarantine:
-    return Quarantine(path, num_sequences=num_sequences, num_computed=num_sequences, fingerprint=fingerprint)
+def open_of(
+    path: Path, num_sequences: int = NUM_SEQUENCES, *, fingerprint: str = OURS
+) -> Quarantine:
+    return Quarantine(
+        path, num_sequences=num_sequences, num_computed=num_sequences, fingerprint=fingerprint
+    )
 
 
 @pytest.fixture
@@ -104,7 +108,9 @@ def test_a_small_share_may_be_in_quarantine(num_computed: int, total: int, not_f
 
 
 @pytest.mark.parametrize(("num_sequences", "limit"), [(48, 10), (103_000, 103)])
-def test_one_more_than_may_be_is_refused_and_nothing_is_written(path: Path, num_sequences: int, limit: int) -> None:
+def test_one_more_than_may_be_is_refused_and_nothing_is_written(
+    path: Path, num_sequences: int, limit: int
+) -> None:
     opened = open_of(path, num_sequences)
     assert all(opened.add(sequence(ordinal)) for ordinal in range(limit))
     before = path.stat().st_ino, path.read_bytes()
@@ -123,8 +129,13 @@ def test_one_more_than_may_be_is_refused_and_nothing_is_written(path: Path, num_
 def test_without_a_finite_row_fewer_may_be_and_the_likely_causes_are_named(path: Path) -> None:
     """All that come together are refused together, and others may be added yet."""
     opened = open_of(path, 53)
-    not_finite = [replace(sequence(ordinal), cause=FailureCause.NUMERICAL_INSTABILITY) for ordinal in range(4)]
-    with pytest.raises(QuarantineFullError, match=r"^4 of 53 sequences have no finite .*weights .*device.*quarantine"):
+    not_finite = [
+        replace(sequence(ordinal), cause=FailureCause.NUMERICAL_INSTABILITY) for ordinal in range(4)
+    ]
+    with pytest.raises(
+        QuarantineFullError,
+        match=r"^4 of 53 sequences have no finite .*weights .*device.*quarantine",
+    ):
         opened.add(*not_finite)
     assert opened.read() == []
     assert opened.add(*not_finite[:3], sequence(3))
@@ -139,7 +150,9 @@ def test_copies_do_not_raise_the_limit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("ordinal", [-1, NUM_SEQUENCES])
-def test_what_is_not_in_the_input_is_not_added(opened: Quarantine, path: Path, ordinal: int) -> None:
+def test_what_is_not_in_the_input_is_not_added(
+    opened: Quarantine, path: Path, ordinal: int
+) -> None:
     with pytest.raises(ValueError, match=f"ordinal {ordinal} is not among 1,000 sequences"):
         opened.add(sequence(ordinal))
     assert not path.exists()
@@ -200,7 +213,10 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
         opened.add(sequence(2))
     monkeypatch.undo()
     assert path.read_bytes() == before
-    assert sorted(each.name for each in path.parent.iterdir()) == ["quarantine.jsonl", "quarantine.lock"]
+    assert sorted(each.name for each in path.parent.iterdir()) == [
+        "quarantine.jsonl",
+        "quarantine.lock",
+    ]
     assert opened.add(sequence(2))
 
 
@@ -222,13 +238,17 @@ print(sum(added))
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
-def test_four_processes_that_add_at_the_same_time_lose_nothing_and_double_nothing(path: Path) -> None:
+def test_four_processes_that_add_at_the_same_time_lose_nothing_and_double_nothing(
+    path: Path,
+) -> None:
     """Fifty each; half of them overlap with the next process's."""
     processes = [adds_in_another_process(path, first, 50) for first in (0, 25, 50, 75)]
     added = [int(process.communicate(timeout=120)[0]) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     assert sum(added) == 125
-    assert [each.ordinal for each in open_of(path, 200_000, fingerprint="").read()] == list(range(125))
+    assert [each.ordinal for each in open_of(path, 200_000, fingerprint="").read()] == list(
+        range(125)
+    )
 
 
 @pytest.mark.parametrize("change", ["add", "release"])
@@ -262,7 +282,9 @@ def test_no_flipped_bit_passes(opened: Quarantine, path: Path) -> None:
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        with pytest.raises(StorageError, match=r"quarantine\.jsonl is damaged in line [123]: .* move the file away"):
+        with pytest.raises(
+            StorageError, match=r"quarantine\.jsonl is damaged in line [123]: .* move the file away"
+        ):
             opened.read()
 
 
@@ -312,7 +334,9 @@ def test_lines_that_are_sealed_but_doubled_out_of_order_or_of_another_input_are_
         with pytest.raises(StorageError, match="damaged in line 2: ordinal 3 is out of order"):
             opened.read()
     path.write_bytes(first + second)
-    with pytest.raises(StorageError, match="line 2: ordinal 999 is out of order, or not in the input"):
+    with pytest.raises(
+        StorageError, match="line 2: ordinal 999 is out of order, or not in the input"
+    ):
         open_of(path, 999).read()
 
 
@@ -349,7 +373,9 @@ def test_ids_may_hold_anything(path: Path) -> None:
     assert len(path.read_bytes().splitlines()) == len(HOSTILE_IDS)
 
 
-def test_ids_that_the_fasta_reader_lets_through_come_back(opened: Quarantine, tmp_path: Path) -> None:
+def test_ids_that_the_fasta_reader_lets_through_come_back(
+    opened: Quarantine, tmp_path: Path
+) -> None:
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">{each} x\nMKVLA\n" for each in ("\"\\'", "🧬𐀀", "é" * 150)))
     (chunk,) = read(*find_sources([fasta], stdin=tmp_path / "stdin"), InputPolicy())
@@ -391,7 +417,9 @@ def test_what_another_run_has_set_aside_counts_for_nothing(opened: Quarantine, p
         another.add(sequence(3))
 
 
-def test_lines_of_other_runs_are_kept_in_a_file_of_their_own(opened: Quarantine, path: Path, tmp_path: Path) -> None:
+def test_lines_of_other_runs_are_kept_in_a_file_of_their_own(
+    opened: Quarantine, path: Path, tmp_path: Path
+) -> None:
     aside = tmp_path / "superseded.jsonl"
     assert opened.set_others_aside(aside) == 0
     assert not path.exists()

@@ -23,14 +23,20 @@ IDS = ["a", "b", "c"]
 METADATA: dict[str, Any] = {"ordinals": [4, 0, 2], "fingerprint": "f", "offsets": OFFSETS}
 
 
-def write(path: Path, values: np.ndarray[Any, Any] = VALUES, ids: list[str] = IDS, **changes: Any) -> None:
+def write(
+    path: Path, values: np.ndarray[Any, Any] = VALUES, ids: list[str] = IDS, **changes: Any
+) -> None:
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(path, values, ids, METADATA | changes)
 
 
 def forge(path: Path, **changes: Any) -> None:
     """What no writer of ours writes, under a marker that fits it."""
-    content = {"embeddings": torch.from_numpy(VALUES), "sequence_ids": IDS, "metadata": METADATA | changes}
+    content = {
+        "embeddings": torch.from_numpy(VALUES),
+        "sequence_ids": IDS,
+        "metadata": METADATA | changes,
+    }
     torch.save(content, path)
     vouch_for(path, width=0, ordinals=METADATA["ordinals"], fingerprint=METADATA["fingerprint"])
 
@@ -67,14 +73,18 @@ BAD_OFFSETS = [
 
 
 @pytest.mark.parametrize(("offsets", "reason"), BAD_OFFSETS)
-def test_offsets_that_do_not_fit_the_values_are_not_written(path: Path, offsets: Any, reason: str) -> None:
+def test_offsets_that_do_not_fit_the_values_are_not_written(
+    path: Path, offsets: Any, reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         write(path, offsets=offsets)
     assert not path.exists()
 
 
 @pytest.mark.parametrize(("offsets", "reason"), BAD_OFFSETS)
-def test_offsets_that_do_not_fit_the_values_are_damage(path: Path, offsets: Any, reason: str) -> None:
+def test_offsets_that_do_not_fit_the_values_are_damage(
+    path: Path, offsets: Any, reason: str
+) -> None:
     forge(path, offsets=offsets)
     is_valid, found = validate_checkpoint_pt(path)
     assert not is_valid
@@ -104,7 +114,10 @@ def test_every_flipped_byte_of_a_ragged_checkpoint_is_noticed_and_moved_aside(pa
     assert heal_shard(path.parents[1], 0, "f") == 0
     assert not path.exists()
     write(path)
-    assert (path.read_bytes(), marker_path(path).read_bytes()) == (whole, marker)  # the same content, the same bytes
+    assert (path.read_bytes(), marker_path(path).read_bytes()) == (
+        whole,
+        marker,
+    )  # the same content, the same bytes
 
 
 def test_a_row_that_is_not_finite_is_named(path: Path) -> None:
@@ -122,7 +135,9 @@ def test_resumed_rows_lie_end_to_end_in_the_order_of_their_ids(path: Path) -> No
     assert resumed.embeddings.tolist() == [*range(9), 100, 101]
 
 
-def test_a_checkpoint_of_equal_widths_is_not_resumed_together_with_one_of_different_widths(path: Path) -> None:
+def test_a_checkpoint_of_equal_widths_is_not_resumed_together_with_one_of_different_widths(
+    path: Path,
+) -> None:
     write(path)
     write(path.with_name("batch_00001.pt"), VALUES.reshape(3, 3), ["d", "e", "f"])
     assert resume_from_checkpoints(path.parents[1], 0).ids == IDS

@@ -43,7 +43,9 @@ def test_a_survey_gives_every_valid_checkpoint_in_order(tmp_path: Path) -> None:
 
 
 def test_a_survey_of_nothing_is_empty(tmp_path: Path) -> None:
-    assert survey_checkpoints(tmp_path / "none", RUN, verify_digests=True) == Survey(valid=(), damaged=())
+    assert survey_checkpoints(tmp_path / "none", RUN, verify_digests=True) == Survey(
+        valid=(), damaged=()
+    )
 
 
 def test_a_quick_survey_sees_a_file_of_another_size(tmp_path: Path) -> None:
@@ -91,7 +93,10 @@ def test_what_a_stopped_writer_left_is_told_from_damage(tmp_path: Path) -> None:
     marker_path(paths[0]).unlink()
     paths[1].unlink()
     survey = survey_checkpoints(tmp_path, RUN, verify_digests=True)
-    assert [(damage.path, damage.is_unfinished) for damage in survey.damaged] == [(paths[0], True), (paths[1], False)]
+    assert [(damage.path, damage.is_unfinished) for damage in survey.damaged] == [
+        (paths[0], True),
+        (paths[1], False),
+    ]
 
 
 def test_a_name_that_no_writer_synced_is_synced_before_it_is_believed(
@@ -104,7 +109,9 @@ def test_a_name_that_no_writer_synced_is_synced_before_it_is_believed(
     assert synced == [tmp_path / "shard_0"]
 
 
-def test_a_read_only_directory_can_be_surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_directory_can_be_surveyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_shard(tmp_path, 1)
 
     def refuse(_: Path) -> None:
@@ -114,7 +121,9 @@ def test_a_read_only_directory_can_be_surveyed(tmp_path: Path, monkeypatch: pyte
     assert len(survey_checkpoints(tmp_path, RUN, verify_digests=True).valid) == 1
 
 
-def test_too_many_open_files_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_shard(tmp_path, 1)
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -128,17 +137,30 @@ def test_too_many_open_files_is_not_taken_for_damage(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("valid", "damaged", "unfinished", "is_failing"),
-    [(0, 3, 0, False), (0, 4, 0, True), (1000, 4, 0, False), (300, 4, 0, True), (396, 4, 0, False), (0, 0, 50, False)],
+    [
+        (0, 3, 0, False),
+        (0, 4, 0, True),
+        (1000, 4, 0, False),
+        (300, 4, 0, True),
+        (396, 4, 0, False),
+        (0, 0, 50, False),
+    ],
 )
 def test_much_damage_means_that_the_storage_is_failing(
     valid: int, damaged: int, unfinished: int, is_failing: bool
 ) -> None:
     def lost(count: int, is_unfinished: bool) -> tuple[Damage, ...]:
-        return tuple(Damage(path=Path("a"), reason="sha256", is_unfinished=is_unfinished) for _ in range(count))
+        return tuple(
+            Damage(path=Path("a"), reason="sha256", is_unfinished=is_unfinished)
+            for _ in range(count)
+        )
 
     survey = Survey(valid=(None,) * valid, damaged=lost(damaged, False) + lost(unfinished, True))  # type: ignore[arg-type]
     if is_failing:
-        with pytest.raises(StorageError, match=f"{damaged} of {valid + damaged} checkpoints are damaged: the storage"):
+        with pytest.raises(
+            StorageError,
+            match=f"{damaged} of {valid + damaged} checkpoints are damaged: the storage",
+        ):
             survey.require_sound_storage()
     else:
         survey.require_sound_storage()
@@ -158,7 +180,9 @@ def test_a_shard_on_failing_storage_is_left_as_it_is(tmp_path: Path) -> None:
     paths = write_shard(tmp_path, 5)
     for path in paths[:4]:
         flip_bit(path, 9000)
-    with pytest.raises(StorageError, match="4 of 5 checkpoints are damaged: the storage is failing"):
+    with pytest.raises(
+        StorageError, match="4 of 5 checkpoints are damaged: the storage is failing"
+    ):
         heal_shard(tmp_path, 0, RUN)
     assert all(path.exists() for path in paths)
 
@@ -250,7 +274,9 @@ def test_a_second_look_sees_what_a_first_one_would(
     assert committed.done_mask().tolist() == now.tolist()
 
 
-def test_a_second_look_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_look_reads_only_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what was written just before."""
     first, second = write_shard(tmp_path, 2)
     read: list[Path] = []
@@ -260,7 +286,10 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
         "read_record",
         lambda path, *others, **options: read.append(path) or real(path, *others, **options),
     )
-    young, old = CommittedRows(tmp_path, RUN, 8), CommittedRows(tmp_path, RUN, 8, clock_ns=settled_ns)
+    young, old = (
+        CommittedRows(tmp_path, RUN, 8),
+        CommittedRows(tmp_path, RUN, 8, clock_ns=settled_ns),
+    )
     for committed in (young, young, old, old):
         committed.done_mask()
     assert read == [first, second] * 3

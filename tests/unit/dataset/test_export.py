@@ -54,7 +54,18 @@ from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
 from vnp_lib.storage.durable import DurableOps
 
-ODD_IDS = ["sp|P12345|NAME_HUMAN", "tr|A0A0", "NA", "1.0", "café|½", 'a,"b"', "'", "{path}", "p:0\\1", "-inf"]
+ODD_IDS = [
+    "sp|P12345|NAME_HUMAN",
+    "tr|A0A0",
+    "NA",
+    "1.0",
+    "café|½",
+    'a,"b"',
+    "'",
+    "{path}",
+    "p:0\\1",
+    "-inf",
+]
 
 
 @pytest.fixture
@@ -95,7 +106,10 @@ def rows_by_id(done: Export, run: Run, to: str, output: str = "mean_6") -> dict[
         files = {label.split()[0]: file for label, file in names["embeddings"].items()}
         return {id_: in_extract_file(file, output).numpy() for id_, file in files.items()}
     assert list(names["ids"]) == run.ids
-    return {str(id_): np.asarray(row) for id_, row in zip(names["ids"], names["embeddings"], strict=True)}
+    return {
+        str(id_): np.asarray(row)
+        for id_, row in zip(names["ids"], names["embeddings"], strict=True)
+    }
 
 
 def names_in(directory: Path) -> list[str]:
@@ -179,11 +193,15 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("to", ["hdf5", "esm-extract"])
-def test_a_killed_export_leaves_nothing_under_the_final_name(run: Run, to: str, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_nothing_under_the_final_name(
+    run: Run, to: str, tmp_path: Path
+) -> None:
     """And the next one removes what it left beside it."""
     directory = tmp_path / "exports"
     arguments = ["export", str(run.paths.run_dir), "--to", to, "--output", str(directory / "x")]
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT_THE_SECOND_BATCH, *arguments], check=False, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_SECOND_BATCH, *arguments], check=False, timeout=120
+    )
     assert killed.returncode == -signal.SIGKILL
     left = names_in(directory)
     assert left
@@ -194,7 +212,9 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(run: Run, to: str, 
     assert len(rows_by_id(export(run, to, directory / "x", replace=True), run, to)) == 150
 
 
-def test_a_matrix_never_stands_beside_the_ids_of_another(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_matrix_never_stands_beside_the_ids_of_another(
+    run: Run, tmp_path: Path, monkeypatch: Any
+) -> None:
     """Of the old pair the matrix is gone for good before the new ids take their name."""
     export(run, "npy", tmp_path / "x")
     steps: list[str] = []
@@ -228,14 +248,23 @@ for to in formats:
 
 
 @pytest.mark.parametrize(
-    ("of", "column", "formats"), [("run", "embedding", FORMATS), ("everything", "per_tok_6", RAGGED_FORMATS)]
+    ("of", "column", "formats"),
+    [("run", "embedding", FORMATS), ("everything", "per_tok_6", RAGGED_FORMATS)],
 )
 def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(
     request: pytest.FixtureRequest, tmp_path: Path, of: str, column: str, formats: dict[str, Format]
 ) -> None:
     """A real failure of the system: no file of the process may have more than a thousand bytes."""
     run_dir, directory = request.getfixturevalue(of).paths.run_dir, tmp_path / "exports"
-    command = [sys.executable, "-c", ON_A_DISK_THAT_TAKES_NO_MORE, run_dir, directory, column, *formats]
+    command = [
+        sys.executable,
+        "-c",
+        ON_A_DISK_THAT_TAKES_NO_MORE,
+        run_dir,
+        directory,
+        column,
+        *formats,
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert ended.stdout.splitlines() == [f"{to} 1" for to in formats]
     assert len(ended.stderr.splitlines()) == len(formats)
@@ -243,7 +272,9 @@ def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(
     assert names_in(directory) == []
 
 
-def test_too_little_room_is_said_before_anything_is_written(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+def test_too_little_room_is_said_before_anything_is_written(
+    run: Run, tmp_path: Path, monkeypatch: Any
+) -> None:
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 999, 999)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"999 bytes free and .* are needed: make room"):
@@ -261,12 +292,16 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, to: str, monkeypa
     write_checkpoint(run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows)
     run.assemble(part_bytes=4 * 1024**2)
 
-    assert peak_bytes_of(FORMATS[to], run, "embedding", tmp_path / "x") < num_sequences * dim * 4 / 2
+    assert (
+        peak_bytes_of(FORMATS[to], run, "embedding", tmp_path / "x") < num_sequences * dim * 4 / 2
+    )
 
 
 def peak_bytes_of(chosen: Format, run: Run, column: str, path: Path) -> int:
     """The memory that an export takes."""
-    rows = Rows(dataset=open_dataset(run.paths.run_dir), columns=(column,), dtype=StoreDtype.FLOAT32)
+    rows = Rows(
+        dataset=open_dataset(run.paths.run_dir), columns=(column,), dtype=StoreDtype.FLOAT32
+    )
     tracemalloc.start()
     chosen.write(rows, path, False)
     _, peak_bytes = tracemalloc.get_traced_memory()
@@ -287,7 +322,10 @@ def with_a_value_of(run: Run, value: float) -> Run:
 
 def test_what_float16_cannot_hold_is_an_error_that_names_the_sequence(tmp_path: Path) -> None:
     run = with_a_value_of(start_run(tmp_path), -70_000.0)
-    with pytest.raises(ConfigError, match=r"the embedding of 'p\d+' has a value of 70,000, and float16 ends at 65,504"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the embedding of 'p\d+' has a value of 70,000, and float16 ends at 65,504",
+    ):
         export(run, "npy", tmp_path / "x", dtype=StoreDtype.FLOAT16)
     assert not list(tmp_path.glob("*x*.npy"))
     export(run, "npy", tmp_path / "x")
@@ -306,7 +344,9 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
         export(run, "hdf5", tmp_path / "x")
 
 
-def test_a_partial_dataset_is_exported_only_if_that_is_asked_for(tmp_path: Path, capsys: Any) -> None:
+def test_a_partial_dataset_is_exported_only_if_that_is_asked_for(
+    tmp_path: Path, capsys: Any
+) -> None:
     run = start_run(tmp_path)
     finish_run(run, without=[int(run.plan.order[0])])
     run.assemble(allow_missing=True)
@@ -314,10 +354,14 @@ def test_a_partial_dataset_is_exported_only_if_that_is_asked_for(tmp_path: Path,
         export(run, "npy", tmp_path / "x")
     arguments = ["export", str(run.paths.run_dir), "--to", "npy", "--allow-partial"]
     assert main(arguments) == 0
-    assert f"{len(open_dataset(run.paths.run_dir)):,} sequences exported, " in capsys.readouterr().out
+    assert (
+        f"{len(open_dataset(run.paths.run_dir)):,} sequences exported, " in capsys.readouterr().out
+    )
 
 
-def test_the_command_says_what_it_wrote_and_what_it_cannot_use(run: Run, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_says_what_it_wrote_and_what_it_cannot_use(
+    run: Run, tmp_path: Path, capsys: Any
+) -> None:
     arguments = ["export", str(run.paths.run_dir), "--to", "npy"]
     path = run.paths.run_dir / "exports" / "embeddings.npy"
     assert main(arguments) == 0
@@ -337,13 +381,29 @@ def test_the_command_says_what_it_wrote_and_what_it_cannot_use(run: Run, tmp_pat
 def test_damage_of_the_dataset_is_no_export(run: Run, tmp_path: Path, capsys: Any) -> None:
     part = run.paths.embeddings_dir / "part-00002.parquet"
     group = pq.ParquetFile(part).metadata.row_group(0)
-    flip_bit(part, 8 * (group.column(group.num_columns - 1).data_page_offset + 100))  # among the embeddings
-    assert main(["export", str(run.paths.run_dir), "--to", "npy", "--output", str(tmp_path / "out" / "x")]) == 1
+    flip_bit(
+        part, 8 * (group.column(group.num_columns - 1).data_page_offset + 100)
+    )  # among the embeddings
+    assert (
+        main(
+            [
+                "export",
+                str(run.paths.run_dir),
+                "--to",
+                "npy",
+                "--output",
+                str(tmp_path / "out" / "x"),
+            ]
+        )
+        == 1
+    )
     assert "part-00002.parquet is damaged" in capsys.readouterr().err
     assert names_in(tmp_path / "out") == []
 
 
-def test_more_rows_than_a_format_bears_are_warned_of(run: Run, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+def test_more_rows_than_a_format_bears_are_warned_of(
+    run: Run, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
     few = dataclasses.replace(FORMATS["hdf5-uniprot"], num_rows_advised=149)
     monkeypatch.setitem(FORMATS, "hdf5-uniprot", few)
     export(run, "hdf5-uniprot", tmp_path / "x")
@@ -367,7 +427,9 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Run:
 class TestADatasetOfSeveralOutputs:
     """Each column goes where it has a place, in its own shape, and what has none is told where it has one."""
 
-    def assert_read_back(self, done: Export, run: Run, to: str, column: str, dtype: str = "float32") -> None:
+    def assert_read_back(
+        self, done: Export, run: Run, to: str, column: str, dtype: str = "float32"
+    ) -> None:
         found = rows_by_id(done, run, to, column)
         assert len(found) == 150
         for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
@@ -377,15 +439,21 @@ class TestADatasetOfSeveralOutputs:
 
     @pytest.mark.parametrize("column", ["mean_5", "max_6"])
     @pytest.mark.parametrize("to", FORMATS)
-    def test_any_vector_is_exported_as_the_mean_is(self, everything: Run, to: str, column: str, tmp_path: Path) -> None:
-        self.assert_read_back(export(everything, to, tmp_path / "x", column=column), everything, to, column)
+    def test_any_vector_is_exported_as_the_mean_is(
+        self, everything: Run, to: str, column: str, tmp_path: Path
+    ) -> None:
+        self.assert_read_back(
+            export(everything, to, tmp_path / "x", column=column), everything, to, column
+        )
 
     @pytest.mark.parametrize("column", ["per_tok_6", "contacts", "logits"])
     @pytest.mark.parametrize("to", RAGGED_FORMATS)
     def test_values_of_residues_come_back_in_their_shapes(
         self, everything: Run, to: str, column: str, tmp_path: Path
     ) -> None:
-        self.assert_read_back(export(everything, to, tmp_path / "x", column=column), everything, to, column)
+        self.assert_read_back(
+            export(everything, to, tmp_path / "x", column=column), everything, to, column
+        )
         halved = export(everything, to, tmp_path / "y", column=column, dtype=StoreDtype.FLOAT16)
         self.assert_read_back(halved, everything, to, column, "float16")
 
@@ -409,18 +477,28 @@ class TestADatasetOfSeveralOutputs:
     def test_a_format_of_vectors_says_which_others_take_residues(
         self, everything: Run, to: str, tmp_path: Path
     ) -> None:
-        told = (
-            f"--to {to} has a vector for each sequence, and contacts has .* npz, hdf5-uniprot, safetensors, esm-extract"
-        )
+        told = f"--to {to} has a vector for each sequence, and contacts has .* npz, hdf5-uniprot, safetensors, esm-extract"
         with pytest.raises(ConfigError, match=told):
             export(everything, to, tmp_path / "out" / "x", column="contacts")
         assert not (tmp_path / "out").exists()
 
-    def test_a_column_has_to_be_chosen_and_to_be_there(self, everything: Run, tmp_path: Path, capsys: Any) -> None:
-        arguments = ["export", str(everything.paths.run_dir), "--to", "npy", "--output", str(tmp_path / "x")]
+    def test_a_column_has_to_be_chosen_and_to_be_there(
+        self, everything: Run, tmp_path: Path, capsys: Any
+    ) -> None:
+        arguments = [
+            "export",
+            str(everything.paths.run_dir),
+            "--to",
+            "npy",
+            "--output",
+            str(tmp_path / "x"),
+        ]
         assert main(arguments) == 2
         told = capsys.readouterr().err
-        assert f"has the columns {', '.join(OUTPUTS)}, and --to npy holds one: choose with --column mean_5" in told
+        assert (
+            f"has the columns {', '.join(OUTPUTS)}, and --to npy holds one: choose with --column mean_5"
+            in told
+        )
         assert main([*arguments, "--column", "embedding"]) == 2
         assert "--column embedding: there is no such column; " in capsys.readouterr().err
         assert main([*arguments, "--column", "bos_6"]) == 0
@@ -439,22 +517,32 @@ class TestADatasetOfSeveralOutputs:
             "esm-extract-mean_6",
         ]
 
-    def test_what_is_said_of_a_column_is_what_it_is_of(self, everything: Run, tmp_path: Path) -> None:
+    def test_what_is_said_of_a_column_is_what_it_is_of(
+        self, everything: Run, tmp_path: Path
+    ) -> None:
         for column, layer, kind in (
             ("mean_5", "5", "mean"),
             ("per_tok_6", "6", "per_tok"),
             ("contacts", None, "contacts"),
         ):
-            with h5py.File(export(everything, "hdf5-uniprot", tmp_path / column, column=column).path) as file:
+            with h5py.File(
+                export(everything, "hdf5-uniprot", tmp_path / column, column=column).path
+            ) as file:
                 assert (file.attrs.get("layer"), file.attrs["pooling"]) == (layer, kind)
             with safe_open(
-                export(everything, "safetensors", tmp_path / column, column=column).path, framework="np"
+                export(everything, "safetensors", tmp_path / column, column=column).path,
+                framework="np",
             ) as tensors:
-                assert (tensors.metadata().get("layer"), tensors.metadata()["pooling"]) == (layer, kind)
+                assert (tensors.metadata().get("layer"), tensors.metadata()["pooling"]) == (
+                    layer,
+                    kind,
+                )
 
 
 @pytest.mark.parametrize("names", [["mean_6", "per_tok_6"], ["per_tok_6"]])
-def test_the_only_column_of_vectors_or_the_only_one_at_all_need_not_be_chosen(tmp_path: Path, names: list[str]) -> None:
+def test_the_only_column_of_vectors_or_the_only_one_at_all_need_not_be_chosen(
+    tmp_path: Path, names: list[str]
+) -> None:
     layout = RowLayout.of_names(names, embed_dim=DIM)
     run = finished_run_of(tmp_path, layout)
     run.assemble()
@@ -469,34 +557,54 @@ def test_memory_is_for_the_longest_sequence_whatever_their_number(tmp_path: Path
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
     lengths = [2_400 - number % 12 for number in range(600)]
     ids = [f"p{number}" for number in range(600)]
-    run = start_run_of(tmp_path, Records(ids, [""] * 600, ["M" * length for length in lengths]), identity_of(layout))
+    run = start_run_of(
+        tmp_path,
+        Records(ids, [""] * 600, ["M" * length for length in lengths]),
+        identity_of(layout),
+    )
     write_planned(run, layout, run.paths.checkpoint(0, 0), run.plan.order)
     run.assemble(part_bytes=8 * 1024**2)
     whole_bytes = sum(lengths) * DIM * 4
-    assert peak_bytes_of(RAGGED_FORMATS[to], run, "per_tok_6", tmp_path / "x") < 16 * 1024**2 < whole_bytes / 2
+    assert (
+        peak_bytes_of(RAGGED_FORMATS[to], run, "per_tok_6", tmp_path / "x")
+        < 16 * 1024**2
+        < whole_bytes / 2
+    )
 
 
-def test_a_value_of_a_residue_that_float16_cannot_hold_is_an_error_that_names_the_sequence(tmp_path: Path) -> None:
+def test_a_value_of_a_residue_that_float16_cannot_hold_is_an_error_that_names_the_sequence(
+    tmp_path: Path,
+) -> None:
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
-    run = start_run_of(tmp_path, Records(["a", "b"], ["", ""], ["MKV", "MKVA"]), identity_of(layout))
+    run = start_run_of(
+        tmp_path, Records(["a", "b"], ["", ""], ["MKV", "MKVA"]), identity_of(layout)
+    )
     rows = np.ones(7 * DIM, dtype=np.float32)
     rows[2] = 1e6  # of the longest: it is the first in the checkpoint
     offsets = np.array([0, 4 * DIM, 7 * DIM])
-    write_checkpoint(run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows, offsets=offsets)
+    write_checkpoint(
+        run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows, offsets=offsets
+    )
     run.assemble()
-    with pytest.raises(ConfigError, match="the embedding of 'b' has a value of 1,000,000, and float16 ends at 65,504"):
+    with pytest.raises(
+        ConfigError,
+        match="the embedding of 'b' has a value of 1,000,000, and float16 ends at 65,504",
+    ):
         export(run, "npz", tmp_path / "x", dtype=StoreDtype.FLOAT16)
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_dataset_in_float16_is_exported_with_the_values_that_it_has(tmp_path: Path, to: str) -> None:
+def test_a_dataset_in_float16_is_exported_with_the_values_that_it_has(
+    tmp_path: Path, to: str
+) -> None:
     run = finish_run(start_run(tmp_path, store_dtype=StoreDtype.FLOAT16))
     run.assemble()
     for dtype in FORMATS[to].dtypes:
         rows = rows_by_id(export(run, to, tmp_path / dtype, dtype=dtype), run, to)
         for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
             assert np.array_equal(
-                rows[sequence_id].astype(np.float32), embed(sequence).astype(np.float16).astype(np.float32)
+                rows[sequence_id].astype(np.float32),
+                embed(sequence).astype(np.float16).astype(np.float32),
             )
 
 
@@ -521,12 +629,17 @@ class TestHdf5:
     @pytest.mark.parametrize(
         ("ids", "what"),
         [
-            (["sp|P1|A", "tr|P1|B"], r"'tr\|P1\|B' is not the only sequence with the accession 'P1'"),
+            (
+                ["sp|P1|A", "tr|P1|B"],
+                r"'tr\|P1\|B' is not the only sequence with the accession 'P1'",
+            ),
             (["a/b"], "'a/b' cannot be a name at the root"),
             (["."], r"'\.' cannot be a name at the root"),
         ],
     )
-    def test_what_has_no_key_of_its_own_is_named(self, tmp_path: Path, ids: list[str], what: str) -> None:
+    def test_what_has_no_key_of_its_own_is_named(
+        self, tmp_path: Path, ids: list[str], what: str
+    ) -> None:
         with pytest.raises(ConfigError, match=what):
             export(small_run(tmp_path, ids), "hdf5-uniprot", tmp_path / "x")
         assert not (tmp_path / "x.uniprot.h5").exists()
@@ -557,25 +670,37 @@ def test_safetensors_gives_slices_and_says_what_they_are(run: Run, tmp_path: Pat
         assert file.metadata()["model"] == "esm2_t6_8M_UR50D"
 
 
-def merge_as_virnucpro(nucleotide_file: dict[str, Any], esm_file: Path) -> tuple[list[str], torch.Tensor]:
+def merge_as_virnucpro(
+    nucleotide_file: dict[str, Any], esm_file: Path
+) -> tuple[list[str], torch.Tensor]:
     """What VirNucPro's merge step does with a pair of files, and the ids that it does not find."""
     of_esm = torch.load(esm_file)
     proteins = dict(zip(of_esm["proteins"], of_esm["data"], strict=True))
     missing, merged = [], []
-    for sequence_id, vector in zip(nucleotide_file["nucleotide"], nucleotide_file["data"], strict=True):
+    for sequence_id, vector in zip(
+        nucleotide_file["nucleotide"], nucleotide_file["data"], strict=True
+    ):
         if sequence_id in proteins:
-            merged.append(torch.cat((torch.tensor(vector["mean_representation"]), proteins[sequence_id]), dim=-1))
+            merged.append(
+                torch.cat(
+                    (torch.tensor(vector["mean_representation"]), proteins[sequence_id]), dim=-1
+                )
+            )
         else:
             missing.append(sequence_id)
     return missing, torch.stack(merged)
 
 
-def test_virnucpros_merge_step_finds_every_protein_in_the_file_of_its_number(tmp_path: Path) -> None:
+def test_virnucpros_merge_step_finds_every_protein_in_the_file_of_its_number(
+    tmp_path: Path,
+) -> None:
     """It splits its input every 10,000 records and joins files by number, so a sequence in quarantine must not move others."""
     count = 10_030
     ids = [f"contig{i // 6}_chunk_1{'FR'[i % 6 // 3]}{i % 3 + 1}" for i in range(count)]
     letters = "LAGVSERTIDPKQNFYMHWC"
-    sequences = ["MK" + "".join(letters[i // 20**place % 20] for place in range(4)) for i in range(count)]
+    sequences = [
+        "MK" + "".join(letters[i // 20**place % 20] for place in range(4)) for i in range(count)
+    ]
     run = start_run_of(tmp_path, Records(ids, [""] * count, sequences))
     finish_run(run, without=[5]).assemble(quarantined=[5])
     export(run, "virnucpro", tmp_path / "chunked_protein")
@@ -604,9 +729,9 @@ def test_virnucpro_gets_a_tensor_of_its_own_for_each_protein(run: Run, tmp_path:
     file = torch.load(tmp_path / "x" / "output_1_ESM.pt")
     assert list(file) == ["proteins", "data"]
     assert (type(file["proteins"]), type(file["data"])) == (list, list)
-    assert {(tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in file["data"]} == {
-        (torch.Size([DIM]), torch.float32, 4 * DIM)
-    }
+    assert {
+        (tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in file["data"]
+    } == {(torch.Size([DIM]), torch.float32, 4 * DIM)}
 
 
 def test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine(
@@ -618,7 +743,9 @@ def test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quaranti
     run = start_run_of(tmp_path, records)
     finish_run(run, without=[2, 3]).assemble(quarantined=[2, 3])
     export(run, "virnucpro", tmp_path / "x")
-    held = [torch.load(tmp_path / "x" / f"output_{number}_ESM.pt")["proteins"] for number in (1, 2, 3)]
+    held = [
+        torch.load(tmp_path / "x" / f"output_{number}_ESM.pt")["proteins"] for number in (1, 2, 3)
+    ]
     assert held == [["a", "b"], [], ["e"]]
 
 
@@ -632,7 +759,8 @@ def test_esm_extract_has_the_files_that_fair_esm_would_write(tmp_path: Path) -> 
     labels = FastaBatchedDataset.from_file(tmp_path / "x.fasta").sequence_labels
     export(run, "esm-extract", tmp_path / "out")
     expected = {
-        tmp_path / "out" / f"{label}.pt": (label, row) for label, row in zip(labels, run.expected_rows(), strict=True)
+        tmp_path / "out" / f"{label}.pt": (label, row)
+        for label, row in zip(labels, run.expected_rows(), strict=True)
     }
     assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == expected.keys()
     for path, (label, row) in expected.items():
@@ -659,7 +787,9 @@ def test_esm_extract_has_the_files_that_fair_esm_would_write(tmp_path: Path) -> 
         ["a", "a.pt/b/c"],
     ],
 )
-def test_a_header_that_is_no_file_name_below_the_directory_is_refused(tmp_path: Path, ids: list[str]) -> None:
+def test_a_header_that_is_no_file_name_below_the_directory_is_refused(
+    tmp_path: Path, ids: list[str]
+) -> None:
     run = small_run(tmp_path, ids)
     before = {path for path in tmp_path.rglob("*")}
     with pytest.raises(ConfigError, match="choose another format"):

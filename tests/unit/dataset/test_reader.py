@@ -54,10 +54,14 @@ def test_all_rows_come_at_once_and_as_torch_tensors_too(run: Run) -> None:
     assert np.array_equal(embeddings, run.expected_rows())
     batches = list(dataset.torch_batches(40))
     assert [sequence_id for ids, _ in batches for sequence_id in ids] == run.ids
-    assert torch.equal(torch.cat([rows for _, rows in batches]), torch.from_numpy(run.expected_rows()))
+    assert torch.equal(
+        torch.cat([rows for _, rows in batches]), torch.from_numpy(run.expected_rows())
+    )
 
 
-def test_a_position_in_the_dataset_is_not_one_in_the_input_where_rows_are_lacking(tmp_path: Path) -> None:
+def test_a_position_in_the_dataset_is_not_one_in_the_input_where_rows_are_lacking(
+    tmp_path: Path,
+) -> None:
     run = start_run(tmp_path)
     left_out = int(run.plan.order[0])
     finish_run(run, without=[left_out]).assemble(quarantined=[left_out])
@@ -132,7 +136,9 @@ def test_what_the_dataset_does_not_have_is_a_key_error_that_names_it(run: Run) -
             dataset.row(ordinal)
 
 
-def test_a_run_that_is_not_complete_has_no_dataset_and_the_reader_is_told_how_to_go_on(run: Run) -> None:
+def test_a_run_that_is_not_complete_has_no_dataset_and_the_reader_is_told_how_to_go_on(
+    run: Run,
+) -> None:
     with pytest.raises(StorageError, match=r"no complete dataset here .*start the run again"):
         open_dataset(run.paths.run_dir)
     with pytest.raises(StorageError, match="there is no such directory"):
@@ -148,7 +154,9 @@ def test_a_part_of_another_size_or_missing_is_refused(run: Run, change: bytes | 
         part.unlink()
     else:
         part.write_bytes(part.read_bytes() + change)
-    with pytest.raises(StorageError, match=r"part-00002\.parquet has .* bytes, and .* were written"):
+    with pytest.raises(
+        StorageError, match=r"part-00002\.parquet has .* bytes, and .* were written"
+    ):
         open_dataset(run.paths.run_dir)
 
 

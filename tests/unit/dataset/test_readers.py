@@ -35,8 +35,16 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
 
 def lines_with(library: str, page: str) -> str:
     """Where a page reads all ids and embeddings with a library."""
-    programs = [block.code for block in blocks_of((ROOT / page).read_text()) if "\nids, embeddings = " in block.code]
-    (lines,) = [code for code in programs if re.search(rf"^(import|from) {library}\b", code, flags=re.MULTILINE)]
+    programs = [
+        block.code
+        for block in blocks_of((ROOT / page).read_text())
+        if "\nids, embeddings = " in block.code
+    ]
+    (lines,) = [
+        code
+        for code in programs
+        if re.search(rf"^(import|from) {library}\b", code, flags=re.MULTILINE)
+    ]
     return lines
 
 
@@ -58,10 +66,15 @@ def test_every_row_is_read_with_its_id(run: Run, library: str, page: str, tmp_pa
         "PYTHONPATH": str(ROOT),
     }
     code = lines_with(library, page) + KEEP
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120
+    )
     with np.load(tmp_path / "seen.npz") as seen:
         assert seen["ids"].tolist() == run.ids
-        is_float16 = run.plan.store_dtype == "float16" and library in ("pandas", "polars")  # the others give float32
+        is_float16 = run.plan.store_dtype == "float16" and library in (
+            "pandas",
+            "polars",
+        )  # the others give float32
         assert seen["embeddings"].dtype == (np.float16 if is_float16 else np.float32)
         assert np.array_equal(seen["embeddings"], run.expected_rows().astype(run.plan.store_dtype))
 

@@ -18,7 +18,8 @@ LOST = httpx.ConnectError("All connection attempts failed")
 
 
 @pytest.mark.parametrize(
-    ("error", "is_lost"), [(LOST, True), (httpx.ReadTimeout(""), True), (OSError(), False), (None, False)]
+    ("error", "is_lost"),
+    [(LOST, True), (httpx.ReadTimeout(""), True), (OSError(), False), (None, False)],
 )
 def test_only_a_request_that_failed_is_a_lost_server(error, is_lost):
     assert is_lost_server(error) == is_lost
@@ -66,7 +67,9 @@ def test_a_lost_server_is_no_failure_of_a_shard_that_is_embedded_here(executor, 
         return RetryDecision(retry=True, delay_s=0.0, reason="again")
 
     hook = make_retry_hook(SimpleNamespace(config=SimpleNamespace(executor=executor)), judge)
-    is_retried = asyncio.run(hook(SimpleNamespace(), SimpleNamespace(flow_run_id=None), Failed(data=LOST)))
+    is_retried = asyncio.run(
+        hook(SimpleNamespace(), SimpleNamespace(flow_run_id=None), Failed(data=LOST))
+    )
     assert len(judged) == num_judged
     assert is_retried == bool(num_judged)
 

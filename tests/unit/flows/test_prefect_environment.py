@@ -26,7 +26,12 @@ from flows.prefect_environment import (
     reach_loopback_past_proxies,
     read_user_settings,
 )
-from flows.prefect_server import check_database, check_standing_server, require_certificates, require_server
+from flows.prefect_server import (
+    check_database,
+    check_standing_server,
+    require_certificates,
+    require_server,
+)
 from vnp_lib.errors import ConfigError
 
 HOME = {"HOME": "/nowhere"}
@@ -51,7 +56,9 @@ def test_a_run_gets_what_it_needs_from_every_directory(tmp_path):
     assert "127.0.0.1" in environ["no_proxy"]
 
 
-@pytest.mark.parametrize("place", ["environment", "lower case", ".env", "prefect.toml", "pyproject.toml", "profile"])
+@pytest.mark.parametrize(
+    "place", ["environment", "lower case", ".env", "prefect.toml", "pyproject.toml", "profile"]
+)
 def test_what_the_user_has_set_stays(tmp_path, place):
     """In whichever of Prefect's places, and strongest first."""
     environ = {"PREFECT_HOME": str(tmp_path / "home")}
@@ -64,11 +71,20 @@ def test_what_the_user_has_set_stays(tmp_path, place):
         case ".env":
             write(tmp_path / ".env", f"{name}={value}\n")
         case "prefect.toml":
-            write(tmp_path / "prefect.toml", f"[server.ephemeral]\nstartup_timeout_seconds = {value}\n")
+            write(
+                tmp_path / "prefect.toml",
+                f"[server.ephemeral]\nstartup_timeout_seconds = {value}\n",
+            )
         case "pyproject.toml":
-            write(tmp_path / "pyproject.toml", f"[tool.prefect.server.ephemeral]\nstartup_timeout_seconds = {value}\n")
+            write(
+                tmp_path / "pyproject.toml",
+                f"[tool.prefect.server.ephemeral]\nstartup_timeout_seconds = {value}\n",
+            )
         case "profile":
-            write(tmp_path / "home" / "profiles.toml", f"active = 'mine'\n[profiles.mine]\n{name} = '{value}'\n")
+            write(
+                tmp_path / "home" / "profiles.toml",
+                f"active = 'mine'\n[profiles.mine]\n{name} = '{value}'\n",
+            )
     before = dict(environ)
     prepare_environment(environ, tmp_path)
     assert name not in environ or environ[name] == before.get(name)
@@ -90,7 +106,10 @@ def test_an_empty_variable_takes_back_what_a_profile_has_set(tmp_path):
     write(tmp_path / "profiles.toml", f"active = 'a'\n[profiles.a]\nPREFECT_API_URL = '{CLOSED}'\n")
     environ = {"PREFECT_HOME": str(tmp_path)}
     assert read_user_settings(environ, tmp_path).find("PREFECT_API_URL") is not None
-    assert read_user_settings(environ | {"PREFECT_API_URL": ""}, tmp_path).find("PREFECT_API_URL") is None
+    assert (
+        read_user_settings(environ | {"PREFECT_API_URL": ""}, tmp_path).find("PREFECT_API_URL")
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,18 +127,33 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, file, text, words):
         read_user_settings({"PREFECT_HOME": str(tmp_path)}, tmp_path)
     assert str(path.parent) in str(raised.value)
     assert "\n" not in str(raised.value)
-    prepare_environment({"PREFECT_HOME": str(tmp_path)}, tmp_path)  # who imports the flow only is not disturbed
+    prepare_environment(
+        {"PREFECT_HOME": str(tmp_path)}, tmp_path
+    )  # who imports the flow only is not disturbed
 
 
 @pytest.mark.parametrize("profile", ["ephemeral", "local", "cloud", "test"])
 def test_prefects_own_profiles_need_no_file(tmp_path, profile):
-    assert read_user_settings({"PREFECT_PROFILE": profile, "PREFECT_HOME": str(tmp_path)}, tmp_path).find("X") is None
+    assert (
+        read_user_settings(
+            {"PREFECT_PROFILE": profile, "PREFECT_HOME": str(tmp_path)}, tmp_path
+        ).find("X")
+        is None
+    )
 
 
 @pytest.mark.parametrize(
-    "without", [{}, {"NO_PROXY": "a.org, b.org"}, {"no_proxy": "a.org"}, {"no_proxy": "", "NO_PROXY": "b.org"}]
+    "without",
+    [
+        {},
+        {"NO_PROXY": "a.org, b.org"},
+        {"no_proxy": "a.org"},
+        {"no_proxy": "", "NO_PROXY": "b.org"},
+    ],
 )
-@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"])
+@pytest.mark.parametrize(
+    "name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"]
+)
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_this_machine_is_reached_past_every_proxy(monkeypatch, without, name, host):
     """As Prefect's clients of HTTP and of web sockets see it; names that the user has taken out stay so."""
@@ -141,7 +175,11 @@ def test_this_machine_is_reached_past_every_proxy(monkeypatch, without, name, ho
 
 def test_a_proxy_that_nobody_can_use_is_dropped_for_a_server_on_this_machine():
     """SOCKS without its package: a client could not even be made."""
-    environ = {"all_proxy": "socks5://127.0.0.1:3", "HTTP_PROXY": "foo://x", "https_proxy": "http://proxy:3128"}
+    environ = {
+        "all_proxy": "socks5://127.0.0.1:3",
+        "HTTP_PROXY": "foo://x",
+        "https_proxy": "http://proxy:3128",
+    }
     prefect_server._drop_unusable_proxies(environ, None)
     assert environ == {"https_proxy": "http://proxy:3128"}
     elsewhere = Setting(value="http://far.example/api", where="x")
@@ -181,7 +219,9 @@ def test_without_a_home_a_temporary_one_is_made(tmp_path, monkeypatch, kind):
     """With a line that says so, and a HOME with which Prefect can be imported."""
     monkeypatch.setenv("HOME", str(write(tmp_path / "file", "")))
     if kind == "is nowhere":
-        monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+        monkeypatch.setattr(
+            Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home")))
+        )
     environ: dict[str, str] = {}
     home = choose_home(read_user_settings({}, tmp_path), environ, is_needed=True)
     assert home.is_temporary
@@ -192,7 +232,9 @@ def test_without_a_home_a_temporary_one_is_made(tmp_path, monkeypatch, kind):
     home.path.rmdir()
 
 
-@pytest.mark.parametrize("name", ["PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"])
+@pytest.mark.parametrize(
+    "name", ["PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"]
+)
 def test_no_server_at_all_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match=f"environment variable {name}"):
         require_server(settings_of(tmp_path, **{name: "False"}))
@@ -259,8 +301,13 @@ def test_a_server_that_cannot_be_used_is_named_with_where_it_was_set(answering, 
 
 def test_a_server_that_hangs_is_not_waited_for_for_long(monkeypatch):
     monkeypatch.setattr(prefect_server, "_REQUEST_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(ConfigError, match="does not answer"):
-        check_standing_server(Setting(value=f"http://127.0.0.1:{server.getsockname()[1]}/api", where="x"))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ConfigError, match="does not answer"),
+    ):
+        check_standing_server(
+            Setting(value=f"http://127.0.0.1:{server.getsockname()[1]}/api", where="x")
+        )
 
 
 @pytest.mark.parametrize("version", ['"3.8.8"', '"3.9.1"', '"3.0.0"'])
@@ -309,14 +356,21 @@ def test_what_is_no_database_is_refused(tmp_path):
 
 def test_a_database_server_that_is_not_there_is_named_without_its_password():
     with pytest.raises(ConfigError, match=r"nobody answers at 127\.0\.0\.1:9") as raised:
-        check_database(Setting(value="postgresql+asyncpg://user:secret@127.0.0.1:9/prefect", where="x"), Path("/"))
+        check_database(
+            Setting(value="postgresql+asyncpg://user:secret@127.0.0.1:9/prefect", where="x"),
+            Path("/"),
+        )
     assert "secret" not in str(raised.value)
 
 
 def embed(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """`vnp-embed` of one protein in another directory, as far as it gets."""
     write(tmp_path / "in.fasta", ">a\nMKVLATTWQERS\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VNP_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "VNP_"))
+    }
     code = "import sys; from flows.program import main; sys.exit(main())"
     arguments = [
         "--fasta",
@@ -344,7 +398,10 @@ def embed(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     ("variables", "words"),
     [
         ({"PREFECT_API_URL": CLOSED}, "Connection refused"),
-        ({"PREFECT_API_REQUEST_TIMEOUT": "soon"}, "PREFECT_API_REQUEST_TIMEOUT='soon', set by the environment"),
+        (
+            {"PREFECT_API_REQUEST_TIMEOUT": "soon"},
+            "PREFECT_API_REQUEST_TIMEOUT='soon', set by the environment",
+        ),
     ],
 )
 def test_a_start_that_fails_says_one_sentence_and_makes_nothing(tmp_path, variables, words):

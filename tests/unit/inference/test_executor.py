@@ -22,12 +22,16 @@ NAN = float("nan")
 class StubModel:
     """Gives every token its number, holds so many tokens, and may spoil what `spoil` says."""
 
-    def __init__(self, *, memory: int = 10**9, spoil: Callable[[Tensor], None] = lambda states: None) -> None:
+    def __init__(
+        self, *, memory: int = 10**9, spoil: Callable[[Tensor], None] = lambda states: None
+    ) -> None:
         self.memory = memory
         self.passes: list[int] = []
         self._spoil = spoil
 
-    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Mapping[str, Any]:
         self.passes.append(input_ids.numel())
         if input_ids.numel() > self.memory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -38,7 +42,9 @@ class StubModel:
 
 def batch_of(sequences: list[str]) -> PackedBatch:
     ids = [f"id_{sequence}" for sequence in sequences]
-    return pack_batch(sequences, sequence_ids=ids, ordinals=range(10, 10 + len(sequences)), batch_idx=7)
+    return pack_batch(
+        sequences, sequence_ids=ids, ordinals=range(10, 10 + len(sequences)), batch_idx=7
+    )
 
 
 def expected_rows(sequences: list[str]) -> Tensor:
@@ -61,7 +67,9 @@ def rows_of(model: StubModel, sequences: list[str], **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("memory", [9, 10, 12, 16, 20, 30])
 def test_a_batch_that_does_not_fit_is_computed_in_pieces_row_for_row(memory: int) -> None:
-    torch.testing.assert_close(rows_of(StubModel(memory=memory), SEQUENCES), expected_rows(SEQUENCES))
+    torch.testing.assert_close(
+        rows_of(StubModel(memory=memory), SEQUENCES), expected_rows(SEQUENCES)
+    )
 
 
 def test_what_was_learned_about_memory_spares_the_next_batch_the_attempt() -> None:
@@ -108,7 +116,9 @@ def spoil_where(token_sum: float) -> Callable[[Tensor], None]:
 
 def test_a_row_that_is_not_finite_in_its_batch_is_computed_once_more_alone() -> None:
     """Here by the same model, which does better with a single sequence."""
-    torch.testing.assert_close(rows_of(StubModel(spoil=spoil_where(10)), SEQUENCES), expected_rows(SEQUENCES))
+    torch.testing.assert_close(
+        rows_of(StubModel(spoil=spoil_where(10)), SEQUENCES), expected_rows(SEQUENCES)
+    )
 
 
 def test_the_row_of_a_more_exact_model_takes_its_place_and_no_others() -> None:
@@ -135,7 +145,9 @@ def test_a_row_that_stays_not_finite_is_told_apart() -> None:
 
 def test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch() -> None:
     """All three fates at once: the masks of one must not shift the others'."""
-    model = StubModel(memory=8, spoil=lambda states: states.__setitem__(1, NAN) if states[1, 0] == 15 else None)
+    model = StubModel(
+        memory=8, spoil=lambda states: states.__setitem__(1, NAN) if states[1, 0] == 15 else None
+    )
     sequences = ["ACDEFGH", "MKV", "KKK"]  # K is token 15
     embedded = embed(model, sequences, exactly=lambda alone: torch.full((1, 4), NAN))
     assert embedded.too_large.sequence_ids == ("id_ACDEFGH",)
@@ -145,7 +157,9 @@ def test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch() -> Non
 
 
 @pytest.mark.parametrize(("sequences", "ordinal"), [(SEQUENCES, None), (["MKV"], 10)])
-def test_any_other_error_blames_the_batch_or_the_only_sequence(sequences: list[str], ordinal: int | None) -> None:
+def test_any_other_error_blames_the_batch_or_the_only_sequence(
+    sequences: list[str], ordinal: int | None
+) -> None:
     with pytest.raises(BatchFailedError) as caught:
         embed(StubModel(spoil=fail), sequences)
     assert (caught.value.batch_idx, caught.value.ordinal) == (7, ordinal)
@@ -155,13 +169,19 @@ def fail(states: Tensor) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.mark.parametrize("model", [StubModel(memory=1), StubModel(spoil=spoil_where(1)), StubModel(spoil=fail)])
+@pytest.mark.parametrize(
+    "model", [StubModel(memory=1), StubModel(spoil=spoil_where(1)), StubModel(spoil=fail)]
+)
 def test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken(model: StubModel) -> None:
     """And no sequence: whatever the device has said, it is the device that is accused."""
     with pytest.raises(DeviceFailedError) as caught:
         Embedder(model, torch.device("cpu"), budget=TokenBudget()).probe()
     failure = classify_exception(caught.value)
-    assert (failure.cause, failure.batch_idx, failure.ordinal) == (FailureCause.HARDWARE, None, None)
+    assert (failure.cause, failure.batch_idx, failure.ordinal) == (
+        FailureCause.HARDWARE,
+        None,
+        None,
+    )
 
 
 def test_a_sound_device_passes_the_probe() -> None:

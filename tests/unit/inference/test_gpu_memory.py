@@ -31,7 +31,12 @@ from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.outputs import OutputKind, RowLayout, choose_outputs
 
 GB = 10**9
-M8, M650, B3, B15 = "esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D"
+M8, M650, B3, B15 = (
+    "esm2_t6_8M_UR50D",
+    "esm2_t33_650M_UR50D",
+    "esm2_t36_3B_UR50D",
+    "esm2_t48_15B_UR50D",
+)
 BFLOAT16 = torch.bfloat16
 
 
@@ -69,7 +74,9 @@ class StandInNVML(ModuleType):
         return SimpleNamespace(free=self._free_bytes[handle])
 
 
-def a_machine_with(monkeypatch: pytest.MonkeyPatch, *, mask: str = "", **free_bytes: int | None) -> StandInNVML:
+def a_machine_with(
+    monkeypatch: pytest.MonkeyPatch, *, mask: str = "", **free_bytes: int | None
+) -> StandInNVML:
     nvml = StandInNVML(**free_bytes)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
@@ -83,8 +90,18 @@ def a_machine_with(monkeypatch: pytest.MonkeyPatch, *, mask: str = "", **free_by
         (B3, torch.bfloat16, 80 * GB, 1_138_688),
         (B3, torch.bfloat16, 16 * GB, 143_360),  # 143,966
         (B3, torch.bfloat16, 8 * GB, 19_456),  # 19,607
-        (B3, torch.float32, 16 * GB, 27_648),  # (16e9 - 4 * 2,832,442,880 - 2**30) * 0.8 / 102,664 = 28,025
-        (B15, torch.bfloat16, 40 * GB, 67_584),  # (40e9 - 2 * 15,102,868,480 - 2**30) * 0.8 / 102,920 = 67,784
+        (
+            B3,
+            torch.float32,
+            16 * GB,
+            27_648,
+        ),  # (16e9 - 4 * 2,832,442,880 - 2**30) * 0.8 / 102,664 = 28,025
+        (
+            B15,
+            torch.bfloat16,
+            40 * GB,
+            67_584,
+        ),  # (40e9 - 2 * 15,102,868,480 - 2**30) * 0.8 / 102,920 = 67,784
         (B15, torch.bfloat16, 24 * GB, 0),
         # (24e9 - 4 * 649,400,320 - 2**30) * 0.8 / (10 * 1280 * 4 + 8 + 4 * 64) = 316,006
         (M650, torch.float32, 24 * GB, 315_392),
@@ -93,7 +110,10 @@ def a_machine_with(monkeypatch: pytest.MonkeyPatch, *, mask: str = "", **free_by
 def test_memory_beside_the_weights_holds_so_many_tokens(
     model: str, dtype: torch.dtype, free_bytes: int, tokens: int
 ) -> None:
-    assert tokens_that_fit(MODELS[model], dtype, free_bytes, layout_of(MODELS[model], ["mean"])) == tokens
+    assert (
+        tokens_that_fit(MODELS[model], dtype, free_bytes, layout_of(MODELS[model], ["mean"]))
+        == tokens
+    )
 
 
 def test_contacts_take_the_more_the_longer_a_sequence_may_be() -> None:
@@ -114,8 +134,12 @@ def test_residues_of_every_layer_are_there_twice_in_float32() -> None:
 TINY = Architecture(num_layers=4, embed_dim=128, attention_heads=4)
 
 
-def layout_of(architecture: Architecture, include: Sequence[str], layers: Collection[int] | None = None) -> RowLayout:
-    outputs = choose_outputs(list(map(OutputKind, include)), layers, num_layers=architecture.num_layers)
+def layout_of(
+    architecture: Architecture, include: Sequence[str], layers: Collection[int] | None = None
+) -> RowLayout:
+    outputs = choose_outputs(
+        list(map(OutputKind, include)), layers, num_layers=architecture.num_layers
+    )
     return RowLayout(outputs, architecture.embed_dim)
 
 
@@ -130,8 +154,12 @@ def headed(dtype: torch.dtype, kinds: tuple[OutputKind, ...]) -> ESM2 | HeadedMo
         "norm_bias": (dim,),
         "bias": (33,),
     }
-    language_model = LanguageModelHead(**{name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()})
-    regression = ContactRegression(weight=torch.ones(TINY.num_layers, TINY.attention_heads), bias=torch.zeros(1))
+    language_model = LanguageModelHead(
+        **{name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    )
+    regression = ContactRegression(
+        weight=torch.ones(TINY.num_layers, TINY.attention_heads), bias=torch.zeros(1)
+    )
     return (
         HeadedModel(
             network,
@@ -175,7 +203,9 @@ def test_a_forward_pass_holds_what_is_reckoned(
     ids = [str(length) for length in range(len(lengths))]
     batch = pack_batch(["A" * length for length in lengths], ids, range(len(ids)), batch_idx=0)
     with torch.inference_mode():
-        embed_batch(model, pack_batch(["A"], ["a"], [0], batch_idx=0), layout)  # what it looks up is kept from now on
+        embed_batch(
+            model, pack_batch(["A"], ["a"], [0], batch_idx=0), layout
+        )  # what it looks up is kept from now on
         with LiveBytes() as live:
             embed_batch(model, batch, layout)
     reckoned = pass_bytes(TINY, dtype, layout, np.diff(batch.cu_seqlens.numpy()))
@@ -192,7 +222,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage(), given)
@@ -216,10 +250,14 @@ class LiveBytes(TorchDispatchMode):
 def test_parameters_are_counted_as_the_network_has_them(model: str) -> None:
     with torch.device("meta"):
         network = ESM2(MODELS[model])
-    assert MODELS[model].num_parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert MODELS[model].num_parameters == sum(
+        parameter.numel() for parameter in network.parameters()
+    )
 
 
-@pytest.mark.parametrize(("model", "tokens"), [(M8, 65_536), (M650, 65_536), (B3, 16_384), (B15, 16_384)])
+@pytest.mark.parametrize(
+    ("model", "tokens"), [(M8, 65_536), (M650, 65_536), (B3, 16_384), (B15, 16_384)]
+)
 def test_more_memory_makes_no_longer_passes_than_do_good(
     monkeypatch: pytest.MonkeyPatch, model: str, tokens: int
 ) -> None:
@@ -233,7 +271,11 @@ def test_more_memory_makes_no_longer_passes_than_do_good(
     ("mask", "devices", "tokens"),
     [
         ("", ["0"], 65_536),
-        ("", ["0", "1"], 13_312),  # (1.2e9 - 2 * 7,408,960 - 2**30) * 0.8 / (10 * 320 * 2 + 8 + 4 * 16) = 13,774
+        (
+            "",
+            ["0", "1"],
+            13_312,
+        ),  # (1.2e9 - 2 * 7,408,960 - 2**30) * 0.8 / (10 * 320 * 2 + 8 + 4 * 16) = 13,774
         ("1", ["0"], 13_312),
         ("GPU-1-2, MIG-3-4", ["0"], TOKENS_UNSEEN),
         ("GPU-1-2, MIG-3-4", ["0", "1"], 13_312),
@@ -245,7 +287,12 @@ def test_the_gpu_with_the_least_memory_free_decides(
     monkeypatch: pytest.MonkeyPatch, mask: str, devices: list[str], tokens: int
 ) -> None:
     """Of those that the run has. One that does not tell does not count."""
-    gpus = {"number_0": 80 * GB, "number_1": 1_200_000_000, "number_2": None, "MIG-3-4": 1_200_000_000}
+    gpus = {
+        "number_0": 80 * GB,
+        "number_1": 1_200_000_000,
+        "number_2": None,
+        "MIG-3-4": 1_200_000_000,
+    }
     a_machine_with(monkeypatch, mask=mask, **gpus)
     assert choose_token_budget(M8, BFLOAT16, devices, layout_of(MODELS[M8], ["mean"])) == tokens
 
@@ -255,7 +302,11 @@ def test_without_nvml_it_is_what_suits_most_gpus(monkeypatch: pytest.MonkeyPatch
     assert choose_token_budget(B3, BFLOAT16, ["0"], layout_of(MODELS[B3], ["mean"])) == 16_384
 
 
-def test_a_model_that_does_not_fit_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_refused_with_both_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     a_machine_with(monkeypatch, number_0=80 * GB, number_1=24 * GB)
-    with pytest.raises(ConfigError, match=r"15B.* 28\.1 GiB .* GPU 1, which has 22\.4 GiB free; take .*--model"):
+    with pytest.raises(
+        ConfigError, match=r"15B.* 28\.1 GiB .* GPU 1, which has 22\.4 GiB free; take .*--model"
+    ):
         choose_token_budget(B15, BFLOAT16, ["0", "1"], layout_of(MODELS[B15], ["mean"]))

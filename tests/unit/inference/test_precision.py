@@ -22,15 +22,22 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
 
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="bfloat16")
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="bfloat16"
+)
 
 
 def plan_of(tmp_path, lengths, *, num_shards=1):
     fasta = tmp_path / "in.fasta"
     alphabet = "ACDEFGHIKLMNPQRSTVWY"
-    sequences = ["".join(alphabet[(i + k * (i % 7 + 1)) % 20] for k in range(n)) for i, n in enumerate(lengths)]
+    sequences = [
+        "".join(alphabet[(i + k * (i % 7 + 1)) % 20] for k in range(n))
+        for i, n in enumerate(lengths)
+    ]
     fasta.write_text("".join(f">p{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
-    return make_plan(RunPaths(tmp_path / "run"), [fasta], MODEL, num_shards=num_shards, token_budget=100)
+    return make_plan(
+        RunPaths(tmp_path / "run"), [fasta], MODEL, num_shards=num_shards, token_budget=100
+    )
 
 
 def comparison(ordinal: int, difference: float, cosine: float) -> Comparison:
@@ -67,14 +74,24 @@ def test_rows_are_compared_with_those_of_their_own_ordinals():
 
 
 def test_an_exact_row_that_is_not_finite_compares_with_nothing():
-    assert compare(np.array([0]), np.ones((1, 2), np.float32), {0: np.array([np.nan, 1.0], np.float32)}) == []
+    assert (
+        compare(
+            np.array([0]), np.ones((1, 2), np.float32), {0: np.array([np.nan, 1.0], np.float32)}
+        )
+        == []
+    )
 
 
 def test_exact_rows_are_compared_in_the_memory_of_one(tmp_path):
     """As they would be from memory; the file that they are in has no name."""
     draw = np.random.default_rng(1)
-    rows = [draw.standard_normal(size, dtype=np.float32) for size in (300_000, 7, 1_500_000, 200_000)]
-    exact = {ordinal: row + draw.normal(0, 1e-3, row.size).astype(np.float32) for ordinal, row in enumerate(rows)}
+    rows = [
+        draw.standard_normal(size, dtype=np.float32) for size in (300_000, 7, 1_500_000, 200_000)
+    ]
+    exact = {
+        ordinal: row + draw.normal(0, 1e-3, row.size).astype(np.float32)
+        for ordinal, row in enumerate(rows)
+    }
     kept = ExactRows(tmp_path)
     for ordinal, row in exact.items():
         kept.keep(ordinal, row)
@@ -113,7 +130,9 @@ def test_a_row_that_does_not_fit_on_the_disk_is_as_if_it_were_not_there(tmp_path
 
 
 def test_a_certificate_is_the_worst_of_all():
-    certificate = Certificate.of([comparison(1, 0.5, 0.9999), comparison(2, 0.1, 0.9), comparison(1, 0.5, 0.9999)])
+    certificate = Certificate.of(
+        [comparison(1, 0.5, 0.9999), comparison(2, 0.1, 0.9), comparison(1, 0.5, 0.9999)]
+    )
     assert certificate == Certificate(num_compared=2, max_abs_difference=0.5, lowest_cosine=0.9)
     assert certificate.is_poor
     assert not Certificate.of([comparison(1, 0.5, 0.9999)]).is_poor

@@ -28,13 +28,20 @@ from vnp_lib.software import Software, package_in_use
 class StubModel:
     """Gives every token four times its number."""
 
-    def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+    def forward_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Mapping[str, Any]:
         return {"representations": {6: input_ids[:, None].float().expand(-1, 4)}}
 
 
 def batches(count: int) -> list[PackedBatch]:
     return [
-        pack_batch(["MKV", "MKL"], sequence_ids=[f"{k}a", f"{k}b"], ordinals=[2 * k, 2 * k + 1], batch_idx=k)
+        pack_batch(
+            ["MKV", "MKL"],
+            sequence_ids=[f"{k}a", f"{k}b"],
+            ordinals=[2 * k, 2 * k + 1],
+            batch_idx=k,
+        )
         for k in range(count)
     ]
 
@@ -70,10 +77,14 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
     class Hearing(Listener):
         def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
             took.append(seconds)
-            announced.append((number, rows, validate_checkpoint_pt(checkpoint_path(tmp_path, 0, number))[0]))
+            announced.append(
+                (number, rows, validate_checkpoint_pt(checkpoint_path(tmp_path, 0, number))[0])
+            )
 
     monkeypatch.setattr(writer, "write_marker", write_first_marker)
-    runner = AsyncInferenceRunner(StubModel(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=2)
+    runner = AsyncInferenceRunner(
+        StubModel(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=2
+    )
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         list(runner.embed(batches(2), listener=Hearing()))
     assert announced == [(0, 2, True)]
@@ -89,7 +100,9 @@ def test_a_result_says_how_many_batches_wait_for_the_model(tmp_path: Path) -> No
         all_are_read.set()
 
     class Waiting(StubModel):
-        def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+        def forward_packed(
+            self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        ) -> Mapping[str, Any]:
             assert all_are_read.wait(timeout=60)
             return super().forward_packed(input_ids, cu_seqlens, max_seqlen)
 
@@ -121,14 +134,20 @@ def test_an_error_of_the_reader_waits_for_its_turn_and_is_no_batch() -> None:
         next(items)
 
 
-def test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept(tmp_path: Path) -> None:
+def test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept(
+    tmp_path: Path,
+) -> None:
     class Small(StubModel):
-        def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+        def forward_packed(
+            self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        ) -> Mapping[str, Any]:
             if input_ids.numel() > 10:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().forward_packed(input_ids, cu_seqlens, max_seqlen)
 
-    large = pack_batch(["MKV" * 9, "MK"], sequence_ids=["huge", "small"], ordinals=[10, 11], batch_idx=5)
+    large = pack_batch(
+        ["MKV" * 9, "MK"], sequence_ids=["huge", "small"], ordinals=[10, 11], batch_idx=5
+    )
     runner = AsyncInferenceRunner(Small(), "cpu", checkpoint_dir=tmp_path)
     with pytest.raises(SequenceTooLargeError, match=r"'huge' \(27 residues\)"):
         list(runner.embed([large, *batches(2)]))
@@ -148,11 +167,15 @@ def test_a_checkpoint_says_what_computed_it(tmp_path: Path) -> None:
     )
 
 
-def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(tmp_path: Path) -> None:
+def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(
+    tmp_path: Path,
+) -> None:
     """In the loop's own order: its batch-mates are kept under their own ids."""
 
     class Spoilt(StubModel):
-        def forward_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Mapping[str, Any]:
+        def forward_packed(
+            self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        ) -> Mapping[str, Any]:
             states = input_ids[:, None].float().repeat(1, 4)
             states[input_ids == LETTERS.index("W") + FIRST_LETTER] = float("nan")
             return {"representations": {6: states}}
@@ -163,7 +186,9 @@ def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(tm
         def on_not_finite(self, batch: PackedBatch) -> None:
             self.told.extend(batch.sequence_ids)
 
-    bad = pack_batch(["MWV", "MKV", "W"], sequence_ids=["b1", "good", "b2"], ordinals=[10, 11, 12], batch_idx=5)
+    bad = pack_batch(
+        ["MWV", "MKV", "W"], sequence_ids=["b1", "good", "b2"], ordinals=[10, 11, 12], batch_idx=5
+    )
     runner = AsyncInferenceRunner(Spoilt(), "cpu", checkpoint_dir=tmp_path)
     results = list(runner.embed([bad, *batches(1)], listener=Forgiving()))
     assert Forgiving.told == ["b1", "b2"]

@@ -37,14 +37,18 @@ def rows_of(path: Path) -> dict[str, np.ndarray]:
         ("space_first.fasta", {"a": A, "b": B}),
     ],
 )
-def test_each_record_has_the_row_of_its_residues(name: str, expected: dict[str, tuple[float, ...]]) -> None:
+def test_each_record_has_the_row_of_its_residues(
+    name: str, expected: dict[str, tuple[float, ...]]
+) -> None:
     rows = rows_of(CASES / name)
     assert list(rows) == list(expected)
     for sequence_id, values in expected.items():
         np.testing.assert_allclose(rows[sequence_id], values, atol=2e-5, err_msg=sequence_id)
 
 
-def test_a_file_joined_without_a_line_break_gives_its_rows_once_that_is_mended(tmp_path: Path) -> None:
+def test_a_file_joined_without_a_line_break_gives_its_rows_once_that_is_mended(
+    tmp_path: Path,
+) -> None:
     text = (CASES / "cat_no_newline.fasta").read_text(encoding="utf-8")
     mended = tmp_path / "mended.fasta"
     mended.write_text(text.replace("V>b", "V\n>b"), encoding="utf-8")
@@ -56,7 +60,10 @@ def test_a_file_joined_without_a_line_break_gives_its_rows_once_that_is_mended(t
 @pytest.mark.parametrize("policy", ["error", "map"])
 def test_a_file_joined_without_a_line_break_is_refused_with_what_is_missing(policy: str) -> None:
     path = CASES / "cat_no_newline.fasta"
-    with pytest.raises(FastaError, match="line 1: sequence 'a' has '>' at position 41; a line break is missing before"):
+    with pytest.raises(
+        FastaError,
+        match="line 1: sequence 'a' has '>' at position 41; a line break is missing before",
+    ):
         list(read(Source(path=path, name=path.name), InputPolicy(invalid_residues=policy)))  # type: ignore[arg-type]
 
 

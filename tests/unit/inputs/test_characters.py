@@ -69,7 +69,9 @@ def chunk_of(path: Path, policy: str = "error") -> InputChunk:
 
 @pytest.mark.parametrize("source", [in_fasta, in_gz, in_csv, in_parquet])
 @pytest.mark.parametrize("name", MEMBERS)
-def test_a_file_is_treated_as_the_table_says(tmp_path: Path, name: str, source: Callable[[Path, str], Path]) -> None:
+def test_a_file_is_treated_as_the_table_says(
+    tmp_path: Path, name: str, source: Callable[[Path, str], Path]
+) -> None:
     for character in MEMBERS[name]:
         path = source(tmp_path, f"MK{character}VL")
         for policy in ("error", "map", "skip"):
@@ -86,7 +88,9 @@ def require_treated(path: Path, character: str, its_class: CharacterClass, polic
         assert "\n" not in told
         return
     chunk = chunk_of(path, policy)
-    expected = {Treatment.REMOVED: ["MKVL"], Treatment.UNKNOWN: ["MKXVL"], Treatment.LEFT_OUT: []}[treatment]
+    expected = {Treatment.REMOVED: ["MKVL"], Treatment.UNKNOWN: ["MKXVL"], Treatment.LEFT_OUT: []}[
+        treatment
+    ]
     assert chunk.usable.sequences == expected, character
     assert len(chunk.skipped) == (treatment == Treatment.LEFT_OUT)
     assert chunk.letters.mapped == (treatment == Treatment.UNKNOWN)
@@ -147,7 +151,9 @@ def test_what_is_removed_is_counted_by_its_class(tmp_path: Path) -> None:
     assert chunk.letters == LetterCounts(white_space=4, invisible=5, mapped=1)
 
 
-@pytest.mark.parametrize("text", ["ACGT ACGT\nAC GT", "acgu-acgu", "1 ACGTACGT 8", "\ufeffACGT\u200bNN"])
+@pytest.mark.parametrize(
+    "text", ["ACGT ACGT\nAC GT", "acgu-acgu", "1 ACGTACGT 8", "\ufeffACGT\u200bNN"]
+)
 def test_nucleotides_are_known_whatever_stands_between_them(text: str) -> None:
     assert nucleotide_share([text]) == 1
 
@@ -165,7 +171,9 @@ def test_nucleotides_are_known_whatever_stands_between_them(text: str) -> None:
         (">sp|P1|β_x one\x01gi|2", ("sp|P1|β_x", "one\x01gi|2")),
     ],
 )
-def test_the_id_is_the_first_word_of_a_header(tmp_path: Path, header: str, expected: tuple[str, str]) -> None:
+def test_the_id_is_the_first_word_of_a_header(
+    tmp_path: Path, header: str, expected: tuple[str, str]
+) -> None:
     """In a table as in FASTA."""
     path = tmp_path / "x.fasta"
     path.write_bytes(f"{header}\nMK\n".encode())
@@ -181,7 +189,10 @@ def test_a_control_character_in_an_id_is_refused(tmp_path: Path, character: str)
     path = in_parquet(tmp_path, "MK")
     pq.write_table(pa.table({"id": [f"a{character}b"], "sequence": ["MK"]}), path)
     for policy in ("error", "map"):
-        with pytest.raises(FastaError, match=f"the id .* has the control character {character!r}".replace("\\", r"\\")):
+        with pytest.raises(
+            FastaError,
+            match=f"the id .* has the control character {character!r}".replace("\\", r"\\"),
+        ):
             chunk_of(path, policy)
     assert [fault.record for fault in chunk_of(path, "skip").skipped] == [0]
 
@@ -194,16 +205,22 @@ def test_a_header_that_shows_nothing_has_no_id(tmp_path: Path, header: str) -> N
         chunk_of(path)
 
 
-@pytest.mark.parametrize("text", ["MET LYS VAL LEU ALA", "MetLysValLeu", "met lys\tval\xa0leu gly", "Met-free Lys"])
+@pytest.mark.parametrize(
+    "text", ["MET LYS VAL LEU ALA", "MetLysValLeu", "met lys\tval\xa0leu gly", "Met-free Lys"]
+)
 def test_three_letter_codes_are_not_read_as_single_letters(tmp_path: Path, text: str) -> None:
     path = in_fasta(tmp_path, text.replace("-free ", "ValLeu "))
     for policy in ("error", "map"):
-        with pytest.raises(FastaError, match=r"line 1: sequence 'a' is in three-letter codes \(MET"):
+        with pytest.raises(
+            FastaError, match=r"line 1: sequence 'a' is in three-letter codes \(MET"
+        ):
             chunk_of(path, policy)
     assert [fault.record for fault in chunk_of(path, "skip").skipped] == [0]
 
 
-@pytest.mark.parametrize("text", ["ala ala ala ala", "met lys val", "met lys val leu a", "METVALLYSALA"])
+@pytest.mark.parametrize(
+    "text", ["ala ala ala ala", "met lys val", "met lys val leu a", "METVALLYSALA"]
+)
 def test_proteins_that_look_like_codes_are_read(tmp_path: Path, text: str) -> None:
     """Of one residue repeated, of few residues, or without anything that shows how they were meant."""
     expected = text.replace(" ", "").upper()

@@ -23,12 +23,16 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
 
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
+)
 
 
 def plan_of(run_dir: Path, *fasta: Path, **policy: Any) -> RunPlan:
     options = InputPolicy(**{"duplicate_ids": "rename", **policy})
-    return make_plan(RunPaths(run_dir), fasta, MODEL, num_shards=2, token_budget=500, policy=options)
+    return make_plan(
+        RunPaths(run_dir), fasta, MODEL, num_shards=2, token_budget=500, policy=options
+    )
 
 
 def ids_of(plan: RunPlan) -> list[str]:
@@ -42,7 +46,11 @@ def write(path: Path, *records: tuple[str, str]) -> Path:
 
 def made_unique(ids: list[str], chunk: int = 1000) -> list[str]:
     unique = UniqueIds(digests_of(ids))
-    return [name for start in range(0, len(ids), chunk) for name in unique.rename(ids[start : start + chunk])[0]]
+    return [
+        name
+        for start in range(0, len(ids), chunk)
+        for name in unique.rename(ids[start : start + chunk])[0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,13 @@ def test_ids_are_unique_over_files_and_the_same_at_every_resume(tmp_path):
     plans = [plan_of(tmp_path / "plan", first, second) for _ in range(2)]
     assert ids_of(plans[0]) == ids_of(plans[1]) == ["a", "b", "a_3", "a_2", "b_2"]
     assert plans[0].fingerprint == plans[1].fingerprint
-    assert plans[0].records(0, 5).column("description").to_pylist() == ["one", "", "two", "", "again"]
+    assert plans[0].records(0, 5).column("description").to_pylist() == [
+        "one",
+        "",
+        "two",
+        "",
+        "again",
+    ]
     assert plans[0].counts.describe() == "2 ids renamed, 1 duplicate not computed again"
 
 
@@ -107,20 +121,29 @@ def test_a_renamed_run_is_that_of_a_file_with_these_ids(tmp_path):
     assert plan_of(tmp_path / "2", same).counts.num_renamed == 0
     unasked = plan_of(tmp_path / "3", same, duplicate_ids="error")
     assert plan_of(tmp_path / "3", fasta).fingerprint == unasked.fingerprint
-    embedded = embed(same, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=tmp_path / "run")
+    embedded = embed(
+        same, model="esm2_t6_8M_UR50D", weights="random", device="cpu", output_dir=tmp_path / "run"
+    )
     exported = export_dataset(tmp_path / "run", "esm-extract", output=tmp_path / "out")
     assert sorted(path.name for path in exported.path.iterdir()) == ["a.pt", "a_2.pt"]
     assert open_dataset(tmp_path / "run").ids == embedded.ids == ["a", "a_2"]
 
 
 def test_small_chunks_make_the_same_ids(tmp_path):
-    files = [write(tmp_path / name, *((f"p{n % 7}", "MKV") for n in range(40))) for name in ("1.fasta", "2.fasta")]
+    files = [
+        write(tmp_path / name, *((f"p{n % 7}", "MKV") for n in range(40)))
+        for name in ("1.fasta", "2.fasta")
+    ]
     sources = find_sources(files, stdin=tmp_path)
     policy = InputPolicy(duplicate_ids="rename")
     found = []
     for chunk_size in (3, 1000):
         rename = renaming_of(sources, policy)
-        chunks = [c for source in sources for c in read(source, policy, chunk_size=chunk_size, rename=rename)]
+        chunks = [
+            c
+            for source in sources
+            for c in read(source, policy, chunk_size=chunk_size, rename=rename)
+        ]
         found.append([name for chunk in chunks for name in chunk.usable.ids])
         assert sum(chunk.counts.num_renamed for chunk in chunks) == 80 - 7
     assert found[0] == found[1]
@@ -132,22 +155,31 @@ def test_records_that_are_left_out_take_no_number(tmp_path):
     plan = plan_of(tmp_path / "run", fasta, min_length=3, invalid_residues="skip")
     assert ids_of(plan) == ["a", "a_2"]
     assert plan.counts.describe() == "2 records skipped, 1 id renamed"
-    listed = [json.loads(line)["id"] for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()]
+    listed = [
+        json.loads(line)["id"]
+        for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()
+    ]
     assert listed == ["a", "a"]
 
 
 def test_translated_proteins_are_named_after_the_renamed_record(tmp_path):
     """So that what collects the proteins of a contig by its id finds those of one contig."""
-    fasta = write(tmp_path / "x.fasta", ("c", "ATGGCAGCAGCA"), ("d", "ATGAAACGT"), ("c", "ATGTGGTGGTGG"))
+    fasta = write(
+        tmp_path / "x.fasta", ("c", "ATGGCAGCAGCA"), ("d", "ATGAAACGT"), ("c", "ATGTGGTGGTGG")
+    )
     plan = plan_of(tmp_path / "run", fasta, translate="six-frame")
     contigs = [name.rpartition("_chunk_")[0] for name in ids_of(plan)]
     assert list(dict.fromkeys(contigs)) == ["c", "d", "c_2"]
     assert plan.counts.num_renamed == 1
     ids, proteins = plan.fetch(np.arange(plan.num_sequences))
-    once = write(tmp_path / "y.fasta", ("c", "ATGGCAGCAGCA"), ("d", "ATGAAACGT"), ("c_2", "ATGTGGTGGTGG"))
+    once = write(
+        tmp_path / "y.fasta", ("c", "ATGGCAGCAGCA"), ("d", "ATGAAACGT"), ("c_2", "ATGTGGTGGTGG")
+    )
     (source,) = find_sources([once], stdin=tmp_path)
     (chunk,) = [c for c in read(source, InputPolicy(translate="six-frame")) if c.usable.ids]
-    assert dict(zip(ids, proteins, strict=True)) == dict(zip(chunk.usable.ids, chunk.usable.sequences, strict=True))
+    assert dict(zip(ids, proteins, strict=True)) == dict(
+        zip(chunk.usable.ids, chunk.usable.sequences, strict=True)
+    )
 
 
 def test_a_fault_in_a_record_is_told_as_ever(tmp_path):
@@ -159,14 +191,23 @@ def test_a_fault_in_a_record_is_told_as_ever(tmp_path):
 def test_the_refusal_names_the_option(tmp_path):
     fasta = write(tmp_path / "x.fasta", ("a", "MKV"), ("a", "MKL"))
     with pytest.raises(
-        FastaError, match="with --duplicate-ids rename, or have each keep its row with --duplicate-ids keep"
+        FastaError,
+        match="with --duplicate-ids rename, or have each keep its row with --duplicate-ids keep",
     ):
         plan_of(tmp_path / "run", fasta, duplicate_ids="error")
 
 
 def test_vnp_plan_says_how_many_would_be_renamed(tmp_path, capsys):
     fasta = write(tmp_path / "x.fasta", ("a", "MKV"), ("a", "MKL"), ("a", "MKW"))
-    arguments = ["plan", "--fasta", str(fasta), *SMALL_MODEL, "--output-dir", str(tmp_path / "run"), "--json"]
+    arguments = [
+        "plan",
+        "--fasta",
+        str(fasta),
+        *SMALL_MODEL,
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--json",
+    ]
     assert main([*arguments, "--duplicate-ids", "rename"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["num_sequences"], told["input"]["num_renamed"], told["num_refused"]) == (3, 2, 0)

@@ -15,7 +15,9 @@ import pytest
 from tests.support import ROOT
 
 CASES = ROOT / "tests" / "data" / "cases"
-MODULES = sorted(path for package in ("vnp_lib", "flows") for path in (ROOT / package).glob("**/*.py"))
+MODULES = sorted(
+    path for package in ("vnp_lib", "flows") for path in (ROOT / package).glob("**/*.py")
+)
 
 # Where Python says how text is opened, with the place of the mode among the arguments; None: it is text in any case.
 OPENERS = {"open": 1, "fdopen": 1, "NamedTemporaryFile": 0, "TemporaryFile": 0}
@@ -36,7 +38,11 @@ def opened_without_encoding(path: Path) -> list[int]:
 def _opens_text(call: ast.Call) -> bool:
     is_method = isinstance(call.func, ast.Attribute)
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    owner = ast.unparse(call.func.value).rpartition(".")[2] if isinstance(call.func, ast.Attribute) else ""
+    owner = (
+        ast.unparse(call.func.value).rpartition(".")[2]
+        if isinstance(call.func, ast.Attribute)
+        else ""
+    )
     if name in ALWAYS_TEXT:
         return True
     if owner == "subprocess" and name in STARTERS:
@@ -51,7 +57,9 @@ def _opens_text(call: ast.Call) -> bool:
 def _mode(call: ast.Call, place: int, default: str = "r") -> str:
     given = next((each.value for each in call.keywords if each.arg == "mode"), None)
     given = given or (call.args[place] if len(call.args) > place else None)
-    return given.value if isinstance(given, ast.Constant) and isinstance(given.value, str) else default
+    return (
+        given.value if isinstance(given, ast.Constant) and isinstance(given.value, str) else default
+    )
 
 
 def _names_encoding(call: ast.Call) -> bool:
@@ -74,7 +82,13 @@ def test_text_that_is_opened_without_its_encoding_is_seen(tmp_path: Path) -> Non
         "subprocess.run(c, text=True)",
         "os.fdopen(3)",
     ]
-    fine = ["open(p, 'rb')", "p.open('rb')", "open(p, encoding='utf-8')", "subprocess.run(c)", "p.read_bytes()"]
+    fine = [
+        "open(p, 'rb')",
+        "p.open('rb')",
+        "open(p, encoding='utf-8')",
+        "subprocess.run(c)",
+        "p.read_bytes()",
+    ]
     module.write_text("\n".join([*lines, *fine]), encoding="utf-8")
     assert opened_without_encoding(module) == [1, 2, 3, 4, 5, 6]
 
@@ -85,7 +99,9 @@ def latin1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("locales")
     if shutil.which("localedef"):
         made = directory / "en_US.ISO-8859-1"
-        subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", made], capture_output=True, check=False)
+        subprocess.run(
+            ["localedef", "-i", "en_US", "-f", "ISO-8859-1", made], capture_output=True, check=False
+        )
         if made.is_dir():
             return {"LOCPATH": str(directory), "LC_ALL": made.name}
     return ASCII
@@ -111,7 +127,9 @@ def planned(run_dir: Path, *files: Path, **variables: str) -> tuple[str, str, li
     names = ("LC_", "LANG", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONCOERCE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     command = [sys.executable, "-c", PLAN, str(run_dir), *map(str, files)]
-    done = subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | variables, capture_output=True, check=True, timeout=60
+    )
     encoding, fingerprint, ids = json.loads(done.stdout)
     return encoding.lower(), fingerprint, ids
 
@@ -147,13 +165,17 @@ def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
         "--devices",
         "cpu",
     ]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | ASCII, capture_output=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ASCII, capture_output=True, check=False, timeout=60
+    )
     told = (done.stdout + done.stderr).decode()
     assert (done.returncode, "Traceback" in told) == (1, False)
     assert r"sequence '\u03b21' has '-' at position 3" in " ".join(told.split())
 
 
-def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(tmp_path: Path, latin1: dict[str, str]) -> None:
+def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(
+    tmp_path: Path, latin1: dict[str, str]
+) -> None:
     """UTF-8 on disk."""
     code = (
         "import sys; from pathlib import Path; from vnp_lib.storage.durable import path_below;"
@@ -161,8 +183,16 @@ def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(tmp_path: 
         "path_below(Path(sys.argv[1]), name).write_bytes(b'')"
     )
     for shell in ({"LC_ALL": "C.UTF-8"}, ASCII, latin1):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("LC_", "LANG"))
+        }
         subprocess.run(
-            [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=environment | shell, check=True, timeout=60
+            [sys.executable, "-c", code, tmp_path],
+            cwd=ROOT,
+            env=environment | shell,
+            check=True,
+            timeout=60,
         )
         assert os.listdir(os.fsencode(tmp_path)) == ["β-lact_é.pt".encode()]

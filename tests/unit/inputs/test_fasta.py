@@ -38,14 +38,20 @@ def write(path: Path, text: str | bytes) -> Path:
 
 def chunks_of(*paths: Path, chunk_size: int = 8192, **policy: Any) -> list[InputChunk]:
     sources = find_sources(paths, stdin=Path("unused"))
-    return [chunk for each in sources for chunk in read_source(each, InputPolicy(**policy), chunk_size=chunk_size)]
+    return [
+        chunk
+        for each in sources
+        for chunk in read_source(each, InputPolicy(**policy), chunk_size=chunk_size)
+    ]
 
 
 def read(*paths: Path, chunk_size: int = 8192, **policy: Any) -> list[Record]:
     return [
         record
         for chunk in chunks_of(*paths, chunk_size=chunk_size, **policy)
-        for record in zip(chunk.usable.ids, chunk.usable.descriptions, chunk.usable.sequences, strict=True)
+        for record in zip(
+            chunk.usable.ids, chunk.usable.descriptions, chunk.usable.sequences, strict=True
+        )
     ]
 
 
@@ -80,23 +86,39 @@ def as_fasta(records: list[Record], *, width: int, newline: str) -> str:
     [
         pytest.param(">a\nMKV\n", [("a", "", "MKV")], id="plain"),
         pytest.param(">a\nMKV", [("a", "", "MKV")], id="no newline at the end"),
-        pytest.param(">a\nMK\nV\n\n\n>b\n\nW\n", [("a", "", "MKV"), ("b", "", "W")], id="lines and blank lines"),
+        pytest.param(
+            ">a\nMK\nV\n\n\n>b\n\nW\n",
+            [("a", "", "MKV"), ("b", "", "W")],
+            id="lines and blank lines",
+        ),
         pytest.param(">a\r\nMK\r\nV\r\n", [("a", "", "MKV")], id="Windows"),
         pytest.param(">a\rMK\rV\r", [("a", "", "MKV")], id="old Macintosh"),
         pytest.param("\n\n>a\nMKV\n", [("a", "", "MKV")], id="blank lines first"),
-        pytest.param(">a b  c\nMKV\n", [("a", "b  c", "MKV")], id="the rest of the header is the description"),
+        pytest.param(
+            ">a b  c\nMKV\n", [("a", "b  c", "MKV")], id="the rest of the header is the description"
+        ),
         pytest.param(">a\tb\tc \nMKV\n", [("a", "b\tc", "MKV")], id="an id ends at a tab"),
-        pytest.param(">β1 β-lactamase\nMKV\n", [("β1", "β-lactamase", "MKV")], id="headers in UTF-8"),
-        pytest.param(">../../etc/x\nMKV\n", [("../../etc/x", "", "MKV")], id="an id is data, never a path"),
+        pytest.param(
+            ">β1 β-lactamase\nMKV\n", [("β1", "β-lactamase", "MKV")], id="headers in UTF-8"
+        ),
+        pytest.param(
+            ">../../etc/x\nMKV\n", [("../../etc/x", "", "MKV")], id="an id is data, never a path"
+        ),
         pytest.param(">a\nmkV\n", [("a", "", "MKV")], id="lower case is raised"),
         pytest.param(">a\nM K\tV \n", [("a", "", "MKV")], id="white space is taken out"),
-        pytest.param(">a\nMKV*\n>b\nMK\n*\n", [("a", "", "MKV"), ("b", "", "MK")], id="one stop at the end is dropped"),
+        pytest.param(
+            ">a\nMKV*\n>b\nMK\n*\n",
+            [("a", "", "MKV"), ("b", "", "MK")],
+            id="one stop at the end is dropped",
+        ),
         pytest.param(">a\nMJj\n", [("a", "", "MXX")], id="J is read as X"),
         pytest.param(f">a\n{LETTERS}\n", [("a", "", LETTERS)], id="all letters of the model"),
     ],
 )
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
-def test_records_are_read_and_normalised(tmp_path: Path, text: str, records: list[Record], chunk_size: int) -> None:
+def test_records_are_read_and_normalised(
+    tmp_path: Path, text: str, records: list[Record], chunk_size: int
+) -> None:
     assert read(write(tmp_path / "x.fasta", text), chunk_size=chunk_size) == records
 
 
@@ -104,14 +126,19 @@ def test_records_are_read_and_normalised(tmp_path: Path, text: str, records: lis
 def test_what_was_written_is_read_back(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     records = random_records(rng, num_records=int(rng.integers(1, 60)))
-    text = as_fasta(records, width=int(rng.integers(1, 90)), newline=str(rng.choice(["\n", "\r\n"])))
+    text = as_fasta(
+        records, width=int(rng.integers(1, 90)), newline=str(rng.choice(["\n", "\r\n"]))
+    )
     assert read(write(tmp_path / "x.fasta", text), chunk_size=int(rng.integers(1, 70))) == records
 
 
 @pytest.mark.parametrize(
-    "character", sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{LETTERS}{LETTERS.lower()}Jj"})
+    "character",
+    sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{LETTERS}{LETTERS.lower()}Jj"}),
 )
-def test_any_other_character_is_refused_in_the_midst_of_good_records(tmp_path: Path, character: str) -> None:
+def test_any_other_character_is_refused_in_the_midst_of_good_records(
+    tmp_path: Path, character: str
+) -> None:
     path = write(tmp_path / "x.fasta", f">a\nMKV\n>b\nMK{character}V\n>c\nMKV\n")
     assert f"{path}, line 3: sequence 'b' has {character!r} at position 3" in refusal(path)
 
@@ -139,24 +166,54 @@ def test_several_files_are_read_in_order_and_never_share_a_chunk(tmp_path: Path)
 @pytest.mark.parametrize(
     ("record", "what"),
     [
-        pytest.param(">bad x\nMK*V\n", "sequence 'bad' has '*' at position 3; a stop codon inside", id="stop inside"),
+        pytest.param(
+            ">bad x\nMK*V\n",
+            "sequence 'bad' has '*' at position 3; a stop codon inside",
+            id="stop inside",
+        ),
         pytest.param(">bad\nMKV**\n", "sequence 'bad' has '*' at position 4", id="two stops"),
-        pytest.param(">bad\nM-KV\n", "sequence 'bad' has '-' at position 2; gaps belong to an alignment", id="gap"),
-        pytest.param(">bad\nMK\n V.\n", "sequence 'bad' has '.' at position 4; gaps belong", id="dot"),
-        pytest.param(">bad\nMK1\n", "sequence 'bad' has '1' at position 3; the lines are numbered", id="digit"),
-        pytest.param(">bad\nMK<mask>\n", "sequence 'bad' has '<' at position 3", id="the model's own tokens"),
+        pytest.param(
+            ">bad\nM-KV\n",
+            "sequence 'bad' has '-' at position 2; gaps belong to an alignment",
+            id="gap",
+        ),
+        pytest.param(
+            ">bad\nMK\n V.\n", "sequence 'bad' has '.' at position 4; gaps belong", id="dot"
+        ),
+        pytest.param(
+            ">bad\nMK1\n",
+            "sequence 'bad' has '1' at position 3; the lines are numbered",
+            id="digit",
+        ),
+        pytest.param(
+            ">bad\nMK<mask>\n", "sequence 'bad' has '<' at position 3", id="the model's own tokens"
+        ),
         pytest.param(">bad\nMKé\n", "sequence 'bad' has 'é' at position 3", id="not ASCII"),
         pytest.param(">bad\nMK\0V\n", r"sequence 'bad' has '\x00' at position 3", id="NUL"),
-        pytest.param(">bad words\n>c\nMKV\n", "sequence 'bad' has no residues", id="nothing between two headers"),
+        pytest.param(
+            ">bad words\n>c\nMKV\n",
+            "sequence 'bad' has no residues",
+            id="nothing between two headers",
+        ),
         pytest.param(">bad\n*\n", "sequence 'bad' has no residues", id="only a stop"),
         pytest.param(">\nMKV\n", "a record has no id (its header is '>')", id="no header"),
-        pytest.param("> \nMKV\n", "a record has no id (its header is '> ')", id="white space alone"),
-        pytest.param(">b\0d x\nMKV\n", r"the id 'b\x00d' has the control character '\x00' in it", id="NUL in an id"),
-        pytest.param(">P1;CRAB\nCRYSTALLIN\n", "the header of 'P1;CRAB' is one of NBRF/PIR format", id="NBRF"),
+        pytest.param(
+            "> \nMKV\n", "a record has no id (its header is '> ')", id="white space alone"
+        ),
+        pytest.param(
+            ">b\0d x\nMKV\n",
+            r"the id 'b\x00d' has the control character '\x00' in it",
+            id="NUL in an id",
+        ),
+        pytest.param(
+            ">P1;CRAB\nCRYSTALLIN\n", "the header of 'P1;CRAB' is one of NBRF/PIR format", id="NBRF"
+        ),
     ],
 )
 @pytest.mark.parametrize("chunk_size", [1, 3, 8192])
-def test_a_bad_record_is_refused_by_file_line_and_id(tmp_path: Path, record: str, what: str, chunk_size: int) -> None:
+def test_a_bad_record_is_refused_by_file_line_and_id(
+    tmp_path: Path, record: str, what: str, chunk_size: int
+) -> None:
     path = write(tmp_path / "x.fasta", f">a\nMKV\nMKV\n\n# a comment\n>b\nMKV*\n{record}")
     assert refusal(path, chunk_size=chunk_size).startswith(f"{path}, line 8: {what}")
 
@@ -172,13 +229,23 @@ def test_the_line_is_that_of_the_file_at_fault(tmp_path: Path) -> None:
     [
         pytest.param(b"", "there is no sequence in it", id="empty"),
         pytest.param(b"\n \n", "there is no sequence in it", id="blank"),
-        pytest.param(b"id,sequence\n", "this is not FASTA but text that starts with 'id,sequence'", id="CSV"),
-        pytest.param(b"MKV\n>a\nMKV\n", "this is not FASTA but text that starts with 'MKV'", id="no header first"),
+        pytest.param(
+            b"id,sequence\n", "this is not FASTA but text that starts with 'id,sequence'", id="CSV"
+        ),
+        pytest.param(
+            b"MKV\n>a\nMKV\n",
+            "this is not FASTA but text that starts with 'MKV'",
+            id="no header first",
+        ),
         pytest.param(b"\x90\r\n\x1a\n\xff\x00", "this is not FASTA but a binary file", id="binary"),
-        pytest.param(b"\x00\x01\x02", "this is not FASTA but a binary file", id="control characters"),
+        pytest.param(
+            b"\x00\x01\x02", "this is not FASTA but a binary file", id="control characters"
+        ),
     ],
 )
-def test_a_file_that_is_no_fasta_is_refused_by_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+def test_a_file_that_is_no_fasta_is_refused_by_what_it_is(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     path = write(tmp_path / "x.fasta", content)
     assert refusal(path).startswith(f"{path}: {what}")
 
@@ -191,7 +258,9 @@ def test_a_header_that_is_not_utf8_is_refused_by_its_line(tmp_path: Path) -> Non
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "x.fasta") == f"{tmp_path / 'x.fasta'}: there is no such file"
     (tmp_path / "x.fasta").mkdir()
-    assert refusal(tmp_path / "*.fasta").startswith(f"{tmp_path / '*.fasta'}: only directories match this pattern")
+    assert refusal(tmp_path / "*.fasta").startswith(
+        f"{tmp_path / '*.fasta'}: only directories match this pattern"
+    )
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -202,14 +271,18 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -
 
 @pytest.mark.parametrize("extension", COMPRESSORS)
 @pytest.mark.parametrize("kept", [0.01, 0.5, 0.999])
-def test_a_compressed_file_cut_short_is_refused(tmp_path: Path, extension: str, kept: float) -> None:
+def test_a_compressed_file_cut_short_is_refused(
+    tmp_path: Path, extension: str, kept: float
+) -> None:
     records = random_records(np.random.default_rng(1), num_records=3000)
     data = COMPRESSORS[extension](as_fasta(records, width=60, newline="\n").encode())
     path = write(tmp_path / f"x.fasta.{extension}", data[: int(len(data) * kept)])
     assert refusal(path).startswith(f"{path}: the compressed file is cut short or damaged")
 
 
-@pytest.mark.parametrize("extension", ["gz", "bz2", "xz"])  # zst has a checksum only where it was asked for
+@pytest.mark.parametrize(
+    "extension", ["gz", "bz2", "xz"]
+)  # zst has a checksum only where it was asked for
 def test_a_damaged_compressed_file_is_refused(tmp_path: Path, extension: str) -> None:
     records = random_records(np.random.default_rng(2), num_records=300)
     data = bytearray(COMPRESSORS[extension](as_fasta(records, width=60, newline="\n").encode()))
@@ -220,7 +293,9 @@ def test_a_damaged_compressed_file_is_refused(tmp_path: Path, extension: str) ->
         assert refusal(path).startswith(str(path))
 
 
-@pytest.mark.parametrize("text", [">a\nACGTACGTNN\n", ">a\nacguacgu\n>b\nACG\n", ">a\nACGTACGTACGTACGTACGR\n"])
+@pytest.mark.parametrize(
+    "text", [">a\nACGTACGTNN\n", ">a\nacguacgu\n>b\nACG\n", ">a\nACGTACGTACGTACGTACGR\n"]
+)
 def test_nucleotides_are_refused_with_what_to_do(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "x.fna", text)
     message = refusal(path)
@@ -228,22 +303,31 @@ def test_nucleotides_are_refused_with_what_to_do(tmp_path: Path, text: str) -> N
     assert "translate it first" in message
 
 
-def test_nucleotides_are_noticed_in_any_file_and_judged_by_its_first_1000_records(tmp_path: Path) -> None:
+def test_nucleotides_are_noticed_in_any_file_and_judged_by_its_first_1000_records(
+    tmp_path: Path,
+) -> None:
     proteins = write(tmp_path / "x.faa", ">p\nMKLVEEDRW\n")
-    genes = write(tmp_path / "x.fna", "".join(f">{i}\nACGT\n" for i in range(1000)) + ">last\n" + "MKLV" * 5000)
+    genes = write(
+        tmp_path / "x.fna",
+        "".join(f">{i}\nACGT\n" for i in range(1000)) + ">last\n" + "MKLV" * 5000,
+    )
     assert refusal(proteins, genes).startswith(
         f"{genes}: this looks like nucleotides (100% of the letters in the first 1000"
     )
 
 
 def test_proteins_rich_in_alanine_and_glycine_are_read(tmp_path: Path) -> None:
-    assert read(write(tmp_path / "x.faa", ">a\nGAGAGAGATCNVVAAGGAA\n")) == [("a", "", "GAGAGAGATCNVVAAGGAA")]
+    assert read(write(tmp_path / "x.faa", ">a\nGAGAGAGATCNVVAAGGAA\n")) == [
+        ("a", "", "GAGAGAGATCNVVAAGGAA")
+    ]
 
 
 def test_records_at_fault_are_named_together_as_far_as_a_person_reads(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(8)))
     lines = refusal(path).splitlines()
-    assert [line.split(":")[0] for line in lines[:5]] == [f"{path}, line {number}" for number in (1, 3, 5, 7, 9)]
+    assert [line.split(":")[0] for line in lines[:5]] == [
+        f"{path}, line {number}" for number in (1, 3, 5, 7, 9)
+    ]
     assert lines[5:] == ["and 3 more among the first that were read"]
 
 
@@ -259,10 +343,14 @@ mβ一*
 """
 
 
-def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
     """One X a letter; what is mended without being asked for is mended before. An empty record is refused as ever."""
     path = write(tmp_path / "x.fasta", ODD)
-    assert refusal(path, invalid_residues="map").startswith(f"{path}, line 7: sequence 'empty' has no residues")
+    assert refusal(path, invalid_residues="map").startswith(
+        f"{path}, line 7: sequence 'empty' has no residues"
+    )
     mended = write(tmp_path / "y.fasta", ODD.replace(">empty\n", ""))
     assert read(mended, invalid_residues="map") == [
         ("good", "", "MKVL"),
@@ -276,9 +364,14 @@ def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
-def test_records_at_fault_are_left_out_where_that_is_asked_for(tmp_path: Path, chunk_size: int) -> None:
+def test_records_at_fault_are_left_out_where_that_is_asked_for(
+    tmp_path: Path, chunk_size: int
+) -> None:
     path = write(tmp_path / "x.fasta", ODD + ">\nMK\n>last\nMKV\n")
-    assert read(path, chunk_size=chunk_size, invalid_residues="skip") == [("good", "", "MKVL"), ("last", "", "MKV")]
+    assert read(path, chunk_size=chunk_size, invalid_residues="skip") == [
+        ("good", "", "MKVL"),
+        ("last", "", "MKV"),
+    ]
     chunks = chunks_of(path, chunk_size=chunk_size, invalid_residues="skip")
     skipped = [(fault.record, fault.sequence_id) for chunk in chunks for fault in chunk.skipped]
     assert skipped == [(1, "accent"), (2, "stop"), (3, "empty"), (4, "script"), (5, "")]
@@ -317,7 +410,9 @@ def test_long_sequences_are_taken_cut_or_left_out(
     )
 
 
-def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(tmp_path: Path) -> None:
+def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(
+    tmp_path: Path,
+) -> None:
     (chunk,) = chunks_of(write(tmp_path / "x.fasta", LONG), long="window", max_length=4)
     assert chunk.counts.describe() == "2 sequences averaged over windows"
     long = "".join(f">p{length}\n{'M' * length}\n" for length in (1023, 1024, 1025, 4000))
@@ -328,12 +423,17 @@ def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(t
 
 def test_what_was_done_is_said_for_one_and_for_many() -> None:
     letters = LetterCounts(unknown=9, read_as_unknown=1, mapped=1200, lower_case=5, final_stops=7)
-    counts = InputCounts(num_skipped=1, num_cut=2, num_windowed=1, num_in_part=2, num_duplicates=1, letters=letters)
+    counts = InputCounts(
+        num_skipped=1, num_cut=2, num_windowed=1, num_in_part=2, num_duplicates=1, letters=letters
+    )
     assert counts.describe() == (
         "1 record skipped, 2 sequences cut short, 1 sequence averaged over windows, 2 sequences averaged over the first 1,024 "
         "residues, 1,201 letters read as unknown, 1 duplicate not computed again"
     )
-    assert InputCounts.from_json(json.loads(json.dumps((counts + counts).to_json()))) == counts + counts
+    assert (
+        InputCounts.from_json(json.loads(json.dumps((counts + counts).to_json())))
+        == counts + counts
+    )
     of_an_earlier_version = {"num_skipped": 1, "num_cut": 0, "letters": {}}
     assert InputCounts.from_json(of_an_earlier_version) == InputCounts(num_skipped=1)
 
@@ -348,14 +448,18 @@ def test_what_was_done_is_said_for_one_and_for_many() -> None:
         (InputCounts(num_cut=1, num_duplicates=3), True),
     ],
 )
-def test_input_is_altered_where_a_row_is_not_that_of_its_record(counts: InputCounts, is_altered: bool) -> None:
+def test_input_is_altered_where_a_row_is_not_that_of_its_record(
+    counts: InputCounts, is_altered: bool
+) -> None:
     assert counts.is_altered == is_altered
 
 
 def test_long_sequences_are_refused_by_line_where_that_is_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", LONG)
     first, second = refusal(path, long="error", max_length=4).splitlines()
-    assert first.startswith(f"{path}, line 1: sequence 'a' has 6 residues, and at most 4 are allowed; cut it")
+    assert first.startswith(
+        f"{path}, line 1: sequence 'a' has 6 residues, and at most 4 are allowed; cut it"
+    )
     assert second.startswith(f"{path}, line 7: sequence 'd' has 5 residues")
     assert len(read(path, long="error", max_length=6)) == 4
 
@@ -365,7 +469,9 @@ def test_records_that_are_long_and_records_at_fault_are_left_out_in_order(tmp_pa
     (chunk,) = chunks_of(path, long="skip", max_length=4, invalid_residues="skip")
     assert [fault.record for fault in chunk.skipped] == [0, 1, 3]
     assert chunk.usable.ids == ["c"]
-    (chunk,) = chunks_of(write(tmp_path / "y.fasta", ">a\nMKVLAA\n>b\nMKVLAAA\n"), long="skip", max_length=4)
+    (chunk,) = chunks_of(
+        write(tmp_path / "y.fasta", ">a\nMKVLAA\n>b\nMKVLAAA\n"), long="skip", max_length=4
+    )
     assert (chunk.usable.ids, chunk.counts.num_skipped) == ([], 2)
 
 
@@ -378,7 +484,9 @@ def test_a_file_that_is_being_written_is_refused_at_its_end(tmp_path: Path) -> N
         next(chunks)
         with path.open("ab") as file:
             file.write(added)
-        with pytest.raises(FastaError, match=r"x\.fasta: the file was changed while it was read \(\d+ bytes"):
+        with pytest.raises(
+            FastaError, match=r"x\.fasta: the file was changed while it was read \(\d+ bytes"
+        ):
             list(chunks)
 
 
@@ -403,12 +511,16 @@ def test_lines_are_found_in_any_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", ">a\nMK\nV\n>b\nMK\n\n# no record\n>c\nMK\n")
     places = Places(Source(path=path, name="x"))
     asked = [0, 2, 2, 1, 0, 2]
-    assert [places.find(record)["line"] for record in asked] == [{0: 1, 1: 4, 2: 8}[record] for record in asked]
+    assert [places.find(record)["line"] for record in asked] == [
+        {0: 1, 1: 4, 2: 8}[record] for record in asked
+    ]
 
 
 def test_long_records_make_small_chunks(tmp_path: Path) -> None:
     """Memory holds a chunk, and a chunk of thousands of chromosomes would be too much."""
-    path = write(tmp_path / "x.fasta", "".join(f">p{number}\n{'MKVL' * 1_000_000}\n" for number in range(12)))
+    path = write(
+        tmp_path / "x.fasta", "".join(f">p{number}\n{'MKVL' * 1_000_000}\n" for number in range(12))
+    )
     sizes = [len(chunk.usable.ids) for chunk in chunks_of(path)]
     assert sum(sizes) == 12
     assert max(sizes) <= 5

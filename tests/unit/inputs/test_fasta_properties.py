@@ -27,7 +27,11 @@ from vnp_lib.plan.planner import make_plan
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 BOUNDED = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 WHITE = " \t\v\f\x85\xa0\u2003\u2028\u3000"
@@ -76,12 +80,16 @@ def residues_of(record: Record, *, maps_unknown: bool) -> str | None:
 margins = st.text(WHITE + INVISIBLE, max_size=2)
 usually_nothing = st.one_of(st.just(""), st.just(""), st.just(""), margins)
 ids = st.text("abcdefgh0123_", min_size=2, max_size=5)
-odd_ids = st.sampled_from(["sp|P1|X", "β1", "é", "../x", "P1;X", "a\0b", "\x1b", "", "a\u200db", "a>b", "1", "#", ";"])
+odd_ids = st.sampled_from(
+    ["sp|P1|X", "β1", "é", "../x", "P1;X", "a\0b", "\x1b", "", "a\u200db", "a>b", "1", "#", ";"]
+)
 residues = st.text(RESIDUES, min_size=1, max_size=12)
 odd_residues = st.text("MKVLacjJ*X" + WHITE + INVISIBLE, max_size=8)
 any_text = st.text("MK*-.>0:/|[(+,;#\"'?@_{<\0\x1b\x1céβ一\u0301\ud7ff\U0001f9ec ", max_size=5)
 descriptions = st.sampled_from(["", "", " one", "\ttwo  three ", " \x01x", " [β] é", "\u2003em"])
-headers = st.builds("{}>{}{}{}".format, usually_nothing, usually_nothing, st.one_of(ids, ids, odd_ids), descriptions)
+headers = st.builds(
+    "{}>{}{}{}".format, usually_nothing, usually_nothing, st.one_of(ids, ids, odd_ids), descriptions
+)
 comments = st.builds("{}{}{}".format, usually_nothing, st.sampled_from("#;"), any_text)
 line_ends = st.one_of(*3 * [st.just("\n")], st.sampled_from(["\r\n", "\r", "\n\n", "\n\ufeff"]))
 endings = st.one_of(*5 * [line_ends], st.sampled_from(["", "\ufeff"]))
@@ -93,13 +101,22 @@ records = st.builds(
 )
 oddities = st.builds(
     "{}{}".format,
-    st.one_of(headers, st.builds("{}{}".format, residues, any_text), odd_residues, comments, usually_nothing),
+    st.one_of(
+        headers,
+        st.builds("{}{}".format, residues, any_text),
+        odd_residues,
+        comments,
+        usually_nothing,
+    ),
     endings,
 )
 texts = st.builds(
     lambda start, parts: start + "".join(parts),
     st.sampled_from(["", "", "\ufeff", "# x\n", "\r\n", "; x\r"]),
-    st.one_of(st.lists(records, min_size=1, max_size=4), st.lists(st.one_of(records, oddities), max_size=8)),
+    st.one_of(
+        st.lists(records, min_size=1, max_size=4),
+        st.lists(st.one_of(records, oddities), max_size=8),
+    ),
 )
 
 
@@ -143,7 +160,12 @@ def planned(data: bytes, policy: InputPolicy) -> list[tuple[str, str]] | None:
         path.write_bytes(data)
         try:
             plan = make_plan(
-                RunPaths(Path(directory, "run")), [path], MODEL, num_shards=1, token_budget=100, policy=policy
+                RunPaths(Path(directory, "run")),
+                [path],
+                MODEL,
+                num_shards=1,
+                token_budget=100,
+                policy=policy,
             )
         except InputError as error:
             require_one_sentence_a_record(error)
@@ -154,7 +176,9 @@ def planned(data: bytes, policy: InputPolicy) -> list[tuple[str, str]] | None:
 
 @given(text=texts, wrapping=wrappings, policy=st.sampled_from(["error", "map"]))
 @BOUNDED
-def test_each_record_has_its_row_or_the_file_is_refused(text: str, wrapping: str, policy: str) -> None:
+def test_each_record_has_its_row_or_the_file_is_refused(
+    text: str, wrapping: str, policy: str
+) -> None:
     rows = planned(wrapped(text, wrapping), InputPolicy(invalid_residues=policy))  # type: ignore[arg-type]
     if rows is None:
         return
@@ -174,9 +198,13 @@ def test_each_record_has_its_row_or_is_listed(text: str, wrapping: str) -> None:
         rows: dict[int, tuple[str, str]] = {}
         listed: set[int] = set()
         try:
-            for chunk in survey(Source(path=path, name="x"), InputPolicy(invalid_residues="skip"), chunk_size=2):
+            for chunk in survey(
+                Source(path=path, name="x"), InputPolicy(invalid_residues="skip"), chunk_size=2
+            ):
                 texts = chunk.usable
-                rows |= dict(zip(chunk.records, zip(texts.ids, texts.sequences, strict=True), strict=True))
+                rows |= dict(
+                    zip(chunk.records, zip(texts.ids, texts.sequences, strict=True), strict=True)
+                )
                 listed |= {fault.record for fault in chunk.skipped}
                 assert not chunk.refused
         except InputError as error:
@@ -189,7 +217,8 @@ def test_each_record_has_its_row_or_is_listed(text: str, wrapping: str) -> None:
         assert row == (expected[number].id, residues_of(expected[number], maps_unknown=False))
     # Nothing is left out that could have been taken.
     assert all(
-        residues_of(expected[number], maps_unknown=False) is None or not is_usable_id(expected[number].id)
+        residues_of(expected[number], maps_unknown=False) is None
+        or not is_usable_id(expected[number].id)
         for number in listed
     )
 
@@ -198,7 +227,11 @@ def is_usable_id(sequence_id: str) -> bool:
     return bool(sequence_id) and sequence_id.isprintable() and not sequence_id.startswith("P1;")
 
 
-@given(data=st.one_of(st.binary(max_size=60), st.binary(max_size=20).map(lambda rest: b">a\nMKVW\n" + rest)))
+@given(
+    data=st.one_of(
+        st.binary(max_size=60), st.binary(max_size=20).map(lambda rest: b">a\nMKVW\n" + rest)
+    )
+)
 @BOUNDED
 def test_bytes_of_any_kind_are_read_or_refused(data: bytes) -> None:
     rows = planned(data, InputPolicy(invalid_residues="map"))

@@ -56,7 +56,11 @@ def chunks_of(path: Path, **policy: Any) -> list[InputChunk]:
 
 def records_of(path: Path, **policy: Any) -> list[tuple[str, str]]:
     chunks = chunks_of(path, **policy)
-    return [record for each in chunks for record in zip(each.usable.ids, each.usable.sequences, strict=True)]
+    return [
+        record
+        for each in chunks
+        for record in zip(each.usable.ids, each.usable.sequences, strict=True)
+    ]
 
 
 def refusal(path: Path, **policy: Any) -> str:
@@ -69,15 +73,22 @@ def refusal(path: Path, **policy: Any) -> str:
 
 
 class TestEncodings:
-    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+    @pytest.mark.parametrize(
+        "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+    )
     @pytest.mark.parametrize("name", ["x.fasta", "x.csv"])
-    def test_text_is_read_whatever_encoding_of_unicode_it_has(self, tmp_path: Path, encoding: str, name: str) -> None:
+    def test_text_is_read_whatever_encoding_of_unicode_it_has(
+        self, tmp_path: Path, encoding: str, name: str
+    ) -> None:
         text = ">β1 é\nMKV\n>b\nMKW\n" if name == "x.fasta" else "id,sequence\nβ1 é,MKV\nb,MKW\n"
         if name == "x.csv" and encoding in ("utf-16-le", "utf-16-be"):
             text = "\ufeff" + text  # without it, nothing tells
         path = write(tmp_path / name, text.encode(encoding))
         assert records_of(path) == [("β1", "MKV"), ("b", "MKW")]
-        assert records_of(write(path, gzip.compress(path.read_bytes()))) == [("β1", "MKV"), ("b", "MKW")]
+        assert records_of(write(path, gzip.compress(path.read_bytes()))) == [
+            ("β1", "MKV"),
+            ("b", "MKW"),
+        ]
 
     @pytest.mark.parametrize(
         "text",
@@ -88,7 +99,9 @@ class TestEncodings:
             pytest.param(">a\ufeff x\nMKV\n>b\ufeff\nMKW\n", id="after an id"),
             pytest.param(">a\n\ufeffMK\ufeffV\n>b\nMKW\ufeff\n", id="in a sequence"),
             pytest.param("\n \ufeff\n>a\nMKV\n\ufeff\n>b\nMKW", id="on a line of its own"),
-            pytest.param("\ufeff# a comment\n>a\nMKV\n\ufeff; another\n>b\nMKW\n", id="before a comment"),
+            pytest.param(
+                "\ufeff# a comment\n>a\nMKV\n\ufeff; another\n>b\nMKW\n", id="before a comment"
+            ),
         ],
     )
     def test_byte_order_marks_do_not_matter(self, tmp_path: Path, text: str) -> None:
@@ -110,11 +123,16 @@ class TestEncodings:
         ],
     )
     def test_lines_end_in_every_way(self, tmp_path: Path, text: str) -> None:
-        assert records_of(write(tmp_path / "x.fasta", text.encode())) == [("a", "MKV"), ("b", "MKW")]
+        assert records_of(write(tmp_path / "x.fasta", text.encode())) == [
+            ("a", "MKV"),
+            ("b", "MKW"),
+        ]
 
     @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
     @pytest.mark.parametrize("length", [131_070, 131_071, 131_072, 131_073, 262_143, 300_000])
-    def test_line_ends_are_seen_where_blocks_of_the_file_end(self, tmp_path: Path, newline: str, length: int) -> None:
+    def test_line_ends_are_seen_where_blocks_of_the_file_end(
+        self, tmp_path: Path, newline: str, length: int
+    ) -> None:
         """The first line is as long as what is read at a time, or a letter more or less."""
         first = "M" * (length - len(f">a{newline}"))
         text = newline.join([">a", first, "K", ">β", "MKW", ""])
@@ -123,15 +141,24 @@ class TestEncodings:
         assert Places(Source(path=path, name="x")).find(1) == {"line": 4}
 
     @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac-roman"])
-    def test_text_in_another_encoding_is_refused_by_its_line(self, tmp_path: Path, encoding: str) -> None:
-        text = "# a comment\n>a \ufffd\nMKV\n>b\nMK\n>é\nMKV\n"  # U+FFFD itself is text like any other
-        data = b"".join(line.encode(encoding if "é" in line else "utf-8") + b"\n" for line in text.split("\n")[:-1])
+    def test_text_in_another_encoding_is_refused_by_its_line(
+        self, tmp_path: Path, encoding: str
+    ) -> None:
+        text = (
+            "# a comment\n>a \ufffd\nMKV\n>b\nMK\n>é\nMKV\n"  # U+FFFD itself is text like any other
+        )
+        data = b"".join(
+            line.encode(encoding if "é" in line else "utf-8") + b"\n"
+            for line in text.split("\n")[:-1]
+        )
         assert refusal(write(tmp_path / "x.fasta", data)).startswith(
             f"{tmp_path / 'x.fasta'}, line 6: this is not UTF-8 text; convert it first"
         )
 
     def test_utf16_that_is_cut_is_refused(self, tmp_path: Path) -> None:
-        assert "this is not the utf-16" in refusal(write(tmp_path / "x.fasta", FASTA.decode().encode("utf-16")[:-1]))
+        assert "this is not the utf-16" in refusal(
+            write(tmp_path / "x.fasta", FASTA.decode().encode("utf-16")[:-1])
+        )
 
 
 class TestCompression:
@@ -143,25 +170,37 @@ class TestCompression:
         path = write(tmp_path / "x.fasta", COMPRESSORS[extension](FASTA) + rest)
         with caplog.at_level(logging.WARNING):
             assert records_of(path) == records_of(path) == RECORDS
-        assert caplog.messages == [f"{path}: bytes follow the end of the compressed data, and are ignored"]
+        assert caplog.messages == [
+            f"{path}: bytes follow the end of the compressed data, and are ignored"
+        ]
 
     @pytest.mark.parametrize("extension", COMPRESSORS)
     def test_parts_are_read_to_the_end(self, tmp_path: Path, extension: str) -> None:
         compress = COMPRESSORS[extension]
         parts = [b">a\nMK", b"", b"V\n>b\nMK", b"W\n", b""]
-        assert records_of(write(tmp_path / "x.fasta", b"".join(map(compress, parts)))) == [("a", "MKV"), ("b", "MKW")]
+        assert records_of(write(tmp_path / "x.fasta", b"".join(map(compress, parts)))) == [
+            ("a", "MKV"),
+            ("b", "MKW"),
+        ]
 
     @pytest.mark.parametrize("extension", COMPRESSORS)
     @pytest.mark.parametrize(
         "joint",
         [
             pytest.param(lambda part, text: part + text, id="text that is not compressed"),
-            pytest.param(lambda part, text: part + b"\xef\xbb\xbf" + text, id="text with a byte order mark"),
-            pytest.param(lambda part, text: part + b"junk" + part, id="bytes before a part"),
-            pytest.param(lambda part, text: part + b"\0" * 300_000 + part, id="many bytes before a part"),
-            pytest.param(lambda part, text: part + b"?" + part[1:], id="a part whose first byte is damaged"),
             pytest.param(
-                lambda part, text: part + part[:1] + b"?" + part[2:], id="a part whose second byte is damaged"
+                lambda part, text: part + b"\xef\xbb\xbf" + text, id="text with a byte order mark"
+            ),
+            pytest.param(lambda part, text: part + b"junk" + part, id="bytes before a part"),
+            pytest.param(
+                lambda part, text: part + b"\0" * 300_000 + part, id="many bytes before a part"
+            ),
+            pytest.param(
+                lambda part, text: part + b"?" + part[1:], id="a part whose first byte is damaged"
+            ),
+            pytest.param(
+                lambda part, text: part + part[:1] + b"?" + part[2:],
+                id="a part whose second byte is damaged",
             ),
             pytest.param(lambda part, text: part + part[:-3], id="a part that is cut"),
             pytest.param(lambda part, text: part + part[:4], id="a part of a few bytes"),
@@ -179,7 +218,10 @@ class TestCompression:
 
     def test_frames_of_zst_that_hold_nothing_are_passed_over(self, tmp_path: Path) -> None:
         frame = b"\x5d\x2a\x4d\x18\x03\0\0\0abc"
-        path = write(tmp_path / "x.fasta", frame + zstd.compress(b">a\nMKV\n") + frame + zstd.compress(b">b\nMKW\n"))
+        path = write(
+            tmp_path / "x.fasta",
+            frame + zstd.compress(b">a\nMKV\n") + frame + zstd.compress(b">b\nMKW\n"),
+        )
         assert records_of(path) == [("a", "MKV"), ("b", "MKW")]
 
     def test_little_that_becomes_much_does_not_fill_memory(self, tmp_path: Path) -> None:
@@ -201,19 +243,31 @@ class TestZip:
     @pytest.mark.parametrize(
         "members",
         [
-            pytest.param({"ncbi_dataset/data/protein.faa": FASTA, "README.md": b"x", "md5sum.txt": b"y"}, id="NCBI"),
-            pytest.param({"2.faa": b">a one\nMKVLAT", "1.fasta": b">b\nMKW"}, id="several, without line ends"),
+            pytest.param(
+                {"ncbi_dataset/data/protein.faa": FASTA, "README.md": b"x", "md5sum.txt": b"y"},
+                id="NCBI",
+            ),
+            pytest.param(
+                {"2.faa": b">a one\nMKVLAT", "1.fasta": b">b\nMKW"}, id="several, without line ends"
+            ),
             pytest.param({"x.faa.gz": gzip.compress(FASTA)}, id="compressed within"),
             pytest.param({"sequences.txt": FASTA}, id="one file of any name"),
-            pytest.param({"x.faa": FASTA, "__MACOSX/._x.faa": b"\0\5\x16\7", ".DS_Store": b"\0"}, id="of a Mac"),
+            pytest.param(
+                {"x.faa": FASTA, "__MACOSX/._x.faa": b"\0\5\x16\7", ".DS_Store": b"\0"},
+                id="of a Mac",
+            ),
             pytest.param({"d/": b"", "d/x.pep": FASTA}, id="with directories"),
             pytest.param({"empty.faa": b"", "x.faa": FASTA}, id="with an empty file"),
         ],
     )
-    def test_the_fasta_files_in_it_are_read_in_their_order(self, tmp_path: Path, members: dict[str, bytes]) -> None:
+    def test_the_fasta_files_in_it_are_read_in_their_order(
+        self, tmp_path: Path, members: dict[str, bytes]
+    ) -> None:
         assert records_of(write(tmp_path / "x.zip", zipped(members))) == RECORDS
 
-    @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    @pytest.mark.parametrize(
+        "compression", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+    )
     def test_it_may_be_compressed_in_other_ways(self, tmp_path: Path, compression: int) -> None:
         assert records_of(write(tmp_path / "x", zipped({"x.fa": FASTA}, compression))) == RECORDS
 
@@ -224,17 +278,34 @@ class TestZip:
     @pytest.mark.parametrize(
         ("members", "what"),
         [
-            ({"a.txt": b"x", "b/c.md": b"y"}, "there is no FASTA file in this zip archive (it holds a.txt, c.md)"),
+            (
+                {"a.txt": b"x", "b/c.md": b"y"},
+                "there is no FASTA file in this zip archive (it holds a.txt, c.md)",
+            ),
             ({}, "there is no FASTA file in this zip archive (it is empty)"),
-            ({"p.faa": FASTA, "g.fna": b">g\nACGT\n"}, "there are proteins and nucleotides in this zip archive"),
-            ({"[Content_Types].xml": b"", "xl/workbook.xml": b""}, "this is not FASTA but an Excel workbook; save"),
-            ({"[Content_Types].xml": b"", "word/document.xml": b""}, "this is not FASTA but a Word document; copy"),
-            ({"mimetype": b"", "content.xml": b""}, "this is not FASTA but a document of LibreOffice"),
+            (
+                {"p.faa": FASTA, "g.fna": b">g\nACGT\n"},
+                "there are proteins and nucleotides in this zip archive",
+            ),
+            (
+                {"[Content_Types].xml": b"", "xl/workbook.xml": b""},
+                "this is not FASTA but an Excel workbook; save",
+            ),
+            (
+                {"[Content_Types].xml": b"", "word/document.xml": b""},
+                "this is not FASTA but a Word document; copy",
+            ),
+            (
+                {"mimetype": b"", "content.xml": b""},
+                "this is not FASTA but a document of LibreOffice",
+            ),
             ({"Index/Document.iwa": b""}, "this is not FASTA but a document of Pages or Numbers"),
             ({"x.png": b"\x89PNG\r\n\x1a\n"}, "this is not FASTA but a picture"),
         ],
     )
-    def test_what_is_not_read_is_named(self, tmp_path: Path, members: dict[str, bytes], what: str) -> None:
+    def test_what_is_not_read_is_named(
+        self, tmp_path: Path, members: dict[str, bytes], what: str
+    ) -> None:
         path = write(tmp_path / "x.zip", zipped(members))
         assert refusal(path).startswith(f"{path}: {what}")
 
@@ -243,13 +314,18 @@ class TestZip:
         for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
             data[data.index(signature) + offset] |= 1
         path = write(tmp_path / "x.zip", bytes(data))
-        assert refusal(path) == f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`"
+        assert (
+            refusal(path)
+            == f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`"
+        )
 
     def test_one_of_an_unknown_compression_is_named(self, tmp_path: Path) -> None:
         data = bytearray(zipped({"x.faa": FASTA}))
         for signature, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
             data[data.index(signature) + offset] = 9
-        assert "compressed in a way that is not known here" in refusal(write(tmp_path / "x.zip", bytes(data)))
+        assert "compressed in a way that is not known here" in refusal(
+            write(tmp_path / "x.zip", bytes(data))
+        )
 
     @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
     def test_one_that_is_cut_is_refused(self, tmp_path: Path, kept: float) -> None:
@@ -260,7 +336,9 @@ class TestZip:
     def test_one_whose_bytes_have_changed_is_refused(self, tmp_path: Path) -> None:
         data = zipped({"x.faa": FASTA * 100}, zipfile.ZIP_STORED).replace(b"MKVLAT", b"MKVLAV", 1)
         path = write(tmp_path / "x.zip", data)
-        assert refusal(path).startswith(f"{path}: the compressed file is cut short or damaged (Bad CRC")
+        assert refusal(path).startswith(
+            f"{path}: the compressed file is cut short or damaged (Bad CRC"
+        )
 
 
 def tarred(mode: str) -> bytes:
@@ -303,9 +381,12 @@ ALIGNED = MultipleSeqAlignment(
 def biopython(name: str) -> bytes:
     """An alignment, or records, as Biopython writes them."""
     text = io.StringIO()
-    write_alignment(ALIGNED, text, name) if name in ("clustal", "stockholm", "phylip", "nexus") else SeqIO.write(
-        list(ALIGNED), text, name
-    )
+    write_alignment(ALIGNED, text, name) if name in (
+        "clustal",
+        "stockholm",
+        "phylip",
+        "nexus",
+    ) else SeqIO.write(list(ALIGNED), text, name)
     return text.getvalue().encode()
 
 
@@ -321,15 +402,27 @@ BINARY: dict[str, tuple[bytes, str]] = {
     "zip within gzip": (gzip.compress(zipped({"x.faa": FASTA})), "a zip archive"),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
     "rar": (b"Rar!\x1a\x07\x01\0", "a rar archive"),
-    "compress": (b"\x1f\x9d\x90>\xc2\xa0", "a file of `compress` (.Z); decompress it first, with `zcat x.fasta"),
+    "compress": (
+        b"\x1f\x9d\x90>\xc2\xa0",
+        "a file of `compress` (.Z); decompress it first, with `zcat x.fasta",
+    ),
     "lz4": (b"\x04\x22\x4d\x18\x64\x40", "an lz4 file"),
     "lzip": (b"LZIP\x01\x0c", "an lzip file"),
     "lzma": (lzma.compress(FASTA, format=lzma.FORMAT_ALONE), "an lzma file"),
     "HDF5": (hdf5(), "an HDF5 file; write the sequences as FASTA"),
     "SQLite": (sqlite(), "an SQLite database"),
-    "Parquet": (saved(lambda file: pq.write_table(TABLE, file)), "a Parquet file; have its name end in .parquet"),
-    "Feather": (saved(lambda file: pyarrow.feather.write_feather(TABLE, file)), "an Arrow or Feather file"),
-    "PyTorch": (saved(lambda file: torch.save({"x": 1}, file)), "a file of PyTorch; weights go to --weights"),
+    "Parquet": (
+        saved(lambda file: pq.write_table(TABLE, file)),
+        "a Parquet file; have its name end in .parquet",
+    ),
+    "Feather": (
+        saved(lambda file: pyarrow.feather.write_feather(TABLE, file)),
+        "an Arrow or Feather file",
+    ),
+    "PyTorch": (
+        saved(lambda file: torch.save({"x": 1}, file)),
+        "a file of PyTorch; weights go to --weights",
+    ),
     "safetensors": (safetensors.torch.save({"x": torch.zeros(1)}), "a safetensors file"),
     "NumPy": (saved(lambda file: np.save(file, np.zeros(2))), "a NumPy array"),
     "NumPy arrays": (saved(lambda file: np.savez(file, x=np.zeros(2))), "a file of NumPy arrays"),
@@ -340,7 +433,10 @@ BINARY: dict[str, tuple[bytes, str]] = {
     "old Office": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document (.xls, .doc)"),
     "RTF": (b"{\\rtf1\\ansi >a", "an RTF document"),
     "ELF": (b"\x7fELF\x02\x01", "a program"),
-    "BAM": (gzip.compress(b"BAM\x01\0\0"), "a BAM file; convert it first, with `samtools fasta x.fasta"),
+    "BAM": (
+        gzip.compress(b"BAM\x01\0\0"),
+        "a BAM file; convert it first, with `samtools fasta x.fasta",
+    ),
     "CRAM": (b"CRAM\x03\x00", "a CRAM file"),
     "DIAMOND": (b"\x6d\x18\xee\x15\xa4\xf8\x4a\x02\xa0", "a DIAMOND database"),
     "MMseqs2": (b"MKVLAT\n\0MKW\n\0", "an MMseqs2 database"),
@@ -351,22 +447,43 @@ BINARY: dict[str, tuple[bytes, str]] = {
 
 TEXTS: dict[str, tuple[bytes, str]] = {
     "Clustal": (biopython("clustal"), "an alignment in Clustal format"),
-    "MUSCLE": (b"MUSCLE (3.8) multiple sequence alignment\n\na  MK-V\n", "an alignment in Clustal format"),
+    "MUSCLE": (
+        b"MUSCLE (3.8) multiple sequence alignment\n\na  MK-V\n",
+        "an alignment in Clustal format",
+    ),
     "Stockholm": (biopython("stockholm"), "an alignment in Stockholm format"),
     "PHYLIP": (biopython("phylip"), "an alignment in PHYLIP format"),
     "NEXUS": (biopython("nexus"), "a NEXUS file"),
-    "MSF": (b"PileUp\n\n x.msf MSF: 4 Type: P\n\n Name: a\n//\n\na MK.V\n", "an alignment in GCG's MSF format"),
-    "MSF of GCG": (b"!!AA_MULTIPLE_ALIGNMENT 1.0\n\n x.msf  MSF: 4\n", "an alignment in GCG's MSF format"),
-    "GenBank": (biopython("genbank"), "a GenBank file; convert it first, for example with Biopython"),
+    "MSF": (
+        b"PileUp\n\n x.msf MSF: 4 Type: P\n\n Name: a\n//\n\na MK.V\n",
+        "an alignment in GCG's MSF format",
+    ),
+    "MSF of GCG": (
+        b"!!AA_MULTIPLE_ALIGNMENT 1.0\n\n x.msf  MSF: 4\n",
+        "an alignment in GCG's MSF format",
+    ),
+    "GenBank": (
+        biopython("genbank"),
+        "a GenBank file; convert it first, for example with Biopython",
+    ),
     "EMBL": (biopython("embl"), "an EMBL or UniProt flat file"),
-    "UniProt": (b"ID   CRAB_ANAPL   Reviewed;  174 AA.\nAC   Q05557;\n", "an EMBL or UniProt flat file"),
+    "UniProt": (
+        b"ID   CRAB_ANAPL   Reviewed;  174 AA.\nAC   Q05557;\n",
+        "an EMBL or UniProt flat file",
+    ),
     "tab": (biopython("tab"), "a table, by its looks"),
     "PDB": (b"HEADER    OXYGEN TRANSPORT    07-MAR-84   4HHB\n", "a PDB file"),
-    "PDB without a header": (b"ATOM      1  N   MET A   1      27.340  24.430   2.614\n", "a PDB file"),
+    "PDB without a header": (
+        b"ATOM      1  N   MET A   1      27.340  24.430   2.614\n",
+        "a PDB file",
+    ),
     "mmCIF": (b"data_4HHB\n#\n_entry.id   4HHB\n", "an mmCIF file"),
     "SAM": (b"@HD\tVN:1.6\tSO:coordinate\n@SQ\tSN:a\tLN:4\n", "a SAM file"),
     "VCF": (b"##fileformat=VCFv4.3\n#CHROM\tPOS\n", "a VCF file"),
-    "GFF": (b"##gff-version 3\nseq1\tx\tCDS\t1\t9\t.\t+\t0\tID=a\n##FASTA\n>seq1\nMKV\n", "a GFF file"),
+    "GFF": (
+        b"##gff-version 3\nseq1\tx\tCDS\t1\t9\t.\t+\t0\tID=a\n##FASTA\n>seq1\nMKV\n",
+        "a GFF file",
+    ),
     "GTF": (b'seq1\tx\tCDS\t1\t9\t.\t+\t0\tgene_id "a";\n', "a GFF or GTF file"),
     "BED": (b"chr1\t1\t9\ta\n", "a BED file"),
     "fai": (b"a\t6\t7\t6\t7\nb\t3\t17\t3\t4\n", "an index of `samtools faidx`"),
@@ -375,8 +492,14 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "JSON": (b'{"id": "a", "sequence": "MKV"}\n', "JSON; write each sequence of it"),
     "JSON list": (b'\n[\n  {"id": "a"}\n]\n', "JSON"),
     "XML": (b'<?xml version="1.0"?>\n<uniprot>\n', "XML; download the FASTA version"),
-    "web page": (b"\n<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n", "a web page, often an error"),
-    "web page under a byte order mark": (b"\xef\xbb\xbf<HTML><HEAD>\n", "a web page, often an error"),
+    "web page": (
+        b"\n<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n",
+        "a web page, often an error",
+    ),
+    "web page under a byte order mark": (
+        b"\xef\xbb\xbf<HTML><HEAD>\n",
+        "a web page, often an error",
+    ),
     "Git LFS": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         "a Git LFS pointer, which stands for the file; fetch the file itself with `git lfs pull`",
@@ -384,30 +507,48 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "git-annex": (b"/annex/objects/SHA256E-s12--abc.fasta\n", "a git-annex pointer"),
     "Newick": (b"((a:0.1,b:0.2):0.3,c:0.4);\n", "a tree in Newick format"),
     "checksums": (b"d41d8cd98f00b204e9800998ecf8427e  x.faa\n", "a list of checksums"),
-    "sequences alone": (b"MKVLAT\nMKW*\n\nMKV\n", "a list of sequences without headers, by its looks"),
+    "sequences alone": (
+        b"MKVLAT\nMKW*\n\nMKV\n",
+        "a list of sequences without headers, by its looks",
+    ),
     "a sequence alone": (b"mkvlat", "a list of sequences without headers, by its looks"),
     "CSV": (b"id,sequence\na,MKV\n", "a table, by its looks; have its name end in .csv"),
     "CSV with semicolons": (b"id;sequence\na;MKV\n", "a table, by its looks"),
-    "old FASTA": (b";LCBO - prolactin\n; bovine\nMDSKGSSQK\n", "FASTA of an old kind, whose headers begin with ';'"),
+    "old FASTA": (
+        b";LCBO - prolactin\n; bovine\nMDSKGSSQK\n",
+        "FASTA of an old kind, whose headers begin with ';'",
+    ),
     "FASTQ": (b"@r1\nACGT\n+\nIIII\n", ""),
 }
 
 
 class TestKinds:
     @pytest.mark.parametrize("name", BINARY)
-    def test_a_binary_file_is_named_and_how_to_get_at_the_fasta(self, tmp_path: Path, name: str) -> None:
+    def test_a_binary_file_is_named_and_how_to_get_at_the_fasta(
+        self, tmp_path: Path, name: str
+    ) -> None:
         data, what = BINARY[name]
         path = write(tmp_path / "x.fasta", data)
         told = refusal(path)
-        assert told.startswith(f"{path}: this is not FASTA but {what.replace('x.fasta', str(path))}")
-        assert told == refusal(path, invalid_residues="map") == refusal(path, invalid_residues="skip")
+        assert told.startswith(
+            f"{path}: this is not FASTA but {what.replace('x.fasta', str(path))}"
+        )
+        assert (
+            told == refusal(path, invalid_residues="map") == refusal(path, invalid_residues="skip")
+        )
 
     @pytest.mark.parametrize("name", [name for name in TEXTS if name != "FASTQ"])
-    @pytest.mark.parametrize("change", [bytes, lambda text: text.replace(b"\n", b"\r\n"), lambda text: b"\n \n" + text])
-    def test_another_format_of_text_is_named(self, tmp_path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    @pytest.mark.parametrize(
+        "change", [bytes, lambda text: text.replace(b"\n", b"\r\n"), lambda text: b"\n \n" + text]
+    )
+    def test_another_format_of_text_is_named(
+        self, tmp_path: Path, name: str, change: Callable[[bytes], bytes]
+    ) -> None:
         text, what = TEXTS[name]
         path = write(tmp_path / "x.fasta", gzip.compress(change(text)))
-        assert refusal(path, invalid_residues="skip").startswith(f"{path}: this is not FASTA but {what}")
+        assert refusal(path, invalid_residues="skip").startswith(
+            f"{path}: this is not FASTA but {what}"
+        )
 
     @pytest.mark.parametrize(
         "text",
@@ -419,13 +560,19 @@ class TestKinds:
             b"# LOCUS\n>a <html>\nMKVLAT\n>b\nMKW\n",
         ],
     )
-    def test_fasta_that_looks_like_something_else_is_read(self, tmp_path: Path, text: bytes) -> None:
+    def test_fasta_that_looks_like_something_else_is_read(
+        self, tmp_path: Path, text: bytes
+    ) -> None:
         assert records_of(write(tmp_path / "x", text)) == RECORDS
 
     @pytest.mark.parametrize(
         ("name", "content", "what"),
         [
-            ("x.csv", FASTA, "this is FASTA, by its looks, and no table; have its name end in .fasta"),
+            (
+                "x.csv",
+                FASTA,
+                "this is FASTA, by its looks, and no table; have its name end in .fasta",
+            ),
             ("x.csv", TEXTS["web page"][0], "this is not FASTA but a web page"),
             ("x.csv", zipped({"xl/workbook.xml": b""}), "this is not FASTA but an Excel workbook"),
             ("x.tsv", hdf5(), "this is not FASTA but an HDF5 file"),
@@ -441,11 +588,15 @@ class TestKinds:
 
     def test_a_record_of_nbrf_is_refused_wherever_it_comes(self, tmp_path: Path) -> None:
         """Its second line is a title, which would be read as residues."""
-        path = write(tmp_path / "x.pir", b">a\nMK\n>P1;CRAB\nCRYSTALLIN\nMDITIHN*\n>F1;x\nTITLE\nMK*\n")
+        path = write(
+            tmp_path / "x.pir", b">a\nMK\n>P1;CRAB\nCRYSTALLIN\nMDITIHN*\n>F1;x\nTITLE\nMK*\n"
+        )
         with pytest.raises(FastaError) as caught:
             records_of(path, invalid_residues="map")
         first, second = str(caught.value).splitlines()
-        assert first.startswith(f"{path}, line 3: the header of 'P1;CRAB' is one of NBRF/PIR format")
+        assert first.startswith(
+            f"{path}, line 3: the header of 'P1;CRAB' is one of NBRF/PIR format"
+        )
         assert second.startswith(f"{path}, line 6: the header of 'F1;x'")
         assert records_of(path, invalid_residues="skip") == [("a", "MK")]
         assert records_of(write(path, b">A1;x\nMK\n>P1\nMKV\n")) == [("A1;x", "MK"), ("P1", "MKV")]
@@ -457,7 +608,13 @@ READS = b"@r1 x\nATGAAAGTTCTG\n+\nIIII>@+IIIII\n@r2\natgaaa\n+r2\nIIIIII\n"
 class TestFastq:
     @pytest.mark.parametrize("name", ["x.fastq", "x.fq.gz", "x.txt"])
     @pytest.mark.parametrize(
-        "encode", [bytes, gzip.compress, lambda data: data.replace(b"\n", b"\r\n"), lambda data: zipped({"x.fq": data})]
+        "encode",
+        [
+            bytes,
+            gzip.compress,
+            lambda data: data.replace(b"\n", b"\r\n"),
+            lambda data: zipped({"x.fq": data}),
+        ],
     )
     def test_its_reads_are_those_of_the_fasta_file_without_qualities(
         self, tmp_path: Path, name: str, encode: Callable[[bytes], bytes]
@@ -476,14 +633,21 @@ class TestFastq:
 
     def test_faults_are_told_by_their_line(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.fq", READS + b"@r3\nATGE\n+\nIIII\n")
-        assert refusal(path, translate="six-frame").startswith(f"{path}, line 9: sequence 'r3' has 'E' at position 4")
+        assert refusal(path, translate="six-frame").startswith(
+            f"{path}, line 9: sequence 'r3' has 'E' at position 4"
+        )
 
     @pytest.mark.parametrize("kept", [3, 10, 25, 45, len(READS) - 3])
     def test_one_that_is_cut_is_refused(self, tmp_path: Path, kept: int) -> None:
         path = write(tmp_path / "x.fq", READS[:kept])
-        assert refusal(path, translate="six-frame").startswith(f"{path}: this FASTQ cannot be read (")
+        assert refusal(path, translate="six-frame").startswith(
+            f"{path}: this FASTQ cannot be read ("
+        )
 
     def test_many_reads_are_all_there(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "x.fq", b"".join(b"@r%d\nATGAAA\n+\nIIIIII\n" % number for number in range(20_001)))
+        path = write(
+            tmp_path / "x.fq",
+            b"".join(b"@r%d\nATGAAA\n+\nIIIIII\n" % number for number in range(20_001)),
+        )
         ids = [sequence_id for sequence_id, _ in records_of(path, translate="six-frame")]
         assert len({name.partition("_")[0] for name in ids}) == 20_001

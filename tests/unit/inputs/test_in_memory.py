@@ -30,7 +30,12 @@ from vnp_lib.inputs.in_memory import RecordsInMemory, files_or_records
 NAMED = {"p": "MKVLATTWQERS", "q": "MKL", "r": "ACDEFGHIKLMNPQRSTVWYX", "s": "W"}
 IDS, SEQUENCES = list(NAMED), list(NAMED.values())
 NUMBERED = ["0", "1", "2", "3"]
-SMALL: dict[str, Any] = {"model": "esm2_t6_8M_UR50D", "weights": "random", "device": "cpu", "progress": False}
+SMALL: dict[str, Any] = {
+    "model": "esm2_t6_8M_UR50D",
+    "weights": "random",
+    "device": "cpu",
+    "progress": False,
+}
 TABLE = {"id": IDS, "sequence": SEQUENCES}
 
 
@@ -69,8 +74,13 @@ def held(given: Any, **columns: str) -> dict[str, str]:
     [
         pytest.param(lambda path: parsed(path), id="SeqIO.parse"),
         pytest.param(lambda _: pd.Series(SEQUENCES, index=IDS), id="pandas Series"),
-        pytest.param(lambda _: pd.DataFrame({"length": 1, "sequence": SEQUENCES, "id": IDS}), id="pandas DataFrame"),
-        pytest.param(lambda _: pl.DataFrame({"id": IDS, "sequence": SEQUENCES}), id="polars DataFrame"),
+        pytest.param(
+            lambda _: pd.DataFrame({"length": 1, "sequence": SEQUENCES, "id": IDS}),
+            id="pandas DataFrame",
+        ),
+        pytest.param(
+            lambda _: pl.DataFrame({"id": IDS, "sequence": SEQUENCES}), id="polars DataFrame"
+        ),
         pytest.param(lambda _: pa.table({"sequence": SEQUENCES, "id": IDS}), id="pyarrow Table"),
         pytest.param(lambda path: [str(path)], id="a list of paths as text"),
     ],
@@ -93,28 +103,45 @@ def test_each_row_is_that_of_the_sequence_with_its_id(tmp_path, fasta, oracle, m
         pytest.param(lambda path: (record for record in parsed(path)), id="generator of SeqRecord"),
         pytest.param(lambda path: dnaio_records(path), id="dnaio's records"),
         pytest.param(lambda _: {name: Seq(text) for name, text in NAMED.items()}, id="dict of Seq"),
-        pytest.param(lambda _: {name: text.encode() for name, text in NAMED.items()}, id="dict of bytes"),
-        pytest.param(lambda _: [(name, Seq(text)) for name, text in NAMED.items()], id="pairs with Seq"),
+        pytest.param(
+            lambda _: {name: text.encode() for name, text in NAMED.items()}, id="dict of bytes"
+        ),
+        pytest.param(
+            lambda _: [(name, Seq(text)) for name, text in NAMED.items()], id="pairs with Seq"
+        ),
         pytest.param(lambda _: zip(IDS, SEQUENCES, strict=True), id="zip"),
         pytest.param(lambda _: [[name, text] for name, text in NAMED.items()], id="pairs as lists"),
         pytest.param(lambda _: NAMED.items(), id="items of a dict"),
         pytest.param(lambda _: np.array(list(NAMED.items())), id="NumPy, two columns"),
         pytest.param(
-            lambda _: np.array(list(NAMED.items()), dtype=[("id", "U9"), ("sequence", "U99")]), id="NumPy, named"
+            lambda _: np.array(list(NAMED.items()), dtype=[("id", "U9"), ("sequence", "U99")]),
+            id="NumPy, named",
         ),
         pytest.param(lambda _: pd.DataFrame(TABLE).set_index("id"), id="DataFrame, id as index"),
         pytest.param(lambda _: pd.DataFrame(TABLE, dtype="string"), id="DataFrame of strings"),
         pytest.param(lambda _: pd.DataFrame(TABLE, dtype="category"), id="DataFrame of categories"),
-        pytest.param(lambda _: pd.DataFrame({"id": IDS, "sequence": list(map(Seq, SEQUENCES))}), id="DataFrame of Seq"),
+        pytest.param(
+            lambda _: pd.DataFrame({"id": IDS, "sequence": list(map(Seq, SEQUENCES))}),
+            id="DataFrame of Seq",
+        ),
         pytest.param(lambda _: pd.DataFrame(TABLE).to_dict("records"), id="a dict for each record"),
         pytest.param(lambda _: pd.DataFrame(TABLE).itertuples(), id="itertuples"),
         pytest.param(lambda _: pl.DataFrame(TABLE).iter_rows(), id="rows of polars"),
-        pytest.param(lambda _: pl.DataFrame(TABLE).iter_rows(named=True), id="named rows of polars"),
-        pytest.param(lambda _: pa.table(TABLE).to_batches()[0], id="pyarrow RecordBatch"),
-        pytest.param(lambda _: pd.Series(SEQUENCES, index=pd.Index(IDS, name="id")), id="Series, named index"),
-        pytest.param(lambda _: pd.Series(SEQUENCES, index=["id", "seq", "columns", "s"]), id="Series, odd index"),
         pytest.param(
-            lambda _: csv.DictReader(io.StringIO("id,sequence\n" + "".join(f"{i},{s}\n" for i, s in NAMED.items()))),
+            lambda _: pl.DataFrame(TABLE).iter_rows(named=True), id="named rows of polars"
+        ),
+        pytest.param(lambda _: pa.table(TABLE).to_batches()[0], id="pyarrow RecordBatch"),
+        pytest.param(
+            lambda _: pd.Series(SEQUENCES, index=pd.Index(IDS, name="id")), id="Series, named index"
+        ),
+        pytest.param(
+            lambda _: pd.Series(SEQUENCES, index=["id", "seq", "columns", "s"]),
+            id="Series, odd index",
+        ),
+        pytest.param(
+            lambda _: csv.DictReader(
+                io.StringIO("id,sequence\n" + "".join(f"{i},{s}\n" for i, s in NAMED.items()))
+            ),
             id="csv.DictReader",
         ),
     ],
@@ -134,7 +161,9 @@ def test_what_has_ids_is_taken_with_its_own(fasta, make):
         pytest.param(list(map(MutableSeq, SEQUENCES)), id="MutableSeq"),
         pytest.param([text.encode() for text in SEQUENCES], id="bytes"),
         pytest.param(list(map(UserString, SEQUENCES)), id="UserString"),
-        pytest.param([SEQUENCES[0], Seq(SEQUENCES[1]), SEQUENCES[2].encode(), SEQUENCES[3]], id="mixed"),
+        pytest.param(
+            [SEQUENCES[0], Seq(SEQUENCES[1]), SEQUENCES[2].encode(), SEQUENCES[3]], id="mixed"
+        ),
         pytest.param(NAMED.values(), id="values of a dict"),
         pytest.param(np.array(SEQUENCES), id="NumPy of str"),
         pytest.param(np.array(SEQUENCES, dtype=object), id="NumPy of objects"),
@@ -160,7 +189,9 @@ def test_a_stop_at_the_end_makes_no_pattern_of_a_sequence(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert held(["MK*"]) == {"0": "MK*"}
     assert held(["MKV", "MKV/MKL"]) == {"0": "MKV", "1": "MKV/MKL"}
-    with pytest.raises(FastaError, match=r"MK\*: there is no such file; a single sequence goes into a list"):
+    with pytest.raises(
+        FastaError, match=r"MK\*: there is no such file; a single sequence goes into a list"
+    ):
         files_or_records("MK*")
 
 
@@ -207,7 +238,10 @@ def test_ids_are_texts(id_):
 
 
 def test_a_filtered_series_keeps_the_ids_of_its_index():
-    assert held(pd.Series(SEQUENCES)[lambda each: each.str.len() > 5]) == {"0": SEQUENCES[0], "2": SEQUENCES[2]}
+    assert held(pd.Series(SEQUENCES)[lambda each: each.str.len() > 5]) == {
+        "0": SEQUENCES[0],
+        "2": SEQUENCES[2],
+    }
 
 
 def test_columns_are_named_by_argument(oracle, tmp_path):
@@ -218,10 +252,14 @@ def test_columns_are_named_by_argument(oracle, tmp_path):
     for given in (table, path, str(path), [path]):
         embeddings = embed(given, **SMALL, id_column="accession", sequence_column="aa")
         assert embeddings.ids == IDS
-        np.testing.assert_allclose(embeddings.embeddings, [oracle[each] for each in SEQUENCES], atol=1e-5)
+        np.testing.assert_allclose(
+            embeddings.embeddings, [oracle[each] for each in SEQUENCES], atol=1e-5
+        )
 
 
-def test_descriptions_of_records_are_in_the_dataset_and_the_run_is_that_of_the_file(tmp_path, fasta):
+def test_descriptions_of_records_are_in_the_dataset_and_the_run_is_that_of_the_file(
+    tmp_path, fasta
+):
     """The same call with the file's path goes on with it."""
     embed(parsed(fasta), **SMALL, output_dir=tmp_path / "run")
     (batch,) = open_dataset(tmp_path / "run").record_batches(9, ["id", "description"])
@@ -266,7 +304,11 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, written):
 @pytest.mark.parametrize("address", ["s3://bucket/x.fasta", "https://host/x?format=fasta"])
 def test_addresses_are_refused_wherever_a_path_can_be(address):
     """With what to do instead, and before anything is made."""
-    for arguments in ({"sequences": address}, {"sequences": [address]}, {"sequences": ["MKL"], "output_dir": address}):
+    for arguments in (
+        {"sequences": address},
+        {"sequences": [address]},
+        {"sequences": ["MKL"], "output_dir": address},
+    ):
         with pytest.raises(ConfigError, match="addresses are not"):
             embed(**SMALL | arguments)
     with pytest.raises(ConfigError, match="weights are not fetched from an address"):
@@ -278,7 +320,9 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert held(["MKL", "MKV"]) == {"0": "MKL", "1": "MKV"}
     assert held(["MKV", "MKL"]) == {"0": "MKV", "1": "MKL"}
-    with pytest.raises(FastaError, match=r"'MKL', could be a sequence, and there is a file of this name; give Path"):
+    with pytest.raises(
+        FastaError, match=r"'MKL', could be a sequence, and there is a file of this name; give Path"
+    ):
         files_or_records(["MKL"])
 
 
@@ -294,7 +338,10 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
             r"no column 'sequence' in this DataFrame, which has the columns 'id', 'aa'",
         ),
         (pa.table({"M": SEQUENCES}), r"no column 'id' in this Table, which has the columns 'M'"),
-        (pd.DataFrame(np.ones((2, 3))), r"no column 'id' in this DataFrame, which has the columns 0, 1, 2"),
+        (
+            pd.DataFrame(np.ones((2, 3))),
+            r"no column 'id' in this DataFrame, which has the columns 0, 1, 2",
+        ),
         (pd.DataFrame(), r"no column 'id' in this DataFrame, which has the columns \(none\)"),
         (pd.concat([pd.DataFrame(TABLE)] * 2, axis=1), "2 columns are called 'id'"),
         (pl.LazyFrame(TABLE), r"a LazyFrame is not computed yet; give what its collect\(\)"),
@@ -303,11 +350,23 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
             r"record 1 \('q'\) has no sequence \((None|nan)\)",
         ),
         (pd.DataFrame({"id": ["a", None], "sequence": ["MKL", "W"]}), r"record 1 has no id"),
-        (pd.DataFrame({"id": [1, np.nan], "sequence": ["MKL", "W"]}), r"record 0 has the id 1.0, a float"),
-        (pl.DataFrame({"id": ["a"], "sequence": [5]}), r"record 0 \('a'\) is 5, a int; give sequences as texts"),
-        (pd.Series(["MKL", pd.NA], dtype="string"), r"record 1 \('1'\) has no sequence \(<NA>\); leave it out"),
+        (
+            pd.DataFrame({"id": [1, np.nan], "sequence": ["MKL", "W"]}),
+            r"record 0 has the id 1.0, a float",
+        ),
+        (
+            pl.DataFrame({"id": ["a"], "sequence": [5]}),
+            r"record 0 \('a'\) is 5, a int; give sequences as texts",
+        ),
+        (
+            pd.Series(["MKL", pd.NA], dtype="string"),
+            r"record 1 \('1'\) has no sequence \(<NA>\); leave it out",
+        ),
         (pd.Series(["MKL", np.nan]), r"record 1 \('1'\) has no sequence \(nan\)"),
-        (pd.Series(["MKL"], index=pd.MultiIndex.from_tuples([("a", 1)])), r"record 0 has the id \('a', 1\), a tuple"),
+        (
+            pd.Series(["MKL"], index=pd.MultiIndex.from_tuples([("a", 1)])),
+            r"record 0 has the id \('a', 1\), a tuple",
+        ),
         (pa.array(["MKL", None]), r"record 1 \('1'\) has no sequence \(None\)"),
         (["MKL", None], r"record 1 \('1'\) has no sequence \(None\); leave it out"),
         ({None: "MKL"}, "record 0 has no id"),
@@ -317,13 +376,19 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
             {"id": IDS, "sequence": SEQUENCES},
             r"a dictionary has one sequence for each id: .* dict\(zip\(ids, sequences\)\)",
         ),
-        ({"a": Path("x.fasta")}, r"record 0 \('a'\) is the path .* a file has ids of its own; give a list of paths"),
+        (
+            {"a": Path("x.fasta")},
+            r"record 0 \('a'\) is the path .* a file has ids of its own; give a list of paths",
+        ),
         ([{"name": "a", "sequence": "MKL"}], r"record 0 has no 'id', but 'name', 'sequence'"),
         (
             [("a", "MKL"), "MKV"],
             r"record 1, 'MKV', has no id, and record 0, .* has one; give all of them an id, or none",
         ),
-        (["MKV", SeqRecord(Seq("MKL"), id="a")], r"record 1, .* has an id, and record 0, 'MKV', has none"),
+        (
+            ["MKV", SeqRecord(Seq("MKL"), id="a")],
+            r"record 1, .* has an id, and record 0, 'MKV', has none",
+        ),
         ([SeqRecord(Seq("MKL"))], r"record 0 has no id \(<unknown id>\); give it one"),
         ([SeqRecord(None, id="a")], r"record 0 \('a'\) has no sequence"),
         ([Seq(None, length=5)], r"record 0 \('0'\) has no letters"),
@@ -345,23 +410,35 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
             pd.DataFrame({"sequence": SEQUENCES}, index=IDS),
             r"no column 'id' .*, or give table\['sequence'\], whose index has",
         ),
-        (io.StringIO(">a\nMKL\n"), r"this is an open file; give its path instead, or SeqIO.parse\(file, 'fasta'\)"),
+        (
+            io.StringIO(">a\nMKL\n"),
+            r"this is an open file; give its path instead, or SeqIO.parse\(file, 'fasta'\)",
+        ),
         (
             ">a\nMKL\n",
             r"the text of a FASTA file, and a path is wanted; write it to a file, or give SeqIO.parse\(io.StringIO",
         ),
-        ([">a\n", "MKL\n"], r"record 0 is '>a\\n', a line of a FASTA file; give the path of the file"),
+        (
+            [">a\n", "MKL\n"],
+            r"record 0 is '>a\\n', a line of a FASTA file; give the path of the file",
+        ),
         (
             ["absent.fasta"],
             "record 0 is 'absent.fasta', which looks like the name of a file, and there is no such file",
         ),
-        (["MKL", "dir/x"], "record 1 is 'dir/x', which looks like the name of a file, and there is no such file"),
+        (
+            ["MKL", "dir/x"],
+            "record 1 is 'dir/x', which looks like the name of a file, and there is no such file",
+        ),
         (["absent.csv.gz"], "looks like the name of a file, and there is no such file"),
         (
             ["MKL", Path("x.fasta")],
             r"record 1 is the path .*x.fasta.*, and record 0 is 'MKL'; give files or sequences, not both",
         ),
-        ([Path("x.fasta"), "MKL"], r"record 1 is 'MKL', which is no file that exists, and record 0, .* is one"),
+        (
+            [Path("x.fasta"), "MKL"],
+            r"record 1 is 'MKL', which is no file that exists, and record 0, .* is one",
+        ),
         (b"MKL", "MKL: there is no such file; a single sequence goes into a list"),
     ],
 )
@@ -374,7 +451,14 @@ def test_what_cannot_be_taken_is_told_in_a_sentence(given, told):
 
 @pytest.mark.parametrize(
     "make",
-    [list, dict, tuple, lambda: iter(()), lambda: pd.Series([]), lambda: pd.DataFrame({"id": [], "sequence": []})],
+    [
+        list,
+        dict,
+        tuple,
+        lambda: iter(()),
+        lambda: pd.Series([]),
+        lambda: pd.DataFrame({"id": [], "sequence": []}),
+    ],
 )
 def test_nothing_is_not_enough(make):
     with pytest.raises(FastaError, match="there is no sequence to embed; give at least one"):
@@ -382,7 +466,10 @@ def test_nothing_is_not_enough(make):
 
 
 def test_an_open_file_is_named(fasta):
-    with fasta.open() as file, pytest.raises(FastaError, match=f"this is an open file; give '{fasta}' instead"):
+    with (
+        fasta.open() as file,
+        pytest.raises(FastaError, match=f"this is an open file; give '{fasta}' instead"),
+    ):
         embed(file, **SMALL)
 
 
@@ -390,11 +477,16 @@ def test_an_alignment_is_refused_for_its_gaps():
     """Without gaps it is a list of records like any other."""
     rows = [SeqRecord(Seq("MKVL"), id="a"), SeqRecord(Seq("MK-L"), id="b")]
     assert held(MultipleSeqAlignment(rows[:1])) == {"a": "MKVL"}
-    with pytest.raises(FastaError, match=r"record 1: sequence 'b' has '-' at position 3; gaps belong to an alignment"):
+    with pytest.raises(
+        FastaError,
+        match=r"record 1: sequence 'b' has '-' at position 3; gaps belong to an alignment",
+    ):
         embed(MultipleSeqAlignment(rows), **SMALL)
 
 
-@pytest.mark.parametrize("given", [pd.Series(["MKL", "W"], index=["a", "a"]), [(1, "MKL"), ("1", "W")]])
+@pytest.mark.parametrize(
+    "given", [pd.Series(["MKL", "W"], index=["a", "a"]), [(1, "MKL"), ("1", "W")]]
+)
 def test_ids_that_are_the_same_as_texts_are_refused(given):
     with pytest.raises(FastaError, match=r"the id '(a|1)' occurs twice, at records 0 and 1"):
         embed(given, **SMALL)

@@ -55,7 +55,9 @@ def records_of(*given: Path, chunk_size: int = 8192, **policy: Any) -> list[tupl
         record
         for source in find_sources(given, stdin=Path("kept"))
         for chunk in read(source, InputPolicy(**policy), chunk_size=chunk_size)
-        for record in zip(chunk.usable.ids, chunk.usable.descriptions, chunk.usable.sequences, strict=True)
+        for record in zip(
+            chunk.usable.ids, chunk.usable.descriptions, chunk.usable.sequences, strict=True
+        )
     ]
 
 
@@ -67,7 +69,9 @@ def refusal(*given: Path, **policy: Any) -> str:
 
 def plan_of(run_dir: Path, *fasta: Path, **policy: Any) -> RunPlan:
     paths = RunPaths(run_dir)
-    return make_plan(paths, fasta, MODEL, num_shards=1, token_budget=500, policy=InputPolicy(**policy))
+    return make_plan(
+        paths, fasta, MODEL, num_shards=1, token_budget=500, policy=InputPolicy(**policy)
+    )
 
 
 class TestFiles:
@@ -96,7 +100,9 @@ class TestFiles:
             f"{tmp_path / '*.fa'}: nothing matches this pattern; mend it, or give the files by name"
         )
         write(tmp_path / "x.txt", "x")
-        assert refusal(tmp_path).startswith(f"{tmp_path}: there is no FASTA file in this directory; wanted are names")
+        assert refusal(tmp_path).startswith(
+            f"{tmp_path}: there is no FASTA file in this directory; wanted are names"
+        )
 
     def test_standard_input_is_where_it_is_kept(self, tmp_path: Path) -> None:
         write(tmp_path / "x.fa", ">a\nM\n")
@@ -116,7 +122,11 @@ class TestTables:
         compress = COMPRESSORS[compression]
         comma = write(tmp_path / f"x.csv{compression}", compress(TABLE.encode()))
         tab = write(tmp_path / f"x.TSV{compression}", compress(TABLE.replace(",", "\t").encode()))
-        assert records_of(comma, chunk_size=chunk_size) == records_of(tab, chunk_size=chunk_size) == IN_TABLE
+        assert (
+            records_of(comma, chunk_size=chunk_size)
+            == records_of(tab, chunk_size=chunk_size)
+            == IN_TABLE
+        )
 
     @pytest.mark.parametrize(
         "text",
@@ -126,40 +136,55 @@ class TestTables:
             pytest.param(TABLE.rstrip(), id="no newline at the end"),
             pytest.param("\n" + TABLE + "\n\n", id="blank lines"),
             pytest.param(
-                TABLE.replace("MKVL", '"MK\nVL"').replace("β1 of two", '"β1\nof two"'), id="line breaks in cells"
+                TABLE.replace("MKVL", '"MK\nVL"').replace("β1 of two", '"β1\nof two"'),
+                id="line breaks in cells",
             ),
         ],
     )
     def test_csv_is_written_in_many_ways(self, tmp_path: Path, text: str) -> None:
         assert records_of(write(tmp_path / "x.csv", text)) == IN_TABLE
 
-    @pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+    @pytest.mark.parametrize(
+        "text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+    )
     @pytest.mark.parametrize("suffix", [".parquet", ".pq"])
     def test_parquet_is_read_whatever_its_kind_of_text(
         self, tmp_path: Path, text_type: pa.DataType, suffix: str
     ) -> None:
-        columns = [[f"{id_} {rest}".strip() for id_, rest, _ in IN_TABLE], [text for _, _, text in IN_TABLE]]
-        table = pa.table([pa.array(column).cast(text_type) for column in columns], names=["name", "aa"])
+        columns = [
+            [f"{id_} {rest}".strip() for id_, rest, _ in IN_TABLE],
+            [text for _, _, text in IN_TABLE],
+        ]
+        table = pa.table(
+            [pa.array(column).cast(text_type) for column in columns], names=["name", "aa"]
+        )
         pq.write_table(table, tmp_path / f"x{suffix}", row_group_size=2)
-        assert records_of(tmp_path / f"x{suffix}", id_column="name", sequence_column="aa") == IN_TABLE
+        assert (
+            records_of(tmp_path / f"x{suffix}", id_column="name", sequence_column="aa") == IN_TABLE
+        )
 
     def test_ids_that_are_numbers_are_read_as_they_are_written(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"id": [7, 8], "sequence": ["MK", "MV"]}), tmp_path / "x.parquet")
         assert records_of(tmp_path / "x.parquet") == [("7", "", "MK"), ("8", "", "MV")]
         assert records_of(write(tmp_path / "x.csv", "id,sequence\n007,MK\n")) == [("007", "", "MK")]
 
-    def test_a_table_makes_the_same_run_as_the_fasta_file_with_its_records(self, tmp_path: Path) -> None:
+    def test_a_table_makes_the_same_run_as_the_fasta_file_with_its_records(
+        self, tmp_path: Path
+    ) -> None:
         rng = np.random.default_rng(0)
         letters = [("".join(rng.choice(list("MKVLAX"), rng.integers(1, 99)))) for _ in range(9000)]
         ids = [f"p{number}" + (" about it" if number % 2 else "") for number in range(9000)]
         rows = list(zip(ids, letters, strict=True))
         fasta = write(tmp_path / "x.fasta", "".join(f">{each}\n{text}\n" for each, text in rows))
         comma = write(
-            tmp_path / "x.csv.gz", gzip.compress("".join(f"{a},{b}\n" for a, b in [("id", "sequence"), *rows]).encode())
+            tmp_path / "x.csv.gz",
+            gzip.compress("".join(f"{a},{b}\n" for a, b in [("id", "sequence"), *rows]).encode()),
         )
         pq.write_table(pa.table({"id": ids, "sequence": letters}), tmp_path / "x.parquet")
         files = (fasta, comma, tmp_path / "x.parquet")
-        assert len({plan_of(tmp_path / f"run-{path.name}", path).fingerprint for path in files}) == 1
+        assert (
+            len({plan_of(tmp_path / f"run-{path.name}", path).fingerprint for path in files}) == 1
+        )
 
     @pytest.mark.parametrize(
         ("text", "what"),
@@ -168,7 +193,10 @@ class TestTables:
             ("id,sequence\na,MK\nb,\n", ", row 3: sequence 'b' has no residues"),
             ("id,sequence\na,MK\n,MK\n", ", row 3: a record has no id"),
             ("id,sequence\na,MK\n   ,MK\n", ", row 3: a record has no id"),
-            ("name,sequence\na,MK\n", ": there is no column 'id', but 'name', 'sequence'; say with --id-column"),
+            (
+                "name,sequence\na,MK\n",
+                ": there is no column 'id', but 'name', 'sequence'; say with --id-column",
+            ),
             ("id,seq\na,MK\n", ": there is no column 'sequence', but 'id', 'seq'; say with"),
             (
                 "id,sequence\na,MK\nb\n",
@@ -183,7 +211,9 @@ class TestTables:
             ("id,sequence\na,ACGTACGT\n", ": this looks like nucleotides"),
         ],
     )
-    def test_what_is_wrong_with_csv_is_told_by_file_and_row(self, tmp_path: Path, text: str | bytes, what: str) -> None:
+    def test_what_is_wrong_with_csv_is_told_by_file_and_row(
+        self, tmp_path: Path, text: str | bytes, what: str
+    ) -> None:
         path = write(tmp_path / "x.csv", text)
         assert refusal(path).startswith(f"{path}{what}")
 
@@ -191,10 +221,16 @@ class TestTables:
         path = tmp_path / "x.parquet"
         pq.write_table(pa.table({"id": ["a", None, "b"], "sequence": ["MK", "MK", None]}), path)
         assert refusal(path).splitlines()[0].startswith(f"{path}, row 2: a record has no id")
-        assert refusal(path).splitlines()[1].startswith(f"{path}, row 3: sequence 'b' has no residues")
-        assert refusal(path, id_column="x").startswith(f"{path}: there is no column 'x', but 'id', 'sequence'")
+        assert (
+            refusal(path).splitlines()[1].startswith(f"{path}, row 3: sequence 'b' has no residues")
+        )
+        assert refusal(path, id_column="x").startswith(
+            f"{path}: there is no column 'x', but 'id', 'sequence'"
+        )
         pq.write_table(pa.table({"id": ["a"], "sequence": [["MK"]]}), path)
-        assert refusal(path).startswith(f"{path}: this cannot be read as parquet (Unsupported cast from list")
+        assert refusal(path).startswith(
+            f"{path}: this cannot be read as parquet (Unsupported cast from list"
+        )
         assert refusal(write(path, "MK")).startswith(f"{path}: this cannot be read as parquet")
 
     @pytest.mark.parametrize("kept", [0.3, 0.9])
@@ -232,17 +268,24 @@ class TestStandardInput:
             assert not standard_input.keep_stdin(same, kept)
             assert not standard_input.keep_stdin(empty, kept)
 
-    def test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays(self, kept: Path) -> None:
+    def test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays(
+        self, kept: Path
+    ) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(b">a\nMKL\n") as other:
             standard_input.keep_stdin(pipe, kept)
             with pytest.raises(
-                FingerprintMismatchError, match="another input is piped than the one that this run was begun"
+                FingerprintMismatchError,
+                match="another input is piped than the one that this run was begun",
             ):
                 standard_input.keep_stdin(other, kept)
         assert kept.read_bytes() == b">a\nMKV\n"
 
-    @pytest.mark.parametrize("piped", [b">a\nM", b">a\nMKV\n>b\nM\n", b">b\n"], ids=["less", "more", "else"])
-    def test_a_part_of_it_and_more_than_it_are_other_input_too(self, kept: Path, piped: bytes) -> None:
+    @pytest.mark.parametrize(
+        "piped", [b">a\nM", b">a\nMKV\n>b\nM\n", b">b\n"], ids=["less", "more", "else"]
+    )
+    def test_a_part_of_it_and_more_than_it_are_other_input_too(
+        self, kept: Path, piped: bytes
+    ) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(piped) as other:
             standard_input.keep_stdin(pipe, kept)
             with pytest.raises(FingerprintMismatchError):
@@ -250,7 +293,11 @@ class TestStandardInput:
 
     @pytest.mark.parametrize("begun", [b"", b">a\n"], ids=["silent", "begun"])
     def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_resume(
-        self, kept: Path, begun: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        kept: Path,
+        begun: bytes,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         """As that of ssh, of `docker run -i` or of CI. It is said that it is waited for, and that it is not any longer."""
         for name in ("_SAID_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
@@ -281,7 +328,9 @@ class TestStandardInput:
 
     def test_a_terminal_is_refused_with_what_to_do(self, kept: Path) -> None:
         controller, terminal = os.openpty()
-        told = pytest.raises(ConfigError, match="nothing is piped to standard input; pipe FASTA to it")
+        told = pytest.raises(
+            ConfigError, match="nothing is piped to standard input; pipe FASTA to it"
+        )
         with open(terminal, "rb") as stream, open(controller, "rb"), told:
             standard_input.keep_stdin(stream, kept)
         assert not kept.exists()
@@ -301,10 +350,22 @@ class TestStandardInput:
         assert plan_of(tmp_path / "run", Path("-")).fetch(np.array([0])) == (["a"], ["MKV"])
 
     def test_vnp_plan_counts_it_and_keeps_nothing(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "vnp_lib", "plan", "--json", "--fasta", "-", "--model", "esm2_t6_8M_UR50D"]
+        command = [
+            sys.executable,
+            "-m",
+            "vnp_lib",
+            "plan",
+            "--json",
+            "--fasta",
+            "-",
+            "--model",
+            "esm2_t6_8M_UR50D",
+        ]
         command += ["--devices", "cpu", "--output-dir", str(tmp_path / "run")]
         text = b">a\nMKV\n>b\nM-\n"
-        told = json.loads(subprocess.run(command, input=text, cwd=ROOT, capture_output=True, check=False).stdout)
+        told = json.loads(
+            subprocess.run(command, input=text, cwd=ROOT, capture_output=True, check=False).stdout
+        )
         assert (told["num_sequences"], told["num_refused"]) == (1, 1)
         assert told["refusals"][0].startswith("standard input, line 3:")
         assert list(tmp_path.iterdir()) == []

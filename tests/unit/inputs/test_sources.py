@@ -47,7 +47,11 @@ def names(given: Path) -> list[str]:
 
 def refusal(*given: Path) -> str:
     with pytest.raises(FastaError) as caught:
-        list(chain.from_iterable(read(source, InputPolicy()) for source in find_sources(given, stdin=Path("kept"))))
+        list(
+            chain.from_iterable(
+                read(source, InputPolicy()) for source in find_sources(given, stdin=Path("kept"))
+            )
+        )
     (line,) = str(caught.value).splitlines()
     return line
 
@@ -75,7 +79,9 @@ def open_to_everybody(directory: Path) -> None:
 class TestDirectory:
     @pytest.mark.parametrize("suffix", FASTA_SUFFIXES)
     @pytest.mark.parametrize("compression", ["", ".gz", ".ZST"])
-    def test_names_of_fasta_files_are_taken(self, tmp_path: Path, suffix: str, compression: str) -> None:
+    def test_names_of_fasta_files_are_taken(
+        self, tmp_path: Path, suffix: str, compression: str
+    ) -> None:
         name = f"x{suffix.upper()}{compression}"
         write(tmp_path / name)
         assert names(tmp_path) == [name]
@@ -108,7 +114,10 @@ class TestDirectory:
     def test_hidden_files_alone_are_counted(self, tmp_path: Path) -> None:
         write(tmp_path / "a.faa")
         write(tmp_path / "._a.faa")
-        assert find_files(tmp_path).describe_left_out() == f"{tmp_path}: 1 file is read, 1 is left out: 1 hidden"
+        assert (
+            find_files(tmp_path).describe_left_out()
+            == f"{tmp_path}: 1 file is read, 1 is left out: 1 hidden"
+        )
 
     def test_one_without_fasta_files_is_refused_with_what_it_holds(self, tmp_path: Path) -> None:
         write(tmp_path / "x.csv")
@@ -137,7 +146,10 @@ class TestDirectory:
         write(tmp_path / "in/a.faa")
         tmp_path.chmod(0o700)
         with without_rights():
-            assert refusal(tmp_path / "in") == f"{tmp_path}/in: this cannot be read (Permission denied)"
+            assert (
+                refusal(tmp_path / "in")
+                == f"{tmp_path}/in: this cannot be read (Permission denied)"
+            )
 
 
 class TestPattern:
@@ -151,14 +163,18 @@ class TestPattern:
         )
         assert names(tmp_path / "**") == ["a.faa", "x.faa", "x"]
 
-    def test_one_that_only_directories_match_is_refused_with_a_deeper_one(self, tmp_path: Path) -> None:
+    def test_one_that_only_directories_match_is_refused_with_a_deeper_one(
+        self, tmp_path: Path
+    ) -> None:
         write(tmp_path / "s1/x.faa")
         assert refusal(tmp_path / "s*") == (
             f"{tmp_path}/s*: only directories match this pattern; say which files in them, as in '{tmp_path}/s*/*.faa'"
         )
 
     @pytest.mark.parametrize("name", ["x[1].fa", "a*b.fa", "why?.fa", "[", "x[1]"])
-    def test_a_file_or_directory_of_that_very_name_is_meant(self, tmp_path: Path, name: str) -> None:
+    def test_a_file_or_directory_of_that_very_name_is_meant(
+        self, tmp_path: Path, name: str
+    ) -> None:
         write(tmp_path / name)
         write(tmp_path / "dir" / name / "in.fa")
         write(tmp_path / "x1.fa")
@@ -180,7 +196,9 @@ class TestFile:
             ("other.fasta", "x.csv", "x.csv: there is no such file"),
         ],
     )
-    def test_one_that_is_not_there_is_refused_with_one_that_is_called_alike(self, tmp_path, there, given, told) -> None:
+    def test_one_that_is_not_there_is_refused_with_one_that_is_called_alike(
+        self, tmp_path, there, given, told
+    ) -> None:
         write(tmp_path / there)
         assert refusal(tmp_path / given).endswith(told)
 
@@ -189,16 +207,22 @@ class TestFile:
         self, tmp_path: Path, separator: str
     ) -> None:
         files = [str(write(tmp_path / name)) for name in ("a.faa", "b.faa")]
-        assert refusal(Path(separator.join(files))).endswith("there is no such file; put commas between several files")
+        assert refusal(Path(separator.join(files))).endswith(
+            "there is no such file; put commas between several files"
+        )
 
     def test_braces_are_refused_with_what_to_do(self, tmp_path: Path) -> None:
         for given in user_inputs(f"{tmp_path}/{{a,b}}.faa"):
             assert "braces are expanded by a shell only" in refusal(given)
 
     def test_a_directory_that_is_not_there_is_said(self, tmp_path: Path) -> None:
-        assert refusal(tmp_path / "data/x.faa").endswith(f"there is no such file, nor a directory {tmp_path}/data")
+        assert refusal(tmp_path / "data/x.faa").endswith(
+            f"there is no such file, nor a directory {tmp_path}/data"
+        )
 
-    def test_a_relative_path_is_refused_with_where_it_was_looked_for(self, tmp_path: Path, monkeypatch) -> None:
+    def test_a_relative_path_is_refused_with_where_it_was_looked_for(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         assert refusal(Path("x.faa")) == f"x.faa: there is no such file in {tmp_path}"
 
@@ -218,7 +242,9 @@ class TestFile:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(os.path.relpath(tmp_path / "sock"))
         for name in ("pipe", "sock"):
-            assert refusal(tmp_path / name).startswith(f"{tmp_path}/{name}: this is a pipe or a device")
+            assert refusal(tmp_path / name).startswith(
+                f"{tmp_path}/{name}: this is a pipe or a device"
+            )
 
     def test_one_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.faa")
@@ -243,16 +269,23 @@ class TestTwice:
         path = write(tmp_path / "x.faa")
         make(path, tmp_path / "y.faa")
         expected = f"{tmp_path}/y.faa: this is the same file as {path}; give one of them"
-        assert refusal(tmp_path) == refusal(path, tmp_path / "y.faa") == refusal(tmp_path / "?.faa") == expected
+        assert (
+            refusal(tmp_path)
+            == refusal(path, tmp_path / "y.faa")
+            == refusal(tmp_path / "?.faa")
+            == expected
+        )
 
     def test_what_a_pattern_and_a_path_both_mean_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.faa")
         assert (
-            refusal(path, tmp_path / "*.faa") == refusal(tmp_path, path) == f"{path}: this is given twice; give it once"
+            refusal(path, tmp_path / "*.faa")
+            == refusal(tmp_path, path)
+            == f"{path}: this is given twice; give it once"
         )
-        assert refusal(tmp_path / "." / "x.faa", tmp_path / "../" / tmp_path.name / "x.faa").endswith(
-            "give one of them"
-        )
+        assert refusal(
+            tmp_path / "." / "x.faa", tmp_path / "../" / tmp_path.name / "x.faa"
+        ).endswith("give one of them")
 
     def test_other_files_with_the_same_content_are_two(self, tmp_path: Path) -> None:
         write(tmp_path / "1/x.faa")
@@ -287,11 +320,16 @@ class TestKinds:
         write(tmp_path / "p.faa")
         write(tmp_path / "p.fna", NUCLEOTIDES)
         sources = find_sources([tmp_path], stdin=Path("kept"))
-        with pytest.raises(FastaError, match=rf"looks like proteins .*; or give the other files: '{tmp_path}/\*.fna'$"):
+        with pytest.raises(
+            FastaError,
+            match=rf"looks like proteins .*; or give the other files: '{tmp_path}/\*.fna'$",
+        ):
             list(read(sources[0], InputPolicy(translate="six-frame")))
 
     def test_nucleotides_alone_are_refused_without_it(self, tmp_path: Path) -> None:
-        assert refusal(write(tmp_path / "p.fna", NUCLEOTIDES)).endswith("with --translate six-frame")
+        assert refusal(write(tmp_path / "p.fna", NUCLEOTIDES)).endswith(
+            "with --translate six-frame"
+        )
 
 
 class TestTold:
@@ -305,13 +343,17 @@ class TestTold:
             write(tmp_path / name)
         return tmp_path / "in"
 
-    def test_a_run_says_it_before_anything_is_made(self, directory: Path, tmp_path: Path, caplog) -> None:
+    def test_a_run_says_it_before_anything_is_made(
+        self, directory: Path, tmp_path: Path, caplog
+    ) -> None:
         validate_config(EmbedConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
         assert caplog.messages == [f"{directory}: {self.LEFT_OUT}"]
         assert not (tmp_path / "run").exists()
 
     def test_vnp_plan_says_it(self, directory: Path, tmp_path: Path) -> None:
-        seen = estimate_run(ForecastConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
+        seen = estimate_run(
+            ForecastConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST)
+        )
         assert seen.to_json()["left_out"] == (f"{directory}: {self.LEFT_OUT}",)
         with (console := Console(width=1000)).capture() as shown:
             console.print(render_estimate(seen))
@@ -319,7 +361,9 @@ class TestTold:
 
     def test_python_says_it(self, directory: Path, caplog) -> None:
         with caplog.at_level(logging.WARNING, "vnp_lib.api"):
-            embed(directory, model=SMALLEST["model"], weights="random", device="cpu", progress=False)
+            embed(
+                directory, model=SMALLEST["model"], weights="random", device="cpu", progress=False
+            )
         assert f"{directory}: {self.LEFT_OUT}" in caplog.messages
 
     def test_what_cannot_be_used_has_nothing_left_out(self, tmp_path: Path) -> None:
@@ -334,8 +378,13 @@ class TestTold:
 
 def test_vnp_plan_refuses_a_file_that_is_given_twice_and_counts_it_once(tmp_path: Path) -> None:
     path = write(tmp_path / "x.faa")
-    seen = estimate_run(ForecastConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST))
-    assert (seen.num_sequences, seen.refusals) == (1, (f"{path}: this is given twice; give it once",))
+    seen = estimate_run(
+        ForecastConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST)
+    )
+    assert (seen.num_sequences, seen.refusals) == (
+        1,
+        (f"{path}: this is given twice; give it once",),
+    )
 
 
 class TestOutput:
@@ -377,4 +426,6 @@ class TestOutput:
         open_to_everybody(tmp_path)
         with without_rights():
             for output_dir in (tmp_path / "closed", tmp_path / "closed/run"):
-                assert self.refusal(path, output_dir).endswith("closed is not a directory that can be written")
+                assert self.refusal(path, output_dir).endswith(
+                    "closed is not a directory that can be written"
+                )

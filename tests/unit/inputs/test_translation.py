@@ -45,7 +45,9 @@ def read_all(path: Path, chunk_size: int = 8192, **policy: Any) -> Proteins:
     source = Source(path=path, name=str(path))
     return [
         pair
-        for chunk in read(source, InputPolicy(translate="six-frame", **policy), chunk_size=chunk_size)
+        for chunk in read(
+            source, InputPolicy(translate="six-frame", **policy), chunk_size=chunk_size
+        )
         for pair in zip(chunk.usable.ids, chunk.usable.sequences, strict=True)
     ]
 
@@ -67,14 +69,21 @@ def chunks_by_the_book(length: int, chunk_length: int) -> list[tuple[int, int]]:
 
 def translate_by_the_book(codons: list[str]) -> str:
     """By Biopython's standard table; codons with other letters are left out."""
-    return "".join(str(Seq(codon).translate(table=1)) for codon in codons if set(codon) <= set("ACGT"))
+    return "".join(
+        str(Seq(codon).translate(table=1)) for codon in codons if set(codon) <= set("ACGT")
+    )
 
 
 def proteins_by_the_book(sequence_id: str, sequence: str, chunk_length: int) -> Proteins:
     proteins = []
-    for number, (start, stop) in enumerate(chunks_by_the_book(len(sequence), chunk_length), start=1):
+    for number, (start, stop) in enumerate(
+        chunks_by_the_book(len(sequence), chunk_length), start=1
+    ):
         chunk = sequence[start:stop]
-        other = "".join({"A": "T", "C": "G", "G": "C", "T": "A"}.get(letter, letter) for letter in reversed(chunk))
+        other = "".join(
+            {"A": "T", "C": "G", "G": "C", "T": "A"}.get(letter, letter)
+            for letter in reversed(chunk)
+        )
         for strand, letters in (("F", chunk), ("R", other)):
             for frame in range(3):
                 codons = [letters[at : at + 3] for at in range(frame, len(letters) - 2, 3)]
@@ -95,10 +104,14 @@ def proteins_by_the_book(sequence_id: str, sequence: str, chunk_length: int) -> 
         (301, 300, [(0, 300), (150, 301)]),
     ],
 )
-def test_chunks_overlap_evenly(length: int, chunk_length: int, chunks: list[tuple[int, int]]) -> None:
+def test_chunks_overlap_evenly(
+    length: int, chunk_length: int, chunks: list[tuple[int, int]]
+) -> None:
     """Worked out by hand. What the chunks hold is read off their proteins, in which there is no stop."""
     assert chunks_by_the_book(length, chunk_length) == chunks
-    letters = "".join(np.random.default_rng(0).choice(list("ACC"), length))  # no stop codon on this strand
+    letters = "".join(
+        np.random.default_rng(0).choice(list("ACC"), length)
+    )  # no stop codon on this strand
     proteins = dict(translated(letters, chunk_length=chunk_length))
     for number, (start, stop) in enumerate(chunks, start=1):
         codons = [letters[at : at + 3] for at in range(start, stop - 2, 3)]
@@ -133,7 +146,9 @@ def test_codons_with_other_letters_are_left_out_and_the_protein_goes_on() -> Non
 
 
 def test_a_frame_with_a_stop_codon_gives_nothing() -> None:
-    ids = [name for name, _ in translated("ATGTAAAAA")]  # ATG TAA AAA; TGT AAA; GTA AAA; TTT TTA CAT; TTT TAC; TTT ACA
+    ids = [
+        name for name, _ in translated("ATGTAAAAA")
+    ]  # ATG TAA AAA; TGT AAA; GTA AAA; TTT TTA CAT; TTT TAC; TTT ACA
     assert ids == ["r0_chunk_1F2", "r0_chunk_1F3", "r0_chunk_1R1", "r0_chunk_1R2", "r0_chunk_1R3"]
 
 
@@ -143,21 +158,39 @@ def test_the_genetic_code_is_the_standard_one() -> None:
     for codon in codons:
         ids = dict(translated(codon))
         assert ids.get("r0_chunk_1F1") == table.forward_table.get(codon)
-        assert ids.get("r0_chunk_1R1") == table.forward_table.get(str(Seq(codon).reverse_complement()))
-    assert sum("r0_chunk_1F1" not in dict(translated(codon)) for codon in codons) == len(table.stop_codons) == 3
+        assert ids.get("r0_chunk_1R1") == table.forward_table.get(
+            str(Seq(codon).reverse_complement())
+        )
+    assert (
+        sum("r0_chunk_1F1" not in dict(translated(codon)) for codon in codons)
+        == len(table.stop_codons)
+        == 3
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("chunk_length", [300, 500])
-def test_proteins_and_ids_are_those_of_the_book(tmp_path: Path, seed: int, chunk_length: int) -> None:
+def test_proteins_and_ids_are_those_of_the_book(
+    tmp_path: Path, seed: int, chunk_length: int
+) -> None:
     """Contigs and reads of all lengths, lower case, some letters unknown, few stops: through the file and back."""
     rng = np.random.default_rng(seed)
     records = []
     for number in range(60):
-        letters = rng.choice(list("ACGTNacg"), rng.integers(1, 2500), p=[0.2, 0.25, 0.25, 0.05, 0.01, 0.08, 0.08, 0.08])
+        letters = rng.choice(
+            list("ACGTNacg"),
+            rng.integers(1, 2500),
+            p=[0.2, 0.25, 0.25, 0.05, 0.01, 0.08, 0.08, 0.08],
+        )
         records.append((f"contig_{number}|x", "".join(letters)))
-    path = write(tmp_path / "x.fna", "".join(f">{name} about\n{letters}\n" for name, letters in records))
-    expected = [pair for name, letters in records for pair in proteins_by_the_book(name, letters.upper(), chunk_length)]
+    path = write(
+        tmp_path / "x.fna", "".join(f">{name} about\n{letters}\n" for name, letters in records)
+    )
+    expected = [
+        pair
+        for name, letters in records
+        for pair in proteins_by_the_book(name, letters.upper(), chunk_length)
+    ]
     assert len(expected) > 60
     assert read_all(path, chunk_length=chunk_length) == expected
     assert read_all(path, chunk_size=7, chunk_length=chunk_length) == expected
@@ -166,7 +199,8 @@ def test_proteins_and_ids_are_those_of_the_book(tmp_path: Path, seed: int, chunk
 def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.faa", ">a\nMKVLATTWQERSILPEDGH\n")
     with pytest.raises(
-        FastaError, match=r"x\.faa: this looks like proteins \(\d+% of the letters in the first 1 records"
+        FastaError,
+        match=r"x\.faa: this looks like proteins \(\d+% of the letters in the first 1 records",
     ):
         read_all(path)
 
@@ -176,11 +210,16 @@ def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
     [
         ("ACGU", "sequence 'b' has 'U' at position 4; this is RNA: write T instead"),
         ("ACG-", "sequence 'b' has '-' at position 4; gaps belong to an alignment"),
-        ("ACGE", "sequence 'b' has 'E' at position 4; allowed are the letters ABCDGHKMNRSTVWY: write N for"),
+        (
+            "ACGE",
+            "sequence 'b' has 'E' at position 4; allowed are the letters ABCDGHKMNRSTVWY: write N for",
+        ),
         ("", "sequence 'b' has no residues"),
     ],
 )
-def test_letters_that_are_no_nucleotides_are_refused_by_line(tmp_path: Path, letters: str, what: str) -> None:
+def test_letters_that_are_no_nucleotides_are_refused_by_line(
+    tmp_path: Path, letters: str, what: str
+) -> None:
     path = write(tmp_path / "x.fna", f">a\nACGT\n>b\n{letters}\n")
     with pytest.raises(FastaError) as caught:
         read_all(path)
@@ -194,25 +233,48 @@ def test_letters_that_are_read_as_unknown_leave_their_codons_out(tmp_path: Path)
 
 
 def plan_of(run_dir: Path, *fasta: Path, **policy: Any) -> RunPlan:
-    return make_plan(RunPaths(run_dir), fasta, MODEL, num_shards=1, token_budget=500, policy=InputPolicy(**policy))
+    return make_plan(
+        RunPaths(run_dir),
+        fasta,
+        MODEL,
+        num_shards=1,
+        token_budget=500,
+        policy=InputPolicy(**policy),
+    )
 
 
-def test_a_plan_of_nucleotides_has_the_proteins_and_is_told_apart_from_one_of_them(tmp_path: Path) -> None:
+def test_a_plan_of_nucleotides_has_the_proteins_and_is_told_apart_from_one_of_them(
+    tmp_path: Path,
+) -> None:
     nucleotides = write(tmp_path / "x.fna", ">a\nATGAAACC\n>b\nATGAAACCTT\n")
     plan = plan_of(tmp_path / "run", nucleotides, translate="six-frame")
     ids, sequences = plan.fetch(np.arange(plan.num_sequences))
-    expected = proteins_by_the_book("a", "ATGAAACC", 500) + proteins_by_the_book("b", "ATGAAACCTT", 500)
+    expected = proteins_by_the_book("a", "ATGAAACC", 500) + proteins_by_the_book(
+        "b", "ATGAAACCTT", 500
+    )
     assert list(zip(ids, sequences, strict=True)) == expected
     assert plan.identity["translation"] == "six-frame:500"
-    with pytest.raises(FingerprintMismatchError, match="translation is 'six-frame:500' there and 'six-frame:300' here"):
+    with pytest.raises(
+        FingerprintMismatchError,
+        match="translation is 'six-frame:500' there and 'six-frame:300' here",
+    ):
         plan_of(tmp_path / "run", nucleotides, translate="six-frame", chunk_length=300)
-    proteins = write(tmp_path / "x.faa", "".join(f">{name}\n{letters}\n" for name, letters in expected))
-    with pytest.raises(FingerprintMismatchError, match="translation is 'six-frame:500' there and None here"):
+    proteins = write(
+        tmp_path / "x.faa", "".join(f">{name}\n{letters}\n" for name, letters in expected)
+    )
+    with pytest.raises(
+        FingerprintMismatchError, match="translation is 'six-frame:500' there and None here"
+    ):
         plan_of(tmp_path / "run", proteins)
-    assert plan_of(tmp_path / "other", proteins).identity["sequences_sha256"] == plan.identity["sequences_sha256"]
+    assert (
+        plan_of(tmp_path / "other", proteins).identity["sequences_sha256"]
+        == plan.identity["sequences_sha256"]
+    )
 
 
-def test_records_that_give_the_same_ids_or_nothing_are_refused_by_their_lines(tmp_path: Path) -> None:
+def test_records_that_give_the_same_ids_or_nothing_are_refused_by_their_lines(
+    tmp_path: Path,
+) -> None:
     twice = write(tmp_path / "x.fna", ">a\nATG\n>b\nACG\n>a\nATG\n")
     with pytest.raises(FastaError, match=r"'a_chunk_1F1': .*x\.fna, line 1 and .*x\.fna, line 5;"):
         plan_of(tmp_path / "run", twice, translate="six-frame")

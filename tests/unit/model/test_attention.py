@@ -8,7 +8,13 @@ import torch
 from esm.rotary_embedding import RotaryEmbedding
 
 from vnp_lib.model import attention
-from vnp_lib.model.attention import PackedLayout, pairs_adjacent, rotary_factors, rotate, varlen_attention
+from vnp_lib.model.attention import (
+    PackedLayout,
+    pairs_adjacent,
+    rotary_factors,
+    rotate,
+    varlen_attention,
+)
 
 HEADS, HEAD_DIM = 3, 8
 
@@ -62,7 +68,16 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, /):
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
 ):
     """A stand-in with flash-attn 2's parameters, by their names."""
     assert (dropout_p, softmax_scale, causal) == (0.0, None, False)
@@ -75,7 +90,9 @@ def varlen_kernel(monkeypatch):
 
     def found(*, in_torch: bool, flash_attn: bool):
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: in_torch)
-        stand_in = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func) if flash_attn else None
+        stand_in = (
+            SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func) if flash_attn else None
+        )
         monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
         return attention._varlen_kernel.__wrapped__()
 
@@ -85,7 +102,10 @@ def varlen_kernel(monkeypatch):
 def test_torchs_kernel_goes_before_flash_attns(varlen_kernel):
     """The torch that is tested here has it, under the name that is asked for."""
     for flash_attn in (False, True):
-        assert varlen_kernel(in_torch=True, flash_attn=flash_attn).__module__ == "torch.nn.attention.varlen"
+        assert (
+            varlen_kernel(in_torch=True, flash_attn=flash_attn).__module__
+            == "torch.nn.attention.varlen"
+        )
     assert varlen_kernel(in_torch=False, flash_attn=True) is flash_attn_varlen_func
     assert varlen_kernel(in_torch=False, flash_attn=False) is None
 

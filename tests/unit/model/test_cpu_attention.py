@@ -21,7 +21,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def random_states(count: int, seqlen: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def random_states(
+    count: int, seqlen: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values, (B, H, L, D), as one projection of packed tokens has them in memory."""
     generator = torch.Generator().manual_seed(seqlen)
     states = torch.randn(count, seqlen, 3, HEADS, HEAD_DIM, generator=generator).to(dtype)
@@ -47,7 +49,9 @@ def test_half_precision_rounds_weights_and_values_alone():
     q = 8 * q
     attended = attend_by_products(q, k, v)
     assert attended.dtype == torch.bfloat16
-    torch.testing.assert_close(attended.double(), attention_by_the_book(q, k, v), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(
+        attended.double(), attention_by_the_book(q, k, v), rtol=0.01, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0, math.inf, math.nan])
@@ -67,15 +71,27 @@ def test_scores_up_to_some_tens_are_not_too_large():
     q, k, v = random_states(1, 60)
     for factor in (0.0, 1.0, 4.0):
         expected = attention_by_the_book(factor * q, k, v)
-        torch.testing.assert_close(attend_by_products(factor * q, k, v).double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            attend_by_products(factor * q, k, v).double(), expected, rtol=0, atol=1e-5
+        )
 
 
 def test_products_are_for_single_threads_and_sequences_of_middling_length():
     def is_chosen(seqlen: int, dtype: torch.dtype) -> bool:
         return products_are_faster(torch.empty(1, HEADS, seqlen, HEAD_DIM, dtype=dtype))
 
-    assert [is_chosen(seqlen, torch.float32) for seqlen in (22, 102, 1000, 5000)] == [False, True, False, False]
-    assert [is_chosen(seqlen, torch.bfloat16) for seqlen in (22, 102, 1000, 5000)] == [False, True, True, False]
+    assert [is_chosen(seqlen, torch.float32) for seqlen in (22, 102, 1000, 5000)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert [is_chosen(seqlen, torch.bfloat16) for seqlen in (22, 102, 1000, 5000)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert not is_chosen(102, torch.float16)
     assert not products_are_faster(torch.empty(1, HEADS, 102, HEAD_DIM, device="meta"))
     torch.set_num_threads(2)

@@ -26,16 +26,26 @@ def our_model(architecture: Architecture, state: dict[str, torch.Tensor]) -> ESM
 def random_batch(lengths: list[int]) -> PackedBatch:
     letters = np.random.default_rng(5).choice(list(LETTERS), size=sum(lengths))
     sequences = ["".join(part) for part in np.split(letters, np.cumsum(lengths)[:-1])]
-    return pack_batch(sequences, [f"s{i}" for i in range(len(lengths))], range(len(lengths)), batch_idx=0)
+    return pack_batch(
+        sequences, [f"s{i}" for i in range(len(lengths))], range(len(lengths)), batch_idx=0
+    )
 
 
-def packed_states(network: ESM2, batch: PackedBatch, repr_layers: list[int] | None = None) -> dict[int, torch.Tensor]:
-    return network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, repr_layers)["representations"]
+def packed_states(
+    network: ESM2, batch: PackedBatch, repr_layers: list[int] | None = None
+) -> dict[int, torch.Tensor]:
+    return network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, repr_layers)[
+        "representations"
+    ]
 
 
-def states_one_by_one(oracle: nn.Module, batch: PackedBatch, repr_layers: list[int]) -> list[dict[int, torch.Tensor]]:
+def states_one_by_one(
+    oracle: nn.Module, batch: PackedBatch, repr_layers: list[int]
+) -> list[dict[int, torch.Tensor]]:
     sequences = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-    outputs = [oracle(tokens[None], repr_layers=repr_layers)["representations"] for tokens in sequences]
+    outputs = [
+        oracle(tokens[None], repr_layers=repr_layers)["representations"] for tokens in sequences
+    ]
     return [{layer: states[0] for layer, states in output.items()} for output in outputs]
 
 
@@ -57,7 +67,9 @@ def test_every_layer_equals_fair_esm_one_sequence_at_a_time(architecture, length
         expected = torch.cat([states[layer] for states in theirs])
         assert (ours[layer] - expected).abs().max() <= 2e-5 * expected.abs().max(), f"layer {layer}"
         means = torch.stack([states[layer][1:-1].mean(dim=0) for states in theirs])
-        cosines = F.cosine_similarity(mean_pool(ours[layer], batch.cu_seqlens).double(), means.double())
+        cosines = F.cosine_similarity(
+            mean_pool(ours[layer], batch.cu_seqlens).double(), means.double()
+        )
         assert cosines.min() >= 0.999999, f"layer {layer}"
 
 
@@ -101,7 +113,12 @@ def test_half_precision_stays_close_at_length_1022(dtype):
     half = packed_states(load_model(SMALLEST, RANDOM, dtype=dtype, device=CPU), batch)[6]
     assert half.dtype == dtype
     assert F.cosine_similarity(half.float(), exact).min() >= 0.999
-    assert F.cosine_similarity(mean_pool(half, batch.cu_seqlens), mean_pool(exact, batch.cu_seqlens)).min() >= 0.9999
+    assert (
+        F.cosine_similarity(
+            mean_pool(half, batch.cu_seqlens), mean_pool(exact, batch.cu_seqlens)
+        ).min()
+        >= 0.9999
+    )
 
 
 def test_mean_leaves_out_bos_and_eos_and_is_taken_in_float32():
@@ -134,13 +151,20 @@ def test_random_weights_keep_deep_networks_sane():
     ],
 )
 def test_parameters_that_are_not_the_networks_are_refused(change, said):
-    state = {name: tensor for name, tensor in (dict(random_tensors(TINY)) | change).items() if tensor is not None}
+    state = {
+        name: tensor
+        for name, tensor in (dict(random_tensors(TINY)) | change).items()
+        if tensor is not None
+    }
     with pytest.raises(ValueError, match=said):
         our_model(TINY, state)
 
 
 def test_unknown_model_is_refused_with_the_six_names():
-    with pytest.raises(ConfigError, match=r"no model 'esm2'; choose one of esm2_t6_8M_UR50D, .*, esm2_t48_15B_UR50D$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no model 'esm2'; choose one of esm2_t6_8M_UR50D, .*, esm2_t48_15B_UR50D$",
+    ):
         architecture_of("esm2")
 
 

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 ARCHITECTURE = MODELS[SMALLEST]
 LENGTHS = [60, 60, 60, 33, 33, 9, 2, 1, 1]
-LAYOUT = RowLayout.of_names(["mean_6", "per_tok_3", "contacts", "logits"], embed_dim=ARCHITECTURE.embed_dim)
+LAYOUT = RowLayout.of_names(
+    ["mean_6", "per_tok_3", "contacts", "logits"], embed_dim=ARCHITECTURE.embed_dim
+)
 BOTH = (OutputKind.CONTACTS, OutputKind.LOGITS)
 
 
@@ -67,28 +69,47 @@ def proteins(lengths: list[int]) -> list[str]:
 
 
 def batch_of(sequences: list[str]) -> PackedBatch:
-    return pack_batch(sequences, [f"s{i}" for i in range(len(sequences))], range(len(sequences)), batch_idx=0)
+    return pack_batch(
+        sequences, [f"s{i}" for i in range(len(sequences))], range(len(sequences)), batch_idx=0
+    )
 
 
 def network_of(weights: Weights, kinds: tuple[OutputKind, ...], dtype: torch.dtype = torch.float32):
-    return with_heads(load_model(SMALLEST, weights, dtype=dtype, device=CPU), SMALLEST, weights, kinds)
+    return with_heads(
+        load_model(SMALLEST, weights, dtype=dtype, device=CPU), SMALLEST, weights, kinds
+    )
 
 
-def outputs_in(rows: Tensor, lengths: list[int], layout: RowLayout = LAYOUT) -> list[dict[str, np.ndarray]]:
-    values = iter(np.split(rows.numpy(), np.cumsum([int(np.prod(s)) for s in shapes(lengths, layout)])[:-1]))
+def outputs_in(
+    rows: Tensor, lengths: list[int], layout: RowLayout = LAYOUT
+) -> list[dict[str, np.ndarray]]:
+    values = iter(
+        np.split(rows.numpy(), np.cumsum([int(np.prod(s)) for s in shapes(lengths, layout)])[:-1])
+    )
     return [
-        {output.name: next(values).reshape(output.shape(length, ARCHITECTURE.embed_dim)) for output in layout.outputs}
+        {
+            output.name: next(values).reshape(output.shape(length, ARCHITECTURE.embed_dim))
+            for output in layout.outputs
+        }
         for length in lengths
     ]
 
 
 def shapes(lengths: list[int], layout: RowLayout) -> list[tuple[int, ...]]:
-    return [output.shape(length, ARCHITECTURE.embed_dim) for length in lengths for output in layout.outputs]
+    return [
+        output.shape(length, ARCHITECTURE.embed_dim)
+        for length in lengths
+        for output in layout.outputs
+    ]
 
 
 @pytest.mark.parametrize("tokens", [10**9, 70], ids=["whole", "in-pieces"])
-@pytest.mark.parametrize("map_values", [2**20, 2 * 62**2, 1], ids=["all-maps", "two-maps", "one-map"])
-def test_contacts_and_logits_are_what_fair_esm_gives_for_each_sequence_alone(weights, monkeypatch, tokens, map_values):
+@pytest.mark.parametrize(
+    "map_values", [2**20, 2 * 62**2, 1], ids=["all-maps", "two-maps", "one-map"]
+)
+def test_contacts_and_logits_are_what_fair_esm_gives_for_each_sequence_alone(
+    weights, monkeypatch, tokens, map_values
+):
     monkeypatch.setattr(vnp_lib.model.heads, "MAP_VALUES", map_values)
     sequences = proteins(LENGTHS)
     embedder = Embedder(network_of(weights, BOTH), CPU, budget=TokenBudget(tokens), layout=LAYOUT)
@@ -109,12 +130,18 @@ def test_half_precision_stays_close():
     """The maps are summed up in float32 whatever the network is."""
     weights = Weights(source="random", digest="random:seed=0")
     batch = batch_of(proteins([100, 12]))
-    exact = network_of(weights, BOTH).forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-    half = network_of(weights, BOTH, torch.bfloat16).forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
+    exact = network_of(weights, BOTH).forward_packed(
+        batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+    )
+    half = network_of(weights, BOTH, torch.bfloat16).forward_packed(
+        batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+    )
     assert half["contacts"][0].dtype == torch.float32
     for ours, theirs in zip(half["contacts"], exact["contacts"], strict=True):
         assert (ours - theirs).abs().max() < 0.01
-    assert torch.nn.functional.cosine_similarity(half["logits"].float(), exact["logits"]).min() > 0.999
+    assert (
+        torch.nn.functional.cosine_similarity(half["logits"].float(), exact["logits"]).min() > 0.999
+    )
 
 
 def test_a_network_that_is_asked_for_neither_stays_as_it_is(weights):
@@ -124,7 +151,9 @@ def test_a_network_that_is_asked_for_neither_stays_as_it_is(weights):
     only_logits = network_of(weights, (OutputKind.LOGITS,))
     assert isinstance(only_logits, HeadedModel)
     batch = batch_of(["MKV"])
-    assert only_logits.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen).keys() == {
+    assert only_logits.forward_packed(
+        batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+    ).keys() == {
         "representations",
         "logits",
     }
@@ -145,12 +174,18 @@ def test_the_contact_regression_is_read_from_fair_esms_file_beside_the_model(tmp
     """It has a digest of its own, since the model's file does not know it."""
     path = tmp_path / "mine.pt"
     save_weights(path, SMALLEST, without("contact_head."))
-    regression = {name: tensor for name, tensor in state().items() if name.startswith("contact_head.")}
+    regression = {
+        name: tensor for name, tensor in state().items() if name.startswith("contact_head.")
+    }
     torch.save({"model": regression}, tmp_path / "mine-contact-regression.pt")
     weights = resolve_weights(SMALLEST, str(path))
     batch = batch_of(proteins([9]))
-    given = network_of(weights, BOTH).forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-    assert_close(given["contacts"][0].numpy(), expected(proteins([9])[0])["contacts"], what="contacts")
+    given = network_of(weights, BOTH).forward_packed(
+        batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+    )
+    assert_close(
+        given["contacts"][0].numpy(), expected(proteins([9])[0])["contacts"], what="contacts"
+    )
 
     digest = check_heads(SMALLEST, weights, BOTH)
     regression["contact_head.regression.bias"] = torch.ones(1)
@@ -163,11 +198,13 @@ def test_weights_without_a_head_are_refused_for_it_alone(tmp_path: Path):
     save_weights(tmp_path / "trunk.pt", SMALLEST, without("contact_head.", "lm_head."))
     weights = resolve_weights(SMALLEST, str(tmp_path / "trunk.pt"))
     with pytest.raises(
-        WeightsError, match=r"contacts of esm2_t6_8M_UR50D need its contact regression, and .*trunk-contact"
+        WeightsError,
+        match=r"contacts of esm2_t6_8M_UR50D need its contact regression, and .*trunk-contact",
     ):
         check_heads(SMALLEST, weights, (OutputKind.CONTACTS,))
     with pytest.raises(
-        WeightsError, match=r"logits need the head .*trunk.pt does not hold .*\(lm_head.dense.weight is"
+        WeightsError,
+        match=r"logits need the head .*trunk.pt does not hold .*\(lm_head.dense.weight is",
     ):
         check_heads(SMALLEST, weights, (OutputKind.LOGITS,))
     assert isinstance(network_of(weights, ()), ESM2)
@@ -175,9 +212,14 @@ def test_weights_without_a_head_are_refused_for_it_alone(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "head"),
-    [("contact_head.regression.bias", OutputKind.CONTACTS), ("lm_head.layer_norm.weight", OutputKind.LOGITS)],
+    [
+        ("contact_head.regression.bias", OutputKind.CONTACTS),
+        ("lm_head.layer_norm.weight", OutputKind.LOGITS),
+    ],
 )
-def test_a_head_that_is_not_finite_is_refused_for_it_alone(tmp_path: Path, name: str, head: OutputKind):
+def test_a_head_that_is_not_finite_is_refused_for_it_alone(
+    tmp_path: Path, name: str, head: OutputKind
+):
     broken = state() | {name: torch.full_like(state()[name], float("nan"))}
     save_weights(tmp_path / "model.pt", SMALLEST, broken)
     weights = resolve_weights(SMALLEST, str(tmp_path / "model.pt"))
@@ -190,7 +232,10 @@ def test_random_heads_are_the_same_every_time():
     weights = Weights(source="random", digest="random:seed=0")
     batch = batch_of(["MKVLWAALLG"])
     one, two = (
-        network_of(weights, BOTH).forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen) for _ in range(2)
+        network_of(weights, BOTH).forward_packed(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+        )
+        for _ in range(2)
     )
     assert torch.equal(one["logits"], two["logits"])
     assert torch.equal(one["contacts"][0], two["contacts"][0])

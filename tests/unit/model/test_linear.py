@@ -17,7 +17,9 @@ def test_a_convolution_over_tokens_is_a_linear_layer(num_tokens, num_threads):
     torch.set_num_threads(num_threads)
     try:
         x, weight, bias = torch.randn(num_tokens, 48), torch.randn(20, 48), torch.randn(20)
-        torch.testing.assert_close(convolved(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            convolved(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5
+        )
     finally:
         torch.set_num_threads(before)
 
@@ -40,7 +42,9 @@ def test_without_onednn_there_is_one_way(monkeypatch):
     assert convolution_is_faster.__wrapped__() is False
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN"
+)
 def test_one_thread_computes_by_onednn_too():
     """torch would rather not: it has a rule for 1 x 1 convolutions with one thread."""
     before = torch.get_num_threads()

@@ -62,7 +62,9 @@ def batch_of(sequences: list[str], *, first: int = 0) -> PackedBatch:
     return pack_batch(sequences, [f"s{ordinal}" for ordinal in ordinals], ordinals, batch_idx=0)
 
 
-def by_id(layout: RowLayout, batch: PackedBatch, rows: Tensor) -> dict[str, dict[str, NDArray[np.float32]]]:
+def by_id(
+    layout: RowLayout, batch: PackedBatch, rows: Tensor
+) -> dict[str, dict[str, NDArray[np.float32]]]:
     """The outputs in each row, read as their names and the sequences' lengths say."""
     values = rows.numpy().ravel()
     found: dict[str, dict[str, NDArray[np.float32]]] = {}
@@ -77,11 +79,15 @@ def by_id(layout: RowLayout, batch: PackedBatch, rows: Tensor) -> dict[str, dict
     return found
 
 
-def assert_rows(layout: RowLayout, batch: PackedBatch, rows: Tensor, sequences: dict[str, str]) -> None:
+def assert_rows(
+    layout: RowLayout, batch: PackedBatch, rows: Tensor, sequences: dict[str, str]
+) -> None:
     found = by_id(layout, batch, rows)
     for sequence_id, outputs in found.items():
         for name, values in outputs.items():
-            assert_close(values, expected(sequences[sequence_id])[name], what=f"{name} of {sequence_id}")
+            assert_close(
+                values, expected(sequences[sequence_id])[name], what=f"{name} of {sequence_id}"
+            )
 
 
 def embedded(embedder: Embedder, batch: PackedBatch) -> Any:
@@ -119,7 +125,9 @@ def test_a_row_of_which_any_value_is_not_finite_is_computed_again_alone(names):
     """Token 146 is of s4, whose five residues are seven tokens."""
     layout, batch = layout_of(names), batch_of(SEQUENCES)
     assert batch.cu_seqlens[4] <= 146 < batch.cu_seqlens[5] - 1
-    found = embedded(Embedder(Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout), batch)
+    found = embedded(
+        Embedder(Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout), batch
+    )
     assert found.not_finite is None
     assert_rows(layout, batch, found.rows, dict(zip(batch.sequence_ids, SEQUENCES, strict=True)))
 
@@ -132,42 +140,69 @@ def test_a_row_that_is_never_finite_is_left_out_and_the_others_keep_theirs(names
     def not_finite(alone: PackedBatch) -> Tensor:
         return torch.full((int(layout.widths(alone.lengths)[0]),), float("nan"))
 
-    embedder = Embedder(Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout, exactly=not_finite)
+    embedder = Embedder(
+        Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout, exactly=not_finite
+    )
     found = embedded(embedder, batch)
     assert found.not_finite.sequence_ids == ("s4",)
     assert found.batch.sequence_ids == tuple(f"s{i}" for i in (0, 1, 2, 3, 5, 6, 7, 8))
-    assert_rows(layout, found.batch, found.rows, dict(zip(batch.sequence_ids, SEQUENCES, strict=True)))
+    assert_rows(
+        layout, found.batch, found.rows, dict(zip(batch.sequence_ids, SEQUENCES, strict=True))
+    )
 
 
 @pytest.mark.parametrize("names", [FIXED, RAGGED], ids=",".join)
-def test_a_checkpoint_holds_what_fair_esm_gives_and_says_how_far_it_is_from_exact_rows(names, tmp_path: Path):
+def test_a_checkpoint_holds_what_fair_esm_gives_and_says_how_far_it_is_from_exact_rows(
+    names, tmp_path: Path
+):
     """The exact row of s3 is off by 0.5 in its last number, which only a comparison of the whole row sees."""
     layout = layout_of(names)
     batches = [batch_of(SEQUENCES[:4]), batch_of(SEQUENCES[4:], first=4)]
-    [own] = [result.embeddings for result in AsyncInferenceRunner(network(), "cpu", layout=layout).embed(batches[:1])]
+    [own] = [
+        result.embeddings
+        for result in AsyncInferenceRunner(network(), "cpu", layout=layout).embed(batches[:1])
+    ]
     exact = own.numpy().ravel()[-int(layout.widths(batches[0].lengths)[3]) :].copy()
     exact[-1] += 0.5
-    runner = AsyncInferenceRunner(network(), "cpu", checkpoint_dir=tmp_path, layout=layout, exact_rows={3: exact})
+    runner = AsyncInferenceRunner(
+        network(), "cpu", checkpoint_dir=tmp_path, layout=layout, exact_rows={3: exact}
+    )
     for _ in runner.embed(batches):
         pass
     kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
     assert kept.sequence_ids == [f"s{i}" for i in range(9)]
     whole = batch_of(SEQUENCES)
-    assert_rows(layout, whole, torch.from_numpy(kept.embeddings), dict(zip(kept.sequence_ids, SEQUENCES, strict=True)))
+    assert_rows(
+        layout,
+        whole,
+        torch.from_numpy(kept.embeddings),
+        dict(zip(kept.sequence_ids, SEQUENCES, strict=True)),
+    )
     [compared] = kept.metadata["precision"]
     assert compared["ordinal"] == 3
     assert compared["max_abs_difference"] == pytest.approx(0.5, abs=1e-5)
     assert ("offsets" in kept.metadata) == (not layout.is_fixed)
 
 
-def test_a_checkpoint_is_written_before_rows_take_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_is_written_before_rows_take_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """However few sequences they are of; checkpoints hold whole batches all the same."""
     layout = layout_of(RAGGED)
-    batches = [batch_of(SEQUENCES[:2]), batch_of(SEQUENCES[2:4], first=2), batch_of(SEQUENCES[4:], first=4)]
+    batches = [
+        batch_of(SEQUENCES[:2]),
+        batch_of(SEQUENCES[2:4], first=2),
+        batch_of(SEQUENCES[4:], first=4),
+    ]
     bytes_of_two = int(layout.widths(batches[0].lengths).sum()) * 4
     monkeypatch.setattr(runner, "_MOST_UNSAVED_BYTES", bytes_of_two)
-    for _ in AsyncInferenceRunner(network(), "cpu", checkpoint_dir=tmp_path, layout=layout).embed(batches):
+    for _ in AsyncInferenceRunner(network(), "cpu", checkpoint_dir=tmp_path, layout=layout).embed(
+        batches
+    ):
         pass
-    kept = [load_checkpoint(checkpoint_path(tmp_path, 0, number), fingerprint=None) for number in range(2)]
+    kept = [
+        load_checkpoint(checkpoint_path(tmp_path, 0, number), fingerprint=None)
+        for number in range(2)
+    ]
     assert [each.sequence_ids for each in kept] == [["s0", "s1"], [f"s{i}" for i in range(2, 9)]]
     assert [each.metadata["reason"] for each in kept] == ["size_threshold", "final"]

@@ -5,13 +5,28 @@ import pytest
 import torch
 from esm.data import Alphabet
 
-from vnp_lib.model.tokens import ALPHABET_SIZE, BOS, EOS, LETTERS, MASK, PAD, UNK, PackedBatch, pack_batch
+from vnp_lib.model.tokens import (
+    ALPHABET_SIZE,
+    BOS,
+    EOS,
+    LETTERS,
+    MASK,
+    PAD,
+    UNK,
+    PackedBatch,
+    pack_batch,
+)
 
 FAIR_ESM = Alphabet.from_architecture("ESM-1b")
 
 
 def pack(*sequences: str) -> PackedBatch:
-    return pack_batch(sequences, [f"s{i}" for i in range(len(sequences))], range(10, 10 + len(sequences)), batch_idx=3)
+    return pack_batch(
+        sequences,
+        [f"s{i}" for i in range(len(sequences))],
+        range(10, 10 + len(sequences)),
+        batch_idx=3,
+    )
 
 
 def test_alphabet_is_fair_esms():
@@ -94,7 +109,9 @@ def test_padded_rows_become_one_sequence_each():
 
 def test_only_padding_at_the_right_is_taken_away():
     row = torch.tensor([[BOS, 5, PAD, 5, EOS, PAD]])
-    batch = PackedBatch.from_mapping({"input_ids": row, "sequence_ids": ["x"]}, batch_idx=0, first_ordinal=0)
+    batch = PackedBatch.from_mapping(
+        {"input_ids": row, "sequence_ids": ["x"]}, batch_idx=0, first_ordinal=0
+    )
     assert batch.input_ids.tolist() == [BOS, 5, PAD, 5, EOS]
 
 
@@ -116,7 +133,11 @@ def test_only_padding_at_the_right_is_taken_away():
     ],
 )
 def test_mapping_that_does_not_add_up_is_refused(changed, message):
-    mapping = {"input_ids": pack("MKV", "A").input_ids, "cu_seqlens": [0, 5, 8], "sequence_ids": ["x", "y"]}
+    mapping = {
+        "input_ids": pack("MKV", "A").input_ids,
+        "cu_seqlens": [0, 5, 8],
+        "sequence_ids": ["x", "y"],
+    }
     with pytest.raises(ValueError, match=message):
         PackedBatch.from_mapping(mapping | changed, batch_idx=4, first_ordinal=0)
 

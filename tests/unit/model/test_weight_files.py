@@ -33,7 +33,9 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 def in_one_file(tmp_path_factory) -> Path:
     """As `hf download --local-dir` makes it."""
     directory = tmp_path_factory.mktemp("hub") / MODEL
-    transformers_network(MODELS[MODEL], dict(random_tensors(MODELS[MODEL]))).save_pretrained(directory)
+    transformers_network(MODELS[MODEL], dict(random_tensors(MODELS[MODEL]))).save_pretrained(
+        directory
+    )
     return directory
 
 
@@ -90,9 +92,14 @@ def test_a_model_in_the_hubs_cache_is_taken_at_its_main_revision(cached):
     other.mkdir()
     assert_are_the_random_ones(parameters_at(cached))
     assert_are_the_random_ones(parameters_at(cached / "snapshots" / REVISION))
-    assert resolve_weights(MODEL, str(cached)).path == cached / "snapshots" / REVISION / "model.safetensors"
+    assert (
+        resolve_weights(MODEL, str(cached)).path
+        == cached / "snapshots" / REVISION / "model.safetensors"
+    )
     shutil.rmtree(cached / "refs")
-    with pytest.raises(WeightsError, match="holds 2 revisions, and none is main: give the path of one of them"):
+    with pytest.raises(
+        WeightsError, match="holds 2 revisions, and none is main: give the path of one of them"
+    ):
         resolve_weights(MODEL, str(cached))
     other.rmdir()
     assert_are_the_random_ones(parameters_at(cached))
@@ -104,7 +111,9 @@ def test_every_layer_is_what_transformers_computes_with_the_file(tmp_path, netwo
     torch.manual_seed(3)
     network = getattr(transformers(), network_class)(hugging_face_config()).eval()
     for parameter in network.parameters():
-        parameter.add_(torch.rand_like(parameter).sub_(0.5).mul_(0.1))  # biases and norms begin as zeros and ones
+        parameter.add_(
+            torch.rand_like(parameter).sub_(0.5).mul_(0.1)
+        )  # biases and norms begin as zeros and ones
     network.save_pretrained(tmp_path)
 
     batch = pack_batch([LETTERS, "MKTAYIAKQR" * 20], ["every letter", "long"], [0, 1], batch_idx=0)
@@ -113,7 +122,9 @@ def test_every_layer_is_what_transformers_computes_with_the_file(tmp_path, netwo
         batch.input_ids, batch.cu_seqlens, batch.max_seqlen, range(7)
     )["representations"]
     sequences = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-    outputs = [network(tokens[None], output_hidden_states=True).hidden_states for tokens in sequences]
+    outputs = [
+        network(tokens[None], output_hidden_states=True).hidden_states for tokens in sequences
+    ]
     for layer in range(7):
         expected = torch.cat([states[layer][0] for states in outputs])
         assert (ours[layer] - expected).abs().max() <= 2e-5 * expected.abs().max(), f"layer {layer}"
@@ -146,8 +157,13 @@ def hugging_face_config() -> Any:
 
 def as_older_versions_wrote_it(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """With the names of transformers 4: a table of positions that ESM-2 does not use, and frequencies in every layer."""
-    old = {f"esm.{name}": tensor for name, tensor in tensors.items() if "encoder.layer.*" not in name}
-    old = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in old.items()}
+    old = {
+        f"esm.{name}": tensor for name, tensor in tensors.items() if "encoder.layer.*" not in name
+    }
+    old = {
+        name.replace("gamma", "weight").replace("beta", "bias"): tensor
+        for name, tensor in old.items()
+    }
     old["esm.embeddings.position_ids"] = torch.arange(1026)[None]
     old["esm.embeddings.position_embeddings.weight"] = torch.zeros(1026, 320)
     for layer in range(6):
@@ -165,20 +181,29 @@ def test_files_of_older_versions_are_read(tmp_path, in_one_file):
 def test_a_model_with_absolute_positions_is_refused(tmp_path, in_one_file):
     """ESM-1v has the shapes of ESM-2, and would give other vectors."""
     old = as_older_versions_wrote_it(load_file(in_one_file / "model.safetensors"))
-    save_file({name: old[name] for name in old if "rotary" not in name}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"\(embeddings.position_embeddings.weight is the first\)"):
+    save_file(
+        {name: old[name] for name in old if "rotary" not in name}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(
+        WeightsError, match=r"\(embeddings.position_embeddings.weight is the first\)"
+    ):
         resolve_weights(MODEL, str(tmp_path))
 
 
 def test_file_of_another_size_is_refused(in_one_file):
-    with pytest.raises(WeightsError, match="6 layers of width 320, but esm2_t12_35M_UR50D has 12 of width 480"):
+    with pytest.raises(
+        WeightsError, match="6 layers of width 320, but esm2_t12_35M_UR50D has 12 of width 480"
+    ):
         resolve_weights("esm2_t12_35M_UR50D", str(in_one_file))
 
 
 def test_digest_is_that_of_the_file_or_of_the_files_digests(in_one_file, in_several_files):
     content = (in_one_file / "model.safetensors").read_bytes()
     assert resolve_weights(MODEL, str(in_one_file)).digest == hashlib.sha256(content).hexdigest()
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(in_several_files.glob("*.safetensors"))]
+    digests = [
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(in_several_files.glob("*.safetensors"))
+    ]
     expected = hashlib.sha256("".join(digests).encode()).hexdigest()
     assert resolve_weights(MODEL, str(in_several_files)).digest == expected
 
@@ -186,23 +211,37 @@ def test_digest_is_that_of_the_file_or_of_the_files_digests(in_one_file, in_seve
 def test_a_file_that_is_not_what_the_hub_named_it_by_is_refused(cached):
     blob = next((cached / "blobs").iterdir())
     flip_bit(blob)
-    with pytest.raises(WeightsError, match=rf"is damaged: its sha256 is .*, not what {blob} is named by; download"):
+    with pytest.raises(
+        WeightsError, match=rf"is damaged: its sha256 is .*, not what {blob} is named by; download"
+    ):
         resolve_weights(MODEL, str(cached))
 
 
 def test_a_file_that_is_missing_beside_its_index_is_named(tmp_path, in_several_files):
     shutil.copytree(in_several_files, tmp_path / "copy")
     sorted((tmp_path / "copy").glob("*.safetensors"))[1].unlink()
-    with pytest.raises(WeightsError, match=r"1 are not beside it \(model-00002-of-.*: download them again"):
+    with pytest.raises(
+        WeightsError, match=r"1 are not beside it \(model-00002-of-.*: download them again"
+    ):
         resolve_weights(MODEL, str(tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", json.dumps({"weight_map": {}}), json.dumps({"weight_map": {"x": "../x.safetensors"}})]
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        json.dumps({"weight_map": {}}),
+        json.dumps({"weight_map": {"x": "../x.safetensors"}}),
+    ],
 )
 def test_an_index_that_names_nothing_or_files_elsewhere_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(WeightsError, match=r"index.json is damaged or no file of Hugging Face's .*: remove it and get"):
+    with pytest.raises(
+        WeightsError,
+        match=r"index.json is damaged or no file of Hugging Face's .*: remove it and get",
+    ):
         resolve_weights(MODEL, str(tmp_path))
 
 
@@ -210,7 +249,10 @@ def test_an_index_that_names_nothing_or_files_elsewhere_is_refused(tmp_path, con
 def test_a_file_that_is_cut_short_is_refused(tmp_path, in_one_file, kept):
     path = tmp_path / "model.safetensors"
     path.write_bytes((in_one_file / "model.safetensors").read_bytes()[:kept])
-    with pytest.raises(WeightsError, match=r"model.safetensors is damaged or no file of Hugging Face's .*: remove it"):
+    with pytest.raises(
+        WeightsError,
+        match=r"model.safetensors is damaged or no file of Hugging Face's .*: remove it",
+    ):
         resolve_weights(MODEL, str(path))
 
 
@@ -219,5 +261,8 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, in_one_file, kept):
 def test_pickles_of_hugging_faces_are_not_read(tmp_path, name, is_named):
     path = tmp_path / name
     path.write_bytes(np.zeros(10).tobytes())
-    with pytest.raises(WeightsError, match=rf"{path} is a pickle of Hugging Face's, .* take fair-esm's .pt file, or"):
+    with pytest.raises(
+        WeightsError,
+        match=rf"{path} is a pickle of Hugging Face's, .* take fair-esm's .pt file, or",
+    ):
         resolve_weights(MODEL, str(path if is_named else tmp_path))

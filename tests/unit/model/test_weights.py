@@ -77,7 +77,9 @@ def test_file_in_fair_esms_format_gives_the_model_it_holds(weights_file):
 
 
 def test_loaded_model_does_not_change_with_its_file(weights_file):
-    loaded = load_model(SMALLEST, resolve_weights(SMALLEST, str(weights_file)), dtype=torch.float32, device=CPU)
+    loaded = load_model(
+        SMALLEST, resolve_weights(SMALLEST, str(weights_file)), dtype=torch.float32, device=CPU
+    )
     before = loaded.embed_tokens.weight.clone()
     with weights_file.open("r+b") as file:
         file.write(b"\xff" * weights_file.stat().st_size)
@@ -93,19 +95,27 @@ def test_fair_esm_reads_the_file_that_we_write(weights_file):
 
 
 def test_weights_are_cast_on_the_way(weights_file):
-    loaded = load_model(SMALLEST, resolve_weights(SMALLEST, str(weights_file)), dtype=torch.bfloat16, device=CPU)
+    loaded = load_model(
+        SMALLEST, resolve_weights(SMALLEST, str(weights_file)), dtype=torch.bfloat16, device=CPU
+    )
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.3.self_attn.q_proj.weight", "layers.5.fc2.bias"])
-def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter(tmp_path, name, value):
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.weight", "layers.3.self_attn.q_proj.weight", "layers.5.fc2.bias"]
+)
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter(
+    tmp_path, name, value
+):
     """One number suffices, as a single letter's row: most proteins would have no finite embedding."""
     state = dict(random_tensors(MODELS[SMALLEST]))
     state[name].view(-1)[-3] = value
     save_weights(tmp_path / "weights.pt", SMALLEST, state)
     weights = resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
-    with pytest.raises(WeightsError, match=rf"weights\.pt: the parameter {re.escape(name)} holds NaN or infinity"):
+    with pytest.raises(
+        WeightsError, match=rf"weights\.pt: the parameter {re.escape(name)} holds NaN or infinity"
+    ):
         load_model(SMALLEST, weights, dtype=torch.bfloat16, device=CPU)
 
 
@@ -114,13 +124,18 @@ def test_weights_beyond_half_precision_are_refused_in_that_and_no_other(tmp_path
     state["layers.0.fc1.bias"][7] = -70_000
     save_weights(tmp_path / "weights.pt", SMALLEST, state)
     weights = resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
-    with pytest.raises(WeightsError, match=r"layers\.0\.fc1\.bias holds 70000, and float16 ends at 65504; .* float32"):
+    with pytest.raises(
+        WeightsError,
+        match=r"layers\.0\.fc1\.bias holds 70000, and float16 ends at 65504; .* float32",
+    ):
         load_model(SMALLEST, weights, dtype=torch.float16, device=CPU)
     load_model(SMALLEST, weights, dtype=torch.bfloat16, device=CPU)
 
 
 def test_file_of_another_size_is_refused(weights_file):
-    with pytest.raises(WeightsError, match=r"6 layers of width 320, but esm2_t12_35M_UR50D has 12 of width 480"):
+    with pytest.raises(
+        WeightsError, match=r"6 layers of width 320, but esm2_t12_35M_UR50D has 12 of width 480"
+    ):
         resolve_weights("esm2_t12_35M_UR50D", str(weights_file))
 
 
@@ -128,14 +143,18 @@ def test_file_that_lacks_a_parameter_is_refused(tmp_path):
     state = dict(random_tensors(MODELS[SMALLEST]))
     del state["layers.3.fc1.bias"]
     save_weights(tmp_path / "weights.pt", SMALLEST, state)
-    with pytest.raises(WeightsError, match=r"1 are missing, unexpected or of another shape \(layers.3.fc1.bias"):
+    with pytest.raises(
+        WeightsError, match=r"1 are missing, unexpected or of another shape \(layers.3.fc1.bias"
+    ):
         resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
 
 
 def test_file_with_a_parameter_too_many_is_refused(tmp_path):
     state = dict(random_tensors(MODELS[SMALLEST])) | {"layers.3.fc3.bias": torch.zeros(3)}
     save_weights(tmp_path / "weights.pt", SMALLEST, state)
-    with pytest.raises(WeightsError, match=r"\(layers.3.fc3.bias is the first\): get the file from https://dl.fbai"):
+    with pytest.raises(
+        WeightsError, match=r"\(layers.3.fc3.bias is the first\): get the file from https://dl.fbai"
+    ):
         resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
 
 
@@ -162,7 +181,10 @@ def code_inside(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut_short, empty, not_torch, no_model_inside, code_inside])
 def test_damaged_file_is_refused(weights_file, damage):
     damage(weights_file)
-    with pytest.raises(WeightsError, match=r"weights.pt is damaged or no file of fair-esm's .*: remove it and get it"):
+    with pytest.raises(
+        WeightsError,
+        match=r"weights.pt is damaged or no file of fair-esm's .*: remove it and get it",
+    ):
         resolve_weights(SMALLEST, str(weights_file))
 
 
@@ -172,9 +194,13 @@ def test_file_without_parameters_is_refused(tmp_path):
         resolve_weights(SMALLEST, str(tmp_path / "weights.pt"))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("absent.pt", "No such file"), (".", "it is a directory without")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("absent.pt", "No such file"), (".", "it is a directory without")]
+)
 def test_path_without_a_file_is_refused(tmp_path, name, reason):
-    with pytest.raises(WeightsError, match=rf"cannot read the weights at {tmp_path}.*{reason}.*: give the path of"):
+    with pytest.raises(
+        WeightsError, match=rf"cannot read the weights at {tmp_path}.*{reason}.*: give the path of"
+    ):
         resolve_weights(SMALLEST, str(tmp_path / name))
 
 
@@ -253,7 +279,9 @@ def test_auto_takes_fair_esms_file_from_the_hub_cache(in_hub_cache):
     assert resolve_weights(SMALLEST, "auto").path == in_hub_cache
 
 
-def test_auto_downloads_what_the_cache_has_not(tmp_path, monkeypatch, weights_file, any_may_be_published):
+def test_auto_downloads_what_the_cache_has_not(
+    tmp_path, monkeypatch, weights_file, any_may_be_published
+):
     """From fair-esm's address, to where fair-esm itself finds it, and never waiting for ever."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
@@ -275,7 +303,8 @@ def test_auto_without_network_says_where_to_put_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(
-        WeightsError, match=rf"not at {tmp_path}/hub/checkpoints/{SMALLEST}.pt .*unreachable.*put the file"
+        WeightsError,
+        match=rf"not at {tmp_path}/hub/checkpoints/{SMALLEST}.pt .*unreachable.*put the file",
     ):
         resolve_weights(SMALLEST, "auto")
 
@@ -293,7 +322,9 @@ def test_weights_are_official_where_their_digest_is_known(monkeypatch, weights_f
 
 def test_a_file_in_the_cache_that_is_known_not_to_be_official_is_refused(in_hub_cache, monkeypatch):
     monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64}))
-    with pytest.raises(WeightsError, match=f"{in_hub_cache} is not the file that fair-esm publishes .*: remove it"):
+    with pytest.raises(
+        WeightsError, match=f"{in_hub_cache} is not the file that fair-esm publishes .*: remove it"
+    ):
         resolve_weights(SMALLEST, "auto")
     assert resolve_weights(SMALLEST, str(in_hub_cache)).path == in_hub_cache
 
@@ -320,7 +351,9 @@ def test_contact_regression_is_read_from_beside_the_model_as_fair_esm_reads_it(t
     with torch.serialization.safe_globals([Namespace]):
         content, regression = (torch.load(file, weights_only=True) for file in (path, beside))
     rest = {
-        name: tensor for name, tensor in fair_esm_state().items() if name.startswith("lm_head") or "rot_emb" in name
+        name: tensor
+        for name, tensor in fair_esm_state().items()
+        if name.startswith("lm_head") or "rot_emb" in name
     }
     content["model"] |= {f"encoder.{name}": tensor for name, tensor in rest.items()}
     model, _ = esm.pretrained.load_model_and_alphabet_core(SMALLEST, content, regression)
@@ -329,9 +362,16 @@ def test_contact_regression_is_read_from_beside_the_model_as_fair_esm_reads_it(t
 
 
 def test_contact_regression_is_found_among_hugging_faces_parameters(tmp_path):
-    state = {name_in_transformers(name): tensor for name, tensor in random_tensors(MODELS[SMALLEST])}
-    state |= {"contact_head.regression.weight": torch.rand(1, 120), "contact_head.regression.bias": torch.rand(1)}
-    save_file({f"esm.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    state = {
+        name_in_transformers(name): tensor for name, tensor in random_tensors(MODELS[SMALLEST])
+    }
+    state |= {
+        "contact_head.regression.weight": torch.rand(1, 120),
+        "contact_head.regression.bias": torch.rand(1),
+    }
+    save_file(
+        {f"esm.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors"
+    )
     weight, bias = load_contact_regression(SMALLEST, resolve_weights(SMALLEST, str(tmp_path)))
     assert torch.equal(weight, state["contact_head.regression.weight"])
     assert torch.equal(bias, state["contact_head.regression.bias"])
@@ -350,12 +390,17 @@ def test_contact_regression_that_is_not_there_or_another_models_is_refused(tmp_p
         load_contact_regression(SMALLEST, found)
 
 
-def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked_for(in_hub_cache, monkeypatch):
+def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked_for(
+    in_hub_cache, monkeypatch
+):
     without_contact_head(in_hub_cache)
     written = []
 
     def download(url, dst, progress):
-        assert url == f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
+        assert (
+            url
+            == f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
+        )
         assert Path(dst) == in_hub_cache.with_name(f"{SMALLEST}-contact-regression.pt")
         written.extend(write_contact_regression(Path(dst), num_heads=120))
 
@@ -367,12 +412,16 @@ def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked
     assert len(written) == 2
 
 
-def test_a_contact_regression_in_the_cache_that_is_not_the_published_one_is_refused(in_hub_cache, monkeypatch):
+def test_a_contact_regression_in_the_cache_that_is_not_the_published_one_is_refused(
+    in_hub_cache, monkeypatch
+):
     without_contact_head(in_hub_cache)
     beside = in_hub_cache.with_name(f"{SMALLEST}-contact-regression.pt")
     write_contact_regression(beside, num_heads=120)
     monkeypatch.setitem(OFFICIAL_REGRESSION_DIGESTS, SMALLEST, "0" * 64)
-    with pytest.raises(WeightsError, match=f"{beside} is not the file that fair-esm publishes .*: remove it"):
+    with pytest.raises(
+        WeightsError, match=f"{beside} is not the file that fair-esm publishes .*: remove it"
+    ):
         load_contact_regression(SMALLEST, resolve_weights(SMALLEST, "auto"))
 
 

@@ -43,7 +43,10 @@ def fair_esm_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def safetensors_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("downloaded") / "model.safetensors"
-    save_file({name_in_transformers(name): tensor for name, tensor in random_tensors(MODELS[SMALLEST])}, path)
+    save_file(
+        {name_in_transformers(name): tensor for name, tensor in random_tensors(MODELS[SMALLEST])},
+        path,
+    )
     (path.parent / "config.json").write_text("{}")
     return path
 
@@ -75,9 +78,14 @@ def blob(tmp_path: Path, file: Path) -> Path:
 
 def sharded(tmp_path: Path, file: Path) -> Path:
     tensors = load_file(file)
-    names = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(tensors)}
+    names = {
+        name: f"model-0000{1 + place % 2}-of-00002.safetensors"
+        for place, name in enumerate(tensors)
+    }
     for shard in set(names.values()):
-        save_file({name: tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
+        save_file(
+            {name: tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard
+        )
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     return tmp_path
 
@@ -86,7 +94,9 @@ def index(tmp_path: Path, file: Path) -> Path:
     return sharded(tmp_path, file) / "model.safetensors.index.json"
 
 
-def config_with(weights: object, tmp_path: Path, kind: type[EmbedConfig] = EmbedConfig, **settings) -> EmbedConfig:
+def config_with(
+    weights: object, tmp_path: Path, kind: type[EmbedConfig] = EmbedConfig, **settings
+) -> EmbedConfig:
     fasta = tmp_path / "in.fasta"
     fasta.write_text(">a\nMKVLATTWQERS\n")
     given = {"model": SMALLEST, "devices": "cpu", "shards": 1} | settings
@@ -159,9 +169,12 @@ def fair_esm(**changes: object) -> Callable[[Path], Path]:
 
 
 def of_another_model(directory: Path) -> Path:
-    state = {f"layers.{n}.x": torch.zeros(1) for n in range(33)} | {"embed_tokens.weight": torch.zeros(33, 1280)}
+    state = {f"layers.{n}.x": torch.zeros(1) for n in range(33)} | {
+        "embed_tokens.weight": torch.zeros(33, 1280)
+    }
     torch.save(
-        {"model": {f"encoder.sentence_encoder.{name}": tensor for name, tensor in state.items()}}, directory / "w.pt"
+        {"model": {f"encoder.sentence_encoder.{name}": tensor for name, tensor in state.items()}},
+        directory / "w.pt",
     )
     return directory / "w.pt"
 
@@ -174,9 +187,13 @@ def of_a_pickle(directory: Path) -> Path:
 
 def cut(kept: int, name: str) -> Callable[[Path], Path]:
     def make(directory: Path) -> Path:
-        tensors = {name_in_transformers(key): tensor for key, tensor in random_tensors(MODELS[SMALLEST])}
+        tensors = {
+            name_in_transformers(key): tensor for key, tensor in random_tensors(MODELS[SMALLEST])
+        }
         path = directory / name
-        save_file(tensors, path) if path.suffix == ".safetensors" else torch.save({"model": tensors}, path)
+        save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(
+            {"model": tensors}, path
+        )
         path.write_bytes(path.read_bytes()[:kept])
         return path
 
@@ -193,15 +210,33 @@ REFUSED = {
     "LFS pointer, safetensors": (text(LFS_POINTER, "model.safetensors"), "is a pointer of Git LFS"),
     "LFS pointer, pickle": (text(LFS_POINTER, "pytorch_model.bin"), "is a pointer of Git LFS"),
     "clone without LFS": (clone_without_lfs, "model.safetensors is a pointer of Git LFS"),
-    "shards without LFS": (pointers_of_shards, "model-00001-of-00001.safetensors is a pointer of Git LFS"),
-    "LFS pointer as index": (text(LFS_POINTER, "model.safetensors.index.json"), "is a pointer of Git LFS"),
+    "shards without LFS": (
+        pointers_of_shards,
+        "model-00001-of-00001.safetensors is a pointer of Git LFS",
+    ),
+    "LFS pointer as index": (
+        text(LFS_POINTER, "model.safetensors.index.json"),
+        "is a pointer of Git LFS",
+    ),
     "index without shards": (index_alone, "names 1 files, and 1 are not beside it"),
-    "web page": (text(WEB_PAGE), "(it is a web page, of an error or a log-in): remove it and get it again"),
-    "XML error": (text("<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"), "it is a web page"),
+    "web page": (
+        text(WEB_PAGE),
+        "(it is a web page, of an error or a log-in): remove it and get it again",
+    ),
+    "XML error": (
+        text("<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"),
+        "it is a web page",
+    ),
     "web page, safetensors": (text("\n " + WEB_PAGE, "model.safetensors"), "it is a web page"),
     "web page as index": (text(WEB_PAGE, "model.safetensors.index.json"), "it is a web page"),
-    "JSON error": (text('{"error": "Repository not found"}'), "it is JSON text, of a server's error"),
-    "text": (text("Entry not found"), "it is text, 'Entry not found', which a server may have sent in its place"),
+    "JSON error": (
+        text('{"error": "Repository not found"}'),
+        "it is JSON text, of a server's error",
+    ),
+    "text": (
+        text("Entry not found"),
+        "it is text, 'Entry not found', which a server may have sent in its place",
+    ),
     "empty": (text(""), "it is empty"),
     "empty, safetensors": (text("", "model.safetensors"), "it is empty"),
     "gzip": (text(gzip.compress(b"x" * 100)), "it is compressed with gzip"),
@@ -210,7 +245,10 @@ REFUSED = {
     "cut fair-esm": (cut(10_000, "w.pt"), "it is cut short, at 10,000 bytes"),
     "cut safetensors": (cut(10_000, "w.safetensors"), "is damaged or no file of Hugging Face's"),
     "cut header": (cut(20, "w.safetensors"), "is damaged or no file of Hugging Face's"),
-    "another model": (of_another_model, "holds 33 layers of width 1280, but esm2_t6_8M_UR50D has 6 of width 320"),
+    "another model": (
+        of_another_model,
+        "holds 33 layers of width 1280, but esm2_t6_8M_UR50D has 6 of width 320",
+    ),
     "no parameters": (fair_esm(), "does not hold the parameters of esm2_t6_8M_UR50D"),
     "no model": (fair_esm(model=[1]), "it has no 'model'"),
     "pickle, renamed": (of_a_pickle, "it has no 'model'"),
@@ -224,7 +262,10 @@ REFUSED = {
         holding("esm2_t6_8M_UR50D.pt", "esm2_t6_8M_UR50D-contact-regression.pt"),
         "it holds esm2_t6_8M_UR50D.pt: give",
     ),
-    "other frameworks": (holding("tf_model.h5", "config.json"), "parameters of other frameworks are not read"),
+    "other frameworks": (
+        holding("tf_model.h5", "config.json"),
+        "parameters of other frameworks are not read",
+    ),
 }
 
 
@@ -257,14 +298,20 @@ def test_what_are_no_weights_is_refused_by_all_in_the_same_sentence(tmp_path, ca
 def test_a_directory_of_the_hub_with_several_models_names_them(tmp_path) -> None:
     for model in ("bert", "facebook--esm2_t6_8M_UR50D"):
         (tmp_path / f"models--{model}").mkdir()
-    with pytest.raises(WeightsError, match=r"it holds models--facebook--esm2_t6_8M_UR50D, models--bert: give the path"):
+    with pytest.raises(
+        WeightsError,
+        match=r"it holds models--facebook--esm2_t6_8M_UR50D, models--bert: give the path",
+    ):
         look_at_weights(SMALLEST, str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("facebook/esm2_t6_8M_UR50D", "`hf download facebook/esm2_t6_8M_UR50D --local-dir weights`"),
+        (
+            "facebook/esm2_t6_8M_UR50D",
+            "`hf download facebook/esm2_t6_8M_UR50D --local-dir weights`",
+        ),
         ("esm2_t6_8M_UR50D", "the name of a model is given with --model"),
         ("https://huggingface.co/facebook/esm2_t6_8M_UR50D", "`hf download facebook/esm2_"),
         ("https://host/w.pt", "`curl --location --remote-name https://host/w.pt`"),
@@ -300,7 +347,9 @@ def test_a_look_at_random_weights_gives_them() -> None:
     assert look_at_weights(SMALLEST, "random") == RANDOM
 
 
-def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_to(tmp_path, monkeypatch) -> None:
+def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_to(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert look_at_weights(SMALLEST, "auto") is None
     told = estimate_run(config_with("auto", tmp_path, ForecastConfig)).weights
@@ -312,7 +361,9 @@ def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_
 
 
 @pytest.mark.parametrize("include", ["logits", "contacts"])
-def test_heads_that_are_missing_are_said_before_a_run_begins(tmp_path, fair_esm_file, include) -> None:
+def test_heads_that_are_missing_are_said_before_a_run_begins(
+    tmp_path, fair_esm_file, include
+) -> None:
     for config, look in ((EmbedConfig, validate_config), (ForecastConfig, estimate_run)):
         with pytest.raises(WeightsError, match=f"{include} .*need"):
             look(config_with(fair_esm_file, tmp_path, config, include=(include,)))

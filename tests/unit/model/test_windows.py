@@ -52,13 +52,17 @@ def proteins(lengths: list[int]) -> list[str]:
 
 
 def batch_of(sequences: list[str]) -> PackedBatch:
-    return pack_batch(sequences, [f"s{i}" for i in range(len(sequences))], range(len(sequences)), batch_idx=0)
+    return pack_batch(
+        sequences, [f"s{i}" for i in range(len(sequences))], range(len(sequences)), batch_idx=0
+    )
 
 
 def embedder(policy: str, model: Any = None, **options: Any) -> Embedder:
     budget = TokenBudget(options.pop("tokens", 10**9))
     network = model or ESM2.from_fair_esm(TINY, state().items())
-    return Embedder(network, CPU, budget=budget, layout=RowLayout(OUTPUTS, TINY.embed_dim, policy), **options)
+    return Embedder(
+        network, CPU, budget=budget, layout=RowLayout(OUTPUTS, TINY.embed_dim, policy), **options
+    )
 
 
 def collected(embedder: Embedder, batch: PackedBatch) -> Any:
@@ -90,7 +94,9 @@ def test_windows_come_to_what_is_reckoned_by_hand(length, overlap, tokens):
     assert found.batch.sequence_ids == tuple(f"s{i}" for i in range(6))
     for sequence, row in zip(sequences, found.rows.numpy(), strict=True):
         for layer, values in zip((1, 3), np.split(row, 2), strict=True):
-            assert_close(values, windowed_by_hand(sequence, layer, length, overlap), what=f"layer {layer}")
+            assert_close(
+                values, windowed_by_hand(sequence, layer, length, overlap), what=f"layer {layer}"
+            )
 
 
 def test_windows_are_where_they_are_said_to_be():
@@ -104,13 +110,17 @@ def test_windows_are_where_they_are_said_to_be():
 def test_windows_are_counted_without_being_made(length, overlap):
     windows = Windows(length=length, overlap=overlap)
     lengths = np.arange(1, 200, dtype=np.int32)
-    assert windows.counts(lengths).tolist() == [len(windows.starts(each)) for each in lengths.tolist()]
+    assert windows.counts(lengths).tolist() == [
+        len(windows.starts(each)) for each in lengths.tolist()
+    ]
 
 
 def test_without_a_long_sequence_a_batch_is_computed_as_ever():
     batch = batch_of(proteins([40, 12]))
     assert MeanOverWindows(windows=Windows(length=40, overlap=10)).divide(batch) is batch
-    assert torch.equal(collected(embedder("window:40:10"), batch).rows, collected(embedder("whole"), batch).rows)
+    assert torch.equal(
+        collected(embedder("window:40:10"), batch).rows, collected(embedder("whole"), batch).rows
+    )
 
 
 def test_virnucpros_mean_is_that_of_the_first_1024_residues_of_the_whole_sequence():
@@ -119,7 +129,9 @@ def test_virnucpros_mean_is_that_of_the_first_1024_residues_of_the_whole_sequenc
     found = collected(embedder("virnucpro"), batch_of(sequences))
     for sequence, row in zip(sequences, found.rows.numpy(), strict=True):
         for layer, values in zip((1, 3), np.split(row, 2), strict=True):
-            assert_close(values, residues(sequence, layer)[:1024].mean(axis=0), what=f"layer {layer}")
+            assert_close(
+                values, residues(sequence, layer)[:1024].mean(axis=0), what=f"layer {layer}"
+            )
     of_the_cut = residues(sequences[0][:1024], 3).mean(axis=0)
     assert np.abs(found.rows[0].numpy()[TINY.embed_dim :] - of_the_cut).max() > 1e-3
 
@@ -158,7 +170,11 @@ def test_a_sequence_of_which_a_window_does_not_fit_is_too_large_and_others_keep_
     found = collected(embedder("window:20:5", Limited(memory=21)), batch_of(sequences))
     assert found.too_large.sequence_ids == ("s0", "s2")
     assert found.batch.sequence_ids == ("s1", "s3")
-    assert_close(found.rows.numpy()[1][TINY.embed_dim :], residues(sequences[3], 3).mean(axis=0), what="layer 3")
+    assert_close(
+        found.rows.numpy()[1][TINY.embed_dim :],
+        residues(sequences[3], 3).mean(axis=0),
+        what="layer 3",
+    )
 
 
 def test_a_sequence_with_a_window_that_is_not_finite_is_mended_as_a_whole():
@@ -171,9 +187,19 @@ def test_a_sequence_with_a_window_that_is_not_finite_is_mended_as_a_whole():
         asked.append(alone)
         return torch.full((1, 2 * TINY.embed_dim), 7.0)
 
-    found = collected(embedder("window:20:5", Limited(is_spoilt=True), exactly=exactly), batch_of(sequences))
+    found = collected(
+        embedder("window:20:5", Limited(is_spoilt=True), exactly=exactly), batch_of(sequences)
+    )
     assert [alone.sequence_ids for alone in asked] == [("s1",)]
     assert asked[0].lengths.tolist() == [61]
     assert (found.rows[1] == 7.0).all()
-    assert_close(found.rows.numpy()[0][TINY.embed_dim :], windowed_by_hand(sequences[0], 3, 20, 5), what="layer 3")
-    assert_close(found.rows.numpy()[2][TINY.embed_dim :], residues(sequences[2], 3).mean(axis=0), what="layer 3")
+    assert_close(
+        found.rows.numpy()[0][TINY.embed_dim :],
+        windowed_by_hand(sequences[0], 3, 20, 5),
+        what="layer 3",
+    )
+    assert_close(
+        found.rows.numpy()[2][TINY.embed_dim :],
+        residues(sequences[2], 3).mean(axis=0),
+        what="layer 3",
+    )

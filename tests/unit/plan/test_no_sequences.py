@@ -33,8 +33,15 @@ from vnp_lib.report.verify import verify_run
 from vnp_lib.run.assembly import assemble
 from vnp_lib.run.directory import open_run, validate_config
 
-SMALL: dict[str, Any] = {"model": "esm2_t6_8M_UR50D", "weights": "random", "device": "cpu", "progress": False}
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+SMALL: dict[str, Any] = {
+    "model": "esm2_t6_8M_UR50D",
+    "weights": "random",
+    "device": "cpu",
+    "progress": False,
+}
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
+)
 DIM = 320
 EMPTY_FILES = {
     "nothing.fasta": b"",
@@ -70,7 +77,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_file_without_sequences_is_an_empty_run_if_that_is_allowed(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(EMPTY_FILES[name])
-    with pytest.raises(FastaError, match=f"{name}: there is no sequence in it; give .* with --allow-empty"):
+    with pytest.raises(
+        FastaError, match=f"{name}: there is no sequence in it; give .* with --allow-empty"
+    ):
         validate_config(small_config(path, tmp_path / "run"))
     config = small_config(path, tmp_path / "run", allow_empty=True)
     validate_config(config)
@@ -86,15 +95,26 @@ def test_records_of_which_none_is_left_are_an_empty_run_if_that_is_allowed(tmp_p
     path.write_text(text)
 
     def plan(**more: Any) -> Any:
-        return make_plan(paths, [path], MODEL, num_shards=2, token_budget=99, policy=InputPolicy(**policy, **more))
+        return make_plan(
+            paths,
+            [path],
+            MODEL,
+            num_shards=2,
+            token_budget=99,
+            policy=InputPolicy(**policy, **more),
+        )
 
-    with pytest.raises(FastaError, match=r"there is (nothing|no protein) to embed; .* with --allow-empty"):
+    with pytest.raises(
+        FastaError, match=r"there is (nothing|no protein) to embed; .* with --allow-empty"
+    ):
         plan()
     assert not paths.plan_json.exists()
     made = plan(allow_empty=True)
     assert made.num_sequences == 0
     assert load_plan(paths).fingerprint == made.fingerprint == plan(allow_empty=True).fingerprint
-    assert made.counts.num_skipped == (len(paths.skipped.read_text().splitlines()) if paths.skipped.exists() else 0)
+    assert made.counts.num_skipped == (
+        len(paths.skipped.read_text().splitlines()) if paths.skipped.exists() else 0
+    )
 
 
 def test_an_empty_file_among_others_adds_nothing(tmp_path):
@@ -114,8 +134,14 @@ def test_a_directory_without_fasta_stays_an_error(tmp_path):
 @pytest.mark.parametrize("given", [[], {}, pd.DataFrame({"id": [], "sequence": []}), iter(())])
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_python_gives_no_rows_for_no_sequences(tmp_path, given, in_memory):
-    embeddings = embed(given, **SMALL, allow_empty=True, output_dir=None if in_memory else tmp_path / "run")
-    assert (embeddings.ids, embeddings.embeddings.shape, embeddings.embeddings.dtype) == ([], (0, DIM), np.float32)
+    embeddings = embed(
+        given, **SMALL, allow_empty=True, output_dir=None if in_memory else tmp_path / "run"
+    )
+    assert (embeddings.ids, embeddings.embeddings.shape, embeddings.embeddings.dtype) == (
+        [],
+        (0, DIM),
+        np.float32,
+    )
     assert embeddings.to_dataframe().shape == (0, DIM)
     outputs = embed([], **SMALL, allow_empty=True, include=["mean", "per_tok"])
     assert outputs.arrays["mean_6"].shape == (0, DIM)
@@ -124,7 +150,12 @@ def test_python_gives_no_rows_for_no_sequences(tmp_path, given, in_memory):
 
 def test_its_dataset_is_complete_and_has_no_rows(run_dir):
     dataset = open_dataset(run_dir)
-    assert (len(dataset), dataset.ids, dataset.dim, dataset.metadata["num_sequences"]) == (0, [], DIM, 0)
+    assert (len(dataset), dataset.ids, dataset.dim, dataset.metadata["num_sequences"]) == (
+        0,
+        [],
+        DIM,
+        0,
+    )
     ids, rows = dataset.to_numpy()
     assert (ids, rows.shape) == ([], (0, DIM))
     assert list(dataset.batches(10)) == []
@@ -153,7 +184,11 @@ def test_every_command_takes_it(run_dir, capsys):
     assert report.is_well
     assert report.has_dataset
     status = open_status(run_dir)()
-    assert (status.percent, status.dataset, status.num_sequences) == (100.0, "complete: 0 sequences embedded", 0)
+    assert (status.percent, status.dataset, status.num_sequences) == (
+        100.0,
+        "complete: 0 sequences embedded",
+        0,
+    )
     for command in ("status", "verify", "report"):
         assert main([command, str(run_dir)]) == 0
         assert main([command, str(run_dir), "--json"]) == 0 if command != "report" else True
@@ -204,7 +239,9 @@ def test_every_export_is_read_by_the_python_that_it_hands_out(run_dir, tmp_path,
 @pytest.fixture(scope="module")
 def run_of_residues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("residues")
-    embed([], **SMALL, include=["per_tok", "contacts"], allow_empty=True, output_dir=directory / "run")
+    embed(
+        [], **SMALL, include=["per_tok", "contacts"], allow_empty=True, output_dir=directory / "run"
+    )
     return directory / "run"
 
 
@@ -268,7 +305,9 @@ def test_nothing_that_is_piped_is_an_empty_run_if_that_is_allowed(tmp_path, monk
                 with open_run(config) as run:
                     assert run.plan.num_sequences == 0
                 continue
-            refused = pytest.raises(FastaError, match=r"standard input: there is no sequence in it; .*--allow-empty")
+            refused = pytest.raises(
+                FastaError, match=r"standard input: there is no sequence in it; .*--allow-empty"
+            )
             with refused, open_run(config):
                 pass
             assert not (tmp_path / "run").exists()

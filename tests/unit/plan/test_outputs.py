@@ -31,14 +31,17 @@ def layout_of(*names: str, embed_dim: int = 4) -> RowLayout:
         ("std,max,std", [6], ["max_6", "std_6"]),
     ],
 )
-def test_a_choice_comes_to_the_same_outputs_in_whatever_order_it_is_given(include, repr_layers, expected):
+def test_a_choice_comes_to_the_same_outputs_in_whatever_order_it_is_given(
+    include, repr_layers, expected
+):
     assert names(include, repr_layers) == expected
 
 
 @pytest.mark.parametrize("layers", [[34], [-35], [0, 34], []])
 def test_a_layer_that_the_model_has_not_is_refused_with_those_that_it_has(layers):
     with pytest.raises(
-        ConfigError, match=r"layers .* are asked for: this model has the layers 0 \(its embedding\) to 33"
+        ConfigError,
+        match=r"layers .* are asked for: this model has the layers 0 \(its embedding\) to 33",
     ):
         names("mean", layers)
 

@@ -42,7 +42,9 @@ def test_batches_are_those_of_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)
     token_lengths = rng.integers(1, 60, size=rng.integers(0, 80))
     token_budget = int(rng.integers(1, 200))
-    assert pack(token_lengths, token_budget).tolist() == pack_one_by_one(token_lengths.tolist(), token_budget)
+    assert pack(token_lengths, token_budget).tolist() == pack_one_by_one(
+        token_lengths.tolist(), token_budget
+    )
 
 
 def test_more_tokens_than_32_bits_hold_are_counted() -> None:
@@ -51,9 +53,12 @@ def test_more_tokens_than_32_bits_hold_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("token_lengths", "token_budget", "what"), [([3], 0, "token_budget is 0"), ([3, 0], 8, "token_lengths holds 0")]
+    ("token_lengths", "token_budget", "what"),
+    [([3], 0, "token_budget is 0"), ([3, 0], 8, "token_lengths holds 0")],
 )
-def test_a_budget_or_length_below_one_is_refused(token_lengths: list[int], token_budget: int, what: str) -> None:
+def test_a_budget_or_length_below_one_is_refused(
+    token_lengths: list[int], token_budget: int, what: str
+) -> None:
     with pytest.raises(ValueError, match=what):
         pack(np.array(token_lengths), token_budget)
 

@@ -29,7 +29,9 @@ from vnp_lib.plan.planner import check_free_space, make_plan
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 
 MEAN = (Output.parse("mean_6"),)
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
+)
 
 Record = tuple[str, str]  # header, sequence
 
@@ -37,9 +39,14 @@ Record = tuple[str, str]  # header, sequence
 def random_records(seed: int, num_records: int) -> list[Record]:
     """Distinct ids; about a third of the sequences repeat another's."""
     rng = np.random.default_rng(seed)
-    pool = ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 300))) for _ in range(num_records)]
+    pool = [
+        "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 300)))
+        for _ in range(num_records)
+    ]
     picks = rng.integers(0, num_records, size=num_records)
-    return [(f"p{i}" + (f" protein {i}" if i % 2 else ""), pool[pick]) for i, pick in enumerate(picks)]
+    return [
+        (f"p{i}" + (f" protein {i}" if i % 2 else ""), pool[pick]) for i, pick in enumerate(picks)
+    ]
 
 
 def write_fasta(path: Path, records: list[Record]) -> Path:
@@ -47,9 +54,16 @@ def write_fasta(path: Path, records: list[Record]) -> Path:
     return path
 
 
-def plan_of(run_dir: Path, *fasta: Path, model: ModelIdentity = MODEL, num_shards: int = 3, **policy: Any) -> RunPlan:
+def plan_of(
+    run_dir: Path, *fasta: Path, model: ModelIdentity = MODEL, num_shards: int = 3, **policy: Any
+) -> RunPlan:
     return make_plan(
-        RunPaths(run_dir), fasta, model, num_shards=num_shards, token_budget=500, policy=InputPolicy(**policy)
+        RunPaths(run_dir),
+        fasta,
+        model,
+        num_shards=num_shards,
+        token_budget=500,
+        policy=InputPolicy(**policy),
     )
 
 
@@ -83,7 +97,9 @@ def test_a_plan_holds_every_sequence_once_in_input_order(tmp_path: Path, seed: i
         for header, sequence in records
     ]
     assert plan.records(3, 9).to_pylist() == rows[3:9]
-    assert plan.representatives.tolist() == np.load(tmp_path / "run/plan/representatives.npy").tolist()
+    assert (
+        plan.representatives.tolist() == np.load(tmp_path / "run/plan/representatives.npy").tolist()
+    )
     assert plan.representatives.tolist() == first_occurrences(records)
     assert plan.lengths.tolist() == [len(sequence) for _, sequence in records]
     assert plan.num_sequences == 200
@@ -92,10 +108,16 @@ def test_a_plan_holds_every_sequence_once_in_input_order(tmp_path: Path, seed: i
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 7])
-def test_every_distinct_sequence_is_in_one_batch_of_one_shard_longest_first(tmp_path: Path, num_shards: int) -> None:
+def test_every_distinct_sequence_is_in_one_batch_of_one_shard_longest_first(
+    tmp_path: Path, num_shards: int
+) -> None:
     records = random_records(seed=1, num_records=200)
-    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), num_shards=num_shards)
-    distinct = sorted(set(first_occurrences(records)), key=lambda ordinal: (-len(records[ordinal][1]), ordinal))
+    plan = plan_of(
+        tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), num_shards=num_shards
+    )
+    distinct = sorted(
+        set(first_occurrences(records)), key=lambda ordinal: (-len(records[ordinal][1]), ordinal)
+    )
     assert plan.order.tolist() == distinct
 
     for rank in range(num_shards):
@@ -103,12 +125,17 @@ def test_every_distinct_sequence_is_in_one_batch_of_one_shard_longest_first(tmp_
         boundaries = pack(np.array([len(records[ordinal][1]) + 2 for ordinal in ordinals]), 500)
         batches = plan.shard_batches(rank)
         assert plan.shard_ordinals(rank).tolist() == ordinals
-        assert [batch.tolist() for batch in batches] == [ordinals[start:stop] for start, stop in pairwise(boundaries)]
+        assert [batch.tolist() for batch in batches] == [
+            ordinals[start:stop] for start, stop in pairwise(boundaries)
+        ]
 
 
 def test_fetch_reads_ids_and_sequences_in_the_order_asked_for(tmp_path: Path) -> None:
     """Over several record batches too: a chunk of the input is 8,192 records, and ends with its file."""
-    parts = [random_records(seed=seed, num_records=num_records) for seed, num_records in ((1, 9000), (2, 10))]
+    parts = [
+        random_records(seed=seed, num_records=num_records)
+        for seed, num_records in ((1, 9000), (2, 10))
+    ]
     parts[1] = [(f"second-{header}", sequence) for header, sequence in parts[1]]
     files = [write_fasta(tmp_path / f"{number}.fasta", part) for number, part in enumerate(parts)]
     plan = plan_of(tmp_path / "run", *files)
@@ -116,14 +143,18 @@ def test_fetch_reads_ids_and_sequences_in_the_order_asked_for(tmp_path: Path) ->
     ordinals = np.random.default_rng(0).permutation(len(records))[:3000]
 
     ids, sequences = plan.fetch(ordinals)
-    assert ids == plan.ids(ordinals) == [records[ordinal][0].partition(" ")[0] for ordinal in ordinals]
+    assert (
+        ids == plan.ids(ordinals) == [records[ordinal][0].partition(" ")[0] for ordinal in ordinals]
+    )
     assert sequences == [records[ordinal][1] for ordinal in ordinals]
     assert plan.fetch(np.empty(0, dtype=np.int64)) == ([], [])
 
 
 def test_a_plan_is_loaded_without_pandas(tmp_path: Path) -> None:
     """Where it is installed, Arrow imports it for what might be its own, and every child loads a plan."""
-    plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100)))
+    plan_of(
+        tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100))
+    )
     code = f"""
 import sys
 from vnp_lib.plan.paths import RunPaths
@@ -137,17 +168,27 @@ print("pandas" in sys.modules)
 
 
 def test_a_loaded_plan_is_the_one_that_was_made(tmp_path: Path) -> None:
-    made = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100)))
+    made = plan_of(
+        tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100))
+    )
     loaded = load_plan(RunPaths(tmp_path / "run"))
     assert loaded.fingerprint == made.fingerprint
     assert loaded.identity == made.identity
     assert loaded.table.equals(made.table)
-    assert (loaded.num_shards, loaded.token_budget, loaded.num_residues) == (3, 500, made.num_residues)
+    assert (loaded.num_shards, loaded.token_budget, loaded.num_residues) == (
+        3,
+        500,
+        made.num_residues,
+    )
     assert loaded.order.tolist() == made.order.tolist()
 
 
-def test_the_fingerprint_is_the_sha256_of_the_identity_and_of_the_sequences_content(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a one", "mkv"), ("b", "MJ*")]))
+def test_the_fingerprint_is_the_sha256_of_the_identity_and_of_the_sequences_content(
+    tmp_path: Path,
+) -> None:
+    plan = plan_of(
+        tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a one", "mkv"), ("b", "MJ*")])
+    )
     assert plan.identity == {
         "schema": 2,
         "model": "esm2_t6_8M_UR50D",
@@ -166,7 +207,10 @@ def test_the_fingerprint_is_the_sha256_of_the_identity_and_of_the_sequences_cont
 def test_the_fingerprint_depends_on_content_and_not_on_files(tmp_path: Path) -> None:
     records = random_records(seed=4, num_records=50)
     whole = write_fasta(tmp_path / "whole.fasta", records)
-    halves = [write_fasta(tmp_path / f"{half}.fasta", part) for half, part in enumerate((records[:20], records[20:]))]
+    halves = [
+        write_fasta(tmp_path / f"{half}.fasta", part)
+        for half, part in enumerate((records[:20], records[20:]))
+    ]
     packed = tmp_path / "whole.fasta.gz"
     packed.write_bytes(gzip.compress(whole.read_bytes().replace(b"\n", b"\r\n")))
     swapped = write_fasta(tmp_path / "swapped.fasta", [records[1], records[0], *records[2:]])
@@ -193,7 +237,11 @@ def test_another_division_into_shards_replaces_only_plan_json(tmp_path: Path) ->
     second = make_plan(RunPaths(tmp_path / "run"), [fasta], MODEL, num_shards=2, token_budget=800)
     after = snapshot(tmp_path / "run")
     assert {path.name for path in before if after[path] != before[path]} == {"plan.json"}
-    assert (second.num_shards, second.token_budget, second.fingerprint) == (2, 800, first.fingerprint)
+    assert (second.num_shards, second.token_budget, second.fingerprint) == (
+        2,
+        800,
+        first.fingerprint,
+    )
 
 
 def test_there_are_never_more_shards_than_sequences_to_compute(tmp_path: Path) -> None:
@@ -204,7 +252,10 @@ def test_there_are_never_more_shards_than_sequences_to_compute(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model": "esm2_t12_35M_UR50D"}, "model is 'esm2_t6_8M_UR50D' there and 'esm2_t12_35M_UR50D' here"),
+        (
+            {"model": "esm2_t12_35M_UR50D"},
+            "model is 'esm2_t6_8M_UR50D' there and 'esm2_t12_35M_UR50D' here",
+        ),
         ({"weights_digest": "abc"}, "weights_digest is 'random:seed=0' there and 'abc' here"),
         ({"layer": 5}, "layer is 6 there and 5 here"),
         ({"pooling": "cls"}, "pooling is 'mean' there and 'cls' here"),
@@ -256,19 +307,28 @@ def test_ten_ids_that_occur_twice_are_shown_and_the_rest_counted(tmp_path: Path)
 
 def test_ids_that_occur_twice_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
     """And make the same content as any: the policy is no part of the run."""
-    fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKL"), ("a again", "MKW"), ("a", "MKV")])
+    fasta = write_fasta(
+        tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKL"), ("a again", "MKW"), ("a", "MKV")]
+    )
     plan = plan_of(tmp_path / "run", fasta, duplicate_ids="keep")
     assert plan.ids(np.arange(4)) == ["a", "b", "a", "a"]
     assert plan.representatives.tolist() == [0, 1, 2, 0]
     assert plan.counts.describe() == "1 duplicate not computed again"
     once = write_fasta(tmp_path / "y.fasta", [("a", "MKV"), ("b", "MKL")])
-    assert plan_of(tmp_path / "1", once, duplicate_ids="keep").fingerprint == plan_of(tmp_path / "2", once).fingerprint
+    assert (
+        plan_of(tmp_path / "1", once, duplicate_ids="keep").fingerprint
+        == plan_of(tmp_path / "2", once).fingerprint
+    )
 
 
 def test_without_dedup_every_sequence_is_computed_and_the_run_is_another(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKVL"), ("c", "MKV")])
     plan = plan_of(tmp_path / "run", fasta, dedup=False)
-    assert (plan.num_computed, plan.representatives.tolist(), plan.order.tolist()) == (3, [0, 1, 2], [1, 0, 2])
+    assert (plan.num_computed, plan.representatives.tolist(), plan.order.tolist()) == (
+        3,
+        [0, 1, 2],
+        [1, 0, 2],
+    )
     assert plan.counts.num_duplicates == 0
     with pytest.raises(FingerprintMismatchError, match="dedup is False there and None here"):
         plan_of(tmp_path / "run", fasta)
@@ -282,10 +342,14 @@ def test_records_that_are_skipped_are_listed_with_their_places(tmp_path: Path) -
     fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
     table = tmp_path / "x.csv"
     table.write_text("id,sequence\nd,MK\ne,M1\n")
-    plan = plan_of(tmp_path / "run", fasta, table, invalid_residues="skip", long="skip", max_length=5)
+    plan = plan_of(
+        tmp_path / "run", fasta, table, invalid_residues="skip", long="skip", max_length=5
+    )
     assert plan.ids(np.arange(plan.num_sequences)) == ["a", "b", "d"]
     assert (plan.counts.num_skipped, plan.counts.describe()) == (4, "4 records skipped")
-    listed = [json.loads(line) for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()
+    ]
     assert [(line["file"], line.get("line"), line.get("row"), line["id"]) for line in listed] == [
         (str(fasta), 3, None, "gap"),
         (str(fasta), 7, None, "empty"),
@@ -307,7 +371,9 @@ def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", fasta, min_length=3)
     assert plan.ids(np.arange(plan.num_sequences)) == ["a", "d"]
     assert plan.counts.describe() == "3 records skipped"
-    listed = [json.loads(line) for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in RunPaths(tmp_path / "run").skipped.read_text().splitlines()
+    ]
     assert [(line["id"], line["line"], line["reason"]) for line in listed] == [
         ("b", 3, "sequence 'b' has 2 residues, and at least 3 are wanted"),
         ("empty", 5, "sequence 'empty' has no residues; take the record out"),
@@ -321,8 +387,16 @@ def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
     ("policy", "lengths", "told"),
     [
         ({"long": "skip", "max_length": 4}, [3, 4], "3 records skipped"),
-        ({"long": "truncate", "max_length": 4}, [3, 4, 4], "2 records skipped, 1 sequence cut short"),
-        ({"long": "window", "max_length": 2}, [3, 4, 5], "2 records skipped, 3 sequences averaged over windows"),
+        (
+            {"long": "truncate", "max_length": 4},
+            [3, 4, 4],
+            "2 records skipped, 1 sequence cut short",
+        ),
+        (
+            {"long": "window", "max_length": 2},
+            [3, 4, 5],
+            "2 records skipped, 3 sequences averaged over windows",
+        ),
         ({"invalid_residues": "skip"}, [3, 4, 5], "3 records skipped"),
         ({"dedup": False}, [3, 4, 5], "2 records skipped"),
     ],
@@ -333,7 +407,9 @@ def test_short_sequences_are_skipped_beside_whatever_else_is_done(
     """A length is that of the sequence as it was read, before it is cut."""
     odd = [("odd", "M1")] if "invalid_residues" in policy else []
     records = [("a", "MK"), ("b", "MKV"), *odd, ("c", "MKVL"), ("d", "M"), ("e", "MKWLA")]
-    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), min_length=3, **policy)
+    plan = plan_of(
+        tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), min_length=3, **policy
+    )
     assert plan.lengths.tolist() == lengths
     assert plan.counts.describe() == told
 
@@ -369,7 +445,9 @@ def test_the_same_sequences_come_by_in_another_way_are_the_same_run(tmp_path: Pa
     assert not RunPaths(tmp_path / "run").skipped.exists()
 
 
-def test_a_plan_that_has_not_counted_all_that_is_counted_now_is_the_same_run(tmp_path: Path) -> None:
+def test_a_plan_that_has_not_counted_all_that_is_counted_now_is_the_same_run(
+    tmp_path: Path,
+) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKV")])
     first, paths = plan_of(tmp_path / "run", fasta), RunPaths(tmp_path / "run")
     told = read_sealed_json(paths.plan_json)
@@ -403,23 +481,40 @@ def test_sequences_that_are_cut_keep_their_length_and_are_part_of_the_run(tmp_pa
         "length": [4, 4, 4],
         "original_length": [6, 4, 7],
     }
-    assert (plan.num_computed, plan.counts.num_cut, plan.identity["long_policy"]) == (1, 2, "truncate:4")
-    with pytest.raises(FingerprintMismatchError, match="long_policy is 'truncate:4' there and 'truncate:5' here"):
+    assert (plan.num_computed, plan.counts.num_cut, plan.identity["long_policy"]) == (
+        1,
+        2,
+        "truncate:4",
+    )
+    with pytest.raises(
+        FingerprintMismatchError, match="long_policy is 'truncate:4' there and 'truncate:5' here"
+    ):
         plan_of(tmp_path / "run", fasta, long="truncate", max_length=5)
 
 
 def test_a_cut_sequence_has_the_tokens_that_fair_esm_cuts_to(tmp_path: Path) -> None:
     """As `extract.py --truncation_seq_length 1022` has them: the first 1,022 residues between BOS and EOS."""
     rng = np.random.default_rng(0)
-    records = [(f"p{n}", "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n))) for n in (1021, 1022, 1023, 3000)]
-    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), long="truncate", max_length=1022)
+    records = [
+        (f"p{n}", "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)))
+        for n in (1021, 1022, 1023, 3000)
+    ]
+    plan = plan_of(
+        tmp_path / "run",
+        write_fasta(tmp_path / "x.fasta", records),
+        long="truncate",
+        max_length=1022,
+    )
     ids, sequences = plan.fetch(np.arange(4))
     batch = pack_batch(sequences, sequence_ids=ids, ordinals=range(4), batch_idx=0)
     alphabet = Alphabet.from_architecture("ESM-1b")
     _, _, theirs = alphabet.get_batch_converter(truncation_seq_length=1022)(records)
     for number, start in enumerate(batch.cu_seqlens[:-1].tolist()):
         stop = int(batch.cu_seqlens[number + 1])
-        assert batch.input_ids[start:stop].tolist() == theirs[number][theirs[number] != alphabet.padding_idx].tolist()
+        assert (
+            batch.input_ids[start:stop].tolist()
+            == theirs[number][theirs[number] != alphabet.padding_idx].tolist()
+        )
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -431,7 +526,9 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plan.json", "sequences.arrow", "representatives.npy"])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_flipped_bit_in_the_plan_is_noticed_and_mended_from_the_input(tmp_path: Path, name: str, seed: int) -> None:
+def test_a_flipped_bit_in_the_plan_is_noticed_and_mended_from_the_input(
+    tmp_path: Path, name: str, seed: int
+) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=8, num_records=30))
     plan_of(tmp_path / "run", fasta)
     whole = {path: content for path, (_, _, content) in snapshot(tmp_path / "run").items()}
@@ -468,12 +565,19 @@ def test_a_run_directory_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: 
 
 
 def test_the_space_a_run_takes_is_that_of_checkpoints_and_dataset(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=9, num_records=100)))
+    plan = plan_of(
+        tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=9, num_records=100))
+    )
     rows = plan.num_computed + plan.num_sequences
-    assert required_bytes(plan, RowLayout(MEAN, 2560)) - required_bytes(plan, RowLayout(MEAN, 0)) == rows * 2560 * 4
+    assert (
+        required_bytes(plan, RowLayout(MEAN, 2560)) - required_bytes(plan, RowLayout(MEAN, 0))
+        == rows * 2560 * 4
+    )
 
 
-def test_a_disk_without_room_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_refused_with_both_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the run has written already counts as there: a resumed run needs room only for the rest."""
     paths = RunPaths(tmp_path / "run")
     plan = plan_of(paths.run_dir, write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
@@ -481,7 +585,9 @@ def test_a_disk_without_room_is_refused_with_both_figures(tmp_path: Path, monkey
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
-    with pytest.raises(ConfigError, match=f"{needed - 1000:,} bytes free and {needed:,} are needed"):
+    with pytest.raises(
+        ConfigError, match=f"{needed - 1000:,} bytes free and {needed:,} are needed"
+    ):
         check_free_space(paths, plan, RowLayout(MEAN, 320))
     paths.shard_dir(0).mkdir(parents=True)
     paths.checkpoint(0, 0).write_bytes(bytes(1000))
@@ -512,7 +618,13 @@ def test_every_path_of_a_run_is_where_the_readme_says() -> None:
     paths = RunPaths(Path("run"))
     assert [
         str(path.relative_to("run"))
-        for path in (paths.plan_json, paths.sequences, paths.manifest, paths.job(3), paths.worker_log(3))
+        for path in (
+            paths.plan_json,
+            paths.sequences,
+            paths.manifest,
+            paths.job(3),
+            paths.worker_log(3),
+        )
     ] == [
         "plan/plan.json",
         "plan/sequences.arrow",
@@ -522,7 +634,13 @@ def test_every_path_of_a_run_is_where_the_readme_says() -> None:
     ]
     assert [
         str(path.relative_to("run"))
-        for path in (paths.checkpoint(3, 12), paths.quarantine, paths.success, paths.report, paths.run_lock)
+        for path in (
+            paths.checkpoint(3, 12),
+            paths.quarantine,
+            paths.success,
+            paths.report,
+            paths.run_lock,
+        )
     ] == [
         "checkpoints/shard_3/batch_00012.pt",
         "quarantine.jsonl",

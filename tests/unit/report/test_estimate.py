@@ -43,36 +43,64 @@ def write(path: Path, text: str) -> Path:
 
 
 def seen_of(*fasta: Path, **settings) -> RunEstimate:
-    return estimate_run(ForecastConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings))
+    return estimate_run(
+        ForecastConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings)
+    )
 
 
-def write_history(run_dir: Path, fasta: Path, tokens_and_seconds: list[tuple[int, float]], model: str = MODEL) -> None:
+def write_history(
+    run_dir: Path, fasta: Path, tokens_and_seconds: list[tuple[int, float]], model: str = MODEL
+) -> None:
     paths = RunPaths(run_dir)
-    make_plan(paths, [fasta], ModelIdentity(**asdict(IDENTITY) | {"model": model}), num_shards=1, token_budget=100)
+    make_plan(
+        paths,
+        [fasta],
+        ModelIdentity(**asdict(IDENTITY) | {"model": model}),
+        num_shards=1,
+        token_budget=100,
+    )
     paths.shard_dir(0).mkdir(parents=True)
     about = {"at": datetime(2026, 11, 21, tzinfo=UTC).isoformat(), "host": "h", "pid": 1}
     lines = [about | {"event": "started", "device": "cpu", "pending": 3}]
     lines += [
-        about | {"event": "checkpoint", "number": number, "rows": 1, "tokens": tokens, "seconds": seconds}
+        about
+        | {"event": "checkpoint", "number": number, "rows": 1, "tokens": tokens, "seconds": seconds}
         for number, (tokens, seconds) in enumerate(tokens_and_seconds)
     ]
     paths.history(0).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.parametrize(("num_shards", "token_budget"), [(1, 100), (3, 70), (7, 40)])
-def test_a_run_is_what_was_forecast(tmp_path: Path, tiny_fasta: Path, num_shards: int, token_budget: int) -> None:
+def test_a_run_is_what_was_forecast(
+    tmp_path: Path, tiny_fasta: Path, num_shards: int, token_budget: int
+) -> None:
     """With copies, in two files, and with sequences that are longer than the budget."""
-    again = write(tmp_path / "again.fasta", tiny_fasta.read_text().replace(">protein_", ">copy_") + ">new\nMKV\n")
+    again = write(
+        tmp_path / "again.fasta",
+        tiny_fasta.read_text().replace(">protein_", ">copy_") + ">new\nMKV\n",
+    )
     seen = seen_of(tiny_fasta, again, shards=num_shards, token_budget=token_budget)
     plan = make_plan(
-        RunPaths(tmp_path / "run"), [tiny_fasta, again], IDENTITY, num_shards=num_shards, token_budget=token_budget
+        RunPaths(tmp_path / "run"),
+        [tiny_fasta, again],
+        IDENTITY,
+        num_shards=num_shards,
+        token_budget=token_budget,
     )
-    tokens = [plan.num_tokens(batch) for rank in range(num_shards) for batch in plan.shard_batches(rank)]
-    assert (seen.num_sequences, seen.num_computed) == (plan.num_sequences, plan.num_computed) == (81, 41)
+    tokens = [
+        plan.num_tokens(batch) for rank in range(num_shards) for batch in plan.shard_batches(rank)
+    ]
+    assert (
+        (seen.num_sequences, seen.num_computed)
+        == (plan.num_sequences, plan.num_computed)
+        == (81, 41)
+    )
     assert (seen.num_residues, seen.num_tokens) == (plan.num_residues, plan.num_tokens(plan.order))
     assert (seen.num_shards, seen.num_batches) == (num_shards, len(tokens))
     assert seen.mean_fill == pytest.approx(np.minimum(np.array(tokens) / token_budget, 1).mean())
-    assert seen.num_over_budget == (plan.lengths[plan.order] + NUM_SPECIAL_TOKENS > token_budget).sum()
+    assert (
+        seen.num_over_budget == (plan.lengths[plan.order] + NUM_SPECIAL_TOKENS > token_budget).sum()
+    )
     assert seen.required_bytes == required_bytes(plan, RowLayout((Output.parse("mean_6"),), 320))
     assert sum(each.count for each in seen.lengths) == 81
     assert seen.can_begin
@@ -90,11 +118,22 @@ def test_tokens_of_windows_are_those_of_the_passes_and_those_that_a_run_reports(
         return forward_packed(self, input_ids, *arguments, **options)
 
     monkeypatch.setattr(ESM2, "forward_packed", counting)
-    windows = {"long": "window", "max_length": 20, "window_overlap": 9, "weights": "random", "token_budget": 300}
+    windows = {
+        "long": "window",
+        "max_length": 20,
+        "window_overlap": 9,
+        "weights": "random",
+        "token_budget": 300,
+    }
     seen = seen_of(tiny_fasta, output_dir=tmp_path / "run", **windows)
     events = Reported()
     config = EmbedConfig(
-        fasta=(tiny_fasta,), output_dir=tmp_path / "run", model=MODEL, devices="cpu", shards=1, **windows
+        fasta=(tiny_fasta,),
+        output_dir=tmp_path / "run",
+        model=MODEL,
+        devices="cpu",
+        shards=1,
+        **windows,
     )
     with open_run(config) as run:
         left = run.num_tokens_left(run.shard_states())
@@ -102,7 +141,9 @@ def test_tokens_of_windows_are_those_of_the_passes_and_those_that_a_run_reports(
         assert ShardAttempt(run.shard_job(0, "cpu"), events, Unstoppable()).run() == ExitCode.DONE
         assert run.num_tokens_left(run.shard_states()) == 0
         (attempt,) = read_attempts(run.paths, 0)
-        plain = int(run.plan.lengths[run.plan.order].sum()) + NUM_SPECIAL_TOKENS * run.plan.num_computed
+        plain = (
+            int(run.plan.lengths[run.plan.order].sum()) + NUM_SPECIAL_TOKENS * run.plan.num_computed
+        )
     told = [sum(passed), sum(events.tokens), sum(each.tokens for each in attempt.checkpoints), left]
     assert told == [seen.num_tokens] * 4
     assert seen.num_tokens > 1.5 * plain
@@ -157,7 +198,9 @@ MKVL
 """
 
 
-def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(tmp_path: Path) -> None:
+def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path / "bad.fasta", BAD)
     seen = seen_of(path)
     assert (seen.num_sequences, seen.num_refused, seen.can_begin) == (2, 4, False)
@@ -167,7 +210,9 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
         f"{path}, line 9: sequence 'stop' has '*' at position 3; a stop codon",
         f"{path}, line 11: a record has no id",
     ]
-    assert [told.startswith(start) for told, start in zip(seen.refusals, starts, strict=True)] == [True] * 4
+    assert [told.startswith(start) for told, start in zip(seen.refusals, starts, strict=True)] == [
+        True
+    ] * 4
     with pytest.raises(FastaError) as caught:
         list(read(Source(path=path, name=str(path)), InputPolicy()))
     assert str(caught.value).splitlines() == list(seen.refusals)
@@ -175,7 +220,9 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
 
 def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
     seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
-    assert seen.input.letters == LetterCounts(unknown=3, read_as_unknown=2, lower_case=6, final_stops=2, white_space=1)
+    assert seen.input.letters == LetterCounts(
+        unknown=3, read_as_unknown=2, lower_case=6, final_stops=2, white_space=1
+    )
 
 
 def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:
@@ -183,13 +230,26 @@ def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "1.fasta", BAD + ">ok\nMKVLATTWQERS\n")
     write(tmp_path / "in.csv", "id,sequence\nc,MKVLAT\nd,MKVLATTW\n")
-    policy = {"invalid_residues": "skip", "duplicate_ids": "keep", "dedup": False, "long": "truncate", "max_length": 6}
+    policy = {
+        "invalid_residues": "skip",
+        "duplicate_ids": "keep",
+        "dedup": False,
+        "long": "truncate",
+        "max_length": 6,
+    }
     fasta = (tmp_path / "in", tmp_path / "*.csv")
     seen = seen_of(*fasta, **policy)
     plan = make_plan(
-        RunPaths(tmp_path / "run"), fasta, IDENTITY, num_shards=1, token_budget=100, policy=InputPolicy(**policy)
+        RunPaths(tmp_path / "run"),
+        fasta,
+        IDENTITY,
+        num_shards=1,
+        token_budget=100,
+        policy=InputPolicy(**policy),
     )
-    assert (seen.num_sequences, seen.num_computed) == (plan.num_sequences, plan.num_computed) == (5, 5)
+    assert (
+        (seen.num_sequences, seen.num_computed) == (plan.num_sequences, plan.num_computed) == (5, 5)
+    )
     assert (plan.counts.num_skipped, plan.counts.num_cut) == (4, 2)
     assert (seen.input, seen.num_residues, seen.can_begin) == (plan.counts, plan.num_residues, True)
 
@@ -223,7 +283,9 @@ def test_a_file_that_cannot_be_used_does_not_hide_the_others(tmp_path: Path) -> 
 
 
 def test_of_many_refusals_the_first_are_kept(tmp_path: Path) -> None:
-    seen = seen_of(write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(20_000))))
+    seen = seen_of(
+        write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(20_000)))
+    )
     assert (seen.num_refused, len(seen.refusals), seen.num_sequences) == (20_000, 5, 0)
     assert "line 9:" in seen.refusals[4]
 
@@ -232,7 +294,9 @@ def test_of_many_refusals_the_first_are_kept(tmp_path: Path) -> None:
 def test_records_keep_their_numbers_over_chunks(tmp_path: Path, chunk_size: int) -> None:
     path = write(tmp_path / "bad.fasta", BAD)
     chunks = list(survey(Source(path=path, name=str(path)), InputPolicy(), chunk_size=chunk_size))
-    usable = [pair for chunk in chunks for pair in zip(chunk.records, chunk.usable.sequences, strict=True)]
+    usable = [
+        pair for chunk in chunks for pair in zip(chunk.records, chunk.usable.sequences, strict=True)
+    ]
     assert usable == [(0, "MKXXXX"), (2, "MKVL")]
     assert [fault.record for chunk in chunks for fault in chunk.refused] == [1, 3, 4, 5]
 
@@ -267,13 +331,17 @@ def test_a_run_that_tells_no_speed_is_refused_where_it_was_asked_for(tmp_path: P
 
 
 def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("vnp_lib.report.estimate.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(
+        "vnp_lib.report.estimate.shutil.disk_usage", lambda path: SimpleNamespace(free=1000)
+    )
     path = write(tmp_path / "x.fasta", GOOD)
     assert main(["plan", "--fasta", str(path), "--model", MODEL, "--devices", "cpu"]) == 1
     assert "the disk has no room" in capsys.readouterr().out
 
 
-def test_the_command_writes_nothing_and_prints_for_people_and_machines(tmp_path: Path, capsys) -> None:
+def test_the_command_writes_nothing_and_prints_for_people_and_machines(
+    tmp_path: Path, capsys
+) -> None:
     path = write(tmp_path / "x.fasta", GOOD)
     arguments = [
         "plan",
@@ -294,7 +362,11 @@ def test_the_command_writes_nothing_and_prints_for_people_and_machines(tmp_path:
     assert "the run can begin" in text
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["num_sequences"], told["input"]["num_duplicates"], told["can_begin"]) == (3, 1, True)
+    assert (told["num_sequences"], told["input"]["num_duplicates"], told["can_begin"]) == (
+        3,
+        1,
+        True,
+    )
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -312,7 +384,10 @@ def test_hostile_ids_do_not_reach_the_terminal(tmp_path: Path, capsys) -> None:
         ((), "--fasta is needed"),
         (("--fasta", "x", "--model", "gpt"), "--model"),
         (("--fasta", "x", "--tokens-per-second", "0"), "--tokens-per-second"),
-        (("--fasta", "x", "--devices", "cpu", "--speed-of", "/nowhere"), "/nowhere is not a run directory"),
+        (
+            ("--fasta", "x", "--devices", "cpu", "--speed-of", "/nowhere"),
+            "/nowhere is not a run directory",
+        ),
     ],
 )
 def test_an_option_that_cannot_be_used_is_said_in_a_sentence(capsys, arguments, message) -> None:

@@ -57,13 +57,19 @@ class Page(HTMLParser):
     def pictures(self) -> list[str]:
         """The SVGs, decoded."""
         sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
-        return [base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources]
+        return [
+            base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode()
+            for source in sources
+        ]
 
 
 def run_of(tmp_path: Path, num_shards: int, num_sequences: int = 40) -> tuple[RunPlan, RunPaths]:
     fasta = tmp_path / "in.fasta"
     fasta.write_text(
-        "".join(f">p{n}\n{'MKVLA' * (n % 7 + 1)}{'A' * (n % 50 + 1)}{'C' * (n // 50)}\n" for n in range(num_sequences))
+        "".join(
+            f">p{n}\n{'MKVLA' * (n % 7 + 1)}{'A' * (n % 50 + 1)}{'C' * (n // 50)}\n"
+            for n in range(num_sequences)
+        )
     )
     paths = RunPaths(tmp_path / "run")
     plan = make_plan(paths, [fasta], MODEL, num_shards=num_shards, token_budget=200)
@@ -76,7 +82,9 @@ def line(minute: float, **fields: Any) -> str:
     return json.dumps({"at": at.isoformat(), "host": "h", "pid": 1} | fields) + "\n"
 
 
-def write_history(paths: RunPaths, rank: int, *, num_checkpoints: int = 5, num_attempts: int = 2) -> None:
+def write_history(
+    paths: RunPaths, rank: int, *, num_checkpoints: int = 5, num_attempts: int = 2
+) -> None:
     paths.shard_dir(rank).mkdir(parents=True, exist_ok=True)
     text = ""
     for attempt in range(num_attempts):
@@ -84,17 +92,29 @@ def write_history(paths: RunPaths, rank: int, *, num_checkpoints: int = 5, num_a
         text += line(start, event="started", number=attempt + 1, device="0", pending=9)
         for number in range(num_checkpoints):
             text += line(
-                start + number + 1, event="checkpoint", number=number, rows=3, tokens=6000 + number, seconds=60.0
+                start + number + 1,
+                event="checkpoint",
+                number=number,
+                rows=3,
+                tokens=6000 + number,
+                seconds=60.0,
             )
     paths.history(rank).write_text(text + line(num_attempts * 100.0, event="ended", ending="done"))
 
 
-def record_failures(paths: RunPaths, rank: int, count: int, *, text: str = "the child left with SIGKILL") -> None:
+def record_failures(
+    paths: RunPaths, rank: int, count: int, *, text: str = "the child left with SIGKILL"
+) -> None:
     """In one go: the manifest is one file, whatever is recorded."""
     manifest = CheckpointManifest(paths.manifest)
     failures = [
         Failure(cause=FailureCause.KILLED, message=f"{text} {number}").to_json()
-        | {"at": (NOON + timedelta(seconds=number)).isoformat(), "reason": text, "device": "0", "session": "s"}
+        | {
+            "at": (NOON + timedelta(seconds=number)).isoformat(),
+            "reason": text,
+            "device": "0",
+            "session": "s",
+        }
         for number in range(count)
     ]
     manifest._change(lambda state: state["shards"][str(rank)].update(failures=failures))
@@ -109,13 +129,29 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     plan, paths = run_of(tmp_path, 2)
     write_history(paths, 0)
     page = page_of(plan, paths)
-    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base", "form"} == set()
-    assert all((attributes.get("src") or "data:").startswith("data:") for _, attributes in page.tags)
-    assert not any(name in {"href", "srcset"} or name.startswith("on") for _, found in page.tags for name in found)
+    assert {tag for tag, _ in page.tags} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "base",
+        "form",
+    } == set()
+    assert all(
+        (attributes.get("src") or "data:").startswith("data:") for _, attributes in page.tags
+    )
+    assert not any(
+        name in {"href", "srcset"} or name.startswith("on")
+        for _, found in page.tags
+        for name in found
+    )
     for svg in page.pictures:
         ElementTree.fromstring(svg)
         assert "http" not in re.sub(
-            r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>', "", svg, flags=re.DOTALL
+            r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>',
+            "",
+            svg,
+            flags=re.DOTALL,
         )
 
 
@@ -190,9 +226,12 @@ def test_a_run_without_history_failures_or_checkpoints_has_its_page(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda paths: paths.manifest.write_text("{"), lambda paths: paths.quarantine.write_text("{")]
+    "damage",
+    [lambda paths: paths.manifest.write_text("{"), lambda paths: paths.quarantine.write_text("{")],
 )
-def test_what_cannot_be_read_is_a_note(tmp_path: Path, damage: Callable[[RunPaths], object]) -> None:
+def test_what_cannot_be_read_is_a_note(
+    tmp_path: Path, damage: Callable[[RunPaths], object]
+) -> None:
     plan, paths = run_of(tmp_path, 2)
     damage(paths)
     assert "Note: " in page_of(plan, paths).text
@@ -205,7 +244,9 @@ def test_the_page_tells_the_runs_counts(tmp_path: Path) -> None:
     ordinals = plan.shard_ordinals(0)[:10]
     with AsyncCheckpointWriter(manifest=CheckpointManifest(paths.manifest), rank=0) as writer:
         metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
-        writer.write_checkpoint_async(paths.checkpoint(0, 0), torch.ones(10, 4), plan.ids(ordinals), metadata)
+        writer.write_checkpoint_async(
+            paths.checkpoint(0, 0), torch.ones(10, 4), plan.ids(ordinals), metadata
+        )
     page = page_of(plan, paths)
     tiles = re.sub(r"\s+", " ", page.text)
     assert "25.0 %10 of 40 distinct sequences" in tiles
@@ -269,8 +310,13 @@ def test_the_command_prints_where_the_page_is(tmp_path: Path, capsys) -> None:
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def attempt(*, ending: Ending, kind: str | None = None, seconds: float = 60.0, num_checkpoints: int = 0) -> Attempt:
-    entries = (CheckpointEntry(at=NOON, number=n, rows=1, tokens=100, seconds=1.0) for n in range(num_checkpoints))
+def attempt(
+    *, ending: Ending, kind: str | None = None, seconds: float = 60.0, num_checkpoints: int = 0
+) -> Attempt:
+    entries = (
+        CheckpointEntry(at=NOON, number=n, rows=1, tokens=100, seconds=1.0)
+        for n in range(num_checkpoints)
+    )
     return Attempt(
         rank=0,
         number=1,
@@ -325,7 +371,8 @@ def test_sequences_of_one_length_have_a_histogram() -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds", [1, 45, 61, 299, 3_599, 5 * 3_600 - 9, 100_000, 5 * 86_400 - 900, 40 * 86_400, 900 * 86_400]
+    "seconds",
+    [1, 45, 61, 299, 3_599, 5 * 3_600 - 9, 100_000, 5 * 86_400 - 900, 40 * 86_400, 900 * 86_400],
 )
 def test_a_run_of_any_duration_has_its_times(seconds: int) -> None:
     """Without a word from Matplotlib, which is an error here, and with two ticks or more."""
@@ -342,7 +389,9 @@ def test_a_run_of_any_duration_has_its_times(seconds: int) -> None:
         ({"MPLBACKEND": "NoSuchBackend"}, 2, "Matplotlib cannot be used"),
     ],
 )
-def test_settings_of_matplotlib_are_for_other_pictures(tmp_path: Path, variables, code: int, said: str) -> None:
+def test_settings_of_matplotlib_are_for_other_pictures(
+    tmp_path: Path, variables, code: int, said: str
+) -> None:
     """Its caches, back end and settings, whole or broken: not a word of them, and a sentence where it cannot be used."""
     _, paths = run_of(tmp_path, 1)
     rc = tmp_path / "matplotlibrc"

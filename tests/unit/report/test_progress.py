@@ -42,7 +42,9 @@ def test_what_is_embedded_elsewhere_gives_a_line_every_interval_too():
     clock = Clock()
     out = io.StringIO()
     console = Console(file=out, force_terminal=False, width=120)
-    progress = RunProgress(total_sequences=2, total_tokens=200, log_interval_s=30.0, console=console, clock=clock)
+    progress = RunProgress(
+        total_sequences=2, total_tokens=200, log_interval_s=30.0, console=console, clock=clock
+    )
     for _ in range(35):
         clock.now_s += 1.0
         progress.observe(0, sequences=1, tokens=100)
@@ -51,7 +53,9 @@ def test_what_is_embedded_elsewhere_gives_a_line_every_interval_too():
 
 def test_resumed_work_shortens_the_way_but_is_no_speed():
     clock = Clock()
-    progress = RunProgress(total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock)
+    progress = RunProgress(
+        total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock
+    )
     progress.begin(0, sequences=50, tokens=5_000)
     assert progress.describe() == "50 of 100 sequences (50%)"
     for _ in range(11):
@@ -63,7 +67,9 @@ def test_resumed_work_shortens_the_way_but_is_no_speed():
 
 def test_what_an_attempt_lost_is_not_counted_twice():
     """A child computed 30 sequences and was killed with 20 of them in checkpoints; the next one begins at 20."""
-    progress = RunProgress(total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()))
+    progress = RunProgress(
+        total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO())
+    )
     progress.begin(0, sequences=0, tokens=0)
     progress.begin(1, sequences=10, tokens=1_000)
     progress.advance(0, sequences=30, tokens=3_000)
@@ -74,7 +80,9 @@ def test_what_an_attempt_lost_is_not_counted_twice():
 def test_speed_elsewhere_is_what_has_come_up_to_the_newest_checkpoint():
     """Two machines are looked at every 2 s, and write checkpoints of 3,000 tokens at 60 and 62 s, and at 120 and 122 s."""
     clock = Clock()
-    progress = RunProgress(total_sequences=400, total_tokens=40_000, console=Console(file=io.StringIO()), clock=clock)
+    progress = RunProgress(
+        total_sequences=400, total_tokens=40_000, console=Console(file=io.StringIO()), clock=clock
+    )
     begun = {0: 5_000, 1: 1_000}
     for rank, tokens in begun.items():
         progress.begin(rank, sequences=tokens // 100, tokens=tokens)
@@ -95,7 +103,9 @@ def test_speed_elsewhere_is_what_has_come_up_to_the_newest_checkpoint():
 def test_a_shard_elsewhere_that_lost_rows_is_no_negative_speed():
     """A damaged checkpoint was moved aside; what is computed again took its time, and counts."""
     clock = Clock()
-    progress = RunProgress(total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock)
+    progress = RunProgress(
+        total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock
+    )
     for now_s, tokens in ((0.0, 0), (10.0, 1_000), (20.0, 500), (30.0, 1_000)):
         clock.now_s = now_s
         progress.observe(0, sequences=tokens // 100, tokens=tokens)

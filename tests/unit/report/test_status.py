@@ -28,7 +28,14 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report import status
-from vnp_lib.report.status import LastFailure, RunStatus, ShardState, load_plan_of, read_status, render_status
+from vnp_lib.report.status import (
+    LastFailure,
+    RunStatus,
+    ShardState,
+    load_plan_of,
+    read_status,
+    render_status,
+)
 from vnp_lib.run.assembly import assemble
 from vnp_lib.run.history import AttemptHistory
 from vnp_lib.storage.locks import FileLock
@@ -59,12 +66,16 @@ def attempt_of(paths: RunPaths, rank: int, *, seconds_per_reading: float = 2.0) 
     return attempt
 
 
-def compute(plan: RunPlan, paths: RunPaths, rank: int, start: int, stop: int, *, attempt: AttemptHistory) -> None:
+def compute(
+    plan: RunPlan, paths: RunPaths, rank: int, start: int, stop: int, *, attempt: AttemptHistory
+) -> None:
     ordinals = plan.shard_ordinals(rank)[start:stop]
     with AsyncCheckpointWriter(manifest=CheckpointManifest(paths.manifest), rank=rank) as writer:
         path = paths.checkpoint(rank, start)
         metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
-        writer.write_checkpoint_async(path, torch.ones(ordinals.size, 4), plan.ids(ordinals), metadata)
+        writer.write_checkpoint_async(
+            path, torch.ones(ordinals.size, 4), plan.ids(ordinals), metadata
+        )
     attempt.checkpoint(plan, start, ordinals.size)
 
 
@@ -97,11 +108,25 @@ def test_a_shard_that_is_running(plan: RunPlan, paths: RunPaths) -> None:
         seen = status_of(plan, paths)
     rate = plan.num_tokens(ordinals[5:12]) / 2.0
     shard, other = seen.shards
-    assert (shard.state, shard.attempts, shard.num_done, shard.num_sequences) == (ShardState.RUNNING, 1, 12, 20)
-    assert (shard.percent, shard.tokens_per_s, shard.tokens_left) == (60.0, rate, plan.num_tokens(ordinals[12:]))
+    assert (shard.state, shard.attempts, shard.num_done, shard.num_sequences) == (
+        ShardState.RUNNING,
+        1,
+        12,
+        20,
+    )
+    assert (shard.percent, shard.tokens_per_s, shard.tokens_left) == (
+        60.0,
+        rate,
+        plan.num_tokens(ordinals[12:]),
+    )
     assert (other.state, other.num_done, other.tokens_per_s) == (ShardState.WAITING, 0, None)
     left = plan.num_tokens(ordinals[12:]) + plan.num_tokens(plan.shard_ordinals(1))
-    assert (seen.num_done, seen.tokens_left, seen.tokens_per_s, seen.eta_s) == (12, left, rate, left / rate)
+    assert (seen.num_done, seen.tokens_left, seen.tokens_per_s, seen.eta_s) == (
+        12,
+        left,
+        rate,
+        left / rate,
+    )
     assert seen.running is not None
     assert seen.running.pid == os.getpid()
     assert seen.notes == ()
@@ -136,7 +161,11 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
         compute(plan, paths, rank, 0, 20, attempt=attempt_of(paths, rank))
         CheckpointManifest(paths.manifest).mark_shard_complete(rank)
     assert status_of(plan, paths).dataset == "not put together yet"
-    assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
+    assemble(
+        plan,
+        paths,
+        survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid,
+    )
     seen = status_of(plan, paths)
     assert [shard.state for shard in seen.shards] == [ShardState.COMPLETE] * 2
     assert seen.software == "unknown"
@@ -203,7 +232,9 @@ def test_of_input_that_was_taken_as_it_is_nothing_is_told(plan: RunPlan, paths: 
     assert "of the input" not in drawn(status_of(plan, paths))
 
 
-def test_another_division_before_makes_the_counts_approximate(plan: RunPlan, paths: RunPaths) -> None:
+def test_another_division_before_makes_the_counts_approximate(
+    plan: RunPlan, paths: RunPaths
+) -> None:
     """Checkpoints count for the shard that wrote them; the total is right all the same."""
     manifest = CheckpointManifest(paths.manifest)
     manifest.update_shard_checkpoint(0, 0, 30, "batch_00000.pt")
@@ -213,7 +244,9 @@ def test_another_division_before_makes_the_counts_approximate(plan: RunPlan, pat
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn"])
-def test_without_a_manifest_there_is_a_note_and_no_error(plan: RunPlan, paths: RunPaths, damage: str) -> None:
+def test_without_a_manifest_there_is_a_note_and_no_error(
+    plan: RunPlan, paths: RunPaths, damage: str
+) -> None:
     paths.manifest.unlink() if damage == "missing" else paths.manifest.write_bytes(b"{")
     seen = status_of(plan, paths)
     assert (seen.num_done, len(seen.notes)) == (0, 1)
@@ -227,7 +260,9 @@ def test_a_damaged_quarantine_is_a_note_too(plan: RunPlan, paths: RunPaths) -> N
     assert "is damaged in line 1" in seen.notes[0]
 
 
-def test_hostile_text_neither_moves_the_cursor_nor_styles_the_table(plan: RunPlan, paths: RunPaths) -> None:
+def test_hostile_text_neither_moves_the_cursor_nor_styles_the_table(
+    plan: RunPlan, paths: RunPaths
+) -> None:
     manifest = CheckpointManifest(paths.manifest)
     hostile = "\x1b[2J\x07[bold]x[/bold]\nnext :smile:"
     record = Failure(cause=FailureCause.BUG, message=hostile).to_json()
@@ -238,7 +273,9 @@ def test_hostile_text_neither_moves_the_cursor_nor_styles_the_table(plan: RunPla
     assert "[bold]x[/bold]\ufffdnext :smile:" in text
 
 
-def test_of_very_many_shards_the_interesting_ones_are_drawn(paths: RunPaths, tmp_path: Path) -> None:
+def test_of_very_many_shards_the_interesting_ones_are_drawn(
+    paths: RunPaths, tmp_path: Path
+) -> None:
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">p{number}\n{'MK' * (number + 1)}\n" for number in range(200)))
     plan = make_plan(paths, [fasta], MODEL, num_shards=200, token_budget=500)
@@ -260,9 +297,17 @@ def test_numbers_are_never_cut(plan: RunPlan, paths: RunPaths, width: int) -> No
         num_done=12_345_678,
         tokens_per_s=1_234_567.0,
         device="GPU-5ab2-1",
-        failure=LastFailure(kind="oom", cause="device_memory", message="out of memory", reason="tried again", at=NOON),
+        failure=LastFailure(
+            kind="oom",
+            cause="device_memory",
+            message="out of memory",
+            reason="tried again",
+            at=NOON,
+        ),
     )
-    seen = replace(status_of(plan, paths), shards=(shard, replace(shard, rank=1, num_done=0)), at=NOON)
+    seen = replace(
+        status_of(plan, paths), shards=(shard, replace(shard, rank=1, num_done=0)), at=NOON
+    )
     lines = drawn(seen, width).splitlines()
     words = " ".join(lines).split()
     assert max(map(len, lines)) <= width
@@ -272,19 +317,27 @@ def test_numbers_are_never_cut(plan: RunPlan, paths: RunPaths, width: int) -> No
     assert any("100.0" in word for word in words)
 
 
-def test_the_command_prints_for_people_and_for_machines(plan: RunPlan, paths: RunPaths, capsys) -> None:
+def test_the_command_prints_for_people_and_for_machines(
+    plan: RunPlan, paths: RunPaths, capsys
+) -> None:
     fail(paths, 1, "the child left with SIGKILL")
     compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
     assert main(["status", str(paths.run_dir)]) == 0
     assert "5 of 40 distinct sequences (12.5 %)" in capsys.readouterr().out
     assert main(["status", str(paths.run_dir), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["num_done"], told["shards"][0]["num_done"], told["shards"][0]["percent"]) == (5, 5, 25.0)
+    assert (told["num_done"], told["shards"][0]["num_done"], told["shards"][0]["percent"]) == (
+        5,
+        5,
+        25.0,
+    )
     assert told["shards"][1]["failure"]["at"] == "2026-11-21T12:00:00+00:00"
     assert told["eta_s"] is None
 
 
-def test_watching_draws_it_again_until_ctrl_c(plan: RunPlan, paths: RunPaths, capsys, monkeypatch) -> None:
+def test_watching_draws_it_again_until_ctrl_c(
+    plan: RunPlan, paths: RunPaths, capsys, monkeypatch
+) -> None:
     naps = []
 
     def sleep(seconds: float) -> None:
@@ -299,8 +352,12 @@ def test_watching_draws_it_again_until_ctrl_c(plan: RunPlan, paths: RunPaths, ca
     assert "2 of 40 distinct sequences" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("--watch", "--json"), ("--watch", "0"), ("--watch", "soon")])
-def test_flags_that_make_no_sense_are_refused(plan: RunPlan, paths: RunPaths, capsys, arguments) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--watch", "--json"), ("--watch", "0"), ("--watch", "soon")]
+)
+def test_flags_that_make_no_sense_are_refused(
+    plan: RunPlan, paths: RunPaths, capsys, arguments
+) -> None:
     try:
         code = main(["status", str(paths.run_dir), *arguments])
     except SystemExit as left:  # argparse's own way
@@ -309,7 +366,9 @@ def test_flags_that_make_no_sense_are_refused(plan: RunPlan, paths: RunPaths, ca
     assert "--watch" in capsys.readouterr().err
 
 
-def test_what_is_no_run_directory_is_refused_in_a_sentence(plan: RunPlan, paths: RunPaths, tmp_path, capsys) -> None:
+def test_what_is_no_run_directory_is_refused_in_a_sentence(
+    plan: RunPlan, paths: RunPaths, tmp_path, capsys
+) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path} is not a run directory: it has no plan/\n"
     paths.plan_json.write_text("{}")
@@ -318,7 +377,9 @@ def test_what_is_no_run_directory_is_refused_in_a_sentence(plan: RunPlan, paths:
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
-def test_a_damaged_plan_is_refused_in_a_sentence(plan: RunPlan, paths: RunPaths, capsys, damage: str) -> None:
+def test_a_damaged_plan_is_refused_in_a_sentence(
+    plan: RunPlan, paths: RunPaths, capsys, damage: str
+) -> None:
     size = paths.sequences.stat().st_size
     paths.sequences.write_bytes(bytes(size - 1 if damage == "cut" else size))
     assert main(["status", str(paths.run_dir)]) == 2
@@ -337,7 +398,12 @@ def test_it_needs_neither_torch_nor_prefect(plan: RunPlan, paths: RunPaths) -> N
         "import sys; from vnp_lib.cli import main; main(['status', sys.argv[1]]);"
         "sys.exit(bool({'torch', 'prefect'} & set(sys.modules)))"
     )
-    subprocess.run([sys.executable, "-c", code, str(paths.run_dir)], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code, str(paths.run_dir)],
+        check=True,
+        timeout=60,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 @pytest.mark.parametrize(

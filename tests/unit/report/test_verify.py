@@ -27,7 +27,13 @@ from vnp_lib.plan.plan import ModelIdentity, RunPlan, load_plan
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report.verify import verify_run
 from vnp_lib.run.assembly import assemble
-from vnp_lib.storage.durable import digest_file, marker_path, read_sealed_json, write_marker, write_sealed_json
+from vnp_lib.storage.durable import (
+    digest_file,
+    marker_path,
+    read_sealed_json,
+    write_marker,
+    write_sealed_json,
+)
 from vnp_lib.storage.locks import FileLock
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
@@ -39,14 +45,20 @@ def template(tmp_path_factory) -> Path:
     """A complete run of 40 sequences, no two alike, in two shards."""
     directory = tmp_path_factory.mktemp("verify")
     fasta = directory / "in.fasta"
-    fasta.write_text("".join(f">p{number}\n{'MKVLA' * (number % 5 + 1)}{'A' * number}\n" for number in range(40)))
+    fasta.write_text(
+        "".join(f">p{number}\n{'MKVLA' * (number % 5 + 1)}{'A' * number}\n" for number in range(40))
+    )
     paths = RunPaths(directory / "run")
     plan = make_plan(paths, [fasta], MODEL, num_shards=2, token_budget=200)
     manifest = CheckpointManifest(paths.manifest)
     manifest.initialize(2, plan.fingerprint, "w")
     for rank in range(2):
         write_shard(plan, paths, manifest, rank)
-    assemble(plan, paths, survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid)
+    assemble(
+        plan,
+        paths,
+        survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid,
+    )
     return paths.run_dir
 
 
@@ -71,7 +83,10 @@ def paths(template, tmp_path) -> RunPaths:
 
 def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
     return {
-        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        str(path.relative_to(directory)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
         for path in sorted(directory.rglob("*"))
     }
 
@@ -131,7 +146,9 @@ def rewrite(paths: RunPaths, *, ids: bool) -> None:
     ordinals = own.tolist() if ids else (own + 1000).tolist()
     with AsyncCheckpointWriter() as writer:
         content = {"ordinals": ordinals, "fingerprint": plan.fingerprint}
-        writer.write_checkpoint_async(path, torch.ones(len(own), 4), [f"x{each}" for each in ordinals], content)
+        writer.write_checkpoint_async(
+            path, torch.ones(len(own), 4), [f"x{each}" for each in ordinals], content
+        )
 
 
 def forge(paths: RunPaths) -> None:
@@ -144,7 +161,9 @@ def forge(paths: RunPaths) -> None:
     write_marker(path, digest_file(path), rows=len(own), width=4, dtype="float32", **fields)
 
 
-@pytest.mark.parametrize(("do", "said", "to_compute"), [each[1:] for each in DAMAGE], ids=[each[0] for each in DAMAGE])
+@pytest.mark.parametrize(
+    ("do", "said", "to_compute"), [each[1:] for each in DAMAGE], ids=[each[0] for each in DAMAGE]
+)
 def test_damage_is_said_and_what_it_costs(paths, capsys, do, said, to_compute):
     do(paths)
     before = tree(paths.run_dir)
@@ -180,7 +199,10 @@ def test_a_failing_storage_is_said(paths):
         flip_bit(paths.checkpoint(0, number))
         flip_bit(paths.checkpoint(1, number))
     report = verify_run(paths.run_dir)
-    assert any("the storage is failing; the next run will refuse to go on" in line for line in report.damage)
+    assert any(
+        "the storage is failing; the next run will refuse to go on" in line
+        for line in report.damage
+    )
     assert report.to_compute == {0: 20, 1: 20}
 
 
@@ -189,7 +211,9 @@ def test_a_run_that_was_stopped_is_well_and_what_is_left_is_counted(paths, capsy
     shutil.rmtree(paths.embeddings_dir)
     marker_path(paths.checkpoint(1, 2)).unlink()
     plan = load_plan(paths)
-    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+    records = survey_checkpoints(
+        paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+    ).valid
     CheckpointManifest(paths.manifest).reconcile(records)
     report = verify_run(paths.run_dir)
     assert report.is_well
@@ -237,7 +261,9 @@ def test_json_says_the_same(paths, capsys):
 def unfinished(tmp_path) -> RunPaths:
     """A run of 12 sequences, in which 0 and 4 are not computed yet; the odd ones are copies of 0."""
     fasta = tmp_path / "in.fasta"
-    fasta.write_text("".join(f">p{number}\nMKVLA{'' if number % 2 else 'L' * number}\n" for number in range(12)))
+    fasta.write_text(
+        "".join(f">p{number}\nMKVLA{'' if number % 2 else 'L' * number}\n" for number in range(12))
+    )
     paths = RunPaths(tmp_path / "unfinished")
     plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200)
     assert sorted(plan.order.tolist()) == [0, 2, 4, 6, 8, 10]
@@ -251,7 +277,9 @@ def compute(paths: RunPaths, batch_idx: int, ordinals: list[int]) -> None:
     with AsyncCheckpointWriter(manifest=CheckpointManifest(paths.manifest), rank=0) as writer:
         content = {"ordinals": ordinals, "fingerprint": plan.fingerprint}
         rows = torch.tensor(ordinals).float()[:, None] + torch.arange(4)
-        writer.write_checkpoint_async(paths.checkpoint(0, batch_idx), rows, plan.ids(np.array(ordinals)), content)
+        writer.write_checkpoint_async(
+            paths.checkpoint(0, batch_idx), rows, plan.ids(np.array(ordinals)), content
+        )
 
 
 def assemble_unfinished(paths: RunPaths, *, allow_missing: bool = False) -> None:
@@ -264,7 +292,9 @@ def assemble_unfinished(paths: RunPaths, *, allow_missing: bool = False) -> None
 def set_aside(paths: RunPaths, *ordinals: int) -> None:
     plan = load_plan(paths)
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="m")
-    Quarantine.of(plan, paths).add(*(quarantined(plan, ordinal, failure, attempts=3) for ordinal in ordinals))
+    Quarantine.of(plan, paths).add(
+        *(quarantined(plan, ordinal, failure, attempts=3) for ordinal in ordinals)
+    )
 
 
 def said(paths: RunPaths) -> list[str]:
@@ -291,13 +321,17 @@ def test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies
     ]
 
 
-def test_sequences_of_a_damaged_quarantine_are_to_compute_and_the_dataset_is_not_complete(unfinished):
+def test_sequences_of_a_damaged_quarantine_are_to_compute_and_the_dataset_is_not_complete(
+    unfinished,
+):
     set_aside(unfinished, 0, 4)
     assemble_unfinished(unfinished)
     flip_bit(unfinished.quarantine)
     before = tree(unfinished.run_dir)
     report = verify_run(unfinished.run_dir)
-    assert [line for line in report.damage if "damaged in line" in line and "move the file away" in line]
+    assert [
+        line for line in report.damage if "damaged in line" in line and "move the file away" in line
+    ]
     assert report.to_compute == {0: 2}
     assert not report.has_dataset
     assert tree(unfinished.run_dir) == before
@@ -308,7 +342,9 @@ def test_a_sequence_in_quarantine_and_in_a_checkpoint_is_released_by_the_next_ru
     set_aside(unfinished, 2, 4)
     lines = said(unfinished)
     assert lines[0].endswith("sequences in quarantine: 1 (1 with their copies)")
-    assert lines[1].endswith("sequences in quarantine and yet in a checkpoint: 1; the next run releases them")
+    assert lines[1].endswith(
+        "sequences in quarantine and yet in a checkpoint: 1; the next run releases them"
+    )
 
 
 def test_a_partial_dataset_is_well_and_what_it_lacks_is_counted(unfinished):
@@ -329,8 +365,9 @@ def test_a_dataset_of_an_earlier_quarantine_is_not_complete(unfinished):
     set_aside(unfinished, 0, 4)
     assemble_unfinished(unfinished)
     compute(unfinished, 1, [4])
-    assert "the dataset has 4 rows, but the quarantine is another now; the next run puts it together anew" in said(
-        unfinished
+    assert (
+        "the dataset has 4 rows, but the quarantine is another now; the next run puts it together anew"
+        in said(unfinished)
     )
     assert not verify_run(unfinished.run_dir).has_dataset
 
@@ -360,6 +397,9 @@ def test_what_is_no_run_directory_is_refused_in_a_sentence(tmp_path, capsys, nam
 
 def test_the_module_is_a_command(paths):
     ended = subprocess.run(
-        [sys.executable, "-m", "vnp_lib", "verify", str(paths.run_dir)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "vnp_lib", "verify", str(paths.run_dir)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "all is well")

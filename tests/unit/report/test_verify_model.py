@@ -48,22 +48,32 @@ def test_our_network_is_close_in_every_layer(capsys, weights_file, dtype):
     if dtype == "float32":
         assert max(each["relative_difference"] for each in told["layers"]) < 2e-5
     else:
-        assert 1e-4 < max(each["relative_difference"] for each in told["layers"]) < 0.1  # or it was no half precision
+        assert (
+            1e-4 < max(each["relative_difference"] for each in told["layers"]) < 0.1
+        )  # or it was no half precision
     assert told["weights"] == str(weights_file)
     assert told["weights_digest"] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
     assert told["is_official"] is False
 
 
 def test_hugging_faces_file_is_held_against_fair_esm_too(capsys, tmp_path):
-    transformers_network(MODELS[MODEL], dict(random_tensors(MODELS[MODEL]))).save_pretrained(tmp_path)
+    transformers_network(MODELS[MODEL], dict(random_tensors(MODELS[MODEL]))).save_pretrained(
+        tmp_path
+    )
     code, told = run_as_json(capsys, "--weights", tmp_path, "--device", "cpu")
-    assert (code, told["dtype"], told["weights"]) == (0, "float32", str(tmp_path / "model.safetensors"))
+    assert (code, told["dtype"], told["weights"]) == (
+        0,
+        "float32",
+        str(tmp_path / "model.safetensors"),
+    )
 
 
 def test_a_person_reads_a_line_for_each_layer_and_a_verdict(capsys, weights_file):
     code, printed = run(capsys, "--weights", weights_file, "--device", "cpu")
     assert code == 0
-    assert [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()] == [*"60123456"]
+    assert [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()] == [
+        *"60123456"
+    ]
     assert "they are not the official ones" in printed
     assert "close enough: this is fair-esm's model" in printed
 
@@ -78,7 +88,9 @@ def test_random_weights_are_not_the_official_ones(capsys):
 def test_weights_with_a_known_digest_are_the_official_ones(capsys, weights_file, monkeypatch):
     digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
     monkeypatch.setitem(weights.OFFICIAL_DIGESTS, MODEL, frozenset({digest}))
-    assert "they are the official ones" in run(capsys, "--weights", weights_file, "--device", "cpu")[1]
+    assert (
+        "they are the official ones" in run(capsys, "--weights", weights_file, "--device", "cpu")[1]
+    )
 
 
 def test_it_says_that_no_digest_of_a_model_is_known(capsys, weights_file, monkeypatch):
@@ -97,14 +109,22 @@ def load_damaged_in_layer_4(*arguments: object, **options: object) -> ESM2:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_that_is_wrong_is_named(capsys, monkeypatch, weights_file, dtype):
     monkeypatch.setattr(verify_model, "load_model", load_damaged_in_layer_4)
-    monkeypatch.setenv("COLUMNS", "140")  # pytest-xdist sets it, and on fewer the table is paragraphs
+    monkeypatch.setenv(
+        "COLUMNS", "140"
+    )  # pytest-xdist sets it, and on fewer the table is paragraphs
     code, printed = run(capsys, "--weights", weights_file, "--dtype", dtype, "--device", "cpu")
     assert code == 1
-    assert [line.split()[0] for line in printed.splitlines() if line.endswith("too far")] == ["4", "5", "6"]
+    assert [line.split()[0] for line in printed.splitlines() if line.endswith("too far")] == [
+        "4",
+        "5",
+        "6",
+    ]
     assert "too far apart: layer 4 is the first" in printed
 
 
-def test_positions_that_are_not_turned_are_found_in_the_first_layer(capsys, monkeypatch, weights_file):
+def test_positions_that_are_not_turned_are_found_in_the_first_layer(
+    capsys, monkeypatch, weights_file
+):
     monkeypatch.setattr(esm2, "rotate", lambda x, factors: x)
     code, told = run_as_json(capsys, "--weights", weights_file, "--device", "cpu")
     assert (code, told["first_apart"], told["is_close"]) == (1, 1, False)
@@ -117,7 +137,9 @@ def test_states_that_are_not_finite_are_as_far_off_as_can_be(capsys, monkeypatch
         return network
 
     monkeypatch.setattr(verify_model, "load_model", load_with_nan)
-    code, told = run_as_json(capsys, "--weights", weights_file, "--dtype", "float16", "--device", "cpu")
+    code, told = run_as_json(
+        capsys, "--weights", weights_file, "--dtype", "float16", "--device", "cpu"
+    )
     assert (code, told["first_apart"], told["lowest_mean_cosine"]) == (1, 1, -1.0)
     assert told["layers"][1]["max_abs_difference"] is None
 
@@ -129,7 +151,10 @@ def test_a_layer_is_compared_over_all_sequences_and_cosines_are_of_residues():
     ours[0][0] *= -1
     ours[1][2, 3] = 2.0
     assert LayerComparison.between(3, ours, theirs) == LayerComparison(
-        layer=3, max_abs_difference=2.0, relative_difference=1.0, lowest_cosine=pytest.approx(0.5**0.5)
+        layer=3,
+        max_abs_difference=2.0,
+        relative_difference=1.0,
+        lowest_cosine=pytest.approx(0.5**0.5),
     )
 
 

@@ -39,7 +39,13 @@ from tests.support import flip_bit
 from vnp_lib.checkpoint.file import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset.reader import open_dataset, verify_dataset
-from vnp_lib.errors import CheckpointError, ConfigError, IncompleteDatasetError, NumericalInstabilityError, StorageError
+from vnp_lib.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompleteDatasetError,
+    NumericalInstabilityError,
+    StorageError,
+)
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.plan.outputs import Output, OutputKind, RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan.paths import RunPaths
@@ -97,7 +103,9 @@ def test_every_row_is_that_of_its_own_sequence_in_input_order(run: Run, part_byt
     assert table.column("id").to_pylist() == run.ids
     assert table.column("description").to_pylist() == run.descriptions
     assert table.column("length").to_pylist() == [len(sequence) for sequence in run.sequences]
-    assert np.array_equal(np.array(table.column("embedding").to_pylist(), dtype=np.float32), run.expected_rows())
+    assert np.array_equal(
+        np.array(table.column("embedding").to_pylist(), dtype=np.float32), run.expected_rows()
+    )
     assert not run.paths.assembly_dir.exists()
 
 
@@ -105,7 +113,14 @@ def test_a_part_says_what_it_is_and_is_written_to_be_read(run: Run) -> None:
     run.assemble()
     part = pq.ParquetFile(run.paths.embeddings_dir / "part-00000.parquet")
     schema = part.schema_arrow
-    assert schema.names == ["ordinal", "id", "description", "length", "original_length", "embedding"]
+    assert schema.names == [
+        "ordinal",
+        "id",
+        "description",
+        "length",
+        "original_length",
+        "embedding",
+    ]
     assert schema.field("embedding").type.list_size == DIM
     assert schema.field("embedding").type.value_type == pa.float32()
     assert {key.decode(): value.decode() for key, value in schema.metadata.items()} == {
@@ -143,7 +158,9 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
         size_bytes=sum(sizes),
         precision=None,
         counts=run.plan.counts,
-        software=(SoftwareShare(software=Software.of_metadata({}), sequences=run.plan.num_computed),),
+        software=(
+            SoftwareShare(software=Software.of_metadata({}), sequences=run.plan.num_computed),
+        ),
     )
     assert verify_dataset(run.paths.run_dir) == []
 
@@ -153,7 +170,8 @@ def test_a_dataset_says_what_computed_its_rows(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     ordinals = run.plan.order.astype(np.int64)
     ours, theirs = (
-        Software(vnp=version, code_sha256=version, torch="2.10.0", device="CPU (AVX2)") for version in ("1.0", "0.9")
+        Software(vnp=version, code_sha256=version, torch="2.10.0", device="CPU (AVX2)")
+        for version in ("1.0", "0.9")
     )
     write_checkpoint(run.plan, run.paths.checkpoint(0, 0), ordinals[:10], software=asdict(ours))
     write_checkpoint(run.plan, run.paths.checkpoint(0, 1), ordinals[5:], software=asdict(theirs))
@@ -162,7 +180,11 @@ def test_a_dataset_says_what_computed_its_rows(tmp_path: Path) -> None:
         SoftwareShare(software=theirs, sequences=ordinals.size - 10),
         SoftwareShare(software=ours, sequences=10),
     )
-    told = pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet").metadata[b"software"].decode()
+    told = (
+        pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet")
+        .metadata[b"software"]
+        .decode()
+    )
     assert (
         told
         == f"vnp 0.9, torch 2.10.0, CPU (AVX2): {ordinals.size - 10} sequences; vnp 1.0, torch 2.10.0, CPU (AVX2): 10 sequences"
@@ -181,7 +203,9 @@ def test_a_sequence_in_quarantine_and_its_copies_have_no_row(tmp_path: Path) -> 
     originals, counts = np.unique(run.plan.representatives, return_counts=True)
     quarantined = [int(originals[counts.argmax()]), int(originals[counts.argmin()])]
     finish_run(run, without=quarantined).assemble(quarantined=quarantined)
-    kept = [ordinal for ordinal in range(150) if run.plan.representatives[ordinal] not in quarantined]
+    kept = [
+        ordinal for ordinal in range(150) if run.plan.representatives[ordinal] not in quarantined
+    ]
     dataset = open_dataset(run.paths.run_dir)
 
     assert counts.max() > 1
@@ -207,10 +231,14 @@ def test_a_part_whose_sequences_are_all_in_quarantine_is_empty(tmp_path: Path) -
 def test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts(run: Run) -> None:
     """Two writers that computed the same differ in the last bits; the order in which they are listed says nothing."""
     ordinals = run.plan.shard_ordinals(0)[:5]
-    write_checkpoint(run.plan, run.paths.checkpoint(2, 9), ordinals, rows=np.zeros((5, DIM), np.float32))
+    write_checkpoint(
+        run.plan, run.paths.checkpoint(2, 9), ordinals, rows=np.zeros((5, DIM), np.float32)
+    )
     assemble(run.plan, run.paths, run.records()[::-1])
     dataset = open_dataset(run.paths.run_dir)
-    assert np.array_equal(np.stack([dataset.row(ordinal) for ordinal in range(150)]), run.expected_rows())
+    assert np.array_equal(
+        np.stack([dataset.row(ordinal) for ordinal in range(150)]), run.expected_rows()
+    )
 
 
 def test_missing_sequences_are_counted_and_ten_are_named(tmp_path: Path) -> None:
@@ -218,7 +246,9 @@ def test_missing_sequences_are_counted_and_ten_are_named(tmp_path: Path) -> None
     missing = np.flatnonzero(np.isin(run.plan.representatives, run.plan.order[:30]))
     finish_run(run, without=run.plan.order[:30].tolist())
     named = ", ".join(f"{ordinal} ('{run.ids[ordinal]}')" for ordinal in missing[:10])
-    message = re.escape(f"{missing.size} of 150 sequences are in no checkpoint; start the run again")
+    message = re.escape(
+        f"{missing.size} of 150 sequences are in no checkpoint; start the run again"
+    )
     with pytest.raises(IncompleteDatasetError, match=f"{message}.*{re.escape(named)}, \\.\\.\\.$"):
         run.assemble()
     assert not run.paths.success.exists()
@@ -226,7 +256,10 @@ def test_missing_sequences_are_counted_and_ten_are_named(tmp_path: Path) -> None
 
 def test_a_sequence_both_computed_and_in_quarantine_is_refused(run: Run) -> None:
     ordinal = int(run.plan.order[0])
-    with pytest.raises(IncompleteDatasetError, match=f"in quarantine and yet in a checkpoint: ordinals.* {ordinal} "):
+    with pytest.raises(
+        IncompleteDatasetError,
+        match=f"in quarantine and yet in a checkpoint: ordinals.* {ordinal} ",
+    ):
         run.assemble(quarantined=[ordinal])
 
 
@@ -247,7 +280,11 @@ def test_a_partial_dataset_lacks_what_is_missing_with_its_copies_and_nothing_els
 
     assert_rows(run, without=missing)
     assert num_missing > 3
-    assert (summary.num_missing, summary.num_quarantined, summary.num_rows) == (num_missing, 0, 150 - num_missing)
+    assert (summary.num_missing, summary.num_quarantined, summary.num_rows) == (
+        num_missing,
+        0,
+        150 - num_missing,
+    )
     assert json.loads(run.paths.success.read_bytes())["num_missing"] == num_missing
     with pytest.raises(KeyError, match="or not computed yet: the dataset is partial"):
         open_dataset(run.paths.run_dir).row(missing[0])
@@ -257,7 +294,9 @@ def test_missing_and_quarantined_rows_are_told_apart(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     *quarantined, missing = some_with_copies_and_without(run.plan)
     finish_run(run, without=[*quarantined, missing])
-    with pytest.raises(IncompleteDatasetError, match=f"1 of 150 sequences are in no checkpoint.* {missing} "):
+    with pytest.raises(
+        IncompleteDatasetError, match=f"1 of 150 sequences are in no checkpoint.* {missing} "
+    ):
         run.assemble(quarantined=quarantined)
     summary = run.assemble(quarantined=quarantined, allow_missing=True)
     assert_rows(run, without=[*quarantined, missing])
@@ -274,7 +313,9 @@ def test_a_part_of_which_nothing_is_computed_is_empty(tmp_path: Path) -> None:
     assert_rows(run, without=missing)
 
 
-def test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made(tmp_path: Path) -> None:
+def test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made(
+    tmp_path: Path,
+) -> None:
     """Row by row, and byte by byte: nothing of the partial one is left."""
     for name in ("whole", "run"):
         (tmp_path / name).mkdir()
@@ -373,25 +414,37 @@ def test_a_checkpoint_with_a_flipped_bit_makes_no_dataset(run: Run) -> None:
 
 def test_a_checkpoint_that_gives_rows_other_ids_makes_no_dataset(run: Run) -> None:
     ordinals = run.plan.shard_ordinals(0)[:5]
-    write_checkpoint(run.plan, run.paths.checkpoint(0, 9), ordinals, ids=run.plan.ids(ordinals)[::-1])
-    with pytest.raises(StorageError, match=r"batch_00009\.pt gives its rows other ids than the plan"):
+    write_checkpoint(
+        run.plan, run.paths.checkpoint(0, 9), ordinals, ids=run.plan.ids(ordinals)[::-1]
+    )
+    with pytest.raises(
+        StorageError, match=r"batch_00009\.pt gives its rows other ids than the plan"
+    ):
         run.assemble()
 
 
 def test_a_checkpoint_of_another_width_makes_no_dataset(run: Run) -> None:
     ordinals = run.plan.shard_ordinals(0)[:5]
-    write_checkpoint(run.plan, run.paths.checkpoint(0, 9), ordinals, rows=np.zeros((5, DIM + 1), np.float32))
-    with pytest.raises(StorageError, match=r"batch_00009\.pt has rows of shape \(5, 9\); \(5, 8\) is wanted"):
+    write_checkpoint(
+        run.plan, run.paths.checkpoint(0, 9), ordinals, rows=np.zeros((5, DIM + 1), np.float32)
+    )
+    with pytest.raises(
+        StorageError, match=r"batch_00009\.pt has rows of shape \(5, 9\); \(5, 8\) is wanted"
+    ):
         run.assemble()
 
 
 @pytest.mark.parametrize(
     ("pick", "what"),
     [
-        pytest.param(lambda plan: np.array([plan.num_sequences]), "does not compute", id="beyond the input"),
+        pytest.param(
+            lambda plan: np.array([plan.num_sequences]), "does not compute", id="beyond the input"
+        ),
         pytest.param(lambda plan: np.array([-1]), "does not compute", id="negative"),
         pytest.param(
-            lambda plan: np.setdiff1d(np.arange(plan.num_sequences), plan.order)[:1], "does not compute", id="a copy"
+            lambda plan: np.setdiff1d(np.arange(plan.num_sequences), plan.order)[:1],
+            "does not compute",
+            id="a copy",
         ),
         pytest.param(lambda plan: plan.order[[0, 0]], "holds an ordinal twice", id="twice"),
     ],
@@ -420,7 +473,9 @@ def test_a_row_that_is_not_finite_is_named(run: Run, monkeypatch: pytest.MonkeyP
     """Checkpoints refuse such rows; were one to come through, the dataset does too."""
     load = vnp_lib.checkpoint.file.load_checkpoint
 
-    def load_with_a_bad_row(path: Path, *, fingerprint: str | None) -> vnp_lib.checkpoint.file.Checkpoint:
+    def load_with_a_bad_row(
+        path: Path, *, fingerprint: str | None
+    ) -> vnp_lib.checkpoint.file.Checkpoint:
         checkpoint = load(path, fingerprint=fingerprint)
         if path == run.paths.checkpoint(0, 0):
             checkpoint.embeddings[0, 3] = np.inf
@@ -439,25 +494,32 @@ def test_a_whole_dataset_is_left_as_it_is(run: Run) -> None:
     assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
 
 
-def test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left_as_it_is(run: Run) -> None:
+def test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left_as_it_is(
+    run: Run,
+) -> None:
     """Of the same checkpoints, and never a part of the one beside a part of the other."""
     run.assemble()
     halved = run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16))
     halved.assemble()
     parts = sorted(run.paths.embeddings_dir.glob("part-*.parquet"))
-    assert {pq.read_schema(part).field("embedding").type.value_type for part in parts} == {pa.float16()}
+    assert {pq.read_schema(part).field("embedding").type.value_type for part in parts} == {
+        pa.float16()
+    }
     before = {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()}
     halved.assemble()
     assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
     assert np.array_equal(
-        open_dataset(run.paths.run_dir).to_numpy()[1], run.expected_rows().astype(np.float16).astype(np.float32)
+        open_dataset(run.paths.run_dir).to_numpy()[1],
+        run.expected_rows().astype(np.float16).astype(np.float32),
     )
     run.assemble()
     assert_rows(run, without=[])
 
 
 @pytest.mark.parametrize("value", [65_520.0, -1e6])
-def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(run: Run, value: float) -> None:
+def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(
+    run: Run, value: float
+) -> None:
     """It is rounded to infinity from 65,520, half-way to the number that would come after 65,504."""
     ordinals = run.plan.shard_ordinals(0)
     rows = np.stack([embed(sequence) for sequence in run.plan.fetch(ordinals)[1]])
@@ -468,7 +530,9 @@ def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(run: R
     halved = run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16))
     checkpoints = halved.records()
     told = rf"{1 + len(others)} embeddings have values beyond 65,504, .* the first of '{run.ids[first]}' \(ordinal {first}\)"
-    with pytest.raises(ConfigError, match=told + "; start the run again with --store-dtype float32"):
+    with pytest.raises(
+        ConfigError, match=told + "; start the run again with --store-dtype float32"
+    ):
         halved.assemble(part_bytes=10**9)
     assert not run.paths.success.exists()
     assert [record.path for record in run.records()] == [record.path for record in checkpoints]
@@ -498,7 +562,9 @@ def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
     assert files_of(run.paths.embeddings_dir) == whole
 
 
-def test_an_interrupted_assembly_is_invisible_and_starts_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_assembly_is_invisible_and_starts_over(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_part = vnp_lib.run.assembly._write_part
 
     def write_two_parts(*arguments: object) -> dict[str, object]:
@@ -592,7 +658,10 @@ def test_killed_at_any_operation_the_old_dataset_or_the_new_one_is_there_whole(
         run.assemble(part_bytes=10**9)
         assert open_dataset(run_dir).metadata["store_dtype"] == NEW
         assert verify_dataset(run_dir) == []
-        names = {path.relative_to(run.paths.embeddings_dir).as_posix() for path in run.paths.embeddings_dir.rglob("*")}
+        names = {
+            path.relative_to(run.paths.embeddings_dir).as_posix()
+            for path in run.paths.embeddings_dir.rglob("*")
+        }
         assert names == {"_SUCCESS.json", "part-00000.parquet", "notes.txt", "mine", "mine/x.csv"}
         assert not run.paths.assembly_dir.exists()
         shutil.rmtree(run_dir)
@@ -634,7 +703,9 @@ def test_a_parquet_file_of_somebody_else_is_never_removed_and_never_mixed_in(
     foreign.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({"id": ["theirs"]}), foreign)
     before = files_of(run.paths.embeddings_dir)
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is not of this run.* move it to another directory"):
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(name)} is not of this run.* move it to another directory"
+    ):
         run.assemble()
     assert files_of(run.paths.embeddings_dir) == before
     foreign.rename(run.paths.run_dir / name)
@@ -687,7 +758,9 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
     """They are larger instead. What is written can be read, whatever the size of a part that is asked for."""
     monkeypatch.setattr(vnp_lib.run.buckets, "_MOST_PARTS", 7)
     outputs = (
-        (Output(kind=OutputKind.MEAN, layer=6),) if layout == "mean" else (Output(kind=OutputKind.PER_TOK, layer=6),)
+        (Output(kind=OutputKind.MEAN, layer=6),)
+        if layout == "mean"
+        else (Output(kind=OutputKind.PER_TOK, layer=6),)
     )
     rows = RowLayout(outputs, DIM)
     run = start_run(tmp_path, model=identity_of(rows))
@@ -696,7 +769,9 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
         own = [row_of(rows, sequence) for sequence in run.plan.fetch(ordinals)[1]]
         offsets = None if layout == "mean" else offsets_of(np.array([row.size for row in own]))
         joined = np.stack(own) if layout == "mean" else np.concatenate(own)
-        write_checkpoint(run.plan, run.paths.checkpoint(rank, 0), ordinals, rows=joined, offsets=offsets)
+        write_checkpoint(
+            run.plan, run.paths.checkpoint(rank, 0), ordinals, rows=joined, offsets=offsets
+        )
     summary = run.assemble(part_bytes=1)
     assert 4 <= summary.num_parts <= 8
     assert len(open_dataset(run.paths.run_dir)) == 150
@@ -705,7 +780,9 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
 def test_as_many_parts_as_there_may_be_leave_success_json_well_below_what_is_read() -> None:
     part = {"name": "part-16384.parquet", "rows": 10**9, "size_bytes": 10**12, "sha256": "f" * 64}
     part |= {"footer_bytes": 10**9, "footer_sha256": "f" * 64}
-    told = vnp_lib.storage.durable.canonical_json({"parts": [part] * 2 * vnp_lib.run.buckets._MOST_PARTS})
+    told = vnp_lib.storage.durable.canonical_json(
+        {"parts": [part] * 2 * vnp_lib.run.buckets._MOST_PARTS}
+    )
     assert len(told) < vnp_lib.storage.durable.MAX_JSON_BYTES / 3
 
 
@@ -718,10 +795,14 @@ def test_the_same_cut_sequences_of_longer_ones_are_another_input(tmp_path: Path)
         fasta.write_text(f">a\n{cut}{tail}\n>b\nMKV\n")
         policy = InputPolicy(max_length=16, long="truncate")
         plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
-        records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+        records = survey_checkpoints(
+            paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+        ).valid
         if not records:
             write_checkpoint(plan, paths.checkpoint(0, 0), plan.order)
-            records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+            records = survey_checkpoints(
+                paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+            ).valid
         assemble(plan, paths, records)
         table = pq.read_table(paths.embeddings_dir / "part-00000.parquet")
         told.append(table.column("original_length").to_pylist()[0])
@@ -742,7 +823,9 @@ def test_a_dataset_that_stays_needs_no_room_and_one_that_is_replaced_gives_none(
         check_free_space(run.paths, replace(run.plan, store_dtype=NEW), layout)
 
 
-def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     distribute = vnp_lib.run.assembly._distribute
 
     def distribute_and_damage(*arguments: object) -> object:
@@ -752,7 +835,9 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(run: Run, monkeyp
         return comparisons
 
     monkeypatch.setattr(vnp_lib.run.assembly, "_distribute", distribute_and_damage)
-    with pytest.raises(StorageError, match=r"bucket-00002-.* does not give back what was written to it"):
+    with pytest.raises(
+        StorageError, match=r"bucket-00002-.* does not give back what was written to it"
+    ):
         run.assemble()
     assert not run.paths.success.exists()
 
@@ -783,12 +868,16 @@ def test_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path: Path) 
     plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=10**6)
     rows = np.repeat(plan.lengths[plan.order].astype(np.float32)[:, np.newaxis], dim, axis=1)
     write_checkpoint(plan, paths.checkpoint(0, 0), plan.order, rows=rows)
-    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+    records = survey_checkpoints(
+        paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+    ).valid
 
     tracemalloc.start()
     assemble(plan, paths, records, part_bytes=4 * 1024**2)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < num_sequences * dim * 4 / 3
-    first_values = np.concatenate([rows[:, 0] for _, rows in open_dataset(tmp_path / "run").batches(1000)])
+    first_values = np.concatenate(
+        [rows[:, 0] for _, rows in open_dataset(tmp_path / "run").batches(1000)]
+    )
     assert first_values.tolist() == [len(sequence) for sequence in sequences]

@@ -33,7 +33,10 @@ def read_all(*blocks: bytes, within_s: float = 5.0) -> list[dict[str, Any]]:
 
 
 def test_events_come_back_however_the_bytes_are_cut() -> None:
-    sent = [{"event": "started", "pending": 3}, {"event": "log", "level": 20, "message": "ä\n\udcff"}]
+    sent = [
+        {"event": "started", "pending": 3},
+        {"event": "log", "level": 20, "message": "ä\n\udcff"},
+    ]
     data = b"".join(map(encode_event, sent))
     assert read_all(*(data[i : i + 1] for i in range(len(data)))) == sent
 
@@ -87,7 +90,12 @@ def test_nothing_in_time_is_none_and_what_comes_later_is_not_lost() -> None:
 def test_a_long_event_is_shortened_and_a_short_one_is_not() -> None:
     """Ten ids of a megabyte each, in the failure that names them."""
     ids = [chr(97 + i) * 2**20 for i in range(40)]
-    line = encode_event({"event": "failed", "failure": {"sequence_ids": ids, "batch_idx": 3, "message": "m" * 10**6}})
+    line = encode_event(
+        {
+            "event": "failed",
+            "failure": {"sequence_ids": ids, "batch_idx": 3, "message": "m" * 10**6},
+        }
+    )
     assert len(line) < 16 * 1024
     failure = json.loads(line)["failure"]
     assert failure["batch_idx"] == 3

@@ -24,7 +24,9 @@ from vnp_lib.run.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock
 
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
+)
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 
 
@@ -66,7 +68,9 @@ def begin(paths: RunPaths, start: datetime = NOON) -> AttemptHistory:
 
 
 def failure_at(at: datetime, cause: FailureCause = FailureCause.KILLED) -> dict[str, Any]:
-    return Failure(cause=cause, message="the child left with SIGKILL").to_json() | {"at": at.isoformat()}
+    return Failure(cause=cause, message="the child left with SIGKILL").to_json() | {
+        "at": at.isoformat()
+    }
 
 
 def test_an_attempt_is_read_back_as_it_was(plan: RunPlan, paths: RunPaths) -> None:
@@ -84,7 +88,13 @@ def test_an_attempt_is_read_back_as_it_was(plan: RunPlan, paths: RunPaths) -> No
         attempt.checkpoint(plan, number, ordinals.size)
     attempt.ended(Ending.DONE)
     (read,) = read_attempts(paths, 0)
-    assert (read.number, read.device, read.pid, read.pending, read.ending) == (2, "3", os.getpid(), 40, Ending.DONE)
+    assert (read.number, read.device, read.pid, read.pending, read.ending) == (
+        2,
+        "3",
+        os.getpid(),
+        40,
+        Ending.DONE,
+    )
     assert (read.started_at, read.ended_at) == (NOON, NOON + timedelta(seconds=3))
     tokens = [plan.num_tokens(plan.order[:30]), plan.num_tokens(plan.order[30:])]
     assert [(each.number, each.rows, each.tokens, each.seconds) for each in read.checkpoints] == [
@@ -114,13 +124,19 @@ def test_an_attempt_that_failed_before_it_began_has_no_line(paths: RunPaths) -> 
     assert not paths.history(0).exists()
 
 
-def test_a_killed_attempt_is_lost_and_ends_with_its_last_line(plan: RunPlan, paths: RunPaths) -> None:
+def test_a_killed_attempt_is_lost_and_ends_with_its_last_line(
+    plan: RunPlan, paths: RunPaths
+) -> None:
     attempt = begin(paths)
     commit(plan, paths, 0, plan.order[:5])
     attempt.checkpoint(plan, 0, 5)
     begin(paths, NOON + timedelta(minutes=5)).ended(Ending.STOPPED)
     lost, stopped = read_attempts(paths, 0)
-    assert (lost.ending, lost.ended_at, lost.kind) == (Ending.LOST, NOON + timedelta(seconds=1), None)
+    assert (lost.ending, lost.ended_at, lost.kind) == (
+        Ending.LOST,
+        NOON + timedelta(seconds=1),
+        None,
+    )
     assert (stopped.ending, stopped.started_at) == (Ending.STOPPED, NOON + timedelta(minutes=5))
 
 
@@ -164,7 +180,12 @@ def test_lines_that_are_torn_or_foreign_are_passed_over(paths: RunPaths) -> None
         [],
     ]
     with paths.history(0).open("ab") as file:
-        file.write(b"\xff\xfe\n" + b"[" * 100_000 + b"\n\n" + b"\n".join(json.dumps(line).encode() for line in foreign))
+        file.write(
+            b"\xff\xfe\n"
+            + b"[" * 100_000
+            + b"\n\n"
+            + b"\n".join(json.dumps(line).encode() for line in foreign)
+        )
     attempts = read_attempts(paths, 0)
     assert [(each.started_at, each.ending) for each in attempts] == [
         (NOON, Ending.LOST),
@@ -172,7 +193,9 @@ def test_lines_that_are_torn_or_foreign_are_passed_over(paths: RunPaths) -> None
     ]
 
 
-def test_of_a_huge_file_only_the_end_is_read(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_huge_file_only_the_end_is_read(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin(paths)
     line = paths.history(0).read_bytes()
     paths.history(0).write_bytes(line * 100)
@@ -196,12 +219,16 @@ def test_what_cannot_be_written_harms_nobody(
     assert paths.history(0).read_bytes() == b""
 
 
-def test_a_checkpoint_without_its_marker_is_no_reason_to_fail(plan: RunPlan, paths: RunPaths) -> None:
+def test_a_checkpoint_without_its_marker_is_no_reason_to_fail(
+    plan: RunPlan, paths: RunPaths
+) -> None:
     begin(paths).checkpoint(plan, 7, 5)
     assert read_attempts(paths, 0)[0].checkpoints == ()
 
 
-def test_nothing_is_written_through_a_link_and_nobody_waits_at_a_pipe(paths: RunPaths, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link_and_nobody_waits_at_a_pipe(
+    paths: RunPaths, tmp_path: Path
+) -> None:
     target = tmp_path / "target"
     target.write_text("mine")
     paths.history(0).symlink_to(target)

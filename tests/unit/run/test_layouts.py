@@ -44,7 +44,9 @@ LAYOUTS = [VECTORS, RAGGED, ONLY_PER_TOK]
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["vectors", "ragged", "per_tok"])
 
 
-def assert_same_outputs(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> None:
+def assert_same_outputs(
+    found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]
+) -> None:
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name].dtype == np.float32
@@ -69,7 +71,10 @@ def test_every_array_is_found_under_its_id_its_place_and_its_name(
     run = finished_run_of(tmp_path, layout)
     summary = run.assemble(part_bytes=part_bytes)
     assert summary.num_rows == 150
-    assert (summary.num_parts == 150, summary.num_parts == 1) == (part_bytes == 1, part_bytes == 10**9)
+    assert (summary.num_parts == 150, summary.num_parts == 1) == (
+        part_bytes == 1,
+        part_bytes == 10**9,
+    )
     assert_all_rows(open_dataset(run.paths.run_dir), run, layout)
     assert verify_dataset(run.paths.run_dir) == []
 
@@ -93,18 +98,34 @@ def test_a_part_has_a_column_for_each_output_that_others_can_read(tmp_path: Path
     run = finished_run_of(tmp_path, RAGGED)
     run.assemble(part_bytes=10**9)
     table = pq.read_table(run.paths.embeddings_dir / "part-00000.parquet")
-    assert table.schema.names == ["ordinal", "id", "description", "length", "original_length", *RAGGED.names]
-    assert table.schema.field("mean_6").type == pa.list_(pa.field("element", pa.float32(), nullable=False), DIM)
-    assert table.schema.field("contacts").type == pa.list_(pa.field("element", pa.float32(), nullable=False))
+    assert table.schema.names == [
+        "ordinal",
+        "id",
+        "description",
+        "length",
+        "original_length",
+        *RAGGED.names,
+    ]
+    assert table.schema.field("mean_6").type == pa.list_(
+        pa.field("element", pa.float32(), nullable=False), DIM
+    )
+    assert table.schema.field("contacts").type == pa.list_(
+        pa.field("element", pa.float32(), nullable=False)
+    )
     for length, contacts, sequence in zip(
-        table.column("length").to_pylist(), table.column("contacts").to_pylist(), run.sequences, strict=True
+        table.column("length").to_pylist(),
+        table.column("contacts").to_pylist(),
+        run.sequences,
+        strict=True,
     ):
         found = np.array(contacts, dtype=np.float32).reshape(length, length)
         assert np.array_equal(found, outputs_of(RAGGED, sequence)["contacts"])
 
 
 @all_layouts
-def test_a_dataset_in_float16_holds_the_nearest_of_each_value(tmp_path: Path, layout: RowLayout) -> None:
+def test_a_dataset_in_float16_holds_the_nearest_of_each_value(
+    tmp_path: Path, layout: RowLayout
+) -> None:
     """Two bytes for each in Parquet, whatever its shape; and float32 for whoever reads it with us."""
     run = finished_run_of(tmp_path, layout, StoreDtype.FLOAT16)
     run.assemble(part_bytes=50_000)
@@ -132,7 +153,10 @@ def test_success_json_names_the_outputs_and_the_first_ordinal_of_each_part(tmp_p
     success = json.loads(run.paths.success.read_bytes())
     assert success["outputs"] == ["mean_6", "per_tok_6", "contacts", "logits"]
     assert success["dim"] == DIM
-    assert success["first_ordinals"] == np.cumsum([0, *(part["rows"] for part in success["parts"])])[:-1].tolist()
+    assert (
+        success["first_ordinals"]
+        == np.cumsum([0, *(part["rows"] for part in success["parts"])])[:-1].tolist()
+    )
 
 
 def test_the_mean_of_another_layer_is_an_embedding_like_any_other(tmp_path: Path) -> None:
@@ -146,7 +170,9 @@ def test_the_mean_of_another_layer_is_an_embedding_like_any_other(tmp_path: Path
 
 
 @pytest.mark.parametrize("part_bytes", [1, 50_000])
-def test_sequences_in_quarantine_have_no_row_in_a_ragged_dataset_either(tmp_path: Path, part_bytes: int) -> None:
+def test_sequences_in_quarantine_have_no_row_in_a_ragged_dataset_either(
+    tmp_path: Path, part_bytes: int
+) -> None:
     run = start_run(tmp_path, model=identity_of(RAGGED))
     left_out = run.plan.order[:3].tolist()
     write_planned(run, RAGGED, run.paths.checkpoint(0, 0), run.plan.order[3:])
@@ -161,17 +187,29 @@ def test_sequences_in_quarantine_have_no_row_in_a_ragged_dataset_either(tmp_path
 
 
 @all_layouts
-def test_a_run_of_other_outputs_is_refused_and_its_checkpoints_are_not_taken(tmp_path: Path, layout: RowLayout) -> None:
+def test_a_run_of_other_outputs_is_refused_and_its_checkpoints_are_not_taken(
+    tmp_path: Path, layout: RowLayout
+) -> None:
     run = finished_run_of(tmp_path, layout)
     other = RowLayout.of_names(["mean_6", "bos_5"], embed_dim=DIM)
-    with pytest.raises(FingerprintMismatchError, match=r"outputs is '.*' there and 'mean_6,bos_5' here"):
-        make_plan(run.paths, [tmp_path / "x.fasta"], identity_of(other), num_shards=3, token_budget=200)
+    with pytest.raises(
+        FingerprintMismatchError, match=r"outputs is '.*' there and 'mean_6,bos_5' here"
+    ):
+        make_plan(
+            run.paths, [tmp_path / "x.fasta"], identity_of(other), num_shards=3, token_budget=200
+        )
     with pytest.raises(FingerprintMismatchError, match=r"outputs is '.*' there and None here"):
         make_plan(run.paths, [tmp_path / "x.fasta"], MODEL, num_shards=3, token_budget=200)
     elsewhere = make_plan(
-        RunPaths(tmp_path / "other"), [tmp_path / "x.fasta"], identity_of(other), num_shards=3, token_budget=200
+        RunPaths(tmp_path / "other"),
+        [tmp_path / "x.fasta"],
+        identity_of(other),
+        num_shards=3,
+        token_budget=200,
     )
-    survey = survey_checkpoints(run.paths.checkpoints_dir, elsewhere.fingerprint, verify_digests=False)
+    survey = survey_checkpoints(
+        run.paths.checkpoints_dir, elsewhere.fingerprint, verify_digests=False
+    )
     assert survey.valid == ()
     assert len(survey.damaged) == 12
     assert all("is of the run" in damage.reason for damage in survey.damaged)
@@ -190,7 +228,9 @@ def test_rows_of_other_widths_than_the_sequences_are_damage(tmp_path: Path) -> N
     offsets = moved_by_one(offsets_of(np.array([row.size for row in rows])).tolist())
     path = run.paths.checkpoint(0, 0)
     write_checkpoint(run.plan, path, ordinals, rows=np.concatenate(rows), offsets=np.array(offsets))
-    with pytest.raises(CheckpointError, match="rows of other widths than its sequences' lengths come to"):
+    with pytest.raises(
+        CheckpointError, match="rows of other widths than its sequences' lengths come to"
+    ):
         run.assemble()
     [damage] = read_checkpoints(run.plan, run.paths).damaged
     assert "other widths" in damage.reason
@@ -205,11 +245,15 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
 
     def spoilt(buckets: Any, part: int) -> Any:
         ordinals, rows = take(buckets, part)
-        rows[int(RAGGED.widths(run.plan.lengths[ordinals])[:2].sum()) - 1] = np.nan  # the second row's last number
+        rows[int(RAGGED.widths(run.plan.lengths[ordinals])[:2].sum()) - 1] = (
+            np.nan
+        )  # the second row's last number
         return ordinals, rows
 
     monkeypatch.setattr(vnp_lib.run.buckets._Buckets, "take", spoilt)
-    with pytest.raises(NumericalInstabilityError, match=rf"the first of {run.ids[1]!r} \(ordinal 1\)"):
+    with pytest.raises(
+        NumericalInstabilityError, match=rf"the first of {run.ids[1]!r} \(ordinal 1\)"
+    ):
         run.assemble(part_bytes=10**9)
 
 
@@ -227,8 +271,12 @@ def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path:
     for number, ordinals in enumerate(np.array_split(plan.order, 10)):
         widths = layout.widths(plan.lengths[ordinals])
         rows = np.repeat(widths.astype(np.float32), widths)
-        write_checkpoint(plan, paths.checkpoint(0, number), ordinals, rows=rows, offsets=offsets_of(widths))
-    records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False).valid
+        write_checkpoint(
+            plan, paths.checkpoint(0, number), ordinals, rows=rows, offsets=offsets_of(widths)
+        )
+    records = survey_checkpoints(
+        paths.checkpoints_dir, plan.fingerprint, verify_digests=False
+    ).valid
     whole_bytes = 4 * int(layout.widths(plan.lengths).sum())
 
     tracemalloc.start()
@@ -249,8 +297,15 @@ def test_what_takes_vectors_says_that_there_is_more(tmp_path: Path) -> None:
     run = finished_run_of(tmp_path, RAGGED)
     run.assemble()
     dataset = open_dataset(run.paths.run_dir)
-    for takes_vectors in (dataset.to_numpy, dataset.as_torch_dataset, lambda: next(dataset.torch_batches(2))):
-        with pytest.raises(ValueError, match="has no single vector for each sequence, but mean_6, per_tok_6, contacts"):
+    for takes_vectors in (
+        dataset.to_numpy,
+        dataset.as_torch_dataset,
+        lambda: next(dataset.torch_batches(2)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="has no single vector for each sequence, but mean_6, per_tok_6, contacts",
+        ):
             takes_vectors()
     sequence_id, outputs = dataset.at(3)
     assert sequence_id == run.ids[3]

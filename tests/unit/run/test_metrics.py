@@ -35,7 +35,9 @@ from vnp_lib.run.run import ShardState
 
 @pytest.fixture
 def quarantine(tmp_path: Path) -> Quarantine:
-    return Quarantine(tmp_path / "quarantine.jsonl", num_sequences=100, num_computed=100, fingerprint="f")
+    return Quarantine(
+        tmp_path / "quarantine.jsonl", num_sequences=100, num_computed=100, fingerprint="f"
+    )
 
 
 @contextmanager
@@ -112,7 +114,10 @@ def test_failures_are_counted_by_kind_and_every_kind_has_its_series(quarantine: 
     page = page_of(metrics, quarantine)
     counted = {name: value for name, value in page.items() if name.startswith("vnp_failures")}
     expected = dict.fromkeys((f"vnp_failures_total{{kind={kind}}}" for kind in FailureKind), 0)
-    assert counted == expected | {"vnp_failures_total{kind=oom}": 2, "vnp_failures_total{kind=spot_preemption}": 1}
+    assert counted == expected | {
+        "vnp_failures_total{kind=oom}": 2,
+        "vnp_failures_total{kind=spot_preemption}": 1,
+    }
 
 
 def test_the_times_of_checkpoints_are_a_histogram(quarantine: Quarantine) -> None:
@@ -121,9 +126,16 @@ def test_the_times_of_checkpoints_are_a_histogram(quarantine: Quarantine) -> Non
     for seconds in (0.005, 0.3, 0.5, 1000.0):
         metrics.hear(0, {"event": "checkpoint", "number": 0, "rows": 1, "seconds": seconds})
     page = page_of(metrics, quarantine)
-    buckets = {bound: page[f"vnp_checkpoint_write_seconds_bucket{{le={bound}}}"] for bound in ("0.1", "0.3", "1.0")}
+    buckets = {
+        bound: page[f"vnp_checkpoint_write_seconds_bucket{{le={bound}}}"]
+        for bound in ("0.1", "0.3", "1.0")
+    }
     assert buckets == {"0.1": 1, "0.3": 2, "1.0": 3}
-    assert page["vnp_checkpoint_write_seconds_bucket{le=+Inf}"] == page["vnp_checkpoint_write_seconds_count"] == 4
+    assert (
+        page["vnp_checkpoint_write_seconds_bucket{le=+Inf}"]
+        == page["vnp_checkpoint_write_seconds_count"]
+        == 4
+    )
     assert page["vnp_checkpoint_write_seconds_sum"] == pytest.approx(1000.805)
 
 
@@ -163,11 +175,15 @@ def test_of_shards_on_other_machines_the_manifest_tells_how_far_they_are(
         plan=make_plan(paths, [tiny_fasta], model, num_shards=2, token_budget=200),
         manifest=CheckpointManifest(paths.manifest),
         metrics=RunMetrics(),
-        shard_state=lambda rank: ShardState(rank=rank, num_sequences=20, num_done=3, tokens_done=100),
+        shard_state=lambda rank: ShardState(
+            rank=rank, num_sequences=20, num_done=3, tokens_done=100
+        ),
     )
     run.manifest.initialize(2, run.plan.fingerprint, "w")
     run.manifest.update_shard_checkpoint(1, 0, 3, "batch_00000.pt")
-    shown = work_pool._ShownProgress(run, run.shard_state(1), RunProgress(total_sequences=40, total_tokens=1_000))
+    shown = work_pool._ShownProgress(
+        run, run.shard_state(1), RunProgress(total_sequences=40, total_tokens=1_000)
+    )
     run.manifest.update_shard_checkpoint(1, 1, 9, "batch_00001.pt")
     shown.update()
     page = page_of(run.metrics, quarantine)
@@ -214,7 +230,9 @@ def gpu_series(page: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in page.items() if "gpu" in name}
 
 
-def test_gpus_are_looked_at_when_the_page_is_asked_for(quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_looked_at_when_the_page_is_asked_for(
+    quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And only then. What NVML cannot tell of one GPU is left out."""
     nvml = FakeNVML()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -241,7 +259,9 @@ class WithoutGPU(FakeNVML):
         return 0
 
 
-@pytest.mark.parametrize("nvml", [None, WithoutDriver(), WithoutGPU()], ids=["no pynvml", "no driver", "no GPU"])
+@pytest.mark.parametrize(
+    "nvml", [None, WithoutDriver(), WithoutGPU()], ids=["no pynvml", "no driver", "no GPU"]
+)
 def test_without_a_gpu_there_are_no_series_of_gpus(
     quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch, nvml: ModuleType | None
 ) -> None:
@@ -251,7 +271,9 @@ def test_without_a_gpu_there_are_no_series_of_gpus(
     assert page["vnp_failures_total{kind=oom}"] == 0
 
 
-def test_nobody_waits_for_a_scrape_that_hangs(quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_scrape_that_hangs(
+    quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither the counting, nor the end of the run."""
     hangs, goes_on = threading.Event(), threading.Event()
 
@@ -277,12 +299,16 @@ def test_nobody_waits_for_a_scrape_that_hangs(quarantine: Quarantine, monkeypatc
 
 def run_with(tmp_path: Path, quarantine: Quarantine, **settings: Any) -> Any:
     return SimpleNamespace(
-        config=small_config(EXAMPLE, tmp_path / "run", **settings), metrics=RunMetrics(), quarantine=quarantine
+        config=small_config(EXAMPLE, tmp_path / "run", **settings),
+        metrics=RunMetrics(),
+        quarantine=quarantine,
     )
 
 
 @pytest.fixture
-def flow_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def flow_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> pytest.LogCaptureFixture:
     """The flow run's log, without a flow run."""
     monkeypatch.setattr("flows.metrics.get_run_logger", lambda: logging.getLogger("flow_run"))
     caplog.set_level(logging.INFO, "flow_run")
@@ -293,7 +319,11 @@ def listening_ports() -> set[int]:
     """Of this process, by the kernel's word."""
     ours = {link.readlink().name for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
     sockets = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
-    return {int(each[1].split(":")[1], 16) for each in sockets if each[3] == "0A" and f"socket:[{each[9]}]" in ours}
+    return {
+        int(each[1].split(":")[1], 16)
+        for each in sockets
+        if each[3] == "0A" and f"socket:[{each[9]}]" in ours
+    }
 
 
 def test_without_a_port_nothing_listens(
@@ -320,15 +350,26 @@ def test_a_run_goes_on_without_metrics_where_the_port_is_taken(
     assert (record.levelno, str(port) in record.getMessage()) == (logging.WARNING, True)
 
 
-def test_a_taken_port_is_said_at_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_said_at_the_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On the command line: exit code 2, one sentence, and nothing on disk."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        arguments = ["--fasta", str(EXAMPLE), "--output-dir", str(tmp_path / "run"), "--metrics-port", str(port)]
+        arguments = [
+            "--fasta",
+            str(EXAMPLE),
+            "--output-dir",
+            str(tmp_path / "run"),
+            "--metrics-port",
+            str(port),
+        ]
         assert main([*arguments, *SMALL_MODEL]) == ExitCode.UNUSABLE_INPUT
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
-    assert err.startswith(f"--metrics-port {port}: nothing can be served on 127.0.0.1: Address already in use")
+    assert err.startswith(
+        f"--metrics-port {port}: nothing can be served on 127.0.0.1: Address already in use"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,9 +385,14 @@ def test_a_taken_port_keeps_no_run_in_a_work_pool_out(tmp_path: Path) -> None:
 
 def test_a_port_that_the_last_run_has_just_left_is_free(quarantine: Quarantine) -> None:
     """Its connections linger for a minute in the kernel."""
-    with served(RunMetrics(), quarantine) as port, socket.create_connection(("127.0.0.1", port)) as scraper:
+    with (
+        served(RunMetrics(), quarantine) as port,
+        socket.create_connection(("127.0.0.1", port)) as scraper,
+    ):
         scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        while scraper.recv(65_536):  # to its end: the server is the one that closes first, and has to linger
+        while scraper.recv(
+            65_536
+        ):  # to its end: the server is the one that closes first, and has to linger
             pass
     require_free_port("127.0.0.1", port)
     with serving(RunMetrics(), quarantine, address="127.0.0.1", port=port):

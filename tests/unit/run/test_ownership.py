@@ -28,13 +28,24 @@ def write(directory: Path, *names: str) -> None:
 
 
 def bytes_in(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "run.lock"}
+    return {
+        path: path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "run.lock"
+    }
 
 
 @pytest.fixture
 def project(tmp_path: Path, tiny_fasta: Path) -> Path:
     """A directory of somebody's work, with the input in it, and a run on top."""
-    write(tmp_path, ".git/config", "thesis.tex", "figures/report.html", "plans/plan.json", "superseded_ideas.md")
+    write(
+        tmp_path,
+        ".git/config",
+        "thesis.tex",
+        "figures/report.html",
+        "plans/plan.json",
+        "superseded_ideas.md",
+    )
     (tmp_path / "input.fasta").write_bytes(tiny_fasta.read_bytes())
     open_briefly(tmp_path / "input.fasta", tmp_path)
     write(tmp_path, "results/" + "0" * 64 + "-00000-of-00001", "quarantine.jsonl", "report.html")
@@ -48,7 +59,11 @@ def test_a_forced_restart_moves_what_is_a_runs_and_nothing_else(project: Path) -
     before = {path.name for path in project.iterdir()}
     open_briefly(project / "input.fasta", project, force_restart=True)
     assert {path.name for path in (project / "superseded_1").iterdir()} == OF_A_RUN
-    assert {path.name for path in project.iterdir()} == (before - OF_A_RUN) | {"superseded_1", "plan", "checkpoints"}
+    assert {path.name for path in project.iterdir()} == (before - OF_A_RUN) | {
+        "superseded_1",
+        "plan",
+        "checkpoints",
+    }
     assert (project / ".git" / "config").read_text() == ".git/config"
 
 
@@ -67,7 +82,9 @@ def test_a_forced_restart_counts_from_the_highest(project: Path) -> None:
     }
 
 
-def test_a_forced_restart_where_there_was_no_run_is_an_ordinary_start(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_a_forced_restart_where_there_was_no_run_is_an_ordinary_start(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     write(tmp_path, "thesis.tex", "data/x.csv")
     open_briefly(tiny_fasta, tmp_path, force_restart=True)
     assert not list(tmp_path.glob("superseded_*"))
@@ -85,7 +102,14 @@ def test_what_was_moved_aside_is_a_run_still(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plan/plan.md", "checkpoints/epoch=3.ckpt", "embeddings/umap.npy", "results/table.csv", "report.html"]
+    "name",
+    [
+        "plan/plan.md",
+        "checkpoints/epoch=3.ckpt",
+        "embeddings/umap.npy",
+        "results/table.csv",
+        "report.html",
+    ],
 )
 @pytest.mark.parametrize("force_restart", [False, True])
 def test_a_new_run_keeps_out_of_what_is_somebody_elses(
@@ -98,7 +122,8 @@ def test_a_new_run_keeps_out_of_what_is_somebody_elses(
     config = small_config(tiny_fasta, run_dir, force_restart=force_restart)
     for start in (validate_config, lambda config: open_run(config).__enter__()):
         with pytest.raises(
-            ConfigError, match=rf"{name.split('/')[0]} is not of a run.* choose another output directory"
+            ConfigError,
+            match=rf"{name.split('/')[0]} is not of a run.* choose another output directory",
         ):
             start(config)
     assert bytes_in(run_dir) == before
@@ -117,8 +142,12 @@ def test_a_table_of_somebody_else_among_the_parts_is_refused_before_anything_is_
     assert pq.read_table(project / "embeddings" / name).num_rows == 1
 
 
-@pytest.mark.parametrize("left", [["plan"], ["plan", "checkpoints"], ["plan", "checkpoints", "embeddings"]])
-def test_a_run_that_was_half_removed_by_hand_is_still_a_runs(tmp_path: Path, left: list[str]) -> None:
+@pytest.mark.parametrize(
+    "left", [["plan"], ["plan", "checkpoints"], ["plan", "checkpoints", "embeddings"]]
+)
+def test_a_run_that_was_half_removed_by_hand_is_still_a_runs(
+    tmp_path: Path, left: list[str]
+) -> None:
     """`rm -r plan checkpoints` is how people start over."""
     run = finish_run(start_run(tmp_path, num_sequences=12))
     run.assemble()

@@ -27,7 +27,9 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def new_record(directory: Path, *, is_opened: bool = True) -> RunRecord:
-    record = RunRecord(directory / "manifest.json", world_size=2, input_fingerprint="f", model_config_hash="m")
+    record = RunRecord(
+        directory / "manifest.json", world_size=2, input_fingerprint="f", model_config_hash="m"
+    )
     if is_opened:
         record.open_or_rebuild(2, "f", "m", [])
     return record
@@ -80,7 +82,9 @@ def test_a_change_is_in_the_file_when_it_returns(record: RunRecord) -> None:
     assert (on_disk(record)["attempts"], on_disk(record)["device"]) == (1, "1")
 
 
-def test_a_lock_that_is_not_given_up_holds_nothing_up_and_its_holder_is_named(record: RunRecord, caplog) -> None:
+def test_a_lock_that_is_not_given_up_holds_nothing_up_and_its_holder_is_named(
+    record: RunRecord, caplog
+) -> None:
     with held(record):
         began_s = time.monotonic()
         attempts = [record.start_attempt(0) for _ in range(20)]
@@ -129,7 +133,9 @@ def test_a_change_that_was_written_and_then_called_failed_counts_once(
 
 
 @pytest.mark.parametrize("damage", [b"", b"torn", None])
-def test_a_file_that_is_damaged_or_gone_is_made_anew_from_memory(record: RunRecord, damage: bytes | None) -> None:
+def test_a_file_that_is_damaged_or_gone_is_made_anew_from_memory(
+    record: RunRecord, damage: bytes | None
+) -> None:
     record.start_attempt(0)
     record.path.unlink()
     if damage is not None:
@@ -182,7 +188,9 @@ def test_a_shard_that_is_not_there_is_still_an_error(record: RunRecord) -> None:
         record.start_attempt(7)
 
 
-def test_a_plain_manifest_raises_as_before(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_manifest_raises_as_before(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever uses it directly has no memory to fall back on."""
     record.path.write_bytes(b"torn")
     with pytest.raises(StorageError, match="not JSON"):

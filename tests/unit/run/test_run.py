@@ -19,7 +19,13 @@ import torch
 from tests.made_up_runs import finish_run, start_run
 from tests.support import flip_bit, small_config
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
-from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, InputError, RunDirectoryBusyError
+from vnp_lib.errors import (
+    ConfigError,
+    FastaError,
+    FingerprintMismatchError,
+    InputError,
+    RunDirectoryBusyError,
+)
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import gpu_memory
 from vnp_lib.plan.paths import RunPaths
@@ -29,7 +35,9 @@ from vnp_lib.storage import durable
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 
 
-def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     """`vnp status` tries the lock for a moment."""
     config = small_config(tiny_fasta, tmp_path / "run")
     config.output_dir.mkdir()
@@ -42,7 +50,9 @@ def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(tmp_path: Path,
         looking.join()
 
 
-def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     """And the directory is free again when the first run ends."""
     config = small_config(tiny_fasta, tmp_path / "run")
     holder = f"process {os.getpid()} on .*, to run on this directory; waited 0 s"
@@ -54,16 +64,28 @@ def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(tmp_pa
 
 @pytest.mark.parametrize(
     ("devices", "shards", "num_threads"),
-    [("cpu", 4, None), ("cpu,cpu", 2, 4), ("cpu,cpu", 1, None), ("cpu,cpu,cpu", 2, 4), ("cpu,cpu,cpu", 7, 2)],
+    [
+        ("cpu", 4, None),
+        ("cpu,cpu", 2, 4),
+        ("cpu,cpu", 1, None),
+        ("cpu,cpu,cpu", 2, 4),
+        ("cpu,cpu,cpu", 7, 2),
+    ],
 )
-def test_children_that_run_at_once_share_the_cores(tmp_path, tiny_fasta, monkeypatch, devices, shards, num_threads):
+def test_children_that_run_at_once_share_the_cores(
+    tmp_path, tiny_fasta, monkeypatch, devices, shards, num_threads
+):
     monkeypatch.setattr("vnp_lib.run.run.num_cores", lambda: 8)
-    with open_run(small_config(tiny_fasta, tmp_path / "run", devices=devices, shards=shards)) as run:
+    with open_run(
+        small_config(tiny_fasta, tmp_path / "run", devices=devices, shards=shards)
+    ) as run:
         assert run.shard_job(0, "cpu").num_threads == num_threads
 
 
 def test_a_shard_on_another_machine_has_all_its_cores(tmp_path, tiny_fasta, monkeypatch):
-    monkeypatch.setattr("vnp_lib.run.directory.resolve_devices", lambda devices, model: ("cpu", "cpu"))
+    monkeypatch.setattr(
+        "vnp_lib.run.directory.resolve_devices", lambda devices, model: ("cpu", "cpu")
+    )
     config = small_config(tiny_fasta, tmp_path / "run", devices="cpu", shards=None)
     with open_run(config) as run:
         joined = attach_run(config, run.plan.fingerprint)
@@ -71,7 +93,9 @@ def test_a_shard_on_another_machine_has_all_its_cores(tmp_path, tiny_fasta, monk
     assert joined.shard_job(0, "cpu").num_threads is None
 
 
-def plan_on_a_gpu(monkeypatch: pytest.MonkeyPatch, free_bytes: int, *given: Any, **settings: Any) -> int:
+def plan_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, *given: Any, **settings: Any
+) -> int:
     """Open a run on a machine with one GPU, and give the token budget of its plan."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
@@ -84,7 +108,9 @@ PLENTY, LITTLE, TOO_LITTLE = 80 * 10**9, 12 * 10**8, 10**9
 
 
 @pytest.mark.parametrize("settings", [{}, {"deterministic": True}])
-def test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free(tmp_path, tiny_fasta, monkeypatch, settings):
+def test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free(
+    tmp_path, tiny_fasta, monkeypatch, settings
+):
     """Also when there is so little that a new run would not begin: an earlier child may have it yet."""
     run = (tiny_fasta, tmp_path / "run")
     assert plan_on_a_gpu(monkeypatch, LITTLE, *run, **settings) == 13_312
@@ -100,7 +126,9 @@ def test_what_the_user_says_goes_before_what_memory_says(tmp_path, tiny_fasta, m
     assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 900
 
 
-def test_a_model_without_room_on_the_gpu_is_refused_and_leaves_no_directory(tmp_path, tiny_fasta, monkeypatch):
+def test_a_model_without_room_on_the_gpu_is_refused_and_leaves_no_directory(
+    tmp_path, tiny_fasta, monkeypatch
+):
     with pytest.raises(ConfigError, match="does not fit into GPU 0"):
         plan_on_a_gpu(monkeypatch, TOO_LITTLE, tiny_fasta, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -108,7 +136,9 @@ def test_a_model_without_room_on_the_gpu_is_refused_and_leaves_no_directory(tmp_
 
 def test_gpus_of_other_machines_are_not_looked_at(tmp_path, tiny_fasta, monkeypatch):
     settings = {"executor": "work-pool", "shards": 2}
-    assert plan_on_a_gpu(monkeypatch, TOO_LITTLE, tiny_fasta, tmp_path / "run", **settings) == 16_384
+    assert (
+        plan_on_a_gpu(monkeypatch, TOO_LITTLE, tiny_fasta, tmp_path / "run", **settings) == 16_384
+    )
 
 
 def test_a_damaged_plan_does_not_say_how_many_tokens(tmp_path, tiny_fasta, monkeypatch):
@@ -119,7 +149,9 @@ def test_a_damaged_plan_does_not_say_how_many_tokens(tmp_path, tiny_fasta, monke
     assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 65_536
 
 
-def test_how_the_dataset_is_stored_stays_as_the_run_was_begun_unless_the_user_says_otherwise(tmp_path, tiny_fasta):
+def test_how_the_dataset_is_stored_stays_as_the_run_was_begun_unless_the_user_says_otherwise(
+    tmp_path, tiny_fasta
+):
     """The run is the same one: what is computed does not depend on it."""
 
     def planned(**settings: Any) -> tuple[str, str]:
@@ -155,7 +187,9 @@ def test_a_dataset_without_its_checkpoints_is_not_stored_in_another_way(tmp_path
     assert planned(store_dtype="float16", force_restart=True) == "float16"
 
 
-def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32(tmp_path, tiny_fasta):
+def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32(
+    tmp_path, tiny_fasta
+):
     """It is of an earlier version."""
     config = small_config(tiny_fasta, tmp_path / "run")
     with open_run(config) as run:
@@ -168,7 +202,9 @@ def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32
         assert run.plan.store_dtype == "float32"
 
 
-def test_a_run_that_asks_for_no_more_than_ever_is_the_same_run_as_ever(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_a_run_that_asks_for_no_more_than_ever_is_the_same_run_as_ever(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     """Its identity has not a word more than before there was anything to ask for: runs begun then go on."""
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
         identity = dict(run.plan.identity)
@@ -200,7 +236,9 @@ def test_a_run_that_asks_for_no_more_than_ever_is_the_same_run_as_ever(tmp_path:
         ({"long": "window", "max_length": 30, "window_overlap": 0}, {"long_policy": "window:30:0"}),
     ],
 )
-def test_what_is_computed_is_part_of_what_a_run_is(tmp_path: Path, tiny_fasta: Path, settings, expected) -> None:
+def test_what_is_computed_is_part_of_what_a_run_is(
+    tmp_path: Path, tiny_fasta: Path, settings, expected
+) -> None:
     with open_run(small_config(tiny_fasta, tmp_path / "run", **settings)) as run:
         assert expected.items() <= run.plan.identity.items()
 
@@ -208,19 +246,28 @@ def test_what_is_computed_is_part_of_what_a_run_is(tmp_path: Path, tiny_fasta: P
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"repr_layers": (7,)}, r"layers 7 are asked for: this model has the layers 0 \(its embedding\) to 6"),
+        (
+            {"repr_layers": (7,)},
+            r"layers 7 are asked for: this model has the layers 0 \(its embedding\) to 6",
+        ),
         (
             {"long": "window", "max_length": 30, "window_overlap": 30},
             "windows of 30 residues overlap by less than that",
         ),
-        ({"long": "window", "max_length": 30, "include": ("mean", "bos")}, "it goes with --include mean alone"),
+        (
+            {"long": "window", "max_length": 30, "include": ("mean", "bos")},
+            "it goes with --include mean alone",
+        ),
         ({"long": "virnucpro", "include": ("per_tok",)}, "it goes with --include mean alone"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_and_leaves_no_directory(
     tmp_path: Path, tiny_fasta: Path, settings: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=reason), open_run(small_config(tiny_fasta, tmp_path / "run", **settings)):
+    with (
+        pytest.raises(ConfigError, match=reason),
+        open_run(small_config(tiny_fasta, tmp_path / "run", **settings)),
+    ):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -237,7 +284,9 @@ def plan_and_set_aside(fasta: Path, run_dir: Path, ordinal: int) -> None:
 @pytest.mark.parametrize(
     "begin_anew",
     [
-        lambda paths: [shutil.rmtree(directory) for directory in (paths.plan_dir, paths.checkpoints_dir)],
+        lambda paths: [
+            shutil.rmtree(directory) for directory in (paths.plan_dir, paths.checkpoints_dir)
+        ],
         lambda paths: paths.plan_json.write_text("damaged"),
     ],
     ids=["plan and checkpoints removed", "a damaged plan"],
@@ -258,7 +307,9 @@ def test_what_another_input_has_in_quarantine_keeps_no_sequence_out(
     assert f"what was said of them is in {paths.superseded_quarantine}" in caplog.text
 
 
-def test_what_a_run_has_set_aside_stays_so_while_its_plan_is_written_anew(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_what_a_run_has_set_aside_stays_so_while_its_plan_is_written_anew(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     paths = RunPaths(tmp_path / "run")
     plan_and_set_aside(tiny_fasta, paths.run_dir, 7)
     paths.plan_json.write_text("damaged")
@@ -267,11 +318,16 @@ def test_what_a_run_has_set_aside_stays_so_while_its_plan_is_written_anew(tmp_pa
     assert not paths.superseded_quarantine.exists()
 
 
-def test_a_line_whose_sequence_is_another_sets_nothing_aside(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_a_line_whose_sequence_is_another_sets_nothing_aside(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     """Though it names this run, and its seal fits."""
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
         named = quarantined(run.plan, 7, FAILED_ALONE, attempts=2)
-        run.quarantine.add(replace(named, sequence_sha256="0" * 64), quarantined(run.plan, 8, FAILED_ALONE, attempts=2))
+        run.quarantine.add(
+            replace(named, sequence_sha256="0" * 64),
+            quarantined(run.plan, 8, FAILED_ALONE, attempts=2),
+        )
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
         assert Quarantine.of(run.plan, run.paths).ordinals() == {8}
 
@@ -293,7 +349,10 @@ def test_a_run_goes_on_where_its_input_is_gone(
     with open_run(config) as run:
         assert (run.plan.fingerprint, run.plan.num_sequences) == (begun, 2)
         assert run.plan.fetch(np.array([0, 1])) == (["a", "b"], ["MKV", "MKL"])
-    assert "is not there any more: the run goes on with the 2 sequences that were read before" in caplog.text
+    assert (
+        "is not there any more: the run goes on with the 2 sequences that were read before"
+        in caplog.text
+    )
     with open_run(small_config(Path("input", given), tmp_path / "run", shards=1)) as run:
         assert (run.plan.fingerprint, run.plan.num_shards) == (begun, 1)
 
@@ -304,10 +363,22 @@ def test_a_run_goes_on_where_its_input_is_gone(
         ({"fasta": (Path("y.fasta"),)}, "there is no such file"),
         ({"fasta": (Path("x.fasta"), Path("y.fasta"))}, "there is no such file"),
         ({"force_restart": True}, "there is no such file"),
-        ({"dtype": "bfloat16"}, "belongs to another run .dtype is 'float32' there and 'bfloat16' here"),
-        ({"long": "truncate", "max_length": 9}, "belongs to another run .long_policy is 'whole' there"),
+        (
+            {"dtype": "bfloat16"},
+            "belongs to another run .dtype is 'float32' there and 'bfloat16' here",
+        ),
+        (
+            {"long": "truncate", "max_length": 9},
+            "belongs to another run .long_policy is 'whole' there",
+        ),
     ],
-    ids=["another file", "one more file", "a forced restart", "another precision", "another policy"],
+    ids=[
+        "another file",
+        "one more file",
+        "a forced restart",
+        "another precision",
+        "another policy",
+    ],
 )
 def test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
@@ -325,14 +396,19 @@ def test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for(
 
 
 @pytest.mark.parametrize("damaged", ["sequences.arrow", "representatives.npy", "plan.json"])
-def test_input_that_is_gone_is_missed_where_the_plan_is_damaged(tmp_path: Path, damaged: str) -> None:
+def test_input_that_is_gone_is_missed_where_the_plan_is_damaged(
+    tmp_path: Path, damaged: str
+) -> None:
     fasta = tmp_path / "x.fasta"
     fasta.write_text(">a\nMKV\n>b\nMKL\n")
     with open_run(small_config(fasta, tmp_path / "run")):
         pass
     fasta.unlink()
     flip_bit(tmp_path / "run" / "plan" / damaged)
-    with pytest.raises(FastaError, match="there is no such file"), open_run(small_config(fasta, tmp_path / "run")):
+    with (
+        pytest.raises(FastaError, match="there is no such file"),
+        open_run(small_config(fasta, tmp_path / "run")),
+    ):
         pass
 
 
@@ -353,7 +429,9 @@ def test_input_that_is_there_is_read_whatever_the_plan_remembers(tmp_path: Path)
         pass
 
 
-def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_same(tmp_path, tiny_fasta, monkeypatch):
+def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_same(
+    tmp_path, tiny_fasta, monkeypatch
+):
     """Version 1 is no part of what a run is, so that runs which were begun before it had a name go on; any other is."""
     config = small_config(tiny_fasta, tmp_path / "run")
     with open_run(config) as run:
@@ -364,14 +442,18 @@ def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_
         assert (run.plan.fingerprint, run.plan.vnp) == (begun.fingerprint, "9.0")
     monkeypatch.setattr("vnp_lib.run.resolve.NUMERICS_VERSION", 2)
     before = run.paths.plan_json.read_bytes()
-    with pytest.raises(FingerprintMismatchError, match=r"numbers are of version 1, .* \(9\.0\) are of version 2"):
+    with pytest.raises(
+        FingerprintMismatchError, match=r"numbers are of version 1, .* \(9\.0\) are of version 2"
+    ):
         open_run(config).__enter__()
     assert run.paths.plan_json.read_bytes() == before
     with open_run(small_config(tiny_fasta, tmp_path / "another")) as run:
         assert run.plan.identity["numerics"] == 2
 
 
-def test_a_deterministic_run_is_refused_with_another_torch_or_processor(tmp_path, tiny_fasta, monkeypatch):
+def test_a_deterministic_run_is_refused_with_another_torch_or_processor(
+    tmp_path, tiny_fasta, monkeypatch
+):
     config = small_config(tiny_fasta, tmp_path / "run", deterministic=True)
     with open_run(config):
         pass
@@ -387,15 +469,23 @@ def test_a_deterministic_run_is_refused_with_another_torch_or_processor(tmp_path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("vnp_lib.run.directory.__version__", "9.0"), r"was opened by vnp 0\..* and this machine has vnp 9\.0"),
+        (
+            ("vnp_lib.run.directory.__version__", "9.0"),
+            r"was opened by vnp 0\..* and this machine has vnp 9\.0",
+        ),
         (
             ("vnp_lib.run.directory.NUMERICS_VERSION", 2),
             r"\(numbers of version 1\), and this machine has vnp .* \(version 2\)",
         ),
-        (("torch.backends.cpu.get_cpu_capability", lambda: "ABACUS"), r"but this machine has .*CPU \(ABACUS\)"),
+        (
+            ("torch.backends.cpu.get_cpu_capability", lambda: "ABACUS"),
+            r"but this machine has .*CPU \(ABACUS\)",
+        ),
     ],
 )
-def test_a_machine_with_another_software_does_not_join(tmp_path, tiny_fasta, monkeypatch, change, reason):
+def test_a_machine_with_another_software_does_not_join(
+    tmp_path, tiny_fasta, monkeypatch, change, reason
+):
     config = small_config(tiny_fasta, tmp_path / "run", deterministic=True)
     with open_run(config) as run:
         attach_run(config, run.plan.fingerprint)
@@ -413,10 +503,15 @@ def test_a_plan_that_does_not_say_who_opened_it_is_joined(tmp_path, tiny_fasta):
 
 
 @pytest.mark.parametrize(
-    ("code", "error"), [(errno.ENOSPC, OSError), (errno.EDQUOT, OSError), (errno.EACCES, ConfigError)]
+    ("code", "error"),
+    [(errno.ENOSPC, OSError), (errno.EDQUOT, OSError), (errno.EACCES, ConfigError)],
 )
 def test_a_full_disk_is_no_wrong_set_up(
-    tmp_path: Path, tiny_fasta: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+    tmp_path: Path,
+    tiny_fasta: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    error: type[Exception],
 ) -> None:
     """An attempt that finds no room for its directory is made again; one that may not make it is not."""
 

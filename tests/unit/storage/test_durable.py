@@ -102,7 +102,9 @@ class TestDurableFile:
             file.write(memoryview(b"bytes"))
             assert file.tell() == 10
         assert path.read_bytes() == b"some bytes"
-        assert file.digest == FileDigest(size_bytes=10, sha256=hashlib.sha256(b"some bytes").hexdigest())
+        assert file.digest == FileDigest(
+            size_bytes=10, sha256=hashlib.sha256(b"some bytes").hexdigest()
+        )
         assert digest_file(path) == file.digest
         assert os.listdir(tmp_path) == ["a"]
 
@@ -162,7 +164,9 @@ class TestDurableFile:
         with pytest.raises(OSError, match="Input/output error"):
             write_file(tmp_path / "a", b"new", replace=True)
         assert os.listdir(tmp_path) == ["a"]
-        assert (tmp_path / "a").read_bytes() == (b"new" if REPLACE_STEPS[fail_at] == "fsync_directory" else b"old")
+        assert (tmp_path / "a").read_bytes() == (
+            b"new" if REPLACE_STEPS[fail_at] == "fsync_directory" else b"old"
+        )
 
     def test_a_failed_fsync_is_not_tried_again(self, tmp_path: Path, use_ops: Any) -> None:
         """The kernel drops the dirty pages and answers the second fsync with success."""
@@ -206,7 +210,9 @@ class TestDurableFile:
             write_with_a_library()
         assert os.listdir(tmp_path) == []
 
-    def test_a_link_that_succeeded_but_is_told_as_failed_counts(self, tmp_path: Path, use_ops: Any) -> None:
+    def test_a_link_that_succeeded_but_is_told_as_failed_counts(
+        self, tmp_path: Path, use_ops: Any
+    ) -> None:
         """Over NFS the reply can be lost; the request is sent again and finds the name taken: by itself."""
 
         class LostReply(DurableOps):
@@ -232,7 +238,9 @@ except FileExistsError:
             assert writer.stdin is not None
             writer.stdin.write("go\n")
             writer.stdin.flush()
-        outcomes = {letter: writer.communicate(timeout=30)[0].strip() for letter, writer in writers.items()}
+        outcomes = {
+            letter: writer.communicate(timeout=30)[0].strip() for letter, writer in writers.items()
+        }
         (winner,) = (letter for letter, outcome in outcomes.items() if outcome == "won")
         assert (tmp_path / "a").read_bytes() == winner.encode() * 100_000
         assert sorted(outcomes.values()) == ["lost", "lost", "lost", "won"]
@@ -259,7 +267,9 @@ except FileExistsError:
             first.write(b"st")
         assert (tmp_path / "a").read_bytes() == b"first"
 
-    def test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death(self, tmp_path: Path) -> None:
+    def test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death(
+        self, tmp_path: Path
+    ) -> None:
         code = """
 with durable_file(Path(sys.argv[1])) as file:
     file.write(b"half")
@@ -280,7 +290,9 @@ with durable_file(Path(sys.argv[1])) as file:
 
 
 class TestDurablePath:
-    def test_a_library_writes_by_name_and_the_file_appears_whole(self, tmp_path: Path, use_ops: Any) -> None:
+    def test_a_library_writes_by_name_and_the_file_appears_whole(
+        self, tmp_path: Path, use_ops: Any
+    ) -> None:
         ops = use_ops(RecordingOps())
         with durable_path(tmp_path / "a") as temporary:
             temporary.write_bytes(b"whole")
@@ -308,7 +320,9 @@ class TestDurableDirectory:
             (temporary / "below" / text).write_text(text)
             assert not path.exists() or replace
 
-    def test_it_appears_with_all_that_is_in_it_once_that_is_synced(self, tmp_path: Path, use_ops: Any) -> None:
+    def test_it_appears_with_all_that_is_in_it_once_that_is_synced(
+        self, tmp_path: Path, use_ops: Any
+    ) -> None:
         ops = use_ops(RecordingOps())
         self.write(tmp_path / "a", "x")
         assert (tmp_path / "a" / "below" / "x").read_text() == "x"
@@ -362,7 +376,9 @@ class TestOrphanedTemporaries:
     def test_only_our_own_and_only_those_of_the_dead_go(
         self, tmp_path: Path, name: str, age_s: float, goes: bool
     ) -> None:
-        path = tmp_path / name.format(host=socket.gethostname(), dead=pid_of_a_dead_process(), alive=os.getpid())
+        path = tmp_path / name.format(
+            host=socket.gethostname(), dead=pid_of_a_dead_process(), alive=os.getpid()
+        )
         path.touch()
         removed = remove_orphaned_temporaries(tmp_path, clock=lambda: time.time() + age_s)
         assert removed == ([path] if goes else [])
@@ -394,7 +410,9 @@ class TestOrphanedTemporaries:
         (tmp_path / f".tmp-batch_00000.pt-{host}-{pid_of_a_dead_process()}-0123abcd").touch()
         assert remove_orphaned_temporaries(tmp_path) == []
 
-    def test_age_goes_by_the_clock_of_the_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_age_goes_by_the_clock_of_the_file_system(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """This machine's may be hours ahead of a file server's."""
         (tmp_path / ".tmp-batch_00000.pt-elsewhere-7-0123abcd").touch()
         monkeypatch.setattr(time, "time", lambda: 10e9)
@@ -420,7 +438,9 @@ class TestSealedJson:
             with pytest.raises(StorageError):
                 read_sealed_json(path)
 
-    @pytest.mark.parametrize("change", [bytes.rstrip, lambda data: data + b" ", lambda data: data.replace(b",", b", ")])
+    @pytest.mark.parametrize(
+        "change", [bytes.rstrip, lambda data: data + b" ", lambda data: data.replace(b",", b", ")]
+    )
     def test_the_same_object_in_other_bytes_does_not_pass(
         self, tmp_path: Path, change: Callable[[bytes], bytes]
     ) -> None:
@@ -458,15 +478,23 @@ class TestSealedJson:
         with pytest.raises(StorageError, match=reason):
             read_sealed_json(tmp_path / "a")
 
-    def test_what_nobody_could_read_is_not_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_nobody_could_read_is_not_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(durable, "MAX_JSON_BYTES", 1000)
         write_sealed_json(tmp_path / "a", {"a": "x" * 900})
-        with pytest.raises(StorageError, match=r"would have 1,0\d\d bytes, and no more than 1,000 are read"):
+        with pytest.raises(
+            StorageError, match=r"would have 1,0\d\d bytes, and no more than 1,000 are read"
+        ):
             write_sealed_json(tmp_path / "a", {"a": "x" * 1000}, replace=True)
         assert read_sealed_json(tmp_path / "a") == {"a": "x" * 900}
 
-    @pytest.mark.parametrize("keys", ["", "a", "z", "az", ["sea", "seal_"], ["fingerprint", "schema", "size"]])
-    def test_it_is_canonical_json_wherever_the_seal_comes(self, tmp_path: Path, keys: Sequence[str]) -> None:
+    @pytest.mark.parametrize(
+        "keys", ["", "a", "z", "az", ["sea", "seal_"], ["fingerprint", "schema", "size"]]
+    )
+    def test_it_is_canonical_json_wherever_the_seal_comes(
+        self, tmp_path: Path, keys: Sequence[str]
+    ) -> None:
         fields = {key: f'"seal":"{key}"' for key in keys}
         write_sealed_json(tmp_path / "a", fields)
         seal = hashlib.sha256(canonical_json(fields)).hexdigest()
@@ -517,7 +545,9 @@ class TestMarker:
         assert read_marker(tmp_path / "a") == fields
 
     def test_packed_numbers_that_nobody_packed_are_damage(self, tmp_path: Path) -> None:
-        write_sealed_json(tmp_path / "a.done", {"schema": 2, "ordinals": {"dtype": "u4", "base64": "AAAA"}})
+        write_sealed_json(
+            tmp_path / "a.done", {"schema": 2, "ordinals": {"dtype": "u4", "base64": "AAAA"}}
+        )
         with pytest.raises(StorageError, match="is damaged"):
             read_marker(tmp_path / "a")
 
@@ -528,7 +558,9 @@ class TestMarker:
 
 
 class TestDirectories:
-    def test_what_is_missing_is_made_and_every_parent_synced(self, tmp_path: Path, use_ops: Any) -> None:
+    def test_what_is_missing_is_made_and_every_parent_synced(
+        self, tmp_path: Path, use_ops: Any
+    ) -> None:
         ops = use_ops(RecordingOps())
         make_directory(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir()
@@ -571,7 +603,9 @@ class TestDirectories:
 
     def test_too_little_space_is_said_with_both_figures(self, tmp_path: Path) -> None:
         require_free_space(tmp_path, 1)
-        with pytest.raises(StorageError, match=r"bytes free and 1,000,000,000,000,000,000 are needed"):
+        with pytest.raises(
+            StorageError, match=r"bytes free and 1,000,000,000,000,000,000 are needed"
+        ):
             require_free_space(tmp_path, 10**18)
 
 
@@ -586,7 +620,9 @@ print("released", flush=True)
 sys.stdin.readline()
 """
 
-    def test_another_process_is_named_while_it_holds_and_not_in_the_way_afterwards(self, tmp_path: Path) -> None:
+    def test_another_process_is_named_while_it_holds_and_not_in_the_way_afterwards(
+        self, tmp_path: Path
+    ) -> None:
         path = tmp_path / "a.lock"
         lock = FileLock(path, purpose="look")
         with python(self.HOLD, path) as other:
@@ -595,7 +631,13 @@ sys.stdin.readline()
             assert other.stdout.readline() == "held\n"
             with pytest.raises(LockTimeoutError) as caught:
                 lock.acquire(timeout_s=0)
-            for part in (str(path), socket.gethostname(), str(other.pid), "since 20", "keep others out"):
+            for part in (
+                str(path),
+                socket.gethostname(),
+                str(other.pid),
+                "since 20",
+                "keep others out",
+            ):
                 assert part in str(caught.value)
             holder = lock.holder()
             assert holder is not None
@@ -695,14 +737,19 @@ for _ in range(50):
             now_s += delay_s
 
         with FileLock(tmp_path / "a.lock", purpose="stay").held(timeout_s=0):
-            waiting = FileLock(tmp_path / "a.lock", purpose="come", clock=lambda: now_s, sleep=sleep)
+            waiting = FileLock(
+                tmp_path / "a.lock", purpose="come", clock=lambda: now_s, sleep=sleep
+            )
             with pytest.raises(LockTimeoutError, match=r"to stay; waited 30 s"):
                 waiting.acquire(timeout_s=30)
         assert now_s == pytest.approx(130, abs=0.1)
 
     def test_a_failed_acquire_leaves_the_lock_usable(self, tmp_path: Path) -> None:
         lock = FileLock(tmp_path / "a.lock", purpose="look")
-        with FileLock(tmp_path / "a.lock", purpose="stay").held(timeout_s=0), pytest.raises(LockTimeoutError):
+        with (
+            FileLock(tmp_path / "a.lock", purpose="stay").held(timeout_s=0),
+            pytest.raises(LockTimeoutError),
+        ):
             lock.acquire(timeout_s=0)
         with lock.held(timeout_s=0):
             pass
@@ -732,11 +779,17 @@ for _ in range(50):
         ],
     )
     def test_who_is_gone_is_not_presumed_to_hold_it(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str], is_presumed: bool
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        other: dict[str, str],
+        is_presumed: bool,
     ) -> None:
         """A process id that is another's by now; a machine of which only the lock can tell."""
         path = tmp_path / "a.lock"
-        monkeypatch.setattr(locks, "locks_are_shared", lambda directory: other.get("host") != "elsewhere")
+        monkeypatch.setattr(
+            locks, "locks_are_shared", lambda directory: other.get("host") != "elsewhere"
+        )
         holder = FileLock(path, purpose="stay")
         with holder.held(timeout_s=0):
             named = json.loads(path.read_bytes()) | other
@@ -746,7 +799,9 @@ for _ in range(50):
         presumed = FileLock(path, purpose="look").presumed_holder()
         assert (presumed is not None) is is_presumed
 
-    def test_a_holder_on_another_machine_is_told_by_the_lock_while_it_holds(self, tmp_path: Path) -> None:
+    def test_a_holder_on_another_machine_is_told_by_the_lock_while_it_holds(
+        self, tmp_path: Path
+    ) -> None:
         path = tmp_path / "a.lock"
         with FileLock(path, purpose="stay").held(timeout_s=0):
             path.write_text(json.dumps(json.loads(path.read_bytes()) | {"host": "elsewhere"}))
@@ -755,7 +810,9 @@ for _ in range(50):
         assert presumed.host == "elsewhere"
 
     @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"host": "h"}), "\x00"])
-    def test_a_lock_file_that_names_nobody_is_no_obstacle(self, tmp_path: Path, content: str) -> None:
+    def test_a_lock_file_that_names_nobody_is_no_obstacle(
+        self, tmp_path: Path, content: str
+    ) -> None:
         (tmp_path / "a.lock").write_text(content)
         lock = FileLock(tmp_path / "a.lock", purpose="go on")
         assert lock.holder() is None

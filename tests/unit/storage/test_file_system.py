@@ -49,7 +49,9 @@ def test_an_ordinary_directory_can_do_all_and_nothing_is_left_in_it(tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "code"), [(name, code) for name, (_, codes) in LACKING.items() for code in codes])
+@pytest.mark.parametrize(
+    ("name", "code"), [(name, code) for name, (_, codes) in LACKING.items() for code in codes]
+)
 def test_each_lack_is_said_with_the_file_system_and_the_way_out(
     tmp_path: Path, lacking, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
@@ -59,7 +61,9 @@ def test_each_lack_is_said_with_the_file_system_and_the_way_out(
     with pytest.raises(ConfigError) as caught:
         try_file_system(tmp_path).require_usable()
     said = str(caught.value)
-    assert said.startswith(f"--output-dir {tmp_path} is on a file system of type exfat, mounted on /mnt/share, which ")
+    assert said.startswith(
+        f"--output-dir {tmp_path} is on a file system of type exfat, mounted on /mnt/share, which "
+    )
     assert LACKING[name][0] in said
     assert os.strerror(code) in said
     assert "choose a directory on another file system" in said
@@ -89,11 +93,15 @@ def test_a_full_disk_or_quota_is_told_from_a_lack(tmp_path: Path, lacking, code:
 
 def test_a_failing_disk_is_not_called_unable(tmp_path: Path, lacking) -> None:
     lacking("link", errno.EIO)
-    with pytest.raises(ConfigError, match="cannot be used: Input/output error on a file system of type"):
+    with pytest.raises(
+        ConfigError, match="cannot be used: Input/output error on a file system of type"
+    ):
         try_file_system(tmp_path).require_usable()
 
 
-@pytest.mark.parametrize(("name", "broken"), [("link", os.replace), ("flock", lambda *arguments: None)])
+@pytest.mark.parametrize(
+    ("name", "broken"), [("link", os.replace), ("flock", lambda *arguments: None)]
+)
 def test_an_operation_that_lies_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any
 ) -> None:
@@ -119,9 +127,14 @@ def test_an_operation_that_lies_is_found_out(
         assert "neither would notice" in abilities.warning
 
 
-def test_a_run_is_refused_before_anything_is_made(tmp_path: Path, tiny_fasta: Path, lacking) -> None:
+def test_a_run_is_refused_before_anything_is_made(
+    tmp_path: Path, tiny_fasta: Path, lacking
+) -> None:
     lacking("link", errno.EPERM)
-    with pytest.raises(ConfigError, match="has no hard links"), open_run(small_config(tiny_fasta, tmp_path / "run")):
+    with (
+        pytest.raises(ConfigError, match="has no hard links"),
+        open_run(small_config(tiny_fasta, tmp_path / "run")),
+    ):
         pass
     assert os.listdir(tmp_path) == []
 

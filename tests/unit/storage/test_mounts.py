@@ -53,11 +53,15 @@ def test_the_innermost_mount_counts(mounted) -> None:
         ("fuse.sshfs", "rw", False),
     ],
 )
-def test_locks_of_one_machine_only_are_known_by_type_and_options(mounted, kind, options, are_shared) -> None:
+def test_locks_of_one_machine_only_are_known_by_type_and_options(
+    mounted, kind, options, are_shared
+) -> None:
     assert locks_are_shared(mounted(kind, options)) is are_shared
 
 
-@pytest.mark.parametrize(("kind", "is_known"), [("beegfs", True), ("fuse.sshfs", False), ("ext4", False)])
+@pytest.mark.parametrize(
+    ("kind", "is_known"), [("beegfs", True), ("fuse.sshfs", False), ("ext4", False)]
+)
 def test_what_is_known_to_be_local_is_told_from_what_may_be(mounted, kind, is_known) -> None:
     """A warning is for what is known; what may be is only not relied on."""
     found = mount_of(mounted(kind))
@@ -65,7 +69,9 @@ def test_what_is_known_to_be_local_is_told_from_what_may_be(mounted, kind, is_kn
     assert found.has_local_locks is is_known
 
 
-def test_a_system_without_a_table_of_mounts_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_a_table_of_mounts_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "missing")
     assert mount_of(tmp_path) is None
     assert locks_are_shared(tmp_path)

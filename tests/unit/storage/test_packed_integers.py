@@ -20,7 +20,9 @@ def test_numbers_come_back_in_their_order(bits: int) -> None:
     assert unpack(packed).tolist() == values
 
 
-@pytest.mark.parametrize(("largest", "dtype"), [(255, "u1"), (256, "u2"), (65_536, "u4"), (2**32, "u8")])
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(255, "u1"), (256, "u2"), (65_536, "u4"), (2**32, "u8")]
+)
 def test_the_narrowest_type_is_taken(largest: int, dtype: str) -> None:
     packed = pack([0, largest])
     assert packed is not None

@@ -34,7 +34,9 @@ from vnp_lib.storage.locks import FileLock
 from vnp_lib.worker import attempt
 from vnp_lib.worker.attempt import ShardAttempt, SignsOfLife, StopFlag, slowest_s
 
-MODEL = ModelIdentity(model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32")
+MODEL = ModelIdentity(
+    model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
+)
 
 
 @pytest.fixture
@@ -53,7 +55,9 @@ def plan(paths: RunPaths, tiny_fasta: Path) -> RunPlan:
 def commit(plan: RunPlan, path: Path, ordinals: NDArray[np.int64]) -> None:
     metadata = {"ordinals": ordinals.tolist(), "fingerprint": plan.fingerprint}
     with AsyncCheckpointWriter() as writer:
-        writer.write_checkpoint_async(path, torch.ones(ordinals.size, 4), plan.ids(ordinals), metadata)
+        writer.write_checkpoint_async(
+            path, torch.ones(ordinals.size, 4), plan.ids(ordinals), metadata
+        )
 
 
 def job_of(plan: RunPlan, paths: RunPaths, **changes: Any) -> ShardJob:
@@ -84,7 +88,9 @@ class Events:
         self.names.append(event)
 
 
-def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(plan: RunPlan, paths: RunPaths) -> None:
+def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(
+    plan: RunPlan, paths: RunPaths
+) -> None:
     """In the order of the plan; a damaged checkpoint costs its own rows, and its number is not used again."""
     ours = plan.shard_ordinals(0)
     commit(plan, paths.checkpoint(0, 0), ours[:3])
@@ -135,12 +141,18 @@ stop = StopFlag(clock=lambda: now[0])
 stop.install()
 """
     return subprocess.run(
-        [sys.executable, "-c", begin + code], stdin=stdin, stdout=subprocess.PIPE, text=True, timeout=60
+        [sys.executable, "-c", begin + code],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
     )
 
 
 @pytest.mark.parametrize(("seconds_later", "end"), [(7.9, "still here"), (8.0, "")])
-def test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry(seconds_later: float, end: str) -> None:
+def test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry(
+    seconds_later: float, end: str
+) -> None:
     """However many they are: of a service manager, of wrappers that pass theirs on, and of the parent."""
     code = f"""
 print(stop.is_set())
@@ -196,7 +208,10 @@ while not stop.is_set():
 """
     begin = "from vnp_lib.worker.attempt import StopFlag\nstop = StopFlag()\nstop.install()\n"
     with subprocess.Popen(
-        [sys.executable, "-c", begin + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", begin + code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -222,7 +237,9 @@ time.sleep(300)
     assert process.returncode == ExitCode.STOPPED
 
 
-def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan: RunPlan, paths: RunPaths) -> None:
+def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(
+    plan: RunPlan, paths: RunPaths
+) -> None:
     """Suspects of other shards, and those that are done, are not this attempt's."""
     ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
     commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
@@ -234,15 +251,25 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(plan
     assert [ordinals.tolist() for _, ordinals in work.batches[:2]] == [[ours[7]], [ours[3]]]
     left = [ordinal for _, ordinals in work.batches for ordinal in ordinals.tolist()]
     assert sorted(left) == sorted(set(ours) - set(ours[:2]) - {ours[4]})
-    batch_of = {o: batch_idx for batch_idx, batch in enumerate(plan.shard_batches(0)) for o in batch.tolist()}
-    assert all(batch_of[ordinal] == batch_idx for batch_idx, ordinals in work.batches for ordinal in ordinals.tolist())
+    batch_of = {
+        o: batch_idx
+        for batch_idx, batch in enumerate(plan.shard_batches(0))
+        for o in batch.tolist()
+    }
+    assert all(
+        batch_of[ordinal] == batch_idx
+        for batch_idx, ordinals in work.batches
+        for ordinal in ordinals.tolist()
+    )
     assert work.num_done == 3
 
 
 def test_what_an_attempt_was_silent_at_comes_last_and_alone(plan: RunPlan, paths: RunPaths) -> None:
     """Also where it is a suspect: all else is saved before it may hold up the attempt again."""
     ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
-    work = find_pending_work(plan, paths, 0, suspects=[ours[3], ours[5]], deferred=[ours[5], others[0], ours[0]])
+    work = find_pending_work(
+        plan, paths, 0, suspects=[ours[3], ours[5]], deferred=[ours[5], others[0], ours[0]]
+    )
     batches = [ordinals.tolist() for _, ordinals in work.batches]
     assert (batches[0], batches[-2:]) == ([ours[3]], [[ours[5]], [ours[0]]])
     assert sorted(ordinal for batch in batches for ordinal in batch) == sorted(ours)
@@ -272,7 +299,9 @@ def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
     history = AttemptHistory(paths, 0)
     history.started(device="cpu", pending=20)
-    attempt._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(0, 20, 0.5)
+    attempt._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(
+        0, 20, 0.5
+    )
     ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
     first, second = read_attempts(paths, 0)
     assert [(each.number, each.rows) for each in first.checkpoints] == [(0, 20)]
@@ -315,7 +344,9 @@ def give_no_finite_row(monkeypatch: pytest.MonkeyPatch, to: Callable[[int], bool
     """Have the network give NaN for each sequence of so many tokens that `to` says yes."""
     original = ESM2.forward_packed
 
-    def forward_packed(self: ESM2, input_ids: Any, cu_seqlens: Any, max_seqlen: int, repr_layers: Any = None) -> Any:
+    def forward_packed(
+        self: ESM2, input_ids: Any, cu_seqlens: Any, max_seqlen: int, repr_layers: Any = None
+    ) -> Any:
         output = original(self, input_ids, cu_seqlens, max_seqlen, repr_layers)
         for start, end in pairwise(cu_seqlens.tolist()):
             if to(end - start):
@@ -340,7 +371,9 @@ def test_a_device_that_gives_no_finite_row_any_more_ends_the_attempt_and_blames_
     """After 20 in a row; what was computed before is kept."""
     plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
     give_no_finite_row(monkeypatch, lambda tokens: tokens <= 22)
-    with pytest.raises(QuarantineFullError, match=r"^2\d sequences one after the other .*weights.*device"):
+    with pytest.raises(
+        QuarantineFullError, match=r"^2\d sequences one after the other .*weights.*device"
+    ):
         ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
     assert Quarantine.of(plan, paths).read() == []
     assert find_pending_work(plan, paths, 0).num_done == 4
@@ -353,10 +386,16 @@ def test_a_protein_without_a_finite_row_is_set_aside_once_another_has_one(
     plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
     give_no_finite_row(monkeypatch, lambda tokens: tokens in (26, 25))
     stop = StopFlag()
-    assert ShardAttempt(job_of(plan, paths), Stopped(stop, after=2), stop).run_in_lock() == ExitCode.STOPPED
+    assert (
+        ShardAttempt(job_of(plan, paths), Stopped(stop, after=2), stop).run_in_lock()
+        == ExitCode.STOPPED
+    )
     assert Quarantine.of(plan, paths).read() == []
     stop = StopFlag()
-    assert ShardAttempt(job_of(plan, paths), Stopped(stop, after=3), stop).run_in_lock() == ExitCode.STOPPED
+    assert (
+        ShardAttempt(job_of(plan, paths), Stopped(stop, after=3), stop).run_in_lock()
+        == ExitCode.STOPPED
+    )
     assert [each.id for each in Quarantine.of(plan, paths).read()] == ["p24", "p23"]
 
 

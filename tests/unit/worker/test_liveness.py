@@ -55,7 +55,9 @@ def test_time_in_which_nobody_listened_is_left_out() -> None:
 
 def test_a_process_is_seen_to_work_to_wait_and_to_be_stopped(tmp_path: Path) -> None:
     code = "import sys\nfor line in sys.stdin:\n    print(sum(range(10**7)), flush=True)\n"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         for _ in range(2):  # its start is work, too

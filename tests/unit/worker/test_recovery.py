@@ -54,22 +54,33 @@ def test_a_batch_with_two_strikes_is_taken_apart(run: Run) -> None:
     assert run.quarantine.read() == []
 
 
-def test_the_sequence_at_which_a_child_died_comes_first_and_after_two_strikes_it_is_set_aside(run: Run) -> None:
+def test_the_sequence_at_which_a_child_died_comes_first_and_after_two_strikes_it_is_set_aside(
+    run: Run,
+) -> None:
     judge_twice(run, died(batch_idx=1))
     batch = run.plan.shard_batches(0)[1].tolist()
     culprit = batch[2]
     judge(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
-    assert run.shard_job(0, "cpu").suspects == (culprit, *(each for each in batch if each != culprit))
+    assert run.shard_job(0, "cpu").suspects == (
+        culprit,
+        *(each for each in batch if each != culprit),
+    )
     decision = judge(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
     (held,) = run.quarantine.read()
     assert decision.retry
-    assert (held.ordinal, held.id, held.cause) == (culprit, run.plan.ids([culprit])[0], "native_crash")
+    assert (held.ordinal, held.id, held.cause) == (
+        culprit,
+        run.plan.ids([culprit])[0],
+        "native_crash",
+    )
     assert held.length == run.plan.lengths[culprit]
     assert repr(held.id) in decision.reason
 
 
 @pytest.mark.parametrize("on_poison", ["quarantine", "fail"])
-def test_silence_alone_never_sets_a_sequence_aside(tmp_path: Path, tiny_fasta: Path, on_poison: Any) -> None:
+def test_silence_alone_never_sets_a_sequence_aside(
+    tmp_path: Path, tiny_fasta: Path, on_poison: Any
+) -> None:
     """It is computed last, with more patience; then its shard has failed, and the reason names it and what to do."""
     with open_run(small_config(tiny_fasta, tmp_path / "run", on_poison=on_poison)) as run:
         run.manifest.start_attempt(0, device="cpu")
@@ -81,12 +92,19 @@ def test_silence_alone_never_sets_a_sequence_aside(tmp_path: Path, tiny_fasta: P
         decision = judge(run, 0, silence, session="s")
         assert not decision.retry
         assert run.quarantine.read() == []
-        for told in (repr(run.plan.ids([ordinal])[0]), "residues", "--runtime.silence-limit-s", "--allow-partial"):
+        for told in (
+            repr(run.plan.ids([ordinal])[0]),
+            "residues",
+            "--runtime.silence-limit-s",
+            "--allow-partial",
+        ):
             assert told in decision.reason
         assert run.manifest.get_shard_status(0)["error"] == decision.reason
 
 
-def test_a_manifest_that_takes_nothing_changes_no_decision(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_manifest_that_takes_nothing_changes_no_decision(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     """The policy judges from memory: a lock that somebody holds for ever, as a full disk, ends nothing."""
     with FileLock(run.paths.manifest.with_suffix(".lock"), purpose="hang").held(timeout_s=0):
         decision = judge_twice(run, died(batch_idx=1))
@@ -100,7 +118,9 @@ def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:
     assert run.quarantine.read() == []
 
 
-def test_a_strike_counts_for_the_sequences_of_a_batch_and_not_for_its_number(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_a_strike_counts_for_the_sequences_of_a_batch_and_not_for_its_number(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     """With another token budget batch 1 has other sequences; with the first one again it has the same."""
     reasons = []
     for token_budget in (200, 90, 200):
@@ -113,7 +133,9 @@ def test_a_strike_counts_for_the_sequences_of_a_batch_and_not_for_its_number(tmp
     ]
 
 
-def test_with_on_poison_fail_the_shard_fails_and_nothing_is_set_aside(tmp_path: Path, tiny_fasta: Path) -> None:
+def test_with_on_poison_fail_the_shard_fails_and_nothing_is_set_aside(
+    tmp_path: Path, tiny_fasta: Path
+) -> None:
     with open_run(small_config(tiny_fasta, tmp_path / "run", on_poison="fail")) as run:
         decision = judge_twice(run, died(batch_idx=0))
         assert not decision.retry
@@ -127,7 +149,9 @@ def test_a_full_quarantine_ends_the_shard_and_says_what_that_means(tmp_path: Pat
     fasta = tmp_path / "many.fasta"
     fasta.write_text("".join(f">p{i}\nMKV{'A' * i}\n" for i in range(20)))
     with open_run(small_config(fasta, tmp_path / "run", shards=1)) as run:
-        decisions = [judge_twice(run, died(batch_idx=0, ordinal=ordinal)) for ordinal in range(count)]
+        decisions = [
+            judge_twice(run, died(batch_idx=0, ordinal=ordinal)) for ordinal in range(count)
+        ]
     assert [decision.retry for decision in decisions] == [True] * (count - 1) + [False]
     assert "broken set-up" in decisions[-1].reason
 
@@ -135,7 +159,9 @@ def test_a_full_quarantine_ends_the_shard_and_says_what_that_means(tmp_path: Pat
 def test_a_thousand_preemptions_push_no_strike_out(run: Run) -> None:
     judge(run, 0, died(batch_idx=1), session="s")
     for _ in range(MAX_FAILURES_KEPT + 5):
-        run.manifest.record_failure(0, died(cause=FailureCause.PREEMPTED).to_json() | {"session": "s"})
+        run.manifest.record_failure(
+            0, died(cause=FailureCause.PREEMPTED).to_json() | {"session": "s"}
+        )
     assert len(run.manifest.failures(0)) == MAX_FAILURES_KEPT + 1
     assert "batch 1 failed 2 times" in judge(run, 0, died(batch_idx=1), session="another").reason
 
@@ -144,27 +170,37 @@ def test_a_host_out_of_memory_halves_the_budget_of_the_next_attempt(run: Run) ->
     for expected in (100, 50):
         judge(run, 0, died(cause=FailureCause.HOST_OOM), session="s")
         assert run.shard_job(0, "cpu").token_budget == expected
-    assert run.shard_job(1, "cpu").token_budget == 50  # the same device, and nothing known of this shard
+    assert (
+        run.shard_job(1, "cpu").token_budget == 50
+    )  # the same device, and nothing known of this shard
 
 
 @pytest.mark.parametrize(
     ("cause", "record", "counts"),
     [
         (FailureCause.KILLED, {"session": "s", "num_done": 7}, True),
-        (FailureCause.KILLED, {"session": "s", "num_done": 6}, False),  # there has been a checkpoint since
+        (
+            FailureCause.KILLED,
+            {"session": "s", "num_done": 6},
+            False,
+        ),  # there has been a checkpoint since
         (FailureCause.KILLED, {"session": "earlier", "num_done": 7}, False),
         (FailureCause.HOST_OOM, {"session": "earlier", "num_done": 7}, False),
         (FailureCause.PREEMPTED, {"session": "earlier", "num_done": 6}, True),
         (FailureCause.NATIVE_CRASH, {"session": "earlier", "num_done": 6}, True),
     ],
 )
-def test_which_failures_still_count(cause: FailureCause, record: dict[str, Any], counts: bool) -> None:
+def test_which_failures_still_count(
+    cause: FailureCause, record: dict[str, Any], counts: bool
+) -> None:
     failure = died(batch_idx=1, cause=cause)
     expected = [failure] if counts else []
     assert counted_failures([failure.to_json() | record], "s", num_done=7) == expected
 
 
-def test_a_quarantine_that_cannot_be_written_is_tried_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quarantine_that_cannot_be_written_is_tried_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As any full disk: the strike counts, so that the sequence is set aside once there is room."""
     accused = died(batch_idx=1, ordinal=int(run.plan.shard_batches(0)[1][0]))
     assert judge(run, 0, accused, session="s").retry

@@ -31,7 +31,12 @@ def test_counted_failures_are_retried_with_growing_delays_and_then_given_up(caus
     for _ in range(4):
         decisions.append(POLICY.decide(failure(cause), past))
         past.append(failure(cause))
-    assert [(d.retry, d.delay_s) for d in decisions] == [(True, 1.0), (True, 2.0), (True, 4.0), (False, 0.0)]
+    assert [(d.retry, d.delay_s) for d in decisions] == [
+        (True, 1.0),
+        (True, 2.0),
+        (True, 4.0),
+        (False, 0.0),
+    ]
     assert "attempt 3/3" in decisions[2].reason
     assert "exhausted 3 retries" in decisions[3].reason
 
@@ -47,7 +52,10 @@ def test_oom_halves_the_token_budget():
 
 
 def test_the_same_batch_twice_opens_the_circuit():
-    first, other = failure(FailureCause.DEVICE_ASSERT, batch_idx=42), failure(FailureCause.DEVICE_ASSERT, batch_idx=7)
+    first, other = (
+        failure(FailureCause.DEVICE_ASSERT, batch_idx=42),
+        failure(FailureCause.DEVICE_ASSERT, batch_idx=7),
+    )
     assert POLICY.decide(first, []).retry
     assert POLICY.decide(other, [first]).retry
     second = POLICY.decide(first, [first, other])

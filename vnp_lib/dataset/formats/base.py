@@ -72,7 +72,9 @@ class Rows:
     def lengths(self) -> NDArray[np.int32]:
         """Residues, (N,)."""
         batches = self.dataset.record_batches(_BATCH_IDS, ["length"])
-        return np.concatenate([np.empty(0, dtype=np.int32), *(batch.column("length").to_numpy() for batch in batches)])
+        return np.concatenate(
+            [np.empty(0, dtype=np.int32), *(batch.column("length").to_numpy() for batch in batches)]
+        )
 
     @cached_property
     def id_width(self) -> int:
@@ -107,7 +109,9 @@ class Rows:
         for batch in self._batches("id", "description", "length"):
             ids = _ids(batch)
             arrays = [self._arrays(ids, batch, column) for column in self.columns]
-            for id_, description, *own in zip(ids, batch.column("description").to_pylist(), *arrays, strict=True):
+            for id_, description, *own in zip(
+                ids, batch.column("description").to_pylist(), *arrays, strict=True
+            ):
                 yield f"{id_} {description}".rstrip(), dict(zip(self.outputs, own, strict=True))
 
     def _batches(self, *beside: str) -> Iterator[pa.RecordBatch]:
@@ -115,7 +119,9 @@ class Rows:
         columns = [*beside, *self.columns]
         if not self.is_fixed:
             return self.dataset.row_groups(columns)
-        return self.dataset.record_batches(max(1, _BATCH_BYTES // (4 * self.dim * len(self.columns))), columns)
+        return self.dataset.record_batches(
+            max(1, _BATCH_BYTES // (4 * self.dim * len(self.columns))), columns
+        )
 
     def _vectors(self, ids: list[str], batch: pa.RecordBatch) -> Values:
         (column,) = self.columns
@@ -125,7 +131,10 @@ class Rows:
         arrays = self.dataset.arrays_in(batch, column)
         if isinstance(arrays, np.ndarray):
             return list(self._as_stored(ids, arrays))
-        flat = (self._as_stored([id_], array.reshape(1, -1)) for id_, array in zip(ids, arrays, strict=True))
+        flat = (
+            self._as_stored([id_], array.reshape(1, -1))
+            for id_, array in zip(ids, arrays, strict=True)
+        )
         return [values.reshape(array.shape) for values, array in zip(flat, arrays, strict=True)]
 
     def _as_stored(self, ids: list[str], rows: NDArray[np.float32]) -> Values:
@@ -150,7 +159,9 @@ class Format:
     write: Callable[[Rows, Path, bool], None]  # rows, where to, whether to replace what is there
     about: str  # in a line
     holds_several: bool = False  # columns; others hold one
-    suffixes: tuple[str, ...] = ()  # names that a file may have, the first by default; none: it is a directory
+    suffixes: tuple[
+        str, ...
+    ] = ()  # names that a file may have, the first by default; none: it is a directory
     has_ids_beside: bool = False  # a second file, `ids_beside`
     library: str | None = None  # needed to write it, and not among what is always there
     dtypes: tuple[StoreDtype, ...] = tuple(StoreDtype)
@@ -179,6 +190,12 @@ def _ids(batch: pa.RecordBatch) -> list[str]:
     ids: list[str] = batch.column("id").to_pylist()
     text = "\n".join(ids)
     if "\0" in text or len(text.splitlines()) != len(ids):
-        odd = next(sequence_id for sequence_id in ids if "\0" in sequence_id or len(sequence_id.splitlines()) != 1)
-        raise ConfigError(f"the id {odd!r} has a line break or NUL in it, which readers of these formats do not expect")
+        odd = next(
+            sequence_id
+            for sequence_id in ids
+            if "\0" in sequence_id or len(sequence_id.splitlines()) != 1
+        )
+        raise ConfigError(
+            f"the id {odd!r} has a line break or NUL in it, which readers of these formats do not expect"
+        )
     return ids

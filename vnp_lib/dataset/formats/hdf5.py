@@ -89,7 +89,9 @@ def open_hdf5(path: Path) -> Iterator[Hdf5File]:
     with Hdf5File(path) as file:
         try:
             # Indexed groups, of HDF5 1.8 and later: among a million names each is found at once.
-            with h5py.File(file, "w", libver=("v108", "v108"), rdcc_nbytes=_CHUNK_CACHE_BYTES) as file.root:
+            with h5py.File(
+                file, "w", libver=("v108", "v108"), rdcc_nbytes=_CHUNK_CACHE_BYTES
+            ) as file.root:
                 yield file
         finally:
             file.require_sound()
@@ -110,7 +112,9 @@ def write_hdf5_uniprot(rows: Rows, path: Path, replace: bool) -> None:
         _describe(file.root, rows)
         for ids, arrays in rows.arrays():
             for sequence_id, array in zip(ids, arrays, strict=True):
-                file.root.create_dataset(_key(sequence_id, taken=file.root), data=array, track_times=False)
+                file.root.create_dataset(
+                    _key(sequence_id, taken=file.root), data=array, track_times=False
+                )
             file.require_sound()
 
 
@@ -139,7 +143,9 @@ def write_h5ad(rows: Rows, path: Path, replace: bool) -> None:
 def _key(sequence_id: str, *, taken: Container[str]) -> str:
     key = accession(sequence_id)
     if "/" in key or key == ".":
-        raise ConfigError(f"{sequence_id!r} cannot be a name at the root of an HDF5 file: choose another format")
+        raise ConfigError(
+            f"{sequence_id!r} cannot be a name at the root of an HDF5 file: choose another format"
+        )
     if key in taken:
         raise ConfigError(
             f"{sequence_id!r} is not the only sequence with the accession {key!r}, and there is one place for each: choose "
@@ -154,8 +160,12 @@ def _describe(group: Any, rows: Rows) -> None:
 
 
 def _create_matrix(group: Any, name: str, rows: Rows) -> Any:
-    rows_per_chunk = max(1, min(len(rows), _CHUNK_BYTES // (rows.dim * np.dtype(rows.dtype).itemsize)))
-    chunks = (rows_per_chunk, rows.dim) if len(rows) else None  # a chunk may not be larger than the whole
+    rows_per_chunk = max(
+        1, min(len(rows), _CHUNK_BYTES // (rows.dim * np.dtype(rows.dtype).itemsize))
+    )
+    chunks = (
+        (rows_per_chunk, rows.dim) if len(rows) else None
+    )  # a chunk may not be larger than the whole
     return group.create_dataset(name, (len(rows), rows.dim), rows.dtype, chunks=chunks)
 
 

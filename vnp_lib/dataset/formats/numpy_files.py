@@ -21,7 +21,10 @@ from vnp_lib.storage import durable_file, fsync_directory, remove_file
 def write_npy(rows: Rows, path: Path, replace: bool) -> None:
     """One matrix, (N, D), and beside it the ids, a line each. The matrix is never there without its own ids."""
     ids_path = ids_beside(path)
-    with durable_file(path, replace=replace) as matrix, durable_file(ids_path, replace=replace) as lines:
+    with (
+        durable_file(path, replace=replace) as matrix,
+        durable_file(ids_path, replace=replace) as lines,
+    ):
         _write_npy_header(matrix, (len(rows), rows.dim), rows.dtype)
         for ids, values in rows.batches():
             matrix.write(values.data)
@@ -48,11 +51,19 @@ def write_csv(rows: Rows, path: Path, replace: bool) -> None:
     with durable_file(path, replace=replace) as file, pyarrow.csv.CSVWriter(file, schema) as writer:
         for ids, values in rows.batches():
             columns = np.ascontiguousarray(values.T, dtype=np.float32)
-            writer.write_batch(pa.record_batch([pa.array(ids), *map(pa.array, columns)], schema=schema))
+            writer.write_batch(
+                pa.record_batch([pa.array(ids), *map(pa.array, columns)], schema=schema)
+            )
 
 
-def _write_npy_header(file: IO[bytes] | io.RawIOBase, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-    described = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+def _write_npy_header(
+    file: IO[bytes] | io.RawIOBase, shape: tuple[int, ...], dtype: DTypeLike
+) -> None:
+    described = {
+        "descr": np.dtype(dtype).newbyteorder("<").str,
+        "fortran_order": False,
+        "shape": shape,
+    }
     np.lib.format.write_array_header_1_0(file, described)
 
 

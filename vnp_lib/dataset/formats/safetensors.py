@@ -17,7 +17,13 @@ from vnp_lib.dataset.formats.base import Rows
 from vnp_lib.plan import OutputKind, offsets_of
 from vnp_lib.storage import durable_file
 
-_IN_SAFETENSORS = {"int64": "I64", "int32": "I32", "float32": "F32", "float16": "F16", "uint8": "U8"}
+_IN_SAFETENSORS = {
+    "int64": "I64",
+    "int32": "I32",
+    "float32": "F32",
+    "float16": "F16",
+    "uint8": "U8",
+}
 
 
 def write_safetensors(rows: Rows, path: Path, replace: bool) -> None:
@@ -51,7 +57,9 @@ class _Streamed:
 def _matrix(rows: Rows) -> _Streamed:
     """`embeddings`, (N, D)."""
     pieces = (values for _, values in rows.batches())
-    return _Streamed(name="embeddings", dtype=np.dtype(rows.dtype), shape=(len(rows), rows.dim), pieces=pieces)
+    return _Streamed(
+        name="embeddings", dtype=np.dtype(rows.dtype), shape=(len(rows), rows.dim), pieces=pieces
+    )
 
 
 def _ragged(rows: Rows) -> list[_Streamed]:
@@ -68,7 +76,12 @@ def _ragged(rows: Rows) -> list[_Streamed]:
     return [
         _whole("offsets", offsets),
         _whole("lengths", rows.lengths),
-        _Streamed(name="values", dtype=np.dtype(rows.dtype), shape=(int(offsets[-1]), *width), pieces=values),
+        _Streamed(
+            name="values",
+            dtype=np.dtype(rows.dtype),
+            shape=(int(offsets[-1]), *width),
+            pieces=values,
+        ),
     ]
 
 
@@ -86,8 +99,12 @@ def _whole(name: str, array: NDArray[Any]) -> _Streamed:
     return _Streamed(name=name, dtype=array.dtype, shape=array.shape, pieces=[array])
 
 
-def _write_safetensors(path: Path, tensors: Sequence[_Streamed], about: dict[str, str], replace: bool) -> None:
-    aligned = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # the widest first: so they all are
+def _write_safetensors(
+    path: Path, tensors: Sequence[_Streamed], about: dict[str, str], replace: bool
+) -> None:
+    aligned = sorted(
+        tensors, key=lambda tensor: -tensor.dtype.itemsize
+    )  # the widest first: so they all are
     with durable_file(path, replace=replace) as file:
         file.write(_safetensors_header(aligned, about))
         for tensor in aligned:

@@ -48,7 +48,9 @@ def write_virnucpro(rows: Rows, path: Path, replace: bool) -> None:
     num_files = -(-int(rows.dataset.metadata["num_sequences"]) // _VIRNUCPRO_FILE_SEQUENCES)
     with durable_directory(path, replace=replace) as directory:
         targets = [directory / f"output_{number}_ESM.pt" for number in range(1, num_files + 1)]
-        for number, group in groupby(_placed_tensors(rows), key=lambda each: each[0] // _VIRNUCPRO_FILE_SEQUENCES):
+        for number, group in groupby(
+            _placed_tensors(rows), key=lambda each: each[0] // _VIRNUCPRO_FILE_SEQUENCES
+        ):
             _, ids, tensors = zip(*group, strict=True)
             _save({"proteins": list(ids), "data": list(tensors)}, targets[number])
         for target in targets:
@@ -67,7 +69,12 @@ def write_esm_extract(rows: Rows, path: Path, replace: bool) -> None:
             target = _path_of(header, directory)
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _save(extract_file(header, {output: _tensor(array) for output, array in arrays.items()}), target)
+                _save(
+                    extract_file(
+                        header, {output: _tensor(array) for output, array in arrays.items()}
+                    ),
+                    target,
+                )
             except (FileExistsError, NotADirectoryError):
                 raise ConfigError(
                     f"another sequence has the file of {header!r} already: choose another format"

@@ -1,0 +1,59 @@
+"""Mutants of `vnp_lib/dataset/`."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_DATASET = "tests/unit/dataset/test_reader.py"
+_EXPORT = "tests/unit/dataset/test_export.py"
+
+MUTANTS = (
+    Mutant(
+        name="parts-not-compared-with-success",
+        module="dataset.reader",
+        before='digest.sha256 == part["sha256"]',
+        after="digest.sha256",
+        caught_by=(f"{_DATASET}::test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row",),
+    ),
+    Mutant(
+        name="exported-ids-beside-the-matrix-of-another-export",
+        module="dataset.formats.numpy_files",
+        before="        if replace and path.exists():\n",
+        after="        if False:\n",
+        caught_by=(f"{_EXPORT}::test_a_matrix_never_stands_beside_the_ids_of_another",),
+    ),
+    Mutant(
+        name="infinite-float16-exported",
+        module="dataset.formats.base",
+        before="        if not is_finite.all():\n",
+        after="        if False:\n",
+        caught_by=(
+            f"{_EXPORT}::test_what_float16_cannot_hold_is_an_error_that_names_the_sequence",
+        ),
+    ),
+    Mutant(
+        name="virnucpro-file-missing",
+        module="dataset.formats.torch_files",
+        before="            if not target.exists():\n",
+        after="            if False:\n",
+        caught_by=(
+            f"{_EXPORT}::test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine",
+        ),
+    ),
+    Mutant(
+        name="full-disk-not-noticed-by-hdf5",
+        module="dataset.formats.hdf5",
+        before="            file.require_sound()\n\n\ndef write_hdf5(",
+        after="            pass\n\n\ndef write_hdf5(",
+        caught_by=(
+            "tests/unit/dataset/test_hdf5.py::test_what_failed_is_raised_as_the_file_is_closed_at_the_latest",
+        ),
+    ),
+    Mutant(
+        name="force-removes-anything",
+        module="dataset.export",
+        before="    if taken and not chosen.suffixes and not _is_export(path):\n",
+        after="    if False:\n",
+        caught_by=(f"{_EXPORT}::test_force_removes_nothing_that_is_no_export",),
+    ),
+)

@@ -1,0 +1,79 @@
+"""Mutants of the modules directly below `vnp_lib/`."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_FAILURES = "tests/unit/test_failures.py"
+_FILES = "tests/unit/storage/test_durable.py"
+_SOFTWARE = "tests/unit/test_software.py"
+_STREAMS = "tests/unit/test_streams.py"
+_SUPERVISOR = "tests/integration/test_supervisor.py"
+
+MUTANTS = (
+    Mutant(
+        name="reused-process-id-taken-for-the-writer",
+        module="processes",
+        before=" or started_at == self.started_at",
+        after=" or True",
+        caught_by=(
+            "tests/unit/test_processes.py::test_a_later_process_with_the_same_id_is_another",
+            f"{_FILES}::TestOrphanedTemporaries::test_a_writer_is_known_by_machine_boot_container_and_start",
+        ),
+    ),
+    Mutant(
+        name="broken-device-blamed-on-a-sequence",
+        module="failures",
+        before="    if cause in _SUSPICIOUS and is_probing:\n",
+        after="    if False:\n",
+        caught_by=(
+            "tests/unit/test_failures.py::test_a_child_that_dies_of_a_harmless_sequence_has_a_broken_device",
+        ),
+    ),
+    Mutant(
+        name="worker-of-any-code",
+        module="software",
+        before='starter.get("code_sha256") == ours.code_sha256',
+        after='"code_sha256" in starter',
+        caught_by=(f"{_SOFTWARE}::test_a_job_of_other_code_is_refused",),
+    ),
+    Mutant(
+        name="any-signal-accuses",
+        module="failures",
+        before="_SIGNAL_CAUSES.get(signum, FailureCause.KILLED)",
+        after="_SIGNAL_CAUSES.get(signum, FailureCause.SILENT_EXIT)",
+        caught_by=(f"{_FAILURES}::test_of_all_signals_only_those_of_a_crash_accuse_a_protein",),
+    ),
+    Mutant(
+        name="empty-entry-of-the-path-kept",
+        module="environment",
+        before='filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))',
+        after='inherited.pop("PYTHONPATH", "").split(os.pathsep)',
+        caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
+    ),
+    Mutant(
+        name="a-comma-always-divides",
+        module="user_paths",
+        before="range(most, 1, -1)",
+        after="range(1, 1, -1)",
+        caught_by=(
+            "tests/unit/test_user_paths.py::TestSeveralPaths::test_a_name_that_has_a_comma_in_it_is_that_file",
+        ),
+    ),
+    Mutant(
+        name="letters-that-an-encoding-lacks-raise",
+        module="streams",
+        before='(stream.encoding or "utf-8")("backslashreplace")',
+        after='(stream.encoding or "utf-8")("strict")',
+        caught_by=(f"{_STREAMS}::test_letters_that_an_encoding_lacks_are_written_in_its_own",),
+    ),
+    Mutant(
+        name="a-paused-reader-stalls-the-run",
+        module="streams",
+        before="self._patience_s * 1000 if self._was_writable else 0",
+        after="None",
+        caught_by=(
+            f"{_STREAMS}::test_a_reader_that_takes_nothing_costs_the_text_and_not_the_time",
+        ),
+    ),
+)

@@ -1,0 +1,19 @@
+"""Mutants of `vnp_lib/report/`."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_VERIFY = "tests/unit/report/test_verify.py"
+
+MUTANTS = (
+    Mutant(
+        name="quarantined-counted-as-to-compute",
+        module="report.verify",
+        before="(~is_done & ~is_set_aside)[ordinals]",
+        after="(~is_done)[ordinals]",
+        caught_by=(
+            f"{_VERIFY}::test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies",
+        ),
+    ),
+)
