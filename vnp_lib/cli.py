@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 from vnp_lib.config import DType, EmbedConfig, ModelName, weights_path
 from vnp_lib.dataset import FORMATS, RAGGED_FORMATS, export_dataset
 from vnp_lib.errors import ConfigError, ExitCode, InputError, StorageError, VnpError
-from vnp_lib.options import parse_forecast_command_line
+from vnp_lib.options import parse_estimate_command_line
 from vnp_lib.plan import RunPaths, StoreDtype
 from vnp_lib.report import (
     RunEstimate,
@@ -112,7 +112,7 @@ def status(options: argparse.Namespace) -> ExitCode:
 
 
 def plan(options: argparse.Namespace) -> ExitCode:
-    seen = estimate_run(parse_forecast_command_line(options.others))
+    seen = estimate_run(parse_estimate_command_line(options.others))
     _show(seen, render_estimate, as_json=options.json)
     return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
 

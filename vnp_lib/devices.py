@@ -24,7 +24,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def num_cpu_children(model: str) -> int:
+def num_cpu_workers(model: str) -> int:
     """How many children are best on the CPU: one a core, as far as memory allows, and at least one.
 
     Each has the weights to itself, so the larger models leave room for few, which then use several cores each.
@@ -116,7 +116,7 @@ def resolve_devices(devices: str, model: ModelName) -> tuple[str, ...]:
 
     count = torch.cuda.device_count()
     if devices == "auto":
-        return tuple(str(index) for index in range(count)) or ("cpu",) * num_cpu_children(model)
+        return tuple(str(index) for index in range(count)) or ("cpu",) * num_cpu_workers(model)
     wanted = tuple(devices.split(","))
     absent = [index for index in wanted if int(index) >= count]
     if absent:

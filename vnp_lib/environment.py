@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def child_environment(device: str) -> dict[str, str]:
+def worker_environment(device: str) -> dict[str, str]:
     """Give a child this process's environment and, where `device` is a GPU, sight of that GPU alone.
 
     A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it. On a CPU the child's

@@ -25,7 +25,7 @@ from vnp_lib.config import EmbedConfig, OutputName, OutputPath, RunPath
 from vnp_lib.errors import ConfigError
 
 
-class ForecastConfig(EmbedConfig):
+class EstimateConfig(EmbedConfig):
     """Say what a run would be. All options of a run are taken. Nothing on disk is changed."""
 
     output_dir: OutputPath = Field(
@@ -59,11 +59,11 @@ VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
     )
 
 
-class _ForecastCli(ForecastConfig, BaseSettings):
-    __doc__ = f"""{ForecastConfig.__doc__} With --json it is printed as JSON. Exit code 0: such a run can begin, 1: something in the
+class _EstimateCli(EstimateConfig, BaseSettings):
+    __doc__ = f"""{EstimateConfig.__doc__} With --json it is printed as JSON. Exit code 0: such a run can begin, 1: something in the
 input would be refused, or the disk has no room, 2: an option cannot be used."""
 
-    model_config = _EmbedCli.model_config | SettingsConfigDict(title="Forecast")
+    model_config = _EmbedCli.model_config | SettingsConfigDict(title="Estimate")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -111,9 +111,9 @@ def parse_command_line(
     return EmbedConfig.model_validate(_given(_EmbedCli, arguments, program))
 
 
-def parse_forecast_command_line(arguments: Sequence[str]) -> ForecastConfig:
+def parse_estimate_command_line(arguments: Sequence[str]) -> EstimateConfig:
     """Read the settings of a run that is only thought of. `--json` is not among them. Raises as `parse_command_line`."""
-    return ForecastConfig.model_validate(_given(_ForecastCli, arguments, "vnp plan"))
+    return EstimateConfig.model_validate(_given(_EstimateCli, arguments, "vnp plan"))
 
 
 def _parse_arguments(

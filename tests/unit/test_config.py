@@ -15,9 +15,9 @@ from vnp_lib import config, devices
 from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.devices import resolve_devices
-from vnp_lib.environment import child_environment, viral_checkpoint_mode
+from vnp_lib.environment import viral_checkpoint_mode, worker_environment
 from vnp_lib.errors import ConfigError
-from vnp_lib.options import ForecastConfig, parse_command_line, parse_forecast_command_line
+from vnp_lib.options import EstimateConfig, parse_command_line, parse_estimate_command_line
 from vnp_lib.plan.outputs import OutputKind
 
 SMALLEST = "esm2_t6_8M_UR50D"
@@ -149,7 +149,7 @@ def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
 
 @pytest.mark.parametrize(
     ("parse", "settings"),
-    [(parse_command_line, EmbedConfig), (parse_forecast_command_line, ForecastConfig)],
+    [(parse_command_line, EmbedConfig), (parse_estimate_command_line, EstimateConfig)],
 )
 def test_help_names_what_a_number_counts(parse, settings, capsys, monkeypatch):
     """Seconds are called so where they are in the form's title, and nowhere else."""
@@ -190,7 +190,7 @@ def test_usage_has_the_options_that_are_needed(capsys):
             parse_command_line,
             "usage: python flows/embed.py --fasta FILES --output-dir DIR [options]",
         ),
-        (parse_forecast_command_line, "usage: vnp plan --fasta FILES [options]"),
+        (parse_estimate_command_line, "usage: vnp plan --fasta FILES [options]"),
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
@@ -217,7 +217,7 @@ def test_devices_by_name():
 
 def test_without_a_gpu_there_is_a_child_for_each_core(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(devices, "num_cpu_children", {SMALLEST: 3}.get)
+    monkeypatch.setattr(devices, "num_cpu_workers", {SMALLEST: 3}.get)
     assert resolve_devices("auto", SMALLEST) == ("cpu", "cpu", "cpu")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert resolve_devices("auto", SMALLEST) == ("0", "1")
@@ -236,15 +236,15 @@ def test_a_child_sees_one_gpu_within_the_mask_of_its_parent(monkeypatch, mask, d
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if mask is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-    assert child_environment(device)["CUDA_VISIBLE_DEVICES"] == seen
+    assert worker_environment(device)["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_a_child_on_a_cpu_has_huge_pages_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert child_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-    assert "GLIBC_TUNABLES" not in child_environment("0")
+    assert worker_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "GLIBC_TUNABLES" not in worker_environment("0")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    assert child_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
+    assert worker_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from vnp_lib import devices
 from vnp_lib.config import ModelName
-from vnp_lib.devices import available_memory_bytes, num_cpu_children, num_parameters
+from vnp_lib.devices import available_memory_bytes, num_cpu_workers, num_parameters
 from vnp_lib.model.esm2 import MODELS
 
 GB = 10**9
@@ -27,7 +27,7 @@ GB = 10**9
 def test_a_child_a_core_as_far_as_memory_allows(monkeypatch, model, cores, memory, children):
     monkeypatch.setattr(devices, "num_cores", lambda: cores)
     monkeypatch.setattr(devices, "available_memory_bytes", lambda: memory)
-    assert num_cpu_children(model) == children
+    assert num_cpu_workers(model) == children
 
 
 @pytest.mark.parametrize("model", get_args(ModelName))

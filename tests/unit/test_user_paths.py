@@ -13,7 +13,7 @@ from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError, ExitCode
-from vnp_lib.options import parse_command_line, parse_forecast_command_line
+from vnp_lib.options import parse_command_line, parse_estimate_command_line
 from vnp_lib.user_paths import PathUse, shown, user_inputs, user_path
 
 NOT_UTF8 = os.fsdecode(b"prot\xe9ines")
@@ -277,7 +277,7 @@ def as_flow_parameter(name: str, value: str) -> EmbedConfig:
 
 
 def as_plan(name: str, value: str) -> EmbedConfig:
-    return parse_forecast_command_line([f"--{name.replace('_', '-')}", value])
+    return parse_estimate_command_line([f"--{name.replace('_', '-')}", value])
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ class TestSettings:
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("parse", [parse_command_line, parse_forecast_command_line])
+@pytest.mark.parametrize("parse", [parse_command_line, parse_estimate_command_line])
 def test_a_pattern_that_the_shell_has_expanded_is_refused_with_quotes_as_advice(parse) -> None:
     files = [touch(f"{name}.faa") for name in "abcde"]
     assert refusal(lambda: parse(["--fasta", *files, "--output-dir", "out"])) == (
@@ -321,7 +321,7 @@ def test_a_pattern_that_the_shell_has_expanded_is_refused_with_quotes_as_advice(
 
 @pytest.mark.usefixtures("_needed")
 def test_the_run_that_a_speed_is_taken_from_is_a_path_like_any() -> None:
-    assert parse_forecast_command_line(["--speed-of", "~/x"]).speed_of == Path("/home/me/x")
+    assert parse_estimate_command_line(["--speed-of", "~/x"]).speed_of == Path("/home/me/x")
 
 
 @pytest.mark.usefixtures("_needed")

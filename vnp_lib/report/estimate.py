@@ -40,7 +40,7 @@ from vnp_lib.inputs import (
     renaming_of,
     survey,
 )
-from vnp_lib.options import ForecastConfig
+from vnp_lib.options import EstimateConfig
 from vnp_lib.plan import (
     NUM_SPECIAL_TOKENS,
     RunPaths,
@@ -124,7 +124,7 @@ class RunEstimate:
         return asdict(self) | {"expected_s": self.expected_s, "can_begin": self.can_begin}
 
 
-def estimate_run(config: ForecastConfig) -> RunEstimate:
+def estimate_run(config: EstimateConfig) -> RunEstimate:
     """Read the input, and say what a run with these settings would be.
 
     Raises:
@@ -200,7 +200,7 @@ class _Input:
         return self.lengths[self.is_computed]
 
 
-def _read(config: ForecastConfig) -> _Input:
+def _read(config: EstimateConfig) -> _Input:
     policy = InputPolicy.of(config)
     surveyor, refused = Surveyor(), _Refused()
     lengths = [np.empty(0, dtype=np.int32)]
@@ -229,7 +229,7 @@ def _read(config: ForecastConfig) -> _Input:
 
 
 @contextmanager
-def _stdin_kept(config: ForecastConfig) -> Iterator[Path]:
+def _stdin_kept(config: EstimateConfig) -> Iterator[Path]:
     """Where standard input is kept: by the run, if there is one, and otherwise for a while out of its directory."""
     kept = RunPaths(config.output_dir).stdin
     if STDIN not in config.fasta:
@@ -297,7 +297,7 @@ class _Refused:
         return self._files + self._records + self._repeats
 
 
-def _describe_weights(config: ForecastConfig) -> str:
+def _describe_weights(config: EstimateConfig) -> str:
     """Say where the weights are, after a look at them as a run looks."""
     from vnp_lib.model import published_path
 
@@ -324,7 +324,7 @@ def _existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
-def _speed(config: ForecastConfig, one_device: Speed | None, num_devices: int) -> Speed | None:
+def _speed(config: EstimateConfig, one_device: Speed | None, num_devices: int) -> Speed | None:
     if config.tokens_per_second is not None:
         return Speed(tokens_per_s=config.tokens_per_second, source="as given")
     if one_device is None:
@@ -333,7 +333,7 @@ def _speed(config: ForecastConfig, one_device: Speed | None, num_devices: int) -
     return Speed(tokens_per_s=one_device.tokens_per_s * num_devices, source=source)
 
 
-def _speed_of_one_device(config: ForecastConfig) -> Speed | None:
+def _speed_of_one_device(config: EstimateConfig) -> Speed | None:
     """From an earlier run, where there is one."""
     try:
         return _mean_speed(config.speed_of or config.output_dir, config.model)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from vnp_lib.devices import control_group
-from vnp_lib.environment import child_environment
+from vnp_lib.environment import worker_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
 from vnp_lib.run import Event, EventReader
 from vnp_lib.worker.liveness import ProcessState, Silence
@@ -71,7 +71,7 @@ async def run_child(
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             start_new_session=True,  # a Ctrl-C is for us; we decide when the child stops
-            env=child_environment(device),
+            env=worker_environment(device),
         )
     _followed[child] = grace_s
     attempt = _Followed(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)

@@ -23,7 +23,7 @@ from vnp_lib.inputs.files import FASTA_SUFFIXES
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.inputs.reader import read
 from vnp_lib.inputs.sources import describe_left_out, find_files, find_sources
-from vnp_lib.options import ForecastConfig
+from vnp_lib.options import EstimateConfig
 from vnp_lib.report.estimate import estimate_run, render_estimate
 from vnp_lib.run.directory import validate_config
 from vnp_lib.user_paths import user_inputs
@@ -352,7 +352,7 @@ class TestTold:
 
     def test_vnp_plan_says_it(self, directory: Path, tmp_path: Path) -> None:
         seen = estimate_run(
-            ForecastConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST)
+            EstimateConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST)
         )
         assert seen.to_json()["left_out"] == (f"{directory}: {self.LEFT_OUT}",)
         with (console := Console(width=1000)).capture() as shown:
@@ -379,7 +379,7 @@ class TestTold:
 def test_vnp_plan_refuses_a_file_that_is_given_twice_and_counts_it_once(tmp_path: Path) -> None:
     path = write(tmp_path / "x.faa")
     seen = estimate_run(
-        ForecastConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST)
+        EstimateConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST)
     )
     assert (seen.num_sequences, seen.refusals) == (
         1,

@@ -21,7 +21,7 @@ from vnp_lib.errors import ExitCode, InputError, WeightsError
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weight_files import name_in_transformers
 from vnp_lib.model.weights import look_at_weights, random_tensors, resolve_weights, save_weights
-from vnp_lib.options import ForecastConfig
+from vnp_lib.options import EstimateConfig
 from vnp_lib.report.estimate import estimate_run
 from vnp_lib.run.directory import open_run, validate_config
 
@@ -111,7 +111,7 @@ def test_every_layout_of_hugging_faces_is_taken_by_all(tmp_path, safetensors_fil
     validate_config(config)
     with open_run(config) as run:
         assert run.plan.identity["weights_digest"] == resolve_weights(SMALLEST, str(given)).digest
-    assert estimate_run(config_with(given, tmp_path, ForecastConfig)).weights == str(
+    assert estimate_run(config_with(given, tmp_path, EstimateConfig)).weights == str(
         look_at_weights(SMALLEST, str(given)).path
     )
     ours = embed(["MKV"], model=SMALLEST, weights=given, device="cpu", progress=False)
@@ -281,7 +281,7 @@ def test_what_are_no_weights_is_refused_by_all_in_the_same_sentence(tmp_path, ca
     assert told in sentence
     assert not (tmp_path / "run").exists()
     for look in (
-        lambda: estimate_run(config_with(given, tmp_path, ForecastConfig)),
+        lambda: estimate_run(config_with(given, tmp_path, EstimateConfig)),
         lambda: resolve_weights(SMALLEST, str(given)),
         lambda: embed(["MKV"], model=SMALLEST, weights=given, device="cpu", progress=False),
     ):
@@ -352,7 +352,7 @@ def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert look_at_weights(SMALLEST, "auto") is None
-    told = estimate_run(config_with("auto", tmp_path, ForecastConfig)).weights
+    told = estimate_run(config_with("auto", tmp_path, EstimateConfig)).weights
     assert told == f"not here yet: a run downloads them to {tmp_path}/hub/checkpoints/{SMALLEST}.pt"
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / f"hub/checkpoints/{SMALLEST}.pt").write_text(WEB_PAGE)
@@ -364,7 +364,7 @@ def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_
 def test_heads_that_are_missing_are_said_before_a_run_begins(
     tmp_path, fair_esm_file, include
 ) -> None:
-    for config, look in ((EmbedConfig, validate_config), (ForecastConfig, estimate_run)):
+    for config, look in ((EmbedConfig, validate_config), (EstimateConfig, estimate_run)):
         with pytest.raises(WeightsError, match=f"{include} .*need"):
             look(config_with(fair_esm_file, tmp_path, config, include=(include,)))
 

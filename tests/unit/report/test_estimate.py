@@ -22,7 +22,7 @@ from vnp_lib.inputs.reader import read, survey
 from vnp_lib.inputs.records import LetterCounts
 from vnp_lib.inputs.sources import Source
 from vnp_lib.model.esm2 import ESM2
-from vnp_lib.options import ForecastConfig
+from vnp_lib.options import EstimateConfig
 from vnp_lib.plan.outputs import Output, RowLayout
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
@@ -44,7 +44,7 @@ def write(path: Path, text: str) -> Path:
 
 def seen_of(*fasta: Path, **settings) -> RunEstimate:
     return estimate_run(
-        ForecastConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings)
+        EstimateConfig(fasta=fasta, **{"model": MODEL, "devices": "cpu"} | settings)
     )
 
 
