@@ -33,7 +33,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.run.events import Event
 from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory, write_file
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.supervisor import run_worker
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 NUM_SEQUENCES = 4_000  # some minutes of work: no trial comes to its end
@@ -95,7 +95,7 @@ async def _preempt_child(paths: RunPaths, delay_s: float) -> Trial:
             computed.extend(batches[event["batch_idx"]].tolist())
 
     with suppress(ShardFailedError):
-        await run_child(
+        await run_worker(
             paths.job(0),
             device="cpu",
             log_path=paths.worker_log(0),

@@ -17,7 +17,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.run.events import Event
 from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import make_directory, write_file
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.supervisor import run_worker
 
 
 def main(model: str, weights: str, fasta: str, output_dir: str) -> None:
@@ -42,7 +42,7 @@ async def _embed_shards(run: Run) -> None:
 async def _embed_shard(run: Run, rank: int) -> None:
     make_directory(run.paths.shard_dir(rank))
     write_file(run.paths.job(rank), run.shard_job(rank, "cpu").model_dump_json().encode())
-    await run_child(
+    await run_worker(
         run.paths.job(rank),
         device="cpu",
         log_path=run.paths.worker_log(rank),

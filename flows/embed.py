@@ -26,11 +26,11 @@ from prefect.states import Completed, Failed
 
 from flows.artifacts import ShardArtifact, shard_table, show_summary, tag_flow_run, tags_of_shard
 from flows.device_pool import DevicePool
-from flows.events import tell_of_completion
+from flows.events import emit_completion
 from flows.lost_server import is_lost_server, note_ending, try_without_prefect
 from flows.metrics import metrics_served
 from flows.results import NOWHERE
-from flows.retry_hook import make_judge, make_retry_hook
+from flows.retry_hook import make_failure_handler, make_retry_hook
 from flows.shard import embed_shard, has_plain_result
 from flows.signals import sigterm_cancels_the_flow
 from flows.work_pool import cancel_shards, end_leftovers
@@ -124,7 +124,7 @@ async def tell_of_dataset(
     warn_of_mixed_software(summary)
     write_page(run)
     await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
-    tell_of_completion(run, summary)
+    emit_completion(run, summary)
 
 
 async def wait_until_seen(run: Run) -> None:
@@ -167,10 +167,10 @@ async def embed_one(
     Where Prefect's server is gone, the shard is embedded without the task.
     """
     artifact = ShardArtifact(shard.rank, interval_s=run.config.runtime.artifact_interval_s)
-    judge_attempt = make_judge(run, shard.rank, devices, artifact)
+    handle_attempt_failure = make_failure_handler(run, shard.rank, devices, artifact)
     task = embed_shard.with_options(
         tags=tags_of_shard(run),
-        retry_condition_fn=make_retry_hook(run, judge_attempt),
+        retry_condition_fn=make_retry_hook(run, handle_attempt_failure),
         result_storage=run.paths.results_dir,
         refresh_cache=not (
             shard.is_complete and has_plain_result(run, shard.rank)
@@ -198,7 +198,7 @@ async def embed_one(
     flow_run_id = UUID(flow_run.id)
     return await try_without_prefect(
         lambda: embed_shard.fn(run, run.shard_state(shard.rank), devices, progress, artifact),
-        lambda failure: judge_attempt(failure, flow_run_id),
+        lambda failure: handle_attempt_failure(failure, flow_run_id),
     )
 
 

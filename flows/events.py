@@ -10,17 +10,17 @@ from vnp_lib.failures import Failure
 from vnp_lib.run import DatasetSummary, Run
 
 
-def tell_of_preemption(run: Run, rank: int, failure: Failure) -> None:
+def emit_preemption(run: Run, rank: int, failure: Failure) -> None:
     """Emit `vnp.shard.preempted`."""
     _emit("vnp.shard.preempted", run, rank=rank, message=failure.message)
 
 
-def tell_of_quarantine(run: Run, sequence_id: str, message: str) -> None:
+def emit_quarantine(run: Run, sequence_id: str, message: str) -> None:
     """Emit `vnp.sequence.quarantined`."""
     _emit("vnp.sequence.quarantined", run, id=sequence_id, message=message)
 
 
-def tell_of_completion(run: Run, summary: DatasetSummary) -> None:
+def emit_completion(run: Run, summary: DatasetSummary) -> None:
     """Emit `vnp.run.completed`."""
     _emit(
         "vnp.run.completed",

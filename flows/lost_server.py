@@ -60,14 +60,14 @@ def is_lost_server(error: object) -> bool:
 
 async def try_without_prefect(
     attempt: Callable[[], Awaitable[dict[str, Any]]],
-    judge: Callable[[Exception], Awaitable[RetryDecision]],
+    handle_failure: Callable[[Exception], Awaitable[RetryDecision]],
 ) -> State[Any]:
-    """Do what Prefect's task engine does with a shard: attempt it, and again after the delay while `judge` says so."""
+    """Do what Prefect's task engine does with a shard: attempt it, and again after the delay while `handle_failure` says so."""
     while True:
         try:
             return Completed(data=await attempt())
         except Exception as error:
-            decision = await judge(error)
+            decision = await handle_failure(error)
             if not decision.retry:
                 return Failed(message=decision.reason, data=error)
             await asyncio.sleep(decision.delay_s)

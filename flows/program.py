@@ -21,7 +21,7 @@ from vnp_lib.options import parse_command_line
 from vnp_lib.plan import RunPaths
 from vnp_lib.run import RANDOM_WEIGHTS, validate_config
 from vnp_lib.streams import standard_streams
-from vnp_lib.worker import kill_children
+from vnp_lib.worker import kill_workers
 
 if TYPE_CHECKING:  # Prefect is imported when its server is at hand
     from prefect.client.schemas.objects import State
@@ -148,7 +148,7 @@ def _exit_now(report: Callable[[], int], server: PrefectServer) -> NoReturn:
     code: int = ExitCode.FAILED
     try:
         code = report()
-        kill_children()
+        kill_workers()
         server.cleanup.close()
     finally:
         os._exit(code)

@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from flows.artifacts import ShardArtifact, tag_flow_run
 from flows.device_pool import DevicePool
-from flows.events import tell_of_preemption, tell_of_quarantine
+from flows.events import emit_preemption, emit_quarantine
 from flows.lost_server import is_lost_server
 from vnp_lib.failures import (
     Failure,
@@ -22,25 +22,27 @@ from vnp_lib.failures import (
     classify_exception,
 )
 from vnp_lib.run import Run
-from vnp_lib.worker import RetryDecision, judge
+from vnp_lib.worker import RetryDecision, handle_failure
 
-Judge = Callable[[object, UUID | None], Awaitable[RetryDecision]]
+FailureHandler = Callable[[object, UUID | None], Awaitable[RetryDecision]]
 RetryHook = Callable[[Task[..., Any], TaskRun, State[Any]], Awaitable[bool]]
 
 
-def make_judge(run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact) -> Judge:
+def make_failure_handler(
+    run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact
+) -> FailureHandler:
     """Make the function that decides what becomes of a shard after an attempt of a flow run, and says so everywhere."""
 
-    async def judge_attempt(error: object, flow_run_id: UUID | None) -> RetryDecision:
+    async def handle_attempt_failure(error: object, flow_run_id: UUID | None) -> RetryDecision:
         failure = failure_of(error)
         run.metrics.failed(rank, failure.kind)
-        decision = judge(run, rank, failure, session=str(flow_run_id))
+        decision = handle_failure(run, rank, failure, session=str(flow_run_id))
         logger = get_run_logger()
         logger.warning("shard %d: %s", rank, decision.reason)
         if failure.kind == FailureKind.SPOT_PREEMPTION:
-            tell_of_preemption(run, rank, failure)
+            emit_preemption(run, rank, failure)
         if failure.ordinal is not None and decision.is_circuit_open and decision.retry:
-            tell_of_quarantine(run, run.plan.ids(np.array([failure.ordinal]))[0], failure.message)
+            emit_quarantine(run, run.plan.ids(np.array([failure.ordinal]))[0], failure.message)
         if failure.cause == FailureCause.HARDWARE and devices.set_aside(rank):
             logger.warning("the device of shard %d is set aside for the rest of this run", rank)
         await artifact.show(percent_done(run, rank), decision.reason, now=True)
@@ -48,10 +50,10 @@ def make_judge(run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact
             await tag_flow_run(flow_run_id, f"failed:{failure.kind}")
         return decision
 
-    return judge_attempt
+    return handle_attempt_failure
 
 
-def make_retry_hook(run: Run, judge_attempt: Judge) -> RetryHook:
+def make_retry_hook(run: Run, handle_attempt_failure: FailureHandler) -> RetryHook:
     """Make the hook of one shard's own copy of the task.
 
     A plain function: Prefect 3.8 takes a partial, a bound method or a callable object for "never retry". The engine reads
@@ -62,7 +64,7 @@ def make_retry_hook(run: Run, judge_attempt: Judge) -> RetryHook:
     async def retry_hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
         if run.config.executor == "local" and is_lost_server(state.data):
             return False
-        decision = await judge_attempt(state.data, task_run.flow_run_id)
+        decision = await handle_attempt_failure(state.data, task_run.flow_run_id)
         task.retry_delay_seconds = [decision.delay_s]
         return decision.retry
 

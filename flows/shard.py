@@ -11,13 +11,13 @@ from prefect.context import TaskRunContext
 
 from flows.artifacts import ShardArtifact
 from flows.device_pool import DevicePool
-from flows.events import tell_of_quarantine
+from flows.events import emit_quarantine
 from flows.results import is_plain_result
 from flows.work_pool import delegate_shard
 from vnp_lib.report import RunProgress
 from vnp_lib.run import Event, Run, ShardState
 from vnp_lib.storage import write_file
-from vnp_lib.worker import run_child
+from vnp_lib.worker import run_worker
 
 _TELL_EVERY_S = 300.0
 _NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
@@ -100,7 +100,7 @@ async def _attempt(
     )
     follower = _Follower(run, rank, attempt, device, progress, artifact)
     run.metrics.attempt(rank)
-    await run_child(
+    await run_worker(
         run.paths.job(rank),
         device=device,
         log_path=run.paths.worker_log(rank),
@@ -137,7 +137,7 @@ class _Follower:
         self._next_told_at = 0.0
 
     async def on_event(self, event: Event) -> None:
-        self._run.metrics.hear(self._rank, event)
+        self._run.metrics.on_event(self._rank, event)
         match event:
             case {"event": "log", "level": int(level), "message": str(message)}:
                 self._logger.log(level, message)
@@ -174,7 +174,7 @@ class _Follower:
                 self._logger.warning(
                     "%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message
                 )
-                tell_of_quarantine(self._run, sequence_id, message)
+                emit_quarantine(self._run, sequence_id, message)
             case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
                 self._logger.debug("checkpoint %d is on disk: %d rows", number, rows)
 

@@ -17,7 +17,7 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.plan import RunPaths
 from vnp_lib.report import RunProgress
 from vnp_lib.run import attach_run
-from vnp_lib.worker import beating
+from vnp_lib.worker import send_heartbeats
 
 
 @flow(name="vnp-embed-shard", retries=0, persist_result=False, result_storage=NOWHERE)
@@ -31,7 +31,7 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
     """
     heartbeat = RunPaths(config.output_dir).heartbeat(rank)
     with sigterm_cancels_the_flow():
-        async with beating(heartbeat, interval_s=config.runtime.heartbeat_s):
+        async with send_heartbeats(heartbeat, interval_s=config.runtime.heartbeat_s):
             run = await asyncio.to_thread(
                 attach_run, config, fingerprint
             )  # reads the weights: minutes for the largest

@@ -18,7 +18,7 @@ from typing import Any
 
 from prefect.exceptions import TerminationSignal
 
-from vnp_lib.worker import Request, StopRequests, has_children, kill_children
+from vnp_lib.worker import Request, StopRequests, has_workers, kill_workers
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def sigterm_cancels_the_flow() -> Iterator[None]:
     requests = _Requests()
 
     def on_sigterm() -> None:
-        if requests.hear_sigterm() and not flow_task.cancelling():
+        if requests.on_sigterm() and not flow_task.cancelling():
             flow_task.cancel()
 
     def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def sigterm_cancels_the_flow() -> Iterator[None]:
     except (TerminationSignal, BaseExceptionGroup) as error:
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(TerminationSignal):
             raise
-        requests.hear_sigterm()
+        requests.on_sigterm()
         raise asyncio.CancelledError("SIGTERM") from error
     finally:
         loop.set_exception_handler(None)
@@ -60,7 +60,7 @@ class _Requests:
         self._requests = StopRequests()
         self._has_sigterm = False
 
-    def hear_sigterm(self) -> bool:
+    def on_sigterm(self) -> bool:
         """Take SIGTERM over at the first one, and say whether it is that.
 
         Not before: Prefect acknowledges a cancellation by its control channel only where its own handler is in place. And
@@ -71,16 +71,16 @@ class _Requests:
         self._has_sigterm = True
         if _is_main_thread():
             signal.signal(signal.SIGTERM, self._on_further_sigterm)
-        if self._requests.hear() == Request.HURRY:  # Ctrl-C was the first
-            kill_children()
+        if self._requests.on_signal() == Request.HURRY:  # Ctrl-C was the first
+            kill_workers()
         return True
 
     def _on_further_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        if self._requests.hear() == Request.HURRY:
+        if self._requests.on_signal() == Request.HURRY:
             self._leave_at_once(signum, frame)
 
     def _leave_at_once(self, signum: int, frame: FrameType | None) -> None:
-        kill_children()
+        kill_workers()
         raise TerminationSignal(signal=signal.SIGTERM)
 
     @contextmanager
@@ -92,10 +92,10 @@ class _Requests:
             return
 
         def on_interrupt(signum: int, frame: FrameType | None) -> None:
-            request = self._requests.hear()
+            request = self._requests.on_signal()
             if request == Request.HURRY:
-                kill_children()
-            if request != Request.AGAIN or not has_children():
+                kill_workers()
+            if request != Request.AGAIN or not has_workers():
                 interrupt(signum, frame)
 
         quit_before = signal.signal(signal.SIGQUIT, self._leave_at_once)

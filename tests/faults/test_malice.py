@@ -40,7 +40,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.supervisor import run_worker
 
 GOOD_FIELDS = {"rows": 1, "ordinals": [0], "fingerprint": RUN}  # of a marker beside `good_content`
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
@@ -435,5 +435,5 @@ def test_a_child_does_not_log_through_a_link(walled_in, elsewhere):
     limits = {"startup_limit_s": 1.0, "silence_limit_s": 1.0, "grace_s": 1.0}
     with pytest.raises(OSError, match="symbolic"):
         asyncio.run(
-            run_child(Path("job.json"), device="cpu", log_path=log, on_event=None, **limits)
+            run_worker(Path("job.json"), device="cpu", log_path=log, on_event=None, **limits)
         )

@@ -125,7 +125,7 @@ def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch)
     before = (example_run / "embeddings" / "_SUCCESS.json").read_bytes()
     port, pages = free_port(), []
     monkeypatch.setattr(
-        "flows.embed.tell_of_completion", lambda run, summary: pages.append(scrape(port))
+        "flows.embed.emit_completion", lambda run, summary: pages.append(scrape(port))
     )
     outcome = run_flow(EXAMPLE, example_run, shards=3, metrics_port=port)
     assert outcome.is_completed()

@@ -134,7 +134,7 @@ from prefect.exceptions import TerminationSignal
 
 from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.worker import stop_signals
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.supervisor import run_worker
 
 stop_signals.HURRY_AFTER_S = 1.5
 
@@ -146,7 +146,7 @@ async def follow(job):
         loop = asyncio.get_running_loop()
         {busy}
         limits = dict(startup_limit_s=600, silence_limit_s=600, grace_s=600)
-        await run_child(job, device="cpu", log_path=job.with_name("log"), on_event=on_event, **limits)
+        await run_worker(job, device="cpu", log_path=job.with_name("log"), on_event=on_event, **limits)
 
 async def work_for_ever():
     while True:

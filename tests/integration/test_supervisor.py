@@ -22,7 +22,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.worker.stop_signals import HURRY_AFTER_S
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.supervisor import run_worker
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ async def follow(
     grace_s: float = 20.0,
     log_path: Path | None = None,
 ):
-    return await run_child(
+    return await run_worker(
         job,
         device="cpu",
         log_path=log_path or job.with_name("worker.log"),

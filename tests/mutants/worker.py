@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant(
         name="late-sigterm-ignored-by-the-worker",
         module="worker.attempt",
-        before="        if self._requests.hear() == Request.HURRY:\n",
+        before="        if self._requests.on_signal() == Request.HURRY:\n",
         after="        if False:\n",
         caught_by=(
             f"{_WORKER}::test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry",

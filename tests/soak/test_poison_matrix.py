@@ -32,8 +32,8 @@ from vnp_lib.run.assembly import assemble
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import write_file
-from vnp_lib.worker.recovery import judge
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.recovery import handle_failure
+from vnp_lib.worker.supervisor import run_worker
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
@@ -304,7 +304,7 @@ async def embed_shard(run: Run, rank: int, children: Counter[int], *, most: int)
             await attempt(run, rank)
             return ""
         except ShardFailedError as error:
-            decision = judge(run, rank, error.failure, session="matrix")
+            decision = handle_failure(run, rank, error.failure, session="matrix")
             if not decision.retry and error.failure.is_silence:
                 return decision.reason
             assert decision.retry, decision.reason
@@ -315,7 +315,7 @@ async def attempt(run: Run, rank: int) -> None:
         pass
 
     runtime = run.config.runtime
-    await run_child(
+    await run_worker(
         run.paths.job(rank),
         device="cpu",
         log_path=run.paths.worker_log(rank),

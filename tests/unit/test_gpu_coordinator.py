@@ -27,7 +27,7 @@ from vnp_lib.storage.durable import make_directory, marker_path, remove_orphaned
 from vnp_lib.worker.attempt import StopFlag
 from vnp_lib.worker.recovery import counted_failures
 from vnp_lib.worker.retry import RetryPolicy
-from vnp_lib.worker.supervisor import run_child
+from vnp_lib.worker.supervisor import run_worker
 
 POLICY = RetryPolicy.from_config(RuntimeConfig())
 
@@ -225,7 +225,7 @@ async def stop_when_computing(config, rank, *, grace_s):
                 computing.set()
 
         child = asyncio.create_task(
-            run_child(
+            run_worker(
                 run.paths.job(rank),
                 device="cpu",
                 log_path=run.paths.worker_log(rank),

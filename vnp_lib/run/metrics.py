@@ -68,7 +68,7 @@ class RunMetrics:
         self.failures[kind] += 1
         self._shard(rank).batches_queued = 0
 
-    def hear(self, rank: int, event: Mapping[str, Any]) -> None:
+    def on_event(self, rank: int, event: Mapping[str, Any]) -> None:
         """Count what a child says."""
         shard = self._shard(rank)
         match event:

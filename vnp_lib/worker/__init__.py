@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from vnp_lib.worker.attempt import ShardAttempt, StopFlag
-from vnp_lib.worker.heartbeat import HeartbeatWatch, beating
-from vnp_lib.worker.recovery import judge
+from vnp_lib.worker.heartbeat import HeartbeatWatch, send_heartbeats
+from vnp_lib.worker.recovery import handle_failure
 from vnp_lib.worker.retry import RetryDecision, RetryPolicy
 from vnp_lib.worker.stop_signals import Request, StopRequests
-from vnp_lib.worker.supervisor import has_children, kill_children, run_child
+from vnp_lib.worker.supervisor import has_workers, kill_workers, run_worker
 
 __all__ = [
     "HeartbeatWatch",
@@ -17,9 +17,9 @@ __all__ = [
     "ShardAttempt",
     "StopFlag",
     "StopRequests",
-    "beating",
-    "has_children",
-    "judge",
-    "kill_children",
-    "run_child",
+    "handle_failure",
+    "has_workers",
+    "kill_workers",
+    "run_worker",
+    "send_heartbeats",
 ]

@@ -87,7 +87,7 @@ class StopFlag:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if _has_word_from_parent():  # which the thread that reads it has not come to yet
             self._requests.restart()
-        if self._requests.hear() == Request.HURRY:
+        if self._requests.on_signal() == Request.HURRY:
             os._exit(ExitCode.STOPPED)
         self._is_set = True
 

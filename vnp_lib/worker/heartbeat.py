@@ -17,7 +17,7 @@ _MOST_LAST_WRITE_S = 1.0
 
 
 @asynccontextmanager
-async def beating(path: Path, *, interval_s: float) -> AsyncIterator[None]:
+async def send_heartbeats(path: Path, *, interval_s: float) -> AsyncIterator[None]:
     """Change the file every so often while the block runs. A disk that refuses does not harm the block.
 
     In a thread: what keeps the event loop busy for minutes, as a look at very many checkpoints, is not the machine's end.

@@ -17,7 +17,7 @@ from vnp_lib.run import Run
 from vnp_lib.worker.retry import RetryDecision, RetryPolicy
 
 
-def judge(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecision:
+def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecision:
     """Decide what becomes of a shard after a failed attempt.
 
     Afterwards the manifest has the failure and what follows from it: sequences to be computed alone, a smaller token

@@ -29,7 +29,7 @@ class StopRequests:
         self._clock = clock
         self._asked_at_s: float | None = None
 
-    def hear(self) -> Request:
+    def on_signal(self) -> Request:
         """Count one more signal, and return what it asks for."""
         now_s = self._clock()
         if self._asked_at_s is None:

@@ -46,7 +46,7 @@ def worker_command(job_path: Path) -> list[str]:
     ]
 
 
-async def run_child(
+async def run_worker(
     job_path: Path,
     *,
     device: str,
@@ -82,7 +82,7 @@ async def run_child(
     except TimeoutError:
         raise ShardFailedError(attempt.silence()) from None
     finally:
-        await stop_child(child, grace_s)
+        await stop_worker(child, grace_s)
     if child.returncode:
         raise ShardFailedError(attempt.failure(child.returncode))
     return attempt.last
@@ -101,7 +101,7 @@ async def _events(child: asyncio.subprocess.Process, attempt: _Followed) -> Asyn
     seen, was_stopped = ProcessState.of(child.pid), False
     while not reader.is_at_end:
         if (event := await reader.next(within_s=look_every_s)) is not None:
-            if attempt.hear(event):
+            if attempt.on_event(event):
                 silence.end()
             yield event
             silence.skip()
@@ -146,7 +146,7 @@ class _Followed:
         self._is_probing = False
         self._oom_kills_before = host_oom_kills()
 
-    def hear(self, event: Event) -> bool:
+    def on_event(self, event: Event) -> bool:
         """Take note of an event, and say whether it is a sign of life."""
         was_waiting = self.last.get("event") == "waiting"
         if was_waiting and event["event"] in ("waiting", "log"):
@@ -246,7 +246,7 @@ def host_oom_kills(
         return 0
 
 
-async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
+async def stop_worker(child: asyncio.subprocess.Process, grace_s: float) -> None:
     """End a child and wait for it, through any number of cancellations: asked to stop, and after the grace SIGKILL.
 
     asyncio delivers a cancellation more than once on the way out of a program. Were the wait to end at the first,
@@ -269,13 +269,13 @@ async def stop_child(child: asyncio.subprocess.Process, grace_s: float) -> None:
         raise cancelled
 
 
-def kill_children() -> None:
+def kill_workers() -> None:
     """End every child at once. What it has not committed is computed again."""
     for child in _followed:
         _kill(child)
 
 
-def has_children() -> bool:
+def has_workers() -> bool:
     """Whether there are children that may have something to save."""
     return any(child.returncode is None for child in _followed)
 
@@ -299,7 +299,7 @@ def _kill(child: asyncio.subprocess.Process) -> None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def _leave_no_child() -> None:
+def _stop_remaining_workers() -> None:
     """Give children that save the rest of their time where even the wait for them was broken off; then kill them."""
     for child in _followed:
         _ask_to_stop(child)
@@ -307,10 +307,10 @@ def _leave_no_child() -> None:
     for child, grace_s in _followed.items():
         while _is_running(child) and time.monotonic() - began_at_s < grace_s:
             time.sleep(_LOOK_AT_EXIT_S)
-    kill_children()
+    kill_workers()
 
 
-atexit.register(_leave_no_child)
+atexit.register(_stop_remaining_workers)
 
 
 def _is_running(child: asyncio.subprocess.Process) -> bool:

@@ -35,11 +35,11 @@ def test_without_prefect_a_shard_is_tried_again_while_it_is_judged_worth_it():
             raise outcome
         return outcome
 
-    async def judge(error):
+    async def handle_failure(error):
         judged.append(str(error))
         return RetryDecision(retry=True, delay_s=0.0, reason="again")
 
-    state = asyncio.run(try_without_prefect(attempt, judge))
+    state = asyncio.run(try_without_prefect(attempt, handle_failure))
     assert judged == ["first", "second"]
     assert state.is_completed()
     assert state.data == {"rank": 3}
@@ -49,10 +49,10 @@ def test_without_prefect_a_shard_fails_with_the_reason():
     async def attempt():
         raise RuntimeError("broken")
 
-    async def judge(error):
+    async def handle_failure(error):
         return RetryDecision(retry=False, delay_s=0.0, reason="exhausted 3 retries")
 
-    state = asyncio.run(try_without_prefect(attempt, judge))
+    state = asyncio.run(try_without_prefect(attempt, handle_failure))
     assert state.is_failed()
     assert state.message == "exhausted 3 retries"
 
@@ -62,11 +62,13 @@ def test_a_lost_server_is_no_failure_of_a_shard_that_is_embedded_here(executor, 
     """It costs no attempt, and no strike is recorded."""
     judged = []
 
-    async def judge(error, flow_run_id):
+    async def handle_failure(error, flow_run_id):
         judged.append(error)
         return RetryDecision(retry=True, delay_s=0.0, reason="again")
 
-    hook = make_retry_hook(SimpleNamespace(config=SimpleNamespace(executor=executor)), judge)
+    hook = make_retry_hook(
+        SimpleNamespace(config=SimpleNamespace(executor=executor)), handle_failure
+    )
     is_retried = asyncio.run(
         hook(SimpleNamespace(), SimpleNamespace(flow_run_id=None), Failed(data=LOST))
     )

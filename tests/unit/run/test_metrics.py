@@ -70,7 +70,7 @@ def test_what_children_say_is_on_the_page_by_shard(quarantine: Quarantine) -> No
         batch(sequences=2, tokens=50, queued=3),
         {"event": "checkpoint", "number": 0, "rows": 5, "seconds": 0.2},
     ]:
-        metrics.hear(0, event)
+        metrics.on_event(0, event)
     page = page_of(metrics, quarantine)
     assert {name: value for name, value in page.items() if "shard=" in name} == {
         "vnp_shard_sequences{shard=0}": 20,
@@ -95,9 +95,9 @@ def test_what_an_attempt_lost_is_done_no_more_and_embedded_twice(quarantine: Qua
     metrics = RunMetrics()
     for _ in range(2):
         metrics.attempt(0)
-        metrics.hear(0, {"event": "started", "pending": 6, "done": 0, "tokens_done": 0})
-        metrics.hear(0, batch())
-        metrics.hear(0, batch())
+        metrics.on_event(0, {"event": "started", "pending": 6, "done": 0, "tokens_done": 0})
+        metrics.on_event(0, batch())
+        metrics.on_event(0, batch())
         assert page_of(metrics, quarantine)["vnp_shard_sequences_done{shard=0}"] == 6
         metrics.failed(0, FailureKind.TRANSIENT)
     page = page_of(metrics, quarantine)
@@ -124,7 +124,7 @@ def test_the_times_of_checkpoints_are_a_histogram(quarantine: Quarantine) -> Non
     """A bucket counts all values up to its bound, that included."""
     metrics = RunMetrics()
     for seconds in (0.005, 0.3, 0.5, 1000.0):
-        metrics.hear(0, {"event": "checkpoint", "number": 0, "rows": 1, "seconds": seconds})
+        metrics.on_event(0, {"event": "checkpoint", "number": 0, "rows": 1, "seconds": seconds})
     page = page_of(metrics, quarantine)
     buckets = {
         bound: page[f"vnp_checkpoint_write_seconds_bucket{{le={bound}}}"]
@@ -288,7 +288,7 @@ def test_nobody_waits_for_a_scrape_that_hangs(
         scraper = threading.Thread(target=scrape, args=(port,))
         scraper.start()
         assert hangs.wait(timeout=120)
-        metrics.hear(0, batch())
+        metrics.on_event(0, batch())
         metrics.failed(0, FailureKind.OOM)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))

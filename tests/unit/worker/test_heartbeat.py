@@ -6,7 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from vnp_lib.worker.heartbeat import HeartbeatWatch, beating
+from vnp_lib.worker.heartbeat import HeartbeatWatch, send_heartbeats
 
 
 def test_silence_is_counted_from_the_last_change(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_heart_beats_while_the_event_loop_is_busy(tmp_path: Path) -> None:
     path = tmp_path / "heartbeat"
 
     async def work() -> set[bytes]:
-        async with beating(path, interval_s=0.001):
+        async with send_heartbeats(path, interval_s=0.001):
             seen: set[bytes] = set()
             while len(seen) < 3:
                 time.sleep(0.001)
@@ -61,7 +61,7 @@ def test_a_heart_beats_for_as_long_as_the_block(tmp_path: Path) -> None:
 
     async def work() -> set[bytes]:
         seen = set()
-        async with beating(path, interval_s=0.001):
+        async with send_heartbeats(path, interval_s=0.001):
             while len(seen) < 3:
                 await asyncio.sleep(0.001)
                 seen |= {path.read_bytes()} if path.exists() else set()
@@ -75,7 +75,7 @@ def test_a_heart_beats_for_as_long_as_the_block(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_does_not_harm_the_work(tmp_path: Path) -> None:
     async def work() -> str:
-        async with beating(tmp_path / "missing" / "heartbeat", interval_s=0.001):
+        async with send_heartbeats(tmp_path / "missing" / "heartbeat", interval_s=0.001):
             await asyncio.sleep(0.01)
             return "done"
 

@@ -17,7 +17,7 @@ from vnp_lib.failures import Failure, FailureCause
 from vnp_lib.run.directory import open_run
 from vnp_lib.run.run import Run
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.worker.recovery import counted_failures, judge
+from vnp_lib.worker.recovery import counted_failures, handle_failure
 from vnp_lib.worker.retry import RetryDecision
 
 
@@ -34,13 +34,13 @@ def died(batch_idx: int | None = None, ordinal: int | None = None, **fields: Any
 
 
 def judge_twice(run: Run, failure: Failure) -> RetryDecision:
-    assert judge(run, 0, failure, session="s").retry
-    return judge(run, 0, failure, session="s")
+    assert handle_failure(run, 0, failure, session="s").retry
+    return handle_failure(run, 0, failure, session="s")
 
 
 def test_after_one_strike_the_next_attempt_takes_one_batch_at_a_time(run: Run) -> None:
     assert not run.shard_job(0, "cpu").is_careful
-    judge(run, 0, died(batch_idx=1), session="s")
+    handle_failure(run, 0, died(batch_idx=1), session="s")
     assert run.shard_job(0, "cpu").is_careful
     assert run.shard_job(0, "cpu").suspects == ()
 
@@ -60,12 +60,12 @@ def test_the_sequence_at_which_a_child_died_comes_first_and_after_two_strikes_it
     judge_twice(run, died(batch_idx=1))
     batch = run.plan.shard_batches(0)[1].tolist()
     culprit = batch[2]
-    judge(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
+    handle_failure(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
     assert run.shard_job(0, "cpu").suspects == (
         culprit,
         *(each for each in batch if each != culprit),
     )
-    decision = judge(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
+    decision = handle_failure(run, 0, died(batch_idx=1, ordinal=culprit), session="s")
     (held,) = run.quarantine.read()
     assert decision.retry
     assert (held.ordinal, held.id, held.cause) == (
@@ -86,10 +86,10 @@ def test_silence_alone_never_sets_a_sequence_aside(
         run.manifest.start_attempt(0, device="cpu")
         ordinal = int(run.plan.shard_batches(0)[0][0])
         silence = died(batch_idx=0, ordinal=ordinal, cause=FailureCause.HANG)
-        assert judge(run, 0, silence, session="s").retry
+        assert handle_failure(run, 0, silence, session="s").retry
         job = run.shard_job(0, "cpu")
         assert (job.deferred, job.suspects) == ((ordinal,), ())
-        decision = judge(run, 0, silence, session="s")
+        decision = handle_failure(run, 0, silence, session="s")
         assert not decision.retry
         assert run.quarantine.read() == []
         for told in (
@@ -114,7 +114,7 @@ def test_a_manifest_that_takes_nothing_changes_no_decision(
 
 def test_strikes_at_several_sequences_do_not_add_up(run: Run) -> None:
     for ordinal in run.plan.shard_batches(0)[1].tolist():
-        assert judge(run, 0, died(batch_idx=1, ordinal=ordinal), session="s").retry
+        assert handle_failure(run, 0, died(batch_idx=1, ordinal=ordinal), session="s").retry
     assert run.quarantine.read() == []
 
 
@@ -125,7 +125,7 @@ def test_a_strike_counts_for_the_sequences_of_a_batch_and_not_for_its_number(
     reasons = []
     for token_budget in (200, 90, 200):
         with open_run(small_config(tiny_fasta, tmp_path / "run", token_budget=token_budget)) as run:
-            reasons.append(judge(run, 0, died(batch_idx=1), session="s").reason)
+            reasons.append(handle_failure(run, 0, died(batch_idx=1), session="s").reason)
     assert [reason.split(" (")[0] for reason in reasons] == [
         "batch 1 failed 1 of 2 times",
         "batch 1 failed 1 of 2 times",
@@ -157,18 +157,21 @@ def test_a_full_quarantine_ends_the_shard_and_says_what_that_means(tmp_path: Pat
 
 
 def test_a_thousand_preemptions_push_no_strike_out(run: Run) -> None:
-    judge(run, 0, died(batch_idx=1), session="s")
+    handle_failure(run, 0, died(batch_idx=1), session="s")
     for _ in range(MAX_FAILURES_KEPT + 5):
         run.manifest.record_failure(
             0, died(cause=FailureCause.PREEMPTED).to_json() | {"session": "s"}
         )
     assert len(run.manifest.failures(0)) == MAX_FAILURES_KEPT + 1
-    assert "batch 1 failed 2 times" in judge(run, 0, died(batch_idx=1), session="another").reason
+    assert (
+        "batch 1 failed 2 times"
+        in handle_failure(run, 0, died(batch_idx=1), session="another").reason
+    )
 
 
 def test_a_host_out_of_memory_halves_the_budget_of_the_next_attempt(run: Run) -> None:
     for expected in (100, 50):
-        judge(run, 0, died(cause=FailureCause.HOST_OOM), session="s")
+        handle_failure(run, 0, died(cause=FailureCause.HOST_OOM), session="s")
         assert run.shard_job(0, "cpu").token_budget == expected
     assert (
         run.shard_job(1, "cpu").token_budget == 50
@@ -203,14 +206,14 @@ def test_a_quarantine_that_cannot_be_written_is_tried_again(
 ) -> None:
     """As any full disk: the strike counts, so that the sequence is set aside once there is room."""
     accused = died(batch_idx=1, ordinal=int(run.plan.shard_batches(0)[1][0]))
-    assert judge(run, 0, accused, session="s").retry
+    assert handle_failure(run, 0, accused, session="s").retry
     with monkeypatch.context() as patch:
         patch.setattr(run.quarantine, "_write", refuse)
-        full = judge(run, 0, accused, session="s")
+        full = handle_failure(run, 0, accused, session="s")
     assert full.retry
     assert "No space left on device" in full.reason
     assert run.quarantine.read() == []
-    assert judge(run, 0, accused, session="s").retry
+    assert handle_failure(run, 0, accused, session="s").retry
     assert [each.ordinal for each in run.quarantine.read()] == [accused.ordinal]
 
 
