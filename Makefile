@@ -1,14 +1,14 @@
 # make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
 # make mutants: break it on purpose, and see that the tests notice. make soak: ten minutes of everything at once, and more.
 # make check: format, lint, types. make bench: ten minutes beside fair-esm and transformers, on two cores.
-# make bench-beside: what all but the model costs. make scale: a million sequences with a stub in the model's place.
+# make bench-overhead: what all but the model costs. make scale: a million sequences with a stub in the model's place.
 # make docs: build the documentation into build/site. make check-docs: run every command in it.
 # make check-deployments: run what deployments/process-pool.md says. make lock: the image's packages, with their hashes.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: embed test faults soak mutants bench bench-beside scale check check-deployments docs check-docs format lock clean
+.PHONY: embed test faults soak mutants bench bench-overhead scale check check-deployments docs check-docs format lock clean
 
 embed: $(VENV)/.installed
 	$(VENV)/bin/python flows/embed.py --fasta examples/viral_proteins.fasta --output-dir runs/example \
@@ -29,8 +29,8 @@ mutants: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m benchmarks.bench
 
-bench-beside: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m benchmarks.beside
+bench-overhead: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m benchmarks.overhead
 
 scale: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m benchmarks.scale $(if $(SEQUENCES),--sequences $(SEQUENCES))

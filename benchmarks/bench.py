@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engines import EngineSpec, embed_with
-from benchmarks.machine import cpu_name, describe_machine, gemm_gflops, results_path, timed
+from benchmarks.hardware import cpu_name, describe_machine, gemm_gflops, results_path, timed
 from benchmarks.networks import write_weights
 from benchmarks.programs import PROGRAMS, ProgramFiles, read_rows, run_program
 from benchmarks.results import chunk_table, program_table, write_results
-from benchmarks.teams import Team
-from benchmarks.work import (
+from benchmarks.warm_processes import Team
+from benchmarks.workload import (
     STOCK_TOKENS,
     chunks,
     forward_flops,

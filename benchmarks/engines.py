@@ -17,7 +17,7 @@ from esm import Alphabet
 from torch import Tensor, nn
 
 from benchmarks.networks import CPU, load_fair_esm, transformers_network
-from benchmarks.work import stock_batches
+from benchmarks.workload import stock_batches
 from vnp_lib.inference.executor import Embedder
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2, architecture_of

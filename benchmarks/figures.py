@@ -43,11 +43,11 @@ class Figure:
 
 def report(name: str, figures: Iterable[Figure]) -> None:
     """Print the figures as they come, as a table, and keep them in `results/<date>-<machine>-<name>.json`."""
-    from benchmarks.machine import (
+    from benchmarks.hardware import (
         cpu_name,
         describe_machine,
         results_path,
-    )  # imports torch: see beside.py
+    )  # imports torch: see overhead.py
     from benchmarks.results import write_json
 
     print(f"{'figure':62} {'value':>12} {'unit':18} {'goal':20}", flush=True)

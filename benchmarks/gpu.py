@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.engines import Engine, FairEsm, InBatches, Ours, Transformers
-from benchmarks.machine import cpu_name, describe_machine, results_path, timed
+from benchmarks.hardware import cpu_name, describe_machine, results_path, timed
 from benchmarks.networks import fair_esm_network, our_network, transformers_network
 from benchmarks.results import gpu_table, markdown_table, write_json
-from benchmarks.work import STOCK_TOKENS, forward_flops, log_normal_mix, num_tokens
+from benchmarks.workload import STOCK_TOKENS, forward_flops, log_normal_mix, num_tokens
 from vnp_lib.model.esm2 import MODELS, Architecture
 from vnp_lib.model.weights import random_tensors
 

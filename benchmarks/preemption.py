@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.support import ROOT, group_of, wait_until, workers_of
+from tests.helpers import ROOT, group_of, wait_until, workers_of
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.failures import ShardFailedError

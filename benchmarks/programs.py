@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.machine import timed
+from benchmarks.hardware import timed
 from benchmarks.networks import FAIR_ESM_ENVIRONMENT
 from vnp_lib.dataset import open_dataset
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.assembly import write_checkpoints, write_fasta
 from benchmarks.figures import Figure, report
-from tests.cluster import switch_off
-from tests.support import ROOT, CommandLine, descendants_of
+from tests.helpers import ROOT, CommandLine, descendants_of
+from tests.prefect_cluster import switch_off
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan.paths import RunPaths

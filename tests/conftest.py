@@ -13,7 +13,7 @@ import pytest
 
 from flows.prefect_environment import prepare_environment
 from tests.faults.figures import table
-from tests.support import EXAMPLE, ROOT, CommandLine, embed_alone
+from tests.helpers import EXAMPLE, ROOT, CommandLine, embed_alone
 
 # Servers that the tests start, without a run, are to send nothing to anybody either.
 prepare_environment()

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.faults.ops import CountingOps, install
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end, write_fasta
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.plan.paths import RunPaths
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flows.embed import embed
-from tests.support import small_config
+from tests.helpers import small_config
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset

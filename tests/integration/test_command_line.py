@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from flows.program import main
-from tests.support import (
+from tests.helpers import (
     SMALL_MODEL,
     assert_same_rows,
     computed_ordinals,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.embed import embed
-from tests.support import small_config
+from tests.helpers import small_config
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.errors import FingerprintMismatchError
 from vnp_lib.plan.paths import RunPaths

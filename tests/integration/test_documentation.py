@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.networks import write_weights
-from tests.guides import (
+from tests.doc_pages import (
     LANGUAGES,
     copy_of_the_repository,
     environment_of_a_reader,
@@ -23,7 +23,7 @@ from tests.guides import (
     runnable_pages,
     table_in,
 )
-from tests.support import ROOT
+from tests.helpers import ROOT
 
 pytestmark = [
     pytest.mark.slow,

@@ -23,7 +23,7 @@ from flows import embed as embed_module
 from flows.embed import embed, embed_one
 from flows.results import is_plain_result
 from flows.shard_run import embed_shard_run
-from tests.support import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape, small_config
+from tests.helpers import EXAMPLE, assert_same_rows, flip_bit, free_port, scrape, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import FingerprintMismatchError, RunDirectoryBusyError
 from vnp_lib.model.esm2 import MODELS

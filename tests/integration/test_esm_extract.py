@@ -15,7 +15,7 @@ import torch
 
 import benchmarks.extract
 from benchmarks.networks import FAIR_ESM_ENVIRONMENT, write_weights
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib import embed
 from vnp_lib.cli import main
 from vnp_lib.dataset.export import export_dataset

@@ -18,7 +18,7 @@ from esm import pretrained
 
 import benchmarks.extract
 from benchmarks.networks import FAIR_ESM_ENVIRONMENT, write_weights
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib import esm_extract
 from vnp_lib.cli import main
 from vnp_lib.errors import ExitCode

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from flows.embed import embed
+from tests.helpers import assert_same_rows, embed_alone, small_config, workers_of
 from tests.poison import Way, patch, write_proteins
-from tests.support import assert_same_rows, embed_alone, small_config, workers_of
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset

@@ -22,7 +22,7 @@ from esm.model.esm2 import ESM2 as FairESM2
 import vnp_lib
 from flows.embed import embed
 from flows.program import report_outcome
-from tests.support import EXAMPLE, assert_same_rows, embed_alone, small_config
+from tests.helpers import EXAMPLE, assert_same_rows, embed_alone, small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError, ExitCode, FastaError, FingerprintMismatchError
 from vnp_lib.inputs.policy import InputCounts

@@ -14,7 +14,7 @@ import torch
 
 from flows.embed import embed
 from tests.fair_esm import FairEsm, assert_close
-from tests.support import finished_checkpoints, small_config
+from tests.helpers import finished_checkpoints, small_config
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset
 from vnp_lib.model.esm2 import MODELS

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from flows.embed import embed
+from tests.helpers import embed_alone, small_config
 from tests.poison import Way, patch, write_proteins
-from tests.support import embed_alone, small_config
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.dataset import open_dataset

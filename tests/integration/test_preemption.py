@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Cancelling
 
 from flows.retry_hook import RetryHook
-from tests.support import (
+from tests.helpers import (
     ROOT,
     CommandLine,
     assert_same_rows,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.guides import copy_of_the_repository, environment_of_a_reader, run_page
-from tests.support import ROOT, free_port
+from tests.doc_pages import copy_of_the_repository, environment_of_a_reader, run_page
+from tests.helpers import ROOT, free_port
 from vnp_lib.dataset import open_dataset
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]

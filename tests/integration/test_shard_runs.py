@@ -15,7 +15,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed, Pending, Running, Scheduled
 
 from flows.work_pool import cancel_shards, directory_tag, end_leftovers, run_tag
-from tests.support import small_config
+from tests.helpers import small_config
 from vnp_lib.run.directory import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
 from tests.poison import Way, patch
-from tests.support import ROOT, is_alive, small_config, wait_until, workers_of, write_foreign_code
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.plan.paths import RunPaths

@@ -22,8 +22,8 @@ from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 
 from flows.artifacts import shard_table, tag_flow_run
 from flows.embed import embed
+from tests.helpers import free_port, scrape, small_config
 from tests.poison import Way, patch, write_proteins
-from tests.support import free_port, scrape, small_config
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 

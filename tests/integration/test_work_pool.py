@@ -18,8 +18,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Cancelling
 
-from tests.cluster import PATIENCE_S, Cluster, switch_off
-from tests.support import (
+from tests.helpers import (
     assert_same_rows,
     computed_ordinals,
     finished_checkpoints,
@@ -29,6 +28,7 @@ from tests.support import (
     wait_until,
     workers_of,
 )
+from tests.prefect_cluster import PATIENCE_S, Cluster, switch_off
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.config import EmbedConfig
 from vnp_lib.plan.paths import RunPaths

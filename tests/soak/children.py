@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.poison import Way
-from tests.support import ROOT
 
 # Everything else than the model is as it always is.
 SMALL_NETWORK = """

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from tests.helpers import CommandLine, is_alive, workers_of
 from tests.soak.children import read_journal
 from tests.soak.machine import slowness
-from tests.support import CommandLine, is_alive, workers_of
 
 ORPHANS_LEAVE_WITHIN_S = 12.0
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import CommandLine, finished_checkpoints, group_of, wait_until, workers_of
 from tests.poison import draw_protein
-from tests.support import CommandLine, finished_checkpoints, group_of, wait_until, workers_of
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.dataset import open_dataset
 from vnp_lib.plan.paths import RunPaths

@@ -22,10 +22,10 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.faults.figures import record_figure
+from tests.helpers import small_config, workers_of
 from tests.poison import Way, draw_protein, marked_as, patch
 from tests.soak.children import SMALL_NETWORK, sabotaged
 from tests.soak.machine import slowness
-from tests.support import small_config, workers_of
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import FailureCause, ShardFailedError
 from vnp_lib.run.assembly import assemble

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import (
+from tests.helpers import (
     ROOT,
     SMALL_MODEL,
     CommandLine,

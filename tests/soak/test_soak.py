@@ -16,11 +16,11 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.faults.figures import record_figure
+from tests.helpers import ROOT, CommandLine, wait_until, workers_of
 from tests.poison import Way, draw_protein, marked_as, patch
 from tests.soak.children import Journal, journalling, read_journal, sabotaged
 from tests.soak.machine import slowness
 from tests.soak.storm import ORPHANS_LEAVE_WITHIN_S, Fault, Storm, Struck
-from tests.support import ROOT, CommandLine, wait_until, workers_of
 from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.checkpoint.writer import MAX_IN_FLIGHT

@@ -24,7 +24,7 @@ from torch import Tensor
 import vnp_lib.embeddings
 from tests.fair_esm import FairEsm
 from tests.fair_esm import assert_close as assert_equals_fair_esm
-from tests.support import computed_ordinals, finished_checkpoints, flip_bit
+from tests.helpers import computed_ordinals, finished_checkpoints, flip_bit
 from vnp_lib import Embeddings, Outputs, api, embed, open_dataset
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.errors import (

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks.results import chunk_table, write_results
-from benchmarks.work import chunks, forward_flops, log_normal_mix, num_tokens
+from benchmarks.workload import chunks, forward_flops, log_normal_mix, num_tokens
 from vnp_lib.model.esm2 import MODELS
 
 RECORDS = [

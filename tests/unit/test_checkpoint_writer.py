@@ -25,7 +25,7 @@ from tests.checkpoints import (
     write_checkpoint,
     write_shard,
 )
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint import writer as writer_module
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.manifest import CheckpointManifest

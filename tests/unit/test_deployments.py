@@ -21,7 +21,7 @@ from prefect.utilities.schema_tools.validation import is_valid_schema
 from prefect.utilities.schema_tools.validation import validate as validate_against_form
 from prefect.utilities.templating import find_placeholders
 
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib.config import RuntimeConfig
 
 TEMPLATE = json.loads((ROOT / "deployments/gpu-base-job-template.json").read_text())

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 import vnp_lib.dataset.reader
-from tests.made_up_runs import Records, finish_run, start_run_of
+from tests.fake_runs import Records, finish_run, start_run_of
 
 MODULES: tuple[ModuleType, ...] = (vnp_lib.dataset.reader,)
 EXAMPLES = [

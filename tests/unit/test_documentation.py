@@ -18,8 +18,8 @@ from docs.from_code import (
     runtime_settings,
 )
 from docs.links import fetched_from_elsewhere, link_as_in_site
-from tests.guides import LANGUAGES, blocks_of, pages, run_page, table_in
-from tests.support import ROOT
+from tests.doc_pages import LANGUAGES, blocks_of, pages, run_page, table_in
+from tests.helpers import ROOT
 from vnp_lib.errors import ExitCode
 from vnp_lib.failures import Failure, FailureCause, FailureKind
 from vnp_lib.inputs.characters import CLASSES

@@ -14,7 +14,7 @@ import torch
 
 from flows.embed import embed
 from flows.retry_hook import failure_of
-from tests.support import small_config, workers_of
+from tests.helpers import small_config, workers_of
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.survey import heal_shard
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter

@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 
 import vnp_lib
-from tests.support import ROOT
+from tests.helpers import ROOT
 
 _LOADED = "; import sys; print(*sorted(sys.modules))"
 _HELP = "import runpy, sys; sys.argv = {arguments}\ntry: runpy.{run}\nexcept SystemExit: pass\nprint(); print(*sorted(sys.modules))"

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.mutants.catalogue import MUTANTS, Mutant
-from tests.support import ROOT
 
 
 def test_no_two_mutants_have_one_name() -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib.errors import ConfigError
 from vnp_lib.run.job import ShardJob
 from vnp_lib.software import (

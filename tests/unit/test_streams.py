@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import EXAMPLE, ROOT
+from tests.helpers import EXAMPLE, ROOT
 from vnp_lib.report.progress import RunProgress
 from vnp_lib.streams import best_effort, output_error, standard_streams
 from vnp_lib.terminal import error_console

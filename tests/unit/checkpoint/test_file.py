@@ -21,7 +21,7 @@ from tests.checkpoints import (
     write_by_hand,
     write_checkpoint,
 )
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint import file
 from vnp_lib.checkpoint.file import batch_idx_of, load_checkpoint, set_aside
 from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import RUN, ids_of, write_checkpoint, write_shard
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint import survey
 from vnp_lib.checkpoint.resume import resume_from_checkpoints
 from vnp_lib.checkpoint.survey import CommittedRows, Damage, Survey, heal_shard, survey_checkpoints

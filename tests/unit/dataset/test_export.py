@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 import vnp_lib.storage.durable
-from tests.made_up_runs import (
+from tests.fake_runs import (
     DIM,
     Records,
     Run,
@@ -41,7 +41,7 @@ from tests.made_up_runs import (
     write_checkpoint,
     write_planned,
 )
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.cli import main
 from vnp_lib.dataset import open_dataset
 from vnp_lib.dataset.export import Export, export_dataset

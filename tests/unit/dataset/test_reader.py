@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import vnp_lib.run.assembly
-from tests.made_up_runs import DIM, Run, embed, finish_run, start_run
-from tests.support import flip_bit
+from tests.fake_runs import DIM, Run, embed, finish_run, start_run
+from tests.helpers import flip_bit
 from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.errors import StorageError
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.guides import blocks_of
-from tests.made_up_runs import Run, finish_run, made_up_records, start_run_of
-from tests.support import ROOT
+from tests.doc_pages import blocks_of
+from tests.fake_runs import Run, finish_run, made_up_records, start_run_of
+from tests.helpers import ROOT
 from vnp_lib.dataset.formats.registry import FORMATS
 from vnp_lib.plan.outputs import StoreDtype
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support import SMALL_MODEL
+from tests.helpers import SMALL_MODEL
 from vnp_lib import embed, open_dataset
 from vnp_lib.cli import main
 from vnp_lib.dataset.export import export_dataset

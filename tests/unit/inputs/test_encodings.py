@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.helpers import ROOT
 
 CASES = ROOT / "tests" / "data" / "cases"
 MODULES = sorted(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError
 from vnp_lib.inputs import standard_input
 from vnp_lib.inputs.policy import InputPolicy

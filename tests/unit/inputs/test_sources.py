@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib import embed
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, FastaError

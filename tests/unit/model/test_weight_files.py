@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.networks import transformers_network
+from tests.helpers import flip_bit
 from tests.networks import CPU
-from tests.support import flip_bit
 from vnp_lib.errors import WeightsError
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.tokens import LETTERS, pack_batch

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import SMALL_MODEL, small_config
+from tests.helpers import SMALL_MODEL, small_config
 from vnp_lib import embed, open_dataset
 from vnp_lib.cli import main
 from vnp_lib.dataset.export import export_dataset

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from esm.data import Alphabet
 
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError, StorageError
 from vnp_lib.inputs.policy import InputPolicy
 from vnp_lib.model.tokens import pack_batch

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.checkpoint.survey import survey_checkpoints

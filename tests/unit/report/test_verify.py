@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.checkpoint.survey import survey_checkpoints

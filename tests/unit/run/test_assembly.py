@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import vnp_lib.run.assembly
 import vnp_lib.storage.durable
-from tests.made_up_runs import (
+from tests.fake_runs import (
     CREATED,
     DIM,
     FORTY_ROWS,
@@ -35,7 +35,7 @@ from tests.made_up_runs import (
     start_run,
     write_checkpoint,
 )
-from tests.support import flip_bit
+from tests.helpers import flip_bit
 from vnp_lib.checkpoint.file import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset.reader import open_dataset, verify_dataset

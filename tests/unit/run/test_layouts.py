@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import vnp_lib.run.assembly
-from tests.made_up_runs import (
+from tests.fake_runs import (
     DIM,
     MODEL,
     Run,

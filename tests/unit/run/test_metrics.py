@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 from flows import work_pool
 from flows.metrics import metrics_served
 from flows.program import main
-from tests.support import EXAMPLE, SMALL_MODEL, free_port, read_page, scrape, small_config
+from tests.helpers import EXAMPLE, SMALL_MODEL, free_port, read_page, scrape, small_config
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import ConfigError, ExitCode

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.made_up_runs import finish_run, start_run
-from tests.support import small_config
+from tests.fake_runs import finish_run, start_run
+from tests.helpers import small_config
 from vnp_lib.dataset import open_dataset
 from vnp_lib.errors import ConfigError
 from vnp_lib.plan.paths import RunPaths

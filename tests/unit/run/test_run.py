@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.made_up_runs import finish_run, start_run
-from tests.support import flip_bit, small_config
+from tests.fake_runs import finish_run, start_run
+from tests.helpers import flip_bit, small_config
 from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
 from vnp_lib.errors import (
     ConfigError,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import small_config
+from tests.helpers import small_config
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.failures import FailureCause, classify_exception
 from vnp_lib.run.directory import open_run

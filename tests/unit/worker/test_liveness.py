@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import wait_until
+from tests.helpers import wait_until
 from vnp_lib.worker.liveness import ProcessState, Silence
 
 

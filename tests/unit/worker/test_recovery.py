@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import small_config
+from tests.helpers import small_config
 from vnp_lib.checkpoint.manifest import MAX_FAILURES_KEPT
 from vnp_lib.checkpoint.quarantine import QuarantineLimit
 from vnp_lib.failures import Failure, FailureCause

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.helpers import ROOT
 
 LANGUAGES = frozenset({"bash", "python"})  # what is run
 

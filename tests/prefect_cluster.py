@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
 
-from tests.support import CommandLine, descendants_of, is_alive, wait_until
+from tests.helpers import CommandLine, descendants_of, is_alive, wait_until
 
 POOL = "vnp-local"
 PATIENCE_S = 240.0  # others use the machine too

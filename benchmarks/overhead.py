@@ -1,4 +1,4 @@
-"""Everything beside the model is free: `python -m benchmarks.beside` measures it, and says which goals are met.
+"""Everything beside the model is free: `python -m benchmarks.overhead` measures it, and says which goals are met.
 
 Checkpoints at the rate of ESM-2 3B on an H100, planning, tokenising, assembly, imports, and the time from
 `python flows/embed.py` to the first forward pass, beside that of an empty flow. Rates are per second of processor time, which
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from benchmarks.figures import Figure, peak_mb, report
-from tests.support import ROOT
+from tests.helpers import ROOT
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
