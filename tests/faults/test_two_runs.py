@@ -21,7 +21,7 @@ from tests.faults.trials import Child, call
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.errors import RunDirectoryBusyError, VnpError
-from vnp_lib.run import resolve
+from vnp_lib.run import directory
 from vnp_lib.run.directory import open_run
 from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock
@@ -69,16 +69,16 @@ def fail_beside_another(directory: Path, oracle: Outcome) -> None:
 
 def open_while_another_runs(run_dir: Path) -> None:
     bypass_locks()
-    plan_run = resolve._plan
+    plan_run = directory._plan
 
     def plan_late(*arguments: Any) -> Any:
-        resolve._plan = plan_run
+        directory._plan = plan_run
         write_fasta(run_dir.parent)
         assert call(run_to_the_end, run_dir).value
         (run_dir.parent / FASTA).write_text(">another\nMKV\n")
         return plan_run(*arguments)
 
-    resolve._plan = plan_late
+    directory._plan = plan_late
     with open_run(config_for(run_dir)):
         pass
 

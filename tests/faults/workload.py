@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import vnp_lib.model
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.errors import CheckpointError, ExitCode
 from vnp_lib.inference import runner
-from vnp_lib.model import weights
 from vnp_lib.model.tokens import FIRST_LETTER, LETTERS
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES
@@ -169,7 +169,7 @@ def modules_of_a_run() -> list[str]:
 
 def put_doubles_in_place() -> None:
     """Replace the model by the stub, and the writer's patience with a full disk by none. For processes of trials only."""
-    weights.load_model = lambda *args, **kwargs: StubModel()
+    vnp_lib.model.load_model = lambda *args, **kwargs: StubModel()
     runner.AsyncCheckpointWriter = partial(AsyncCheckpointWriter, sleep=lambda delay_s: None)
     record.LOCK_TIMEOUT_S = 1.0  # as long as eight processes may want it
 
