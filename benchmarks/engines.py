@@ -21,9 +21,9 @@ from benchmarks.workload import stock_batches
 from vnp_lib.inference.executor import Embedder
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2, architecture_of
-from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch, pack_batch
+from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import load_model, resolve_weights
-from vnp_lib.plan.packing import pack
+from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack
 
 CPU_TOKEN_BUDGET = 2048  # what a run takes on a CPU if it is not told otherwise
 
@@ -127,7 +127,8 @@ class Ours:
     def prepare(self, sequences: Sequence[str]) -> tuple[list[PackedBatch], list[int]]:
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         boundaries = pack(
-            np.array([len(sequences[index]) + TOKENS_AROUND for index in order]), self._token_budget
+            np.array([len(sequences[index]) + NUM_SPECIAL_TOKENS for index in order]),
+            self._token_budget,
         )
         batches = []
         for number, (start, stop) in enumerate(pairwise(boundaries)):

@@ -13,7 +13,7 @@ import numpy as np
 from esm import FastaBatchedDataset
 
 from vnp_lib.model.esm2 import Architecture
-from vnp_lib.model.tokens import TOKENS_AROUND
+from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS
 
 MOST_RESIDUES = 1022  # extract.py cuts longer ones, and then the work is not the same
 STOCK_TOKENS = 4096  # extract.py's --toks_per_batch
@@ -67,12 +67,14 @@ def write_fasta(path: Path, sequences: Iterable[str]) -> None:
 
 def num_tokens(sequences: Iterable[str]) -> int:
     """Tokens of proteins, BOS and EOS included, padding not."""
-    return sum(len(sequence) + TOKENS_AROUND for sequence in sequences)
+    return sum(len(sequence) + NUM_SPECIAL_TOKENS for sequence in sequences)
 
 
 def forward_flops(architecture: Architecture, sequences: Iterable[str]) -> float:
     """Useful FLOPs of a forward pass, heads, padding and all that is small left out."""
-    lengths = np.array([len(sequence) + TOKENS_AROUND for sequence in sequences], dtype=np.float64)
+    lengths = np.array(
+        [len(sequence) + NUM_SPECIAL_TOKENS for sequence in sequences], dtype=np.float64
+    )
     dim, layers = architecture.embed_dim, architecture.num_layers
     return float(24 * dim**2 * layers * lengths.sum() + 4 * dim * layers * (lengths**2).sum())
 

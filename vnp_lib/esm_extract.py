@@ -43,7 +43,6 @@ from vnp_lib.inputs import (
 )
 from vnp_lib.model import (
     MODELS,
-    TOKENS_AROUND,
     PackedBatch,
     architecture_of,
     load_model,
@@ -53,7 +52,7 @@ from vnp_lib.model import (
     split_rows,
     with_heads,
 )
-from vnp_lib.plan import Output, OutputKind, RowLayout, choose_outputs, pack
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, Output, OutputKind, RowLayout, choose_outputs, pack
 from vnp_lib.report import RunProgress
 from vnp_lib.storage import path_below, remove_orphaned_temporaries, replace_unsynced
 
@@ -109,7 +108,7 @@ def extract(settings: ExtractSettings) -> int:
     )
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     remove_orphaned_temporaries(settings.output_dir)
-    num_tokens = sum(map(len, sequences)) + TOKENS_AROUND * len(sequences)
+    num_tokens = sum(map(len, sequences)) + NUM_SPECIAL_TOKENS * len(sequences)
     with RunProgress(total_sequences=len(labels), total_tokens=num_tokens) as progress:
         for batch in _batches(labels, sequences, settings.toks_per_batch):
             results = _results(network, batch.to(device), layout)
@@ -217,7 +216,7 @@ def _batches(
 ) -> Iterator[PackedBatch]:
     """The longest first: what does not fit into memory fails at once."""
     num_tokens = (
-        np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + TOKENS_AROUND
+        np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + NUM_SPECIAL_TOKENS
     )
     order = np.argsort(-num_tokens, kind="stable")
     for batch_idx, ordinals in enumerate(

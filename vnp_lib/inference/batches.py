@@ -30,6 +30,6 @@ def read_batches(
         ids, sequences = plan.fetch(ordinals)
         num_remembered += ordinals.size
         if num_remembered >= _MOST_REMEMBERED:
-            plan.forget_pages()
+            plan.release_pages()
             num_remembered = 0
         yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)

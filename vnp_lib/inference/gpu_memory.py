@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from vnp_lib.devices import free_gpu_bytes
 from vnp_lib.environment import visible_gpu
 from vnp_lib.errors import ConfigError
-from vnp_lib.model import MAP_VALUES, TOKENS_AROUND, Architecture, architecture_of
-from vnp_lib.plan import NUM_LOGITS, Output, OutputKind, RowLayout
+from vnp_lib.model import MAP_VALUES, Architecture, architecture_of
+from vnp_lib.plan import NUM_LOGITS, NUM_SPECIAL_TOKENS, Output, OutputKind, RowLayout
 
 TOKENS_UNSEEN = 16_384  # where the GPUs are on other machines, or do not tell what memory they have
 
@@ -164,7 +164,7 @@ class _Pass:
         """Of what the network has given, of each output in float32, and of the rows that are made of them, end to end."""
         outputs_bytes = sum(map(self._output_bytes, self.layout.outputs))
         end_to_end_bytes = (
-            int(self.layout.widths(self.seqlens - TOKENS_AROUND).sum()) * _EXACT_BYTES
+            int(self.layout.widths(self.seqlens - NUM_SPECIAL_TOKENS).sum()) * _EXACT_BYTES
         )
         has_std = any(output.kind == OutputKind.STD for output in self.layout.outputs)
         centred_bytes = (
@@ -230,7 +230,7 @@ class _Pass:
         """Of what is known of contacts."""
         if OutputKind.CONTACTS not in self.layout.heads:
             return 0
-        return int(((self.seqlens - TOKENS_AROUND) ** 2).sum()) * _EXACT_BYTES
+        return int(((self.seqlens - NUM_SPECIAL_TOKENS) ** 2).sum()) * _EXACT_BYTES
 
     @property
     def _is_half(self) -> bool:

@@ -32,8 +32,8 @@ from vnp_lib.inference.callbacks import Listener
 from vnp_lib.inference.executor import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
 from vnp_lib.inference.precision import compare, to_metadata
 from vnp_lib.inference.token_budget import TokenBudget
-from vnp_lib.model import TOKENS_AROUND, PackedBatch
-from vnp_lib.plan import RowLayout, checkpoint_path, model_tokens, offsets_of
+from vnp_lib.model import PackedBatch
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, RowLayout, checkpoint_path, model_tokens, offsets_of
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software
 
@@ -286,7 +286,7 @@ def without_done(batches: Iterable[PackedBatch], done_ids: Iterable[str]) -> Ite
 def _refuse(too_large: list[PackedBatch]) -> None:
     """Raise SequenceTooLargeError where there is a sequence that did not fit into memory."""
     told = [
-        f"{sequence_id!r} ({tokens - TOKENS_AROUND:,} residues)"
+        f"{sequence_id!r} ({tokens - NUM_SPECIAL_TOKENS:,} residues)"
         for batch in too_large
         for sequence_id, tokens in zip(
             batch.sequence_ids, np.diff(batch.cu_seqlens.numpy()), strict=True

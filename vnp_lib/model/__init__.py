@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vnp_lib.model.heads import MAP_VALUES, check_heads, with_heads
     from vnp_lib.model.pooling import mean_pool, rows_of, split_rows
     from vnp_lib.model.reference import fair_esm_network
-    from vnp_lib.model.tokens import LETTERS, TOKENS_AROUND, PackedBatch, pack_batch
+    from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
     from vnp_lib.model.weights import (
         Weights,
         is_official,
@@ -30,7 +30,6 @@ __all__ = [
     "LETTERS",
     "MAP_VALUES",
     "MODELS",
-    "TOKENS_AROUND",
     "Architecture",
     "PackedBatch",
     "Weights",
@@ -63,7 +62,6 @@ __getattr__, __dir__ = lazy_face(
         "MAP_VALUES": "vnp_lib.model.heads",
         "MODELS": "vnp_lib.model.esm2",
         "PackedBatch": "vnp_lib.model.tokens",
-        "TOKENS_AROUND": "vnp_lib.model.tokens",
         "Weights": "vnp_lib.model.weights",
         "architecture_of": "vnp_lib.model.esm2",
         "check_heads": "vnp_lib.model.heads",

@@ -19,7 +19,7 @@ from vnp_lib.model.attention import runs_of_equal_length
 from vnp_lib.model.esm2 import ESM2, architecture_of
 from vnp_lib.model.weight_files import read_tensors
 from vnp_lib.model.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
-from vnp_lib.plan import NUM_LOGITS, OutputKind
+from vnp_lib.plan import NUM_LOGITS, NUM_SPECIAL_TOKENS, OutputKind
 
 MAP_VALUES = (
     2**20
@@ -64,7 +64,7 @@ class ContactMaps:
         self._runs = runs_of_equal_length(cu_seqlens)
         device = cu_seqlens.device
         self._sums = [
-            torch.zeros(count, tokens - 2, tokens - 2, device=device)
+            torch.zeros(count, *[tokens - NUM_SPECIAL_TOKENS] * 2, device=device)
             for count, tokens in self._runs
         ]
 

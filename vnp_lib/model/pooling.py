@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.model.tokens import TOKENS_AROUND
-from vnp_lib.plan import Output, OutputKind, RowLayout
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, Output, OutputKind, RowLayout
 
 
 def rows_of(
@@ -109,6 +108,6 @@ def _reduced(hidden: Tensor, reduction: str, cu_seqlens: Tensor) -> Tensor:
 
 
 def _bos_residues_eos(cu_seqlens: Tensor) -> Tensor:
-    num_residues = cu_seqlens.diff() - TOKENS_AROUND
+    num_residues = cu_seqlens.diff() - NUM_SPECIAL_TOKENS
     one = torch.ones_like(num_residues)
     return torch.stack((one, num_residues, one), dim=1).flatten()

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.plan import pack
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, pack
 
 BOS = 0
 PAD = 1
@@ -22,7 +22,6 @@ FIRST_LETTER = 4
 LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"  # tokens 4, 5, 6, ...
 MASK = 32
 ALPHABET_SIZE = 33
-TOKENS_AROUND = 2  # BOS before the residues, EOS after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +75,7 @@ class PackedBatch:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Residues of each sequence, (B,). Of a batch on the CPU."""
-        return np.diff(self.cu_seqlens.numpy()).astype(np.int64) - TOKENS_AROUND
+        return np.diff(self.cu_seqlens.numpy()).astype(np.int64) - NUM_SPECIAL_TOKENS
 
     def select(self, keep: NDArray[np.bool_]) -> PackedBatch:
         """Leave out the sequences whose `keep`, bool (B,), is False; at least one stays."""
@@ -129,7 +128,9 @@ def pack_batch(
     Raises:
         ValueError: The ids, ordinals and sequences are not equally many, or a sequence has no residue.
     """
-    seqlens = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + TOKENS_AROUND
+    seqlens = (
+        np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + NUM_SPECIAL_TOKENS
+    )
     cu_seqlens = _boundaries(seqlens)
     is_residue = np.ones(cu_seqlens[-1], dtype=np.bool_)
     is_residue[cu_seqlens[:-1]] = is_residue[cu_seqlens[1:] - 1] = False
@@ -191,7 +192,7 @@ def _checked_batch(
             f"batch {batch_idx} has {input_ids.numel()} tokens, but cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}"
         )
     shortest = int(seqlens.argmin())
-    if seqlens[shortest] <= TOKENS_AROUND:
+    if seqlens[shortest] <= NUM_SPECIAL_TOKENS:
         raise ValueError(
             f"sequence {sequence_ids[shortest]!r} of batch {batch_idx} has no residue: {seqlens[shortest]} tokens, BOS and EOS included"
         )

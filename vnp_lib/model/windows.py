@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vnp_lib.model.tokens import TOKENS_AROUND, PackedBatch
-from vnp_lib.plan import VIRNUCPRO_RESIDUES, Windows
+from vnp_lib.model.tokens import PackedBatch
+from vnp_lib.plan import NUM_SPECIAL_TOKENS, VIRNUCPRO_RESIDUES, Windows
 
 
 class LongMean(ABC):
@@ -76,7 +76,9 @@ class MeanOverWindows(LongMean):
         windows = PackedBatch.from_mapping(
             {
                 "input_ids": torch.cat(pieces),
-                "cu_seqlens": np.cumsum([0, *(share.size + TOKENS_AROUND for share in shares)]),
+                "cu_seqlens": np.cumsum(
+                    [0, *(share.size + NUM_SPECIAL_TOKENS for share in shares)]
+                ),
                 "sequence_ids": np.repeat(
                     np.array(batch.sequence_ids, dtype=object), windows_of_each
                 ).tolist(),

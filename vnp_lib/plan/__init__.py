@@ -18,10 +18,9 @@ if TYPE_CHECKING:
         choose_outputs,
         offsets_of,
     )
-    from vnp_lib.plan.packing import pack, packed_tokens
+    from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack, packed_tokens
     from vnp_lib.plan.paths import RunPaths, checkpoint_path
     from vnp_lib.plan.plan import (
-        NUM_SPECIAL_TOKENS,
         ROW_OVERHEAD_BYTES,
         ModelIdentity,
         Ordinals,
@@ -82,7 +81,7 @@ __getattr__, __dir__ = lazy_face(
     {
         "ModelIdentity": "vnp_lib.plan.plan",
         "NUM_LOGITS": "vnp_lib.plan.outputs",
-        "NUM_SPECIAL_TOKENS": "vnp_lib.plan.plan",
+        "NUM_SPECIAL_TOKENS": "vnp_lib.plan.packing",
         "Ordinals": "vnp_lib.plan.plan",
         "Output": "vnp_lib.plan.outputs",
         "OutputKind": "vnp_lib.plan.outputs",

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Each sequence is preceded by BOS and followed by EOS.
+NUM_SPECIAL_TOKENS = 2
+
 
 def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
     """Cut a row of sequences into contiguous batches of at most `token_budget` tokens, each as full as it can be.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vnp_lib.errors import StorageError
 from vnp_lib.inputs import InputCounts
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
-from vnp_lib.plan.packing import pack
+from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.windows import Windows
 from vnp_lib.storage import (
@@ -41,7 +41,6 @@ SEQUENCES_SCHEMA = pa.schema(
     ]
 )
 
-NUM_SPECIAL_TOKENS = 2  # BOS and EOS
 ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
 _WORKSPACE_BYTES = 256 * 1024**2
 
@@ -127,7 +126,7 @@ class RunPlan:
         """The rows of ordinals `start` to `stop`, the latter left out: the columns of SEQUENCES_SCHEMA."""
         return self.table.slice(start, stop - start)
 
-    def forget_pages(self) -> None:
+    def release_pages(self) -> None:
         """Give the pages of the texts that have been read back to the system. They come again when they are asked for."""
         self.mapped.madvise(mmap.MADV_DONTNEED)
 

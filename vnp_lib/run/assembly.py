@@ -403,7 +403,7 @@ def _distribute(
         software[Software.of_metadata(checkpoint.metadata)] += rows.size
         ordinals, sources = copies.fan_out(record.ordinals[rows])
         buckets.append(ordinals, checkpoint, rows[sources])
-        plan.forget_pages()
+        plan.release_pages()
     buckets.flush()
     shares = (SoftwareShare(software=each, sequences=count) for each, count in (+software).items())
     return comparisons, tuple(sorted(shares, key=lambda share: astuple(share.software)))
@@ -435,7 +435,7 @@ def _write_part(
     path = paths.new_dataset / f"part-{part:05d}.parquet"
     with durable_file(path) as file:
         _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
-    plan.forget_pages()
+    plan.release_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
 
 

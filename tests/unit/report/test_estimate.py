@@ -24,8 +24,9 @@ from vnp_lib.inputs.sources import Source
 from vnp_lib.model.esm2 import ESM2
 from vnp_lib.options import EstimateConfig
 from vnp_lib.plan.outputs import Output, RowLayout
+from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.plan.plan import NUM_SPECIAL_TOKENS, ModelIdentity, required_bytes
+from vnp_lib.plan.plan import ModelIdentity, required_bytes
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report.estimate import RunEstimate, estimate_run
 from vnp_lib.run.directory import open_run
