@@ -36,10 +36,10 @@ from vnp_lib.inputs import (
 )
 from vnp_lib.plan import (
     NUM_SPECIAL_TOKENS,
+    InputScan,
     Output,
     OutputKind,
     RowLayout,
-    Surveyor,
     choose_outputs,
     longest_first,
     offsets_of,
@@ -323,16 +323,16 @@ def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
     sources = find_sources(paths, stdin=STDIN)
     for told in describe_left_out(paths):
         logger.warning(told)
-    surveyor = Surveyor()
+    scan = InputScan()
     ids: list[str] = []
     descriptions: list[str] = []
     sequences: list[str] = []
     for chunk in chain.from_iterable(read(source, policy) for source in sources):
-        surveyor.add(chunk)
+        scan.add(chunk)
         ids += chunk.usable.ids
         descriptions += chunk.usable.descriptions
         sequences += chunk.usable.sequences
-    representatives = surveyor.finish(sources, policy).representatives
+    representatives = scan.finish(sources, policy).representatives
     return _Records(
         ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives
     )
@@ -345,9 +345,9 @@ def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
         )
     chunk = from_memory(records.ids, records.sequences)
     texts = replace(chunk.usable, descriptions=records.descriptions)
-    surveyor = Surveyor()
-    surveyor.add(chunk)
-    repeats, firsts = surveyor.repeated_ids()
+    scan = InputScan()
+    scan.add(chunk)
+    repeats, firsts = scan.repeated_ids()
     if repeats.size:
         raise FastaError(
             f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
@@ -357,7 +357,7 @@ def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
         ids=texts.ids,
         descriptions=texts.descriptions,
         sequences=texts.sequences,
-        representatives=surveyor.representatives(dedup=True),
+        representatives=scan.representatives(dedup=True),
     )
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         kept_token_budget,
         make_plan,
     )
-    from vnp_lib.plan.scan import Surveyor, nothing_left
+    from vnp_lib.plan.scan import InputScan, no_sequences_error
     from vnp_lib.plan.windows import VIRNUCPRO_RESIDUES, Windows
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "NUM_SPECIAL_TOKENS",
     "ROW_OVERHEAD_BYTES",
     "VIRNUCPRO_RESIDUES",
+    "InputScan",
     "ModelIdentity",
     "Ordinals",
     "Output",
@@ -54,7 +55,6 @@ __all__ = [
     "RunPaths",
     "RunPlan",
     "StoreDtype",
-    "Surveyor",
     "Values",
     "Windows",
     "as_stored",
@@ -69,7 +69,7 @@ __all__ = [
     "longest_first",
     "make_plan",
     "model_tokens",
-    "nothing_left",
+    "no_sequences_error",
     "offsets_of",
     "pack",
     "packed_tokens",
@@ -90,7 +90,7 @@ __getattr__, __dir__ = lazy_face(
         "RunPaths": "vnp_lib.plan.paths",
         "RunPlan": "vnp_lib.plan.plan",
         "StoreDtype": "vnp_lib.plan.outputs",
-        "Surveyor": "vnp_lib.plan.scan",
+        "InputScan": "vnp_lib.plan.scan",
         "VIRNUCPRO_RESIDUES": "vnp_lib.plan.windows",
         "Values": "vnp_lib.plan.outputs",
         "Windows": "vnp_lib.plan.windows",
@@ -106,7 +106,7 @@ __getattr__, __dir__ = lazy_face(
         "longest_first": "vnp_lib.plan.plan",
         "make_plan": "vnp_lib.plan.planner",
         "model_tokens": "vnp_lib.plan.plan",
-        "nothing_left": "vnp_lib.plan.scan",
+        "no_sequences_error": "vnp_lib.plan.scan",
         "offsets_of": "vnp_lib.plan.outputs",
         "pack": "vnp_lib.plan.packing",
         "packed_tokens": "vnp_lib.plan.packing",

@@ -41,7 +41,7 @@ from vnp_lib.plan.plan import (
     load_plan,
     required_bytes,
 )
-from vnp_lib.plan.scan import Surveyor, _Survey
+from vnp_lib.plan.scan import InputScan, ScanResult
 from vnp_lib.storage import (
     DurableFile,
     canonical_json,
@@ -201,15 +201,15 @@ def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
     except StorageError as error:
         _log.warning("The plan is written anew: %s", error)
         return None
-    surveyor = Surveyor()
+    scan = InputScan()
     rename = renaming_of(asked.sources, asked.policy)
     for source in asked.sources:
         for chunk in read(source, asked.policy, rename=rename):
-            surveyor.add(chunk)
-    survey = surveyor.finish(asked.sources, asked.policy)
-    _require_same_identity(paths, fields["identity"], _identity(survey, asked))
-    is_cut_alike = fields.get("original_lengths_sha256", "") == survey.original_lengths_sha256
-    if fields["input"] != survey.counts.to_json() or not is_cut_alike:
+            scan.add(chunk)
+    scanned = scan.finish(asked.sources, asked.policy)
+    _require_same_identity(paths, fields["identity"], _identity(scanned, asked))
+    is_cut_alike = fields.get("original_lengths_sha256", "") == scanned.original_lengths_sha256
+    if fields["input"] != scanned.counts.to_json() or not is_cut_alike:
         _log.info("The plan is written anew: the same sequences are come by in another way")
         return None
     if damage := _damage(paths, fields):
@@ -223,7 +223,7 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
     make_directory(paths.plan_dir)
     remove_orphaned_temporaries(paths.plan_dir)
     paths.skipped.unlink(missing_ok=True)
-    surveyor = Surveyor()
+    scan = InputScan()
     rename = renaming_of(asked.sources, asked.policy)
     with ExitStack() as stack:
         file = stack.enter_context(durable_file(paths.sequences, replace=True))
@@ -232,14 +232,14 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
             for source in asked.sources:
                 places = Places(source)
                 for chunk in read(source, asked.policy, rename=rename):
-                    surveyor.add(chunk)
+                    scan.add(chunk)
                     skipped.add(source, places, chunk.skipped)
                     if chunk.records:
                         writer.write_batch(_record_batch(chunk))
-        survey = surveyor.finish(asked.sources, asked.policy)
+        scanned = scan.finish(asked.sources, asked.policy)
     with durable_file(paths.representatives, replace=True) as representatives_file:
-        np.lib.format.write_array(representatives_file, survey.representatives, allow_pickle=False)
-    identity = _identity(survey, asked)
+        np.lib.format.write_array(representatives_file, scanned.representatives, allow_pickle=False)
+    identity = _identity(scanned, asked)
     written = {paths.sequences: file, paths.representatives: representatives_file}
     if skipped.file is not None:
         written[paths.skipped] = skipped.file
@@ -247,11 +247,11 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
         "schema": PLAN_SCHEMA,
         "identity": identity,
         "fingerprint": hashlib.sha256(canonical_json(identity)).hexdigest(),
-        "num_sequences": survey.representatives.size,
-        "num_computed": _is_computed(survey.representatives).sum().item(),
-        "num_residues": survey.num_residues,
-        "original_lengths_sha256": survey.original_lengths_sha256,
-        "input": survey.counts.to_json(),
+        "num_sequences": scanned.representatives.size,
+        "num_computed": _is_computed(scanned.representatives).sum().item(),
+        "num_residues": scanned.num_residues,
+        "original_lengths_sha256": scanned.original_lengths_sha256,
+        "input": scanned.counts.to_json(),
         "files": {path.name: asdict(each.digest) for path, each in written.items()},
     }
 
@@ -288,8 +288,8 @@ def _record_batch(chunk: InputChunk) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=SEQUENCES_SCHEMA)
 
 
-def _identity(survey: _Survey, asked: _Asked) -> dict[str, Any]:
-    of_the_sequences = (PLAN_SCHEMA, survey.sequences_sha256, survey.representatives.size)
+def _identity(scanned: ScanResult, asked: _Asked) -> dict[str, Any]:
+    of_the_sequences = (PLAN_SCHEMA, scanned.sequences_sha256, scanned.representatives.size)
     return _identity_of(asked.model, asked.policy) | dict(
         zip(_OF_THE_SEQUENCES, of_the_sequences, strict=True)
     )

@@ -27,7 +27,7 @@ _NUM_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Survey:
+class ScanResult:
     """What a pass over the input finds."""
 
     sequences_sha256: str  # of ">header\nSEQUENCE\n" of every record, normalised, in order
@@ -37,7 +37,7 @@ class _Survey:
     representatives: NDArray[np.int64]
 
 
-class Surveyor:
+class InputScan:
     """Takes the measure of the input chunk by chunk, in about 40 bytes a sequence."""
 
     def __init__(self) -> None:
@@ -79,10 +79,10 @@ class Surveyor:
             self.counts += InputCounts(num_duplicates=repeats.size)
         return representatives
 
-    def finish(self, sources: Sequence[Source], policy: InputPolicy) -> _Survey:
+    def finish(self, sources: Sequence[Source], policy: InputPolicy) -> ScanResult:
         """Raises FastaError where nothing is left, or an id may not occur twice and does; then the input is read again."""
         if not self.num_sequences and not policy.allow_empty:
-            raise nothing_left(self.counts, policy)
+            raise no_sequences_error(self.counts, policy)
         if policy.duplicate_ids != "keep":
             repeats, firsts = self.repeated_ids()
             if repeats.size and policy.duplicate_ids == "rename":
@@ -92,7 +92,7 @@ class Surveyor:
             if repeats.size:
                 raise _duplicate_ids(sources, policy, repeats, firsts)
         representatives = self.representatives(dedup=policy.dedup)
-        return _Survey(
+        return ScanResult(
             sequences_sha256=self._sha256.hexdigest(),
             original_lengths_sha256=self._original_lengths_sha256.hexdigest()
             if self.counts.num_cut
@@ -113,7 +113,7 @@ def _as_fasta(chunk: SequenceChunk) -> bytes:
     return "\n".join([*lines, ""]).encode()
 
 
-def nothing_left(counts: InputCounts, policy: InputPolicy) -> FastaError:
+def no_sequences_error(counts: InputCounts, policy: InputPolicy) -> FastaError:
     """Say why there is nothing to embed though there are records, and what to do."""
     if counts.num_skipped:
         what = f"all {counts.num_skipped:,} {'proteins' if policy.translate else 'records'} are skipped"

@@ -43,10 +43,10 @@ from vnp_lib.inputs import (
 from vnp_lib.options import EstimateConfig
 from vnp_lib.plan import (
     NUM_SPECIAL_TOKENS,
+    InputScan,
     RunPaths,
-    Surveyor,
     model_tokens,
-    nothing_left,
+    no_sequences_error,
     packed_tokens,
     required_bytes,
 )
@@ -202,7 +202,7 @@ class _Input:
 
 def _read(config: EstimateConfig) -> _Input:
     policy = InputPolicy.of(config)
-    surveyor, refused = Surveyor(), _Refused()
+    scan, refused = InputScan(), _Refused()
     lengths = [np.empty(0, dtype=np.int32)]
     with _stdin_kept(config) as stdin:
         sources = find_sources(config.fasta, stdin=stdin, refuse=refused.add_file)
@@ -210,21 +210,21 @@ def _read(config: EstimateConfig) -> _Input:
         for source in sources:
             places = Places(source)
             for chunk in _surveyed(source, policy, refused, rename):
-                surveyor.add(chunk)
+                scan.add(chunk)
                 lengths.append(chunk.lengths)
                 refused.add(places, chunk.refused)
         if policy.duplicate_ids == "error":
-            repeats, firsts = surveyor.repeated_ids()
+            repeats, firsts = scan.repeated_ids()
             refused.add_repeats(sources, policy, repeats, firsts)
-    if not surveyor.num_sequences and not refused.count and not policy.allow_empty:
-        refused.add_file(nothing_left(surveyor.counts, policy))
-    representatives = surveyor.representatives(dedup=policy.dedup)
+    if not scan.num_sequences and not refused.count and not policy.allow_empty:
+        refused.add_file(no_sequences_error(scan.counts, policy))
+    representatives = scan.representatives(dedup=policy.dedup)
     return _Input(
         lengths=np.concatenate(lengths),
         is_computed=np.equal(representatives, np.arange(representatives.size)),
         num_refused=refused.count,
         refusals=tuple(refused.told()),
-        counts=surveyor.counts,
+        counts=scan.counts,
     )
 
 
