@@ -1,4 +1,4 @@
-"""The exceptions of vnp, and the exit codes of its worker processes."""
+"""The exceptions of vnp, and the exit codes of its processes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from enum import IntEnum
 
 
 class VnpError(Exception):
-    """Whatever this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose."""
 
 
 class InputError(VnpError):
-    """Something that the user gave cannot be used; the message says what to do about it."""
+    """A problem that the user can fix; the message says how."""
 
 
 class FastaError(InputError):
-    """A sequence file that cannot be used as it is."""
+    """A sequence file that cannot be used."""
 
 
 class ConfigError(InputError):
@@ -27,7 +27,7 @@ class WeightsError(InputError):
 
 
 class FingerprintMismatchError(InputError):
-    """A run directory that belongs to a run with another input, model or precision."""
+    """A run directory of a run with another input, model or precision."""
 
 
 class RunDirectoryBusyError(InputError):
@@ -35,47 +35,47 @@ class RunDirectoryBusyError(InputError):
 
 
 class StorageError(VnpError):
-    """The disk does not give back what was written to it, or takes no more."""
+    """A read or write that failed, or data that differs from what was written."""
 
 
 class CheckpointError(StorageError):
-    """A checkpoint that does not prove itself."""
+    """A checkpoint that failed validation."""
 
 
 class CheckpointWriteError(StorageError, RuntimeError):
-    """Checkpoints that could not be written: their rows are on no disk."""
+    """Checkpoints that could not be written; their rows are not on disk."""
 
 
 class StorageFailingError(StorageError):
-    """So many checkpoints are damaged that the disk cannot be trusted: a person has to look at it first."""
+    """Too many damaged checkpoints to trust the disk; a person has to inspect it first."""
 
 
 class LockTimeoutError(StorageError):
-    """A lock that its holder does not give up."""
+    """A lock that another process kept until the timeout."""
 
 
 class IncompleteDatasetError(StorageError):
-    """Sequences that are in no checkpoint, when the dataset was to be put together."""
+    """Sequences without a checkpoint when the dataset is assembled."""
 
 
 class NumericalInstabilityError(VnpError):
-    """A row that is not finite."""
+    """An embedding that is not finite."""
 
 
 class CircuitBreakerOpenError(VnpError):
-    """A batch that has failed too often to be tried again."""
+    """A batch that has failed too often to be retried."""
 
 
 class QuarantineFullError(VnpError):
-    """So many sequences fail that it cannot be their fault: the set-up is broken, and a person has to look at it."""
+    """Too many failing sequences to blame them; a person has to inspect the set-up first."""
 
 
 class SequenceTooLargeError(VnpError):
-    """Sequences that do not fit into memory, even alone; the message names them and their lengths."""
+    """Sequences that do not fit into memory even alone; the message gives ids and lengths."""
 
 
 class DeviceFailedError(VnpError):
-    """A device that fails at what is known to be good."""
+    """A device that fails on a sequence known to be harmless."""
 
 
 class BatchFailedError(VnpError):
@@ -84,17 +84,19 @@ class BatchFailedError(VnpError):
     def __init__(
         self, batch_idx: int, sequence_ids: tuple[str, ...], ordinal: int | None = None
     ) -> None:
+        """`ordinal` is given if the batch had a single sequence."""
         super().__init__(batch_idx, sequence_ids, ordinal)
         self.batch_idx = batch_idx
         self.sequence_ids = sequence_ids
-        self.ordinal = ordinal  # of its sequence, where that was alone in it
+        self.ordinal = ordinal
 
     def __str__(self) -> str:
-        return f"batch {self.batch_idx} ({len(self.sequence_ids)} sequences) failed: {self.__cause__!r}"
+        size = len(self.sequence_ids)
+        return f"batch {self.batch_idx} ({size} sequences) failed: {self.__cause__!r}"
 
 
 class ExitCode(IntEnum):
-    """How our processes leave."""
+    """Exit codes of the command line and of worker processes."""
 
     DONE = 0
     FAILED = 1

@@ -1,25 +1,25 @@
-"""What can go wrong: the error tree, and the judgement of how an attempt on a shard failed.
+"""The error tree, and the classification of failed attempts on a shard.
 
 VnpError
-├── InputError                  the user can mend it; the command line says so in one sentence, exit code 2
-│   ├── FastaError              a sequence file that cannot be used as it is
+├── InputError                  the user can fix it; one sentence on the command line, exit code 2
+│   ├── FastaError              a sequence file that cannot be used
 │   ├── ConfigError             a setting, a path or a device that cannot be used
 │   ├── WeightsError            weights that are missing, damaged or of another model
 │   ├── FingerprintMismatchError  a run directory that belongs to another run
 │   └── RunDirectoryBusyError   a run directory that another process is using
-├── StorageError                the disk does not give back what was written to it, or takes no more
-│   ├── CheckpointError         a checkpoint that does not prove itself
+├── StorageError                a read or write that failed, or data that was changed
+│   ├── CheckpointError         a checkpoint that failed validation
 │   ├── CheckpointWriteError    checkpoints that could not be written; a RuntimeError too
-│   ├── StorageFailingError     so many checkpoints are damaged that the disk cannot be trusted
-│   ├── LockTimeoutError        a lock that its holder does not give up
-│   └── IncompleteDatasetError  sequences that are in no checkpoint
-├── NumericalInstabilityError   a row that is not finite
-├── CircuitBreakerOpenError     a batch that has failed too often
-├── QuarantineFullError         so many sequences fail that it cannot be their fault
-├── SequenceTooLargeError       sequences that do not fit into memory, even alone
-├── DeviceFailedError           a device that fails at what is known to be good
-├── BatchFailedError            an exception while a batch was in the model; that exception is its cause
-└── ShardFailedError            an attempt on a shard ended badly; carries a `Failure`
+│   ├── StorageFailingError     too many damaged checkpoints to trust the disk
+│   ├── LockTimeoutError        a lock that another process kept until the timeout
+│   └── IncompleteDatasetError  sequences without a checkpoint when the dataset is assembled
+├── NumericalInstabilityError   an embedding that is not finite
+├── CircuitBreakerOpenError     a batch that has failed too often to be retried
+├── QuarantineFullError         too many failing sequences to blame them
+├── SequenceTooLargeError       sequences that do not fit into memory even alone
+├── DeviceFailedError           a device that fails on a sequence known to be harmless
+├── BatchFailedError            an exception while a batch was in the model; see its `__cause__`
+└── ShardFailedError            a failed attempt on a shard; carries a `Failure`
 """
 
 from __future__ import annotations
@@ -47,21 +47,23 @@ from vnp_lib.errors import (
 
 
 class ShardFailedError(VnpError):
-    """An attempt on a shard ended badly."""
+    """A failed attempt on a shard."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(failure)  # all arguments, or the error does not survive pickling
+        # An exception survives pickling only if its base class receives all arguments.
+        super().__init__(failure)
         self.failure = failure
 
     def __str__(self) -> str:
         return str(self.failure)
 
-    def __repr__(self) -> str:  # Prefect logs it before each retry
+    # Prefect logs the repr of an exception before each retry.
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
 
 
 class FailureKind(StrEnum):
-    """How a failure is cured: each kind has its own policy."""
+    """How a failure is handled; the retry policy has one rule per kind."""
 
     SPOT_PREEMPTION = "spot_preemption"
     OOM = "oom"
@@ -70,7 +72,7 @@ class FailureKind(StrEnum):
 
 
 class FailureCause(StrEnum):
-    """What happened, as finely as it can be told."""
+    """What happened, as precisely as can be determined."""
 
     PREEMPTED = "preempted"
     GPU_OOM = "gpu_oom"
@@ -82,14 +84,17 @@ class FailureCause(StrEnum):
     NUMERICAL_INSTABILITY = "numerical_instability"
     CIRCUIT_OPEN = "circuit_open"
     QUARANTINE_FULL = "quarantine_full"
-    GIVEN_UP = "given_up"  # by a flow run of its own, which has had its retries
-    COMPUTE_ERROR = (
-        "compute_error"  # an exception of no special kind while a batch was in the model
-    )
-    NATIVE_CRASH = "native_crash"  # SIGSEGV and its like
-    SILENT_EXIT = "silent_exit"  # an exit code, and no word why
+    # A flow run of its own, in a work pool, has used up its retries.
+    GIVEN_UP = "given_up"
+    # An unclassified exception while a batch was in the model.
+    COMPUTE_ERROR = "compute_error"
+    # SIGSEGV, SIGABRT, SIGILL or SIGFPE.
+    NATIVE_CRASH = "native_crash"
+    # A non-zero exit code, and no failure event that explains it.
+    SILENT_EXIT = "silent_exit"
     HANG = "hang"
-    KILLED = "killed"  # SIGKILL, by whomever
+    # SIGKILL, whose sender is unknown.
+    KILLED = "killed"
     HARDWARE = "hardware"
     DISK_FULL = "disk_full"
     STORAGE = "storage"
@@ -99,6 +104,7 @@ class FailureCause(StrEnum):
     UNKNOWN = "unknown"
 
 
+# Causes that are not listed are transient.
 _KINDS = {
     FailureCause.PREEMPTED: FailureKind.SPOT_PREEMPTION,
     FailureCause.GPU_OOM: FailureKind.OOM,
@@ -111,7 +117,7 @@ _KINDS = {
     FailureCause.CIRCUIT_OPEN: FailureKind.POISON_INPUT,
     FailureCause.QUARANTINE_FULL: FailureKind.POISON_INPUT,
     FailureCause.COMPUTE_ERROR: FailureKind.POISON_INPUT,
-}  # all others are transient
+}
 _PERMANENT = frozenset(
     {
         FailureCause.CONFIGURATION,
@@ -121,24 +127,35 @@ _PERMANENT = frozenset(
         FailureCause.GIVEN_UP,
     }
 )
-_MOST_IDS = 10
-_LONGEST_MESSAGE = 1000  # letters: it is written down with every attempt
 _SUSPICIOUS = frozenset({FailureCause.NATIVE_CRASH, FailureCause.SILENT_EXIT, FailureCause.HANG})
+
+# Both limits bound the size of a failure, which is recorded for every attempt.
+_MOST_IDS = 10
+_LONGEST_MESSAGE = 1000  # characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One failed attempt: what the retry policy needs to know and a person wants to read."""
+    """One failed attempt, with what the retry policy and the status table need to know.
+
+    Attributes:
+        cause: What happened.
+        message: The same for people, up to 1,000 characters.
+        batch_idx: The batch that was in the model.
+        ordinal: The only sequence of that batch; None if it had several.
+        sequence_ids: The first ids of that batch, up to ten.
+        exit_code: Exit code of the worker process; negative for a signal.
+        batch_sha256: Digest of the ordinals of the batch, set once the retry policy has seen the
+            failure. It identifies the batch even if a later attempt forms other batches.
+    """
 
     cause: FailureCause
     message: str
-    batch_idx: int | None = None  # the batch that was in the model
-    ordinal: int | None = None  # the sequence that was in it alone
-    sequence_ids: tuple[str, ...] = ()  # the first of that batch, ten at most
-    exit_code: int | None = None  # negative: the signal that ended the child
-    batch_sha256: str = (
-        ""  # of the batch's ordinals, once it is judged: the plan may be divided into others later
-    )
+    batch_idx: int | None = None
+    ordinal: int | None = None
+    sequence_ids: tuple[str, ...] = ()
+    exit_code: int | None = None
+    batch_sha256: str = ""
 
     @property
     def kind(self) -> FailureKind:
@@ -146,18 +163,18 @@ class Failure:
 
     @property
     def is_permanent(self) -> bool:
-        """Whether the same attempt can only fail again: a wrong set-up, or a bug."""
+        """Whether a retry can only fail again: a wrong set-up, or a bug."""
         return self.cause in _PERMANENT
 
     @property
     def accuses_batch(self) -> bool:
-        """Whether the batch that was in the model may be what did it. Never so for hardware, host or disk."""
+        """Whether the batch in the model may be the reason; never for hardware, host or disk."""
         is_suspicious = self.kind == FailureKind.POISON_INPUT or self.cause in _SUSPICIOUS
         return is_suspicious and self.batch_idx is not None
 
     @property
     def is_silence(self) -> bool:
-        """Whether all that is known is that there was no sign of life: never enough to give a protein up."""
+        """Whether only a heartbeat was missing, which never suffices to quarantine a protein."""
         return self.cause == FailureCause.HANG
 
     def __str__(self) -> str:
@@ -166,13 +183,16 @@ class Failure:
         return f"{self.kind} ({self.cause}){where}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
-        """Write it down, with what follows from the cause."""
-        told = {"kind": str(self.kind), "accuses_batch": self.accuses_batch}
-        return asdict(self) | told | {"sequence_ids": list(self.sequence_ids)}
+        """Return the fields as JSON values, with the properties that other programs read."""
+        return asdict(self) | {
+            "kind": str(self.kind),
+            "accuses_batch": self.accuses_batch,
+            "sequence_ids": list(self.sequence_ids),
+        }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Failure:
-        """Read what `to_json` wrote, whatever else has been added to it."""
+        """Read the result of `to_json`, ignoring keys that were added to it."""
         return cls(
             cause=FailureCause(record["cause"]),
             message=record["message"],
@@ -185,7 +205,7 @@ class Failure:
 
 
 def classify_exception(error: BaseException) -> Failure:
-    """Judge an exception from inside an attempt: by its type, its code, its errno, and only then by what it says."""
+    """Classify an exception raised in an attempt: by type, CUDA error code, errno, then message."""
     batch = next((e for e in _chain(error) if isinstance(e, BatchFailedError)), None)
     root = error if batch is None or batch.__cause__ is None else batch.__cause__
     return Failure(
@@ -206,30 +226,34 @@ def classify_exit(
     ran_out_of_host_memory: bool = False,
     last_event: str = "",
 ) -> Failure:
-    """Judge a child that left without a word.
+    """Classify a worker process that exited without reporting a failure.
 
     Args:
-        exit_code: Negative for a signal; a shell's 128 + signal means the same.
-        batch_idx: The batch that was in the model, by what the child had said before.
-        ordinal: Its sequence, where that was alone in it.
-        is_probing: Whether the device was at a sequence known to be harmless: then it is the device.
-        ran_out_of_host_memory: Whether the kernel's OOM killer has struck since the child was started.
-        last_event: What it said last.
+        exit_code: Negative for a signal; 128 + signal, as from a shell, means the same.
+        batch_idx: The batch that was in the model, according to the events of the worker process.
+        ordinal: The only sequence of that batch, if it had one.
+        is_probing: Whether the device was computing a sequence known to be harmless, so that a
+            crash is the fault of the device.
+        ran_out_of_host_memory: Whether the kernel's OOM killer has struck since the worker process
+            was started.
+        last_event: Name of the last event that it sent.
     """
     signum = _fatal_signal(exit_code)
-    cause = (
-        FailureCause.SILENT_EXIT
-        if signum is None
-        else _SIGNAL_CAUSES.get(signum, FailureCause.KILLED)
-    )
+    if signum is None:
+        cause = FailureCause.SILENT_EXIT
+        message = f"worker process exited with {describe_exit(exit_code)}"
+    else:
+        cause = _SIGNAL_CAUSES.get(signum, FailureCause.KILLED)
+        message = f"worker process killed by {describe_exit(exit_code)}"
     if cause == FailureCause.KILLED and ran_out_of_host_memory:
         cause = FailureCause.HOST_OOM
     if cause in _SUSPICIOUS and is_probing:
         cause = FailureCause.HARDWARE
-    after = f" after {last_event!r}" if last_event else ""
+    if last_event:
+        message += f" (last event: {last_event})"
     return Failure(
         cause=cause,
-        message=f"the child left with {describe_exit(exit_code)}{after}{_SIGNAL_ADVICE.get(signum, '')}",
+        message=message + _SIGNAL_ADVICE.get(signum, ""),
         batch_idx=batch_idx,
         ordinal=ordinal,
         exit_code=exit_code,
@@ -245,7 +269,7 @@ def describe_exit(exit_code: int) -> str:
 
 
 def _fatal_signal(exit_code: int) -> int | None:
-    """The signal that ended a process, also where a shell or a container says it as 128 + signal."""
+    """Return the signal that ended a process, also if reported as 128 + signal."""
     if exit_code < 0:
         return -exit_code
     signum = exit_code - 128
@@ -254,7 +278,8 @@ def _fatal_signal(exit_code: int) -> int | None:
 
 _NAMED_SIGNALS = frozenset(map(int, signal.Signals))
 
-# A process stops or takes no notice unless it has a handler: 128 + such a number is an exit code like any other.
+# By default these signals are ignored or stop a process, but do not end it. So 128 + such a number
+# is an exit code like any other.
 _HARMLESS_SIGNALS = frozenset(
     {
         *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
@@ -262,19 +287,23 @@ _HARMLESS_SIGNALS = frozenset(
     }
 )
 
-# A process sends itself four of them when it crashes, and only these may accuse a protein. All others come from outside, at
-# whatever is in the model just then, which is mostly the longest: what is not listed is "killed".
+# Only the four signals of a crash may accuse a protein. All others are sent by other processes, to
+# whatever is in the model at the time, which is mostly the longest protein. A signal that is not
+# listed is classified as "killed".
 _SIGNAL_CAUSES: dict[int, FailureCause] = {
     signal.SIGTERM: FailureCause.PREEMPTED,
-    signal.SIGHUP: FailureCause.PREEMPTED,  # a terminal or a session that has ended
+    # The terminal or the session has ended.
+    signal.SIGHUP: FailureCause.PREEMPTED,
     signal.SIGINT: FailureCause.PREEMPTED,
     signal.SIGQUIT: FailureCause.PREEMPTED,
-    signal.SIGUSR1: FailureCause.PREEMPTED,  # Slurm's --signal=USR1@60 announces the end of a job with it
+    # Slurm announces the end of a job with it, if asked by --signal=USR1@60.
+    signal.SIGUSR1: FailureCause.PREEMPTED,
     signal.SIGUSR2: FailureCause.PREEMPTED,
     signal.SIGXCPU: FailureCause.CONFIGURATION,
     signal.SIGXFSZ: FailureCause.CONFIGURATION,
     signal.SIGSYS: FailureCause.CONFIGURATION,
-    signal.SIGBUS: FailureCause.STORAGE,  # a memory-mapped file that was cut, or /dev/shm is full
+    # A memory-mapped file was truncated, or /dev/shm is full.
+    signal.SIGBUS: FailureCause.STORAGE,
     signal.SIGSEGV: FailureCause.NATIVE_CRASH,
     signal.SIGABRT: FailureCause.NATIVE_CRASH,
     signal.SIGILL: FailureCause.NATIVE_CRASH,
@@ -282,15 +311,20 @@ _SIGNAL_CAUSES: dict[int, FailureCause] = {
 }
 
 _SIGNAL_ADVICE: dict[int | None, str] = {
-    signal.SIGXCPU: "; its processor time is limited (ulimit -t, or a batch system's): run it where there is no such limit",
+    signal.SIGXCPU: (
+        "; its CPU time is limited (ulimit -t, or by a batch system): raise the limit, or run it "
+        "without one"
+    ),
     signal.SIGXFSZ: "; the size of its files is limited (ulimit -f): raise the limit",
-    signal.SIGSYS: "; a security filter (seccomp, a container's profile) forbids a system call that it needs",
+    signal.SIGSYS: (
+        "; a security filter (seccomp, a container's profile) forbids a system call that it needs"
+    ),
 }
 
-# By the numbers of cudaError_t: AcceleratorError.error_code.
+# The keys are values of cudaError_t, which torch reports as AcceleratorError.error_code.
 _CUDA_CAUSES: dict[int, FailureCause] = {
     2: FailureCause.GPU_OOM,
-    3: FailureCause.HARDWARE,  # the driver could not be initialised
+    3: FailureCause.HARDWARE,  # driver not initialised
     46: FailureCause.HARDWARE,  # devices unavailable
     100: FailureCause.HARDWARE,  # no device
     101: FailureCause.HARDWARE,  # no such device
@@ -308,7 +342,7 @@ _CUDA_CAUSES: dict[int, FailureCause] = {
     719: FailureCause.LAUNCH_FAILURE,
     802: FailureCause.HARDWARE,  # system not ready
     803: FailureCause.HARDWARE,  # driver mismatch
-    999: FailureCause.HARDWARE,  # unknown, as a card that is going gives it
+    999: FailureCause.HARDWARE,  # unknown, typical of a card that is failing
 }
 
 _ERRNO_CAUSES: dict[int, FailureCause] = {
@@ -321,15 +355,18 @@ _ERRNO_CAUSES: dict[int, FailureCause] = {
     errno.ENOTCONN: FailureCause.STORAGE,
     errno.ENODEV: FailureCause.STORAGE,
     errno.EREMOTEIO: FailureCause.STORAGE,
-    errno.EFBIG: FailureCause.CONFIGURATION,  # ulimit -f, or a file system whose files are small
+    # The limit is that of ulimit -f, or of a file system for small files.
+    errno.EFBIG: FailureCause.CONFIGURATION,
     errno.EACCES: FailureCause.CONFIGURATION,
     errno.EPERM: FailureCause.CONFIGURATION,
-    # What a file system cannot do at all, such as hard links on exFAT, SMB or some FUSE mounts: no new try helps.
+    # A retry does not help if the file system lacks an operation, such as hard links on exFAT, SMB
+    # or some FUSE mounts.
     errno.ENOTSUP: FailureCause.CONFIGURATION,
     errno.ENOSYS: FailureCause.CONFIGURATION,
 }
 
-# Most specific first: what tells of the device or the host comes before the words that it shares with bad input.
+# Most specific first: messages about the device or the host contain words that occur in messages
+# about bad input, too.
 _MESSAGE_CAUSES = tuple(
     (re.compile(pattern, re.IGNORECASE), cause)
     for pattern, cause in (
@@ -338,11 +375,13 @@ _MESSAGE_CAUSES = tuple(
             FailureCause.PREEMPTED,
         ),
         (
-            r"uncorrectable ecc|ecc error|gpu is lost|fallen off the bus|nvlink|unable to determine the device handle",
+            r"uncorrectable ecc|ecc error|gpu is lost|fallen off the bus|nvlink"
+            r"|unable to determine the device handle",
             FailureCause.HARDWARE,
         ),
         (
-            r"no cuda-capable device|invalid device ordinal|all cuda-capable devices are busy|driver.*(mismatch|insufficient)",
+            r"no cuda-capable device|invalid device ordinal|all cuda-capable devices are busy"
+            r"|driver.*(mismatch|insufficient)",
             FailureCause.HARDWARE,
         ),
         (r"system not yet initialized|unknown error", FailureCause.HARDWARE),
@@ -358,7 +397,8 @@ _MESSAGE_CAUSES = tuple(
         (r"illegal memory access|illegal address|misaligned address", FailureCause.ILLEGAL_ADDRESS),
         (r"launch timed out", FailureCause.HANG),
         (
-            r"launch failure|illegal instruction|cublas_status_execution_failed|cublas_status_not_initialized",
+            r"launch failure|illegal instruction|cublas_status_execution_failed"
+            r"|cublas_status_not_initialized",
             FailureCause.LAUNCH_FAILURE,
         ),
         (r"numerical instability|not finite", FailureCause.NUMERICAL_INSTABILITY),
@@ -391,7 +431,8 @@ _BUGS = (
 
 
 def _cause_of(error: BaseException, *, in_batch: bool) -> FailureCause:
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does without
+    # By name, because importing torch.OutOfMemoryError would take seconds.
+    if type(error).__name__ == "OutOfMemoryError":
         return FailureCause.GPU_OOM
     for type_, cause in _TYPE_CAUSES:
         if isinstance(error, type_):
@@ -413,7 +454,7 @@ def _cause_of(error: BaseException, *, in_batch: bool) -> FailureCause:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
+    """Yield an error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -26,9 +26,7 @@ MUTANTS = (
         module="failures",
         before="    if cause in _SUSPICIOUS and is_probing:\n",
         after="    if False:\n",
-        caught_by=(
-            "tests/unit/test_failures.py::test_a_child_that_dies_of_a_harmless_sequence_has_a_broken_device",
-        ),
+        caught_by=("tests/unit/test_failures.py::test_a_crash_on_a_harmless_sequence_is_hardware",),
     ),
     Mutant(
         name="worker-of-any-code",
@@ -42,7 +40,7 @@ MUTANTS = (
         module="failures",
         before="_SIGNAL_CAUSES.get(signum, FailureCause.KILLED)",
         after="_SIGNAL_CAUSES.get(signum, FailureCause.SILENT_EXIT)",
-        caught_by=(f"{_FAILURES}::test_of_all_signals_only_those_of_a_crash_accuse_a_protein",),
+        caught_by=(f"{_FAILURES}::test_only_crash_signals_accuse_a_protein",),
     ),
     Mutant(
         name="empty-entry-of-the-path-kept",

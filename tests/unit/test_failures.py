@@ -1,4 +1,4 @@
-"""Classification: literal cases, as they arrive, in one table each for exceptions and for exit codes."""
+"""Classification of failures: one table of exceptions and one of exit codes."""
 
 from __future__ import annotations
 
@@ -85,13 +85,14 @@ EXCEPTIONS = [
     (MemoryError("Unable to allocate 8.00 GiB for an array"), C.HOST_OOM),
     (
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried"
         ),
         C.HOST_OOM,
     ),
     (RuntimeError("unable to mmap 11359232 bytes: Cannot allocate memory (12)"), C.HOST_OOM),
     (os_error(errno.ENOMEM), C.HOST_OOM),
-    # the device blames the kernel
+    # errors of a kernel
     (cuda("device-side assert triggered", 710), C.DEVICE_ASSERT),
     (cuda("device-side assert triggered"), C.DEVICE_ASSERT),
     (RuntimeError("CUDA error: device-side assert triggered"), C.DEVICE_ASSERT),
@@ -186,7 +187,7 @@ EXCEPTIONS = [
     (LockTimeoutError("held by process 7"), C.STORAGE),
     (StorageError("plan.json is missing"), C.STORAGE),
     (StorageFailingError("5 of 9 checkpoints are damaged"), C.STORAGE_FAILING),
-    # what a person has to mend
+    # what a person has to fix
     (ConfigError("there is no GPU 3"), C.CONFIGURATION),
     (FastaError("x.fasta: there is no such file"), C.CONFIGURATION),
     (WeightsError("w.pt is damaged"), C.CONFIGURATION),
@@ -202,10 +203,10 @@ EXCEPTIONS = [
     (AttributeError("'NoneType' object has no attribute 'to'"), C.BUG),
     (AssertionError(), C.BUG),
     (NotImplementedError("varlen_attn on this device"), C.BUG),
-    # the machine is going
+    # the machine is about to be preempted
     (RuntimeError("Received SIGTERM, shutting down"), C.PREEMPTED),
     (RuntimeError("EC2 spot interruption: termination notice"), C.PREEMPTED),
-    # whatever else
+    # everything else
     (RuntimeError("NCCL communicator was aborted"), C.UNKNOWN),
     (TimeoutError("timed out"), C.UNKNOWN),
     (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), C.UNKNOWN),
@@ -268,8 +269,8 @@ HARMLESS = {
 }
 
 
-def test_of_all_signals_only_those_of_a_crash_accuse_a_protein(tmp_path):
-    """Real processes are ended by each that ends one."""
+def test_only_crash_signals_accuse_a_protein(tmp_path):
+    """Every signal that ends a process is sent to a real one."""
     codes = {signum: exit_code_of(signum, tmp_path) for signum in signal.valid_signals() - HARMLESS}
     judged = {signum: classify_exit(code, batch_idx=3, ordinal=7) for signum, code in codes.items()}
     assert len(judged) > 50
@@ -287,15 +288,15 @@ def by_default(signum: int) -> None:
 
 
 def exit_code_of(signum: int, cwd: Path) -> int:
-    """Send a signal to a process that has no handler for it, wherever the tests themselves were started."""
+    """Return the exit code of a process that receives a signal for which it has no handler."""
     process = subprocess.Popen(["sleep", "60"], cwd=cwd, preexec_fn=partial(by_default, signum))
     process.send_signal(signum)
     return process.wait(timeout=60)
 
 
 @pytest.mark.parametrize("signum", [*signal.Signals])
-def test_a_shell_says_a_signal_in_its_own_way(signum):
-    """But 128 + a signal that ends nothing is a code of somebody's own."""
+def test_an_exit_code_of_a_shell_means_the_signal(signum):
+    """But 128 + a signal that does not end a process is an ordinary exit code."""
     by_shell, itself = (classify_exit(code, batch_idx=3) for code in (128 + signum, -signum))
     assert by_shell.cause == itself.cause or (by_shell.cause, itself.cause) == (
         C.SILENT_EXIT,
@@ -304,17 +305,18 @@ def test_a_shell_says_a_signal_in_its_own_way(signum):
 
 
 @pytest.mark.parametrize("exit_code", [137, -signal.SIGKILL])
-def test_sigkill_is_host_oom_where_the_kernel_counted_one(exit_code):
+def test_sigkill_is_host_oom_if_the_kernel_counted_one(exit_code):
     assert classify_exit(exit_code, ran_out_of_host_memory=True).cause == C.HOST_OOM
 
 
-def test_an_oom_kill_elsewhere_does_not_excuse_a_segmentation_fault():
+def test_an_oom_kill_does_not_explain_a_segmentation_fault():
+    """The OOM killer may have struck another process of the machine."""
     assert classify_exit(-signal.SIGSEGV, ran_out_of_host_memory=True).cause == C.NATIVE_CRASH
 
 
 @pytest.mark.parametrize(("error", "cause"), EXCEPTIONS, ids=lambda value: str(value)[:60])
-def test_in_a_batch_the_same_causes_hold_and_what_has_none_accuses_the_batch(error, cause):
-    """Hardware, host and disk are never turned into poison by having struck while a batch was computed."""
+def test_in_a_batch_only_unclassified_errors_change_their_cause(error, cause):
+    """A failure of hardware, host or disk never accuses the batch that was being computed."""
     failure = classify_exception(caused_by(BatchFailedError(7, ("a", "b")), error))
     expected = C.COMPUTE_ERROR if cause in (C.UNKNOWN, C.BUG) else cause
     assert (failure.cause, failure.batch_idx, failure.sequence_ids) == (expected, 7, ("a", "b"))
@@ -337,7 +339,7 @@ def test_hardware_host_and_disk_never_accuse_a_batch():
         assert failure.kind != FailureKind.POISON_INPUT
 
 
-def test_only_what_a_person_must_mend_is_permanent():
+def test_only_what_a_person_must_fix_is_permanent():
     permanent = {cause for cause in C if Failure(cause=cause, message="").is_permanent}
     assert permanent == {C.CONFIGURATION, C.BUG, C.STORAGE_FAILING, C.QUARANTINE_FULL, C.GIVEN_UP}
 
@@ -349,7 +351,7 @@ def test_every_cause_has_one_of_the_four_kinds():
     assert kinds[C.HOST_OOM] == kinds[C.GPU_OOM] == FailureKind.OOM
 
 
-def test_a_failure_survives_being_written_down_with_more_beside_it():
+def test_a_failure_is_read_back_from_json_with_more_keys():
     failure = Failure(
         cause=C.DEVICE_ASSERT, message="x", batch_idx=3, ordinal=5, sequence_ids=("a",), exit_code=1
     )
@@ -361,19 +363,19 @@ def test_a_failure_survives_being_written_down_with_more_beside_it():
     "error", [BatchFailedError(3, ("a",)), ShardFailedError(Failure(cause=C.HANG, message="x"))]
 )
 def test_errors_survive_pickling(error):
-    """Prefect may write an exception down and read it back."""
+    """Prefect may pickle an exception and load it again."""
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
 
 
-def test_an_attempt_that_ended_badly_is_shown_as_people_read_it():
+def test_the_repr_of_a_failed_attempt_is_readable():
     """Prefect logs an exception's repr before each retry."""
     error = ShardFailedError(
-        Failure(cause=C.KILLED, message="the child left with SIGKILL", batch_idx=3)
+        Failure(cause=C.KILLED, message="worker process killed by SIGKILL", batch_idx=3)
     )
     assert (
         repr(error)
-        == "ShardFailedError('transient (killed) at batch 3: the child left with SIGKILL')"
+        == "ShardFailedError('transient (killed) at batch 3: worker process killed by SIGKILL')"
     )
 
 
@@ -384,6 +386,18 @@ def test_exit_codes_are_named(code, name):
     assert describe_exit(code) == name
 
 
+@pytest.mark.parametrize(
+    ("exit_code", "message"),
+    [
+        (1, "worker process exited with exit code 1 (last event: loading)"),
+        (-11, "worker process killed by SIGSEGV (last event: loading)"),
+        (137, "worker process killed by SIGKILL (last event: loading)"),
+    ],
+)
+def test_the_message_of_a_silent_exit_names_code_and_last_event(exit_code, message):
+    assert classify_exit(exit_code, last_event="loading").message == message
+
+
 def test_the_table_has_eighty_cases():
     assert len(EXCEPTIONS) + len(EXITS) >= 80
 
@@ -392,5 +406,5 @@ def test_the_table_has_eighty_cases():
     ("exit_code", "cause"),
     [(-11, C.HARDWARE), (1, C.HARDWARE), (143, C.PREEMPTED), (-9, C.KILLED), (-7, C.STORAGE)],
 )
-def test_a_child_that_dies_of_a_harmless_sequence_has_a_broken_device(exit_code, cause):
+def test_a_crash_on_a_harmless_sequence_is_hardware(exit_code, cause):
     assert classify_exit(exit_code, is_probing=True).cause == cause

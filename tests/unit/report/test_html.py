@@ -103,7 +103,7 @@ def write_history(
 
 
 def record_failures(
-    paths: RunPaths, rank: int, count: int, *, text: str = "the child left with SIGKILL"
+    paths: RunPaths, rank: int, count: int, *, text: str = "worker process killed by SIGKILL"
 ) -> None:
     """In one go: the manifest is one file, whatever is recorded."""
     manifest = CheckpointManifest(paths.manifest)

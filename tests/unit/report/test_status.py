@@ -182,7 +182,7 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
 
 def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunPaths) -> None:
     fail(paths, 1, "an older one")
-    fail(paths, 1, "the child left with SIGKILL")
+    fail(paths, 1, "worker process killed by SIGKILL")
     sequence = QuarantinedSequence(
         ordinal=3,
         id="p",
@@ -202,7 +202,7 @@ def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunP
     assert (failure.kind, failure.cause, failure.message, failure.at) == (
         "transient",
         "killed",
-        "the child left with SIGKILL",
+        "worker process killed by SIGKILL",
         NOON,
     )
     assert seen.num_quarantined == 1
@@ -320,7 +320,7 @@ def test_numbers_are_never_cut(plan: RunPlan, paths: RunPaths, width: int) -> No
 def test_the_command_prints_for_people_and_for_machines(
     plan: RunPlan, paths: RunPaths, capsys
 ) -> None:
-    fail(paths, 1, "the child left with SIGKILL")
+    fail(paths, 1, "worker process killed by SIGKILL")
     compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
     assert main(["status", str(paths.run_dir)]) == 0
     assert "5 of 40 distinct sequences (12.5 %)" in capsys.readouterr().out

@@ -68,7 +68,7 @@ def begin(paths: RunPaths, start: datetime = NOON) -> AttemptHistory:
 
 
 def failure_at(at: datetime, cause: FailureCause = FailureCause.KILLED) -> dict[str, Any]:
-    return Failure(cause=cause, message="the child left with SIGKILL").to_json() | {
+    return Failure(cause=cause, message="worker process killed by SIGKILL").to_json() | {
         "at": at.isoformat()
     }
 
@@ -154,7 +154,7 @@ def test_the_parents_judgement_tells_how_an_attempt_ended(paths: RunPaths) -> No
     attempts = read_attempts(paths, 0, failures)
     assert [attempt.cause for attempt in attempts] == ["killed", None, "gpu_oom", None]
     assert [attempt.kind for attempt in attempts] == ["transient", None, "oom", None]
-    assert attempts[0].message == "the child left with SIGKILL"
+    assert attempts[0].message == "worker process killed by SIGKILL"
 
 
 def test_who_holds_the_shards_lock_is_still_running(paths: RunPaths) -> None:
