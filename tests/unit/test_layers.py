@@ -158,3 +158,10 @@ def test_one_module_reads_the_environment() -> None:
         if re.search(r"\bos\.(environ|getenv)\b", (PACKAGE / file).read_text())
     }
     assert readers == {"environment.py"}
+
+
+def test_the_architecture_page_shows_these_rules() -> None:
+    """Its table of rooms is `MAY_IMPORT`."""
+    page = (ROOT / "docs/explanation/architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$", page, re.MULTILINE)
+    assert {room: set(re.findall(r"\w+", allowed)) for room, allowed in rows} == MAY_IMPORT
