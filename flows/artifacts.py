@@ -27,7 +27,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from vnp_lib.formatting import format_bytes, format_duration, printable
-from vnp_lib.report import RunStatus, ShardProgress, read_status
+from vnp_lib.report import RunStatus, ShardRow, read_status
 from vnp_lib.run import DatasetSummary, Run
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def _headline(status: RunStatus) -> str:
     return ", ".join(told)
 
 
-def _row(shard: ShardProgress) -> dict[str, Any]:
+def _row(shard: ShardRow) -> dict[str, Any]:
     failure = shard.failure
     return {
         "shard": f"{shard.rank:03d}",

@@ -40,7 +40,7 @@ from vnp_lib.errors import CheckpointError, IncompleteDatasetError
 from vnp_lib.inputs import describe_left_out
 from vnp_lib.plan import describe_input
 from vnp_lib.report import RunProgress, write_report
-from vnp_lib.run import DatasetSummary, Run, ShardState, assemble, open_run
+from vnp_lib.run import DatasetSummary, Run, ShardProgress, assemble, open_run
 from vnp_lib.software import describe_software, is_mixed
 
 _MOST_ROUNDS = 3
@@ -81,10 +81,10 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
     num_tokens = 0
     missing: IncompleteDatasetError | None = None
     for _ in range(_MOST_ROUNDS):
-        shards = run.shard_states()
+        shards = run.all_shard_progress()
         if (
             not all(shard.is_complete for shard in shards)
-            and (kept := run.kept_dataset()) is not None
+            and (kept := run.complete_dataset()) is not None
         ):
             await tell_of_dataset(run, kept, started_at, num_tokens)
             return Completed(
@@ -101,7 +101,7 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
             )
         except CheckpointError as error:
             get_run_logger().warning("%s: it is computed again", error)
-            run.set_damaged_aside()
+            run.move_damaged_checkpoints()
         except IncompleteDatasetError as error:
             if str(error) == str(missing):
                 raise
@@ -134,12 +134,12 @@ async def wait_until_seen(run: Run) -> None:
     next round embeds it again.
     """
     for delay_s in LOOKUP_DELAYS_S:
-        if await asyncio.to_thread(run.look_again):
+        if await asyncio.to_thread(run.refresh_and_check_complete):
             return
         await asyncio.sleep(delay_s)
 
 
-async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any]]:
+async def embed_shards(run: Run, shards: Sequence[ShardProgress]) -> list[State[Any]]:
     """Run every shard's task, as many at a time as there are devices, and return how each ended."""
     devices = DevicePool(run.devices)
     with RunProgress(
@@ -160,7 +160,7 @@ async def embed_shards(run: Run, shards: Sequence[ShardState]) -> list[State[Any
 
 
 async def embed_one(
-    run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress
+    run: Run, shard: ShardProgress, devices: DevicePool, progress: RunProgress
 ) -> State[Any]:
     """Run a shard's task, with a retry hook of its own, until it has completed or failed for good.
 
@@ -197,7 +197,7 @@ async def embed_one(
     )
     flow_run_id = UUID(flow_run.id)
     return await try_without_prefect(
-        lambda: embed_shard.fn(run, run.shard_state(shard.rank), devices, progress, artifact),
+        lambda: embed_shard.fn(run, run.shard_progress(shard.rank), devices, progress, artifact),
         lambda failure: handle_attempt_failure(failure, flow_run_id),
     )
 

@@ -15,7 +15,7 @@ from flows.events import emit_quarantine
 from flows.results import is_plain_result
 from flows.work_pool import delegate_shard
 from vnp_lib.report import RunProgress
-from vnp_lib.run import Event, Run, ShardState
+from vnp_lib.run import Event, Run, ShardProgress
 from vnp_lib.storage import write_file
 from vnp_lib.worker import run_worker
 
@@ -46,7 +46,11 @@ def _result_name(run: Run, rank: int) -> str:
     cache_policy=CacheKeyFnPolicy(cache_key_fn=result_key),
 )
 async def embed_shard(
-    run: Run, shard: ShardState, devices: DevicePool, progress: RunProgress, artifact: ShardArtifact
+    run: Run,
+    shard: ShardProgress,
+    devices: DevicePool,
+    progress: RunProgress,
+    artifact: ShardArtifact,
 ) -> dict[str, Any]:
     """Make one attempt on a shard, and return what it holds when all of it is in checkpoints, or in quarantine.
 

@@ -36,7 +36,7 @@ async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> S
                 attach_run, config, fingerprint
             )  # reads the weights: minutes for the largest
             shard = await asyncio.to_thread(
-                run.shard_state, rank
+                run.shard_progress, rank
             )  # seconds, where there are many checkpoints
             ordinals = run.plan.shard_ordinals(rank)
             progress = RunProgress(

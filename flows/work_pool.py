@@ -28,7 +28,7 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError
 from vnp_lib.report import RunProgress
-from vnp_lib.run import Run, ShardState
+from vnp_lib.run import Run, ShardProgress
 from vnp_lib.worker import HeartbeatWatch
 
 _POLL_S = 2.0
@@ -154,7 +154,7 @@ async def _follow(
 ) -> None:
     watch = HeartbeatWatch(run.paths.heartbeat(rank))
     lost_after_s = run.config.runtime.lost_after_s
-    shown = _ShownProgress(run, await asyncio.to_thread(run.shard_state, rank), progress)
+    shown = _ShownProgress(run, await asyncio.to_thread(run.shard_progress, rank), progress)
     while not (state := await _state(client, flow_run_id)).is_final():
         if not state.is_running():
             watch.reset()  # it waits for a machine, or for its next attempt
@@ -176,7 +176,7 @@ async def _follow(
 class _ShownProgress:
     """Shows what is in checkpoints of a shard: what is on its way to one, only that machine knows."""
 
-    def __init__(self, run: Run, begun: ShardState, progress: RunProgress) -> None:
+    def __init__(self, run: Run, begun: ShardProgress, progress: RunProgress) -> None:
         self._run = run
         self._rank = rank = begun.rank
         self._progress = progress

@@ -506,7 +506,7 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
     with open_run(config) as run:
         num_tokens = run.plan.num_tokens(run.plan.order)
         with _bar(settings, run.plan.num_computed, num_tokens) as bar, _told_plainly():
-            if not run.shard_state(_SHARD).is_complete and run.kept_dataset() is None:
+            if not run.shard_progress(_SHARD).is_complete and run.complete_dataset() is None:
                 _embed_shard(run, settings, bar)
         set_aside = run.quarantine.ordinals()
         if set_aside:

@@ -139,14 +139,14 @@ def run_to_the_end(
     """
     with open_run(config_for(directory, shards=shards)) as run:
         for rank in range(run.plan.num_shards):
-            if not run.shard_states()[rank].is_complete:
+            if not run.all_shard_progress()[rank].is_complete:
                 _attempt(run, rank, acknowledge)
             run.manifest.mark_shard_complete(rank)
             acknowledge(run.plan.shard_ordinals(rank).tolist())
         try:
             assemble(run.plan, run.paths, run.checkpoints().valid, part_bytes=PART_BYTES)
         except CheckpointError:
-            run.set_damaged_aside()
+            run.move_damaged_checkpoints()
             return False
     return True
 

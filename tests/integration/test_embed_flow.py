@@ -251,8 +251,12 @@ def test_rows_that_are_not_seen_at_the_end_are_looked_for_again_and_then_embedde
             marker_path(lost.path).unlink()
         return assemble(plan, paths, checkpoints, **options)
 
-    look_again = Run.look_again
-    monkeypatch.setattr(Run, "look_again", lambda run: looks.append(look_again(run)) or looks[-1])
+    refresh_and_check_complete = Run.refresh_and_check_complete
+    monkeypatch.setattr(
+        Run,
+        "refresh_and_check_complete",
+        lambda run: looks.append(refresh_and_check_complete(run)) or looks[-1],
+    )
     monkeypatch.setattr(embed_module, "assemble", assemble_late)
     monkeypatch.setattr(embed_module, "LOOKUP_DELAYS_S", (0.0, 0.0))
     outcome = run_flow(tiny_fasta, finished, allow_partial=allow_partial)

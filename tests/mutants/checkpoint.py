@@ -131,7 +131,7 @@ MUTANTS = (
         name="valid-checkpoint-moved-out-of-the-way",
         module="checkpoint.writer",
         before='        raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", str(path))\n',
-        after="        set_aside(path)\n",
+        after="        move_to_damaged(path)\n",
         caught_by=(f"{_CHECKPOINT}::test_another_writers_checkpoint_is_never_overwritten",),
     ),
     Mutant(

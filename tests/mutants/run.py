@@ -149,8 +149,8 @@ MUTANTS = (
     Mutant(
         name="dataset-without-checkpoints-not-looked-at",
         module="run.run",
-        before="        if self.checkpoints().valid:\n            return None\n        return whole_dataset(",
-        after="        return None\n        return whole_dataset(",
+        before="        if self.checkpoints().valid:\n            return None\n        return find_complete_dataset(",
+        after="        return None\n        return find_complete_dataset(",
         caught_by=(
             "tests/unit/test_api.py::test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted",
         ),
@@ -300,7 +300,7 @@ MUTANTS = (
     Mutant(
         name="weights-are-not-looked-at-before-a-run",
         module="run.directory",
-        before="        require_own_parts(paths)\n    look_at_model(config)\n",
+        before="        require_own_parts(paths)\n    check_model(config)\n",
         after="        require_own_parts(paths)\n",
         caught_by=(
             "tests/unit/model/test_weights_look.py::test_what_are_no_weights_is_refused_by_all_in_the_same_sentence",

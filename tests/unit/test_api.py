@@ -26,7 +26,7 @@ from tests.fair_esm import FairEsm
 from tests.fair_esm import assert_close as assert_equals_fair_esm
 from tests.helpers import computed_ordinals, finished_checkpoints, flip_bit
 from vnp_lib import Embeddings, Outputs, api, embed, open_dataset
-from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import (
     FastaError,
     FingerprintMismatchError,
@@ -304,7 +304,7 @@ def test_what_a_run_has_in_quarantine_has_no_row_and_that_is_said(tmp_path, orac
     shutil.rmtree(paths.embeddings_dir)
     failure = Failure(cause=FailureCause.NUMERICAL_INSTABILITY, message="not finite")
     plan = load_plan(paths)
-    Quarantine.of(plan, paths).add(quarantined(plan, 3, failure, attempts=2))
+    Quarantine.of(plan, paths).add(QuarantinedSequence.of_failure(plan, 3, failure, attempts=2))
     embeddings = embed(NAMED, **SMALL, token_budget=19, output_dir=paths.run_dir)
     assert embeddings.ids == ["a", "b", "c"]
     assert_close(embeddings.embeddings, oracle[:3])

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from vnp_lib.checkpoint.file import Checkpoint, CheckpointRecord, load_checkpoint, set_aside
+    from vnp_lib.checkpoint.file import (
+        Checkpoint,
+        CheckpointRecord,
+        load_checkpoint,
+        move_to_damaged,
+    )
     from vnp_lib.checkpoint.manifest import (
         CheckpointManifest,
         CommittedCheckpoint,
@@ -17,9 +22,8 @@ if TYPE_CHECKING:
     from vnp_lib.checkpoint.quarantine import (
         Quarantine,
         QuarantinedSequence,
-        broken_set_up,
-        quarantined,
         sequence_digest,
+        too_many_non_finite,
     )
     from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
     from vnp_lib.checkpoint.survey import (
@@ -55,16 +59,15 @@ __all__ = [
     "QuarantinedSequence",
     "ShardStatus",
     "Survey",
-    "broken_set_up",
     "heal_shard",
     "is_of_run",
     "load_checkpoint",
-    "quarantined",
+    "move_to_damaged",
     "refresh_listings",
     "resume_from_checkpoints",
     "sequence_digest",
-    "set_aside",
     "survey_checkpoints",
+    "too_many_non_finite",
     "validate_checkpoint_pt",
     "wait_for_listed_files",
 ]
@@ -87,15 +90,14 @@ __getattr__, __dir__ = lazy_face(
         "QuarantinedSequence": "vnp_lib.checkpoint.quarantine",
         "ShardStatus": "vnp_lib.checkpoint.manifest",
         "Survey": "vnp_lib.checkpoint.survey",
-        "broken_set_up": "vnp_lib.checkpoint.quarantine",
+        "too_many_non_finite": "vnp_lib.checkpoint.quarantine",
         "heal_shard": "vnp_lib.checkpoint.survey",
         "is_of_run": "vnp_lib.checkpoint.manifest",
         "load_checkpoint": "vnp_lib.checkpoint.file",
-        "quarantined": "vnp_lib.checkpoint.quarantine",
         "refresh_listings": "vnp_lib.checkpoint.survey",
         "resume_from_checkpoints": "vnp_lib.checkpoint.resume",
         "sequence_digest": "vnp_lib.checkpoint.quarantine",
-        "set_aside": "vnp_lib.checkpoint.file",
+        "move_to_damaged": "vnp_lib.checkpoint.file",
         "survey_checkpoints": "vnp_lib.checkpoint.survey",
         "validate_checkpoint_pt": "vnp_lib.checkpoint.resume",
         "wait_for_listed_files": "vnp_lib.checkpoint.survey",

@@ -27,7 +27,7 @@ _MAX_CALLS_OF_ARRAY = 4  # of _reconstruct, dtype, and encode for its bytes and 
 _MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
 
 
-def _check_archive(file: BinaryIO, size_bytes: int) -> bool:
+def check_archive(file: BinaryIO, size_bytes: int) -> bool:
     """Refuse what torch.load could make more of than the file holds; ValueError says why.
 
     Returns:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vnp_lib.checkpoint.archive import _check_archive
+from vnp_lib.checkpoint.archive import check_archive
 from vnp_lib.checkpoint.array_pickle import arrays_allowed
 from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
 from vnp_lib.storage import (
@@ -278,14 +278,19 @@ def save_content(path: Path, content: CheckpointContent) -> FileDigest:
     return file.digest
 
 
-def set_aside(path: Path, *, under: str = "damaged") -> Path:
-    """Move a checkpoint and its marker, whichever are there, to a directory beside it, under a name that is not taken.
+def move_to_damaged(path: Path) -> Path:
+    """Move a checkpoint and its marker to `damaged/` in the shard's directory."""
+    return move_checkpoint(path, to="damaged")
+
+
+def move_checkpoint(path: Path, *, to: str) -> Path:
+    """Move a checkpoint and its marker, whichever exist, to a subdirectory, under a unique name.
 
     Returns:
-        Where the checkpoint is now: evidence, which nothing here reads again.
+        The new path of the checkpoint. The files are kept as evidence; no code reads them again.
     """
-    make_directory(path.parent / under)
-    target = path.parent / under / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    make_directory(path.parent / to)
+    target = path.parent / to / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
     for source, destination in (
         (marker_path(path), marker_path(target)),
         (path, target),
@@ -410,7 +415,7 @@ def _verify_digest(file: BinaryIO, marker: dict[str, Any]) -> None:
 def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
     size_bytes = os.fstat(file.fileno()).st_size
     try:
-        holds_array = _check_archive(file, size_bytes)
+        holds_array = check_archive(file, size_bytes)
         file.seek(0)
         with arrays_allowed() if holds_array else nullcontext():
             loaded = torch.load(file, map_location="cpu", weights_only=True)

@@ -17,7 +17,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.formatting import utc_now
 from vnp_lib.plan import RunPaths, RunPlan
 from vnp_lib.storage import FileLock, canonical_json, fsync_directory, write_file
 
@@ -45,6 +45,22 @@ class QuarantinedSequence:
     at: str  # ISO 8601, UTC
     fingerprint: str  # of the run; "" in lines of vnp 0.1.0, which told no run
     sequence_sha256: str  # of its residues
+
+    @classmethod
+    def of_failure(cls, plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int) -> Self:
+        """Describe a sequence to quarantine for a failure that it caused `attempts` times alone."""
+        return cls(
+            ordinal=ordinal,
+            id=plan.ids(np.array([ordinal]))[0],
+            length=int(plan.lengths[ordinal]),
+            kind=failure.kind,
+            cause=failure.cause,
+            message=failure.message,
+            attempts=attempts,
+            at=utc_now().isoformat(timespec="seconds"),
+            fingerprint=plan.fingerprint,
+            sequence_sha256=sequence_digest(plan, ordinal),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +163,7 @@ class Quarantine:
             if len(kept) < len(sequences):
                 self._write(kept, others)
 
-    def set_others_aside(self, target: Path) -> int:
+    def remove_other_runs(self, target: Path) -> int:
         """Move the lines of other runs to the end of `target`, and return how many there were."""
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             sequences, others = self._read()
@@ -184,7 +200,7 @@ class Quarantine:
         limit = QuarantineLimit.of(self._num_computed)
         num_not_finite = sum(each.cause == FailureCause.NUMERICAL_INSTABILITY for each in sequences)
         if num_not_finite > limit.not_finite:
-            raise broken_set_up(
+            raise too_many_non_finite(
                 f"{num_not_finite:,} of {self._num_computed:,} sequences", self.path
             )
         if len(sequences) > limit.total:
@@ -210,7 +226,7 @@ class Quarantine:
         )
 
 
-def broken_set_up(told: str, path: Path) -> QuarantineFullError:
+def too_many_non_finite(told: str, path: Path) -> QuarantineFullError:
     """Say that so many sequences (`told`) have no finite embedding that it cannot be their fault."""
     return QuarantineFullError(
         f"{told} have no finite embedding, in float32 neither: so many point to a broken set-up, not to bad proteins. Are the "
@@ -242,21 +258,3 @@ def _unsealed(line: bytes) -> QuarantinedSequence | None:
         return sequence if _seal(fields) == line else None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-
-
-def quarantined(
-    plan: RunPlan, ordinal: int, failure: Failure, *, attempts: int
-) -> QuarantinedSequence:
-    """Describe a sequence to be set aside, for the failure that it caused `attempts` times when it was alone."""
-    return QuarantinedSequence(
-        ordinal=ordinal,
-        id=plan.ids(np.array([ordinal]))[0],
-        length=int(plan.lengths[ordinal]),
-        kind=failure.kind,
-        cause=failure.cause,
-        message=failure.message,
-        attempts=attempts,
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=plan.fingerprint,
-        sequence_sha256=sequence_digest(plan, ordinal),
-    )

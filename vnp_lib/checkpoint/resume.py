@@ -14,9 +14,9 @@ from vnp_lib.checkpoint.file import (
     CheckpointContent,
     batch_idx_of,
     checkpoint_paths,
+    move_checkpoint,
     read_content,
     readable_ids,
-    set_aside,
     to_numpy,
 )
 from vnp_lib.checkpoint.manifest import CheckpointManifest
@@ -89,7 +89,7 @@ def resume_from_checkpoints(
     corrupted_ids = [] if force_restart else [id_ for path in unused for id_ in readable_ids(path)]
     damaged_paths = {each.path for each in damaged}
     for path in unused:
-        set_aside(path, under="damaged" if path in damaged_paths else "superseded")
+        move_checkpoint(path, to="damaged" if path in damaged_paths else "superseded")
     if manifest is not None:
         _reconcile(manifest, rank, usable)
     return ResumedRows(

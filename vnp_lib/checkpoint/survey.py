@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vnp_lib.checkpoint.file import CheckpointRecord, checkpoint_paths, read_record, set_aside
+from vnp_lib.checkpoint.file import CheckpointRecord, checkpoint_paths, move_to_damaged, read_record
 from vnp_lib.errors import CheckpointError, StorageError, StorageFailingError
 from vnp_lib.storage import fsync_directory, marker_path, refresh_listing
 
@@ -179,7 +179,7 @@ def heal_shard(
     survey.require_sound_storage()
     for damage in survey.damaged:
         logger.warning("%s cannot be used: %s", damage.path, damage.reason)
-        set_aside(damage.path)
+        move_to_damaged(damage.path)
     return survey.valid[-1].batch_idx + 1 if survey.valid else 0
 
 

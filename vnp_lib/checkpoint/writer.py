@@ -22,11 +22,11 @@ from torch import Tensor
 from vnp_lib.checkpoint.file import (
     CheckpointContent,
     batch_idx_of,
+    move_to_damaged,
     plain_copy,
     read_content,
     require_committable,
     save_content,
-    set_aside,
     tensor_of,
 )
 from vnp_lib.checkpoint.manifest import CheckpointManifest
@@ -394,7 +394,7 @@ def _make_way(path: Path) -> None:
         read_content(path, fingerprint=None, may_be_bare=True)
     except CheckpointError as error:
         logger.warning("%s cannot be used: %s", path, error)
-        set_aside(path)
+        move_to_damaged(path)
     else:
         raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", str(path))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vnp_lib.report.prometheus import serving, validate_metrics_port
     from vnp_lib.report.status import (
         RunStatus,
-        ShardProgress,
+        ShardRow,
         load_plan_of,
         open_status,
         read_status,
@@ -28,7 +28,7 @@ __all__ = [
     "RunEstimate",
     "RunProgress",
     "RunStatus",
-    "ShardProgress",
+    "ShardRow",
     "compare_with_fair_esm",
     "estimate_run",
     "load_plan_of",
@@ -51,7 +51,7 @@ __getattr__, __dir__ = lazy_face(
         "RunEstimate": "vnp_lib.report.estimate",
         "RunProgress": "vnp_lib.report.progress",
         "RunStatus": "vnp_lib.report.status",
-        "ShardProgress": "vnp_lib.report.status",
+        "ShardRow": "vnp_lib.report.status",
         "compare_with_fair_esm": "vnp_lib.report.verify_model",
         "estimate_run": "vnp_lib.report.estimate",
         "load_plan_of": "vnp_lib.report.status",

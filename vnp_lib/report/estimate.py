@@ -51,7 +51,7 @@ from vnp_lib.plan import (
     required_bytes,
 )
 from vnp_lib.report.status import load_plan_of
-from vnp_lib.run import look_at_model, planned_layout, planned_token_budget, read_attempts
+from vnp_lib.run import check_model, layout_from_config, planned_token_budget, read_attempts
 from vnp_lib.terminal import bar, plain
 
 _MOST_REFUSALS_SHOWN = 5
@@ -138,7 +138,7 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
     token_budget = planned_token_budget(config, devices)
-    layout = planned_layout(config)
+    layout = layout_from_config(config)
     token_lengths = lengths + NUM_SPECIAL_TOKENS
     batch_tokens = np.concatenate(
         [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]
@@ -301,7 +301,7 @@ def _describe_weights(config: EstimateConfig) -> str:
     """Say where the weights are, after a look at them as a run looks."""
     from vnp_lib.model import published_path
 
-    found = look_at_model(config)
+    found = check_model(config)
     if found is None:
         return f"not here yet: a run downloads them to {published_path(config.model)}"
     return config.weights if found.path is None else str(found.path)

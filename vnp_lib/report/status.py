@@ -36,7 +36,7 @@ from vnp_lib.terminal import natural_width, plain
 _MOST_SHARDS_SHOWN = 40
 
 
-class ShardState(StrEnum):
+class ShardPhase(StrEnum):
     """What is going on with a shard; what wants looking at first."""
 
     RUNNING = "running"
@@ -63,11 +63,11 @@ class LastFailure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardProgress:
+class ShardRow:
     """How far a shard is."""
 
     rank: int
-    state: ShardState
+    state: ShardPhase
     attempts: int
     num_sequences: int
     num_done: int  # in checkpoints
@@ -95,7 +95,7 @@ class RunStatus:
     input: InputCounts  # what was done to it
     num_done: int
     num_quarantined: int | None  # None: the quarantine cannot be read
-    shards: tuple[ShardProgress, ...]
+    shards: tuple[ShardRow, ...]
     dataset: str
     software: str  # that computed the dataset; "" where that is not known
     notes: tuple[str, ...]  # what makes the figures uncertain
@@ -113,7 +113,7 @@ class RunStatus:
     def tokens_per_s(self) -> float:
         """Of all running shards together, by their newest checkpoints; 0 where there is none."""
         return sum(
-            shard.tokens_per_s or 0.0 for shard in self.shards if shard.state == ShardState.RUNNING
+            shard.tokens_per_s or 0.0 for shard in self.shards if shard.state == ShardPhase.RUNNING
         )
 
     @property
@@ -122,7 +122,7 @@ class RunStatus:
         rates = [
             (s.tokens_left, s.tokens_per_s)
             for s in self.shards
-            if s.state == ShardState.RUNNING and s.tokens_per_s
+            if s.state == ShardPhase.RUNNING and s.tokens_per_s
         ]
         if self.running is None or not rates:
             return None
@@ -181,7 +181,7 @@ def read_status(
         for rank in range(plan.num_shards)
     )
     num_recorded = sum(shard["total_sequences"] for shard in recorded.values())
-    is_complete = all(shard.state == ShardState.COMPLETE for shard in shards)
+    is_complete = all(shard.state == ShardPhase.COMPLETE for shard in shards)
     return RunStatus(
         run_dir=paths.run_dir,
         running=running,
@@ -236,7 +236,7 @@ def _shard(
     recorded: dict[str, Any],
     running: LockHolder | None,
     quarantined: frozenset[int] | None,
-) -> ShardProgress:
+) -> ShardRow:
     ordinals = plan.shard_ordinals(rank)
     is_complete = recorded.get("status") == ShardStatus.COMPLETE
     num_set_aside = int(np.isin(ordinals, list(quarantined or ())).sum())
@@ -248,7 +248,7 @@ def _shard(
     attempts = read_attempts(paths, rank)
     newest = _newest_checkpoint(attempts)
     failures = recorded.get("failures", [])
-    return ShardProgress(
+    return ShardRow(
         rank=rank,
         state=_state(paths, rank, recorded.get("status"), attempts, running),
         attempts=recorded.get("attempts", len(attempts)),
@@ -270,15 +270,15 @@ def _state(
     recorded: str | None,
     attempts: list[Attempt],
     running: LockHolder | None,
-) -> ShardState:
+) -> ShardPhase:
     if recorded == ShardStatus.COMPLETE:
-        return ShardState.COMPLETE
+        return ShardPhase.COMPLETE
     is_held = FileLock(paths.shard_lock(rank), purpose="status").presumed_holder() is not None
     if is_held or (attempts and attempts[-1].ending == Ending.RUNNING):
-        return ShardState.RUNNING
+        return ShardPhase.RUNNING
     if recorded == ShardStatus.FAILED:
-        return ShardState.FAILED
-    return ShardState.STOPPED if running is None else ShardState.WAITING
+        return ShardPhase.FAILED
+    return ShardPhase.STOPPED if running is None else ShardPhase.WAITING
 
 
 def _newest_checkpoint(attempts: list[Attempt]) -> CheckpointEntry | None:
@@ -366,7 +366,7 @@ def _headline(status: RunStatus) -> Iterator[Text]:
         yield plain(f"of the input: {told}", style="yellow" if status.input.is_altered else "")
 
 
-_STYLES = {ShardState.RUNNING: "green", ShardState.FAILED: "bold red", ShardState.STOPPED: "yellow"}
+_STYLES = {ShardPhase.RUNNING: "green", ShardPhase.FAILED: "bold red", ShardPhase.STOPPED: "yellow"}
 
 
 _COLUMNS = ("shard", "state", "attempt", "done", "of", "%", "tokens/s", "device", "last failure")
@@ -442,14 +442,14 @@ def _paragraph(row: Sequence[Text]) -> Text:
     return told
 
 
-def _shards_to_show(status: RunStatus) -> list[ShardProgress]:
+def _shards_to_show(status: RunStatus) -> list[ShardRow]:
     """All, or where there are too many the most interesting ones."""
-    ranks = list(ShardState)
+    ranks = list(ShardPhase)
     by_interest = sorted(status.shards, key=lambda shard: (ranks.index(shard.state), shard.rank))
     return sorted(by_interest[:_MOST_SHARDS_SHOWN], key=lambda shard: shard.rank)
 
 
-def _row(shard: ShardProgress, now: datetime) -> Iterator[Text]:
+def _row(shard: ShardRow, now: datetime) -> Iterator[Text]:
     failure = shard.failure
     yield plain(str(shard.rank))
     yield plain(shard.state, style=_STYLES.get(shard.state, ""))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from vnp_lib.run.assembly import DatasetSummary, assemble
-from vnp_lib.run.directory import attach_run, look_at_model, open_run, validate_config
+from vnp_lib.run.directory import attach_run, check_model, open_run, validate_config
 from vnp_lib.run.events import Event, EventReader, EventStream
 from vnp_lib.run.history import Attempt, AttemptHistory, CheckpointEntry, Ending, read_attempts
 from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import Histogram, RunMetrics
 from vnp_lib.run.record import RunRecord
-from vnp_lib.run.resolve import CPU_TOKEN_BUDGET, planned_layout, planned_token_budget
+from vnp_lib.run.resolve import CPU_TOKEN_BUDGET, layout_from_config, planned_token_budget
 from vnp_lib.run.resume import (
     PendingWork,
     failure_reason,
@@ -17,7 +17,7 @@ from vnp_lib.run.resume import (
     read_checkpoints,
     with_copies,
 )
-from vnp_lib.run.run import RANDOM_WEIGHTS, Run, ShardState
+from vnp_lib.run.run import RANDOM_WEIGHTS, Run, ShardProgress
 
 __all__ = [
     "CPU_TOKEN_BUDGET",
@@ -36,14 +36,14 @@ __all__ = [
     "RunMetrics",
     "RunRecord",
     "ShardJob",
-    "ShardState",
+    "ShardProgress",
     "assemble",
     "attach_run",
+    "check_model",
     "failure_reason",
     "find_pending_work",
-    "look_at_model",
+    "layout_from_config",
     "open_run",
-    "planned_layout",
     "planned_token_budget",
     "read_attempts",
     "read_checkpoints",

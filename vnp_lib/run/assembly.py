@@ -57,15 +57,15 @@ from vnp_lib.plan import (
 )
 from vnp_lib.prefetch import map_ahead
 from vnp_lib.run.buckets import (
-    _THREADS,
-    _VALUE_BYTES,
-    _Buckets,
-    _Copies,
-    _divide,
-    _Division,
-    _RaggedBuckets,
+    THREADS,
+    VALUE_BYTES,
+    Buckets,
+    Copies,
+    Division,
+    RaggedBuckets,
+    divide_rows,
 )
-from vnp_lib.run.resume import _require_planned, load_planned, planned_layout, with_copies
+from vnp_lib.run.resume import layout_from_plan, load_planned, require_planned, with_copies
 from vnp_lib.software import Software, SoftwareShare, describe_software
 from vnp_lib.storage import (
     DurableFile,
@@ -180,7 +180,7 @@ def assemble(
     return _summary(paths)
 
 
-def whole_dataset(
+def find_complete_dataset(
     plan: RunPlan, paths: RunPaths, *, quarantined: frozenset[int] = frozenset()
 ) -> DatasetSummary | None:
     """Say what the dataset holds that is there, every byte of which is read; None where it is not what `assemble` would make."""
@@ -255,7 +255,7 @@ def _find_missing(
     """Which ordinals are in no checkpoint and not in quarantine, (N,). Raises as `assemble`."""
     is_computed = np.zeros(plan.num_sequences, dtype=bool)
     for record in records:
-        _require_planned(plan, record)
+        require_planned(plan, record)
         is_computed[record.ordinals] = True
     is_covered = is_computed[plan.representatives]
     is_missing: NDArray[np.bool_] = ~is_covered & ~is_quarantined
@@ -356,8 +356,8 @@ def _write_dataset(
 ) -> None:
     for directory in (paths.assembly_dir, paths.new_dataset):
         make_directory(directory)
-    division = _divide(plan, planned_layout(plan, records), part_bytes)
-    buckets = (_Buckets if division.layout.is_fixed else _RaggedBuckets)(
+    division = divide_rows(plan, layout_from_plan(plan, records), part_bytes)
+    buckets = (Buckets if division.layout.is_fixed else RaggedBuckets)(
         paths.assembly_dir, plan, division
     )
     comparisons, software = _distribute(plan, records, buckets)
@@ -377,25 +377,25 @@ def _write_dataset(
         **division.described,
         "precision": asdict(precision) if precision else None,
         "software": [share.to_json() for share in software],
-        "parts": list(map_ahead(write, range(division.starts.size), threads=_THREADS)),
+        "parts": list(map_ahead(write, range(division.starts.size), threads=THREADS)),
         "created_at": created_at,
     }
     write_sealed_json(paths.new_dataset / paths.success.name, success)
 
 
 def _distribute(
-    plan: RunPlan, records: Sequence[CheckpointRecord], buckets: _Buckets
+    plan: RunPlan, records: Sequence[CheckpointRecord], buckets: Buckets
 ) -> tuple[list[Comparison], tuple[SoftwareShare, ...]]:
     """Give every row to its bucket, and return what the checkpoints say of how exact their rows are, and what computed them."""
     comparisons: list[Comparison] = []
     software: Counter[Software] = Counter()
-    copies = _Copies(plan.representatives)
+    copies = Copies(plan.representatives)
     is_placed = np.zeros(plan.num_sequences, dtype=bool)
 
     def load(record: CheckpointRecord) -> Checkpoint:
         return load_planned(plan, record, buckets.layout)
 
-    for record, checkpoint in zip(records, map_ahead(load, records, threads=_THREADS), strict=True):
+    for record, checkpoint in zip(records, map_ahead(load, records, threads=THREADS), strict=True):
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
         used = set(record.ordinals[rows].tolist())
@@ -412,7 +412,7 @@ def _distribute(
 def _write_part(
     plan: RunPlan,
     paths: RunPaths,
-    division: _Division,
+    division: Division,
     part: int,
     taken: tuple[NDArray[np.int64], NDArray[np.float32]],
     has_row: NDArray[np.bool_],
@@ -434,7 +434,7 @@ def _write_part(
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.new_dataset / f"part-{part:05d}.parquet"
     with durable_file(path) as file:
-        _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * _VALUE_BYTES)
+        _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * VALUE_BYTES)
     plan.release_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
 
@@ -493,7 +493,7 @@ def _named(plan: RunPlan, ordinal: np.int64) -> str:
     return f"{plan.ids(np.array([ordinal]))[0]!r} (ordinal {ordinal})"
 
 
-def _schema(plan: RunPlan, division: _Division) -> pa.Schema:
+def _schema(plan: RunPlan, division: Division) -> pa.Schema:
     about = {name: str(plan.identity[name]) for name in _ABOUT}
     return pa.schema(
         [

@@ -27,12 +27,12 @@ _MOST_PARTS = (
 )
 _BUFFER_BYTES = 256 * 1024**2  # of rows that wait for their buckets, or four parts, if that is less
 _BLOCK_BYTES = 512 * 1024  # of rows
-_THREADS = 2
-_VALUE_BYTES = np.dtype(np.float32).itemsize
+THREADS = 2
+VALUE_BYTES = np.dtype(np.float32).itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Division:
+class Division:
     """The rows of a dataset in parts."""
 
     layout: RowLayout
@@ -53,17 +53,17 @@ class _Division:
         return int(self.starts[part]), int(stop)
 
 
-def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
+def divide_rows(plan: RunPlan, layout: RowLayout, part_bytes: int) -> Division:
     """Divide the rows into parts. Without any there is one part all the same, so that readers find the columns."""
     if layout.is_fixed:
-        row_bytes = layout.fixed_width * _VALUE_BYTES + ROW_OVERHEAD_BYTES
+        row_bytes = layout.fixed_width * VALUE_BYTES + ROW_OVERHEAD_BYTES
         ordinals_per_part = max(1, part_bytes // row_bytes, -(-plan.num_sequences // _MOST_PARTS))
         starts = np.arange(0, max(1, plan.num_sequences), ordinals_per_part)
         most_values = ordinals_per_part * layout.fixed_width
         described: dict[str, Any] = {"ordinals_per_part": ordinals_per_part}
     else:
         widths = layout.widths(plan.lengths)
-        sizes = widths * _VALUE_BYTES + ROW_OVERHEAD_BYTES
+        sizes = widths * VALUE_BYTES + ROW_OVERHEAD_BYTES
         # Two neighbours together are larger than a part, so that there are at most twice as many as would be full.
         most_bytes = max(part_bytes, -(-2 * int(sizes.sum()) // _MOST_PARTS))
         starts = pack(sizes, most_bytes)[:-1] if widths.size else np.zeros(1, dtype=np.int64)
@@ -71,7 +71,7 @@ def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
         described = {"first_ordinals": starts.tolist()}
     if not layout.is_one_mean:
         described["outputs"] = list(layout.names)
-    return _Division(
+    return Division(
         layout=layout,
         starts=starts,
         num_sequences=plan.num_sequences,
@@ -80,7 +80,7 @@ def _divide(plan: RunPlan, layout: RowLayout, part_bytes: int) -> _Division:
     )
 
 
-class _Copies:
+class Copies:
     """Which sequences repeat a computed one."""
 
     def __init__(self, representatives: Ordinals) -> None:
@@ -100,14 +100,14 @@ class _Copies:
         return targets[ascending], sources[ascending]
 
 
-class _Buckets:
+class Buckets:
     """Temporary files, one for each part, that take its rows in whatever order they come.
 
     Their names are ours alone: where locks do not work, two assemblies may be at it, and the later one removes the
     buckets of the earlier, which then fails. They never write to the same file.
     """
 
-    def __init__(self, directory: Path, plan: RunPlan, division: _Division) -> None:
+    def __init__(self, directory: Path, plan: RunPlan, division: Division) -> None:
         self.layout = division.layout
         self._starts = division.starts
         self._lengths = plan.lengths
@@ -121,7 +121,7 @@ class _Buckets:
         self._crc32: defaultdict[int, int] = defaultdict(int)
         self._waiting: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
         self._num_waiting_bytes = 0
-        self._most_waiting_bytes = min(_BUFFER_BYTES, 4 * division.most_values * _VALUE_BYTES)
+        self._most_waiting_bytes = min(_BUFFER_BYTES, 4 * division.most_values * VALUE_BYTES)
 
     def append(
         self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]
@@ -168,7 +168,7 @@ class _Buckets:
         ):
             raise StorageError(f"{path} does not give back what was written to it; check the disk")
         path.unlink()
-        self._announce(part + _THREADS)
+        self._announce(part + THREADS)
         return ordinals[ascending], rows
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -216,7 +216,7 @@ class _Buckets:
 
     @property
     def _rows_per_block(self) -> int:
-        return max(1, _BLOCK_BYTES // (self.layout.fixed_width * _VALUE_BYTES))
+        return max(1, _BLOCK_BYTES // (self.layout.fixed_width * VALUE_BYTES))
 
     def _blocks(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """`rows`, as many at a time as the processor's cache holds: what is copied there is summed and written from there."""
@@ -227,7 +227,7 @@ class _Buckets:
         return self._directory / f"bucket-{part:05d}-{self._name}"
 
 
-class _RaggedBuckets(_Buckets):
+class RaggedBuckets(Buckets):
     """The same for rows of different widths, which are moved one by one."""
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -27,8 +27,8 @@ from vnp_lib.inputs import (
 )
 from vnp_lib.plan import RunPaths, is_input_gone, load_plan
 from vnp_lib.run.assembly import require_own_parts
-from vnp_lib.run.ownership import move_aside, require_no_others
-from vnp_lib.run.resolve import _exact_software, _plan, planned_layout
+from vnp_lib.run.ownership import require_no_others, supersede_run
+from vnp_lib.run.resolve import exact_software_of, layout_from_config, plan_run
 from vnp_lib.run.run import Run
 from vnp_lib.software import NUMERICS_VERSION, package_in_use
 from vnp_lib.storage import FileLock, make_directory, remove_orphaned_temporaries, try_file_system
@@ -54,10 +54,10 @@ def validate_config(config: EmbedConfig) -> None:
     require_no_others(paths)
     if not config.force_restart:
         require_own_parts(paths)
-    look_at_model(config)
+    check_model(config)
 
 
-def look_at_model(config: EmbedConfig) -> Weights | None:
+def check_model(config: EmbedConfig) -> Weights | None:
     """See that the weights are there and are the model's, and have what the outputs need; their numbers are not read.
 
     Returns:
@@ -68,7 +68,7 @@ def look_at_model(config: EmbedConfig) -> Weights | None:
     """
     from vnp_lib.model import check_heads, look_at_weights
 
-    layout = planned_layout(config)
+    layout = layout_from_config(config)
     weights = look_at_weights(config.model, config.weights)
     if (
         weights is not None and config.weights != "auto"
@@ -137,12 +137,12 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             require_no_others(paths)
             if config.force_restart:
                 find_sources([given for given in config.fasta if given != STDIN], stdin=paths.stdin)
-                move_aside(paths)
+                supersede_run(paths)
             require_own_parts(paths)
             for directory in (paths.run_dir, *_directories(paths)):
                 remove_orphaned_temporaries(directory)
             with _stdin_kept(config, paths):
-                plan = _plan(config, paths, devices, weights)
+                plan = plan_run(config, paths, devices, weights)
         except BaseException:
             # Where there are checkpoints another run is in it: locks do not work here.
             if is_new and not paths.checkpoints_dir.exists() and not paths.stdin.exists():
@@ -157,16 +157,16 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             model_config_hash=weights.digest,
             records=survey.valid,
         )
-        _release_the_innocent(run, survey)
+        _clean_quarantine(run, survey)
         try:
             yield run
         finally:
             run.manifest.close()
 
 
-def _release_the_innocent(run: Run, survey: Survey) -> None:
+def _clean_quarantine(run: Run, survey: Survey) -> None:
     """Take out of quarantine what is of another run, whose ordinals are other sequences, and what has been computed."""
-    if num_others := run.quarantine.set_others_aside(run.paths.superseded_quarantine):
+    if num_others := run.quarantine.remove_other_runs(run.paths.superseded_quarantine):
         logger.warning(
             "%d sequences were set aside by another run on this directory, or by one that did not say of which run they were: "
             "they count no more, and what was said of them is in %s",
@@ -211,7 +211,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     devices = tuple(
         dict.fromkeys(resolve_devices(config.devices, config.model))
     )  # one child has all cores of the CPU
-    own = _exact_software(devices, executor="work-pool")
+    own = exact_software_of(devices, executor="work-pool")
     if not plan.identity.get("division", own).endswith(own):
         raise InputError(
             f"{config.output_dir} is to have the same bytes whatever is killed when (--deterministic), and its rows are computed with "

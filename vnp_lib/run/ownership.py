@@ -45,7 +45,7 @@ def require_no_others(paths: RunPaths) -> None:
         )
 
 
-def move_aside(paths: RunPaths) -> None:
+def supersede_run(paths: RunPaths) -> None:
     """Keep what a run has left under `superseded_N`; locks stay, for whoever waits for them, and so does all that is not a run's.
 
     Raises:

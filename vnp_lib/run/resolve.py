@@ -31,12 +31,12 @@ if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wro
 CPU_TOKEN_BUDGET = 2048
 
 
-def _plan(
+def plan_run(
     config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights
 ) -> RunPlan:
     from vnp_lib.model import architecture_of, check_heads
 
-    layout = planned_layout(config)
+    layout = layout_from_config(config)
     num_shards = config.shards or len(devices)
     token_budget = planned_token_budget(config, devices)
     plan = make_plan(
@@ -51,7 +51,7 @@ def _plan(
             **layout.identity(),
             contact_regression=check_heads(config.model, weights, layout.heads),
             dtype=resolve_dtype(config.dtype, devices[0]),
-            division=f"{num_shards} shards, {token_budget} tokens a batch, {_exact_software(devices, executor=config.executor)}"
+            division=f"{num_shards} shards, {token_budget} tokens a batch, {exact_software_of(devices, executor=config.executor)}"
             if config.deterministic
             else None,
             numerics=None if NUMERICS_VERSION == 1 else NUMERICS_VERSION,
@@ -65,7 +65,7 @@ def _plan(
     return plan
 
 
-def _exact_software(devices: Sequence[str], *, executor: str) -> str:
+def exact_software_of(devices: Sequence[str], *, executor: str) -> str:
     """Name what decides the last bits. A work pool's GPUs are not among it: the machine that opens the run does not see them."""
     import torch
 
@@ -73,7 +73,7 @@ def _exact_software(devices: Sequence[str], *, executor: str) -> str:
     return exact_software(torch.device(torch_device_name(device)) for device in seen)
 
 
-def planned_layout(config: EmbedConfig) -> RowLayout:
+def layout_from_config(config: EmbedConfig) -> RowLayout:
     """Say what a row of a run is.
 
     Raises:
@@ -150,4 +150,4 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
     import torch
 
     dtype = getattr(torch, resolve_dtype(config.dtype, devices[0]))
-    return choose_token_budget(config.model, dtype, devices, planned_layout(config))
+    return choose_token_budget(config.model, dtype, devices, layout_from_config(config))

@@ -51,7 +51,7 @@ def find_pending_work(
     from vnp_lib.checkpoint import heal_shard
 
     next_checkpoint = heal_shard(paths.checkpoints_dir, rank, plan.fingerprint)
-    is_done = done_or_set_aside(plan, paths)
+    is_done = done_or_quarantined(plan, paths)
     ordinals_of_shard = plan.shard_ordinals(rank)
     done = ordinals_of_shard[is_done[ordinals_of_shard]]
     tokens_done = plan.num_tokens(done)
@@ -64,7 +64,7 @@ def find_pending_work(
     )
 
 
-def done_or_set_aside(
+def done_or_quarantined(
     plan: RunPlan, paths: RunPaths, committed: CommittedRows | None = None
 ) -> NDArray[np.bool_]:
     """Which ordinals are in valid checkpoints, by their markers, or in quarantine, (N,): nobody has to compute them.
@@ -110,7 +110,7 @@ def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
     from vnp_lib.checkpoint import Damage, Survey, survey_checkpoints
 
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
-    layout = planned_layout(plan, survey.valid) if survey.valid else None
+    layout = layout_from_plan(plan, survey.valid) if survey.valid else None
     reasons = [failure_reason(load_planned, plan, record, layout) for record in survey.valid]
     read = list(zip(survey.valid, reasons, strict=True))
     return Survey(
@@ -140,7 +140,7 @@ def _without_path(reason: str, path: Path) -> str:
     return reason.removeprefix(f"{path}: ").removeprefix(f"{path} ")
 
 
-def planned_layout(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLayout:
+def layout_from_plan(plan: RunPlan, records: Sequence[CheckpointRecord]) -> RowLayout:
     """What a row of a run is; how wide a mean is that its plan says nothing else of, the first checkpoint tells."""
     if records:
         return RowLayout.of_identity(plan.identity, embed_dim=records[0].width)
@@ -159,7 +159,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> 
     """
     from vnp_lib.checkpoint import load_checkpoint
 
-    _require_planned(plan, record)
+    require_planned(plan, record)
     checkpoint = load_checkpoint(record.path, fingerprint=plan.fingerprint)
     _require_as_recorded(plan, record, checkpoint, layout)
     return checkpoint
@@ -172,7 +172,7 @@ def with_copies(plan: RunPlan, ordinals: Collection[int]) -> NDArray[np.bool_]:
     return is_meant | is_meant[plan.representatives]
 
 
-def _require_planned(plan: RunPlan, record: CheckpointRecord) -> None:
+def require_planned(plan: RunPlan, record: CheckpointRecord) -> None:
     ordinals = record.ordinals
     is_known = (ordinals >= 0) & (ordinals < plan.num_sequences)
     if not is_known.all() or (plan.representatives[ordinals] != ordinals).any():

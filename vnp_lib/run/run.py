@@ -19,11 +19,11 @@ from vnp_lib.devices import kind_of, num_cores
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure
 from vnp_lib.plan import RunPaths, RunPlan
-from vnp_lib.run.assembly import DatasetSummary, whole_dataset
+from vnp_lib.run.assembly import DatasetSummary, find_complete_dataset
 from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import RunMetrics
 from vnp_lib.run.record import RunRecord
-from vnp_lib.run.resume import done_or_set_aside, read_checkpoints
+from vnp_lib.run.resume import done_or_quarantined, read_checkpoints
 from vnp_lib.software import package_in_use
 from vnp_lib.storage import make_directory
 
@@ -37,7 +37,7 @@ RANDOM_WEIGHTS = "random"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardState:
+class ShardProgress:
     """How much of a shard is done."""
 
     rank: int
@@ -81,55 +81,57 @@ class Run:
             self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank
         )
 
-    def shard_states(self) -> list[ShardState]:
+    def all_shard_progress(self) -> list[ShardProgress]:
         """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
-        is_done = done_or_set_aside(self.plan, self.paths, self._committed)
-        return [self._shard_state(rank, is_done) for rank in range(self.plan.num_shards)]
+        is_done = done_or_quarantined(self.plan, self.paths, self._committed)
+        return [self._shard_progress(rank, is_done) for rank in range(self.plan.num_shards)]
 
-    def look_again(self) -> bool:
+    def refresh_and_check_complete(self) -> bool:
         """Say whether all shards are complete, after having the system forget what it remembers of the directories."""
         from vnp_lib.checkpoint import refresh_listings
 
         refresh_listings(self.paths.checkpoints_dir)
-        return all(shard.is_complete for shard in self.shard_states())
+        return all(shard.is_complete for shard in self.all_shard_progress())
 
-    def shard_state(self, rank: int) -> ShardState:
+    def shard_progress(self, rank: int) -> ShardProgress:
         """The same for one shard."""
-        return self._shard_state(rank, done_or_set_aside(self.plan, self.paths, self._committed))
+        return self._shard_progress(
+            rank, done_or_quarantined(self.plan, self.paths, self._committed)
+        )
 
     def num_quarantined(self, rank: int) -> int:
         """How many of a shard's sequences are in quarantine."""
         return int(np.isin(self.plan.shard_ordinals(rank), list(self.quarantine.ordinals())).sum())
 
-    def num_tokens_left(self, shards: Iterable[ShardState]) -> int:
+    def num_tokens_left(self, shards: Iterable[ShardProgress]) -> int:
         """How many tokens have to go through the model yet, when its shards stand so."""
         return self.plan.num_tokens(self.plan.order) - sum(shard.tokens_done for shard in shards)
 
     def describe_progress(self) -> str:
         """Say how much there is: `9,000 of 10,000 sequences are embedded`."""
-        num_done = sum(shard.num_done for shard in self.shard_states())
+        num_done = sum(shard.num_done for shard in self.all_shard_progress())
         return f"{num_done:,} of {self.plan.num_computed:,} distinct sequences are embedded"
 
-    def kept_dataset(self) -> DatasetSummary | None:
+    def complete_dataset(self) -> DatasetSummary | None:
         """The dataset of this very run, whole, where all checkpoints have been deleted since: nothing need be computed again."""
         if self.checkpoints().valid:
             return None
-        return whole_dataset(self.plan, self.paths, quarantined=self.quarantine.ordinals())
+        return find_complete_dataset(self.plan, self.paths, quarantined=self.quarantine.ordinals())
 
-    def set_damaged_aside(self) -> None:
+    def move_damaged_checkpoints(self) -> None:
         """Read all checkpoints whole and move aside those that assembly would not take: their rows are computed again.
 
         Raises:
             StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
         """
-        from vnp_lib.checkpoint import set_aside, wait_for_listed_files
+        from vnp_lib.checkpoint import move_to_damaged, wait_for_listed_files
 
         wait_for_listed_files(self.paths.checkpoints_dir)
         survey = read_checkpoints(self.plan, self.paths)
         survey.require_sound_storage()
         for damage in survey.damaged:
             logger.warning("%s is moved aside: %s", damage.path, damage.reason)
-            set_aside(damage.path)
+            move_to_damaged(damage.path)
 
     def prepare_shard(self, rank: int) -> None:
         """See that a shard's directory can take an attempt, before a child is started for it.
@@ -202,10 +204,10 @@ class Run:
             self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences
         )
 
-    def _shard_state(self, rank: int, is_done: NDArray[np.bool_]) -> ShardState:
+    def _shard_progress(self, rank: int, is_done: NDArray[np.bool_]) -> ShardProgress:
         ordinals = self.plan.shard_ordinals(rank)
         done = ordinals[is_done[ordinals]]
-        return ShardState(
+        return ShardProgress(
             rank=rank,
             num_sequences=ordinals.size,
             num_done=done.size,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint import Quarantine, QuarantinedSequence, broken_set_up, quarantined
+from vnp_lib.checkpoint import Quarantine, QuarantinedSequence, too_many_non_finite
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import ExactRows, Listener, TokenBudget, read_batches, sampled_ordinals
@@ -422,7 +422,8 @@ class _Reporter(Listener):
             cause=cause, message="its embedding is not finite, computed alone in float32 too"
         )
         self._not_finite += [
-            quarantined(self._plan, each, failure, attempts=2) for each in batch.ordinals.tolist()
+            QuarantinedSequence.of_failure(self._plan, each, failure, attempts=2)
+            for each in batch.ordinals.tolist()
         ]
 
     def set_aside(self) -> None:
@@ -441,7 +442,7 @@ class _Reporter(Listener):
     def require_finite_rows(self) -> None:
         """Raise QuarantineFullError where one sequence after the other has no finite row."""
         if len(self._not_finite) >= _MOST_IN_A_ROW:
-            raise broken_set_up(
+            raise too_many_non_finite(
                 f"{len(self._not_finite)} sequences one after the other", self._quarantine.path
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vnp_lib.checkpoint import quarantined
+from vnp_lib.checkpoint import QuarantinedSequence
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import Failure, FailureKind, classify_exception
 from vnp_lib.run import Run
@@ -108,7 +108,7 @@ def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> 
         run.manifest.add_suspects(rank, ordinals)
         taken_apart = f"{decision.reason}: its sequences are computed one by one"
         return replace(decision, retry=True, reason=taken_apart)
-    sequence = quarantined(
+    sequence = QuarantinedSequence.of_failure(
         run.plan, failure.ordinal, failure, attempts=run.config.runtime.max_retries_poison
     )
     try:

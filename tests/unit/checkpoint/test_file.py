@@ -23,7 +23,7 @@ from tests.checkpoints import (
 )
 from tests.helpers import flip_bit
 from vnp_lib.checkpoint import file
-from vnp_lib.checkpoint.file import batch_idx_of, load_checkpoint, set_aside
+from vnp_lib.checkpoint.file import batch_idx_of, load_checkpoint, move_to_damaged
 from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint.survey import Survey, survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
@@ -234,7 +234,7 @@ def test_torch_by_itself_would_run_no_code_either(
     """Were our look at the pickle to miss something."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand(metadata=RunsCode(os.mkdir, str(tmp_path / "proof"))))
-    monkeypatch.setattr(file, "_check_archive", lambda *_: None)
+    monkeypatch.setattr(file, "check_archive", lambda *_: None)
     assert "Weights only load failed" in validate_checkpoint_pt(path)[1]
     assert not (tmp_path / "proof").exists()
 
@@ -306,7 +306,7 @@ def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
     targets = []
     for ordinal in range(2):
         write_checkpoint(path, [ordinal])
-        targets.append(set_aside(path))
+        targets.append(move_to_damaged(path))
     assert [load_checkpoint(target, fingerprint=RUN).sequence_ids for target in targets] == [
         ["seq0"],
         ["seq1"],
@@ -333,7 +333,7 @@ def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
             super().fsync_directory(path)
 
     monkeypatch.setattr(durable, "ops", Recording())
-    set_aside(path)
+    move_to_damaged(path)
     made_directory = ["shard_0"]
     assert steps == [*made_directory, ".done", "damaged", "shard_0", ".pt", "damaged", "shard_0"]
 

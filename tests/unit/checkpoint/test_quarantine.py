@@ -421,16 +421,16 @@ def test_lines_of_other_runs_are_kept_in_a_file_of_their_own(
     opened: Quarantine, path: Path, tmp_path: Path
 ) -> None:
     aside = tmp_path / "superseded.jsonl"
-    assert opened.set_others_aside(aside) == 0
+    assert opened.remove_other_runs(aside) == 0
     assert not path.exists()
     path.write_bytes(line_of_0_1_0(7))
-    assert opened.set_others_aside(aside) == 1
+    assert opened.remove_other_runs(aside) == 1
     opened.add(sequence(3))
     path.write_bytes(path.read_bytes() + line_of_0_1_0(5))
-    assert opened.set_others_aside(aside) == 1
+    assert opened.remove_other_runs(aside) == 1
     assert aside.read_bytes() == line_of_0_1_0(7) + line_of_0_1_0(5)
     assert opened.read() == [sequence(3)]
-    assert opened.set_others_aside(aside) == 0
+    assert opened.remove_other_runs(aside) == 0
 
 
 def test_a_line_of_another_run_with_a_flipped_bit_is_damage(opened: Quarantine, path: Path) -> None:

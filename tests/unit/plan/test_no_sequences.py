@@ -85,7 +85,7 @@ def test_a_file_without_sequences_is_an_empty_run_if_that_is_allowed(tmp_path, n
     validate_config(config)
     with open_run(config) as run:
         assert (run.plan.num_sequences, run.plan.num_computed, run.plan.num_shards) == (0, 0, 1)
-        assert run.shard_state(0).is_complete
+        assert run.shard_progress(0).is_complete
 
 
 @pytest.mark.parametrize("name", NOTHING_LEFT)

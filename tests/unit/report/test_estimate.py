@@ -137,10 +137,10 @@ def test_tokens_of_windows_are_those_of_the_passes_and_those_that_a_run_reports(
         **windows,
     )
     with open_run(config) as run:
-        left = run.num_tokens_left(run.shard_states())
+        left = run.num_tokens_left(run.all_shard_progress())
         run.prepare_shard(0)
         assert ShardAttempt(run.shard_job(0, "cpu"), events, Unstoppable()).run() == ExitCode.DONE
-        assert run.num_tokens_left(run.shard_states()) == 0
+        assert run.num_tokens_left(run.all_shard_progress()) == 0
         (attempt,) = read_attempts(run.paths, 0)
         plain = (
             int(run.plan.lengths[run.plan.order].sum()) + NUM_SPECIAL_TOKENS * run.plan.num_computed

@@ -31,7 +31,7 @@ from vnp_lib.report import status
 from vnp_lib.report.status import (
     LastFailure,
     RunStatus,
-    ShardState,
+    ShardPhase,
     load_plan_of,
     read_status,
     render_status,
@@ -109,7 +109,7 @@ def test_a_shard_that_is_running(plan: RunPlan, paths: RunPaths) -> None:
     rate = plan.num_tokens(ordinals[5:12]) / 2.0
     shard, other = seen.shards
     assert (shard.state, shard.attempts, shard.num_done, shard.num_sequences) == (
-        ShardState.RUNNING,
+        ShardPhase.RUNNING,
         1,
         12,
         20,
@@ -119,7 +119,7 @@ def test_a_shard_that_is_running(plan: RunPlan, paths: RunPaths) -> None:
         rate,
         plan.num_tokens(ordinals[12:]),
     )
-    assert (other.state, other.num_done, other.tokens_per_s) == (ShardState.WAITING, 0, None)
+    assert (other.state, other.num_done, other.tokens_per_s) == (ShardPhase.WAITING, 0, None)
     left = plan.num_tokens(ordinals[12:]) + plan.num_tokens(plan.shard_ordinals(1))
     assert (seen.num_done, seen.tokens_left, seen.tokens_per_s, seen.eta_s) == (
         12,
@@ -151,7 +151,7 @@ def test_a_run_that_has_been_stopped_promises_nothing(plan: RunPlan, paths: RunP
     compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
     CheckpointManifest(paths.manifest).mark_shard_failed(1, "it is over")
     seen = status_of(plan, paths)
-    assert [shard.state for shard in seen.shards] == [ShardState.STOPPED, ShardState.FAILED]
+    assert [shard.state for shard in seen.shards] == [ShardPhase.STOPPED, ShardPhase.FAILED]
     assert (seen.running, seen.eta_s) == (None, None)
     assert "no run is going on" in drawn(seen)
 
@@ -167,7 +167,7 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
         survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid,
     )
     seen = status_of(plan, paths)
-    assert [shard.state for shard in seen.shards] == [ShardState.COMPLETE] * 2
+    assert [shard.state for shard in seen.shards] == [ShardPhase.COMPLETE] * 2
     assert seen.software == "unknown"
     assert "computed by: unknown" in drawn(seen)
     assert (seen.num_done, seen.percent, seen.tokens_left, seen.dataset) == (

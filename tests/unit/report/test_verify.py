@@ -16,7 +16,7 @@ import torch
 
 from tests.helpers import flip_bit
 from vnp_lib.checkpoint.manifest import CheckpointManifest
-from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.cli import main
@@ -293,7 +293,10 @@ def set_aside(paths: RunPaths, *ordinals: int) -> None:
     plan = load_plan(paths)
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="m")
     Quarantine.of(plan, paths).add(
-        *(quarantined(plan, ordinal, failure, attempts=3) for ordinal in ordinals)
+        *(
+            QuarantinedSequence.of_failure(plan, ordinal, failure, attempts=3)
+            for ordinal in ordinals
+        )
     )
 
 

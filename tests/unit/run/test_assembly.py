@@ -52,7 +52,7 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, required_bytes
 from vnp_lib.plan.planner import check_free_space, make_plan
 from vnp_lib.run.assembly import DatasetSummary, assemble
-from vnp_lib.run.resume import planned_layout
+from vnp_lib.run.resume import layout_from_plan
 from vnp_lib.software import Software, SoftwareShare
 from vnp_lib.storage.durable import DurableOps
 
@@ -814,7 +814,7 @@ def test_a_dataset_that_stays_needs_no_room_and_one_that_is_replaced_gives_none(
 ) -> None:
     """Also where its checkpoints were deleted to make room."""
     run.assemble()
-    layout = planned_layout(run.plan, run.records())
+    layout = layout_from_plan(run.plan, run.records())
     shutil.rmtree(run.paths.checkpoints_dir)
     usage = shutil.disk_usage(run.paths.run_dir)._replace(free=required_bytes(run.plan, layout) - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -845,14 +845,14 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(
 def test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = vnp_lib.run.buckets._Buckets.take
+    take = vnp_lib.run.buckets.Buckets.take
 
     def take_twice(buckets: Any, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ordinals, rows = take(buckets, part)
         ordinals[1] = ordinals[0]
         return ordinals, rows
 
-    monkeypatch.setattr(vnp_lib.run.buckets._Buckets, "take", take_twice)
+    monkeypatch.setattr(vnp_lib.run.buckets.Buckets, "take", take_twice)
     with pytest.raises(StorageError, match="came back from disk incomplete"):
         run.assemble()
     assert not run.paths.success.exists()

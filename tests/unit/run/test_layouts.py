@@ -241,7 +241,7 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
 ) -> None:
     """Which no checkpoint holds that proves itself: it comes from the disk that the buckets are on."""
     run = finished_run_of(tmp_path, RAGGED)
-    take = vnp_lib.run.buckets._Buckets.take
+    take = vnp_lib.run.buckets.Buckets.take
 
     def spoilt(buckets: Any, part: int) -> Any:
         ordinals, rows = take(buckets, part)
@@ -250,7 +250,7 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
         )  # the second row's last number
         return ordinals, rows
 
-    monkeypatch.setattr(vnp_lib.run.buckets._Buckets, "take", spoilt)
+    monkeypatch.setattr(vnp_lib.run.buckets.Buckets, "take", spoilt)
     with pytest.raises(
         NumericalInstabilityError, match=rf"the first of {run.ids[1]!r} \(ordinal 1\)"
     ):

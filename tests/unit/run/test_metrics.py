@@ -30,7 +30,7 @@ from vnp_lib.plan.planner import make_plan
 from vnp_lib.report.progress import RunProgress
 from vnp_lib.report.prometheus import registry_of, require_free_port, serving, validate_metrics_port
 from vnp_lib.run.metrics import RunMetrics
-from vnp_lib.run.run import ShardState
+from vnp_lib.run.run import ShardProgress
 
 
 @pytest.fixture
@@ -175,14 +175,14 @@ def test_of_shards_on_other_machines_the_manifest_tells_how_far_they_are(
         plan=make_plan(paths, [tiny_fasta], model, num_shards=2, token_budget=200),
         manifest=CheckpointManifest(paths.manifest),
         metrics=RunMetrics(),
-        shard_state=lambda rank: ShardState(
+        shard_progress=lambda rank: ShardProgress(
             rank=rank, num_sequences=20, num_done=3, tokens_done=100
         ),
     )
     run.manifest.initialize(2, run.plan.fingerprint, "w")
     run.manifest.update_shard_checkpoint(1, 0, 3, "batch_00000.pt")
     shown = work_pool._ShownProgress(
-        run, run.shard_state(1), RunProgress(total_sequences=40, total_tokens=1_000)
+        run, run.shard_progress(1), RunProgress(total_sequences=40, total_tokens=1_000)
     )
     run.manifest.update_shard_checkpoint(1, 1, 9, "batch_00001.pt")
     shown.update()

@@ -18,7 +18,7 @@ import torch
 
 from tests.fake_runs import finish_run, start_run
 from tests.helpers import flip_bit, small_config
-from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.errors import (
     ConfigError,
     FastaError,
@@ -278,7 +278,9 @@ FAILED_ALONE = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
 def plan_and_set_aside(fasta: Path, run_dir: Path, ordinal: int) -> None:
     """Begin a run, and put a sequence of it in quarantine."""
     with open_run(small_config(fasta, run_dir)) as run:
-        run.quarantine.add(quarantined(run.plan, ordinal, FAILED_ALONE, attempts=2))
+        run.quarantine.add(
+            QuarantinedSequence.of_failure(run.plan, ordinal, FAILED_ALONE, attempts=2)
+        )
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_what_another_input_has_in_quarantine_keeps_no_sequence_out(
     fasta.write_text(">a\nMKV\n>b\nMKVW\n>c\nMKVLA\n")
     with open_run(small_config(fasta, paths.run_dir)) as run:
         assert run.quarantine.read() == []
-        assert sum(state.num_done for state in run.shard_states()) == 0
+        assert sum(state.num_done for state in run.all_shard_progress()) == 0
     assert '"id":"b"' in paths.superseded_quarantine.read_text()
     assert f"what was said of them is in {paths.superseded_quarantine}" in caplog.text
 
@@ -323,10 +325,10 @@ def test_a_line_whose_sequence_is_another_sets_nothing_aside(
 ) -> None:
     """Though it names this run, and its seal fits."""
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
-        named = quarantined(run.plan, 7, FAILED_ALONE, attempts=2)
+        named = QuarantinedSequence.of_failure(run.plan, 7, FAILED_ALONE, attempts=2)
         run.quarantine.add(
             replace(named, sequence_sha256="0" * 64),
-            quarantined(run.plan, 8, FAILED_ALONE, attempts=2),
+            QuarantinedSequence.of_failure(run.plan, 8, FAILED_ALONE, attempts=2),
         )
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
         assert Quarantine.of(run.plan, run.paths).ordinals() == {8}

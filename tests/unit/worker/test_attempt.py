@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.quarantine import Quarantine, quarantined
+from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.errors import ExitCode, InputError, QuarantineFullError
 from vnp_lib.failures import Failure, FailureCause
@@ -245,7 +245,7 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(
     commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
     quarantine = Quarantine.of(plan, paths)
-    quarantine.add(quarantined(plan, ours[4], failure, attempts=2))
+    quarantine.add(QuarantinedSequence.of_failure(plan, ours[4], failure, attempts=2))
     suspects = [ours[7], others[0], ours[1], ours[4], ours[3]]
     work = find_pending_work(plan, paths, 0, suspects=suspects)
     assert [ordinals.tolist() for _, ordinals in work.batches[:2]] == [[ours[7]], [ours[3]]]
