@@ -115,7 +115,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         # A key of plan.json, and the field that is written under it.
         r"[\"'`]letters[\"'`]",
         r"\.letters(?![a-z])",
-        r"(?<![a-z_])letters(?:=|: LetterCounts)",
+        r"(?<![a-z_])letters(?:=|: CharacterCounts)",
     ),
 }
 

@@ -28,11 +28,11 @@ from vnp_lib.inputs import (
     InputPolicy,
     Proteins,
     RecordsInMemory,
+    chunk_from_memory,
     describe_left_out,
     files_or_records,
     find_sources,
-    from_memory,
-    read,
+    read_records,
 )
 from vnp_lib.plan import (
     NUM_SPECIAL_TOKENS,
@@ -327,7 +327,7 @@ def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
     ids: list[str] = []
     descriptions: list[str] = []
     sequences: list[str] = []
-    for chunk in chain.from_iterable(read(source, policy) for source in sources):
+    for chunk in chain.from_iterable(read_records(source, policy) for source in sources):
         scan.add(chunk)
         ids += chunk.usable.ids
         descriptions += chunk.usable.descriptions
@@ -343,7 +343,7 @@ def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
         return _Records(
             ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64)
         )
-    chunk = from_memory(records.ids, records.sequences)
+    chunk = chunk_from_memory(records.ids, records.sequences)
     texts = replace(chunk.usable, descriptions=records.descriptions)
     scan = InputScan()
     scan.add(chunk)

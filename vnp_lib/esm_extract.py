@@ -29,17 +29,17 @@ from vnp_lib.errors import ConfigError, FastaError, SequenceTooLargeError
 from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.inference import PackedModel, embed_batch
 from vnp_lib.inputs import (
-    MOST_NUCLEOTIDES_IN_PROTEINS,
+    MAX_NUCLEOTIDE_SHARE_OF_PROTEINS,
     PROTEINS,
     STDIN,
     Source,
-    check,
-    holds_fastq,
-    named,
+    check_records,
+    faults_error,
+    is_fastq_file,
+    name_in_errors,
     nucleotide_share,
     read_fasta,
-    refusal,
-    unchanging,
+    require_unchanged,
 )
 from vnp_lib.model import (
     MODELS,
@@ -145,15 +145,15 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
     sequences: list[str] = []
     with _readable_twice(path) as file:
         source = Source(path=file, name="standard input" if path == STDIN else str(path))
-        with named(source), unchanging(file):
-            if holds_fastq(file):
+        with name_in_errors(source), require_unchanged(file):
+            if is_fastq_file(file):
                 raise FastaError(
                     f"{file}: this is FASTQ, which holds nucleotides; give proteins as FASTA"
                 )
             for raw in read_fasta(file):
-                checked = check(raw, _FAIR_ESM, first_record=len(labels))
+                checked = check_records(raw, _FAIR_ESM, first_record=len(labels))
                 if checked.faults:
-                    raise refusal(source, checked.faults)
+                    raise faults_error(source, checked.faults)
                 labels += [header.strip() for header in raw.headers]
                 sequences += checked.usable.sequences
             _require_distinct_proteins(file, labels, sequences)
@@ -165,7 +165,7 @@ def _require_distinct_proteins(path: Path, labels: list[str], sequences: list[st
         raise FastaError(
             f"{path}: there is no sequence in it; give a file with at least one record"
         )
-    if nucleotide_share(sequences[:_SAMPLE]) >= MOST_NUCLEOTIDES_IN_PROTEINS:
+    if nucleotide_share(sequences[:_SAMPLE]) >= MAX_NUCLEOTIDE_SHARE_OF_PROTEINS:
         raise FastaError(
             f"{path}: this looks like nucleotides; ESM-2 takes proteins: translate it first, for example with `seqkit translate`"
         )

@@ -46,8 +46,8 @@ MUTANTS = (
     Mutant(
         name="records-at-fault-left-out-unasked",
         module="inputs.reader",
-        before="        if chunk.refused:\n                raise refusal",
-        after="        if False:\n                raise refusal",
+        before="        if chunk.refused:\n                raise faults_error",
+        after="        if False:\n                raise faults_error",
         caught_by=(f"{_FASTA}::test_a_bad_record_is_refused_by_file_line_and_id",),
     ),
     Mutant(

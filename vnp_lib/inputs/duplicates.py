@@ -12,7 +12,7 @@ DIGEST_BYTES = 16
 _EMPTY_DIGEST = hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
-def digests_of(texts: Sequence[str]) -> bytes:
+def digest_texts(texts: Sequence[str]) -> bytes:
     """The digests of texts, end to end."""
     digests = []
     for text in texts:
@@ -82,7 +82,7 @@ class UniqueIds:
         while True:
             name = f"{id_}_{self._next_number[group]}"
             self._next_number[group] += 1
-            half = _halves(digests_of([name]))[0, 0]
+            half = _halves(digest_texts([name]))[0, 0]
             place = np.searchsorted(self._taken, half)
             if place == self._taken.size or self._taken[place] != half:
                 return name

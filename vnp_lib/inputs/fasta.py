@@ -80,7 +80,7 @@ def read_fastq(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
             ) from error
 
 
-def holds_fastq(path: Path) -> bool:
+def is_fastq_file(path: Path) -> bool:
     """Whether a file is FASTQ, by its first bytes, whatever its name. Raises as `open_text`."""
     with open_text(path) as file:
         return is_fastq(start_of(file))
@@ -88,7 +88,7 @@ def holds_fastq(path: Path) -> bool:
 
 def header_lines(path: Path) -> Iterator[int]:
     """The line number, from 1, of each record's header, in order. Raises as `open_text`."""
-    if holds_fastq(path):
+    if is_fastq_file(path):
         return count(1, 4)
     return (
         number for number, line in _numbered_lines(path) if line.startswith(">", _margin_of(line))

@@ -79,7 +79,7 @@ def refuse_kind(path: Path, kind: FileKind) -> NoReturn:
 
 
 @contextmanager
-def unchanging(path: Path) -> Iterator[None]:
+def require_unchanged(path: Path) -> Iterator[None]:
     """Raise FastaError where a file is changed within the block: that counts for more than what was found at fault in it."""
     with _failures_told(path):
         before = path.stat()

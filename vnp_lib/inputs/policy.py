@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vnp_lib.inputs.records import (
-    LetterCounts,
+    CharacterCounts,
 )
 
 if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
@@ -69,11 +69,11 @@ class InputCounts:
     num_duplicates: int = (
         0  # sequences that are not computed again, since they are identical to one before
     )
-    letters: LetterCounts = field(default_factory=LetterCounts)
+    letters: CharacterCounts = field(default_factory=CharacterCounts)
 
     @classmethod
     def from_json(cls, counts: dict[str, Any]) -> InputCounts:
-        return cls(**counts | {"letters": LetterCounts(**counts["letters"])})
+        return cls(**counts | {"letters": CharacterCounts(**counts["letters"])})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

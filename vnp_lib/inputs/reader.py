@@ -14,31 +14,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs.duplicates import UniqueIds, digests_of
-from vnp_lib.inputs.fasta import header_lines, holds_fastq, read_fasta, read_fastq
-from vnp_lib.inputs.files import unchanging
+from vnp_lib.inputs.duplicates import UniqueIds, digest_texts
+from vnp_lib.inputs.fasta import header_lines, is_fastq_file, read_fasta, read_fastq
+from vnp_lib.inputs.files import require_unchanged
 from vnp_lib.inputs.policy import VIRNUCPRO_RESIDUES, InputCounts, InputPolicy
 from vnp_lib.inputs.records import (
     PROTEINS,
+    CharacterCounts,
     CheckedChunk,
     Fault,
-    LetterCounts,
     RawChunk,
     SequenceChunk,
-    check,
+    check_records,
     nucleotide_share,
 )
 from vnp_lib.inputs.sources import Source
 from vnp_lib.inputs.tables import is_table, read_table, row_of
 from vnp_lib.inputs.translation import NUCLEOTIDES, six_frames
 
-Rename: TypeAlias = Callable[
+IdRenamer: TypeAlias = Callable[
     [list[str]], tuple[list[str], int]
 ]  # ids to ids, and how many were changed
 EMPTY_ADVICE = "have an empty dataset made with --allow-empty"
 
 _LEAST_SHARE_IN_NUCLEOTIDES = 0.6  # of the letters; proteins have about 0.25
-MOST_NUCLEOTIDES_IN_PROTEINS = 0.95  # a share of the letters
+MAX_NUCLEOTIDE_SHARE_OF_PROTEINS = 0.95  # a share of the letters
 _SAMPLE = 1000  # records
 _NUM_SHOWN = 5
 
@@ -58,7 +58,7 @@ class InputChunk:
     num_windowed: int = 0
     num_in_part: int = 0
     num_renamed: int = 0
-    letters: LetterCounts
+    letters: CharacterCounts
 
     @property
     def counts(self) -> InputCounts:
@@ -73,8 +73,8 @@ class InputChunk:
         )
 
 
-def survey(
-    source: Source, policy: InputPolicy, *, chunk_size: int = 8192, rename: Rename | None = None
+def read_with_faults(
+    source: Source, policy: InputPolicy, *, chunk_size: int = 8192, rename: IdRenamer | None = None
 ) -> Iterator[InputChunk]:
     """Read every record of a source, in order, and go on after those that are refused.
 
@@ -82,18 +82,18 @@ def survey(
         source: The file.
         policy: What becomes of its records.
         chunk_size: Records that are read at a time, at most.
-        rename: Makes the ids of all sources, which are read one after another, unique: see `renaming_of`.
+        rename: Makes the ids of all sources, which are read one after another, unique: see `make_id_renamer`.
 
     Raises:
         FastaError: It is not this or that record, but the file that cannot be used.
     """
     alphabet = NUCLEOTIDES if policy.translate else PROTEINS
     num_read = 0
-    with named(source), unchanging(source.path):
+    with name_in_errors(source), require_unchanged(source.path):
         for raw in _read(source.path, policy, chunk_size):
             if num_read == 0:
                 _refuse_other_kind(source.path, raw.sequences[:_SAMPLE], policy, source.rather)
-            checked = check(
+            checked = check_records(
                 raw, alphabet, first_record=num_read, maps_unknown=policy.invalid_residues == "map"
             )
             num_read += len(raw.headers)
@@ -104,18 +104,18 @@ def survey(
             )
 
 
-def read(
-    source: Source, policy: InputPolicy, *, chunk_size: int = 8192, rename: Rename | None = None
+def read_records(
+    source: Source, policy: InputPolicy, *, chunk_size: int = 8192, rename: IdRenamer | None = None
 ) -> Iterator[InputChunk]:
-    """Read every record of a source as `survey` does, but raise FastaError for those that are refused."""
-    with unchanging(source.path):  # a record is at fault for being half written, too
-        for chunk in survey(source, policy, chunk_size=chunk_size, rename=rename):
+    """Read every record of a source as `read_with_faults` does, but raise FastaError for those that are refused."""
+    with require_unchanged(source.path):  # a record is at fault for being half written, too
+        for chunk in read_with_faults(source, policy, chunk_size=chunk_size, rename=rename):
             if chunk.refused:
-                raise refusal(source, chunk.refused)
+                raise faults_error(source, chunk.refused)
             yield chunk
 
 
-def renaming_of(sources: Sequence[Source], policy: InputPolicy) -> Rename | None:
+def make_id_renamer(sources: Sequence[Source], policy: InputPolicy) -> IdRenamer | None:
     """Return what renames ids that occur more than once, for one reading of all sources; None if that is not wanted.
 
     For this the ids are read, as far as they can be: what is wrong with a source is said when it is read for its records.
@@ -125,18 +125,18 @@ def renaming_of(sources: Sequence[Source], policy: InputPolicy) -> Rename | None
     digests = bytearray()
 
     def take_down(ids: list[str]) -> tuple[list[str], int]:
-        digests.extend(digests_of(ids))
+        digests.extend(digest_texts(ids))
         return ids, 0
 
     for source in sources:
         with suppress(FastaError):
-            for _ in survey(source, policy, rename=take_down):
+            for _ in read_with_faults(source, policy, rename=take_down):
                 pass
     return UniqueIds(digests).rename
 
 
-def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
-    """Check and normalise records that are in memory, as `read` does those of a file.
+def chunk_from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
+    """Check and normalise records that are in memory, as `read_records` does those of a file.
 
     Raises:
         FastaError: There is none, they look like nucleotides, or one has an id that is empty or holds white space, no
@@ -152,13 +152,13 @@ def from_memory(ids: list[str], sequences: list[str]) -> InputChunk:
     policy = InputPolicy()
     raw = RawChunk(headers=ids, sequences=[sequence.replace("\n", " ") for sequence in sequences])
     _refuse_other_kind("these sequences", raw.sequences[:_SAMPLE], policy)
-    chunk = _under_policy(check(raw, PROTEINS, first_record=0), policy)
+    chunk = _under_policy(check_records(raw, PROTEINS, first_record=0), policy)
     if chunk.refused:
         raise FastaError(f"record {chunk.refused[0].record}: {chunk.refused[0].reason}")
     return chunk
 
 
-class Places:
+class RecordLocator:
     """Where the records of a source are. Asked for in ascending order, they are found in one reading beside the other."""
 
     def __init__(self, source: Source) -> None:
@@ -185,7 +185,7 @@ class Places:
 
 
 @contextmanager
-def named(source: Source) -> Iterator[None]:
+def name_in_errors(source: Source) -> Iterator[None]:
     """Have errors call it what people do: where standard input is kept is no concern of theirs."""
     try:
         yield
@@ -193,25 +193,25 @@ def named(source: Source) -> Iterator[None]:
         raise FastaError(str(error).replace(str(source.path), source.name)) from error
 
 
-def refusal(source: Source, faults: Sequence[Fault]) -> FastaError:
+def faults_error(source: Source, faults: Sequence[Fault]) -> FastaError:
     """Name the first records that are refused, each in a line."""
-    places = Places(source)
+    places = RecordLocator(source)
     lines = [f"{places.describe(fault.record)}: {fault.reason}" for fault in faults[:_NUM_SHOWN]]
     if len(faults) > _NUM_SHOWN:
         lines.append(f"and {len(faults) - _NUM_SHOWN:,} more among the first that were read")
     return FastaError("\n".join(lines))
 
 
-def places_of(
+def locate_records(
     sources: Sequence[Source], policy: InputPolicy, ordinals: Collection[int]
 ) -> dict[int, tuple[str, str]]:
     """Id and place, for people, of each of `ordinals`, which count the usable records of all sources. They are read again."""
     found: dict[int, tuple[str, str]] = {}
     ordinal = 0
     for source in sources if ordinals else ():
-        places = Places(source)
+        places = RecordLocator(source)
         with suppress(FastaError):  # of the file: whoever asks has been told
-            for chunk in survey(source, policy):
+            for chunk in read_with_faults(source, policy):
                 for record, sequence_id in zip(chunk.records, chunk.usable.ids, strict=True):
                     if ordinal in ordinals:
                         found[ordinal] = sequence_id, places.describe(record)
@@ -229,7 +229,7 @@ def _read(path: Path, policy: InputPolicy, chunk_size: int) -> Iterator[RawChunk
             sequence_column=policy.sequence_column,
             chunk_size=chunk_size,
         )
-    if policy.translate and holds_fastq(path):
+    if policy.translate and is_fastq_file(path):
         return read_fastq(path, chunk_size=chunk_size)
     return read_fasta(path, chunk_size=chunk_size)
 
@@ -243,7 +243,7 @@ def _refuse_other_kind(
     seen = (
         f"{share:.0%} of the letters in the first {len(sequences)} records are A, C, G, T, U or N"
     )
-    if not policy.translate and share >= MOST_NUCLEOTIDES_IN_PROTEINS:
+    if not policy.translate and share >= MAX_NUCLEOTIDE_SHARE_OF_PROTEINS:
         raise FastaError(
             f"{path}: this looks like nucleotides ({seen}); ESM-2 takes proteins: translate it first, for example with "
             f"`prodigal -a` or `seqkit translate`, or as VirNucPro does with --translate six-frame{others}"
@@ -255,7 +255,7 @@ def _refuse_other_kind(
 
 
 def _taken(
-    checked: CheckedChunk, policy: InputPolicy, rename: Rename | None
+    checked: CheckedChunk, policy: InputPolicy, rename: IdRenamer | None
 ) -> Iterator[InputChunk]:
     """What a run takes of records that were checked. Proteins are named after their nucleotides, so these are renamed."""
     if policy.translate is None:
@@ -271,12 +271,12 @@ def _taken(
     for proteins, places in six_frames(texts, chunk_length=policy.chunk_length):
         records = [checked.records[place] for place in places]
         yield _under_policy(
-            CheckedChunk(usable=proteins, records=records, faults=[], letters=LetterCounts()),
+            CheckedChunk(usable=proteins, records=records, faults=[], letters=CharacterCounts()),
             policy,
         )
 
 
-def _renamed(texts: SequenceChunk, rename: Rename | None) -> tuple[SequenceChunk, int]:
+def _renamed(texts: SequenceChunk, rename: IdRenamer | None) -> tuple[SequenceChunk, int]:
     if rename is None:
         return texts, 0
     ids, num_renamed = rename(texts.ids)

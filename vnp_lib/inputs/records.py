@@ -79,7 +79,7 @@ class SequenceChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LetterCounts:
+class CharacterCounts:
     """Letters that stand for something unknown, or were mended."""
 
     unknown: int = 0  # X
@@ -90,8 +90,8 @@ class LetterCounts:
     invisible: int = 0  # byte order marks, zero-width characters and the like, removed
     mapped: int = 0  # whatever else the model does not know, made an X since that was asked for
 
-    def __add__(self, other: LetterCounts) -> LetterCounts:
-        return LetterCounts(
+    def __add__(self, other: CharacterCounts) -> CharacterCounts:
+        return CharacterCounts(
             **{
                 each.name: getattr(self, each.name) + getattr(other, each.name)
                 for each in fields(self)
@@ -116,7 +116,7 @@ class CheckedChunk:
     usable: SequenceChunk
     records: Sequence[int]  # number in the file, from 0, of each that is usable
     faults: list[Fault]
-    letters: LetterCounts  # of all of them
+    letters: CharacterCounts  # of all of them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,7 +136,7 @@ class Alphabet:
         """Whether there is nothing in it but `letters` and line ends."""
         return not lines.translate(None, delete=self._normal)
 
-    def normalise(self, text: str) -> tuple[bytes, LetterCounts]:
+    def normalise(self, text: str) -> tuple[bytes, CharacterCounts]:
         """Mend what is mended in lines, and count it; they need not be normal then."""
         num_white_space = num_invisible = 0
         if not text.isascii():
@@ -145,7 +145,7 @@ class Alphabet:
         lines = text.encode("utf-8", "surrogatepass")
         visible = lines.translate(None, delete=_INVISIBLE)
         joined = visible.translate(None, delete=_WHITE_SPACE)
-        counts = LetterCounts(
+        counts = CharacterCounts(
             unknown=_count_in_any_case(joined, self.unknown),
             read_as_unknown=sum(
                 _count_in_any_case(joined, letter) for letter in self.read_as_unknown
@@ -204,7 +204,7 @@ PROTEINS = Alphabet(
 )
 
 
-def check(
+def check_records(
     chunk: RawChunk, alphabet: Alphabet, *, first_record: int, maps_unknown: bool = False
 ) -> CheckedChunk:
     """Normalise a chunk, in a few passes over its joined bytes, and say which of its records cannot be used.
@@ -219,14 +219,14 @@ def check(
     if text.isascii() and alphabet.is_normal(lines := text.encode()):
         sequences, letters = (
             chunk.sequences,
-            LetterCounts(unknown=lines.count(alphabet.unknown.encode())),
+            CharacterCounts(unknown=lines.count(alphabet.unknown.encode())),
         )
         usable = _whole(chunk.headers, sequences)
     else:
         lines, letters = alphabet.normalise(text)
         if maps_unknown:
             lines, num_mapped = alphabet.map_unknown(lines)
-            letters += LetterCounts(mapped=num_mapped)
+            letters += CharacterCounts(mapped=num_mapped)
         sequences = lines.decode("utf-8", "surrogatepass").split("\n")
         is_usable = alphabet.is_normal(lines) and not (
             (letters.lower_case or letters.white_space) and any(map(_is_in_codes, chunk.sequences))

@@ -71,7 +71,7 @@ def find_files(given: Path) -> FoundFiles:
     return found
 
 
-def is_there(given: Path) -> bool:
+def input_exists(given: Path) -> bool:
     """Whether a file or directory has this name, or something matches this pattern."""
     if is_pattern(str(given)):
         return any(glob.iglob(str(given), recursive=True))

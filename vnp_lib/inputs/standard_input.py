@@ -32,7 +32,7 @@ def require_piped_stdin(stream: BinaryIO, path: Path, *, is_kept: bool = True) -
         )
 
 
-def keep_stdin(stream: BinaryIO, path: Path) -> bool:
+def save_stdin(stream: BinaryIO, path: Path) -> bool:
     """Keep what can be read from `stream` in `path`, durably, and say whether that was done now.
 
     Where something is kept already, nothing need be piped; what is, is compared with it. A pipe that nobody writes to is then

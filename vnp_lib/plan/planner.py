@@ -21,12 +21,12 @@ from vnp_lib.inputs import (
     Fault,
     InputChunk,
     InputPolicy,
-    Places,
+    RecordLocator,
     Source,
     find_sources,
-    is_there,
-    read,
-    renaming_of,
+    input_exists,
+    make_id_renamer,
+    read_records,
 )
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
 from vnp_lib.plan.paths import RunPaths
@@ -113,7 +113,7 @@ def is_input_gone(paths: RunPaths, fasta: Sequence[Path]) -> bool:
     """Whether the plan that is there was made from these very files, and some of them are there no more."""
     with suppress(StorageError, OSError):
         is_same = read_sealed_json(paths.plan_json).get("given") == _as_given(fasta)
-        return is_same and any(given != STDIN and not is_there(given) for given in fasta)
+        return is_same and any(given != STDIN and not input_exists(given) for given in fasta)
     return False
 
 
@@ -182,7 +182,7 @@ def _content_without_input(
     _require_same_identity(paths, stored, _identity_of(model, policy) | of_the_sequences)
     if _damage(paths, fields):
         return None
-    gone = next(given for given in fasta if given != STDIN and not is_there(given))
+    gone = next(given for given in fasta if given != STDIN and not input_exists(given))
     _log.warning(
         "%s is not there any more: the run goes on with the %s sequences that were read before, which are in %s",
         gone,
@@ -202,9 +202,9 @@ def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
         _log.warning("The plan is written anew: %s", error)
         return None
     scan = InputScan()
-    rename = renaming_of(asked.sources, asked.policy)
+    rename = make_id_renamer(asked.sources, asked.policy)
     for source in asked.sources:
-        for chunk in read(source, asked.policy, rename=rename):
+        for chunk in read_records(source, asked.policy, rename=rename):
             scan.add(chunk)
     scanned = scan.finish(asked.sources, asked.policy)
     _require_same_identity(paths, fields["identity"], _identity(scanned, asked))
@@ -224,14 +224,14 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
     remove_orphaned_temporaries(paths.plan_dir)
     paths.skipped.unlink(missing_ok=True)
     scan = InputScan()
-    rename = renaming_of(asked.sources, asked.policy)
+    rename = make_id_renamer(asked.sources, asked.policy)
     with ExitStack() as stack:
         file = stack.enter_context(durable_file(paths.sequences, replace=True))
         skipped = _SkippedRecords(paths.skipped, stack)
         with pa.ipc.new_file(file, SEQUENCES_SCHEMA) as writer:
             for source in asked.sources:
-                places = Places(source)
-                for chunk in read(source, asked.policy, rename=rename):
+                places = RecordLocator(source)
+                for chunk in read_records(source, asked.policy, rename=rename):
                     scan.add(chunk)
                     skipped.add(source, places, chunk.skipped)
                     if chunk.records:
@@ -264,7 +264,7 @@ class _SkippedRecords:
         self._path = path
         self._stack = stack  # publishes it at its end
 
-    def add(self, source: Source, places: Places, faults: Sequence[Fault]) -> None:
+    def add(self, source: Source, places: RecordLocator, faults: Sequence[Fault]) -> None:
         for fault in faults:
             if self.file is None:
                 self.file = self._stack.enter_context(durable_file(self._path, replace=True))

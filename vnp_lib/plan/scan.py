@@ -18,9 +18,9 @@ from vnp_lib.inputs import (
     InputPolicy,
     SequenceChunk,
     Source,
-    digests_of,
+    digest_texts,
     find_repeats,
-    places_of,
+    locate_records,
 )
 
 _NUM_SHOWN = 10
@@ -59,8 +59,8 @@ class InputScan:
             np.asarray(chunk.original_lengths).astype("<i4").tobytes()
         )
         self._num_residues += int(chunk.lengths.sum(dtype=np.int64))
-        self._id_digests += digests_of(chunk.usable.ids)
-        self._sequence_digests += digests_of(chunk.usable.sequences)
+        self._id_digests += digest_texts(chunk.usable.ids)
+        self._sequence_digests += digest_texts(chunk.usable.sequences)
 
     def repeated_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ordinals of records whose id occurred before, ascending, and of those where it first did."""
@@ -131,7 +131,7 @@ def _duplicate_ids(
     firsts: NDArray[np.int64],
 ) -> FastaError:
     pairs = list(zip(firsts[:_NUM_SHOWN].tolist(), repeats[:_NUM_SHOWN].tolist(), strict=True))
-    places = places_of(sources, policy, {ordinal for pair in pairs for ordinal in pair})
+    places = locate_records(sources, policy, {ordinal for pair in pairs for ordinal in pair})
     listed = "; ".join(
         f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs
     )

@@ -25,20 +25,20 @@ from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.formatting import format_bytes, format_duration
 from vnp_lib.inputs import (
     STDIN,
+    CharacterCounts,
     Fault,
+    IdRenamer,
     InputChunk,
     InputCounts,
     InputPolicy,
-    LetterCounts,
-    Places,
-    Rename,
+    RecordLocator,
     Source,
     describe_left_out,
     find_sources,
-    keep_stdin,
-    places_of,
-    renaming_of,
-    survey,
+    locate_records,
+    make_id_renamer,
+    read_with_faults,
+    save_stdin,
 )
 from vnp_lib.options import EstimateConfig
 from vnp_lib.plan import (
@@ -206,9 +206,9 @@ def _read(config: EstimateConfig) -> _Input:
     lengths = [np.empty(0, dtype=np.int32)]
     with _stdin_kept(config) as stdin:
         sources = find_sources(config.fasta, stdin=stdin, refuse=refused.add_file)
-        rename = renaming_of(sources, policy)
+        rename = make_id_renamer(sources, policy)
         for source in sources:
-            places = Places(source)
+            places = RecordLocator(source)
             for chunk in _surveyed(source, policy, refused, rename):
                 scan.add(chunk)
                 lengths.append(chunk.lengths)
@@ -237,16 +237,16 @@ def _stdin_kept(config: EstimateConfig) -> Iterator[Path]:
         return
     with TemporaryDirectory() as directory:
         path = kept if kept.exists() else Path(directory, kept.name)
-        keep_stdin(sys.stdin.buffer, path)
+        save_stdin(sys.stdin.buffer, path)
         yield path
 
 
 def _surveyed(
-    source: Source, policy: InputPolicy, refused: _Refused, rename: Rename | None
+    source: Source, policy: InputPolicy, refused: _Refused, rename: IdRenamer | None
 ) -> Iterator[InputChunk]:
     """The chunks of a source, as far as it can be read."""
     try:
-        yield from survey(source, policy, rename=rename)
+        yield from read_with_faults(source, policy, rename=rename)
     except FastaError as error:
         refused.add_file(error)
 
@@ -260,7 +260,7 @@ class _Refused:
         self._records: list[str] = []
         self._repeats: list[str] = []
 
-    def add(self, places: Places, faults: Sequence[Fault]) -> None:
+    def add(self, places: RecordLocator, faults: Sequence[Fault]) -> None:
         self.count += len(faults)
         room = _MOST_REFUSALS_SHOWN - len(self._records)
         self._records += [
@@ -287,7 +287,7 @@ class _Refused:
                 strict=True,
             )
         )
-        places = places_of(sources, policy, {ordinal for pair in pairs for ordinal in pair})
+        places = locate_records(sources, policy, {ordinal for pair in pairs for ordinal in pair})
         self._repeats = [
             f"{places[again][1]}: id {places[again][0]!r} is also in {places[first][1]}"
             for again, first in pairs
@@ -406,7 +406,7 @@ def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
         )
 
 
-def _mended(letters: LetterCounts) -> Iterator[str]:
+def _mended(letters: CharacterCounts) -> Iterator[str]:
     if letters.unknown:
         yield f"{letters.unknown:,} X"
     if letters.read_as_unknown:

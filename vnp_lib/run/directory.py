@@ -21,9 +21,9 @@ from vnp_lib.inputs import (
     InputPolicy,
     describe_left_out,
     find_sources,
-    keep_stdin,
-    read,
+    read_records,
     require_piped_stdin,
+    save_stdin,
 )
 from vnp_lib.plan import RunPaths, is_input_gone, load_plan
 from vnp_lib.run.assembly import require_own_parts
@@ -86,7 +86,7 @@ def _look_at_input(config: EmbedConfig) -> None:
         return
     files = [given for given in config.fasta if given != STDIN]
     for source in find_sources(files, stdin=stdin):
-        next(read(source, InputPolicy.of(config)), None)
+        next(read_records(source, InputPolicy.of(config)), None)
     for told in describe_left_out(config.fasta):
         logger.warning(told)
 
@@ -223,7 +223,7 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
 @contextmanager
 def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
     """Keep standard input where it is asked for; what turns out to be unusable is not kept, and whatever else happens it is."""
-    is_new = STDIN in config.fasta and keep_stdin(sys.stdin.buffer, paths.stdin)
+    is_new = STDIN in config.fasta and save_stdin(sys.stdin.buffer, paths.stdin)
     try:
         yield
     except InputError:

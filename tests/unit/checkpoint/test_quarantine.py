@@ -16,7 +16,7 @@ from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence, Quara
 from vnp_lib.errors import LockTimeoutError, QuarantineFullError, StorageError
 from vnp_lib.failures import FailureCause, FailureKind
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.sources import find_sources
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import DurableOps, canonical_json
@@ -378,7 +378,7 @@ def test_ids_that_the_fasta_reader_lets_through_come_back(
 ) -> None:
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">{each} x\nMKVLA\n" for each in ("\"\\'", "🧬𐀀", "é" * 150)))
-    (chunk,) = read(*find_sources([fasta], stdin=tmp_path / "stdin"), InputPolicy())
+    (chunk,) = read_records(*find_sources([fasta], stdin=tmp_path / "stdin"), InputPolicy())
     ids = chunk.usable.ids
     assert len(ids) == 3
     for ordinal, sequence_id in enumerate(ids):

@@ -10,7 +10,7 @@ import pytest
 from vnp_lib import embed
 from vnp_lib.errors import FastaError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.sources import Source
 
 CASES = Path(__file__).parents[2] / "data" / "cases"
@@ -64,11 +64,11 @@ def test_a_file_joined_without_a_line_break_is_refused_with_what_is_missing(poli
         FastaError,
         match="line 1: sequence 'a' has '>' at position 41; a line break is missing before",
     ):
-        list(read(Source(path=path, name=path.name), InputPolicy(invalid_residues=policy)))  # type: ignore[arg-type]
+        list(read_records(Source(path=path, name=path.name), InputPolicy(invalid_residues=policy)))  # type: ignore[arg-type]
 
 
 def test_a_file_joined_without_a_line_break_loses_no_record_unlisted() -> None:
     path = CASES / "cat_no_newline.fasta"
-    (chunk,) = read(Source(path=path, name=path.name), InputPolicy(invalid_residues="skip"))
+    (chunk,) = read_records(Source(path=path, name=path.name), InputPolicy(invalid_residues="skip"))
     assert chunk.usable.ids == ["c"]
     assert ["a line break is missing" in fault.reason for fault in chunk.skipped] == [True]

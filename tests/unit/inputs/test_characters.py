@@ -14,8 +14,8 @@ import pytest
 from vnp_lib.errors import FastaError
 from vnp_lib.inputs.characters import CLASSES, CharacterClass, Treatment, class_of
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import InputChunk, from_memory, read
-from vnp_lib.inputs.records import LETTERS, LetterCounts, nucleotide_share
+from vnp_lib.inputs.reader import InputChunk, chunk_from_memory, read_records
+from vnp_lib.inputs.records import LETTERS, CharacterCounts, nucleotide_share
 from vnp_lib.inputs.sources import Source
 
 BY_NAME = {each.name: each for each in CLASSES}
@@ -63,7 +63,7 @@ def in_parquet(directory: Path, sequence: str) -> Path:
 
 
 def chunk_of(path: Path, policy: str = "error") -> InputChunk:
-    (chunk,) = read(Source(path=path, name=str(path)), InputPolicy(invalid_residues=policy))  # type: ignore[arg-type]
+    (chunk,) = read_records(Source(path=path, name=str(path)), InputPolicy(invalid_residues=policy))  # type: ignore[arg-type]
     return chunk
 
 
@@ -102,10 +102,10 @@ def require_treated(path: Path, character: str, its_class: CharacterClass, polic
 def test_what_is_in_memory_is_treated_as_the_table_says(name: str) -> None:
     for character in MEMBERS[name]:
         if BY_NAME[name].error == Treatment.REMOVED:
-            assert from_memory(["a"], [f"MK{character}VL"]).usable.sequences == ["MKVL"]
+            assert chunk_from_memory(["a"], [f"MK{character}VL"]).usable.sequences == ["MKVL"]
             continue
         with pytest.raises(FastaError, match=r"record 0: sequence 'a' has .* at position 3; "):
-            from_memory(["a"], [f"MK{character}VL"])
+            chunk_from_memory(["a"], [f"MK{character}VL"])
 
 
 def members_of(is_member: Callable[[CharacterClass], bool]) -> set[str]:
@@ -139,7 +139,7 @@ def test_white_space_is_what_unicode_says() -> None:
 def test_what_is_kept_raised_or_dropped(tmp_path: Path, sequence: str, expected: str) -> None:
     for source in (in_fasta, in_csv, in_parquet):
         assert chunk_of(source(tmp_path, sequence)).usable.sequences == [expected]
-    assert from_memory(["a"], [sequence]).usable.sequences == [expected]
+    assert chunk_from_memory(["a"], [sequence]).usable.sequences == [expected]
 
 
 def test_what_is_removed_is_counted_by_its_class(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_what_is_removed_is_counted_by_its_class(tmp_path: Path) -> None:
     path.write_bytes("\ufeff>a\nMK\xa0 V\t\n \ufeff\u200b>b\nM\xad\x1aKé\n".encode())
     chunk = chunk_of(path, "map")
     assert chunk.usable.sequences == ["MKV", "MKX"]
-    assert chunk.letters == LetterCounts(white_space=4, invisible=5, mapped=1)
+    assert chunk.letters == CharacterCounts(white_space=4, invisible=5, mapped=1)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from vnp_lib import embed, open_dataset
 from vnp_lib.cli import main
 from vnp_lib.dataset.export import export_dataset
 from vnp_lib.errors import FastaError
-from vnp_lib.inputs.duplicates import UniqueIds, digests_of
+from vnp_lib.inputs.duplicates import UniqueIds, digest_texts
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read, renaming_of
+from vnp_lib.inputs.reader import make_id_renamer, read_records
 from vnp_lib.inputs.sources import find_sources
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
@@ -45,7 +45,7 @@ def write(path: Path, *records: tuple[str, str]) -> Path:
 
 
 def made_unique(ids: list[str], chunk: int = 1000) -> list[str]:
-    unique = UniqueIds(digests_of(ids))
+    unique = UniqueIds(digest_texts(ids))
     return [
         name
         for start in range(0, len(ids), chunk)
@@ -89,7 +89,7 @@ def test_no_two_ids_are_equal_and_those_that_occur_once_stay(seed):
 def test_a_million_ids_take_little_memory():
     """About 8 bytes for each id and 24 for each that is renamed, beside the 16 that were there; texts are not kept."""
     ids = [f"protein_number_{number % 500_000}" for number in range(1_000_000)]
-    digests = digests_of(ids)
+    digests = digest_texts(ids)
     tracemalloc.start()
     unique = UniqueIds(digests)
     held, _ = tracemalloc.get_traced_memory()
@@ -138,11 +138,11 @@ def test_small_chunks_make_the_same_ids(tmp_path):
     policy = InputPolicy(duplicate_ids="rename")
     found = []
     for chunk_size in (3, 1000):
-        rename = renaming_of(sources, policy)
+        rename = make_id_renamer(sources, policy)
         chunks = [
             c
             for source in sources
-            for c in read(source, policy, chunk_size=chunk_size, rename=rename)
+            for c in read_records(source, policy, chunk_size=chunk_size, rename=rename)
         ]
         found.append([name for chunk in chunks for name in chunk.usable.ids])
         assert sum(chunk.counts.num_renamed for chunk in chunks) == 80 - 7
@@ -176,7 +176,7 @@ def test_translated_proteins_are_named_after_the_renamed_record(tmp_path):
         tmp_path / "y.fasta", ("c", "ATGGCAGCAGCA"), ("d", "ATGAAACGT"), ("c_2", "ATGTGGTGGTGG")
     )
     (source,) = find_sources([once], stdin=tmp_path)
-    (chunk,) = [c for c in read(source, InputPolicy(translate="six-frame")) if c.usable.ids]
+    (chunk,) = [c for c in read_records(source, InputPolicy(translate="six-frame")) if c.usable.ids]
     assert dict(zip(ids, proteins, strict=True)) == dict(
         zip(chunk.usable.ids, chunk.usable.sequences, strict=True)
     )

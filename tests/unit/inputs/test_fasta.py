@@ -16,9 +16,8 @@ from backports import zstd
 
 from vnp_lib.errors import FastaError
 from vnp_lib.inputs.policy import InputCounts, InputPolicy
-from vnp_lib.inputs.reader import InputChunk, Places
-from vnp_lib.inputs.reader import read as read_source
-from vnp_lib.inputs.records import LETTERS, LetterCounts
+from vnp_lib.inputs.reader import InputChunk, RecordLocator, read_records
+from vnp_lib.inputs.records import LETTERS, CharacterCounts
 from vnp_lib.inputs.sources import Source, find_sources
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -41,7 +40,7 @@ def chunks_of(*paths: Path, chunk_size: int = 8192, **policy: Any) -> list[Input
     return [
         chunk
         for each in sources
-        for chunk in read_source(each, InputPolicy(**policy), chunk_size=chunk_size)
+        for chunk in read_records(each, InputPolicy(**policy), chunk_size=chunk_size)
     ]
 
 
@@ -359,7 +358,7 @@ def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_
         ("script", "", "MXX"),
     ]
     (chunk,) = chunks_of(mended, invalid_residues="map")
-    assert chunk.counts.letters == LetterCounts(mapped=5, final_stops=2, lower_case=1)
+    assert chunk.counts.letters == CharacterCounts(mapped=5, final_stops=2, lower_case=1)
     assert chunk.counts.describe() == "5 letters read as unknown"
 
 
@@ -404,7 +403,7 @@ def test_long_sequences_are_taken_cut_or_left_out(
     assert chunk.lengths.tolist() == [len(sequence) for _, sequence in records]
     assert chunk.original_lengths.tolist() == original_lengths
     counts = InputCounts(num_cut=2 * (long == "truncate"), num_skipped=2 * (long == "skip"))
-    assert replace(chunk.counts, letters=LetterCounts()) == counts
+    assert replace(chunk.counts, letters=CharacterCounts()) == counts
     assert [(fault.record, fault.sequence_id) for fault in chunk.skipped] == (
         [(0, "a"), (3, "d")] if long == "skip" else []
     )
@@ -422,7 +421,9 @@ def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(
 
 
 def test_what_was_done_is_said_for_one_and_for_many() -> None:
-    letters = LetterCounts(unknown=9, read_as_unknown=1, mapped=1200, lower_case=5, final_stops=7)
+    letters = CharacterCounts(
+        unknown=9, read_as_unknown=1, mapped=1200, lower_case=5, final_stops=7
+    )
     counts = InputCounts(
         num_skipped=1, num_cut=2, num_windowed=1, num_in_part=2, num_duplicates=1, letters=letters
     )
@@ -443,8 +444,8 @@ def test_what_was_done_is_said_for_one_and_for_many() -> None:
     [
         (InputCounts(), False),
         (InputCounts(num_duplicates=3), False),
-        (InputCounts(letters=LetterCounts(unknown=3, lower_case=3, final_stops=3)), False),
-        (InputCounts(letters=LetterCounts(read_as_unknown=1)), True),
+        (InputCounts(letters=CharacterCounts(unknown=3, lower_case=3, final_stops=3)), False),
+        (InputCounts(letters=CharacterCounts(read_as_unknown=1)), True),
         (InputCounts(num_cut=1, num_duplicates=3), True),
     ],
 )
@@ -480,7 +481,7 @@ def test_a_file_that_is_being_written_is_refused_at_its_end(tmp_path: Path) -> N
     path = write(tmp_path / "x.fasta", LONG)
     for added in (b">e\nMK\n", b">e\n"):
         (source,) = find_sources([path], stdin=Path("unused"))
-        chunks = read_source(source, InputPolicy(), chunk_size=1)
+        chunks = read_records(source, InputPolicy(), chunk_size=1)
         next(chunks)
         with path.open("ab") as file:
             file.write(added)
@@ -495,7 +496,7 @@ def test_a_file_that_shrinks_or_is_written_over_is_refused(tmp_path: Path) -> No
     path = write(tmp_path / "x.fasta", text)
     for change in (lambda: write(path, text[: len(text) // 2]), lambda: os.utime(path, ns=(0, 0))):
         (source,) = find_sources([path], stdin=Path("unused"))
-        chunks = read_source(source, InputPolicy(), chunk_size=10)
+        chunks = read_records(source, InputPolicy(), chunk_size=10)
         next(chunks)
         change()
         with pytest.raises(FastaError, match="was changed while it was read"):
@@ -509,7 +510,7 @@ def test_a_pipe_is_refused_since_input_is_read_more_than_once(tmp_path: Path) ->
 
 def test_lines_are_found_in_any_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", ">a\nMK\nV\n>b\nMK\n\n# no record\n>c\nMK\n")
-    places = Places(Source(path=path, name="x"))
+    places = RecordLocator(Source(path=path, name="x"))
     asked = [0, 2, 2, 1, 0, 2]
     assert [places.find(record)["line"] for record in asked] == [
         {0: 1, 1: 4, 2: 8}[record] for record in asked

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vnp_lib.errors import InputError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import survey
+from vnp_lib.inputs.reader import read_with_faults
 from vnp_lib.inputs.sources import Source
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity
@@ -198,7 +198,7 @@ def test_each_record_has_its_row_or_is_listed(text: str, wrapping: str) -> None:
         rows: dict[int, tuple[str, str]] = {}
         listed: set[int] = set()
         try:
-            for chunk in survey(
+            for chunk in read_with_faults(
                 Source(path=path, name="x"), InputPolicy(invalid_residues="skip"), chunk_size=2
             ):
                 texts = chunk.usable

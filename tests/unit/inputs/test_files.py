@@ -32,7 +32,7 @@ from Bio.SeqRecord import SeqRecord
 
 from vnp_lib.errors import FastaError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import InputChunk, Places, read
+from vnp_lib.inputs.reader import InputChunk, RecordLocator, read_records
 from vnp_lib.inputs.sources import Source
 
 FASTA = b">a one\nMKVLAT\n>b\nMKW\n"
@@ -51,7 +51,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def chunks_of(path: Path, **policy: Any) -> list[InputChunk]:
-    return list(read(Source(path=path, name=str(path)), InputPolicy(**policy)))
+    return list(read_records(Source(path=path, name=str(path)), InputPolicy(**policy)))
 
 
 def records_of(path: Path, **policy: Any) -> list[tuple[str, str]]:
@@ -108,7 +108,7 @@ class TestEncodings:
         path = write(tmp_path / "x.fasta", text.encode())
         assert records_of(path) == [("a", "MKV"), ("b", "MKW")]
         assert (
-            Places(Source(path=path, name="x")).find(1)["line"]
+            RecordLocator(Source(path=path, name="x")).find(1)["line"]
             == text[: text.index("b\n" if "b\n" in text else "b\ufeff")].count("\n") + 1
         )
 
@@ -138,7 +138,7 @@ class TestEncodings:
         text = newline.join([">a", first, "K", ">β", "MKW", ""])
         path = write(tmp_path / "x.fasta", text.encode())
         assert records_of(path) == [("a", first + "K"), ("β", "MKW")]
-        assert Places(Source(path=path, name="x")).find(1) == {"line": 4}
+        assert RecordLocator(Source(path=path, name="x")).find(1) == {"line": 4}
 
     @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac-roman"])
     def test_text_in_another_encoding_is_refused_by_its_line(

@@ -25,7 +25,7 @@ from tests.helpers import ROOT
 from vnp_lib.errors import ConfigError, FastaError, FingerprintMismatchError
 from vnp_lib.inputs import standard_input
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.sources import find_sources
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
@@ -54,7 +54,7 @@ def records_of(*given: Path, chunk_size: int = 8192, **policy: Any) -> list[tupl
     return [
         record
         for source in find_sources(given, stdin=Path("kept"))
-        for chunk in read(source, InputPolicy(**policy), chunk_size=chunk_size)
+        for chunk in read_records(source, InputPolicy(**policy), chunk_size=chunk_size)
         for record in zip(
             chunk.usable.ids, chunk.usable.descriptions, chunk.usable.sequences, strict=True
         )
@@ -261,23 +261,23 @@ class TestStandardInput:
 
     def test_what_is_piped_is_kept_and_needs_not_be_piped_again(self, kept: Path) -> None:
         with self.piped(b">a\nMKV\n") as pipe, open(os.devnull, "rb") as nothing:
-            assert standard_input.keep_stdin(pipe, kept)
+            assert standard_input.save_stdin(pipe, kept)
             assert kept.read_bytes() == b">a\nMKV\n"
-            assert not standard_input.keep_stdin(nothing, kept)
+            assert not standard_input.save_stdin(nothing, kept)
         with self.piped(b">a\nMKV\n") as same, self.piped(b"") as empty:
-            assert not standard_input.keep_stdin(same, kept)
-            assert not standard_input.keep_stdin(empty, kept)
+            assert not standard_input.save_stdin(same, kept)
+            assert not standard_input.save_stdin(empty, kept)
 
     def test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays(
         self, kept: Path
     ) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(b">a\nMKL\n") as other:
-            standard_input.keep_stdin(pipe, kept)
+            standard_input.save_stdin(pipe, kept)
             with pytest.raises(
                 FingerprintMismatchError,
                 match="another input is piped than the one that this run was begun",
             ):
-                standard_input.keep_stdin(other, kept)
+                standard_input.save_stdin(other, kept)
         assert kept.read_bytes() == b">a\nMKV\n"
 
     @pytest.mark.parametrize(
@@ -287,9 +287,9 @@ class TestStandardInput:
         self, kept: Path, piped: bytes
     ) -> None:
         with self.piped(b">a\nMKV\n") as pipe, self.piped(piped) as other:
-            standard_input.keep_stdin(pipe, kept)
+            standard_input.save_stdin(pipe, kept)
             with pytest.raises(FingerprintMismatchError):
-                standard_input.keep_stdin(other, kept)
+                standard_input.save_stdin(other, kept)
 
     @pytest.mark.parametrize("begun", [b"", b">a\n"], ids=["silent", "begun"])
     def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_resume(
@@ -303,11 +303,11 @@ class TestStandardInput:
         for name in ("_SAID_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
             monkeypatch.setattr(standard_input, name, 0.05)
         with self.piped(b">a\nMKV\n") as pipe:
-            standard_input.keep_stdin(pipe, kept)
+            standard_input.save_stdin(pipe, kept)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream, open(write_end, "wb", buffering=0) as writer:
             writer.write(begun)
-            assert not standard_input.keep_stdin(stream, kept)
+            assert not standard_input.save_stdin(stream, kept)
         waits, goes_on = capsys.readouterr().err.splitlines()
         assert "waiting for FASTA on standard input" in waits
         assert f"goes on with what is kept in {kept}" in goes_on
@@ -321,7 +321,7 @@ class TestStandardInput:
             writer = open(write_end, "wb")  # noqa: SIM115  # closed by the timer
             timer = threading.Timer(0.3, lambda: (writer.write(b">a\nMKV\n"), writer.close()))
             timer.start()
-            assert standard_input.keep_stdin(stream, kept)
+            assert standard_input.save_stdin(stream, kept)
             timer.join()
         assert kept.read_bytes() == b">a\nMKV\n"
         assert capsys.readouterr().err.count("waiting for FASTA") == 1
@@ -332,21 +332,21 @@ class TestStandardInput:
             ConfigError, match="nothing is piped to standard input; pipe FASTA to it"
         )
         with open(terminal, "rb") as stream, open(controller, "rb"), told:
-            standard_input.keep_stdin(stream, kept)
+            standard_input.save_stdin(stream, kept)
         assert not kept.exists()
 
     def test_errors_call_it_by_its_name(self, tmp_path: Path) -> None:
         write(tmp_path / "kept", ">a\nMK\n>b\nM-\n")
         (source,) = find_sources([Path("-")], stdin=tmp_path / "kept")
         with pytest.raises(FastaError, match=r"^standard input, line 3: sequence 'b' has '-'"):
-            list(read(source, InputPolicy()))
+            list(read_records(source, InputPolicy()))
         write(tmp_path / "kept", "")
         with pytest.raises(FastaError, match=r"^standard input: there is no sequence in it"):
-            list(read(source, InputPolicy()))
+            list(read_records(source, InputPolicy()))
 
     def test_a_plan_is_made_of_it(self, tmp_path: Path, kept: Path) -> None:
         with self.piped(gzip.compress(b">a\nMKV\n")) as pipe:
-            standard_input.keep_stdin(pipe, kept)
+            standard_input.save_stdin(pipe, kept)
         assert plan_of(tmp_path / "run", Path("-")).fetch(np.array([0])) == (["a"], ["MKV"])
 
     def test_vnp_plan_counts_it_and_keeps_nothing(self, tmp_path: Path) -> None:

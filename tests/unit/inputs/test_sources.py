@@ -21,7 +21,7 @@ from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.inputs.files import FASTA_SUFFIXES
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.sources import describe_left_out, find_files, find_sources
 from vnp_lib.options import EstimateConfig
 from vnp_lib.report.estimate import estimate_run, render_estimate
@@ -49,7 +49,8 @@ def refusal(*given: Path) -> str:
     with pytest.raises(FastaError) as caught:
         list(
             chain.from_iterable(
-                read(source, InputPolicy()) for source in find_sources(given, stdin=Path("kept"))
+                read_records(source, InputPolicy())
+                for source in find_sources(given, stdin=Path("kept"))
             )
         )
     (line,) = str(caught.value).splitlines()
@@ -324,7 +325,7 @@ class TestKinds:
             FastaError,
             match=rf"looks like proteins .*; or give the other files: '{tmp_path}/\*.fna'$",
         ):
-            list(read(sources[0], InputPolicy(translate="six-frame")))
+            list(read_records(sources[0], InputPolicy(translate="six-frame")))
 
     def test_nucleotides_alone_are_refused_without_it(self, tmp_path: Path) -> None:
         assert refusal(write(tmp_path / "p.fna", NUCLEOTIDES)).endswith(

@@ -13,7 +13,7 @@ from Bio.Seq import Seq
 
 from vnp_lib.errors import FastaError, FingerprintMismatchError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read
+from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.records import SequenceChunk
 from vnp_lib.inputs.sources import Source
 from vnp_lib.inputs.translation import six_frames
@@ -45,7 +45,7 @@ def read_all(path: Path, chunk_size: int = 8192, **policy: Any) -> Proteins:
     source = Source(path=path, name=str(path))
     return [
         pair
-        for chunk in read(
+        for chunk in read_records(
             source, InputPolicy(translate="six-frame", **policy), chunk_size=chunk_size
         )
         for pair in zip(chunk.usable.ids, chunk.usable.sequences, strict=True)

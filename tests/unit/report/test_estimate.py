@@ -18,8 +18,8 @@ from vnp_lib.cli import main
 from vnp_lib.config import EmbedConfig
 from vnp_lib.errors import ConfigError, ExitCode, FastaError
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import read, survey
-from vnp_lib.inputs.records import LetterCounts
+from vnp_lib.inputs.reader import read_records, read_with_faults
+from vnp_lib.inputs.records import CharacterCounts
 from vnp_lib.inputs.sources import Source
 from vnp_lib.model.esm2 import ESM2
 from vnp_lib.options import EstimateConfig
@@ -215,13 +215,13 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
         True
     ] * 4
     with pytest.raises(FastaError) as caught:
-        list(read(Source(path=path, name=str(path)), InputPolicy()))
+        list(read_records(Source(path=path, name=str(path)), InputPolicy()))
     assert str(caught.value).splitlines() == list(seen.refusals)
 
 
 def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
     seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
-    assert seen.input.letters == LetterCounts(
+    assert seen.input.letters == CharacterCounts(
         unknown=3, read_as_unknown=2, lower_case=6, final_stops=2, white_space=1
     )
 
@@ -294,7 +294,9 @@ def test_of_many_refusals_the_first_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])
 def test_records_keep_their_numbers_over_chunks(tmp_path: Path, chunk_size: int) -> None:
     path = write(tmp_path / "bad.fasta", BAD)
-    chunks = list(survey(Source(path=path, name=str(path)), InputPolicy(), chunk_size=chunk_size))
+    chunks = list(
+        read_with_faults(Source(path=path, name=str(path)), InputPolicy(), chunk_size=chunk_size)
+    )
     usable = [
         pair for chunk in chunks for pair in zip(chunk.records, chunk.usable.sequences, strict=True)
     ]
