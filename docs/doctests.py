@@ -1,4 +1,4 @@
-"""Examples in docstrings (`>>> ...`) as code on the page of the Python reference."""
+"""Show examples in docstrings (`>>> ...`) as code on the page of the Python reference."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import griffe
 
-_EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)  # to the next blank line
+# An example ends at the next blank line.
+_EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 
 
 class FencedExamples(griffe.Extension):
-    """Puts a fence around each example: Markdown takes `>>>` for a quotation."""
+    """Put a fence around each example, since Markdown reads `>>>` as a quotation."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:

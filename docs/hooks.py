@@ -1,7 +1,8 @@
-"""What mkdocs does not do by itself: pages that stand elsewhere in the repository, and parts that are made from the code.
+"""Hooks of mkdocs: pages from outside docs/, generated parts, links, and a check for remote content.
 
-A link in a page is one that works in the repository; `links.py` makes it one of the site. A comment `<!-- generated: NAME -->` is
-replaced by what `from_code.GENERATED[NAME]` makes. A page that would show something from another host fails the build.
+Links in a page work in the repository; `links.py` rewrites them for the site. A comment
+`<!-- generated: NAME -->` is replaced by the output of `from_code.GENERATED[NAME]`. A page that
+would load an element from another host fails the build.
 """
 
 from __future__ import annotations
@@ -34,7 +35,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     if element := fetched_from_elsewhere(output):
-        raise PluginError(
-            f"{page.file.src_uri} would be shown with something from elsewhere: {element}"
-        )
+        raise PluginError(f"{page.file.src_uri} loads an element from another host: {element}")
     return output

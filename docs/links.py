@@ -1,4 +1,4 @@
-"""Links: in the repository from file to file, on the site from page to page, and none that a browser would follow by itself."""
+"""Translate links between files into links between pages of the site, and find remote elements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BORROWED = (  # what the site has beside docs/
+# Pages of the site that are not in docs/.
+BORROWED = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "prefect.yaml"),
     *("benchmarks/README.md", "examples/README.md"),
     *(
@@ -24,12 +25,12 @@ _FETCHED = re.compile(
 
 
 def place_in_site(path: str) -> str:
-    """Where a file of the repository is on the site: the README is its first page, and what is in docs/ at the top."""
+    """Return a file's path on the site: the README is the first page, docs/ is the top level."""
     return "index.md" if path == "README.md" else path.removeprefix("docs/")
 
 
 def link_as_in_site(markdown: str, path: str) -> str:
-    """Turn the links of a page, by its path in the repository, into links of the site."""
+    """Rewrite the links of a page, given by its path in the repository, as links of the site."""
     directory = posixpath.dirname(path)
     directory_in_site = posixpath.dirname(place_in_site(path)) or "."
 
@@ -41,6 +42,6 @@ def link_as_in_site(markdown: str, path: str) -> str:
 
 
 def fetched_from_elsewhere(html: str) -> str | None:
-    """The first element of a page that a browser would fetch from another host."""
+    """Return the first element of a page that a browser would fetch from another host."""
     found = _FETCHED.search(html)
     return found[0] if found else None

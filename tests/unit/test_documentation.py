@@ -12,6 +12,7 @@ import pytest
 from docs.from_code import (
     character_classes,
     help_of_vnp,
+    model_sizes,
     names_of_vnp_commands,
     run_options,
     run_settings,
@@ -29,6 +30,8 @@ NOT_RUN = {
     ("docs/how-to/offline-weights.md", "it downloads 2.6 GB"),
     ("docs/how-to/offline-weights.md", "it downloads 5.7 GB"),
     ("README.md", ".ci/run runs it"),
+    ("README.md", "it downloads 2.6 GB"),
+    ("README.md", "it installs packages"),
 }
 SHOWN = LANGUAGES | {"text", "yaml"}
 OURS = [page for page in pages() if page.startswith("docs/")]
@@ -204,3 +207,24 @@ def test_every_class_of_characters_has_its_row() -> None:
     assert "<!-- generated: character_classes -->" in (ROOT / "docs/how-to/input.md").read_text(
         encoding="utf-8"
     )
+
+
+def test_the_readme_has_the_model_sizes_of_the_code() -> None:
+    """The parameters, dimensions and memory of the README are those of the token budget."""
+    expected = [row.strip("| ").split(" | ") for row in model_sizes().splitlines()]
+    head, _, *rows = expected
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| " + " | ".join(head) + " |" in text
+    assert table_in("README.md") == [[cell.strip("`") for cell in row] for row in rows]
+
+
+def test_the_readme_is_short() -> None:
+    """A reader finds installation, use and failures on one page; details are in `docs/`."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("command", ["make embed", "make test"])
+def test_the_readme_has_the_commands_of_the_demo(command: str) -> None:
+    """The offline demo and the tests are started by these two commands."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^{command} +#", text, flags=re.MULTILINE)

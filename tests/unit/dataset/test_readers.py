@@ -52,7 +52,6 @@ def lines_with(library: str, page: str) -> str:
     ("library", "page"),
     [
         ("vnp_lib.dataset", README),
-        ("pandas", README),
         ("pandas", GUIDE),
         ("polars", GUIDE),
         ("duckdb", GUIDE),
@@ -79,6 +78,6 @@ def test_every_row_is_read_with_its_id(run: Run, library: str, page: str, tmp_pa
         assert np.array_equal(seen["embeddings"], run.expected_rows().astype(run.plan.store_dtype))
 
 
-def test_the_readme_lists_every_format_of_export() -> None:
-    rows = re.findall(r"^\| `--to ([\w-]+)` \|", (ROOT / README).read_text(), flags=re.MULTILINE)
+def test_the_guide_lists_every_format_of_export() -> None:
+    rows = re.findall(r"^\| `--to ([\w-]+)` \|", (ROOT / GUIDE).read_text(), flags=re.MULTILINE)
     assert rows == list(FORMATS)
