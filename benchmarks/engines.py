@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import CPU, load_fair_esm, transformers_network
 from benchmarks.workload import stock_batches
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2, architecture_of
 from vnp_lib.model.tokens import PackedBatch, pack_batch
@@ -120,7 +120,7 @@ class Ours:
     def __init__(
         self, network: ESM2, *, token_budget: int = CPU_TOKEN_BUDGET, device: torch.device = CPU
     ) -> None:
-        self._embedder = Embedder(network, device, budget=TokenBudget())
+        self._executor = BatchExecutor(network, device, budget=TokenBudget())
         self._token_budget = token_budget
         self._in_flight = 1 if device.type == "cuda" else 0
 
@@ -144,10 +144,10 @@ class Ours:
         batches, order = prepared
         rows, launched = [], deque()
         for batch in batches:
-            launched.append(self._embedder.launch(batch))
+            launched.append(self._executor.launch(batch))
             if len(launched) > self._in_flight:
-                rows.append(self._embedder.collect(launched.popleft()).rows)
-        rows.extend(self._embedder.collect(left).rows for left in launched)
+                rows.append(self._executor.collect(launched.popleft()).rows)
+        rows.extend(self._executor.collect(left).rows for left in launched)
         return torch.cat(rows)[np.argsort(order)]
 
 

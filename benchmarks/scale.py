@@ -269,10 +269,10 @@ def check_rows(paths: RunPaths) -> None:
 
 
 def _sum_of_tokens(sequence: str) -> int:
-    from vnp_lib.model.tokens import EOS, FIRST_LETTER, LETTERS
+    from vnp_lib.model.tokens import EOS, FIRST_RESIDUE, RESIDUES
 
     return EOS + sum(
-        sequence.count(letter) * (FIRST_LETTER + place) for place, letter in enumerate(LETTERS)
+        sequence.count(letter) * (FIRST_RESIDUE + place) for place, letter in enumerate(RESIDUES)
     )
 
 

@@ -15,11 +15,11 @@ _PATCH = """
 import os, signal, time
 import torch
 from vnp_lib.model.esm2 import ESM2
-from vnp_lib.model.tokens import FIRST_LETTER, LETTERS
+from vnp_lib.model.tokens import FIRST_RESIDUE, RESIDUES
 
 def ways(input_ids, cu_seqlens):
     heads = [input_ids[start + 1 : start + 6].tolist() for start in cu_seqlens[:-1].tolist()]
-    texts = ["".join(LETTERS[token - FIRST_LETTER] for token in head if token >= FIRST_LETTER) for head in heads]
+    texts = ["".join(RESIDUES[token - FIRST_RESIDUE] for token in head if token >= FIRST_RESIDUE) for head in heads]
     return [text[4:] if text.startswith("WWWW") and text[4] in ACTIVE else "" for text in texts]
 
 def forward_packed(self, input_ids, cu_seqlens, max_seqlen, repr_layers=None):

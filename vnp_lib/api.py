@@ -403,7 +403,7 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     gathered = _Gathered(settings.layout, records.num_tokens - NUM_SPECIAL_TOKENS)
     with (
         _bar(settings, order.size, records.num_tokens[order].sum()) as bar,
-        _told_plainly(),
+        unwrap_batch_error(),
         closing(runner.embed(_packed(records, batches))) as results,
     ):
         for result in results:
@@ -505,7 +505,7 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
     validate_config(config)
     with open_run(config) as run:
         num_tokens = run.plan.num_tokens(run.plan.order)
-        with _bar(settings, run.plan.num_computed, num_tokens) as bar, _told_plainly():
+        with _bar(settings, run.plan.num_computed, num_tokens) as bar, unwrap_batch_error():
             if not run.shard_progress(_SHARD).is_complete and run.complete_dataset() is None:
                 _embed_shard(run, settings, bar)
         set_aside = run.quarantine.ordinals()
@@ -592,7 +592,7 @@ def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgres
 
 
 @contextmanager
-def _told_plainly() -> Iterator[None]:
+def unwrap_batch_error() -> Iterator[None]:
     """Raise what is wrong with a sequence by itself, not as the cause of a batch's failure."""
     try:
         yield

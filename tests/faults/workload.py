@@ -22,7 +22,7 @@ from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.errors import CheckpointError, ExitCode
 from vnp_lib.inference import runner
-from vnp_lib.model.tokens import FIRST_LETTER, LETTERS
+from vnp_lib.model.tokens import FIRST_RESIDUE, RESIDUES
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES
 from vnp_lib.run import record
@@ -184,7 +184,7 @@ def _attempt(run: Run, rank: int, acknowledge: Callable[[list[int]], None]) -> N
 
 
 def _expected_row(sequence: str) -> np.ndarray[Any, Any]:
-    tokens = [FIRST_LETTER + LETTERS.index(letter) for letter in sequence]
+    tokens = [FIRST_RESIDUE + RESIDUES.index(letter) for letter in sequence]
     states = [
         _WEIGHTS[token].numpy() * (position % 5 + 1)
         for position, token in enumerate(tokens, start=1)

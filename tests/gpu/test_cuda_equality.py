@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from esm.model.esm2 import ESM2 as FairEsm2
 
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model import attention
 from vnp_lib.model.esm2 import MODELS
@@ -68,8 +68,8 @@ def model_and_oracle(request, batch) -> tuple[str, torch.Tensor]:
 
 def rows_of(model_name: str, dtype: torch.dtype, batch: PackedBatch) -> torch.Tensor:
     model = load_model(model_name, RANDOM, dtype=dtype, device=CUDA)
-    embedder = Embedder(model, CUDA, budget=TokenBudget())
-    embedded = embedder.collect(embedder.launch(batch))
+    executor = BatchExecutor(model, CUDA, budget=TokenBudget())
+    embedded = executor.collect(executor.launch(batch))
     assert embedded.batch is batch
     return embedded.rows
 
@@ -109,7 +109,7 @@ def test_a_batch_beyond_memory_is_computed_in_pieces(batch):
     """Real memory, made scarce: the rows are those of the whole batch."""
     whole = rows_of(MODEL_NAMES[1], torch.bfloat16, batch)
     model = load_model(MODEL_NAMES[1], RANDOM, dtype=torch.bfloat16, device=CUDA)
-    embedder = Embedder(model, CUDA, budget=(budget := TokenBudget()))
+    executor = BatchExecutor(model, CUDA, budget=(budget := TokenBudget()))
     torch.cuda.empty_cache()
     spare_bytes = (
         150 * 1024**2
@@ -119,7 +119,7 @@ def test_a_batch_beyond_memory_is_computed_in_pieces(batch):
         / torch.cuda.get_device_properties(CUDA).total_memory
     )
     try:
-        embedded = embedder.collect(embedder.launch(batch))
+        embedded = executor.collect(executor.launch(batch))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert budget.tokens < batch.num_tokens

@@ -27,7 +27,7 @@ torch.nn.functional.embedding(torch.tensor([10**6], device='cuda'), torch.ones(3
 torch.cuda.synchronize()
 """
 TOKEN_BEYOND_THE_ALPHABET = """
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import pack_batch
@@ -36,8 +36,8 @@ device, weights = torch.device("cuda"), Weights(source="random", digest="")
 model = load_model("esm2_t6_8M_UR50D", weights, dtype=torch.bfloat16, device=device)
 batch = pack_batch(["MKV", "ACD"], ["a", "b"], [0, 1], batch_idx=7)
 batch.input_ids[2] = 10**6
-embedder = Embedder(model, device, budget=TokenBudget())
-embedder.collect(embedder.launch(batch))
+executor = BatchExecutor(model, device, budget=TokenBudget())
+executor.collect(executor.launch(batch))
 """
 ILLEGAL_ADDRESS = """
 import triton

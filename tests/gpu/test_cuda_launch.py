@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, load_model
@@ -29,13 +29,13 @@ def batch() -> PackedBatch:
 
 
 @pytest.fixture(scope="module")
-def embedder(batch: PackedBatch) -> Embedder:
+def executor(batch: PackedBatch) -> BatchExecutor:
     """One that has had such a batch: tables are on the GPU, and memory has been taken."""
     weights = Weights(source="random", digest="random:seed=0")
     model = load_model("esm2_t6_8M_UR50D", weights, dtype=torch.bfloat16, device=CUDA)
-    embedder = Embedder(model, CUDA, budget=TokenBudget())
-    embedder.collect(embedder.launch(batch))
-    return embedder
+    executor = BatchExecutor(model, CUDA, budget=TokenBudget())
+    executor.collect(executor.launch(batch))
+    return executor
 
 
 @pytest.fixture
@@ -45,18 +45,18 @@ def synchronising_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_on_the_way_to_the_gpu_synchronises(embedder, batch, synchronising_is_an_error):
-    embedder.launch(batch)
+def test_nothing_on_the_way_to_the_gpu_synchronises(executor, batch, synchronising_is_an_error):
+    executor.launch(batch)
 
 
-def test_a_batch_is_launched_while_the_gpu_is_at_other_work(embedder, batch):
+def test_a_batch_is_launched_while_the_gpu_is_at_other_work(executor, batch):
     """And its rows are right all the same: each copy keeps its place in the stream."""
-    expected = embedder.collect(embedder.launch(batch)).rows
+    expected = executor.collect(executor.launch(batch)).rows
     torch.cuda._sleep(ONE_SECOND)
     woken = torch.cuda.Event()
     woken.record()
-    launched = [embedder.launch(batch) for _ in range(3)]
+    launched = [executor.launch(batch) for _ in range(3)]
     assert not woken.query()
     for one in launched:
-        rows = embedder.collect(one).rows
+        rows = executor.collect(one).rows
         assert F.cosine_similarity(rows.double(), expected.double()).min() >= 0.99999

@@ -14,7 +14,7 @@ pytest.importorskip("pynvml")
 
 from vnp_lib.devices import free_gpu_bytes
 from vnp_lib.environment import visible_gpu
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.gpu_memory import choose_token_budget, pass_bytes, tokens_that_fit
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import MODELS, Architecture
@@ -40,12 +40,12 @@ def batch_of(num_tokens: int, seqlen: int) -> PackedBatch:
     )
 
 
-def embed_whole(model_name: str, dtype: torch.dtype) -> Embedder:
+def embed_whole(model_name: str, dtype: torch.dtype) -> BatchExecutor:
     """One that splits no batch: what does not fit is an error. It has had a batch, for what CUDA's libraries take."""
     model = load_model(model_name, RANDOM, dtype=dtype, device=CUDA)
-    embedder = Embedder(model, CUDA, budget=TokenBudget(is_pinned=True))
-    embedder.collect(embedder.launch(batch_of(128, 64)))
-    return embedder
+    executor = BatchExecutor(model, CUDA, budget=TokenBudget(is_pinned=True))
+    executor.collect(executor.launch(batch_of(128, 64)))
+    return executor
 
 
 @contextmanager
@@ -74,11 +74,11 @@ def test_nvml_tells_what_cuda_tells():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("model_name", [M8, M650])
 def test_a_token_takes_what_is_reckoned(model_name, dtype):
-    embedder, batch = embed_whole(model_name, dtype), batch_of(16_384, 256)
+    executor, batch = embed_whole(model_name, dtype), batch_of(16_384, 256)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    embedder.collect(embedder.launch(batch))
+    executor.collect(executor.launch(batch))
     taken = torch.cuda.max_memory_allocated() - before
     architecture, seqlens = MODELS[model_name], np.diff(batch.cu_seqlens.numpy())
     reckoned = pass_bytes(architecture, dtype, means_of(architecture), seqlens)
@@ -90,17 +90,17 @@ def test_a_token_takes_what_is_reckoned(model_name, dtype):
 def test_as_many_tokens_as_are_said_to_fit_do(dtype):
     """Whole, batch after batch of other shapes, in a GiB beside the weights and what CUDA's libraries have taken."""
     architecture, spare_bytes = MODELS[M650], 2**30
-    embedder = embed_whole(M650, dtype)
+    executor = embed_whole(M650, dtype)
     weight_bytes = architecture.num_parameters * dtype.itemsize
     free_bytes = weight_bytes + 2**30 + spare_bytes
     tokens = tokens_that_fit(architecture, dtype, free_bytes, means_of(architecture))
     assert tokens >= 8192
     with spare_memory(spare_bytes):
         for seqlen, fill in ((1024, 1.0), (700, 0.97), (256, 1.0), (130, 0.99), (33, 1.0)):
-            embedder.collect(embedder.launch(batch_of(int(fill * tokens), seqlen)))
+            executor.collect(executor.launch(batch_of(int(fill * tokens), seqlen)))
 
 
 def test_the_budget_of_this_gpu_fits_into_it():
     tokens = choose_token_budget(M650, torch.bfloat16, ["0"], means_of(MODELS[M650]))
-    embedder = embed_whole(M650, torch.bfloat16)
-    embedder.collect(embedder.launch(batch_of(tokens, 512)))
+    executor = embed_whole(M650, torch.bfloat16)
+    executor.collect(executor.launch(batch_of(tokens, 512)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-_EMBEDDER = "tests/unit/inference/test_executor.py"
+_EXECUTOR = "tests/unit/inference/test_executor.py"
 _GPU_MEMORY = "tests/unit/inference/test_gpu_memory.py"
 _INFERENCE = "tests/unit/inference/test_runner.py"
 _RUNNER = "tests/integration/test_checkpoint_integration.py"
@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant(
         name="stop-ignored-by-the-loop",
         module="inference.runner",
-        before="                if listener.should_stop():\n",
+        before="                if callbacks.should_stop():\n",
         after="                if False:\n",
         caught_by=(f"{_INFERENCE}::test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept",),
     ),
@@ -126,7 +126,7 @@ MUTANTS = (
         before="not_finite=_those(batch, _within(fits, ~is_finite)),",
         after="not_finite=_those(batch, ~_within(fits, is_finite)),",
         caught_by=(
-            f"{_EMBEDDER}::test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch",
+            f"{_EXECUTOR}::test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch",
         ),
     ),
     Mutant(
@@ -135,7 +135,7 @@ MUTANTS = (
         before="            views[row].copy_(self._exactly(",
         after="            views[-1].copy_(self._exactly(",
         caught_by=(
-            f"{_EMBEDDER}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",
+            f"{_EXECUTOR}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",
         ),
     ),
     Mutant(
@@ -143,7 +143,7 @@ MUTANTS = (
         module="inference.executor",
         before="            is_finite[row] = torch.isfinite(views[row]).all()\n",
         after="            is_finite[row] = True\n",
-        caught_by=(f"{_EMBEDDER}::test_a_row_that_stays_not_finite_is_told_apart",),
+        caught_by=(f"{_EXECUTOR}::test_a_row_that_stays_not_finite_is_told_apart",),
     ),
     Mutant(
         name="activations-reckoned-too-small",
@@ -158,7 +158,7 @@ MUTANTS = (
         before='{error}") from error.__cause__\n',
         after='{error}") from error\n',
         caught_by=(
-            f"{_EMBEDDER}::test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken",
+            f"{_EXECUTOR}::test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken",
         ),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 _CONTRACT = "tests/unit/test_reference_contract.py"
-_EMBEDDER = "tests/unit/inference/test_executor.py"
+_EXECUTOR = "tests/unit/inference/test_executor.py"
 _WEIGHTS = "tests/unit/model/test_weights.py"
 
 MUTANTS = (
@@ -40,7 +40,7 @@ MUTANTS = (
         before="pairwise(boundaries)]",
         after="list(pairwise(boundaries))[:-1]]",
         caught_by=(
-            f"{_EMBEDDER}::test_a_batch_that_does_not_fit_is_computed_in_pieces_row_for_row",
+            f"{_EXECUTOR}::test_a_batch_that_does_not_fit_is_computed_in_pieces_row_for_row",
         ),
     ),
 )

@@ -85,8 +85,8 @@ MUTANTS = (
     Mutant(
         name="rows-that-are-not-finite-set-aside-at-once",
         module="worker.attempt",
-        before="                if result.sequence_ids:\n                    listener.set_aside()\n",
-        after="                listener.set_aside()\n",
+        before="                if result.sequence_ids:\n                    callbacks.set_aside()\n",
+        after="                callbacks.set_aside()\n",
         caught_by=(
             f"{_WORKER}::test_a_device_that_gives_no_finite_row_any_more_ends_the_attempt_and_blames_no_protein",
         ),

@@ -45,7 +45,7 @@ def noted_forward(self, input_ids, cu_seqlens, *others):
         note("orphaned")
     time.sleep(PAUSE_S)
     output = poisoned_forward(self, input_ids, cu_seqlens, *others)
-    is_harmless = len(marks) == 1 and "".join(LETTERS[t - FIRST_LETTER] for t in input_ids[1:-1].tolist()) == LETTERS[:20]
+    is_harmless = len(marks) == 1 and "".join(RESIDUES[t - FIRST_RESIDUE] for t in input_ids[1:-1].tolist()) == RESIDUES[:20]
     if rows := sum(mark not in BAD for mark in marks) - is_harmless:
         note("rows", rows)
     return output

@@ -8,7 +8,7 @@ from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
     from vnp_lib.inference.batches import read_batches
-    from vnp_lib.inference.callbacks import Listener
+    from vnp_lib.inference.callbacks import Callbacks
     from vnp_lib.inference.executor import ExactModel, PackedModel, embed_batch
     from vnp_lib.inference.gpu_memory import TOKENS_UNSEEN, choose_token_budget
     from vnp_lib.inference.precision import (
@@ -26,12 +26,12 @@ __all__ = [
     "LEAST_COSINE",
     "TOKENS_UNSEEN",
     "AsyncInferenceRunner",
+    "Callbacks",
     "Certificate",
     "Comparison",
     "ExactModel",
     "ExactRows",
     "InferenceResult",
-    "Listener",
     "PackedModel",
     "TokenBudget",
     "choose_token_budget",
@@ -51,7 +51,7 @@ __getattr__, __dir__ = lazy_face(
         "ExactRows": "vnp_lib.inference.precision",
         "InferenceResult": "vnp_lib.inference.runner",
         "LEAST_COSINE": "vnp_lib.inference.precision",
-        "Listener": "vnp_lib.inference.callbacks",
+        "Callbacks": "vnp_lib.inference.callbacks",
         "PackedModel": "vnp_lib.inference.executor",
         "TOKENS_UNSEEN": "vnp_lib.inference.gpu_memory",
         "TokenBudget": "vnp_lib.inference.token_budget",

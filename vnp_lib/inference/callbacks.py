@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
 _MOST_SHOWN = 10
 
 
-class Listener:
+class Callbacks:
     """What the loop tells, and asks. As it stands, it wants nothing and forgives nothing."""
 
     def should_stop(self) -> bool:

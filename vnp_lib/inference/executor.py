@@ -19,7 +19,7 @@ from vnp_lib.failures import FailureKind, classify_exception
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model import (
     ESM2,
-    LETTERS,
+    RESIDUES,
     PackedBatch,
     Weights,
     join_windows,
@@ -149,7 +149,7 @@ class ExactModel:
         )
 
 
-class Embedder:
+class BatchExecutor:
     """A model on a device.
 
     Args:
@@ -225,7 +225,7 @@ class Embedder:
             DeviceFailedError: The device fails at that too.
         """
         harmless = pack_batch(
-            [LETTERS[:_NUM_AMINO_ACIDS]], sequence_ids=["harmless"], ordinals=[0], batch_idx=0
+            [RESIDUES[:_NUM_AMINO_ACIDS]], sequence_ids=["harmless"], ordinals=[0], batch_idx=0
         )
         try:
             embedded = self.collect(self.launch(harmless))

@@ -28,8 +28,14 @@ from vnp_lib.checkpoint import (
     resume_from_checkpoints,
 )
 from vnp_lib.errors import SequenceTooLargeError
-from vnp_lib.inference.callbacks import Listener
-from vnp_lib.inference.executor import EmbeddedBatch, Embedder, LaunchedBatch, PackedModel, blaming
+from vnp_lib.inference.callbacks import Callbacks
+from vnp_lib.inference.executor import (
+    BatchExecutor,
+    EmbeddedBatch,
+    LaunchedBatch,
+    PackedModel,
+    blaming,
+)
 from vnp_lib.inference.precision import compare, to_metadata
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model import PackedBatch
@@ -100,7 +106,7 @@ class AsyncInferenceRunner:
         if rank < 0:
             raise ValueError(f"rank must be non-negative, and is {rank}")
         device = torch.device(device)
-        self._embedder = Embedder(
+        self._executor = BatchExecutor(
             model, device, budget=budget or TokenBudget(), layout=layout, exactly=exactly
         )
         self._layout = layout
@@ -166,7 +172,7 @@ class AsyncInferenceRunner:
         batches: Iterable[PackedBatch],
         *,
         next_checkpoint: int = 0,
-        listener: Listener | None = None,
+        callbacks: Callbacks | None = None,
     ) -> Generator[InferenceResult, None, None]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
@@ -175,16 +181,16 @@ class AsyncInferenceRunner:
         Raises:
             BatchFailedError, SequenceTooLargeError, StorageError: As `run` does.
         """
-        listener = listener or Listener()
+        callbacks = callbacks or Callbacks()
         too_large: list[PackedBatch] = []
         ahead = ReadAhead(batches, _BATCHES_AHEAD)
-        with closing(iter(ahead)) as read, self._keeping(next_checkpoint, listener) as keep:
-            for embedded in self._embedded(read, listener):
+        with closing(iter(ahead)) as read, self._keeping(next_checkpoint, callbacks) as keep:
+            for embedded in self._embedded(read, callbacks):
                 if embedded.too_large is not None:
                     too_large.append(embedded.too_large)
                 if embedded.not_finite is not None:
                     with blaming(embedded.not_finite):
-                        listener.on_not_finite(embedded.not_finite)
+                        callbacks.on_not_finite(embedded.not_finite)
                 if embedded.batch is not None:
                     keep(embedded.batch, embedded.rows)
                 yield InferenceResult(
@@ -194,13 +200,13 @@ class AsyncInferenceRunner:
                     num_tokens=self._model_tokens(embedded.batch) if embedded.batch else 0,
                     num_queued=ahead.num_ready(),
                 )
-                if listener.should_stop():
+                if callbacks.should_stop():
                     return
         _refuse(too_large)
 
     def probe(self) -> None:
         """Raise DeviceFailedError where the device fails at a harmless sequence."""
-        self._embedder.probe()
+        self._executor.probe()
 
     def _model_tokens(self, batch: PackedBatch) -> int:
         if self._layout is None:
@@ -208,20 +214,20 @@ class AsyncInferenceRunner:
         return model_tokens(batch.lengths, self._layout.long_policy)
 
     def _embedded(
-        self, batches: Iterable[PackedBatch], listener: Listener
+        self, batches: Iterable[PackedBatch], callbacks: Callbacks
     ) -> Iterator[EmbeddedBatch]:
         in_flight: deque[LaunchedBatch] = deque()
         for batch in batches:
-            listener.on_batch(batch)
-            in_flight.append(self._embedder.launch(batch))
+            callbacks.on_batch(batch)
+            in_flight.append(self._executor.launch(batch))
             while len(in_flight) > self._batches_in_flight:
-                yield self._embedder.collect(in_flight.popleft())
+                yield self._executor.collect(in_flight.popleft())
         while in_flight:
-            yield self._embedder.collect(in_flight.popleft())
+            yield self._executor.collect(in_flight.popleft())
 
     @contextmanager
     def _keeping(
-        self, next_checkpoint: int, listener: Listener
+        self, next_checkpoint: int, callbacks: Callbacks
     ) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
         """Give a function that keeps a batch's rows; on the way out, for whatever reason, write what is left."""
         if self._checkpoint_dir is None:
@@ -236,7 +242,7 @@ class AsyncInferenceRunner:
                 metadata=self._metadata,
                 layout=self._layout,
                 exact_rows=self._exact_rows,
-                on_checkpoint=listener.on_checkpoint,
+                on_checkpoint=callbacks.on_checkpoint,
             )
 
             def keep(batch: PackedBatch, rows: Tensor) -> None:
@@ -252,7 +258,7 @@ class AsyncInferenceRunner:
                 yield keep
                 reason = "final"
             finally:
-                listener.on_saving()
+                callbacks.on_saving()
                 unsaved.write(reason)
                 writer.wait_all()
 

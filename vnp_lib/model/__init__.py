@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vnp_lib.model.heads import MAP_VALUES, check_heads, with_heads
     from vnp_lib.model.pooling import mean_pool, rows_of, split_rows
     from vnp_lib.model.reference import fair_esm_network
-    from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+    from vnp_lib.model.tokens import RESIDUES, PackedBatch, pack_batch
     from vnp_lib.model.weights import (
         Weights,
         is_official,
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ESM2",
-    "LETTERS",
     "MAP_VALUES",
     "MODELS",
+    "RESIDUES",
     "Architecture",
     "PackedBatch",
     "Weights",
@@ -58,10 +58,10 @@ __getattr__, __dir__ = lazy_face(
     {
         "Architecture": "vnp_lib.model.esm2",
         "ESM2": "vnp_lib.model.esm2",
-        "LETTERS": "vnp_lib.model.tokens",
         "MAP_VALUES": "vnp_lib.model.heads",
         "MODELS": "vnp_lib.model.esm2",
         "PackedBatch": "vnp_lib.model.tokens",
+        "RESIDUES": "vnp_lib.model.tokens",
         "Weights": "vnp_lib.model.weights",
         "architecture_of": "vnp_lib.model.esm2",
         "check_heads": "vnp_lib.model.heads",

@@ -18,8 +18,8 @@ BOS = 0
 PAD = 1
 EOS = 2
 UNK = 3
-FIRST_LETTER = 4
-LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"  # tokens 4, 5, 6, ...
+FIRST_RESIDUE = 4
+RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"  # tokens 4, 5, 6, ...
 MASK = 32
 ALPHABET_SIZE = 33
 
@@ -149,8 +149,8 @@ def pack_batch(
 
 def _token_of_byte() -> NDArray[np.int64]:
     table = np.full(256, UNK, dtype=np.int64)
-    table[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = np.arange(
-        FIRST_LETTER, FIRST_LETTER + len(LETTERS)
+    table[np.frombuffer(RESIDUES.encode(), dtype=np.uint8)] = np.arange(
+        FIRST_RESIDUE, FIRST_RESIDUE + len(RESIDUES)
     )
     return table
 

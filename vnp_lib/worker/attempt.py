@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from vnp_lib.checkpoint import Quarantine, QuarantinedSequence, too_many_non_finite
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
-from vnp_lib.inference import ExactRows, Listener, TokenBudget, read_batches, sampled_ordinals
+from vnp_lib.inference import Callbacks, ExactRows, TokenBudget, read_batches, sampled_ordinals
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, OutputKind, RowLayout, RunPaths, RunPlan, load_plan
 from vnp_lib.run import (
     AttemptHistory,
@@ -304,10 +304,10 @@ class ShardAttempt:
         return rows
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
-        listener = _Reporter(self._job, plan, self._events, self._stop, self._history)
+        callbacks = _Reporter(self._job, plan, self._events, self._stop, self._history)
         batches = read_batches(plan, work.batches)
         with closing(
-            runner.embed(batches, next_checkpoint=work.next_checkpoint, listener=listener)
+            runner.embed(batches, next_checkpoint=work.next_checkpoint, callbacks=callbacks)
         ) as results:
             for result in results:
                 self._events.send(
@@ -318,10 +318,10 @@ class ShardAttempt:
                     queued=result.num_queued,
                 )
                 if result.sequence_ids:
-                    listener.set_aside()
-                listener.require_finite_rows()
+                    callbacks.set_aside()
+                callbacks.require_finite_rows()
         if not self._stop.is_set():
-            listener.set_aside()
+            callbacks.set_aside()
 
 
 class SignsOfLife:
@@ -385,7 +385,7 @@ def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
     return round(float(operations) * architecture.num_layers / _SLOWEST_GPU, 1)
 
 
-class _Reporter(Listener):
+class _Reporter(Callbacks):
     """Tells the parent, and sets aside what cannot be embedded."""
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vnp_lib.errors import BatchFailedError, DeviceFailedError
 from vnp_lib.failures import FailureCause, classify_exception
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import PackedBatch, pack_batch
 
@@ -53,8 +53,8 @@ def expected_rows(sequences: list[str]) -> Tensor:
 
 
 def embed(model: StubModel, sequences: list[str], **options: Any) -> Any:
-    embedder = Embedder(model, torch.device("cpu"), **{"budget": TokenBudget(), **options})
-    return embedder.collect(embedder.launch(batch_of(sequences)))
+    executor = BatchExecutor(model, torch.device("cpu"), **{"budget": TokenBudget(), **options})
+    return executor.collect(executor.launch(batch_of(sequences)))
 
 
 def rows_of(model: StubModel, sequences: list[str], **options: Any) -> Tensor:
@@ -175,7 +175,7 @@ def fail(states: Tensor) -> None:
 def test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken(model: StubModel) -> None:
     """And no sequence: whatever the device has said, it is the device that is accused."""
     with pytest.raises(DeviceFailedError) as caught:
-        Embedder(model, torch.device("cpu"), budget=TokenBudget()).probe()
+        BatchExecutor(model, torch.device("cpu"), budget=TokenBudget()).probe()
     failure = classify_exception(caught.value)
     assert (failure.cause, failure.batch_idx, failure.ordinal) == (
         FailureCause.HARDWARE,
@@ -185,4 +185,4 @@ def test_a_device_that_fails_at_a_harmless_sequence_is_what_is_broken(model: Stu
 
 
 def test_a_sound_device_passes_the_probe() -> None:
-    Embedder(StubModel(), torch.device("cpu"), budget=TokenBudget()).probe()
+    BatchExecutor(StubModel(), torch.device("cpu"), budget=TokenBudget()).probe()

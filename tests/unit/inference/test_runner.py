@@ -17,9 +17,9 @@ from vnp_lib.checkpoint import writer
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.errors import CheckpointWriteError, SequenceTooLargeError
-from vnp_lib.inference.callbacks import Listener
+from vnp_lib.inference.callbacks import Callbacks
 from vnp_lib.inference.runner import AsyncInferenceRunner
-from vnp_lib.model.tokens import FIRST_LETTER, LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.tokens import FIRST_RESIDUE, RESIDUES, PackedBatch, pack_batch
 from vnp_lib.plan.paths import checkpoint_path
 from vnp_lib.prefetch import ReadAhead
 from vnp_lib.software import Software, package_in_use
@@ -50,11 +50,11 @@ def test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept(tmp_path: Path) 
     runner = AsyncInferenceRunner(StubModel(), "cpu", checkpoint_dir=tmp_path)
     computed: list[int] = []
 
-    class Stopping(Listener):
+    class Stopping(Callbacks):
         def should_stop(self) -> bool:
             return len(computed) == 2
 
-    for result in runner.embed(batches(5), listener=Stopping()):
+    for result in runner.embed(batches(5), callbacks=Stopping()):
         computed.append(result.batch_idx)
     assert computed == [0, 1]
     kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
             raise OSError(errno.EROFS, "Read-only file system")
         return write_marker(path, *arguments, **fields)
 
-    class Hearing(Listener):
+    class Hearing(Callbacks):
         def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
             took.append(seconds)
             announced.append(
@@ -86,7 +86,7 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
         StubModel(), "cpu", checkpoint_dir=tmp_path, checkpoint_seq_threshold=2
     )
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
-        list(runner.embed(batches(2), listener=Hearing()))
+        list(runner.embed(batches(2), callbacks=Hearing()))
     assert announced == [(0, 2, True)]
     assert took[0] > 0
 
@@ -177,10 +177,10 @@ def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(
             self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
         ) -> Mapping[str, Any]:
             states = input_ids[:, None].float().repeat(1, 4)
-            states[input_ids == LETTERS.index("W") + FIRST_LETTER] = float("nan")
+            states[input_ids == RESIDUES.index("W") + FIRST_RESIDUE] = float("nan")
             return {"representations": {6: states}}
 
-    class Forgiving(Listener):
+    class Forgiving(Callbacks):
         told: list[str] = []
 
         def on_not_finite(self, batch: PackedBatch) -> None:
@@ -190,7 +190,7 @@ def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(
         ["MWV", "MKV", "W"], sequence_ids=["b1", "good", "b2"], ordinals=[10, 11, 12], batch_idx=5
     )
     runner = AsyncInferenceRunner(Spoilt(), "cpu", checkpoint_dir=tmp_path)
-    results = list(runner.embed([bad, *batches(1)], listener=Forgiving()))
+    results = list(runner.embed([bad, *batches(1)], callbacks=Forgiving()))
     assert Forgiving.told == ["b1", "b2"]
     assert [result.sequence_ids for result in results] == [("good",), ("0a", "0b")]
     kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)

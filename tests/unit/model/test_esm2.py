@@ -13,7 +13,7 @@ from vnp_lib.model import attention
 from vnp_lib.model.esm2 import ESM2, MODELS, Architecture, architecture_of
 from vnp_lib.model.pooling import mean_pool
 from vnp_lib.model.reference import fair_esm_network
-from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.tokens import RESIDUES, PackedBatch, pack_batch
 from vnp_lib.model.weights import load_model, random_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -24,7 +24,7 @@ def our_model(architecture: Architecture, state: dict[str, torch.Tensor]) -> ESM
 
 
 def random_batch(lengths: list[int]) -> PackedBatch:
-    letters = np.random.default_rng(5).choice(list(LETTERS), size=sum(lengths))
+    letters = np.random.default_rng(5).choice(list(RESIDUES), size=sum(lengths))
     sequences = ["".join(part) for part in np.split(letters, np.cumsum(lengths)[:-1])]
     return pack_batch(
         sequences, [f"s{i}" for i in range(len(lengths))], range(len(lengths)), batch_idx=0

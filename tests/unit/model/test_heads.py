@@ -14,11 +14,11 @@ import vnp_lib.model.heads
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, SMALLEST
 from vnp_lib.errors import WeightsError
-from vnp_lib.inference.executor import Embedder, ExactModel
+from vnp_lib.inference.executor import BatchExecutor, ExactModel
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2, MODELS
 from vnp_lib.model.heads import HeadedModel, check_heads, with_heads
-from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.tokens import RESIDUES, PackedBatch, pack_batch
 from vnp_lib.model.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 from vnp_lib.plan.outputs import OutputKind, RowLayout
 
@@ -65,7 +65,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 def proteins(lengths: list[int]) -> list[str]:
     letters = np.random.default_rng(5)
-    return ["".join(letters.choice(list(LETTERS), size=length)) for length in lengths]
+    return ["".join(letters.choice(list(RESIDUES), size=length)) for length in lengths]
 
 
 def batch_of(sequences: list[str]) -> PackedBatch:
@@ -112,8 +112,10 @@ def test_contacts_and_logits_are_what_fair_esm_gives_for_each_sequence_alone(
 ):
     monkeypatch.setattr(vnp_lib.model.heads, "MAP_VALUES", map_values)
     sequences = proteins(LENGTHS)
-    embedder = Embedder(network_of(weights, BOTH), CPU, budget=TokenBudget(tokens), layout=LAYOUT)
-    found = outputs_in(embedder.collect(embedder.launch(batch_of(sequences))).rows, LENGTHS)
+    executor = BatchExecutor(
+        network_of(weights, BOTH), CPU, budget=TokenBudget(tokens), layout=LAYOUT
+    )
+    found = outputs_in(executor.collect(executor.launch(batch_of(sequences))).rows, LENGTHS)
     for sequence, outputs in zip(sequences, found, strict=True):
         for name, values in outputs.items():
             assert_close(values, expected(sequence)[name], what=f"{name}, {len(sequence)} residues")

@@ -16,11 +16,11 @@ from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.inference import runner
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.runner import AsyncInferenceRunner
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2
-from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.tokens import RESIDUES, PackedBatch, pack_batch
 from vnp_lib.model.weights import random_tensors
 from vnp_lib.plan.outputs import RowLayout
 from vnp_lib.plan.paths import checkpoint_path
@@ -33,7 +33,7 @@ LAYOUTS = [[name] for name in FIXED] + [FIXED, ["per_tok_3"], RAGGED]
 
 def proteins(lengths: list[int]) -> list[str]:
     draw = np.random.default_rng(5)
-    return ["".join(draw.choice(list(LETTERS), size=length)) for length in lengths]
+    return ["".join(draw.choice(list(RESIDUES), size=length)) for length in lengths]
 
 
 SEQUENCES = proteins([40, 40, 40, 17, 5, 5, 2, 1, 1])
@@ -90,8 +90,8 @@ def assert_rows(
             )
 
 
-def embedded(embedder: Embedder, batch: PackedBatch) -> Any:
-    return embedder.collect(embedder.launch(batch))
+def embedded(executor: BatchExecutor, batch: PackedBatch) -> Any:
+    return executor.collect(executor.launch(batch))
 
 
 @pytest.mark.parametrize("names", LAYOUTS, ids=",".join)
@@ -99,7 +99,9 @@ def embedded(embedder: Embedder, batch: PackedBatch) -> Any:
 def test_each_row_is_what_fair_esm_gives_for_its_sequence_alone(names, tokens):
     layout = layout_of(names)
     batch = batch_of(SEQUENCES)
-    found = embedded(Embedder(network(), CPU, budget=TokenBudget(tokens), layout=layout), batch)
+    found = embedded(
+        BatchExecutor(network(), CPU, budget=TokenBudget(tokens), layout=layout), batch
+    )
     assert found.batch is batch
     assert_rows(layout, batch, found.rows, dict(zip(batch.sequence_ids, SEQUENCES, strict=True)))
 
@@ -126,7 +128,7 @@ def test_a_row_of_which_any_value_is_not_finite_is_computed_again_alone(names):
     layout, batch = layout_of(names), batch_of(SEQUENCES)
     assert batch.cu_seqlens[4] <= 146 < batch.cu_seqlens[5] - 1
     found = embedded(
-        Embedder(Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout), batch
+        BatchExecutor(Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout), batch
     )
     assert found.not_finite is None
     assert_rows(layout, batch, found.rows, dict(zip(batch.sequence_ids, SEQUENCES, strict=True)))
@@ -140,10 +142,10 @@ def test_a_row_that_is_never_finite_is_left_out_and_the_others_keep_theirs(names
     def not_finite(alone: PackedBatch) -> Tensor:
         return torch.full((int(layout.widths(alone.lengths)[0]),), float("nan"))
 
-    embedder = Embedder(
+    executor = BatchExecutor(
         Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout, exactly=not_finite
     )
-    found = embedded(embedder, batch)
+    found = embedded(executor, batch)
     assert found.not_finite.sequence_ids == ("s4",)
     assert found.batch.sequence_ids == tuple(f"s{i}" for i in (0, 1, 2, 3, 5, 6, 7, 8))
     assert_rows(

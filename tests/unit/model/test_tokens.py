@@ -9,9 +9,9 @@ from vnp_lib.model.tokens import (
     ALPHABET_SIZE,
     BOS,
     EOS,
-    LETTERS,
     MASK,
     PAD,
+    RESIDUES,
     UNK,
     PackedBatch,
     pack_batch,
@@ -38,11 +38,11 @@ def test_alphabet_is_fair_esms():
         FAIR_ESM.mask_idx,
     ) == (BOS, PAD, EOS, UNK, MASK)
     assert len(FAIR_ESM) == ALPHABET_SIZE
-    assert list(LETTERS) == FAIR_ESM.standard_toks
+    assert list(RESIDUES) == FAIR_ESM.standard_toks
 
 
 def test_tokens_are_those_of_fair_esms_batch_converter():
-    sequences = [LETTERS, "MKV", "A"]
+    sequences = [RESIDUES, "MKV", "A"]
     _, _, padded = FAIR_ESM.get_batch_converter()([("", sequence) for sequence in sequences])
     batch = pack(*sequences)
     assert batch.input_ids.tolist() == padded[padded != PAD].tolist()

@@ -20,7 +20,7 @@ from tests.helpers import flip_bit
 from tests.networks import CPU
 from vnp_lib.errors import WeightsError
 from vnp_lib.model.esm2 import MODELS
-from vnp_lib.model.tokens import LETTERS, pack_batch
+from vnp_lib.model.tokens import RESIDUES, pack_batch
 from vnp_lib.model.weights import Weights, load_model, random_tensors, resolve_weights, save_weights
 
 MODEL = "esm2_t6_8M_UR50D"
@@ -116,7 +116,7 @@ def test_every_layer_is_what_transformers_computes_with_the_file(tmp_path, netwo
         )  # biases and norms begin as zeros and ones
     network.save_pretrained(tmp_path)
 
-    batch = pack_batch([LETTERS, "MKTAYIAKQR" * 20], ["every letter", "long"], [0, 1], batch_idx=0)
+    batch = pack_batch([RESIDUES, "MKTAYIAKQR" * 20], ["every letter", "long"], [0, 1], batch_idx=0)
     weights = resolve_weights(MODEL, str(tmp_path))
     ours = load_model(MODEL, weights, dtype=torch.float32, device=CPU).forward_packed(
         batch.input_ids, batch.cu_seqlens, batch.max_seqlen, range(7)

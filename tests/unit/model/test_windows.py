@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.fair_esm import FairEsm, assert_close
 from tests.networks import CPU, TINY
-from vnp_lib.inference.executor import Embedder
+from vnp_lib.inference.executor import BatchExecutor
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2
-from vnp_lib.model.tokens import LETTERS, PackedBatch, pack_batch
+from vnp_lib.model.tokens import RESIDUES, PackedBatch, pack_batch
 from vnp_lib.model.weights import random_tensors
 from vnp_lib.model.windows import MeanOverWindows
 from vnp_lib.plan.outputs import OutputKind, RowLayout, choose_outputs
@@ -48,7 +48,7 @@ def residues(sequence: str, layer: int) -> NDArray[np.float32]:
 
 def proteins(lengths: list[int]) -> list[str]:
     draw = np.random.default_rng(5)
-    return ["".join(draw.choice(list(LETTERS), size=length)) for length in lengths]
+    return ["".join(draw.choice(list(RESIDUES), size=length)) for length in lengths]
 
 
 def batch_of(sequences: list[str]) -> PackedBatch:
@@ -57,16 +57,16 @@ def batch_of(sequences: list[str]) -> PackedBatch:
     )
 
 
-def embedder(policy: str, model: Any = None, **options: Any) -> Embedder:
+def executor(policy: str, model: Any = None, **options: Any) -> BatchExecutor:
     budget = TokenBudget(options.pop("tokens", 10**9))
     network = model or ESM2.from_fair_esm(TINY, state().items())
-    return Embedder(
+    return BatchExecutor(
         network, CPU, budget=budget, layout=RowLayout(OUTPUTS, TINY.embed_dim, policy), **options
     )
 
 
-def collected(embedder: Embedder, batch: PackedBatch) -> Any:
-    return embedder.collect(embedder.launch(batch))
+def collected(executor: BatchExecutor, batch: PackedBatch) -> Any:
+    return executor.collect(executor.launch(batch))
 
 
 def windowed_by_hand(sequence: str, layer: int, length: int, overlap: int) -> NDArray[np.float32]:
@@ -90,7 +90,7 @@ def windowed_by_hand(sequence: str, layer: int, length: int, overlap: int) -> ND
 def test_windows_come_to_what_is_reckoned_by_hand(length, overlap, tokens):
     """Also where the windows of one sequence go through the model in several passes."""
     sequences = proteins(LENGTHS)
-    found = collected(embedder(f"window:{length}:{overlap}", tokens=tokens), batch_of(sequences))
+    found = collected(executor(f"window:{length}:{overlap}", tokens=tokens), batch_of(sequences))
     assert found.batch.sequence_ids == tuple(f"s{i}" for i in range(6))
     for sequence, row in zip(sequences, found.rows.numpy(), strict=True):
         for layer, values in zip((1, 3), np.split(row, 2), strict=True):
@@ -119,14 +119,14 @@ def test_without_a_long_sequence_a_batch_is_computed_as_ever():
     batch = batch_of(proteins([40, 12]))
     assert MeanOverWindows(windows=Windows(length=40, overlap=10)).divide(batch) is batch
     assert torch.equal(
-        collected(embedder("window:40:10"), batch).rows, collected(embedder("whole"), batch).rows
+        collected(executor("window:40:10"), batch).rows, collected(executor("whole"), batch).rows
     )
 
 
 def test_virnucpros_mean_is_that_of_the_first_1024_residues_of_the_whole_sequence():
     """Each state has seen the whole sequence: the mean over a cut sequence is another."""
     sequences = proteins([1300, 1024, 30])
-    found = collected(embedder("virnucpro"), batch_of(sequences))
+    found = collected(executor("virnucpro"), batch_of(sequences))
     for sequence, row in zip(sequences, found.rows.numpy(), strict=True):
         for layer, values in zip((1, 3), np.split(row, 2), strict=True):
             assert_close(
@@ -149,7 +149,7 @@ class Limited:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         given = self._network.forward_packed(input_ids, *arguments, **options)
         if self._is_spoilt:
-            given["representations"][3][input_ids == LETTERS.index("Z") + 4] = float("nan")
+            given["representations"][3][input_ids == RESIDUES.index("Z") + 4] = float("nan")
         return given
 
 
@@ -159,7 +159,7 @@ def without_z(lengths: list[int]) -> list[str]:
 
 def test_a_long_sequence_needs_memory_for_a_window_only():
     sequences = proteins([95, 61, 12])
-    found = collected(embedder("window:20:5", Limited(memory=22)), batch_of(sequences))
+    found = collected(executor("window:20:5", Limited(memory=22)), batch_of(sequences))
     assert found.too_large is None
     for sequence, row in zip(sequences, found.rows.numpy(), strict=True):
         assert_close(row[TINY.embed_dim :], windowed_by_hand(sequence, 3, 20, 5), what="layer 3")
@@ -167,7 +167,7 @@ def test_a_long_sequence_needs_memory_for_a_window_only():
 
 def test_a_sequence_of_which_a_window_does_not_fit_is_too_large_and_others_keep_their_rows():
     sequences = proteins([95, 12, 61, 9])
-    found = collected(embedder("window:20:5", Limited(memory=21)), batch_of(sequences))
+    found = collected(executor("window:20:5", Limited(memory=21)), batch_of(sequences))
     assert found.too_large.sequence_ids == ("s0", "s2")
     assert found.batch.sequence_ids == ("s1", "s3")
     assert_close(
@@ -188,7 +188,7 @@ def test_a_sequence_with_a_window_that_is_not_finite_is_mended_as_a_whole():
         return torch.full((1, 2 * TINY.embed_dim), 7.0)
 
     found = collected(
-        embedder("window:20:5", Limited(is_spoilt=True), exactly=exactly), batch_of(sequences)
+        executor("window:20:5", Limited(is_spoilt=True), exactly=exactly), batch_of(sequences)
     )
     assert [alone.sequence_ids for alone in asked] == [("s1",)]
     assert asked[0].lengths.tolist() == [61]
