@@ -241,9 +241,9 @@ def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_wr
     [
         (
             ["--include", "mean", "--repr_layers", "7"],
-            "layers 7 are asked for: this model has the layers 0 (its embedding) to 6",
+            "layers 7 are requested: this model has the layers 0 (its embedding) to 6",
         ),
-        (["--include", "mean", "--repr_layers", "-8"], "layers -8 are asked for"),
+        (["--include", "mean", "--repr_layers", "-8"], "layers -8 are requested"),
         (
             ["--include", "mean", "--toks_per_batch", "0"],
             "--toks_per_batch is 0; it must be at least 1",

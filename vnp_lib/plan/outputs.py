@@ -1,4 +1,4 @@
-"""What is computed of a sequence, and how that lies in its row: one flat run of float32 numbers, output after output."""
+"""The outputs computed per sequence, and their layout in a flat float32 row."""
 
 from __future__ import annotations
 
@@ -14,66 +14,66 @@ from numpy.typing import NDArray
 
 from vnp_lib.errors import ConfigError
 
-NUM_LOGITS = 33  # one for each letter of fair-esm's alphabet, special tokens included
+# One per token of fair-esm's alphabet, special tokens included.
+NUM_LOGITS = 33
 
 Values: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
 
 
 class StoreDtype(StrEnum):
-    """The precision in which values are stored. They are computed, and lie in checkpoints, in float32."""
+    """The precision of stored values. They are computed, and saved in checkpoints, in float32."""
 
     FLOAT32 = "float32"
-    FLOAT16 = (
-        "float16"  # rounded to the nearest: 11 significant bits, 0 below 3e-8, nothing above 65,504
-    )
+    # Rounded to nearest: 11 significant bits, 0 below 3e-8, nothing above 65,504.
+    FLOAT16 = "float16"
 
 
 class OutputKind(StrEnum):
-    """What can be asked for. Where fair-esm's scripts/extract.py gives it too, it is the same; BOS and EOS are never residues."""
+    """The kinds of output. BOS and EOS never count as residues.
+
+    Kinds that fair-esm's scripts/extract.py saves too have the same values there.
+    """
 
     MEAN = "mean"  # over the residues, (D,)
-    BOS = "bos"  # the state of token 0, (D,)
+    BOS = "bos"  # state of token 0, (D,)
     MAX = "max"  # over the residues, (D,)
-    STD = "std"  # over the residues, of the population (divided by L, not L - 1), (D,)
-    PER_TOK = "per_tok"  # the states of the residues, (L, D)
-    CONTACTS = "contacts"  # how probable it is that two residues touch, (L, L)
-    LOGITS = "logits"  # of the language model's head at the residues, (L, 33)
+    STD = "std"  # over the residues, of the population (divisor L, not L - 1), (D,)
+    PER_TOK = "per_tok"  # states of the residues, (L, D)
+    CONTACTS = "contacts"  # probability that two residues touch, (L, L)
+    LOGITS = "logits"  # of the language model head at the residues, (L, 33)
 
 
-_WITHOUT_LAYER = (OutputKind.CONTACTS, OutputKind.LOGITS)  # they take the whole network
-_AS_LONG_AS_THE_SEQUENCE = (OutputKind.PER_TOK, OutputKind.CONTACTS, OutputKind.LOGITS)
+# These need the whole network, so that they belong to no layer.
+_WITHOUT_LAYER = (OutputKind.CONTACTS, OutputKind.LOGITS)
+_PER_RESIDUE = (OutputKind.PER_TOK, OutputKind.CONTACTS, OutputKind.LOGITS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One thing that is computed of every sequence."""
+    """One value, vector or matrix computed per sequence."""
 
     kind: OutputKind
-    layer: int | None = (
-        None  # in fair-esm's numbers: 0 is the embedding; None for what takes the whole network
-    )
+    # In fair-esm's numbering, 0 for the embedding; None for kinds that need the whole network.
+    layer: int | None = None
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """Understand a `name`."""
+        """Parse a `name`."""
         kind, _, layer = name.rpartition("_") if name[-1:].isdigit() else (name, "", "")
         return cls(kind=OutputKind(kind), layer=int(layer) if layer else None)
 
     @property
     def name(self) -> str:
-        """What its column is called: `mean_33`, `per_tok_33`, `contacts`."""
+        """The name of its column: `mean_33`, `per_tok_33`, `contacts`."""
         return self.kind.value if self.layer is None else f"{self.kind}_{self.layer}"
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it is equally wide for all sequences."""
-        return self.kind not in _AS_LONG_AS_THE_SEQUENCE
+        """Whether it has the same width for all sequences."""
+        return self.kind not in _PER_RESIDUE
 
     def shape(self, length: int, embed_dim: int) -> tuple[int, ...]:
-        """Its shape for a sequence of `length` residues, in a network of width `embed_dim`."""
-        return self._shape(length, embed_dim)
-
-    def _shape(self, length: Any, embed_dim: int) -> tuple[Any, ...]:
+        """Return its shape for `length` residues in a network of width `embed_dim`."""
         shapes = {
             OutputKind.PER_TOK: (length, embed_dim),
             OutputKind.CONTACTS: (length, length),
@@ -82,29 +82,30 @@ class Output:
         return shapes.get(self.kind, (embed_dim,))
 
     def widths(self, lengths: NDArray[np.integer[Any]], embed_dim: int) -> NDArray[np.int64]:
-        """How many numbers it is for sequences of `lengths` residues, (B,)."""
+        """Return the number of values for sequences of `lengths` residues, (B,)."""
         if self.is_fixed:
             return np.full(lengths.shape, embed_dim, dtype=np.int64)
-        first, second = self._shape(lengths.astype(np.int64), embed_dim)
-        widths: NDArray[np.int64] = first * second
+        widths = lengths.astype(np.int64)
+        widths *= widths if self.kind is OutputKind.CONTACTS else self.shape(1, embed_dim)[1]
         return widths
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The outputs of a run, in the order in which they lie in a row.
+    """The outputs of a run, in the order of their values in a row.
 
-    Rows of equal width are an array (B, W). Others are laid end to end, (V,), and their widths follow from the lengths of
-    their sequences.
+    Rows of equal width form an array, (B, W). Others are concatenated, (V,), and their widths
+    follow from the lengths of their sequences.
     """
 
     outputs: tuple[Output, ...]
     embed_dim: int
-    long_policy: str = "whole"  # what the mean of a long sequence is, see `long_sequences.py`
+    # How the mean of a long sequence is computed, see `vnp_lib/model/windows.py`.
+    long_policy: str = "whole"
 
     @classmethod
     def of_identity(cls, identity: dict[str, Any], *, embed_dim: int | None = None) -> Self:
-        """The layout that a plan's identity names; `embed_dim` is wanted where the identity says nothing of it."""
+        """Return the layout of a plan's identity; `embed_dim` is required if that has none."""
         policy = identity.get("long_policy", "whole")
         if "outputs" not in identity:
             assert embed_dim is not None
@@ -115,7 +116,7 @@ class RowLayout:
 
     @classmethod
     def of_names(cls, names: Iterable[str], *, embed_dim: int) -> Self:
-        """The layout of outputs by their names."""
+        """Return the layout of the outputs of these names."""
         return cls(tuple(map(Output.parse, names)), embed_dim)
 
     @property
@@ -129,34 +130,37 @@ class RowLayout:
 
     @cached_property
     def is_fixed(self) -> bool:
-        """Whether all rows are equally wide."""
+        """Whether all rows have the same width."""
         return all(output.is_fixed for output in self.outputs)
 
     @cached_property
     def fixed_width(self) -> int:
-        """Numbers in a row, where all have equally many."""
+        """Values per row, if all rows have the same width."""
         assert self.is_fixed
         return len(self.outputs) * self.embed_dim
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers whose states are needed, ascending."""
+        """The layers whose states are required, ascending."""
         return tuple(sorted({output.layer for output in self.outputs if output.layer is not None}))
 
     @property
     def heads(self) -> tuple[OutputKind, ...]:
-        """The kinds that need more than the network's states."""
+        """The kinds that need more than the states of the network."""
         return tuple(output.kind for output in self.outputs if output.kind in _WITHOUT_LAYER)
 
     def widths(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """How many numbers the rows of sequences of `lengths` residues have, (B,)."""
+        """Return the number of values in the rows of sequences of `lengths` residues, (B,)."""
         widths = np.zeros(lengths.shape, dtype=np.int64)
         for output in self.outputs:
             widths += output.widths(lengths, self.embed_dim)
         return widths
 
     def divide(self, row: NDArray[np.float32], length: int) -> dict[str, NDArray[np.float32]]:
-        """The outputs that a row, (W,), of a sequence of `length` residues consists of, by name: views of it, in their shapes."""
+        """Split a row, (W,), of a sequence of `length` residues into its outputs by name.
+
+        The outputs are views of the row, in their own shapes.
+        """
         shapes = [output.shape(length, self.embed_dim) for output in self.outputs]
         parts = np.split(row, np.cumsum([prod(shape) for shape in shapes])[:-1])
         return {
@@ -165,36 +169,35 @@ class RowLayout:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What of it is in a plan's identity beside `layer` and `pooling`, which tell one mean from another by themselves."""
-        return (
-            {}
-            if self.is_one_mean
-            else {"outputs": ",".join(self.names), "embed_dim": self.embed_dim}
-        )
+        """Return what it adds to a plan's identity."""
+        # One mean is identified by `layer` and `pooling`, which every identity has.
+        if self.is_one_mean:
+            return {}
+        return {"outputs": ",".join(self.names), "embed_dim": self.embed_dim}
 
 
 def choose_outputs(
     include: Collection[OutputKind], repr_layers: Collection[int] | None, *, num_layers: int
 ) -> tuple[Output, ...]:
-    """The outputs that a user's choice comes to, in an order of our own: by kind, then by layer.
+    """Return the requested outputs, ordered by kind and then by layer.
 
     Args:
         include: Kinds, in any order.
-        repr_layers: In fair-esm's numbers, from 0, the embedding, to `num_layers`, the last; negative ones count from the
-            end. None stands for the last.
-        num_layers: Of the model.
+        repr_layers: In fair-esm's numbering, from 0, the embedding, to `num_layers`, the last;
+            negative numbers count from the end. None requests the last.
+        num_layers: Layers of the model.
 
     Raises:
         ConfigError: The model has no such layer.
     """
-    asked = [-1] if repr_layers is None else repr_layers
-    absent = [layer for layer in asked if not -num_layers - 1 <= layer <= num_layers]
-    if absent or not asked:
+    requested = [-1] if repr_layers is None else repr_layers
+    absent = [layer for layer in requested if not -num_layers - 1 <= layer <= num_layers]
+    if absent or not requested:
         raise ConfigError(
-            f"layers {','.join(map(str, asked))} are asked for: this model has the layers 0 (its embedding) to {num_layers}; "
-            f"-1 is the last one"
+            f"layers {','.join(map(str, requested))} are requested: this model has the layers 0 "
+            f"(its embedding) to {num_layers}; -1 is the last"
         )
-    layers: list[int | None] = [*sorted({layer % (num_layers + 1) for layer in asked})]
+    layers: list[int | None] = [*sorted({layer % (num_layers + 1) for layer in requested})]
     return tuple(
         Output(kind=kind, layer=layer)
         for kind in OutputKind
@@ -204,12 +207,12 @@ def choose_outputs(
 
 
 def as_stored(values: NDArray[np.float32], dtype: StoreDtype) -> Values:
-    """Values as they are stored. Those that float16 cannot hold are infinite: it is for the caller to find them."""
+    """Return values in the stored precision. Overflow becomes infinite: the caller checks it."""
     with np.errstate(over="ignore"):
         stored: Values = values.astype(dtype, copy=False)
     return stored
 
 
 def offsets_of(widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where rows laid end to end begin and end, (B + 1,): widths 3 1 2 give 0 3 4 6."""
+    """Return the boundaries of concatenated rows, (B + 1,): widths 3 1 2 give 0 3 4 6."""
     return np.concatenate([[0], np.cumsum(widths)])

@@ -1,4 +1,4 @@
-"""Packing: which sequences, in a given order, share one forward pass, and how many tokens that may take."""
+"""Pack sequences, in a given order, into batches of at most a token budget."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ NUM_SPECIAL_TOKENS = 2
 
 
 def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
-    """Cut a row of sequences into contiguous batches of at most `token_budget` tokens, each as full as it can be.
+    """Divide sequences into contiguous batches of at most `token_budget` tokens, each filled first.
 
-    A sequence longer than the budget is a batch of its own.
+    A sequence longer than the budget forms a batch of its own.
 
     Args:
-        token_lengths: Tokens of each sequence, BOS and EOS included, (N,), in the order in which they are computed.
-        token_budget: Most tokens of a batch.
+        token_lengths: Tokens per sequence, BOS and EOS included, (N,), in the order of computation.
+        token_budget: Maximum number of tokens per batch.
 
     Returns:
-        Boundaries, int64, (B + 1,): batch `b` is `[boundaries[b], boundaries[b + 1])`; the first is 0, the last N.
-        Lengths 5 3 4 under a budget of 8 give 0 2 3; no sequences give 0.
+        Boundaries, int64, (B + 1,): batch `b` is `[boundaries[b], boundaries[b + 1])`; the first is
+        0, the last N. Lengths 5 3 4 with a budget of 8 give 0 2 3; no sequences give 0.
 
     Raises:
         ValueError: A budget or a length below 1.
@@ -33,6 +33,7 @@ def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[
         raise ValueError(
             f"token_lengths holds {token_lengths.min()}; a sequence has at least 1 token"
         )
+    # One binary search per batch instead of a loop over what may be millions of sequences.
     ends = np.cumsum(token_lengths, dtype=np.int64)
     boundaries = [0]
     while (start := boundaries[-1]) < ends.size:
@@ -43,10 +44,9 @@ def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[
 
 
 def packed_tokens(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
-    """Tokens of each of the batches that `pack` makes, (B,). Lengths 5 3 4 under a budget of 8 give 8 4."""
+    """Return the tokens per batch of `pack`, (B,). Lengths 5 3 4 with a budget of 8 give 8 4."""
     starts = pack(token_lengths, token_budget)[:-1]
-    return (
-        np.add.reduceat(token_lengths, starts, dtype=np.int64)
-        if starts.size
-        else np.empty(0, dtype=np.int64)
-    )
+    # `reduceat` raises on an empty array.
+    if not starts.size:
+        return np.empty(0, dtype=np.int64)
+    return np.add.reduceat(token_lengths, starts, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Paths inside a run directory."""
+"""Paths in a run directory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Every path of a run."""
+    """All paths of a run."""
 
     run_dir: Path
 
@@ -79,7 +79,7 @@ class RunPaths:
 
     @property
     def superseded_quarantine(self) -> Path:
-        """Lines of it that are of an earlier run on this directory."""
+        """Quarantined sequences of an earlier run in this directory."""
         return self.run_dir / "quarantine.superseded.jsonl"
 
     @property
@@ -96,12 +96,12 @@ class RunPaths:
 
     @property
     def new_dataset(self) -> Path:
-        """What is to take the place of `embeddings_dir`, while it is written."""
+        """The dataset being written, before it replaces `embeddings_dir`."""
         return self.assembly_dir / "new"
 
     @property
     def replaced_dataset(self) -> Path:
-        """What `embeddings_dir` was before, for a moment; or what it is to be at the next."""
+        """The previous or the next `embeddings_dir`, for the moment of the exchange."""
         return self.assembly_dir / "replaced"
 
     @property

@@ -1,9 +1,10 @@
-"""The plan of a run: its sequences, its order, shards and batches, and the fingerprint of its content.
+"""The plan of a run: its sequences, their order, shards and batches, and its fingerprint.
 
-A plan is made once, before anything is computed, and is three files under `plan/`: `sequences.arrow` (what was read),
-`representatives.npy` (which sequences are identical) and, written last, `plan.json`, which holds the digests of the other
-two. Where records were skipped, `skipped.jsonl` names them, and has its digest there too. Everything else follows by
-arithmetic: any process that loads a plan finds the same shards and batches.
+A plan is made once, before anything is computed. It consists of three files in `plan/`:
+`sequences.arrow` (the records), `representatives.npy` (which sequences are identical) and, written
+last, `plan.json`, which holds the digests of the other two. If records were skipped,
+`skipped.jsonl` lists them, and `plan.json` holds its digest too. Shards and batches are computed
+from these files, equally by every process that loads them.
 """
 
 from __future__ import annotations
@@ -37,54 +38,68 @@ SEQUENCES_SCHEMA = pa.schema(
         pa.field("description", pa.string(), nullable=False),
         pa.field("sequence", pa.string(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
-        pa.field("original_length", pa.int32(), nullable=False),  # before it was cut, where it was
+        # Before truncation.
+        pa.field("original_length", pa.int32(), nullable=False),
     ]
 )
 
-ROW_OVERHEAD_BYTES = 256  # id, description, ordinal and length of a row, with room to spare
+# Id, description, ordinal and length of a row, estimated generously.
+ROW_OVERHEAD_BYTES = 256
 _WORKSPACE_BYTES = 256 * 1024**2
 
 _log = logging.getLogger(__name__)
 
-Ordinals: TypeAlias = NDArray[np.int32] | NDArray[np.int64]  # the smaller, where many are kept
+# int32 halves the memory of arrays with one ordinal per sequence.
+Ordinals: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What, besides the sequences, decides the numbers of a run."""
+    """The settings that, with the sequences, determine the values of a run."""
 
     model: str
     weights_digest: str
     layer: int
     pooling: str = "mean"
     dtype: str
-    long_policy: str = "whole"  # long sequences are neither cut nor split
-    outputs: str | None = None  # by name, in the order of a row; None: the mean of `layer` alone
-    embed_dim: int | None = None  # where there are outputs
-    contact_regression: str | None = None  # sha256 of its parameters, where there are contacts
-    # Into shards and batches, and the software, if rows have to be the same to the last bit.
+    # By default, long sequences are neither truncated nor divided.
+    long_policy: str = "whole"
+    # Names in the order of a row, and the width; None for the mean of `layer` alone.
+    outputs: str | None = None
+    embed_dim: int | None = None
+    # The sha256 of its parameters, if contacts are computed.
+    contact_regression: str | None = None
+    # Shards, batches and software, if rows have to be reproducible to the last bit.
     division: str | None = None
-    numerics: int | None = None  # NUMERICS_VERSION, unless it is 1
+    # NUMERICS_VERSION, or None for version 1, which recorded none.
+    numerics: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunPlan:
-    """A plan in memory. The texts stay on disk, memory-mapped; what is held is 12 bytes a sequence."""
+    """A plan in memory: 12 bytes per sequence. Its texts stay on disk, memory-mapped."""
 
     num_shards: int
     token_budget: int
-    store_dtype: StoreDtype  # of the dataset: checkpoints are float32
+    # Of the dataset; checkpoints are float32.
+    store_dtype: StoreDtype
     identity: dict[str, Any]
-    fingerprint: str  # sha256 of the identity's canonical JSON
+    # The sha256 of the canonical JSON of the identity.
+    fingerprint: str
     num_residues: int
-    vnp: str  # version of the run that opened it last; "" where that did not say
-    original_lengths_sha256: str = ""  # of all sequences, where some were cut
-    counts: InputCounts  # of the input that it was made from
+    # The version that opened the run last; "" for versions that did not record theirs.
+    vnp: str
+    # Of all sequences; "" if none was truncated.
+    original_lengths_sha256: str = ""
+    # Of the input that the plan was made from.
+    counts: InputCounts
     lengths: NDArray[np.int32]  # residues, (N,)
     representatives: Ordinals  # ordinal of the first identical sequence, (N,)
-    order: Ordinals  # ordinals that are computed, longest first, then by ordinal, (num_computed,)
-    table: pa.Table  # SEQUENCES_SCHEMA, by ordinal; it lies in `mapped`
-    mapped: mmap.mmap  # `sequences.arrow`
+    # Ordinals to compute, longest first, then ascending.
+    order: Ordinals  # (num_computed,)
+    # SEQUENCES_SCHEMA, by ordinal, in the memory of `mapped`, which is `sequences.arrow`.
+    table: pa.Table
+    mapped: mmap.mmap
 
     @property
     def num_sequences(self) -> int:
@@ -92,42 +107,46 @@ class RunPlan:
 
     @property
     def num_computed(self) -> int:
-        """Sequences that differ from all before them: only these go through the model."""
+        """Distinct sequences: only the first of identical ones goes through the model."""
         return self.order.size
 
     @property
     def computed_lengths(self) -> NDArray[np.int32]:
-        """Residues of these, (num_computed,)."""
+        """Residues of the sequences to compute, (num_computed,)."""
         return self.lengths[self.order]
 
     def num_tokens(self, ordinals: Ordinals) -> int:
-        """Tokens of `ordinals` that go through the model."""
+        """Return the tokens of `ordinals` that go through the model."""
         return model_tokens(self.lengths[ordinals], self.identity["long_policy"])
 
     def shard_ordinals(self, rank: int) -> NDArray[np.int64]:
-        """What shard `rank` computes, longest first: every num_shards-th of `order`, so that shards weigh the same."""
+        """Return the ordinals of shard `rank`, longest first."""
+        # Every num_shards-th of `order`, so that shards have equal work.
         return self.order[rank :: self.num_shards].astype(np.int64)
 
     def shard_batches(self, rank: int) -> list[NDArray[np.int64]]:
-        """The ordinals of each batch of shard `rank`. A batch's index is its position; both last as long as the plan."""
+        """Return the ordinals of each batch of shard `rank`, by batch index.
+
+        They are the same in every process for as long as the plan exists.
+        """
         ordinals = self.shard_ordinals(rank)
         boundaries = pack(self.lengths[ordinals] + NUM_SPECIAL_TOKENS, self.token_budget)
         return np.split(ordinals, boundaries[1:-1]) if ordinals.size else []
 
     def fetch(self, ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
-        """Ids and sequences of `ordinals`, in their order; only these rows are read."""
+        """Return ids and sequences of `ordinals`, in their order, reading only these rows."""
         return self._ids.take(ordinals), self._sequences.take(ordinals)
 
     def ids(self, ordinals: NDArray[np.int64]) -> list[str]:
-        """Ids of `ordinals`, in their order; only these rows are read."""
+        """Return the ids of `ordinals`, in their order, reading only these rows."""
         return self._ids.take(ordinals)
 
     def records(self, start: int, stop: int) -> pa.Table:
-        """The rows of ordinals `start` to `stop`, the latter left out: the columns of SEQUENCES_SCHEMA."""
+        """Return the rows of ordinals `start` to `stop` - 1, with all columns."""
         return self.table.slice(start, stop - start)
 
     def release_pages(self) -> None:
-        """Give the pages of the texts that have been read back to the system. They come again when they are asked for."""
+        """Release the pages of the mapped texts to the system, which reads them again on access."""
         self.mapped.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
@@ -140,13 +159,14 @@ class RunPlan:
 
 
 class _Texts:
-    """A column of texts, in a thousand chunks where there are many, from which single rows are taken."""
+    """Random access to the rows of a text column, which may consist of thousands of chunks."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._chunks = column.chunks
         self._starts = np.cumsum([0, *map(len, self._chunks)])
 
     def take(self, ordinals: NDArray[np.int64]) -> list[str]:
+        """Return the texts of `ordinals`, in their order."""
         of_chunk = np.searchsorted(self._starts, ordinals, side="right") - 1
         rows = (ordinals - self._starts[of_chunk]).tolist()
         return [
@@ -156,12 +176,12 @@ class _Texts:
 
 
 def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
-    """Load the plan of a run, its files checked against their digests.
+    """Load the plan of a run, after checking its files against `plan.json`.
 
     Args:
-        paths: Of the run.
-        verify_digests: Read all of its files for that; otherwise look at their sizes only, which is for showing, not for
-            computing.
+        paths: Paths of the run.
+        verify_digests: Check the digests, which reads every file. Otherwise only sizes are
+            compared, which suffices for display but not for computing.
 
     Raises:
         StorageError: A file of the plan is missing, damaged or of another version.
@@ -171,23 +191,21 @@ def load_plan(paths: RunPaths, *, verify_digests: bool = True) -> RunPlan:
         raise StorageError(
             f"{paths.plan_json} has schema {fields['schema']}; this version reads {PLAN_SCHEMA}"
         )
-    if damage := _damage(paths, fields, verify_digests=verify_digests):
-        raise StorageError(
-            f"{damage}; start the run again with its input: the plan is then written anew"
-        )
+    if damage := find_damage(paths, fields, verify_digests=verify_digests):
+        raise StorageError(f"{damage}; start the run again with its input to rebuild the plan")
     with paths.sequences.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
-    column = np.from_dlpack(
-        table.column("length").combine_chunks()
-    )  # `to_numpy` would import pandas
+    # `to_numpy` would import pandas.
+    column = np.from_dlpack(table.column("length").combine_chunks())
     lengths = column.astype(np.int32, copy=False)
-    mapped.madvise(mmap.MADV_DONTNEED)  # of which they are a small part
+    # Reading the lengths has read the pages of the texts around them too.
+    mapped.madvise(mmap.MADV_DONTNEED)
     representatives = _narrowed(np.load(paths.representatives))
     return RunPlan(
         num_shards=fields["num_shards"],
         token_budget=fields["token_budget"],
-        store_dtype=_store_dtype(fields),
+        store_dtype=store_dtype_of(fields),
         identity=fields["identity"],
         fingerprint=fields["fingerprint"],
         num_residues=fields["num_residues"],
@@ -209,19 +227,22 @@ def _narrowed(ordinals: NDArray[np.int64]) -> Ordinals:
 def longest_first(
     lengths: NDArray[np.integer[Any]], representatives: Ordinals
 ) -> NDArray[np.int64]:
-    """Ordinals of the first of each group of identical sequences, longest first, then by ordinal, (num_computed,)."""
-    computed = np.flatnonzero(_is_computed(representatives))
+    """Return the first ordinal of each group of identical sequences, (num_computed,).
+
+    They are sorted by length, longest first, then by ordinal.
+    """
+    computed = np.flatnonzero(is_representative(representatives))
     return computed[np.argsort(-lengths[computed], kind="stable")]
 
 
 def describe_input(counts: InputCounts, paths: RunPaths) -> str:
-    """Say what was done to a run's input, and where it is listed; "" if nothing."""
+    """Return a sentence on what was skipped, truncated or changed in the input; "" if nothing."""
     listed = f"; skipped records are listed in {paths.skipped}" if counts.num_skipped else ""
     return counts.describe() + listed
 
 
 class Counted(Protocol):
-    """What a run is about; a `RunPlan` is."""
+    """The counts and lengths of a run's sequences; a `RunPlan` has them."""
 
     @property
     def num_sequences(self) -> int: ...
@@ -234,17 +255,21 @@ class Counted(Protocol):
 
 
 def model_tokens(lengths: NDArray[np.integer[Any]], long_policy: str) -> int:
-    """Tokens that go through the model for sequences of `lengths` residues, (N,): BOS and EOS included, of every window."""
+    """Return the tokens that go through the model for sequences of `lengths` residues, (N,).
+
+    BOS and EOS are included, also those of every window.
+    """
     if (windows := Windows.of_policy(long_policy)) is None:
         return int(lengths.sum(dtype=np.int64)) + NUM_SPECIAL_TOKENS * lengths.size
-    of_a_window = np.minimum(lengths, windows.length) + NUM_SPECIAL_TOKENS
-    return int((of_a_window * windows.counts(lengths)).sum())
+    tokens_per_window = np.minimum(lengths, windows.length) + NUM_SPECIAL_TOKENS
+    return int((tokens_per_window * windows.counts(lengths)).sum())
 
 
 def required_bytes(plan: Counted, layout: RowLayout) -> int:
-    """Bytes that a whole run takes on disk at its peak: checkpoints, the dataset, and what assembly needs beside them."""
+    """Return the peak disk usage of a run: checkpoints, dataset, and the workspace of assembly."""
     num_rows = plan.num_computed + plan.num_sequences
-    if layout.is_fixed:  # which says it without looking at each of many millions
+    # Fixed widths spare a pass over the lengths of what may be millions of sequences.
+    if layout.is_fixed:
         num_values = num_rows * layout.fixed_width
     else:
         num_values = int(
@@ -257,23 +282,27 @@ def required_bytes(plan: Counted, layout: RowLayout) -> int:
     )
 
 
-def _store_dtype(fields: dict[str, Any]) -> StoreDtype:
-    """What `plan.json` says; where it says nothing, it is of a time when there was no choice."""
+def store_dtype_of(fields: dict[str, Any]) -> StoreDtype:
+    """Return the store dtype in the fields of `plan.json`."""
+    # Plans of versions without the option have no such field.
     return StoreDtype(fields.get("store_dtype", StoreDtype.FLOAT32))
 
 
-def _damage(paths: RunPaths, fields: dict[str, Any], *, verify_digests: bool = True) -> str | None:
-    """What is wrong with the files that `plan.json` vouches for."""
+def find_damage(
+    paths: RunPaths, fields: dict[str, Any], *, verify_digests: bool = True
+) -> str | None:
+    """Return what is wrong with the files whose digests `plan.json` holds, or None."""
     for name, digest in fields["files"].items():
         path = paths.plan_dir / name
         try:
             is_size_wrong = path.stat().st_size != digest["size_bytes"]
             if is_size_wrong or (verify_digests and digest_file(path) != FileDigest(**digest)):
-                return f"{path} is damaged: its size and sha256 are not those in {paths.plan_json.name}"
+                return f"{path} is damaged: size or sha256 differ from {paths.plan_json.name}"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
     return None
 
 
-def _is_computed(representatives: Ordinals) -> NDArray[np.bool_]:
+def is_representative(representatives: Ordinals) -> NDArray[np.bool_]:
+    """Return whether each sequence is the first of those identical to it, (N,)."""
     return np.equal(representatives, np.arange(representatives.size, dtype=representatives.dtype))

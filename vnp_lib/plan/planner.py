@@ -19,7 +19,6 @@ from vnp_lib.errors import ConfigError, FingerprintMismatchError, StorageError
 from vnp_lib.inputs import (
     STDIN,
     Fault,
-    InputChunk,
     InputPolicy,
     RecordLocator,
     Source,
@@ -35,11 +34,11 @@ from vnp_lib.plan.plan import (
     SEQUENCES_SCHEMA,
     ModelIdentity,
     RunPlan,
-    _damage,
-    _is_computed,
-    _store_dtype,
+    find_damage,
+    is_representative,
     load_plan,
     required_bytes,
+    store_dtype_of,
 )
 from vnp_lib.plan.scan import InputScan, ScanResult
 from vnp_lib.storage import (
@@ -55,11 +54,8 @@ from vnp_lib.storage import (
 
 _log = logging.getLogger(__name__)
 _DEFAULT_POLICY = InputPolicy()
-_OF_THE_SEQUENCES = (
-    "schema",
-    "sequences_sha256",
-    "num_sequences",
-)  # what of the identity only the input tells
+# The fields of an identity that depend on the input; the others depend on the settings.
+_INPUT_FIELDS = ("schema", "sequences_sha256", "num_sequences")
 
 
 def make_plan(
@@ -72,28 +68,29 @@ def make_plan(
     policy: InputPolicy = _DEFAULT_POLICY,
     store_dtype: StoreDtype = StoreDtype.FLOAT32,
 ) -> RunPlan:
-    """Read the input, check it, and write its plan; or find that the run directory holds this very plan.
+    """Read and check the input, and write its plan, or keep the plan in the run directory.
 
-    Afterwards `paths.plan_dir` is complete on disk. Where a plan of the same identity is there it is kept, but for
-    `plan.json` if `num_shards`, `token_budget` or `store_dtype` is another. It is written anew where files do not fit their digests, or
-    where the same sequences were come by in another way. There are never more shards than sequences to compute, but at least
-    one. Where the files that the plan was made from are gone (a spot machine's own disk), it is kept too: it holds every
-    sequence.
+    A plan of the same identity is kept; only `plan.json` is rewritten if `num_shards`,
+    `token_budget` or `store_dtype` differs. The plan is rebuilt if its files fail validation, or if
+    the same sequences were obtained with different input settings. It is kept without its input
+    files, if these are gone (a preempted machine's own disk), because it holds every sequence.
+    There is at least one shard, and there are at most as many as sequences to compute. On return,
+    `paths.plan_dir` is complete on disk.
 
     Raises:
-        FastaError: Input that cannot be used, or an id that occurs twice, unless the policy allows for it.
-        FingerprintMismatchError: The directory belongs to another run. It is left as it was.
-        ConfigError: The directory cannot be made or written.
+        FastaError: The input is invalid, or has duplicate ids that the policy forbids.
+        FingerprintMismatchError: The directory belongs to another run. It is not changed.
+        ConfigError: The directory cannot be created or written.
     """
     try:
-        content = _content_without_input(paths, fasta, policy, model)
+        content = _reuse_without_input(paths, fasta, policy, model)
         if content is None:
-            asked = _Asked(
+            request = _PlanRequest(
                 sources=find_sources(fasta, stdin=paths.stdin), policy=policy, model=model
             )
-            content = _kept_content(paths, asked) or _write_content(paths, asked)
+            content = _reuse_for_input(paths, request) or _write_plan_files(paths, request)
         chosen = {
-            "given": _as_given(fasta),
+            "given": _given_paths(fasta),
             "num_shards": max(1, min(num_shards, content["num_computed"])),
             "token_budget": token_budget,
             "store_dtype": store_dtype,
@@ -104,21 +101,22 @@ def make_plan(
     except OSError as error:
         reason = f"{error.filename or paths.plan_dir}: {error.strerror or error}"
         raise ConfigError(
-            f"the run directory {paths.run_dir} cannot be made or written ({reason})"
+            f"the run directory {paths.run_dir} cannot be created or written ({reason})"
         ) from error
-    return load_plan(paths, verify_digests=False)  # they have just been written, or read
+    # The files have just been written or verified.
+    return load_plan(paths, verify_digests=False)
 
 
 def is_input_gone(paths: RunPaths, fasta: Sequence[Path]) -> bool:
-    """Whether the plan that is there was made from these very files, and some of them are there no more."""
+    """Return whether the plan on disk was made from these files, and some no longer exist."""
     with suppress(StorageError, OSError):
-        is_same = read_sealed_json(paths.plan_json).get("given") == _as_given(fasta)
+        is_same = read_sealed_json(paths.plan_json).get("given") == _given_paths(fasta)
         return is_same and any(given != STDIN and not input_exists(given) for given in fasta)
     return False
 
 
 def kept_token_budget(paths: RunPaths) -> int | None:
-    """Say what token budget the plan has that is there; None where there is none, or none that can be read."""
+    """Return the token budget of the plan on disk; None if there is no readable plan."""
     with suppress(StorageError, OSError):
         tokens = read_sealed_json(paths.plan_json).get("token_budget")
         return tokens if isinstance(tokens, int) and tokens >= 1 else None
@@ -126,19 +124,19 @@ def kept_token_budget(paths: RunPaths) -> int | None:
 
 
 def kept_store_dtype(paths: RunPaths) -> StoreDtype | None:
-    """Say in which precision the plan that is there has values stored; None where there is none, or none that can be read."""
+    """Return the store dtype of the plan on disk; None if there is no readable plan."""
     with suppress(StorageError, OSError, ValueError):
-        return _store_dtype(read_sealed_json(paths.plan_json))
+        return store_dtype_of(read_sealed_json(paths.plan_json))
     return None
 
 
 def check_free_space(paths: RunPaths, plan: RunPlan, layout: RowLayout) -> None:
-    """Raise ConfigError, with both figures, where the run directory's disk has no room for the rest of the run.
-
-    A dataset of another kind is of no use to it, and stays until the new one is written.
-    """
-    if _has_dataset(paths, plan):
-        return
+    """Raise ConfigError, with both figures, if the disk has no space for the rest of the run."""
+    # A complete dataset of this run needs none. One that differs stays until it is replaced.
+    wanted = {"fingerprint": plan.fingerprint, "store_dtype": plan.store_dtype, "num_missing": 0}
+    with suppress(StorageError, OSError):
+        if wanted.items() <= read_sealed_json(paths.success).items():
+            return
     try:
         require_free_space(
             paths.run_dir, required_bytes(plan, layout) - _tree_bytes(paths.checkpoints_dir)
@@ -147,44 +145,39 @@ def check_free_space(paths: RunPaths, plan: RunPlan, layout: RowLayout) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _has_dataset(paths: RunPaths, plan: RunPlan) -> bool:
-    """Whether the dataset says that it is the one that the run would end with."""
-    with suppress(StorageError, OSError):
-        success = read_sealed_json(paths.success)
-        asked = {"fingerprint": plan.fingerprint, "store_dtype": plan.store_dtype, "num_missing": 0}
-        return asked.items() <= success.items()
-    return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """What a plan is asked for."""
+class _PlanRequest:
+    """The input and the settings that determine the identity of a plan."""
 
     sources: list[Source]
     policy: InputPolicy
     model: ModelIdentity
 
 
-def _as_given(fasta: Sequence[Path]) -> list[str]:
-    """How a plan remembers what it was made from."""
+def _given_paths(fasta: Sequence[Path]) -> list[str]:
+    """Return the input paths as `plan.json` records them."""
     return [str(given) if given == STDIN else os.path.abspath(given) for given in fasta]
 
 
-def _content_without_input(
+def _reuse_without_input(
     paths: RunPaths, fasta: Sequence[Path], policy: InputPolicy, model: ModelIdentity
 ) -> dict[str, Any] | None:
-    """What `plan.json` says, if its input is gone and all else is as it was; None where the input has to be read."""
+    """Return the content of `plan.json` if its input is gone and nothing else differs.
+
+    None means that the input has to be read.
+    """
     if not is_input_gone(paths, fasta):
         return None
     fields = read_sealed_json(paths.plan_json)
     stored: dict[str, Any] = fields["identity"]
-    of_the_sequences = {name: stored.get(name) for name in _OF_THE_SEQUENCES}
-    _require_same_identity(paths, stored, _identity_of(model, policy) | of_the_sequences)
-    if _damage(paths, fields):
+    input_fields = {name: stored.get(name) for name in _INPUT_FIELDS}
+    _require_same_identity(paths, stored, _settings_identity(model, policy) | input_fields)
+    if find_damage(paths, fields):
         return None
     gone = next(given for given in fasta if given != STDIN and not input_exists(given))
     _log.warning(
-        "%s is not there any more: the run goes on with the %s sequences that were read before, which are in %s",
+        "%s no longer exists: the run continues with the %s sequences that were read before, "
+        "which are in %s",
         gone,
         f"{fields['num_sequences']:,}",
         paths.plan_dir,
@@ -192,54 +185,60 @@ def _content_without_input(
     return fields
 
 
-def _kept_content(paths: RunPaths, asked: _Asked) -> dict[str, Any] | None:
-    """What `plan.json` says, if it is there, is of the same run, and its files are whole."""
+def _reuse_for_input(paths: RunPaths, request: _PlanRequest) -> dict[str, Any] | None:
+    """Return the content of `plan.json` if it is of the same run, and its files are intact."""
     if not paths.plan_json.exists():
         return None
     try:
         fields = read_sealed_json(paths.plan_json)
     except StorageError as error:
-        _log.warning("The plan is written anew: %s", error)
+        _log.warning("The plan is rebuilt: %s", error)
         return None
     scan = InputScan()
-    rename = make_id_renamer(asked.sources, asked.policy)
-    for source in asked.sources:
-        for chunk in read_records(source, asked.policy, rename=rename):
+    rename = make_id_renamer(request.sources, request.policy)
+    for source in request.sources:
+        for chunk in read_records(source, request.policy, rename=rename):
             scan.add(chunk)
-    scanned = scan.finish(asked.sources, asked.policy)
-    _require_same_identity(paths, fields["identity"], _identity(scanned, asked))
+    scanned = scan.finish(request.sources, request.policy)
+    _require_same_identity(paths, fields["identity"], _identity(scanned, request))
+    # Equal sequences may be truncated from different ones, and the lengths before are stored too.
     is_cut_alike = fields.get("original_lengths_sha256", "") == scanned.original_lengths_sha256
     if fields["input"] != scanned.counts.to_json() or not is_cut_alike:
-        _log.info("The plan is written anew: the same sequences are come by in another way")
+        _log.info(
+            "The plan is rebuilt: the same sequences were obtained with different input settings"
+        )
         return None
-    if damage := _damage(paths, fields):
-        _log.warning("The plan is written anew: %s", damage)
+    if damage := find_damage(paths, fields):
+        _log.warning("The plan is rebuilt: %s", damage)
         return None
     return fields
 
 
-def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
-    """Write what `plan.json` will vouch for, and return what it says of it."""
+def _write_plan_files(paths: RunPaths, request: _PlanRequest) -> dict[str, Any]:
+    """Write the files of a plan, and return the content of `plan.json`, which is written last."""
     make_directory(paths.plan_dir)
     remove_orphaned_temporaries(paths.plan_dir)
     paths.skipped.unlink(missing_ok=True)
     scan = InputScan()
-    rename = make_id_renamer(asked.sources, asked.policy)
+    rename = make_id_renamer(request.sources, request.policy)
     with ExitStack() as stack:
         file = stack.enter_context(durable_file(paths.sequences, replace=True))
         skipped = _SkippedRecords(paths.skipped, stack)
         with pa.ipc.new_file(file, SEQUENCES_SCHEMA) as writer:
-            for source in asked.sources:
+            for source in request.sources:
                 places = RecordLocator(source)
-                for chunk in read_records(source, asked.policy, rename=rename):
+                for chunk in read_records(source, request.policy, rename=rename):
                     scan.add(chunk)
                     skipped.add(source, places, chunk.skipped)
                     if chunk.records:
-                        writer.write_batch(_record_batch(chunk))
-        scanned = scan.finish(asked.sources, asked.policy)
+                        texts = chunk.usable
+                        lengths = (chunk.lengths, chunk.original_lengths)
+                        columns = [texts.ids, texts.descriptions, texts.sequences, *lengths]
+                        writer.write_batch(pa.record_batch(columns, schema=SEQUENCES_SCHEMA))
+        scanned = scan.finish(request.sources, request.policy)
     with durable_file(paths.representatives, replace=True) as representatives_file:
         np.lib.format.write_array(representatives_file, scanned.representatives, allow_pickle=False)
-    identity = _identity(scanned, asked)
+    identity = _identity(scanned, request)
     written = {paths.sequences: file, paths.representatives: representatives_file}
     if skipped.file is not None:
         written[paths.skipped] = skipped.file
@@ -248,7 +247,7 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
         "identity": identity,
         "fingerprint": hashlib.sha256(canonical_json(identity)).hexdigest(),
         "num_sequences": scanned.representatives.size,
-        "num_computed": _is_computed(scanned.representatives).sum().item(),
+        "num_computed": is_representative(scanned.representatives).sum().item(),
         "num_residues": scanned.num_residues,
         "original_lengths_sha256": scanned.original_lengths_sha256,
         "input": scanned.counts.to_json(),
@@ -257,12 +256,13 @@ def _write_content(paths: RunPaths, asked: _Asked) -> dict[str, Any]:
 
 
 class _SkippedRecords:
-    """`skipped.jsonl`: there only where records were skipped."""
+    """Writer of `skipped.jsonl`, which exists only if records were skipped."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.file: DurableFile | None = None
         self._path = path
-        self._stack = stack  # publishes it at its end
+        # Publishes the file on exit.
+        self._stack = stack
 
     def add(self, source: Source, places: RecordLocator, faults: Sequence[Fault]) -> None:
         for fault in faults:
@@ -276,36 +276,25 @@ class _SkippedRecords:
             )
 
 
-def _record_batch(chunk: InputChunk) -> pa.RecordBatch:
-    texts = chunk.usable
-    columns = [
-        texts.ids,
-        texts.descriptions,
-        texts.sequences,
-        chunk.lengths,
-        chunk.original_lengths,
-    ]
-    return pa.record_batch(columns, schema=SEQUENCES_SCHEMA)
+def _identity(scanned: ScanResult, request: _PlanRequest) -> dict[str, Any]:
+    values = (PLAN_SCHEMA, scanned.sequences_sha256, scanned.representatives.size)
+    input_fields = dict(zip(_INPUT_FIELDS, values, strict=True))
+    return _settings_identity(request.model, request.policy) | input_fields
 
 
-def _identity(scanned: ScanResult, asked: _Asked) -> dict[str, Any]:
-    of_the_sequences = (PLAN_SCHEMA, scanned.sequences_sha256, scanned.representatives.size)
-    return _identity_of(asked.model, asked.policy) | dict(
-        zip(_OF_THE_SEQUENCES, of_the_sequences, strict=True)
-    )
-
-
-def _identity_of(model: ModelIdentity, policy: InputPolicy) -> dict[str, Any]:
-    of_the_model = {name: value for name, value in asdict(model).items() if value is not None}
-    return of_the_model | policy.identity()
+def _settings_identity(model: ModelIdentity, policy: InputPolicy) -> dict[str, Any]:
+    # A field without a value is left out, so that new fields do not change old fingerprints.
+    model_fields = {name: value for name, value in asdict(model).items() if value is not None}
+    return model_fields | policy.identity()
 
 
 def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     if stored.get("numerics", 1) != wanted.get("numerics", 1):
         raise FingerprintMismatchError(
-            f"{paths.run_dir} was begun by a vnp whose numbers are of version {stored.get('numerics', 1)}, and those of this one "
-            f"({__version__}) are of version {wanted.get('numerics', 1)}: one dataset does not mix them; go on with that vnp, or "
-            f"choose another output directory, or --force-restart, which moves what is there aside"
+            f"{paths.run_dir} was started by a vnp with numerics version "
+            f"{stored.get('numerics', 1)}, and this one ({__version__}) has version "
+            f"{wanted.get('numerics', 1)}: a dataset cannot mix them; resume with that vnp, or "
+            f"choose another output directory, or --force-restart, which moves its content away"
         )
     differing = [
         name
@@ -318,16 +307,17 @@ def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict
             for name in differing
         )
         raise FingerprintMismatchError(
-            f"{paths.run_dir} belongs to another run ({listed}); choose another output directory, or --force-restart, "
-            f"which moves what is there aside"
+            f"{paths.run_dir} belongs to another run ({listed}); choose another output directory, "
+            f"or --force-restart, which moves its content away"
         )
 
 
 def _tree_bytes(directory: Path) -> int:
-    """Sum the sizes of all files; workers of an earlier run, which still save, may rename or remove some meanwhile."""
+    """Return the size of all files below a directory."""
     size_bytes = 0
     for parent, _, names in os.walk(directory):
         for name in names:
+            # Worker processes of an earlier run may still rename or remove files.
             with suppress(FileNotFoundError):
                 size_bytes += os.lstat(os.path.join(parent, name)).st_size
     return size_bytes

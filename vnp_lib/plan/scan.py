@@ -16,7 +16,6 @@ from vnp_lib.inputs import (
     InputChunk,
     InputCounts,
     InputPolicy,
-    SequenceChunk,
     Source,
     digest_texts,
     find_repeats,
@@ -28,17 +27,19 @@ _NUM_SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanResult:
-    """What a pass over the input finds."""
+    """The counts, digests and duplicates of an input."""
 
-    sequences_sha256: str  # of ">header\nSEQUENCE\n" of every record, normalised, in order
-    original_lengths_sha256: str  # int32, little-endian; "" where no sequence was cut
+    # Of ">header\nSEQUENCE\n" of every record, normalised, in input order.
+    sequences_sha256: str
+    # Of int32, little-endian; "" if no sequence was truncated.
+    original_lengths_sha256: str
     num_residues: int
     counts: InputCounts
-    representatives: NDArray[np.int64]
+    representatives: NDArray[np.int64]  # (N,)
 
 
 class InputScan:
-    """Takes the measure of the input chunk by chunk, in about 40 bytes a sequence."""
+    """Accumulate counts and digests of the input chunk by chunk, 40 bytes per sequence."""
 
     def __init__(self) -> None:
         self.counts = InputCounts()
@@ -53,24 +54,33 @@ class InputScan:
         return len(self._sequence_digests) // DIGEST_BYTES
 
     def add(self, chunk: InputChunk) -> None:
+        """Add the next chunk of the input."""
         self.counts += chunk.counts
-        self._sha256.update(_as_fasta(chunk.usable))
+        texts = chunk.usable
+        lines = [""] * (2 * len(texts.ids))
+        lines[0::2] = [
+            f">{sequence_id} {rest}" if rest else f">{sequence_id}"
+            for sequence_id, rest in zip(texts.ids, texts.descriptions, strict=True)
+        ]
+        lines[1::2] = texts.sequences
+        self._sha256.update("\n".join([*lines, ""]).encode())
         self._original_lengths_sha256.update(
             np.asarray(chunk.original_lengths).astype("<i4").tobytes()
         )
         self._num_residues += int(chunk.lengths.sum(dtype=np.int64))
-        self._id_digests += digest_texts(chunk.usable.ids)
-        self._sequence_digests += digest_texts(chunk.usable.sequences)
+        self._id_digests += digest_texts(texts.ids)
+        self._sequence_digests += digest_texts(texts.sequences)
 
     def repeated_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Ordinals of records whose id occurred before, ascending, and of those where it first did."""
+        """Return ordinals of records that repeat an id, ascending, and of its first records."""
         return find_repeats(self._id_digests)
 
     def representatives(self, *, dedup: bool) -> NDArray[np.int64]:
-        """The ordinal of the first identical sequence, or without `dedup` its own, (N,).
+        """Return the ordinal of the first identical sequence, or without `dedup` its own, (N,).
 
-        To be asked for once, when all is added: ids are forgotten then, and the duplicates are among the counts.
+        Call it once, after the last chunk: it adds the duplicates to the counts.
         """
+        # Finding repeats takes as much memory again: the ids are no longer needed.
         self._id_digests.clear()
         representatives = np.arange(self.num_sequences)
         if dedup:
@@ -80,17 +90,23 @@ class InputScan:
         return representatives
 
     def finish(self, sources: Sequence[Source], policy: InputPolicy) -> ScanResult:
-        """Raises FastaError where nothing is left, or an id may not occur twice and does; then the input is read again."""
+        """Return the result of the scan.
+
+        Raises:
+            FastaError: No sequence remains, or ids occur twice, which the policy forbids. The input
+                is then read again to name their places.
+        """
         if not self.num_sequences and not policy.allow_empty:
             raise no_sequences_error(self.counts, policy)
         if policy.duplicate_ids != "keep":
             repeats, firsts = self.repeated_ids()
             if repeats.size and policy.duplicate_ids == "rename":
                 raise FastaError(
-                    "the input was changed while it was read; wait until it is complete, then start again"
+                    "the input was changed while it was read; wait until it is complete, then "
+                    "start again"
                 )
             if repeats.size:
-                raise _duplicate_ids(sources, policy, repeats, firsts)
+                raise _duplicate_ids_error(sources, policy, repeats, firsts)
         representatives = self.representatives(dedup=policy.dedup)
         return ScanResult(
             sequences_sha256=self._sha256.hexdigest(),
@@ -103,28 +119,21 @@ class InputScan:
         )
 
 
-def _as_fasta(chunk: SequenceChunk) -> bytes:
-    lines = [""] * (2 * len(chunk.ids))
-    described = zip(chunk.ids, chunk.descriptions, strict=True)
-    lines[0::2] = [
-        f">{sequence_id} {rest}" if rest else f">{sequence_id}" for sequence_id, rest in described
-    ]
-    lines[1::2] = chunk.sequences
-    return "\n".join([*lines, ""]).encode()
-
-
 def no_sequences_error(counts: InputCounts, policy: InputPolicy) -> FastaError:
-    """Say why there is nothing to embed though there are records, and what to do."""
+    """Return the error of an input with records but without a sequence to embed."""
     if counts.num_skipped:
-        what = f"all {counts.num_skipped:,} {'proteins' if policy.translate else 'records'} are skipped"
-        return FastaError(f"{what}: there is nothing to embed; mend them first, or {EMPTY_ADVICE}")
+        records = "proteins" if policy.translate else "records"
+        return FastaError(
+            f"all {counts.num_skipped:,} {records} are skipped: there is nothing to embed; fix "
+            f"them first, or {EMPTY_ADVICE}"
+        )
     return FastaError(
-        "no record has a frame without a stop codon: there is no protein to embed; give other records, or "
-        + EMPTY_ADVICE
+        "no record has a frame without a stop codon: there is no protein to embed; give other "
+        f"records, or {EMPTY_ADVICE}"
     )
 
 
-def _duplicate_ids(
+def _duplicate_ids_error(
     sources: Sequence[Source],
     policy: InputPolicy,
     repeats: NDArray[np.int64],
@@ -137,6 +146,6 @@ def _duplicate_ids(
     )
     more = f"; and {repeats.size - _NUM_SHOWN:,} more" if repeats.size > _NUM_SHOWN else ""
     return FastaError(
-        f"ids must be unique, but some occur twice ({listed}{more}); rename or take out these records, or have that done "
-        f"with --duplicate-ids rename, or have each keep its row with --duplicate-ids keep"
+        f"ids must be unique, but some occur twice ({listed}{more}); rename or remove these "
+        f"records, or use --duplicate-ids rename or --duplicate-ids keep"
     )

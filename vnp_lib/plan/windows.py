@@ -1,4 +1,4 @@
-"""Long sequences by their lengths alone: into which windows they are divided. `long_sequences.py` computes with these."""
+"""The windows of long sequences, computed from their lengths."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["VIRNUCPRO_RESIDUES", "Windows"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Windows have `length` residues and begin `length - overlap` after one another, but for the last.
+    """Windows of `length` residues that start every `length - overlap` residues.
 
-    That ends where the sequence does. A sequence of up to `length` residues is one window.
+    The last window starts earlier, so that it ends with the sequence. A sequence of up to `length`
+    residues is one window.
     """
 
     length: int
@@ -25,7 +26,7 @@ class Windows:
 
     @classmethod
     def of_policy(cls, policy: str) -> Self | None:
-        """Understand a plan's `long_policy`, `window:1022:255`; None for all others, which divide nothing."""
+        """Parse a `long_policy`, `window:1022:255`; return None for one without windows."""
         kind, *numbers = policy.split(":")
         if kind != "window":
             return None
@@ -33,7 +34,7 @@ class Windows:
         return cls(length=length, overlap=overlap)
 
     def starts(self, length: int) -> list[int]:
-        """The first residue, from 0, of each window of a sequence of `length` residues.
+        """Return the first residue, from 0, of each window of a sequence of `length` residues.
 
         Windows of 10 residues with an overlap of 4, over 25 residues: 0, 6, 12, 15.
         """
@@ -42,7 +43,8 @@ class Windows:
         return [*range(0, length - self.length, self.length - self.overlap), length - self.length]
 
     def counts(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """How many windows sequences of `lengths` residues have, (N,)."""
-        beyond_the_first = np.maximum(lengths.astype(np.int64) - self.length, 0)
-        counts: NDArray[np.int64] = 1 - (-beyond_the_first // (self.length - self.overlap))
+        """Return the number of windows of sequences of `lengths` residues, (N,)."""
+        after_first = np.maximum(lengths.astype(np.int64) - self.length, 0)
+        # Two negations round the division up: a part of a step needs a window of its own.
+        counts: NDArray[np.int64] = 1 - (-after_first // (self.length - self.overlap))
         return counts

@@ -192,7 +192,7 @@ def test_the_refusal_names_the_option(tmp_path):
     fasta = write(tmp_path / "x.fasta", ("a", "MKV"), ("a", "MKL"))
     with pytest.raises(
         FastaError,
-        match="with --duplicate-ids rename, or have each keep its row with --duplicate-ids keep",
+        match="use --duplicate-ids rename or --duplicate-ids keep",
     ):
         plan_of(tmp_path / "run", fasta, duplicate_ids="error")
 

@@ -370,5 +370,5 @@ def test_heads_that_are_missing_are_said_before_a_run_begins(
 
 
 def test_a_layer_that_the_model_has_not_is_said_before_a_run_begins(tmp_path) -> None:
-    with pytest.raises(InputError, match="layers 7 are asked for"):
+    with pytest.raises(InputError, match="layers 7 are requested"):
         validate_config(config_with("random", tmp_path, repr_layers=(7,)))

@@ -41,7 +41,7 @@ def test_a_choice_comes_to_the_same_outputs_in_whatever_order_it_is_given(
 def test_a_layer_that_the_model_has_not_is_refused_with_those_that_it_has(layers):
     with pytest.raises(
         ConfigError,
-        match=r"layers .* are asked for: this model has the layers 0 \(its embedding\) to 33",
+        match=r"layers .* are requested: this model has the layers 0 \(its embedding\) to 33",
     ):
         names("mean", layers)
 

@@ -560,7 +560,9 @@ def test_a_damaged_plan_of_another_run_is_not_mended(tmp_path: Path) -> None:
 
 def test_a_run_directory_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV")])
-    with pytest.raises(ConfigError, match=r"x\.fasta/run cannot be made or written \(.*x\.fasta: "):
+    with pytest.raises(
+        ConfigError, match=r"x\.fasta/run cannot be created or written \(.*x\.fasta: "
+    ):
         plan_of(fasta / "run", fasta)
 
 

@@ -248,7 +248,7 @@ def test_what_is_computed_is_part_of_what_a_run_is(
     [
         (
             {"repr_layers": (7,)},
-            r"layers 7 are asked for: this model has the layers 0 \(its embedding\) to 6",
+            r"layers 7 are requested: this model has the layers 0 \(its embedding\) to 6",
         ),
         (
             {"long": "window", "max_length": 30, "window_overlap": 30},
@@ -352,7 +352,7 @@ def test_a_run_goes_on_where_its_input_is_gone(
         assert (run.plan.fingerprint, run.plan.num_sequences) == (begun, 2)
         assert run.plan.fetch(np.array([0, 1])) == (["a", "b"], ["MKV", "MKL"])
     assert (
-        "is not there any more: the run goes on with the 2 sequences that were read before"
+        "no longer exists: the run continues with the 2 sequences that were read before"
         in caplog.text
     )
     with open_run(small_config(Path("input", given), tmp_path / "run", shards=1)) as run:
@@ -445,7 +445,7 @@ def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_
     monkeypatch.setattr("vnp_lib.run.resolve.NUMERICS_VERSION", 2)
     before = run.paths.plan_json.read_bytes()
     with pytest.raises(
-        FingerprintMismatchError, match=r"numbers are of version 1, .* \(9\.0\) are of version 2"
+        FingerprintMismatchError, match=r"numerics version 1, .* \(9\.0\) has version 2"
     ):
         open_run(config).__enter__()
     assert run.paths.plan_json.read_bytes() == before
