@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory that is free, and GPUs."""
+"""The CPU cores, free memory and GPUs of this machine, and the devices of a run."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from vnp_lib.errors import ConfigError
 
 Answer = TypeVar("Answer")
 
-_CHILD_BYTES = 10**9  # of a child beside its weights: Python, torch, the states of a batch
-_BYTES_PER_PARAMETER = 5  # float32, and a little for what is made on the way
-_USABLE_SHARE = 0.6  # of the memory that is free now: the rest is for files and for others
+# Memory of a worker process without its weights: Python, torch, the hidden states of a batch.
+_WORKER_BYTES = 10**9
+
+# Weights are float32, with some temporary memory while they are loaded.
+_BYTES_PER_PARAMETER = 5
+
+# The rest of the free memory is left to the page cache and to other programs.
+_USABLE_SHARE = 0.6
 
 
 def num_cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def num_cpu_workers(model: str) -> int:
-    """How many children are best on the CPU: one a core, as far as memory allows, and at least one.
+    """Return the best number of CPU workers: one per core, memory permitting, and at least one.
 
-    Each has the weights to itself, so the larger models leave room for few, which then use several cores each.
+    Each holds its own copy of the weights. Of the larger models only a few fit into memory, which
+    then use several cores each.
     """
-    child_bytes = _CHILD_BYTES + _BYTES_PER_PARAMETER * num_parameters(model)
-    return max(1, min(num_cores(), int(_USABLE_SHARE * available_memory_bytes() / child_bytes)))
+    worker_bytes = _WORKER_BYTES + _BYTES_PER_PARAMETER * num_parameters(model)
+    return max(1, min(num_cores(), int(_USABLE_SHARE * available_memory_bytes() / worker_bytes)))
 
 
 def num_parameters(model: str) -> int:
-    """Read it off a model's name: `esm2_t36_3B_UR50D` has 3 billion."""
+    """Return the number of parameters in a model's name: 3 billion for `esm2_t36_3B_UR50D`."""
     match = re.search(r"_(\d+)([MB])_", model)
     assert match is not None
     return int(match[1]) * (10**6 if match[2] == "M" else 10**9)
@@ -46,9 +52,9 @@ def available_memory_bytes(
     cgroup: Path = Path("/proc/self/cgroup"),
     root: Path = Path("/sys/fs/cgroup"),
 ) -> int:
-    """How much memory can be had: of the machine, or of the control group that this process is held in."""
+    """Return the available memory of the machine, or of this process's control group if less."""
     lines = meminfo.read_text(encoding="utf-8").splitlines()
-    of_the_machine = next(
+    machine_bytes = next(
         int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
     )
     try:
@@ -56,27 +62,29 @@ def available_memory_bytes(
         limit, used = (
             (group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current")
         )
-        return min(of_the_machine, int(limit) - int(used))
-    except (OSError, StopIteration, ValueError):  # no such group, or "max"
-        return of_the_machine
+        return min(machine_bytes, int(limit) - int(used))
+    except (OSError, StopIteration, ValueError):
+        # There is no control group, or its limit is "max".
+        return machine_bytes
 
 
 def control_group(
     cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Path:
-    """Find the directory of this process's control group. OSError or StopIteration where there is none."""
-    own = next(
+    """Return the directory of this process's control group; OSError or StopIteration if none."""
+    name = next(
         line for line in cgroup.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
     ).removeprefix("0::")
-    return root / own.lstrip("/")
+    return root / name.lstrip("/")
 
 
 def free_gpu_bytes(gpu: str) -> int | None:
-    """How much memory of a GPU is free; None where that cannot be told.
+    """Return the free memory of a GPU, or None if NVML cannot tell.
 
     Args:
-        gpu: As in CUDA_VISIBLE_DEVICES: a number, or the UUID of a GPU or of a part of one. Numbers are by PCI bus, which
-            among GPUs of several kinds is CUDA's order only under CUDA_DEVICE_ORDER=PCI_BUS_ID.
+        gpu: As in CUDA_VISIBLE_DEVICES: a number, or the UUID of a GPU or of a MIG instance.
+            NVML numbers GPUs by PCI bus. On a machine with several kinds of GPU, CUDA does so only
+            under CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
 
     def free_bytes(nvml: Any) -> int:
@@ -91,7 +99,10 @@ def free_gpu_bytes(gpu: str) -> int | None:
 
 
 def ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
-    """Put a question to NVML, NVIDIA's driver, without CUDA in this process; None where it has no answer, or is not there."""
+    """Query NVIDIA's management library; return None if it is missing or returns an error.
+
+    Unlike a call of torch, this does not initialise CUDA in this process.
+    """
     with suppress(ImportError):
         import pynvml
 
@@ -105,39 +116,40 @@ def ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
 
 
 def resolve_devices(devices: str, model: ModelName) -> tuple[str, ...]:
-    """Name the devices of a run: `("0", "1")` for GPUs, `("cpu", "cpu")` for two children on the CPU.
+    """Return the devices of a run: `("0", "1")` for GPUs, `("cpu", "cpu")` for two CPU workers.
 
     Raises:
-        ConfigError: A GPU that is not there.
+        ConfigError: A GPU that this machine does not have.
     """
     if devices.startswith("cpu"):
         return tuple(devices.split(","))
-    import torch  # here, not above: the command line answers --help without it
+    # Imported here, so that the command line answers --help without torch.
+    import torch
 
     count = torch.cuda.device_count()
     if devices == "auto":
         return tuple(str(index) for index in range(count)) or ("cpu",) * num_cpu_workers(model)
-    wanted = tuple(devices.split(","))
-    absent = [index for index in wanted if int(index) >= count]
+    requested = tuple(devices.split(","))
+    absent = [index for index in requested if int(index) >= count]
     if absent:
         raise ConfigError(
-            f"--devices {devices}: there is no GPU {', '.join(absent)}; this machine shows {count}. "
-            "Use --devices auto, or cpu."
+            f"--devices {devices}: there is no GPU {', '.join(absent)}, this machine shows "
+            f"{count}; use --devices auto or cpu"
         )
-    return wanted
+    return requested
 
 
 def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
-    """Name the devices that a run is planned for: this machine's, or what the machines of a work pool are taken to have.
+    """Return the devices to plan for: this machine's, or one of a work pool's machines.
 
     Raises:
-        ConfigError: A GPU that is not there, or a work pool without a number of shards.
+        ConfigError: A GPU that this machine does not have, or a work pool without `shards`.
     """
     if config.executor == "local":
         return resolve_devices(config.devices, config.model)
     if config.shards is None:
         raise ConfigError(
-            "--executor work-pool needs --shards: into how many flow runs is the input to be divided?"
+            "--executor work-pool needs --shards: the number of flow runs to divide the input into"
         )
     return ("cpu",) if config.devices.startswith("cpu") else ("0",)
 
@@ -145,16 +157,16 @@ def planned_devices(config: EmbedConfig) -> tuple[str, ...]:
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
-def kind_of(device: str) -> str:
-    """`"cuda"` for a GPU's number, `"cpu"` for the CPU."""
+def device_type(device: str) -> str:
+    """Return "cuda" for the number of a GPU, and "cpu" for the CPU."""
     return "cpu" if device == "cpu" else "cuda"
 
 
 def torch_device_name(device: str) -> str:
-    """Give torch's name of a run's device: `cuda:1` of "1"."""
+    """Return torch's name of a device of a run: `cuda:1` for "1"."""
     return device if device == "cpu" else f"cuda:{device}"
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """Name the precision of a model on a device: "auto" is bfloat16 on a GPU and float32 on the CPU."""
-    return _DTYPE[kind_of(device)] if dtype == "auto" else dtype
+    """Return the precision of a model on a device; "auto" is bfloat16 on a GPU, else float32."""
+    return _DTYPE[device_type(device)] if dtype == "auto" else dtype

@@ -1,4 +1,4 @@
-"""Read the process's environment variables: the only module that does, besides the options."""
+"""Read the environment variables that are not options; no other module does."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import os
 
 
 def worker_environment(device: str) -> dict[str, str]:
-    """Give a child this process's environment and, where `device` is a GPU, sight of that GPU alone.
+    """Return the environment of a worker process, in which `device` is the only visible GPU.
 
-    A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts within it. On a CPU the child's
-    large blocks are in huge pages where the kernel has them: as it comes, glibc gives such blocks back after each layer, and has
-    thousands of pages zeroed for the next one. Tunables that this process was started with are kept.
-
-    Empty entries of PYTHONPATH are left out. `export PYTHONPATH=$PYTHONPATH:/some/where` makes one where there was none before,
-    and Python takes it for the current directory.
+    A mask that this process was started with (Slurm, Kubernetes, MIG) is kept: `device` counts
+    within it.
     """
     inherited = {**os.environ}
+    # `export PYTHONPATH=$PYTHONPATH:/some/where` makes an empty entry if the variable was unset.
+    # Python takes such an entry for the current directory.
     if path := os.pathsep.join(filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))):
         inherited["PYTHONPATH"] = path
     if device == "cpu":
-        return (
-            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | inherited | {"CUDA_VISIBLE_DEVICES": ""}
-        )
+        # By default, glibc returns large blocks to the kernel after each layer, and has thousands
+        # of pages zeroed for the next one. Huge pages make that cheap. Tunables that this process
+        # was started with win.
+        huge_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        return huge_pages | inherited | {"CUDA_VISIBLE_DEVICES": ""}
     return inherited | {
         "CUDA_VISIBLE_DEVICES": visible_gpu(device),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it, cuBLAS need not give the same bits again
+        # Without it, cuBLAS may return other bits for the same input.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
 
 
 def visible_gpu(device: str) -> str:
-    """Name a GPU as CUDA_VISIBLE_DEVICES does, by number or UUID; `device` counts within the mask that there may be."""
+    """Return the number or UUID of a GPU within CUDA_VISIBLE_DEVICES, if set."""
     visible = [
         entry.strip()
         for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -39,7 +40,7 @@ def visible_gpu(device: str) -> str:
 
 
 def viral_checkpoint_mode() -> bool:
-    """Whether checkpoints are to be written more often, as VirNucPro's users ask by an environment variable."""
+    """Return whether VirNucPro's variable requests more frequent checkpoints."""
     return os.environ.get("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "").strip().lower() in {
         "1",
         "true",

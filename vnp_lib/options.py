@@ -9,16 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from pydantic import (
-    Field,
-    ValidationError,
-)
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    CliSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from vnp_lib.config import EmbedConfig, OutputName, OutputPath, RunPath
@@ -26,26 +18,28 @@ from vnp_lib.errors import ConfigError
 
 
 class EstimateConfig(EmbedConfig):
-    """Say what a run would be. All options of a run are taken. Nothing on disk is changed."""
+    """Estimate a run without starting it, from the same options. Nothing on disk is changed."""
 
     output_dir: OutputPath = Field(
-        Path(), description="Where the run would be: the space on that disk is looked at."
+        Path(), description="Run directory of the run: the free space on its disk is checked."
     )
     tokens_per_second: float | None = Field(
         None,
         gt=0,
-        description="Tokens per second of all devices together, for the time that the run would take.",
+        description="Tokens per second of all devices together, to estimate the run time.",
     )
     speed_of: RunPath | None = Field(
         None,
-        description="Run directory with the same model on such devices, to take the speed from; if not given, --output-dir "
-        "where that is one.",
+        description=(
+            "Run directory of the same model on the same kind of devices, to take the speed from; "
+            "by default --output-dir, if it holds a run."
+        ),
     )
 
 
 class _EmbedCli(EmbedConfig, BaseSettings):
-    __doc__ = f"""{EmbedConfig.__doc__} Each option can also be given as an environment variable: --token-budget is
-VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
+    __doc__ = f"""{EmbedConfig.__doc__} Each option can also be given as an environment variable:
+--token-budget is VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
 
     model_config = SettingsConfigDict(
         title="Embed",
@@ -60,14 +54,15 @@ VNP_TOKEN_BUDGET, --runtime.grace-s is VNP_RUNTIME__GRACE_S."""
 
 
 class _EstimateCli(EstimateConfig, BaseSettings):
-    __doc__ = f"""{EstimateConfig.__doc__} With --json it is printed as JSON. Exit code 0: such a run can begin, 1: something in the
-input would be refused, or the disk has no room, 2: an option cannot be used."""
+    __doc__ = f"""{EstimateConfig.__doc__} With --json the estimate is printed as JSON. Exit code
+0: the run can start, 1: it would refuse the input, or the disk has too little space, 2: an option
+cannot be used."""
 
     model_config = _EmbedCli.model_config | SettingsConfigDict(title="Estimate")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Leaves out what only a programmer reads: Python's type names, defaults that are None, a page of usage."""
+    """Help without Python's type names, defaults of None and a page-long usage line."""
 
     _METAVARS: ClassVar = {"tuple[Path,...]": "FILES", "Path": "DIR", "str": "TEXT", "int": "N"} | {
         f"tuple[{{{','.join(get_args(OutputName))}}},...]": "OUTPUTS",
@@ -77,11 +72,12 @@ class _HelpFormatter(argparse.HelpFormatter):
     def add_usage(
         self, usage: str | None, actions: Iterable[argparse.Action], *args: Any, **kwargs: Any
     ) -> None:
-        needed = [each for each in actions if "(required)" in (each.help or "")]
-        told = " ".join(
-            f"{each.option_strings[0]} {self._metavar_formatter(each, '')(1)[0]}" for each in needed
+        required = " ".join(
+            f"{action.option_strings[0]} {self._metavar_formatter(action, '')(1)[0]}"
+            for action in actions
+            if "(required)" in (action.help or "")
         )
-        super().add_usage(f"%(prog)s {told} [options]", actions, *args, **kwargs)
+        super().add_usage(f"%(prog)s {required} [options]", actions, *args, **kwargs)
 
     def _metavar_formatter(
         self, action: argparse.Action, default_metavar: str
@@ -93,27 +89,26 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._metavar_formatter(action, default_metavar)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = re.sub(
-            r" \(default: \(.*\)\)$", "", action.help or ""
-        )  # of several values; the text says it
-        return told.replace(" (default: None)", "").replace(" (required)", "")
+        # The default of an option with several values is a tuple; its description names it instead.
+        text = re.sub(r" \(default: \(.*\)\)$", "", action.help or "")
+        return text.replace(" (default: None)", "").replace(" (required)", "")
 
 
 def parse_command_line(
     arguments: Sequence[str], *, program: str = "python flows/embed.py"
 ) -> EmbedConfig:
-    """Read the settings from a command line of `program`, and what it leaves open from `VNP_*`.
+    """Parse the options of `program`; those that are not given are read from `VNP_*` variables.
 
     Raises:
-        ConfigError: A value that does not fit; one line for each.
+        ConfigError: Invalid values; the message has one line per value.
         SystemExit: After `--help` (0), and for an option that does not exist (2).
     """
-    return EmbedConfig.model_validate(_given(_EmbedCli, arguments, program))
+    return EmbedConfig.model_validate(_parse(_EmbedCli, arguments, program))
 
 
 def parse_estimate_command_line(arguments: Sequence[str]) -> EstimateConfig:
-    """Read the settings of a run that is only thought of. `--json` is not among them. Raises as `parse_command_line`."""
-    return EstimateConfig.model_validate(_given(_EstimateCli, arguments, "vnp plan"))
+    """Parse the options of a dry run, without `--json`. Raises as `parse_command_line`."""
+    return EstimateConfig.model_validate(_parse(_EstimateCli, arguments, "vnp plan"))
 
 
 def _parse_arguments(
@@ -121,19 +116,20 @@ def _parse_arguments(
     arguments: Sequence[str] | None = None,
     namespace: argparse.Namespace | None = None,
 ) -> argparse.Namespace:
-    """Do what `parse_args` does, and say what is at fault where a shell has put files in the place of a pattern."""
-    given, others = parser.parse_known_args(arguments, namespace)
+    """Do what `parse_args` does, and explain paths left over by an unquoted pattern."""
+    parsed, others = parser.parse_known_args(arguments, namespace)
     if others and all(os.path.lexists(other) for other in others):
         raise ConfigError(
-            f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}: these paths belong to no option; quote a pattern, as in "
-            "--fasta 'x/*.faa', so that the shell leaves it as it is, or put commas between several files"
+            f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}: these paths belong "
+            "to no option; quote a pattern, as in --fasta 'x/*.faa', so that the shell does not "
+            "expand it, or separate several files with commas"
         )
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    return given
+    return parsed
 
 
-def _given(model: type[BaseSettings], arguments: Sequence[str], program: str) -> dict[str, Any]:
+def _parse(model: type[BaseSettings], arguments: Sequence[str], program: str) -> dict[str, Any]:
     try:
         source = CliSettingsSource[Any](
             model,
@@ -155,7 +151,7 @@ def _explain(detail: Mapping[str, object]) -> str:
         str(part).replace("_", "-") for part in location if not isinstance(part, int)
     )
     if detail["type"] == "missing":
-        return f"{option} is needed (see --help)"
+        return f"{option} is required (see --help)"
     if detail["type"] == "path":
         return f"{option} {detail['msg']}"
     message = str(detail["msg"])

@@ -147,7 +147,7 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
     out = tmp_path / "out"
     match name:
         case "no arguments":
-            return (), "--fasta is needed"
+            return (), "--fasta is required"
         case "missing file":
             return (
                 "--fasta",

@@ -1,4 +1,4 @@
-"""One model behind the command line, the variables and the flow's parameter."""
+"""Settings by option, variable and flow parameter, and the devices that they name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vnp_lib.config import EmbedConfig, RuntimeConfig
 from vnp_lib.devices import resolve_devices
 from vnp_lib.environment import viral_checkpoint_mode, worker_environment
 from vnp_lib.errors import ConfigError
+from vnp_lib.model.esm2 import MODELS
 from vnp_lib.options import EstimateConfig, parse_command_line, parse_estimate_command_line
-from vnp_lib.plan.outputs import OutputKind
+from vnp_lib.plan.outputs import OutputKind, StoreDtype
 
 SMALLEST = "esm2_t6_8M_UR50D"
 
@@ -31,7 +32,7 @@ def _no_settings_from_outside(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_the_default_model_is_the_one_of_a_real_run():
+def test_the_defaults_are_those_of_a_real_run():
     config = parse_command_line(NEEDED)
     assert (config.model, config.weights, config.devices) == ("esm2_t36_3B_UR50D", "auto", "auto")
 
@@ -77,8 +78,18 @@ def test_an_option_wins_over_a_variable(monkeypatch):
     assert parse_command_line([*NEEDED, "--shards", "2"]).shards == 2
 
 
-def test_what_can_be_computed_is_what_can_be_asked_for():
-    assert get_args(config.OutputName) == tuple(OutputKind)
+@pytest.mark.parametrize(
+    ("choices", "defined"),
+    [
+        (config.OutputName, OutputKind),
+        (config.StoreDtypeName, StoreDtype),
+        (config.ModelName, MODELS),
+    ],
+    ids=["outputs", "store_dtypes", "models"],
+)
+def test_choices_are_those_of_the_rooms(choices, defined):
+    """`config` is below the rooms and cannot import them, so it repeats what they define."""
+    assert get_args(choices) == tuple(defined)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +103,7 @@ def test_layers_and_outputs_are_lists_with_commas(given, layers):
     assert EmbedConfig(fasta=("a",), output_dir="b", repr_layers=layers).repr_layers == layers
 
 
-def test_an_output_that_there_is_not_is_refused_with_those_that_there_are():
+def test_an_unknown_output_is_refused_with_the_known_ones():
     with pytest.raises(
         ConfigError, match=r"--include: input should be 'mean', .* or 'logits'; it was 'median'"
     ):
@@ -100,7 +111,7 @@ def test_an_output_that_there_is_not_is_refused_with_those_that_there_are():
 
 
 def test_the_flows_parameter_does_not_read_the_environment(monkeypatch):
-    """Else a worker's environment would quietly fill in what the person left open in the UI."""
+    """Otherwise the environment of a worker would set what was left open in the UI."""
     monkeypatch.setenv("VNP_SHARDS", "7")
     assert EmbedConfig(fasta=(Path("a"),), output_dir=Path("b")).shards is None
 
@@ -117,7 +128,7 @@ def test_several_fasta_files_by_comma_or_by_repeating_the_option():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["--fasta is needed", "--output-dir is needed"]),
+        ([], ["--fasta is required", "--output-dir is required"]),
         ([*NEEDED, "--model", "esm3"], ["--model", "esm2_t6_8M_UR50D", "esm3"]),
         ([*NEEDED, "--token-budget", "-3"], ["--token-budget", "-3"]),
         ([*NEEDED, "--shards", "many"], ["--shards", "many"]),
@@ -130,13 +141,13 @@ def test_several_fasta_files_by_comma_or_by_repeating_the_option():
         ),
     ],
 )
-def test_a_wrong_value_is_named_with_its_option(arguments, words):
+def test_an_invalid_value_is_named_with_its_option(arguments, words):
     with pytest.raises(ConfigError) as caught:
         parse_command_line(arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
+def test_help_has_no_python_types(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_command_line(["--help"])
     text = capsys.readouterr().out
@@ -152,15 +163,15 @@ def test_help_speaks_of_files_and_numbers_not_of_python_types(capsys):
     [(parse_command_line, EmbedConfig), (parse_estimate_command_line, EstimateConfig)],
 )
 def test_help_names_what_a_number_counts(parse, settings, capsys, monkeypatch):
-    """Seconds are called so where they are in the form's title, and nowhere else."""
+    """A number is SECONDS if the title in Prefect's form has the unit, and N otherwise."""
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         parse(["--help"])
-    told = dict(re.findall(r"^  --(\S+) ([A-Z]+)\b", capsys.readouterr().out, re.MULTILINE))
+    shown = dict(re.findall(r"^  --(\S+) ([A-Z]+)\b", capsys.readouterr().out, re.MULTILINE))
     numbers = titles_of_numbers(settings) | titles_of_numbers(RuntimeConfig, "runtime.")
     assert "runtime.grace_s" in numbers
     for name, title in numbers.items():
-        assert told[name.replace("_", "-")] == ("SECONDS" if title.endswith("(s)") else "N"), name
+        assert shown[name.replace("_", "-")] == ("SECONDS" if title.endswith("(s)") else "N"), name
 
 
 def titles_of_numbers(settings, prefix=""):
@@ -176,15 +187,15 @@ def titles_of_numbers(settings, prefix=""):
 @pytest.mark.parametrize(
     "command", ["status", "export", "report", "esm-extract", "verify", "verify-model"]
 )
-def test_help_of_a_command_names_values_by_what_they_are(command, capsys, monkeypatch):
+def test_help_of_a_command_names_the_kind_of_value(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    told = re.findall(r"^  --[\w-]+ \[?([A-Z_]+)\b", capsys.readouterr().out, re.MULTILINE)
-    assert set(told) <= {"N", "SECONDS", "TEXT", "PATH", "FORMAT", "DTYPE", "NAME"}
+    shown = re.findall(r"^  --[\w-]+ \[?([A-Z_]+)\b", capsys.readouterr().out, re.MULTILINE)
+    assert set(shown) <= {"N", "SECONDS", "TEXT", "PATH", "FORMAT", "DTYPE", "NAME"}
 
 
-def test_usage_has_the_options_that_are_needed(capsys):
+def test_usage_shows_the_required_options(capsys):
     for parse, usage in (
         (
             parse_command_line,
@@ -197,12 +208,13 @@ def test_usage_has_the_options_that_are_needed(capsys):
         assert capsys.readouterr().out.splitlines()[0] == usage
 
 
-def test_descriptions_suit_the_form_too_which_has_no_options():
+def test_descriptions_suit_prefects_form():
+    """The form has the same descriptions as `--help`, and no options."""
     described = json.dumps(EmbedConfig.model_json_schema())
     assert "--" not in described
 
 
-def test_settings_are_frozen_and_know_all_their_fields():
+def test_settings_are_frozen_and_refuse_other_fields():
     config = parse_command_line(NEEDED)
     with pytest.raises(ValidationError):
         config.shards = 3
@@ -215,7 +227,7 @@ def test_devices_by_name():
     assert resolve_devices("cpu,cpu", SMALLEST) == ("cpu", "cpu")
 
 
-def test_without_a_gpu_there_is_a_child_for_each_core(monkeypatch):
+def test_without_a_gpu_the_cpu_workers_are_the_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(devices, "num_cpu_workers", {SMALLEST: 3}.get)
     assert resolve_devices("auto", SMALLEST) == ("cpu", "cpu", "cpu")
@@ -232,14 +244,14 @@ def test_a_gpu_that_is_not_there_is_refused():
     ("mask", "device", "seen"),
     [(None, "1", "1"), ("2,3", "1", "3"), ("GPU-abc, GPU-def", "0", "GPU-abc"), ("0,1", "cpu", "")],
 )
-def test_a_child_sees_one_gpu_within_the_mask_of_its_parent(monkeypatch, mask, device, seen):
+def test_a_worker_sees_one_gpu_within_the_inherited_mask(monkeypatch, mask, device, seen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if mask is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     assert worker_environment(device)["CUDA_VISIBLE_DEVICES"] == seen
 
 
-def test_a_child_on_a_cpu_has_huge_pages_unless_told_otherwise(monkeypatch):
+def test_a_cpu_worker_has_huge_pages_by_default(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert worker_environment("cpu")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     assert "GLIBC_TUNABLES" not in worker_environment("0")
@@ -255,8 +267,8 @@ def test_viral_checkpoint_mode_is_a_switch(monkeypatch, value, expected):
     assert viral_checkpoint_mode() is expected
 
 
-def test_a_minimum_length_leaves_something_below_the_maximum():
-    """A window may be shorter than the shortest sequence: that goes through the model in several."""
+def test_a_minimum_length_above_the_maximum_is_refused():
+    """A window may be shorter than the shortest sequence, which is then computed in several."""
     given = [*NEEDED, "--min-length", "100", "--max-length"]
     for long in ("skip", "truncate", "error"):
         assert parse_command_line([*given, "100", "--long", long]).min_length == 100
@@ -269,7 +281,7 @@ def test_a_minimum_length_leaves_something_below_the_maximum():
         parse_command_line([*NEEDED, "--min-length", "0"])
 
 
-def test_windows_have_a_length_and_virnucpros_way_has_its_own():
+def test_a_maximum_length_is_required_by_windows_only():
     assert (
         parse_command_line([*NEEDED, "--long", "window", "--max-length", "1022"]).max_length == 1022
     )

@@ -1,4 +1,4 @@
-"""How many children a CPU takes: by its cores, and by its memory."""
+"""The number of CPU workers, by cores and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("model", "cores", "memory", "children"),
+    ("model", "cores", "memory", "workers"),
     [
         ("esm2_t6_8M_UR50D", 2, 24 * GB, 2),
         ("esm2_t6_8M_UR50D", 64, 24 * GB, 13),
@@ -24,14 +24,14 @@ GB = 10**9
         ("esm2_t48_15B_UR50D", 64, 24 * GB, 1),
     ],
 )
-def test_a_child_a_core_as_far_as_memory_allows(monkeypatch, model, cores, memory, children):
+def test_one_worker_per_core_memory_permitting(monkeypatch, model, cores, memory, workers):
     monkeypatch.setattr(devices, "num_cores", lambda: cores)
     monkeypatch.setattr(devices, "available_memory_bytes", lambda: memory)
-    assert num_cpu_workers(model) == children
+    assert num_cpu_workers(model) == workers
 
 
 @pytest.mark.parametrize("model", get_args(ModelName))
-def test_names_tell_the_number_of_parameters(model):
+def test_a_name_has_the_number_of_parameters(model):
     architecture = MODELS[model]
     in_matrices = 12 * architecture.embed_dim**2 * architecture.num_layers
     assert num_parameters(model) == pytest.approx(in_matrices, rel=0.12)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vnp_lib.config import EmbedConfig
 from vnp_lib.dataset import stored_dtype
-from vnp_lib.devices import kind_of, resolve_dtype, torch_device_name
+from vnp_lib.devices import device_type, resolve_dtype, torch_device_name
 from vnp_lib.errors import ConfigError
 from vnp_lib.inputs import InputPolicy
 from vnp_lib.plan import (
@@ -139,7 +139,7 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
     """
     if config.token_budget is not None:
         return config.token_budget
-    if kind_of(devices[0]) == "cpu":
+    if device_type(devices[0]) == "cpu":
         return CPU_TOKEN_BUDGET
     from vnp_lib.inference import TOKENS_UNSEEN, choose_token_budget
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vnp_lib.checkpoint import Quarantine
 from vnp_lib.config import EmbedConfig
-from vnp_lib.devices import kind_of, num_cores
+from vnp_lib.devices import device_type, num_cores
 from vnp_lib.errors import ConfigError
 from vnp_lib.failures import Failure
 from vnp_lib.plan import RunPaths, RunPlan
@@ -164,7 +164,7 @@ class Run:
             weights=RANDOM_WEIGHTS if self._weights.path is None else str(self._weights.path),
             weights_digest=self._weights.digest,
             dtype=identity["dtype"],
-            device=kind_of(device),
+            device=device_type(device),
             num_threads=1 if self.config.deterministic else self._threads_per_child(),
             is_deterministic=self.config.deterministic,
             checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,

@@ -384,7 +384,7 @@ def test_hostile_ids_do_not_reach_the_terminal(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--fasta is needed"),
+        ((), "--fasta is required"),
         (("--fasta", "x", "--model", "gpt"), "--model"),
         (("--fasta", "x", "--tokens-per-second", "0"), "--tokens-per-second"),
         (
