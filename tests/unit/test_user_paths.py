@@ -311,11 +311,12 @@ class TestSettings:
 
 
 @pytest.mark.parametrize("parse", [parse_command_line, parse_estimate_command_line])
-def test_a_pattern_that_the_shell_has_expanded_is_refused_with_quotes_as_advice(parse) -> None:
+def test_a_pattern_expanded_by_the_shell_is_refused(parse) -> None:
     files = [touch(f"{name}.faa") for name in "abcde"]
     assert refusal(lambda: parse(["--fasta", *files, "--output-dir", "out"])) == (
-        "b.faa, c.faa, d.faa and more: these paths belong to no option; quote a pattern, as in --fasta 'x/*.faa', so that the shell "
-        "leaves it as it is, or put commas between several files"
+        "b.faa, c.faa, d.faa and more: these paths belong to no option; quote a pattern, as in "
+        "--fasta 'x/*.faa', so that the shell does not expand it, or separate several files "
+        "with commas"
     )
 
 
