@@ -60,7 +60,7 @@ TAKEN_BY_FAIR_ESM = {
         "a name made of the line's number",
     ),
     "tokens": (b">a\nMK<mask>V\n", "'<' at position 3", "a mean over EOS and padding too"),
-    "a token that is no letter": (
+    "a token that is no amino acid": (
         b">a\nMK<unk>V\n",
         "'<' at position 3",
         "a mean over EOS and padding too",
@@ -83,10 +83,10 @@ TAKEN_BY_FAIR_ESM = {
     ),
     "an empty file": (b"", "there is no sequence in it", "no files"),
     "FASTQ": (b"@a\nMKV\n+\nIII\n", "this is FASTQ", "no files"),
-    "a header that leads out of the directory": (
+    "a header with a path out of the directory": (
         b">../a\nMKV\n",
         "leads out of",
-        "a file elsewhere",
+        "a file in another directory",
     ),
 }
 # What fair-esm cannot read, and is read here.
