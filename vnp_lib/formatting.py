@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -10,6 +11,22 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 def printable(text: str) -> str:
     """Replace what moves a cursor, rings a bell or breaks a line."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def listed(
+    items: Sequence[str], limit: int, *, separator: str = ", ", total: int | None = None
+) -> str:
+    """Join the first `limit` items, and count the others: `a, b and 3 more`.
+
+    Args:
+        items: All items, or as many of them as are shown.
+        limit: Items that are shown.
+        separator: Text between two items.
+        total: Number of all items, if `items` holds only those that are shown.
+    """
+    num_more = (len(items) if total is None else total) - limit
+    more = f"{separator.rstrip(', ')} and {num_more:,} more" if num_more > 0 else ""
+    return separator.join(items[:limit]) + more
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -15,6 +15,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from vnp_lib.config import EmbedConfig, OutputName, OutputPath, RunPath
 from vnp_lib.errors import ConfigError
+from vnp_lib.formatting import listed
 
 
 class EstimateConfig(EmbedConfig):
@@ -120,9 +121,9 @@ def _parse_arguments(
     parsed, others = parser.parse_known_args(arguments, namespace)
     if others and all(os.path.lexists(other) for other in others):
         raise ConfigError(
-            f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}: these paths belong "
-            "to no option; quote a pattern, as in --fasta 'x/*.faa', so that the shell does not "
-            "expand it, or separate several files with commas"
+            f"{listed(others, 3)}: these paths belong to no option; quote a pattern, as in "
+            "--fasta 'x/*.faa', so that the shell does not expand it, or separate several files "
+            "with commas"
         )
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

@@ -314,7 +314,7 @@ class TestSettings:
 def test_a_pattern_expanded_by_the_shell_is_refused(parse) -> None:
     files = [touch(f"{name}.faa") for name in "abcde"]
     assert refusal(lambda: parse(["--fasta", *files, "--output-dir", "out"])) == (
-        "b.faa, c.faa, d.faa and more: these paths belong to no option; quote a pattern, as in "
+        "b.faa, c.faa, d.faa and 1 more: these paths belong to no option; quote a pattern, as in "
         "--fasta 'x/*.faa', so that the shell does not expand it, or separate several files "
         "with commas"
     )

@@ -35,6 +35,7 @@ from torch import Tensor
 from vnp_lib.checkpoint.archive import check_archive
 from vnp_lib.checkpoint.array_pickle import arrays_allowed
 from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
+from vnp_lib.formatting import listed
 from vnp_lib.storage import (
     FileDigest,
     digest_stream,
@@ -263,7 +264,7 @@ def require_committable(content: CheckpointContent) -> None:
     except CheckpointError as error:
         raise ValueError(f"this is no checkpoint: {error}") from None
     if not _is_finite(content.embeddings):
-        raise NumericalInstabilityError(f"not finite: {', '.join(_ids_of_bad_rows(content)[:10])}")
+        raise NumericalInstabilityError(f"not finite: {listed(_ids_of_bad_rows(content), 10)}")
 
 
 def save_content(path: Path, content: CheckpointContent) -> FileDigest:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vnp_lib.errors import NumericalInstabilityError
+from vnp_lib.formatting import listed
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from vnp_lib.model import PackedBatch
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 class Callbacks:
@@ -30,7 +31,7 @@ class Callbacks:
 
     def on_not_finite(self, batch: PackedBatch) -> None:
         """Sequences have no finite row, also when each is computed alone. The loop goes on without them."""
-        ids = ", ".join(batch.sequence_ids[:_MOST_SHOWN])
+        ids = listed(batch.sequence_ids, _MAX_SHOWN)
         raise NumericalInstabilityError(
             f"numerical instability: {batch.num_sequences} not finite in batch {batch.batch_idx}: {ids}"
         )

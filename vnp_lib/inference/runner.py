@@ -28,6 +28,7 @@ from vnp_lib.checkpoint import (
     resume_from_checkpoints,
 )
 from vnp_lib.errors import SequenceTooLargeError
+from vnp_lib.formatting import listed
 from vnp_lib.inference.callbacks import Callbacks
 from vnp_lib.inference.executor import (
     BatchExecutor,
@@ -46,7 +47,7 @@ from vnp_lib.software import Software
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
 
 _BATCHES_AHEAD = 4
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 _MOST_UNSAVED_BYTES = (
     256 * 1024**2
 )  # ten thousand rows that are as long as their sequences may not fit into memory
@@ -299,9 +300,8 @@ def _refuse(too_large: list[PackedBatch]) -> None:
         )
     ]
     if told:
-        more = ", ..." if len(told) > _MOST_SHOWN else ""
         raise SequenceTooLargeError(
-            f"{len(told)} sequences do not fit into the device's memory, each alone: {', '.join(told[:_MOST_SHOWN])}{more}; "
+            f"{len(told)} sequences do not fit into the device's memory, each alone: {listed(told, _MAX_SHOWN)}; "
             f"use a device with more memory, or take them out"
         )
 

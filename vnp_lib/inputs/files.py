@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
 from vnp_lib.errors import FastaError
+from vnp_lib.formatting import listed
 from vnp_lib.inputs import decompression
 from vnp_lib.inputs.decompression import BLOCK_BYTES, DAMAGE, buffered, decompressed, is_compressed
 from vnp_lib.inputs.file_kinds import START_BYTES, FileKind, binary_kind_of, zip_kind_of
@@ -150,7 +151,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     suffixes = [suffix_of(Path(name)) for name in names]
     if set(suffixes) & {*PROTEIN_SUFFIXES} and set(suffixes) & {*NUCLEOTIDE_SUFFIXES}:
         raise FastaError(
-            f"{path}: there are proteins and nucleotides in this zip archive ({_listed(names)}); take out what is to be "
+            f"{path}: there are proteins and nucleotides in this zip archive ({_describe_content(names)}); take out what is to be "
             f"embedded, for example with `unzip -p {path} '*.faa' > proteins.fasta`"
         )
     chosen = [
@@ -159,7 +160,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     chosen = chosen or (files if len(files) == 1 else [])
     if not chosen:
         raise FastaError(
-            f"{path}: there is no FASTA file in this zip archive ({_listed(names)}); wanted are names that end in "
+            f"{path}: there is no FASTA file in this zip archive ({_describe_content(names)}); wanted are names that end in "
             f"{', '.join(FASTA_SUFFIXES)}"
         )
     if any(member.flag_bits & 1 for member in chosen):
@@ -169,12 +170,11 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return chosen
 
 
-def _listed(names: list[str]) -> str:
+def _describe_content(names: list[str]) -> str:
     """Name the first of some files."""
     if not names:
         return "it is empty"
-    shown = ", ".join(PurePosixPath(name).name for name in names[:5])
-    return f"it holds {shown}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return f"it holds {listed([PurePosixPath(name).name for name in names], 5)}"
 
 
 def _recoded(file: BinaryIO, encoding: str) -> Iterator[bytes]:

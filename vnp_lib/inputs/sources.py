@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from vnp_lib.errors import FastaError
+from vnp_lib.formatting import listed
 from vnp_lib.inputs.files import COMPRESSIONS, FASTA_SUFFIXES, NUCLEOTIDE_SUFFIXES, suffix_of
 from vnp_lib.user_paths import is_pattern, is_utf8, shown
 
@@ -36,10 +37,7 @@ class FoundFiles:
         """Say what was left out: `data: 1 file is read, 2 are left out: d.txt, old/`; "" if nothing was."""
         if not self.left_out and not self.num_hidden:
             return ""
-        names = ", ".join(self.left_out[:_NUM_SHOWN])
-        more = len(self.left_out) - _NUM_SHOWN
-        if more > 0:
-            names += f" and {more:,} more"
+        names = listed(self.left_out, _NUM_SHOWN)
         hidden = f"{self.num_hidden:,} hidden" if self.num_hidden else ""
         number = len(self.left_out) + self.num_hidden
         return (
@@ -100,7 +98,7 @@ def _files_in(directory: Path) -> FoundFiles:
         given=directory, paths=tuple(taken), left_out=left_out, num_hidden=len(hidden)
     )
     if not taken:
-        held = f"; it holds {', '.join(left_out[:_NUM_SHOWN])}" if left_out else ""
+        held = f"; it holds {listed(left_out, _NUM_SHOWN)}" if left_out else ""
         raise FastaError(
             f"{shown(directory)}: there is no FASTA file in this directory; wanted are names that end in "
             f"{', '.join(FASTA_SUFFIXES)}, or one of these and {', '.join(COMPRESSIONS)}{held}"

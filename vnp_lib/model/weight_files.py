@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vnp_lib.errors import WeightsError
+from vnp_lib.formatting import listed
 from vnp_lib.user_paths import PathUse, user_path
 
 _SAFETENSORS = "model.safetensors"
@@ -195,7 +196,7 @@ def _instead_of_directory(directory: Path) -> str:
         if name.endswith((".pt", ".pth", ".safetensors")) and "contact-regression" not in name
     ]
     if found := models or files:
-        return f"it holds {', '.join(found[:5])}: give the path of the one that is meant"
+        return f"it holds {listed(found, 5)}: give the path of the one that is meant"
     if any(name.endswith((".h5", ".msgpack", ".onnx", ".gguf")) for name in names):
         return f"parameters of other frameworks are not read; {_WANTED}"
     if "config.json" in names or any("token" in name or name == "vocab.txt" for name in names):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.errors import FastaError
+from vnp_lib.formatting import listed
 from vnp_lib.inputs import (
     DIGEST_BYTES,
     EMPTY_ADVICE,
@@ -141,11 +142,11 @@ def _duplicate_ids_error(
 ) -> FastaError:
     pairs = list(zip(firsts[:_NUM_SHOWN].tolist(), repeats[:_NUM_SHOWN].tolist(), strict=True))
     places = locate_records(sources, policy, {ordinal for pair in pairs for ordinal in pair})
-    listed = "; ".join(
+    repeated = [
         f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs
-    )
-    more = f"; and {repeats.size - _NUM_SHOWN:,} more" if repeats.size > _NUM_SHOWN else ""
+    ]
+    shown = listed(repeated, _NUM_SHOWN, separator="; ", total=repeats.size)
     return FastaError(
-        f"ids must be unique, but some occur twice ({listed}{more}); rename or remove these "
+        f"ids must be unique, but some occur twice ({shown}); rename or remove these "
         f"records, or use --duplicate-ids rename or --duplicate-ids keep"
     )

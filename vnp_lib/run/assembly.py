@@ -42,7 +42,7 @@ from vnp_lib.errors import (
     NumericalInstabilityError,
     StorageError,
 )
-from vnp_lib.formatting import utc_now
+from vnp_lib.formatting import listed, utc_now
 from vnp_lib.inference import Certificate, Comparison, from_metadata
 from vnp_lib.inputs import InputCounts
 from vnp_lib.plan import (
@@ -275,12 +275,11 @@ def _refuse_ordinals(plan: RunPlan, mask: NDArray[np.bool_], what: str) -> None:
     ordinals = np.flatnonzero(mask)
     if ordinals.size:
         shown = ordinals[:_NUM_SHOWN]
-        listed = ", ".join(
+        named = [
             f"{ordinal} ({id_!r})" for ordinal, id_ in zip(shown, plan.ids(shown), strict=True)
-        )
-        more = ", ..." if ordinals.size > _NUM_SHOWN else ""
+        ]
         raise IncompleteDatasetError(
-            f"{ordinals.size:,} of {mask.size:,} sequences {what}: ordinals {listed}{more}"
+            f"{ordinals.size:,} of {mask.size:,} sequences {what}: ordinals {listed(named, _NUM_SHOWN, total=ordinals.size)}"
         )
 
 
