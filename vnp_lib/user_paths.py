@@ -1,4 +1,4 @@
-"""Paths as users write them: on a command line, in a form, in an environment variable or in Python."""
+"""Read paths as users write them on a command line, in a form, in a variable or in Python."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
@@ -19,11 +20,15 @@ AnyPath: TypeAlias = str | os.PathLike[str]
 
 _STDIN_NAMES = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# `Path` makes one slash of two. With one, only what is known is an address: a directory's name may end with a colon.
+
+# `Path` collapses two slashes into one. With a single slash, only known schemes make an address,
+# because the name of a directory may end with a colon.
 _COLLAPSED = re.compile(
-    r"(abfss?|adl|az|drs|file|ftps?|gc?s|globus|hdfs|hf|https?|oci|r2|rsync|s3[an]?|scp|sftp|smb|ssh|swift|wasbs?):/(?!/)",
+    r"(abfss?|adl|az|drs|file|ftps?|gc?s|globus|hdfs|hf|https?|oci|r2|rsync|s3[an]?|scp|sftp|smb"
+    r"|ssh|swift|wasbs?):/(?!/)",
     re.IGNORECASE,
 )
+
 _ON_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\\w")
 _ON_ANOTHER_MACHINE = re.compile(r"[\w.-]+@[\w.-]+:")
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
@@ -33,27 +38,31 @@ _MOST_COMMAS_IN_A_NAME = 8
 
 
 class PathUse(StrEnum):
-    """What a path is for, which decides what to do instead where it cannot be used."""
+    """The purpose of a path, which decides what an error message recommends instead."""
 
-    INPUT = "input"  # of a run, which reads standard input too
-    FILE = "file"  # that is read by whatever takes files only
+    # The input of a run, which may also be standard input.
+    INPUT = "input"
+    # An input of a command that reads files only.
+    FILE = "file"
     OUTPUT = "output"
     RUN = "run directory"
     WEIGHTS = "weights"
 
 
-def user_path(given: AnyPath, use: PathUse = PathUse.FILE) -> Path:
-    """Return the path that is meant by what a user wrote.
+def user_path(written: AnyPath, use: PathUse = PathUse.FILE) -> Path:
+    """Return the path that a user means.
 
-    What exists under exactly that name is meant, whatever is in the name. Otherwise white space around it is dropped, `~`,
-    `~user`, `$NAME` and `${NAME}` are expanded, and `file:///x` is `/x`. It need not exist. Relative paths stay relative.
+    If a file has exactly this name, it is that file, whatever characters are in the name.
+    Otherwise surrounding white space is removed, `~`, `~user`, `$NAME` and `${NAME}` are expanded,
+    and `file:///x` becomes `/x`. The file need not exist. Relative paths stay relative.
 
     Args:
-        given: What was written. A `Path` is treated as its text.
-        use: What the path is for.
+        written: The text that the user wrote, or a `Path` made from it.
+        use: Purpose of the path.
 
     Raises:
-        ConfigError: It is empty or an address, names an unknown user or variable, or cannot be the name of a file here.
+        ConfigError: The path is empty or an address, names an unknown user or variable, or cannot
+            be the name of a file on this system.
 
     >>> user_path(" data/proteins.fasta\\n")
     PosixPath('data/proteins.fasta')
@@ -62,76 +71,69 @@ def user_path(given: AnyPath, use: PathUse = PathUse.FILE) -> Path:
     vnp_lib.errors.ConfigError: s3://bucket/x.fasta: addresses are not fetched; pipe it, as in \
 `aws s3 cp s3://bucket/x.fasta - | python flows/embed.py --fasta - ...`
     """
-    text = os.fsdecode(given)
-    meant = text if os.path.lexists(text) else _expanded(text.strip(), use)
-    _require_possible(meant, use)
-    return Path(meant)
+    text = os.fsdecode(written)
+    path = text if os.path.lexists(text) else _expand(text.strip(), use)
+    _require_valid(path, use)
+    return Path(path)
 
 
-def user_inputs(given: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
-    """Return the files, directories and patterns that are meant by the input of a run; `-` is standard input.
+def user_inputs(written: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
+    """Return the files, directories and patterns of a run's input; `-` is standard input.
 
-    A text is divided at commas, except where a file that exists, or a pattern that matches, has the comma in it; each item of a
-    list is one path.
+    A text is split at commas, unless the comma is part of the name of an existing file or of a
+    pattern that matches. Each item of a list is one path.
 
     Raises:
-        ConfigError: As `user_path`; or there is nothing between two commas, or standard input is given twice.
+        ConfigError: As `user_path`; or nothing is between two commas, or standard input is given
+            twice.
     """
-    items = (
-        _divided(given)
-        if isinstance(given, str)
-        else [given]
-        if isinstance(given, os.PathLike)
-        else [*given]
-    )
+    if isinstance(written, str):
+        items: list[AnyPath] = [*_split_at_commas(written)]
+    else:
+        items = [written] if isinstance(written, os.PathLike) else [*written]
     paths = tuple(
         Path("-") if str(item).strip() in _STDIN_NAMES else user_path(item, PathUse.INPUT)
         for item in items
     )
     if paths.count(Path("-")) > 1:
-        raise ConfigError("-: standard input is given twice, and can be read once; give it once")
+        raise ConfigError("-: standard input is given twice, but can be read only once")
     return paths
 
 
 def is_pattern(text: str) -> bool:
-    """Whether it has a character in it that stands for others, and no file has that name."""
+    """Return whether a path has a wildcard, and no file has exactly that name."""
     return glob.has_magic(text) and not os.path.lexists(text)
 
 
-def _divided(text: str) -> list[str]:
-    """The parts of a list with commas between, as long as they can be."""
-    if _means_something(text):
+def _split_at_commas(text: str) -> list[str]:
+    """Split a list of paths. A path with commas that exists is preferred to its parts."""
+    if _exists_or_matches(text):
         return [text]
-    if text.lstrip().startswith("[") and (listed := _json_list(text)) is not None:
-        return listed
-    pieces, parts = text.split(","), []
+    # As in JSON, a list may be written so that commas in names are unambiguous.
+    if text.lstrip().startswith("["):
+        with suppress(ValueError):
+            items: list[str] = json.loads(text)
+            if all(isinstance(item, str) for item in items):
+                return items
+    pieces, paths = text.split(","), []
     while pieces:
         most = min(len(pieces), 1 + _MOST_COMMAS_IN_A_NAME)
-        count = next((n for n in range(most, 1, -1) if _means_something(",".join(pieces[:n]))), 1)
-        parts.append(",".join(pieces[:count]))
+        count = next((n for n in range(most, 1, -1) if _exists_or_matches(",".join(pieces[:n]))), 1)
+        paths.append(",".join(pieces[:count]))
         pieces = pieces[count:]
-    if len(parts) > 1 and not all(part.strip() for part in parts):
+    if len(paths) > 1 and not all(path.strip() for path in paths):
         raise _refusal(
-            text,
-            "there is nothing before, after or between two of the commas; take that comma away",
+            text, "there is nothing before, after or between two of the commas; remove that comma"
         )
-    return parts
+    return paths
 
 
-def _json_list(text: str) -> list[str] | None:
-    try:
-        listed = json.loads(text)
-    except ValueError:
-        return None
-    return listed if all(isinstance(item, str) for item in listed) else None
-
-
-def _means_something(text: str) -> bool:
-    """Whether a file has this name, or some match this pattern."""
+def _exists_or_matches(text: str) -> bool:
+    """Return whether a file has this name, or at least one matches this pattern."""
     if os.path.lexists(text):
         return True
     try:
-        expanded = _expanded(text.strip(), PathUse.INPUT)
+        expanded = _expand(text.strip(), PathUse.INPUT)
     except ConfigError:
         return False
     return os.path.lexists(expanded) or (
@@ -139,10 +141,10 @@ def _means_something(text: str) -> bool:
     )
 
 
-def _expanded(text: str, use: PathUse) -> str:
+def _expand(text: str, use: PathUse) -> str:
     if not text:
         raise ConfigError(
-            "'': the path is empty; give one, or see that the variable that it comes from is set"
+            "'': the path is empty; give one, or set the variable that it is taken from"
         )
     if os.path.lexists(text):
         return text
@@ -154,41 +156,32 @@ def _expanded(text: str, use: PathUse) -> str:
     if _QUOTES.get(text[0]) == text[-1] and len(text) > 1:
         raise _refusal(
             text,
-            "there are quotes around this path; take them away: a shell does that, a form or a file of variables does not",
+            "there are quotes around this path; remove them: a shell does that, but a form or a "
+            "file of variables does not",
         )
     if _ON_WINDOWS.match(text):
         raise _refusal(
-            text,
-            "this is a path of Windows; give the path that it has here, in WSL for example /mnt/c/...",
+            text, "this is a Windows path; give the path on this system, in WSL /mnt/c/..."
         )
     if _ON_ANOTHER_MACHINE.match(text):
         raise _refusal(
             text, "this is on another machine; copy it here first, or mount that file system"
         )
-    return _VARIABLE.sub(lambda variable: _value(variable, text), _with_home(text))
-
-
-def _with_home(text: str) -> str:
-    if not text.startswith("~"):
-        return text
-    expanded = os.path.expanduser(text)
-    if expanded == text:
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
         user = text[1:].partition("/")[0]
-        what = (
-            f"there is no user {user!r} on this machine"
-            if user
-            else "HOME is not set, so that ~ is not known"
-        )
-        raise _refusal(text, f"{what}; write the path in full")
-    return expanded
+        reason = f"there is no user {user!r} on this machine" if user else "HOME is not set"
+        raise _refusal(text, f"{reason}; write the path in full")
+    return _VARIABLE.sub(lambda variable: _value(variable, text), path)
 
 
 def _value(variable: re.Match[str], text: str) -> str:
+    """Return the value of an environment variable that is part of a path."""
     name = variable[1] or variable[2]
     value = os.path.expandvars(f"${{{name}}}")
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise _refusal(
-            text, f"only $NAME and ${{NAME}} are expanded; write what {variable[0]} stands for"
+            text, f"only $NAME and ${{NAME}} are expanded; write the value of {variable[0]} instead"
         )
     if value in ("", f"${{{name}}}"):
         raise _refusal(
@@ -198,28 +191,28 @@ def _value(variable: re.Match[str], text: str) -> str:
 
 
 def _path_in_address(text: str, use: PathUse) -> str:
-    try:
+    """Return the path in a `file:` address of this machine, and refuse all other addresses."""
+    # `urlsplit` raises ValueError on brackets that do not enclose an IPv6 address.
+    with suppress(ValueError):
         address = urlsplit(text)
-        is_here = (
-            address.scheme.lower() == "file"
-            and address.netloc in ("", "localhost")
-            and address.path
-        )
-    except ValueError:  # brackets that are no IPv6 address
-        is_here = False
-    if is_here:
-        return unquote(address.path, errors="surrogateescape")
-    raise _refusal(text, _instead_of_address(text, use))
+        is_local = address.scheme.lower() == "file" and address.netloc in ("", "localhost")
+        if is_local and address.path:
+            return unquote(address.path, errors="surrogateescape")
+    raise _refusal(text, _advice_on_address(text, use))
 
 
-def _instead_of_address(text: str, use: PathUse) -> str:
+def _advice_on_address(text: str, use: PathUse) -> str:
+    """Return what to do instead of giving an address, with the command that copies it."""
     scheme, quoted = text.partition(":")[0].lower(), shlex.quote(text)
     if use in (PathUse.OUTPUT, PathUse.RUN):
         what = "addresses are not written to" if use == PathUse.OUTPUT else "addresses are not read"
         copy = {"s3": "aws s3 sync", "gs": "gcloud storage rsync"}.get(scheme)
         copied = f", for example with `{copy}`" if copy else ""
         when = "copy it there afterwards" if use == PathUse.OUTPUT else "copy it here first"
-        return f"{what}; give a directory on a disk of this machine or one mounted here, and {when}{copied}"
+        return (
+            f"{what}; give a directory on a disk of this machine or one mounted here, and "
+            f"{when}{copied}"
+        )
     if use == PathUse.WEIGHTS:
         is_hub = scheme == "hf" or "huggingface.co" in text
         get = {"s3": f"aws s3 cp {quoted} .", "gs": f"gcloud storage cp {quoted} ."}.get(
@@ -239,50 +232,44 @@ def _instead_of_address(text: str, use: PathUse) -> str:
     )
 
 
-def _refusal(text: str, why: str) -> ConfigError:
-    return ConfigError(f"{shown(text)}: {why}")
+def _refusal(text: str, reason: str) -> ConfigError:
+    return ConfigError(f"{shown(text)}: {reason}")
 
 
-def _require_possible(text: str, use: PathUse) -> None:
-    """Raise ConfigError where no file could have this name, or where it could not be recorded: records are UTF-8."""
+def _require_valid(text: str, use: PathUse) -> None:
+    """Raise ConfigError if no file can have this name, or a UTF-8 record cannot hold it."""
     if "\0" in text:
-        raise ConfigError(f"{text!r}: a path cannot have a NUL character in it; take it away")
+        raise ConfigError(f"{text!r}: a path cannot have a NUL character in it; remove it")
     if re.search(r"[\n\r]", text) and not os.path.lexists(text):
         raise ConfigError(
-            f"{text!r}: there is a line break in this path; give one path, several with commas between"
+            f"{text!r}: there is a line break in this path; give one path, or several separated by "
+            "commas"
         )
     if too_long := next(
         (part for part in text.split("/") if len(os.fsencode(part)) > _MOST_NAME_BYTES), None
     ):
         raise ConfigError(
-            f"{too_long[:40]}...: this is too long for the name of a file, which has {_MOST_NAME_BYTES} bytes at most; give a path"
+            f"{too_long[:40]}...: this is too long for the name of a file, which has up to "
+            f"{_MOST_NAME_BYTES} bytes; give a path"
         )
+    is_run_directory = use in (PathUse.OUTPUT, PathUse.RUN)
     try:
-        # Of a run directory the path without links is recorded.
-        whole = (
-            os.path.realpath(text)
-            if use in (PathUse.OUTPUT, PathUse.RUN)
-            else os.path.abspath(text)
-        )
+        # A run directory is recorded without symbolic links in its path.
+        path = os.path.realpath(text) if is_run_directory else os.path.abspath(text)
     except OSError as error:
-        raise _refusal(
-            text, f"the current directory is not there any more ({error.strerror})"
-        ) from None
+        raise _refusal(text, f"the current directory was removed ({error.strerror})") from None
     try:
-        whole.encode()
+        path.encode()
     except UnicodeEncodeError:
-        raise _refusal(whole, _instead_of_undecodable(whole, use)) from None
-
-
-def _instead_of_undecodable(text: str, use: PathUse) -> str:
-    if is_utf8(os.fsencode(text)):
-        return "this name cannot be read in this locale; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
-    link = "" if use in (PathUse.OUTPUT, PathUse.RUN) else ", or give a link to it whose name is"
-    return f"this name is not UTF-8 text; rename it{link}"
+        link = "" if is_run_directory else ", or give a link to it whose name is"
+        advice = f"this name is not UTF-8 text; rename it{link}"
+        if is_utf8(os.fsencode(path)):
+            advice = "this name cannot be read in this locale; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        raise _refusal(path, advice) from None
 
 
 def is_utf8(data: bytes) -> bool:
-    """Whether it can be decoded."""
+    """Return whether bytes are UTF-8 text."""
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -291,5 +278,5 @@ def is_utf8(data: bytes) -> bool:
 
 
 def shown(path: AnyPath) -> str:
-    """A path for people, also where its name is no text: bytes that are none are written as `\\xe9`."""
+    """Return a path for display. Bytes that are not UTF-8 are written as `\\xe9`."""
     return os.fsencode(path).decode(errors="backslashreplace")

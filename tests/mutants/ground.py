@@ -55,7 +55,7 @@ MUTANTS = (
         before="range(most, 1, -1)",
         after="range(1, 1, -1)",
         caught_by=(
-            "tests/unit/test_user_paths.py::TestSeveralPaths::test_a_name_that_has_a_comma_in_it_is_that_file",
+            "tests/unit/test_user_paths.py::TestSeveralPaths::test_a_name_with_a_comma_is_preferred",
         ),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Paths as users write them: one way of reading them, wherever they are written."""
+"""Paths are read in one way, on a command line, in a form, in a variable or in Python."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TestOnePath:
             ("β-lactamase.fasta", "β-lactamase.fasta"),
         ],
     )
-    def test_what_a_shell_would_have_done_is_done(self, written: str, meant: str) -> None:
+    def test_it_is_expanded_as_by_a_shell(self, written: str, meant: str) -> None:
         assert user_path(written) == user_path(Path(written)) == Path(meant)
 
     @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ class TestOnePath:
             "file:/x",
         ],
     )
-    def test_what_exists_under_that_very_name_is_meant(self, name: str) -> None:
-        """Even where it looks like something else; a link that leads nowhere counts."""
+    def test_an_existing_file_of_that_name_is_meant(self, name: str) -> None:
+        """Even if the name looks like something else, and even if it is a dangling link."""
         assert user_path(touch(name)) == Path(name)
         Path(name).unlink()
         Path(name).symlink_to("nowhere")
         assert user_path(name) == Path(name)
 
     @pytest.mark.parametrize(
-        ("written", "told"),
+        ("written", "message"),
         [
             ("", "'': the path is empty; give one"),
             (" \n", "'': the path is empty"),
@@ -110,11 +110,11 @@ class TestOnePath:
             ("a\0b", r"'a\x00b': a path cannot have a NUL character"),
             ("a\nb", r"'a\nb': there is a line break in this path"),
             ("x" * 256, f"{'x' * 40}...: this is too long for the name of a file"),
-            ('"x.fasta"', '"x.fasta": there are quotes around this path; take them away'),
+            ('"x.fasta"', '"x.fasta": there are quotes around this path; remove them'),
             ("\u201cx.fasta\u201d", "\u201cx.fasta\u201d: there are quotes around this path"),
-            (r"C:\data\x.fasta", r"C:\data\x.fasta: this is a path of Windows"),
-            ("c:/data/x.fasta", "c:/data/x.fasta: this is a path of Windows"),
-            (r"\\server\x", r"\\server\x: this is a path of Windows"),
+            (r"C:\data\x.fasta", r"C:\data\x.fasta: this is a Windows path"),
+            ("c:/data/x.fasta", "c:/data/x.fasta: this is a Windows path"),
+            (r"\\server\x", r"\\server\x: this is a Windows path"),
             ("me@host:/x", "me@host:/x: this is on another machine; copy it"),
             ("file://host/x", "file://host/x: addresses are not fetched"),
             (
@@ -123,13 +123,11 @@ class TestOnePath:
             ),
         ],
     )
-    def test_what_can_be_no_path_is_refused_in_a_sentence(self, written: str, told: str) -> None:
-        assert told in refusal(lambda: user_path(written))
+    def test_an_impossible_path_is_refused_in_a_sentence(self, written: str, message: str) -> None:
+        assert message in refusal(lambda: user_path(written))
 
-    def test_a_name_that_is_not_utf8_is_refused_though_it_exists_and_a_link_to_it_is_taken(
-        self, tmp_path: Path
-    ) -> None:
-        """It could not be recorded, nor be a parameter of a flow."""
+    def test_a_name_that_is_not_utf8_needs_a_link_to_it(self, tmp_path: Path) -> None:
+        """It could neither be recorded nor be a parameter of a flow."""
         directory = Path(NOT_UTF8)
         directory.mkdir()
         Path("link").symlink_to(directory)
@@ -148,24 +146,16 @@ class TestOnePath:
             lambda: user_path("out", PathUse.OUTPUT)
         )
 
-    def test_a_current_directory_that_was_removed_is_said(
-        self, tmp_path: Path, monkeypatch
-    ) -> None:
+    def test_a_removed_current_directory_is_reported(self, tmp_path: Path, monkeypatch) -> None:
         (tmp_path / "gone").mkdir()
         monkeypatch.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
-        assert refusal(lambda: user_path("x")).startswith(
-            "x: the current directory is not there any more"
-        )
+        assert refusal(lambda: user_path("x")).startswith("x: the current directory was removed")
 
-    def test_a_home_that_is_not_known_is_said(self, monkeypatch) -> None:
-        monkeypatch.setattr(
-            os.path, "expanduser", lambda text: text
-        )  # as without HOME and an entry in passwd
-        assert (
-            refusal(lambda: user_path("~/x"))
-            == "~/x: HOME is not set, so that ~ is not known; write the path in full"
-        )
+    def test_an_unknown_home_is_reported(self, monkeypatch) -> None:
+        # As without HOME and without an entry in passwd.
+        monkeypatch.setattr(os.path, "expanduser", lambda text: text)
+        assert refusal(lambda: user_path("~/x")) == "~/x: HOME is not set; write the path in full"
 
     def test_a_path_is_shown_as_text_whatever_its_bytes(self) -> None:
         assert shown(NOT_UTF8) == r"prot\xe9ines"
@@ -188,13 +178,11 @@ class TestOnePath:
         ("hf://datasets/a/x.fasta", "download it, and give the path"),
     ],
 )
-def test_addresses_are_refused_with_the_command_that_fetches_them(
-    collapse, address, command
-) -> None:
-    """Also where `Path` has made one slash of two."""
-    told = refusal(lambda: user_inputs(collapse(address)))
-    assert told.startswith(f"{address}: addresses are not fetched; ")
-    assert command in told
+def test_an_address_is_refused_with_a_command_to_fetch_it(collapse, address, command) -> None:
+    """Also if `Path` has collapsed two slashes into one."""
+    message = refusal(lambda: user_inputs(collapse(address)))
+    assert message.startswith(f"{address}: addresses are not fetched; ")
+    assert command in message
     assert "--fasta" not in refusal(lambda: user_path(collapse(address)))
     assert "addresses are not written to; give a directory" in refusal(
         lambda: user_path(collapse(address), PathUse.OUTPUT)
@@ -219,7 +207,7 @@ class TestSeveralPaths:
             (Path("x.fa"), ["x.fa"]),
         ],
     )
-    def test_a_text_is_a_list_with_commas(self, written: Any, meant: list[str]) -> None:
+    def test_a_text_is_split_at_commas(self, written: Any, meant: list[str]) -> None:
         assert user_inputs(written) == tuple(map(Path, meant))
 
     @pytest.mark.parametrize(
@@ -240,7 +228,7 @@ class TestSeveralPaths:
             ),
         ],
     )
-    def test_a_name_that_has_a_comma_in_it_is_that_file(
+    def test_a_name_with_a_comma_is_preferred(
         self, existing: list[str], written: str, meant: list[str]
     ) -> None:
         for name in existing:
@@ -249,7 +237,7 @@ class TestSeveralPaths:
 
     @pytest.mark.parametrize("written", ["a,,b", ",a", "a,", "a, ,b"])
     def test_nothing_between_commas_is_refused(self, written: str) -> None:
-        """It would be the current directory."""
+        """An empty path would be the current directory."""
         assert refusal(lambda: user_inputs(written)).startswith(
             f"{written}: there is nothing before, after or between"
         )
@@ -290,7 +278,7 @@ def _needed(monkeypatch):
 @pytest.mark.parametrize("parse", [as_options, as_variables, as_flow_parameter, as_plan])
 @pytest.mark.parametrize("name", ["fasta", "output_dir", "weights"])
 class TestSettings:
-    def test_home_is_expanded_wherever_a_path_is_a_setting(self, parse, name) -> None:
+    def test_home_is_expanded(self, parse, name) -> None:
         found = getattr(parse(name, "~/x"), name)
         assert (
             found
@@ -301,7 +289,7 @@ class TestSettings:
             }[name]
         )
 
-    def test_an_address_is_refused_wherever_a_path_is_a_setting(self, parse, name) -> None:
+    def test_an_address_is_refused(self, parse, name) -> None:
         with pytest.raises(ValueError if parse == as_flow_parameter else ConfigError) as caught:
             parse(name, "s3://bucket/x")
         assert "s3://bucket/x: " in str(caught.value)
@@ -321,19 +309,19 @@ def test_a_pattern_expanded_by_the_shell_is_refused(parse) -> None:
 
 
 @pytest.mark.usefixtures("_needed")
-def test_the_run_that_a_speed_is_taken_from_is_a_path_like_any() -> None:
+def test_speed_of_is_a_path_like_any() -> None:
     assert parse_estimate_command_line(["--speed-of", "~/x"]).speed_of == Path("/home/me/x")
 
 
 @pytest.mark.usefixtures("_needed")
-def test_settings_go_through_json_and_stay_the_same() -> None:
+def test_settings_survive_json() -> None:
     config = EmbedConfig(fasta=("~/a,b.fa", "$DATA/*.fa"), output_dir="~/run", weights="~/w.pt")
     assert EmbedConfig.model_validate_json(config.model_dump_json()) == config
 
 
 @pytest.mark.usefixtures("_needed")
 @pytest.mark.parametrize("weights", ["auto", "random", " random "])
-def test_words_that_mean_weights_are_no_paths(weights: str) -> None:
+def test_auto_and_random_are_not_paths(weights: str) -> None:
     touch("random")
     assert as_flow_parameter("weights", weights).weights == weights.strip()
 
@@ -348,7 +336,7 @@ def test_words_that_mean_weights_are_no_paths(weights: str) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    ("run_dir", "told"),
+    ("run_dir", "message"),
     [
         (
             "s3://bucket/run",
@@ -359,15 +347,13 @@ def test_words_that_mean_weights_are_no_paths(weights: str) -> None:
         ("file", "file is not a run directory: it is a file"),
     ],
 )
-def test_a_command_on_a_run_says_what_is_wrong_with_its_path(
-    command, run_dir, told, capsys
-) -> None:
+def test_a_command_reports_an_unusable_run_directory(command, run_dir, message, capsys) -> None:
     touch("file")
     assert main([*command, run_dir]) == ExitCode.UNUSABLE_INPUT
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(told)
+    assert line.startswith(message)
 
 
-def test_a_dataset_is_opened_by_a_path_like_any() -> None:
+def test_a_dataset_is_opened_by_a_user_path() -> None:
     assert "addresses are not read" in refusal(lambda: open_dataset("https://host/run"))
     assert "ABSENT is not set" in refusal(lambda: open_dataset("$ABSENT"))
