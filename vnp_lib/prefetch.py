@@ -1,4 +1,4 @@
-"""Work that is begun before it is asked for."""
+"""Prefetch items in background threads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class ReadAhead(Iterable[T]):
-    """Gives the items in order, while a thread makes the next `count`. An error comes at its place."""
+class Prefetcher(Iterable[T]):
+    """Iterate over items in order, while a thread produces the next `count`.
+
+    An exception is raised at the position of the item that caused it.
+    """
 
     def __init__(self, items: Iterable[T], count: int) -> None:
         self._items = iter(items)
@@ -21,23 +24,26 @@ class ReadAhead(Iterable[T]):
         self._ahead: deque[Future[Any]] = deque()
 
     def __iter__(self) -> Generator[T, None, None]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
             self._ahead.extend(pool.submit(next, self._items, _END) for _ in range(self._count))
             while (item := self._ahead.popleft().result()) is not _END:
                 self._ahead.append(pool.submit(next, self._items, _END))
                 yield item
 
     def num_ready(self) -> int:
-        """How many items are made and not given yet."""
-        made = (future for future in self._ahead if future.done() and future.exception() is None)
-        return sum(future.result() is not _END for future in made)
+        """Return the number of items that are produced and not yet consumed."""
+        done = (future for future in self._ahead if future.done() and future.exception() is None)
+        return sum(future.result() is not _END for future in done)
 
 
-def map_ahead(
+def prefetch_map(
     function: Callable[[S], T], items: Iterable[S], *, threads: int
 ) -> Generator[T, None, None]:
-    """Give `function` of each item, in order, while so many threads work on the next ones. An error comes at its place."""
-    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="map-ahead") as pool:
+    """Yield `function` of each item, in order, while `threads` threads compute the next ones.
+
+    An exception is raised at the position of the item that caused it.
+    """
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="prefetch-map") as pool:
         ahead: deque[Future[T]] = deque()
         for item in items:
             ahead.append(pool.submit(function, item))

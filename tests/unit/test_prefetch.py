@@ -1,4 +1,4 @@
-"""Work that is begun before it is asked for."""
+"""Prefetched results: their order, their number, and errors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
-from vnp_lib.prefetch import map_ahead
+from vnp_lib.prefetch import prefetch_map
 
 
-def test_results_come_in_the_order_of_their_items_whichever_is_ready_first() -> None:
+def test_results_are_in_the_order_of_the_items() -> None:
+    """Even if a later one is ready first."""
     second_is_made = threading.Event()
 
     def double(item: int) -> int:
@@ -19,15 +20,13 @@ def test_results_come_in_the_order_of_their_items_whichever_is_ready_first() -> 
             second_is_made.set()
         return 2 * item
 
-    assert list(map_ahead(double, range(20), threads=2)) == [2 * item for item in range(20)]
+    assert list(prefetch_map(double, range(20), threads=2)) == [2 * item for item in range(20)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_no_more_are_begun_than_there_are_threads_beside_the_one_that_is_given(
-    threads: int,
-) -> None:
+def test_only_as_many_items_as_threads_are_prefetched(threads: int) -> None:
     begun: list[int] = []
-    results = map_ahead(begun.append, range(100), threads=threads)
+    results = prefetch_map(begun.append, range(100), threads=threads)
 
     for num_given in range(1, 5):
         next(results)
@@ -37,13 +36,13 @@ def test_no_more_are_begun_than_there_are_threads_beside_the_one_that_is_given(
     assert len(begun) <= 4 + threads
 
 
-def test_an_error_comes_at_its_place_and_ends_it() -> None:
+def test_an_error_is_raised_in_order_and_ends_the_iteration() -> None:
     def halve(item: int) -> int:
         if item == 2:
             raise ValueError("two")
         return item // 2
 
-    results = map_ahead(halve, range(10), threads=2)
+    results = prefetch_map(halve, range(10), threads=2)
 
     assert [next(results), next(results)] == [0, 0]
     with pytest.raises(ValueError, match="two"):

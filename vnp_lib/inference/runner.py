@@ -41,7 +41,7 @@ from vnp_lib.inference.precision import compare, to_metadata
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model import PackedBatch
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RowLayout, checkpoint_path, model_tokens, offsets_of
-from vnp_lib.prefetch import ReadAhead
+from vnp_lib.prefetch import Prefetcher
 from vnp_lib.software import Software
 
 RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
@@ -184,7 +184,7 @@ class AsyncInferenceRunner:
         """
         callbacks = callbacks or Callbacks()
         too_large: list[PackedBatch] = []
-        ahead = ReadAhead(batches, _BATCHES_AHEAD)
+        ahead = Prefetcher(batches, _BATCHES_AHEAD)
         with closing(iter(ahead)) as read, self._keeping(next_checkpoint, callbacks) as keep:
             for embedded in self._embedded(read, callbacks):
                 if embedded.too_large is not None:

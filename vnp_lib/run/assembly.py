@@ -55,7 +55,7 @@ from vnp_lib.plan import (
     offsets_of,
     pack,
 )
-from vnp_lib.prefetch import map_ahead
+from vnp_lib.prefetch import prefetch_map
 from vnp_lib.run.buckets import (
     THREADS,
     VALUE_BYTES,
@@ -376,7 +376,7 @@ def _write_dataset(
         **division.described,
         "precision": asdict(precision) if precision else None,
         "software": [share.to_json() for share in software],
-        "parts": list(map_ahead(write, range(division.starts.size), threads=THREADS)),
+        "parts": list(prefetch_map(write, range(division.starts.size), threads=THREADS)),
         "created_at": created_at,
     }
     write_sealed_json(paths.new_dataset / paths.success.name, success)
@@ -394,7 +394,9 @@ def _distribute(
     def load(record: CheckpointRecord) -> Checkpoint:
         return load_planned(plan, record, buckets.layout)
 
-    for record, checkpoint in zip(records, map_ahead(load, records, threads=THREADS), strict=True):
+    for record, checkpoint in zip(
+        records, prefetch_map(load, records, threads=THREADS), strict=True
+    ):
         rows = np.flatnonzero(~is_placed[record.ordinals])
         is_placed[record.ordinals] = True
         used = set(record.ordinals[rows].tolist())

@@ -21,7 +21,7 @@ from vnp_lib.inference.callbacks import Callbacks
 from vnp_lib.inference.runner import AsyncInferenceRunner
 from vnp_lib.model.tokens import FIRST_RESIDUE, RESIDUES, PackedBatch, pack_batch
 from vnp_lib.plan.paths import checkpoint_path
-from vnp_lib.prefetch import ReadAhead
+from vnp_lib.prefetch import Prefetcher
 from vnp_lib.software import Software, package_in_use
 
 
@@ -125,7 +125,7 @@ def test_an_error_of_the_reader_waits_for_its_turn_and_is_no_batch() -> None:
             was_asked_again.set()
             raise StopIteration
 
-    ahead = ReadAhead(Failing(), 4)
+    ahead = Prefetcher(Failing(), 4)
     items = iter(ahead)
     assert next(items) == "first"
     assert was_asked_again.wait(timeout=60)
