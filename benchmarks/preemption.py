@@ -30,7 +30,7 @@ from vnp_lib.failures import ShardFailedError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.run.directory import open_run
-from vnp_lib.run.events import Event
+from vnp_lib.run.events import BatchComputed, Event
 from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.worker.supervisor import run_worker
@@ -89,10 +89,10 @@ async def _preempt_child(paths: RunPaths, delay_s: float) -> Trial:
             os.kill(pid, signal.SIGTERM)
 
     async def on_event(event: Event) -> None:
-        if event["event"] == "batch":
+        if isinstance(event, BatchComputed):
             if not computed:
                 asyncio.get_running_loop().call_later(delay_s, tell)
-            computed.extend(batches[event["batch_idx"]].tolist())
+            computed.extend(batches[event.batch_idx].tolist())
 
     with suppress(ShardFailedError):
         await run_worker(

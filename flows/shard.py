@@ -15,7 +15,18 @@ from flows.events import emit_quarantine
 from flows.results import is_plain_result
 from flows.work_pool import delegate_shard
 from vnp_lib.report import RunProgress
-from vnp_lib.run import Event, Run, ShardProgress
+from vnp_lib.run import (
+    AttemptStarted,
+    BatchComputed,
+    CheckpointSaved,
+    Event,
+    LogMessage,
+    Run,
+    SequenceQuarantined,
+    ShardProgress,
+    TokenBudgetChanged,
+    WaitingForShard,
+)
 from vnp_lib.storage import write_file
 from vnp_lib.worker import run_worker
 
@@ -143,21 +154,16 @@ class _Follower:
     async def on_event(self, event: Event) -> None:
         self._run.metrics.on_event(self._rank, event)
         match event:
-            case {"event": "log", "level": int(level), "message": str(message)}:
+            case LogMessage(level=level, message=message):
                 self._logger.log(level, message)
-            case {"event": "waiting", "message": str(message)}:
+            case WaitingForShard(message=message):
                 self._logger.info("waiting for an earlier attempt: %s", message)
                 if time.monotonic() >= self._next_told_at:
                     self._next_told_at = time.monotonic() + _TELL_EVERY_S
                     self._progress.tell(
                         f"shard {self._rank} waits for another process to leave it: {message}"
                     )
-            case {
-                "event": "started",
-                "pending": int(pending),
-                "done": int(done),
-                "tokens_done": int(tokens),
-            }:
+            case AttemptStarted(pending=pending, done=done, tokens_done=tokens):
                 self._sequences, self._total = done, done + pending
                 self._progress.begin(self._rank, sequences=done, tokens=tokens)
                 self._logger.info(
@@ -167,19 +173,19 @@ class _Follower:
                     pending,
                     done,
                 )
-            case {"event": "batch", "sequences": int(sequences), "tokens": int(tokens)}:
+            case BatchComputed(sequences=sequences, tokens=tokens):
                 self._sequences += sequences
                 self._progress.advance(self._rank, sequences=sequences, tokens=tokens)
                 await self._show()
-            case {"event": "token_budget", "tokens": int(tokens)}:
+            case TokenBudgetChanged(tokens=tokens):
                 self._run.manifest.remember_token_budget(self._rank, self._device, tokens)
                 self._logger.warning("%d tokens in one forward pass from now on", tokens)
-            case {"event": "quarantined", "id": str(sequence_id), "message": str(message)}:
+            case SequenceQuarantined(id=sequence_id, message=message):
                 self._logger.warning(
                     "%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message
                 )
                 emit_quarantine(self._run, sequence_id, message)
-            case {"event": "checkpoint", "number": int(number), "rows": int(rows)}:
+            case CheckpointSaved(number=number, rows=rows):
                 self._logger.debug("checkpoint %d is on disk: %d rows", number, rows)
 
     async def _show(self) -> None:

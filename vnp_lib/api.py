@@ -46,7 +46,17 @@ from vnp_lib.plan import (
     pack,
 )
 from vnp_lib.report import RunProgress
-from vnp_lib.run import CPU_TOKEN_BUDGET, RANDOM_WEIGHTS, Run, assemble, open_run, validate_config
+from vnp_lib.run import (
+    CPU_TOKEN_BUDGET,
+    RANDOM_WEIGHTS,
+    AttemptStarted,
+    BatchComputed,
+    Run,
+    WorkerEvent,
+    assemble,
+    open_run,
+    validate_config,
+)
 from vnp_lib.storage import FileLock
 from vnp_lib.terminal import error_console
 from vnp_lib.user_paths import PathUse, user_path
@@ -539,11 +549,12 @@ class _Shown:
     def __init__(self, bar: RunProgress) -> None:
         self._bar = bar
 
-    def send(self, event: str, **fields: Any) -> None:
-        if event == "started":
-            self._bar.begin(_SHARD, sequences=fields["done"], tokens=fields["tokens_done"])
-        elif event == "batch":
-            self._bar.advance(_SHARD, sequences=fields["sequences"], tokens=fields["tokens"])
+    def send(self, event: WorkerEvent) -> None:
+        match event:
+            case AttemptStarted(done=done, tokens_done=tokens):
+                self._bar.begin(_SHARD, sequences=done, tokens=tokens)
+            case BatchComputed(sequences=sequences, tokens=tokens):
+                self._bar.advance(_SHARD, sequences=sequences, tokens=tokens)
 
 
 class _NoSignals(StopFlag):

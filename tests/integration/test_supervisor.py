@@ -19,6 +19,7 @@ from vnp_lib.failures import FailureCause, FailureKind, ShardFailedError
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import load_plan
 from vnp_lib.run.directory import open_run
+from vnp_lib.run.events import BatchComputed, CheckpointSaved, LogMessage
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.worker.stop_signals import HURRY_AFTER_S
@@ -70,8 +71,8 @@ def at_batch(count: int, act):
     seen = Counter()
 
     async def on_event(event):
-        seen[event["event"]] += 1
-        if event["event"] == "batch" and seen["batch"] == count:
+        seen[event.name] += 1
+        if isinstance(event, BatchComputed) and seen["batch"] == count:
             act()
 
     return on_event
@@ -108,12 +109,14 @@ def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
         events.append(event)
 
     last = asyncio.run(follow(job, on_event))
-    names = [event["event"] for event in events if event["event"] != "log"]
+    names = [event.name for event in events if not isinstance(event, LogMessage)]
     assert names[:2] == ["started", "loaded"]
-    assert last["event"] == names[-1] == "done"
-    assert sum(event["sequences"] for event in events if event["event"] == "batch") == NUM_COMPUTED
+    assert last.name == names[-1] == "done"
     assert (
-        sum(event["rows"] for event in events if event["event"] == "checkpoint")
+        sum(event.sequences for event in events if isinstance(event, BatchComputed)) == NUM_COMPUTED
+    )
+    assert (
+        sum(event.rows for event in events if isinstance(event, CheckpointSaved))
         == NUM_COMPUTED
         == rows_on_disk(job)
     )
@@ -123,7 +126,7 @@ def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
 def test_a_log_that_cannot_be_written_ends_no_attempt(job, tmp_path, log, caplog):
     """A full disk, and one on which no file can be made any more."""
     last = asyncio.run(follow(job, at_batch(1, lambda: None), log_path=tmp_path / log))
-    assert (last["event"], rows_on_disk(job)) == ("done", NUM_COMPUTED)
+    assert (last.name, rows_on_disk(job)) == ("done", NUM_COMPUTED)
     assert ("has no log" in caplog.text) == (log != "/dev/full")
 
 
@@ -138,7 +141,7 @@ def test_a_child_imports_nothing_from_the_current_directory(job, tmp_path, monke
     """Not by an empty entry of PYTHONPATH either, as `PYTHONPATH=$PYTHONPATH:/some/where` makes it."""
     monkeypatch.chdir(write_foreign_code(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}{tmp_path / 'nothing'}{os.pathsep}")
-    assert asyncio.run(follow(job, at_batch(1, lambda: None)))["event"] == "done"
+    assert asyncio.run(follow(job, at_batch(1, lambda: None))).name == "done"
 
 
 def test_a_child_refuses_to_be_other_code_than_its_parent(job, tmp_path, sabotage):
@@ -172,7 +175,7 @@ def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, s
     heard = Counter()
 
     async def on_event(event):
-        heard[event["event"]] += 1
+        heard[event.name] += 1
         if (heard["checkpoint"], heard["computing"]) == (1, 2):
             heard["checkpoint"] = 0
             os.kill(the_worker(job), signal.SIGTERM)
@@ -217,7 +220,7 @@ def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
     vnp_lib.model.esm2._TransformerLayer.forward = slow
     """)
     last = asyncio.run(follow(job, at_batch(1, lambda: None), silence_limit_s=5.0))
-    assert last["event"] == "done"
+    assert last.name == "done"
     assert rows_on_disk(job) == NUM_COMPUTED
 
 
@@ -235,7 +238,7 @@ def test_checks_that_take_longer_than_their_limit_go_on_while_they_read(job, sab
     """)
     before = time.monotonic()
     last = asyncio.run(follow(job, at_batch(1, lambda: None), startup_limit_s=5.0))
-    assert last["event"] == "done"
+    assert last.name == "done"
     assert time.monotonic() - before > 5.0
 
 
@@ -257,16 +260,16 @@ def test_a_child_that_is_stopped_and_continued_has_lost_nothing(job):
     said = []
 
     async def on_event(event):
-        seen[event["event"]] += 1
-        if event["event"] == "log":
-            said.append(event["message"])
-        if event["event"] == "batch" and seen["batch"] == 3:
+        seen[event.name] += 1
+        if isinstance(event, LogMessage):
+            said.append(event.message)
+        if isinstance(event, BatchComputed) and seen["batch"] == 3:
             pid = the_worker(job)
             os.kill(pid, signal.SIGSTOP)
             asyncio.get_running_loop().call_later(7.0, os.kill, pid, signal.SIGCONT)
 
     last = asyncio.run(follow(job, on_event, silence_limit_s=5.0))
-    assert last["event"] == "done"
+    assert last.name == "done"
     assert rows_on_disk(job) == NUM_COMPUTED
     assert sum("is stopped by a signal" in message for message in said) == 1
 
@@ -351,7 +354,7 @@ def test_a_second_child_waits_for_the_first_one_to_leave_the_shard(job):
 
     async def both():
         async def on_event(event):
-            waited[event["event"]] += 1
+            waited[event.name] += 1
 
         await asyncio.gather(follow(job, on_event), follow(job, on_event))
 

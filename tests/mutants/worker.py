@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant(
         name="no-sign-of-life-from-a-layer",
         module="worker.attempt",
-        before='            self._events.send("alive")\n',
+        before="            self._events.send(LayerStarted())\n",
         after="            pass\n",
         caught_by=(
             f"{_WORKER}::test_a_pass_gives_signs_of_life_at_its_layers_once_a_second_at_most",

@@ -23,6 +23,7 @@ from vnp_lib.errors import CircuitBreakerOpenError, NumericalInstabilityError
 from vnp_lib.failures import Failure, FailureCause, FailureKind, classify_exception, classify_exit
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.run.directory import open_run
+from vnp_lib.run.events import BatchComputed
 from vnp_lib.storage.durable import make_directory, marker_path, remove_orphaned_temporaries
 from vnp_lib.worker.attempt import StopFlag
 from vnp_lib.worker.recovery import counted_failures
@@ -221,7 +222,7 @@ async def stop_when_computing(config, rank, *, grace_s):
         computing = asyncio.Event()
 
         async def on_event(event):
-            if event["event"] == "batch":
+            if isinstance(event, BatchComputed):
                 computing.set()
 
         child = asyncio.create_task(

@@ -6,11 +6,16 @@ The flow's one thread adds to them. Whoever reads them, from whatever thread, ta
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from vnp_lib.failures import FailureKind
+from vnp_lib.run.events import (
+    AttemptStarted,
+    BatchComputed,
+    CheckpointSaved,
+    Event,
+    SequenceQuarantined,
+)
 
 _WRITE_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -68,25 +73,20 @@ class RunMetrics:
         self.failures[kind] += 1
         self._shard(rank).batches_queued = 0
 
-    def on_event(self, rank: int, event: Mapping[str, Any]) -> None:
-        """Count what a child says."""
+    def on_event(self, rank: int, event: Event) -> None:
+        """Count what a worker process reports."""
         shard = self._shard(rank)
         match event:
-            case {"event": "started", "pending": int(pending), "done": int(done)}:
+            case AttemptStarted(pending=pending, done=done):
                 self.set_progress(rank, num_sequences=pending + done, num_done=done)
-            case {
-                "event": "batch",
-                "sequences": int(sequences),
-                "tokens": int(tokens),
-                "queued": int(queued),
-            }:
+            case BatchComputed(sequences=sequences, tokens=tokens, queued=queued):
                 shard.num_done += sequences
                 shard.sequences_embedded += sequences
                 shard.tokens_embedded += tokens
                 shard.batches_queued = queued
-            case {"event": "quarantined"}:
+            case SequenceQuarantined():
                 shard.num_done += 1
-            case {"event": "checkpoint", "rows": int(rows), "seconds": float(seconds)}:
+            case CheckpointSaved(rows=rows, seconds=seconds):
                 shard.sequences_in_checkpoints += rows
                 self.checkpoint_write_s.observe(seconds)
 

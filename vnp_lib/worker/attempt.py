@@ -30,12 +30,30 @@ from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import Callbacks, ExactRows, TokenBudget, read_batches, sampled_ordinals
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, OutputKind, RowLayout, RunPaths, RunPlan, load_plan
 from vnp_lib.run import (
+    AttemptDone,
+    AttemptFailed,
     AttemptHistory,
+    AttemptStarted,
+    AttemptStopped,
+    BatchComputed,
+    BatchStarted,
+    CheckpointSaved,
+    DeviceProbing,
     Ending,
     EventStream,
+    ExactRowComputed,
+    LayerStarted,
+    LogMessage,
+    ModelLoaded,
+    ModelLoading,
     PendingWork,
     RunRecord,
+    SavingStarted,
+    SequenceQuarantined,
     ShardJob,
+    TokenBudgetChanged,
+    WaitingForShard,
+    WorkerEvent,
     find_pending_work,
 )
 from vnp_lib.software import require_same_package
@@ -93,9 +111,9 @@ class StopFlag:
 
 
 class Events(Protocol):
-    """Where an attempt says what it does."""
+    """Where an attempt reports what it does."""
 
-    def send(self, event: str, **fields: object) -> None: ...
+    def send(self, event: WorkerEvent) -> None: ...
 
 
 class _EventHandler(logging.Handler):
@@ -106,7 +124,7 @@ class _EventHandler(logging.Handler):
         self._events = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._events.send("log", level=record.levelno, message=record.getMessage())
+        self._events.send(LogMessage(level=record.levelno, message=record.getMessage()))
 
 
 class ShardAttempt:
@@ -150,24 +168,26 @@ class ShardAttempt:
             deferred=self._job.deferred,
         )
         self._events.send(
-            "started", pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done
+            AttemptStarted(
+                pending=work.num_sequences, done=work.num_done, tokens_done=work.tokens_done
+            )
         )
         self._history.started(device=self._job.device, pending=work.num_sequences)
         if work.batches:
             runner = self._load_runner(plan, work)
-            self._events.send("loaded")
+            self._events.send(ModelLoaded())
             self._history.loaded()
             self._stop.install()
             if self._job.suspects or self._job.deferred:
-                self._events.send("probing")
+                self._events.send(DeviceProbing())
                 runner.probe()
             self._embed(runner, plan, work)
             if self._stop.is_set():
                 self._history.ended(Ending.STOPPED)
-                self._events.send("stopped")
+                self._events.send(AttemptStopped())
                 return ExitCode.STOPPED
         self._history.ended(Ending.DONE)
-        self._events.send("done")
+        self._events.send(AttemptDone())
         return ExitCode.DONE
 
     def _wait_for_lock(self) -> None:
@@ -176,7 +196,7 @@ class ShardAttempt:
                 return self._lock.acquire(timeout_s=_LOCK_POLL_S)
             except LockTimeoutError as error:
                 logger.info("%s", error)
-                self._events.send("waiting", message=str(error))
+                self._events.send(WaitingForShard(message=str(error)))
 
     def _load_runner(self, plan: RunPlan, work: PendingWork) -> AsyncInferenceRunner:
         import torch
@@ -229,7 +249,7 @@ class ShardAttempt:
             budget=TokenBudget(
                 plan.token_budget,
                 job.token_budget,
-                on_change=lambda tokens: self._events.send("token_budget", tokens=tokens),
+                on_change=lambda tokens: self._events.send(TokenBudgetChanged(tokens=tokens)),
                 is_pinned=job.is_deterministic,
             ),
             layout=layout,
@@ -295,12 +315,12 @@ class ShardAttempt:
             return rows
         for batch in read_batches(plan, alone):
             ordinal = int(batch.ordinals[0])
-            self._events.send("computing", **_announced(self._job, batch))
+            self._events.send(_batch_started(self._job, batch))
             try:
                 rows.keep(ordinal, model(batch).flatten().numpy())
             except Exception as error:
                 logger.warning("%r is not compared with float32: %s", batch.sequence_ids[0], error)
-            self._events.send("exact_row", ordinal=ordinal)
+            self._events.send(ExactRowComputed(ordinal=ordinal))
         return rows
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
@@ -311,11 +331,12 @@ class ShardAttempt:
         ) as results:
             for result in results:
                 self._events.send(
-                    "batch",
-                    batch_idx=result.batch_idx,
-                    sequences=len(result.sequence_ids),
-                    tokens=result.num_tokens,
-                    queued=result.num_queued,
+                    BatchComputed(
+                        batch_idx=result.batch_idx,
+                        sequences=len(result.sequence_ids),
+                        tokens=result.num_tokens,
+                        queued=result.num_queued,
+                    )
                 )
                 if result.sequence_ids:
                     callbacks.set_aside()
@@ -342,24 +363,24 @@ class SignsOfLife:
 
     def loading(self) -> None:
         """Say that a model is being loaded: no protein is to blame for the time that takes."""
-        self._events.send("loading")
+        self._events.send(ModelLoading())
 
     def _on_layer(self) -> None:
         now_s = self._clock()
         if now_s - self._said_at_s >= _SIGN_OF_LIFE_S:
             self._said_at_s = now_s
-            self._events.send("alive")
+            self._events.send(LayerStarted())
 
 
-def _announced(job: ShardJob, batch: PackedBatch) -> dict[str, Any]:
-    """Describe a batch that goes into the model: what is to blame, and how long a sign of life may take."""
+def _batch_started(job: ShardJob, batch: PackedBatch) -> BatchStarted:
+    """Describe a batch that goes into the model: what to accuse, and how long a sign of life may take."""
     alone = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
-    return {
-        "batch_idx": batch.batch_idx,
-        "ordinal": alone,
-        "is_deferred": alone in job.deferred,
-        "slowest_s": slowest_s(job.model, batch.lengths + NUM_SPECIAL_TOKENS, device=job.device),
-    }
+    return BatchStarted(
+        batch_idx=batch.batch_idx,
+        ordinal=alone,
+        is_deferred=alone in job.deferred,
+        slowest_s=slowest_s(job.model, batch.lengths + NUM_SPECIAL_TOKENS, device=job.device),
+    )
 
 
 def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
@@ -405,13 +426,13 @@ class _Reporter(Callbacks):
         return self._stop.is_set()
 
     def on_batch(self, batch: PackedBatch) -> None:
-        self._events.send("computing", **_announced(self._job, batch))
+        self._events.send(_batch_started(self._job, batch))
 
     def on_saving(self) -> None:
-        self._events.send("saving")
+        self._events.send(SavingStarted())
 
     def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
-        self._events.send("checkpoint", number=number, rows=rows, seconds=seconds)
+        self._events.send(CheckpointSaved(number=number, rows=rows, seconds=seconds))
         self._history.checkpoint(self._plan, number, rows)
 
     def on_not_finite(self, batch: PackedBatch) -> None:
@@ -436,7 +457,7 @@ class _Reporter(Callbacks):
             return
         self._quarantine.add(*self._not_finite)
         for sequence in self._not_finite:
-            self._events.send("quarantined", id=sequence.id, message=sequence.message)
+            self._events.send(SequenceQuarantined(id=sequence.id, message=sequence.message))
         self._not_finite = []
 
     def require_finite_rows(self) -> None:
@@ -487,7 +508,7 @@ def _run(arguments: Sequence[str]) -> int:
         return ShardAttempt(job, events, stop).run()
     except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
         logger.exception("the attempt failed")
-        events.send("failed", failure=classify_exception(error).to_json())
+        events.send(AttemptFailed(failure=classify_exception(error)))
         return ExitCode.FAILED
 
 

@@ -12,13 +12,30 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from vnp_lib.devices import control_group
 from vnp_lib.environment import worker_environment
 from vnp_lib.failures import Failure, FailureCause, ShardFailedError, classify_exit
-from vnp_lib.run import Event, EventReader
+from vnp_lib.run import (
+    AttemptDone,
+    AttemptFailed,
+    AttemptStarted,
+    AttemptStopped,
+    BatchComputed,
+    BatchStarted,
+    DeviceProbing,
+    Event,
+    EventReader,
+    ExactRowComputed,
+    LayerStarted,
+    LogMessage,
+    ModelLoading,
+    SavingStarted,
+    WaitingForShard,
+)
 from vnp_lib.worker.liveness import ProcessState, Silence
 
 logger = logging.getLogger(__name__)
@@ -55,7 +72,7 @@ async def run_worker(
     startup_limit_s: float,
     silence_limit_s: float,
     grace_s: float,
-) -> Event:
+) -> Event | None:
     """Follow one attempt on a shard to its end and return its last event.
 
     However this ends, by return, error or cancellation, the child is gone by then. Its standard error is appended
@@ -119,18 +136,14 @@ async def _events(child: asyncio.subprocess.Process, attempt: _Followed) -> Asyn
             told = (
                 "is stopped by a signal or a debugger, and waited for" if was_stopped else "goes on"
             )
-            yield {
-                "event": "log",
-                "level": logging.WARNING,
-                "message": f"worker process {child.pid} {told}",
-            }
+            yield LogMessage(level=logging.WARNING, message=f"worker process {child.pid} {told}")
 
 
 class _Followed:
     """What a child has said so far, and what that tells when it stops talking."""
 
     def __init__(self, *, startup_limit_s: float, silence_limit_s: float) -> None:
-        self.last: Event = {}
+        self.last: Event | None = None
         self.limit_s = startup_limit_s
         self.shortest_limit_s = min(startup_limit_s, silence_limit_s)
         self.may_work_silently = (
@@ -140,46 +153,41 @@ class _Followed:
         self._pass_limit_s = silence_limit_s
         self._startup_limit_s = startup_limit_s
         self._silence_limit_s = silence_limit_s
-        self._in_model: list[
-            tuple[int, int | None]
-        ] = []  # batch_idx, and ordinal of a single sequence; oldest first
+        self._in_model: list[BatchStarted] = []  # oldest first
         self._is_probing = False
         self._oom_kills_before = host_oom_kills()
 
     def on_event(self, event: Event) -> bool:
         """Take note of an event, and say whether it is a sign of life."""
-        was_waiting = self.last.get("event") == "waiting"
-        if was_waiting and event["event"] in ("waiting", "log"):
-            return False  # the limit is on all of the waiting
-        if event["event"] not in ("log", "alive"):
+        is_waiting = isinstance(self.last, WaitingForShard)
+        # The limit is on all of the waiting, whatever is logged meanwhile.
+        if is_waiting and isinstance(event, WaitingForShard | LogMessage):
+            return False
+        if not isinstance(event, LogMessage | LayerStarted):
             self.last = event
-            self._doing = repr(event["event"])
+            self._doing = repr(event.name)
         match event:
-            case {"event": "waiting"}:
+            case WaitingForShard():
                 self._allow(self._startup_limit_s, silent_work=False)
-            case {"event": "started" | "loading" | "saving" as doing}:
+            case AttemptStarted() | ModelLoading():
                 self._allow(self._startup_limit_s, silent_work=True)
-                if doing == "saving":  # nothing is in the model any more
-                    self._in_model.clear()
-            case {"event": "failed" | "stopped" | "done"}:  # it only has to exit
+            case SavingStarted():
+                self._allow(self._startup_limit_s, silent_work=True)
+                self._in_model.clear()
+            case AttemptFailed() | AttemptStopped() | AttemptDone():
+                # It only has to exit.
                 self._allow(self._silence_limit_s, silent_work=False)
-            case {"event": "alive"}:
+            case LayerStarted():
                 self._allow(self._pass_limit_s, silent_work=False)
-            case {"event": "probing"}:
+            case DeviceProbing():
                 self._is_probing = True
-            case {
-                "event": "computing",
-                "batch_idx": int(batch_idx),
-                "ordinal": int() | None as ordinal,
-            }:
-                factor = _SECOND_OPINION if event.get("is_deferred") is True else 1
-                slowest_s = event.get("slowest_s")
-                least_s = slowest_s if isinstance(slowest_s, int | float) else 0.0
-                self._pass_limit_s = max(factor * self._silence_limit_s, least_s)
+            case BatchStarted():
+                factor = _SECOND_OPINION if event.is_deferred else 1
+                self._pass_limit_s = max(factor * self._silence_limit_s, event.slowest_s)
                 self._allow(self._pass_limit_s, silent_work=False)
                 self._is_probing = False
-                self._in_model.append((batch_idx, ordinal))
-            case {"event": "batch" | "exact_row"} if self._in_model:
+                self._in_model.append(event)
+            case BatchComputed() | ExactRowComputed() if self._in_model:
                 self._in_model.pop(0)
         return True
 
@@ -194,7 +202,7 @@ class _Followed:
             ordinal=ordinal,
             is_probing=self._is_probing,
             ran_out_of_host_memory=host_oom_kills() > self._oom_kills_before,
-            last_event=self.last.get("event", ""),
+            last_event=self.last.name if self.last is not None else "",
         )
 
     def silence(self) -> Failure:
@@ -203,9 +211,9 @@ class _Followed:
             reported := self._reported(None)
         ) is not None:  # it hangs on its way out, and what it said holds
             return reported
-        if self.last.get("event") == "waiting":
-            told = f"{self.last.get('message')}; given up after {self.limit_s:g} s (--runtime.startup-limit-s)"
-            return Failure(cause=FailureCause.STORAGE, message=told)
+        if isinstance(self.last, WaitingForShard):
+            message = f"{self.last.message}; given up after {self.limit_s:g} s (--runtime.startup-limit-s)"
+            return Failure(cause=FailureCause.STORAGE, message=message)
         batch_idx, ordinal = self._suspect()
         option = "startup" if self.may_work_silently else "silence"
         return Failure(
@@ -221,16 +229,15 @@ class _Followed:
 
     def _reported(self, exit_code: int | None) -> Failure | None:
         """The failure that the child reported itself, if it did and that can be read."""
-        if self.last.get("event") != "failed":
+        if not isinstance(self.last, AttemptFailed):
             return None
-        with suppress(KeyError, TypeError, ValueError, AttributeError):
-            return Failure.from_json(
-                self.last["failure"] | ({} if exit_code is None else {"exit_code": exit_code})
-            )
-        return None
+        failure = self.last.failure
+        return failure if exit_code is None else replace(failure, exit_code=exit_code)
 
     def _suspect(self) -> tuple[int | None, int | None]:
-        return self._in_model[0] if self._in_model else (None, None)
+        if not self._in_model:
+            return None, None
+        return self._in_model[0].batch_idx, self._in_model[0].ordinal
 
 
 def host_oom_kills(

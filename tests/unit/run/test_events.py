@@ -1,4 +1,4 @@
-"""What a worker says to its parent: whole lines, short ones, and nothing that the parent could not take."""
+"""The events that a worker process reports: their types, and whole, short lines on a pipe."""
 
 from __future__ import annotations
 
@@ -11,31 +11,113 @@ from typing import Any
 
 import pytest
 
-from vnp_lib.run.events import EventReader, encode_event
+from vnp_lib.failures import Failure, FailureCause
+from vnp_lib.run import events
+from vnp_lib.run.events import (
+    AttemptDone,
+    AttemptFailed,
+    AttemptStarted,
+    BatchComputed,
+    BatchStarted,
+    CheckpointSaved,
+    Event,
+    EventReader,
+    LogMessage,
+    UnknownEvent,
+    WorkerEvent,
+    decode_event,
+    encode_event,
+)
+
+DONE = AttemptDone()
+FAILURE = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV", batch_idx=3, ordinal=None)
+LINES: list[tuple[WorkerEvent, dict[str, Any]]] = [
+    (
+        AttemptStarted(pending=3, done=4, tokens_done=90),
+        {"event": "started", "pending": 3, "done": 4, "tokens_done": 90},
+    ),
+    (
+        BatchStarted(batch_idx=7, ordinal=None, is_deferred=True, slowest_s=0.5),
+        {
+            "event": "computing",
+            "batch_idx": 7,
+            "ordinal": None,
+            "is_deferred": True,
+            "slowest_s": 0.5,
+        },
+    ),
+    (
+        BatchComputed(batch_idx=7, sequences=2, tokens=40, queued=4),
+        {"event": "batch", "batch_idx": 7, "sequences": 2, "tokens": 40, "queued": 4},
+    ),
+    (
+        CheckpointSaved(number=0, rows=10, seconds=0.25),
+        {"event": "checkpoint", "number": 0, "rows": 10, "seconds": 0.25},
+    ),
+    (AttemptFailed(failure=FAILURE), {"event": "failed", "failure": FAILURE.to_json()}),
+    (DONE, {"event": "done"}),
+]
 
 
-def read_all(*blocks: bytes, within_s: float = 5.0) -> list[dict[str, Any]]:
-    """What a reader makes of these bytes, which come block by block."""
+def read_all(*blocks: bytes, within_s: float = 5.0) -> list[Event]:
+    """Read the events in these bytes, which arrive block by block."""
 
-    async def read() -> list[dict[str, Any]]:
+    async def read() -> list[Event]:
         stream = asyncio.StreamReader()
         reader = EventReader(stream)
-        events = []
+        received = []
         for block in blocks:
             stream.feed_data(block)
         stream.feed_eof()
         while not reader.is_at_end:
             if (event := await reader.next(within_s=within_s)) is not None:
-                events.append(event)
-        return events
+                received.append(event)
+        return received
 
     return asyncio.run(read())
 
 
-def test_events_come_back_however_the_bytes_are_cut() -> None:
+@pytest.mark.parametrize(("event", "record"), LINES, ids=lambda value: getattr(value, "name", ""))
+def test_an_event_is_one_json_object(event: WorkerEvent, record: dict[str, Any]) -> None:
+    """The lines on the pipe are an interface: names and keys, in this order."""
+    assert encode_event(event) == json.dumps(record).encode() + b"\n"
+    assert decode_event(encode_event(event)) == event
+
+
+def test_every_event_has_a_name_of_its_own() -> None:
+    kinds = [kind for kind in vars(events).values() if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, WorkerEvent) and kind is not WorkerEvent]
+    assert {kind.name: kind for kind in kinds} == events._KINDS
+    assert len(kinds) == len(events._KINDS)
+
+
+def test_unknown_fields_are_ignored_and_optional_ones_may_be_missing() -> None:
+    line = b'{"event": "computing", "batch_idx": 7, "ordinal": 5, "since": "1.1"}'
+    assert decode_event(line) == BatchStarted(batch_idx=7, ordinal=5)
+    line = b'{"event": "checkpoint", "number": 0, "rows": 1, "seconds": 2}'
+    assert decode_event(line) == CheckpointSaved(number=0, rows=1, seconds=2.0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event": "of a later version", "rows": 3}',
+        b'{"event": "batch"}',
+        b'{"event": "batch", "batch_idx": 0, "sequences": "3", "tokens": 90, "queued": 4}',
+        b'{"event": "failed"}',
+        b'{"event": "failed", "failure": "it"}',
+        b'{"event": "failed", "failure": {"cause": "no such cause"}}',
+    ],
+)
+def test_an_event_that_cannot_be_read_keeps_its_name(line: bytes) -> None:
+    """It is a sign of life, and the last event that an error message quotes."""
+    assert decode_event(line) == UnknownEvent(name=json.loads(line)["event"])
+
+
+def test_events_arrive_however_the_bytes_are_cut() -> None:
     sent = [
-        {"event": "started", "pending": 3},
-        {"event": "log", "level": 20, "message": "ä\n\udcff"},
+        AttemptStarted(pending=3, done=0, tokens_done=0),
+        LogMessage(level=20, message="ä\n\udcff"),
     ]
     data = b"".join(map(encode_event, sent))
     assert read_all(*(data[i : i + 1] for i in range(len(data)))) == sent
@@ -55,67 +137,70 @@ def test_events_come_back_however_the_bytes_are_cut() -> None:
         b'{"event": "batch"}{"event": "batch"}',
     ],
 )
-def test_a_line_that_is_no_event_is_one_for_the_log(stray: bytes) -> None:
+def test_a_line_that_is_not_an_event_is_logged(stray: bytes) -> None:
     """Whoever wrote it: a library in C, or two threads at once."""
-    first, second = read_all(stray + b"\n" + encode_event({"event": "done"}))
-    assert first["event"] == "log"
-    assert first["message"].startswith("the worker process wrote: ")
-    assert len(first["message"]) < 1100
-    assert second == {"event": "done"}
+    first, second = read_all(stray + b"\n" + encode_event(DONE))
+    assert isinstance(first, LogMessage)
+    assert first.message.startswith("the worker process wrote: ")
+    assert len(first.message) < 1100
+    assert second == DONE
 
 
-def test_of_a_line_without_end_the_beginning_is_kept_and_the_next_one_is_read() -> None:
-    huge, done = b"x" * 2**20, encode_event({"event": "done"})
-    events = read_all(huge, huge, huge, b"x\n" + done + done)
-    assert [event["event"] for event in events] == ["log", "done", "done"]
+def test_the_beginning_of_an_endless_line_is_logged() -> None:
+    """The rest is skipped, and the next event is read."""
+    huge, done = b"x" * 2**20, encode_event(DONE)
+    received = read_all(huge, huge, huge, b"x\n" + done + done)
+    assert [event.name for event in received] == ["log", "done", "done"]
 
 
-def test_half_a_line_at_the_end_is_none() -> None:
-    assert read_all(encode_event({"event": "batch"}) + b'{"event": "do') == [{"event": "batch"}]
+def test_half_a_line_at_the_end_is_not_an_event() -> None:
+    computed = BatchComputed(batch_idx=0, sequences=1, tokens=9, queued=0)
+    assert read_all(encode_event(computed) + b'{"event": "do') == [computed]
 
 
-def test_nothing_in_time_is_none_and_what_comes_later_is_not_lost() -> None:
+def test_an_event_that_comes_after_the_timeout_is_not_lost() -> None:
     async def read() -> list[Any]:
         stream = asyncio.StreamReader()
         reader = EventReader(stream)
-        line = encode_event({"event": "done"})
+        line = encode_event(DONE)
         stream.feed_data(line[:5])
         first = await reader.next(within_s=0.01)
         stream.feed_data(line[5:])
         return [first, await reader.next(within_s=5.0), reader.is_at_end]
 
-    assert asyncio.run(read()) == [None, {"event": "done"}, False]
+    assert asyncio.run(read()) == [None, DONE, False]
 
 
-def test_a_long_event_is_shortened_and_a_short_one_is_not() -> None:
-    """Ten ids of a megabyte each, in the failure that names them."""
+def test_only_a_long_event_is_shortened() -> None:
+    """Here, 40 ids of a megabyte each, in the failure that names them."""
     ids = [chr(97 + i) * 2**20 for i in range(40)]
-    line = encode_event(
-        {
-            "event": "failed",
-            "failure": {"sequence_ids": ids, "batch_idx": 3, "message": "m" * 10**6},
-        }
+    failure = Failure(
+        cause=FailureCause.UNKNOWN, message="m" * 10**6, batch_idx=3, sequence_ids=tuple(ids)
     )
+    line = encode_event(AttemptFailed(failure=failure))
     assert len(line) < 16 * 1024
-    failure = json.loads(line)["failure"]
-    assert failure["batch_idx"] == 3
-    assert [each[:2] for each in failure["sequence_ids"]] == [each[:2] for each in ids[:20]]
-    short = {"event": "log", "level": 20, "message": "m" * 10_000}
-    assert json.loads(encode_event(short)) == short
+    record = json.loads(line)["failure"]
+    assert record["batch_idx"] == 3
+    assert [each[:2] for each in record["sequence_ids"]] == [each[:2] for each in ids[:20]]
+    short = LogMessage(level=20, message="m" * 10_000)
+    assert decode_event(encode_event(short)) == short
 
 
 def run_sender(code: str, **options: Any) -> subprocess.Popen[bytes]:
-    begin = "import json, sys, threading, time\nfrom vnp_lib.run.events import EventStream\n"
+    begin = (
+        "import json, sys, threading, time\n"
+        "from vnp_lib.run.events import EventStream, LogMessage\n"
+    )
     return subprocess.Popen([sys.executable, "-c", begin + code], stdout=subprocess.PIPE, **options)
 
 
 def test_lines_of_several_threads_do_not_mix() -> None:
-    """More bytes a line than a pipe takes at once, and a reader that is slow."""
+    """Lines are longer than what a pipe takes at once, and the reader is slow."""
     code = """
 events = EventStream()
 def send(name):
     for number in range(50):
-        events.send(name, text=name * 14000, number=number)
+        events.send(LogMessage(level=number, message=name * 14000))
 threads = [threading.Thread(target=send, args=(name,)) for name in "abcd"]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -123,16 +208,16 @@ print("a stray print")
 """
     with run_sender(code, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        events = [json.loads(line) for line in process.stdout]
+        records = [json.loads(line) for line in process.stdout]
     assert process.returncode == 0
+    assert len(records) == 200
     for name in "abcd":
-        own = [event for event in events if event["event"] == name]
-        assert [event["number"] for event in own] == list(range(50))
-        assert {event["text"] for event in own} == {name * 14000}
+        own = [record for record in records if record["message"] == name * 14000]
+        assert [record["level"] for record in own] == list(range(50))
 
 
 @pytest.mark.parametrize("is_closed", [False, True], ids=["does not read", "is gone"])
-def test_a_parent_that_takes_nothing_keeps_nobody_from_saving(is_closed: bool) -> None:
+def test_a_parent_that_reads_nothing_does_not_block_saving(is_closed: bool) -> None:
     code = """
 import signal
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -140,7 +225,7 @@ stop = threading.Event()
 events = EventStream(is_stopping=stop.is_set)
 print("ready", file=sys.stderr, flush=True)
 for number in range(2000):
-    events.send("log", text="x" * 1000)
+    events.send(LogMessage(level=20, message="x" * 1000))
 stop.wait()
 print("saved", file=sys.stderr)
 """

@@ -29,6 +29,13 @@ from vnp_lib.plan.plan import ModelIdentity
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report.progress import RunProgress
 from vnp_lib.report.prometheus import registry_of, require_free_port, serving, validate_metrics_port
+from vnp_lib.run.events import (
+    AttemptStarted,
+    BatchComputed,
+    BatchStarted,
+    CheckpointSaved,
+    SequenceQuarantined,
+)
 from vnp_lib.run.metrics import RunMetrics
 from vnp_lib.run.run import ShardProgress
 
@@ -53,8 +60,8 @@ def page_of(metrics: RunMetrics, quarantine: Quarantine) -> dict[str, float]:
     return read_page(generate_latest(registry_of(metrics, quarantine)).decode())
 
 
-def batch(**fields: int) -> dict[str, Any]:
-    return {"event": "batch", "batch_idx": 0, "sequences": 3, "tokens": 90, "queued": 4, **fields}
+def batch(*, sequences: int = 3, tokens: int = 90, queued: int = 4) -> BatchComputed:
+    return BatchComputed(batch_idx=0, sequences=sequences, tokens=tokens, queued=queued)
 
 
 def test_what_children_say_is_on_the_page_by_shard(quarantine: Quarantine) -> None:
@@ -63,12 +70,12 @@ def test_what_children_say_is_on_the_page_by_shard(quarantine: Quarantine) -> No
     metrics.set_progress(11, num_sequences=19, num_done=19)
     metrics.attempt(0)
     for event in [
-        {"event": "started", "pending": 14, "done": 6, "tokens_done": 300},
-        {"event": "computing", "batch_idx": 0, "ordinal": None},
+        AttemptStarted(pending=14, done=6, tokens_done=300),
+        BatchStarted(batch_idx=0, ordinal=None),
         batch(),
-        {"event": "quarantined", "id": "bad", "message": "not finite"},
+        SequenceQuarantined(id="bad", message="not finite"),
         batch(sequences=2, tokens=50, queued=3),
-        {"event": "checkpoint", "number": 0, "rows": 5, "seconds": 0.2},
+        CheckpointSaved(number=0, rows=5, seconds=0.2),
     ]:
         metrics.on_event(0, event)
     page = page_of(metrics, quarantine)
@@ -95,7 +102,7 @@ def test_what_an_attempt_lost_is_done_no_more_and_embedded_twice(quarantine: Qua
     metrics = RunMetrics()
     for _ in range(2):
         metrics.attempt(0)
-        metrics.on_event(0, {"event": "started", "pending": 6, "done": 0, "tokens_done": 0})
+        metrics.on_event(0, AttemptStarted(pending=6, done=0, tokens_done=0))
         metrics.on_event(0, batch())
         metrics.on_event(0, batch())
         assert page_of(metrics, quarantine)["vnp_shard_sequences_done{shard=0}"] == 6
@@ -124,7 +131,7 @@ def test_the_times_of_checkpoints_are_a_histogram(quarantine: Quarantine) -> Non
     """A bucket counts all values up to its bound, that included."""
     metrics = RunMetrics()
     for seconds in (0.005, 0.3, 0.5, 1000.0):
-        metrics.on_event(0, {"event": "checkpoint", "number": 0, "rows": 1, "seconds": seconds})
+        metrics.on_event(0, CheckpointSaved(number=0, rows=1, seconds=seconds))
     page = page_of(metrics, quarantine)
     buckets = {
         bound: page[f"vnp_checkpoint_write_seconds_bucket{{le={bound}}}"]

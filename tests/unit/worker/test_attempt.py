@@ -26,6 +26,7 @@ from vnp_lib.model.weights import Weights
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import ModelIdentity, RunPlan
 from vnp_lib.plan.planner import make_plan
+from vnp_lib.run.events import WaitingForShard, WorkerEvent
 from vnp_lib.run.history import AttemptHistory, Ending, read_attempts
 from vnp_lib.run.job import ShardJob
 from vnp_lib.run.resume import find_pending_work
@@ -84,8 +85,8 @@ class Events:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def send(self, event: str, **fields: Any) -> None:
-        self.names.append(event)
+    def send(self, event: WorkerEvent) -> None:
+        self.names.append(event.name)
 
 
 def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(
@@ -121,9 +122,9 @@ def test_an_attempt_waits_while_another_has_the_shard(
     other.acquire(timeout_s=0)
 
     class ReleasingEvents(Events):
-        def send(self, event: str, **fields: Any) -> None:
-            super().send(event, **fields)
-            if event == "waiting":
+        def send(self, event: WorkerEvent) -> None:
+            super().send(event)
+            if isinstance(event, WaitingForShard):
                 other.release()
 
     events = ReleasingEvents()
@@ -334,8 +335,8 @@ class Stopped(Events):
         super().__init__()
         self._stop, self._after = stop, after
 
-    def send(self, event: str, **fields: object) -> None:
-        super().send(event, **fields)
+    def send(self, event: WorkerEvent) -> None:
+        super().send(event)
         if self.names.count("batch") == self._after:
             self._stop.set()
 
