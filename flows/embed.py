@@ -187,8 +187,8 @@ async def embed_one(
         if not is_lost_server(raised):
             raise
     if run.config.executor != "local" or not is_lost_server(error):
-        recorded = run.manifest.get_shard_status(shard.rank) or {}
-        if state.is_completed() and recorded.get("status") != ShardStatus.COMPLETE:
+        recorded = run.manifest.shard(shard.rank)
+        if state.is_completed() and (recorded is None or recorded.status != ShardStatus.COMPLETE):
             # A cached result runs no task, and the manifest may be a new one.
             run.manifest.mark_shard_complete(shard.rank)
         return state
@@ -252,6 +252,6 @@ def describe(run: Run, states: Sequence[State[Any]]) -> str:
         return described
     recorded = run.manifest.shards()
     reasons = "; ".join(
-        f"shard {rank}: {recorded[rank]['error'] or states[rank].message}" for rank in failed[:5]
+        f"shard {rank}: {recorded[rank].error or states[rank].message}" for rank in failed[:5]
     )
     return f"{described}; not embedded: {failed} ({reasons})"

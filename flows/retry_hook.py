@@ -14,6 +14,7 @@ from flows.artifacts import ShardArtifact, tag_flow_run
 from flows.device_pool import DevicePool
 from flows.events import emit_preemption, emit_quarantine
 from flows.lost_server import is_lost_server
+from vnp_lib.checkpoint import ShardRecord
 from vnp_lib.failures import (
     Failure,
     FailureCause,
@@ -73,9 +74,9 @@ def make_retry_hook(run: Run, handle_attempt_failure: FailureHandler) -> RetryHo
 
 def percent_done(run: Run, rank: int) -> float:
     """How much of a shard is in checkpoints of its own, as the manifest has it."""
-    recorded = run.manifest.get_shard_status(rank) or {"total_sequences": 0}
+    recorded = run.manifest.shard(rank) or ShardRecord.new(rank)
     return float(
-        min(100.0, 100.0 * recorded["total_sequences"] / max(run.plan.shard_ordinals(rank).size, 1))
+        min(100.0, 100.0 * recorded.total_sequences / max(run.plan.shard_ordinals(rank).size, 1))
     )
 
 

@@ -88,7 +88,7 @@ async def embed_shard(
         "rank": shard.rank,
         "sequences": shard.num_sequences - num_quarantined,
         "quarantined": num_quarantined,
-        "attempts": run.manifest.shards()[shard.rank]["attempts"],
+        "attempts": run.manifest.shards()[shard.rank].attempts,
     }
 
 

@@ -209,8 +209,8 @@ class _ShownProgress:
         )
 
     def _recorded(self) -> int:
-        recorded = self._run.manifest.get_shard_status(self._rank)
-        return int(recorded["total_sequences"]) if recorded else 0
+        recorded = self._run.manifest.shard(self._rank)
+        return recorded.total_sequences if recorded else 0
 
 
 async def _unfinished(

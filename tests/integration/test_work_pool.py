@@ -247,7 +247,7 @@ def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterru
         )
         before = finished_checkpoints(story.run_dir)
         assert (
-            CheckpointManifest(RunPaths(story.run_dir).manifest).shards()[lost]["status"]
+            CheckpointManifest(RunPaths(story.run_dir).manifest).shards()[lost].status
             == "in_progress"
         )
         story.gpus.make_fast()

@@ -344,22 +344,22 @@ MUTANTS = (
     Mutant(
         name="checkpoint-counted-twice-in-the-manifest",
         module="checkpoint.manifest",
-        before='    shard["num_checkpoints"] += 1 - len(replaced)\n',
-        after='    shard["num_checkpoints"] += 1\n',
+        before="num_checkpoints=self.num_checkpoints + 1 - len(replaced),",
+        after="num_checkpoints=self.num_checkpoints + 1,",
         caught_by=(f"{_MANIFEST}::test_the_same_checkpoint_again_counts_once",),
     ),
     Mutant(
         name="manifest-grows-with-the-run",
         module="checkpoint.manifest",
-        before="[*others, entry][-MAX_CHECKPOINTS_LISTED:]",
-        after="[*others, entry]",
+        before="[*others, checkpoint][-MAX_CHECKPOINTS_LISTED:]",
+        after="[*others, checkpoint]",
         caught_by=(f"{_MANIFEST}::test_an_update_costs_the_same_however_many_there_were",),
     ),
     Mutant(
         name="damaged-manifest-fatal",
         module="checkpoint.manifest",
         before=(
-            '            logger.warning("%s; it is made anew from the checkpoints", error)\n            return None\n'
+            '            logger.warning("%s; it is rebuilt from the checkpoints", error)\n            return None\n'
         ),
         after="            raise\n",
         caught_by=(f"{_MANIFEST}::test_a_damaged_manifest_is_made_anew_from_the_checkpoints",),

@@ -37,7 +37,7 @@ def write_proteins(path: Path, lengths: list[int]) -> Path:
 def assert_whole_at_the_first_attempt(run_dir: Path, count: int) -> None:
     assert len(open_dataset(run_dir)) == count  # so none is in quarantine
     shard = CheckpointManifest(RunPaths(run_dir).manifest).shards()[0]
-    assert (shard["attempts"], shard["failures"]) == (1, [])
+    assert (shard.attempts, shard.failures) == (1, ())
 
 
 def test_a_very_long_protein_takes_the_time_it_takes(

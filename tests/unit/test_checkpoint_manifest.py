@@ -365,7 +365,7 @@ READS: list[Callable[[CheckpointManifest], Any]] = [
 def test_a_missing_manifest_is_said(
     tmp_path: Path, read: Callable[[CheckpointManifest], Any]
 ) -> None:
-    with pytest.raises(StorageError, match=r"none/manifest.json is missing: a run makes it"):
+    with pytest.raises(StorageError, match=r"none/manifest.json is missing: a run creates it"):
         read(CheckpointManifest(tmp_path / "none" / "manifest.json"))
 
 
@@ -420,7 +420,7 @@ def test_a_damaged_manifest_is_made_anew_from_the_checkpoints(
     assert lost.get_global_progress()["total_sequences_checkpointed"] == 17
     assert status_of(lost, 1)["last_checkpoint_batch"] == 3
     assert status_of(lost, 1)["checkpoints"][0]["file"] == "batch_00003.pt"
-    assert ("made anew from the checkpoints" in caplog.text) is (damage is not Path.unlink)
+    assert ("rebuilt from the checkpoints" in caplog.text) is (damage is not Path.unlink)
 
 
 def test_another_runs_manifest_is_made_anew(
@@ -428,7 +428,7 @@ def test_another_runs_manifest_is_made_anew(
 ) -> None:
     four_shards.record_failure(0, {"kind": "poison_input"})
     four_shards.open_or_rebuild(2, "another", "", [])
-    assert "is another run's" in caplog.text
+    assert "belongs to another run" in caplog.text
     assert four_shards.failures(0) == []
 
 

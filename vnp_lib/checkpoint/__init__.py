@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vnp_lib.checkpoint.manifest import (
         CheckpointManifest,
         CommittedCheckpoint,
+        ShardRecord,
         ShardStatus,
         is_of_run,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "Damage",
     "Quarantine",
     "QuarantinedSequence",
+    "ShardRecord",
     "ShardStatus",
     "Survey",
     "heal_shard",
@@ -88,6 +90,7 @@ __getattr__, __dir__ = lazy_face(
         "LOOKUP_DELAYS_S": "vnp_lib.checkpoint.survey",
         "Quarantine": "vnp_lib.checkpoint.quarantine",
         "QuarantinedSequence": "vnp_lib.checkpoint.quarantine",
+        "ShardRecord": "vnp_lib.checkpoint.manifest",
         "ShardStatus": "vnp_lib.checkpoint.manifest",
         "Survey": "vnp_lib.checkpoint.survey",
         "too_many_non_finite": "vnp_lib.checkpoint.quarantine",

@@ -1,8 +1,8 @@
-"""The manifest: which shards there are, how far each has come, and what has gone wrong with them.
+"""The manifest: a locked record of a run's shards, their progress and their failures.
 
-It is a record, not the truth: the checkpoints are. Lost or damaged it is made anew from them; only attempts and failures
-live nowhere else. Every change happens under a lock between processes and replaces the file as a whole, so that readers
-need no lock.
+It is a record, not the truth: the checkpoints are. If it is lost or damaged, it is rebuilt from
+them; only attempts and failures are recorded nowhere else. Every change happens under a lock
+between processes and replaces the file as a whole, so that readers need no lock.
 """
 
 from __future__ import annotations
@@ -11,28 +11,21 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from vnp_lib.errors import StorageError
 from vnp_lib.storage import FileLock, make_directory, read_sealed_json, write_sealed_json
 
 VERSION = "1.0"
-MAX_CHECKPOINTS_LISTED = 256  # of a shard
+MAX_CHECKPOINTS_LISTED = 256  # per shard
 MAX_CHECKPOINTS_LISTED_IN_ALL = 4096
-MAX_FAILURES_KEPT = 200  # of a shard
+MAX_FAILURES_KEPT = 200  # per shard
 MAX_FAILURES_KEPT_IN_ALL = 8000
 LOCK_TIMEOUT_S = 30.0
-
-_HISTORY = (
-    "attempts",
-    "failures",
-    "retry_count",
-    "suspects",
-    "token_budgets",
-)  # lives nowhere else
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +33,128 @@ T = TypeVar("T")
 
 
 class ShardStatus(StrEnum):
-    """How a shard stands."""
+    """Status of a shard."""
 
     IN_PROGRESS = "in_progress"
     COMPLETE = "complete"
     FAILED = "failed"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedCheckpoint:
+    """A committed checkpoint, as the manifest lists it."""
+
+    batch_idx: int
+    num_sequences: int
+    file: str  # name within the shard's directory
+    timestamp: str  # ISO 8601, UTC
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.batch_idx, self.file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """What the manifest records of one shard. The fields are the keys of its JSON object."""
+
+    status: ShardStatus = ShardStatus.IN_PROGRESS
+    original_rank: int
+    assigned_rank: int
+    redistributed_at: str | None = None
+    last_checkpoint_batch: int = -1
+    last_checkpoint_time: str | None = None
+    total_sequences: int = 0  # in its checkpoints
+    num_checkpoints: int = 0
+    checkpoints: tuple[ListedCheckpoint, ...] = ()  # the newest ones
+    attempts: int = 0
+    attempt_started_at: str | None = None
+    device: str | None = None
+    retry_count: int = 0
+    failures: tuple[dict[str, Any], ...] = ()  # oldest first
+    suspects: tuple[int, ...] = ()  # ordinals that are computed alone
+    token_budgets: dict[str, int] = field(default_factory=dict)  # tokens, by device
+    error: str | None = None
+    completed_at: str | None = None
+    failed_at: str | None = None
+
+    @classmethod
+    def new(cls, rank: int) -> Self:
+        """Return the record of a shard of which nothing is known."""
+        return cls(original_rank=rank, assigned_rank=rank)
+
+    @classmethod
+    def from_json(cls, shard: dict[str, Any]) -> Self:
+        """Read a record; a field that an older version did not write takes its default."""
+        known = {name: shard[name] for name in _FIELDS if name in shard}
+        for name in ("failures", "suspects"):
+            known[name] = tuple(shard.get(name, ()))
+        known["status"] = ShardStatus(shard["status"])
+        known["checkpoints"] = tuple(ListedCheckpoint(**each) for each in shard["checkpoints"])
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _FIELDS} | {
+            "checkpoints": [asdict(each) for each in self.checkpoints],
+            "failures": list(self.failures),
+            "suspects": list(self.suspects),
+        }
+
+    def with_checkpoint(self, checkpoint: ListedCheckpoint) -> Self:
+        """Add a checkpoint, or replace the one of the same number and file."""
+        others = [each for each in self.checkpoints if each.key != checkpoint.key]
+        replaced = [each for each in self.checkpoints if each.key == checkpoint.key]
+        return replace(
+            self,
+            num_checkpoints=self.num_checkpoints + 1 - len(replaced),
+            total_sequences=self.total_sequences
+            + checkpoint.num_sequences
+            - sum(each.num_sequences for each in replaced),
+            checkpoints=tuple([*others, checkpoint][-MAX_CHECKPOINTS_LISTED:]),
+            last_checkpoint_batch=max(self.last_checkpoint_batch, checkpoint.batch_idx),
+            last_checkpoint_time=checkpoint.timestamp,
+        )
+
+    def counted(self, committed: Sequence[CommittedCheckpoint], *, now: str) -> Self:
+        """Set the counts from the checkpoints on disk; one that has lost rows is in progress."""
+        total_sequences = sum(each.rows for each in committed)
+        times = {each.key: each.timestamp for each in self.checkpoints}
+        has_lost_rows = total_sequences < self.total_sequences
+        return replace(
+            self,
+            status=ShardStatus.IN_PROGRESS if has_lost_rows else self.status,
+            completed_at=None if has_lost_rows else self.completed_at,
+            total_sequences=total_sequences,
+            num_checkpoints=len(committed),
+            last_checkpoint_batch=committed[-1].batch_idx if committed else -1,
+            checkpoints=tuple(
+                ListedCheckpoint(
+                    batch_idx=each.batch_idx,
+                    num_sequences=each.rows,
+                    file=each.path.name,
+                    timestamp=times.get((each.batch_idx, each.path.name), now),
+                )
+                for each in committed[-MAX_CHECKPOINTS_LISTED:]
+            ),
+        )
+
+    def with_history_of(self, other: ShardRecord) -> Self:
+        """Take over from another record what cannot be rebuilt from the checkpoints."""
+        return replace(
+            self,
+            attempts=other.attempts,
+            failures=other.failures,
+            retry_count=other.retry_count,
+            suspects=other.suspects,
+            token_budgets=other.token_budgets,
+        )
+
+
+_FIELDS = tuple(each.name for each in fields(ShardRecord))
+
+
 class CommittedCheckpoint(Protocol):
-    """What the manifest wants to know of a checkpoint on disk; `checkpoint.CheckpointRecord` has it."""
+    """What the manifest needs to know of a checkpoint on disk, such as a `CheckpointRecord`."""
 
     @property
     def path(self) -> Path: ...
@@ -61,13 +167,15 @@ class CommittedCheckpoint(Protocol):
 
 
 class CheckpointManifest:
-    """`manifest.json`, with `manifest.lock` beside it.
+    """`manifest.json`, with the lock file `manifest.lock` in the same directory.
 
-    A shard lists its newest 256 checkpoints, or fewer where there are more than 16 shards; `num_checkpoints` and
-    `total_sequences` count them all. So an update costs the same however long the run: some milliseconds, and some tens of
-    them for a thousand shards. Every method that changes something raises LockTimeoutError when
-    the lock cannot be had within 30 s, and every method but those that make a manifest raises StorageError when there is
-    none or it is damaged. A rank that is not in the manifest is a ValueError.
+    A shard lists its newest 256 checkpoints, or fewer if there are more than 16 shards;
+    `num_checkpoints` and `total_sequences` count all of them. So the cost of an update does not
+    grow with the run: a few milliseconds, and some tens of milliseconds for a thousand shards.
+
+    Every method that changes the manifest raises LockTimeoutError if the lock is not free within
+    30 s. Every method but those that create a manifest raises StorageError if it is missing or
+    damaged. A rank that is not in the manifest is a ValueError.
     """
 
     def __init__(
@@ -77,7 +185,13 @@ class CheckpointManifest:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clock` gives seconds since the epoch: its readings are written down and outlive the process."""
+        """Open a manifest; nothing is read or written yet.
+
+        Args:
+            manifest_path: The file, which need not exist.
+            staleness_threshold_sec: Silence after which `is_shard_stale` is true.
+            clock: Seconds since the epoch, since its readings outlive the process.
+        """
         self.path = Path(manifest_path)
         self.staleness_threshold_sec = staleness_threshold_sec
         self._clock = clock
@@ -89,7 +203,7 @@ class CheckpointManifest:
     def initialize(
         self, world_size: int, input_fingerprint: str = "", model_config_hash: str = ""
     ) -> None:
-        """Write a manifest of `world_size` shards in progress, unless there is one: that is left as it is."""
+        """Write a manifest of `world_size` shards in progress, unless a manifest exists."""
         with self._exclusive():
             if not self.exists():
                 self._write(self._new_state(world_size, input_fingerprint, model_config_hash))
@@ -101,13 +215,16 @@ class CheckpointManifest:
         model_config_hash: str,
         records: Iterable[CommittedCheckpoint],
     ) -> None:
-        """Make the manifest fit the run and what is on disk, whatever state it is in. Never fatal for want of a manifest.
+        """Make the manifest fit the run and the checkpoints on disk, even if missing or damaged.
 
-        One of the same input and model is kept: shards are added up to `world_size`, those beyond it stay as a record, and
-        all counts are set from `records`. Any other, and a damaged one, is made anew, which the log says.
+        A manifest of the same input and model is kept: shards are added up to `world_size`, those
+        beyond it stay as a record, and all counts are set from `records`. Any other manifest, and a
+        damaged one, is rebuilt, with a warning in the log.
 
         Args:
-            world_size: Shards of this run; may differ from the last run's.
+            world_size: Number of shards of this run; may differ from that of the last run.
+            input_fingerprint: The run.
+            model_config_hash: The weights.
             records: All valid checkpoints under the run directory, of any shard.
         """
         with self._exclusive():
@@ -124,9 +241,10 @@ class CheckpointManifest:
         *,
         model_config_hash: str = "",
     ) -> None:
-        """Make the manifest anew from the checkpoints.
+        """Rebuild the manifest from the checkpoints.
 
-        Attempts and failures are kept where they can still be read and are not of another run, whose ordinals are other sequences.
+        Attempts and failures are kept if they can still be read and belong to the same run: the
+        ordinals of another run mean other sequences.
         """
         with self._exclusive():
             state = self._new_state(world_size, input_fingerprint, model_config_hash)
@@ -145,178 +263,180 @@ class CheckpointManifest:
     def update_shard_checkpoint(
         self, rank: int, batch_idx: int, num_sequences: int, checkpoint_file: str
     ) -> None:
-        """Record a committed checkpoint. The same one (number and file) again takes the place of the first.
+        """Record a committed checkpoint. One of the same number and file name replaces the first.
 
         Args:
+            rank: The shard.
+            batch_idx: Number of the checkpoint.
+            num_sequences: Rows in it.
             checkpoint_file: Its name within the shard's directory. ValueError if it holds a path.
         """
-        _require_bare_name(checkpoint_file)
+        if checkpoint_file in {"", ".", ".."} or set(checkpoint_file) & set("/\\\0"):
+            raise ValueError(
+                f"checkpoint_file {checkpoint_file!r} must be a bare file name, without a path"
+            )
         if batch_idx < 0 or num_sequences < 0:
             raise ValueError(
                 f"batch_idx {batch_idx} and num_sequences {num_sequences} must not be negative"
             )
-        entry = {
-            "batch_idx": batch_idx,
-            "num_sequences": num_sequences,
-            "file": checkpoint_file,
-            "timestamp": self._now(),
-        }
-        self._change(lambda state: _record_checkpoint(_shard(state, rank), entry))
+        checkpoint = ListedCheckpoint(
+            batch_idx=batch_idx,
+            num_sequences=num_sequences,
+            file=checkpoint_file,
+            timestamp=self._now(),
+        )
+        self._change_shard(rank, lambda shard: shard.with_checkpoint(checkpoint))
 
     def mark_shard_complete(self, rank: int) -> None:
-        complete = {
-            "status": ShardStatus.COMPLETE,
-            "completed_at": self._now(),
-            "failed_at": None,
-            "error": None,
-        }
-        self._change(lambda state: _shard(state, rank).update(complete))
+        """Record that a shard is complete."""
+        now = self._now()
+        self._change_shard(
+            rank,
+            lambda shard: replace(
+                shard, status=ShardStatus.COMPLETE, completed_at=now, failed_at=None, error=None
+            ),
+        )
 
     def mark_shard_failed(self, rank: int, error: str) -> None:
-        """Record that a shard has failed, why, and when; its retry count grows by one."""
-        failed_at = self._now()
-
-        def change(state: dict[str, Any]) -> None:
-            shard = _shard(state, rank)
-            shard.update(status=ShardStatus.FAILED, failed_at=failed_at, error=error)
-            shard["retry_count"] += 1
-
-        self._change(change)
+        """Record that a shard has failed, why and when; its retry count grows by one."""
+        now = self._now()
+        self._change_shard(
+            rank,
+            lambda shard: replace(
+                shard,
+                status=ShardStatus.FAILED,
+                failed_at=now,
+                error=error,
+                retry_count=shard.retry_count + 1,
+            ),
+        )
 
     def start_attempt(self, rank: int, *, device: str | None = None) -> int:
-        """Count an attempt on a shard, put it in progress, and return which attempt it is, from 1."""
-        started_at = self._now()
-
-        def change(state: dict[str, Any]) -> int:
-            shard = _shard(state, rank)
-            shard.update(
-                status=ShardStatus.IN_PROGRESS, attempt_started_at=started_at, device=device
-            )
-            shard["attempts"] += 1
-            return int(shard["attempts"])
-
-        return self._change(change)
+        """Count an attempt on a shard, put it in progress, and return the attempt's number."""
+        now = self._now()
+        return self._change_shard(
+            rank,
+            lambda shard: replace(
+                shard,
+                status=ShardStatus.IN_PROGRESS,
+                attempt_started_at=now,
+                device=device,
+                attempts=shard.attempts + 1,
+            ),
+        ).attempts
 
     def record_failure(self, rank: int, record: dict[str, Any]) -> None:
-        """Add `record`, anything that is JSON, to the failures of a shard.
+        """Add a JSON object to the failures of a shard.
 
-        The newest 200 are kept, and the newest 200 with a true `accuses_batch`: a thousand preemptions push no strike out.
-        Where all shards have more than 8,000, each keeps its share of them.
+        The newest 200 are kept, and the newest 200 with a true `accuses_batch`: a thousand
+        preemptions push no strike out. If all shards together have more than 8,000, each keeps its
+        share of them.
         """
-
-        def change(state: dict[str, Any]) -> None:
-            shard = _shard(state, rank)
-            shard["failures"] = _newest_failures([*shard["failures"], record], MAX_FAILURES_KEPT)
-
-        self._change(change)
+        self._change_shard(
+            rank,
+            lambda shard: replace(
+                shard,
+                failures=tuple(_newest_failures([*shard.failures, record], MAX_FAILURES_KEPT)),
+            ),
+        )
 
     def failures(self, rank: int) -> list[dict[str, Any]]:
-        """What `record_failure` recorded for a shard, oldest first, over all runs on this directory."""
-        return list(_shard(self._read(), rank)["failures"])
+        """Return the recorded failures of a shard, oldest first, over all runs on the directory."""
+        return list(_shard(self._read(), rank).failures)
 
     def add_suspects(self, rank: int, ordinals: Sequence[int]) -> None:
-        """Record that one of these sequences may be what a child dies of: from now on each is computed alone."""
-
-        def change(state: dict[str, Any]) -> None:
-            shard = _shard(state, rank)
-            shard["suspects"] = list(dict.fromkeys([*shard.get("suspects", []), *ordinals]))
-
-        self._change(change)
+        """Record sequences of which one may crash the worker, to be computed one by one."""
+        self._change_shard(
+            rank,
+            lambda shard: replace(
+                shard, suspects=tuple(dict.fromkeys([*shard.suspects, *ordinals]))
+            ),
+        )
 
     def suspects(self) -> list[int]:
-        """Ordinals of all shards' suspects, also of shards that only an earlier run had."""
-        return [
-            ordinal for shard in self.shards().values() for ordinal in shard.get("suspects", [])
-        ]
+        """Return the suspects of all shards, including shards that only an earlier run had."""
+        return [ordinal for shard in self.shards().values() for ordinal in shard.suspects]
 
     def remember_token_budget(self, rank: int, device: str, tokens: int) -> None:
-        """Record how many tokens fit into a device's memory with a shard's sequences."""
-
-        def change(state: dict[str, Any]) -> None:
-            shard = _shard(state, rank)
-            shard["token_budgets"] = shard.get("token_budgets", {}) | {device: tokens}
-
-        self._change(change)
+        """Record how many tokens of a shard's sequences fit into the memory of a device."""
+        self._change_shard(
+            rank,
+            lambda shard: replace(shard, token_budgets=shard.token_budgets | {device: tokens}),
+        )
 
     def token_budget(self, rank: int, device: str) -> int | None:
-        """What is remembered for a shard on a device, else the least of other shards on it; None where nothing is."""
+        """Return the budget recorded for a shard on a device, or else the least of other shards.
+
+        None if none is recorded for the device.
+        """
         budgets = {
-            other: shard.get("token_budgets", {}).get(device)
+            other: shard.token_budgets[device]
             for other, shard in self.shards().items()
+            if device in shard.token_budgets
         }
-        known = [tokens for tokens in budgets.values() if tokens is not None]
-        return budgets.get(rank) or min(known, default=None)
+        return budgets.get(rank) or min(budgets.values(), default=None)
 
     def record_redistribution(self, failed_rank: int, new_rank: int) -> None:
-        """Record that the shard of `failed_rank` is `new_rank`'s work now."""
-        moved = {"assigned_rank": new_rank, "redistributed_at": self._now()}
-        self._change(lambda state: _shard(state, failed_rank).update(moved))
+        """Record that `new_rank` has taken over the shard of `failed_rank`."""
+        now = self._now()
+        self._change_shard(
+            failed_rank,
+            lambda shard: replace(shard, assigned_rank=new_rank, redistributed_at=now),
+        )
 
     def get_redistributed_shards(self) -> dict[int, int]:
-        """From the rank that failed to the rank that has its shard now."""
-        shards = _shards_by_rank(self._read())
+        """Return the rank that has each redistributed shard now, by the rank that failed."""
         return {
-            rank: shard["assigned_rank"]
-            for rank, shard in shards.items()
-            if shard["assigned_rank"] != shard["original_rank"]
+            rank: shard.assigned_rank
+            for rank, shard in self.shards().items()
+            if shard.assigned_rank != shard.original_rank
         }
 
     def get_shard_status(self, rank: int) -> dict[str, Any] | None:
-        """All that is recorded of a shard, or None where there is no such shard."""
-        return _shards_by_rank(self._read()).get(rank)
+        """Return a shard's record as a JSON object, or None if there is no such shard."""
+        shard: dict[str, Any] | None = self._read()["shards"].get(str(rank))
+        return shard
 
-    def shards(self) -> dict[int, dict[str, Any]]:
-        """All that is recorded, by rank, also of shards that only an earlier run had."""
+    def shard(self, rank: int) -> ShardRecord | None:
+        """Return a shard's record, or None if there is no such shard."""
+        shard = self.get_shard_status(rank)
+        return None if shard is None else ShardRecord.from_json(shard)
+
+    def shards(self) -> dict[int, ShardRecord]:
+        """Return all records by rank, including shards that only an earlier run had."""
         return _shards_by_rank(self._read())
 
     def get_resumable_shards(self) -> list[int]:
-        """Ranks of this run's shards that are not complete, in order."""
-        return [
-            rank
-            for rank, shard in self._current_shards()
-            if shard["status"] != ShardStatus.COMPLETE
-        ]
+        """Return the ranks of this run's shards that are not complete, in order."""
+        shards = self._current_shards().items()
+        return [rank for rank, shard in shards if shard.status != ShardStatus.COMPLETE]
 
     def get_completed_shards(self) -> list[int]:
-        """Ranks of this run's shards that are complete, in order."""
-        return [
-            rank
-            for rank, shard in self._current_shards()
-            if shard["status"] == ShardStatus.COMPLETE
-        ]
+        """Return the ranks of this run's shards that are complete, in order."""
+        shards = self._current_shards().items()
+        return [rank for rank, shard in shards if shard.status == ShardStatus.COMPLETE]
 
     def get_global_progress(self) -> dict[str, int]:
-        """Counts of this run's shards by status, and of the sequences in checkpoints of any shard, this run's or not."""
+        """Count this run's shards by status, and the sequences in checkpoints of any shard."""
         state = self._read()
-        statuses = [
-            shard["status"]
-            for rank, shard in _shards_by_rank(state).items()
-            if rank < state["world_size"]
-        ]
+        shards = _shards_by_rank(state)
+        statuses = [shard.status for rank, shard in shards.items() if rank < state["world_size"]]
         return {
             "total_shards": len(statuses),
             "completed": statuses.count(ShardStatus.COMPLETE),
             "in_progress": statuses.count(ShardStatus.IN_PROGRESS),
             "failed": statuses.count(ShardStatus.FAILED),
-            "total_sequences_checkpointed": sum(
-                shard["total_sequences"] for shard in state["shards"].values()
-            ),
+            "total_sequences_checkpointed": sum(shard.total_sequences for shard in shards.values()),
         }
 
     def is_shard_stale(self, rank: int) -> bool:
-        """Whether a shard in progress has recorded nothing for longer than the staleness threshold."""
+        """Return True if a shard in progress has recorded nothing for the staleness threshold."""
         state = self._read()
         shard = _shard(state, rank)
-        if shard["status"] != ShardStatus.IN_PROGRESS:
+        if shard.status != ShardStatus.IN_PROGRESS:
             return False
-        signs_of_life = (
-            state["created_at"],
-            shard["attempt_started_at"],
-            shard["last_checkpoint_time"],
-        )
-        newest_s = max(
-            datetime.fromisoformat(time_).timestamp() for time_ in signs_of_life if time_
-        )
+        times = (state["created_at"], shard.attempt_started_at, shard.last_checkpoint_time)
+        newest_s = max(datetime.fromisoformat(time_).timestamp() for time_ in times if time_)
         return self._clock() - newest_s > self.staleness_threshold_sec
 
     @contextmanager
@@ -325,8 +445,18 @@ class CheckpointManifest:
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             yield
 
+    def _change_shard(self, rank: int, change: Callable[[ShardRecord], ShardRecord]) -> ShardRecord:
+        """Replace the record of a shard under the lock, and return the new one."""
+
+        def change_state(state: dict[str, Any]) -> ShardRecord:
+            changed = change(_shard(state, rank))
+            _set_shard(state, rank, changed)
+            return changed
+
+        return self._change(change_state)
+
     def _change(self, change: Callable[[dict[str, Any]], T]) -> T:
-        """Have `change` change the state in place, under the lock, and return what it returns."""
+        """Apply `change` to the state, in place and under the lock, and return its result."""
         self._require_exists()
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             state = self._read()
@@ -337,7 +467,7 @@ class CheckpointManifest:
     def _require_exists(self) -> None:
         if not self.exists():
             raise StorageError(
-                f"{self.path} is missing: a run makes it, and makes it anew from the checkpoints"
+                f"{self.path} is missing: a run creates it, and rebuilds it from the checkpoints"
             )
 
     def _read(self) -> dict[str, Any]:
@@ -353,27 +483,27 @@ class CheckpointManifest:
         _shorten(list(state["shards"].values()))
         write_sealed_json(self.path, state, replace=True)
 
-    def _current_shards(self) -> list[tuple[int, dict[str, Any]]]:
+    def _current_shards(self) -> dict[int, ShardRecord]:
+        """Return the records of this run's shards, without those that only an earlier run had."""
         state = self._read()
-        return [
-            (rank, shard)
-            for rank, shard in _shards_by_rank(state).items()
-            if rank < state["world_size"]
-        ]
+        shards = _shards_by_rank(state)
+        return {rank: shard for rank, shard in shards.items() if rank < state["world_size"]}
 
     def _state_to_keep(
         self, input_fingerprint: str, model_config_hash: str
     ) -> dict[str, Any] | None:
-        """The state on disk, if it is whole and of this run."""
+        """Return the state on disk if it is intact and belongs to this run."""
         if not self.exists():
             return None
         try:
             state = self._read()
         except (StorageError, OSError) as error:
-            logger.warning("%s; it is made anew from the checkpoints", error)
+            logger.warning("%s; it is rebuilt from the checkpoints", error)
             return None
         if not is_of_run(state, input_fingerprint, model_config_hash):
-            logger.warning("%s is another run's; it is made anew from the checkpoints", self.path)
+            logger.warning(
+                "%s belongs to another run; it is rebuilt from the checkpoints", self.path
+            )
             return None
         return state
 
@@ -385,7 +515,7 @@ class CheckpointManifest:
         model_config_hash: str,
         records: Iterable[CommittedCheckpoint],
     ) -> dict[str, Any]:
-        """Make the state that was found, or a new one, fit the run and what is on disk."""
+        """Make the state that was found, or a new one, fit the run and the checkpoints."""
         state = (
             self._new_state(world_size, input_fingerprint, model_config_hash)
             if found is None
@@ -399,16 +529,15 @@ class CheckpointManifest:
         try:
             old_state = self._read()
         except (StorageError, OSError) as error:
-            logger.warning("%s; attempts and failures are counted from none", error)
+            logger.warning("%s; attempts and failures are counted from zero", error)
             return
         if old_state["input_fingerprint"] not in ("", state["input_fingerprint"]):
             logger.warning(
-                "%s is another run's; attempts and failures are counted from none", self.path
+                "%s belongs to another run; attempts and failures are counted from zero", self.path
             )
             return
         for rank, old in _shards_by_rank(old_state).items():
-            shard = state["shards"].setdefault(str(rank), _new_shard(rank))
-            shard.update({key: old[key] for key in _HISTORY if key in old})
+            _set_shard(state, rank, _shard_or_new(state, rank).with_history_of(old))
 
     def _new_state(
         self, world_size: int, input_fingerprint: str, model_config_hash: str
@@ -428,7 +557,7 @@ class CheckpointManifest:
             raise ValueError(f"world_size is {world_size}; a run has at least one shard")
         state["world_size"] = world_size
         for rank in range(world_size):
-            state["shards"].setdefault(str(rank), _new_shard(rank))
+            state["shards"].setdefault(str(rank), ShardRecord.new(rank).to_json())
 
     def _set_counts(
         self,
@@ -437,81 +566,53 @@ class CheckpointManifest:
         *,
         rank: int | None = None,
     ) -> None:
-        listed: dict[int, list[CommittedCheckpoint]] = {}
+        committed: dict[int, list[CommittedCheckpoint]] = {}
         for record in records:
-            listed.setdefault(record.rank, []).append(record)
-        ranks = set(listed) | set(_shards_by_rank(state)) if rank is None else {rank}
-        for each in sorted(ranks):
-            shard = state["shards"].setdefault(str(each), _new_shard(each))
-            _count(
-                shard,
-                sorted(listed.get(each, []), key=lambda record: record.batch_idx),
-                now=self._now(),
-            )
+            committed.setdefault(record.rank, []).append(record)
+        known = {int(each) for each in state["shards"]}
+        for each in sorted(known | set(committed)) if rank is None else [rank]:
+            ordered = sorted(committed.get(each, []), key=lambda record: record.batch_idx)
+            shard = _shard_or_new(state, each).counted(ordered, now=self._now())
+            _set_shard(state, each, shard)
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
 
 
-def _new_shard(rank: int) -> dict[str, Any]:
-    return {
-        "status": ShardStatus.IN_PROGRESS,
-        "original_rank": rank,
-        "assigned_rank": rank,
-        "redistributed_at": None,
-        "last_checkpoint_batch": -1,
-        "last_checkpoint_time": None,
-        "total_sequences": 0,
-        "num_checkpoints": 0,
-        "checkpoints": [],
-        "attempts": 0,
-        "attempt_started_at": None,
-        "device": None,
-        "retry_count": 0,
-        "failures": [],
-        "suspects": [],
-        "token_budgets": {},
-        "error": None,
-        "completed_at": None,
-        "failed_at": None,
-    }
-
-
-def _shard(state: dict[str, Any], rank: int) -> dict[str, Any]:
-    shard: dict[str, Any] | None = state["shards"].get(str(rank))
-    if shard is None:
-        raise ValueError(
-            f"there is no shard {rank}: the manifest has {', '.join(map(str, _shards_by_rank(state)))}"
-        )
-    return shard
-
-
-def _shards_by_rank(state: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    return {int(rank): state["shards"][rank] for rank in sorted(state["shards"], key=int)}
-
-
-def _record_checkpoint(shard: dict[str, Any], entry: dict[str, Any]) -> None:
-    others = [old for old in shard["checkpoints"] if _identity(old) != _identity(entry)]
-    replaced = [old for old in shard["checkpoints"] if _identity(old) == _identity(entry)]
-    shard["num_checkpoints"] += 1 - len(replaced)
-    shard["total_sequences"] += entry["num_sequences"] - sum(
-        old["num_sequences"] for old in replaced
-    )
-    shard["checkpoints"] = [*others, entry][-MAX_CHECKPOINTS_LISTED:]
-    shard["last_checkpoint_batch"] = max(shard["last_checkpoint_batch"], entry["batch_idx"])
-    shard["last_checkpoint_time"] = entry["timestamp"]
-
-
 def is_of_run(state: dict[str, Any], input_fingerprint: str, model_config_hash: str) -> bool:
-    """Whether a state of a manifest is that of a run."""
+    """Return True if the state of a manifest belongs to a run."""
     return (state["input_fingerprint"], state["model_config_hash"]) == (
         input_fingerprint,
         model_config_hash,
     )
 
 
+def _shard(state: dict[str, Any], rank: int) -> ShardRecord:
+    shard: dict[str, Any] | None = state["shards"].get(str(rank))
+    if shard is None:
+        known = ", ".join(sorted(state["shards"], key=int))
+        raise ValueError(f"there is no shard {rank}: the manifest has {known}")
+    return ShardRecord.from_json(shard)
+
+
+def _shard_or_new(state: dict[str, Any], rank: int) -> ShardRecord:
+    return _shard(state, rank) if str(rank) in state["shards"] else ShardRecord.new(rank)
+
+
+def _set_shard(state: dict[str, Any], rank: int, shard: ShardRecord) -> None:
+    # Keys that a newer version wrote stay.
+    state["shards"][str(rank)] = state["shards"].get(str(rank), {}) | shard.to_json()
+
+
+def _shards_by_rank(state: dict[str, Any]) -> dict[int, ShardRecord]:
+    return {
+        int(rank): ShardRecord.from_json(state["shards"][rank])
+        for rank in sorted(state["shards"], key=int)
+    }
+
+
 def _shorten(shards: list[dict[str, Any]]) -> None:
-    """Leave each of many shards its share of what is listed in all: a manifest that is written at each checkpoint stays small."""
+    """Limit what each shard lists to its share: the file is written again at each checkpoint."""
     most_listed = max(1, MAX_CHECKPOINTS_LISTED_IN_ALL // len(shards))
     for shard in shards:
         shard["checkpoints"] = shard["checkpoints"][-most_listed:]
@@ -523,37 +624,7 @@ def _shorten(shards: list[dict[str, Any]]) -> None:
 
 
 def _newest_failures(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The newest of those that accuse a batch and the newest of the others, so many of each."""
+    """Return the newest `most` that accuse a batch and the newest `most` of the others."""
     strikes = [place for place, record in enumerate(records) if record.get("accuses_batch")]
     others = [place for place, record in enumerate(records) if not record.get("accuses_batch")]
     return [records[place] for place in sorted(strikes[-most:] + others[-most:])]
-
-
-def _identity(entry: dict[str, Any]) -> tuple[int, str]:
-    return entry["batch_idx"], entry["file"]
-
-
-def _count(shard: dict[str, Any], records: list[CommittedCheckpoint], *, now: str) -> None:
-    total_sequences = sum(record.rows for record in records)
-    if total_sequences < shard["total_sequences"]:
-        shard.update(status=ShardStatus.IN_PROGRESS, completed_at=None)
-    times = {_identity(entry): entry["timestamp"] for entry in shard["checkpoints"]}
-    shard.update(
-        total_sequences=total_sequences,
-        num_checkpoints=len(records),
-        last_checkpoint_batch=records[-1].batch_idx if records else -1,
-        checkpoints=[
-            {
-                "batch_idx": record.batch_idx,
-                "num_sequences": record.rows,
-                "file": record.path.name,
-                "timestamp": times.get((record.batch_idx, record.path.name), now),
-            }
-            for record in records[-MAX_CHECKPOINTS_LISTED:]
-        ],
-    )
-
-
-def _require_bare_name(name: str) -> None:
-    if name in {"", ".", ".."} or any(letter in name for letter in "/\\\0"):
-        raise ValueError(f"checkpoint_file {name!r} must be a bare file name, without a path")

@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint import CheckpointManifest, Quarantine, QuarantinedSequence
+from vnp_lib.checkpoint import CheckpointManifest, Quarantine, QuarantinedSequence, ShardRecord
 from vnp_lib.errors import StorageError
 from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, describe_input, packed_tokens
@@ -90,7 +90,7 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
     status = read_status(plan, paths, clock=clock)
     recorded = _recorded_shards(paths)
     ranks = sorted(
-        {*range(plan.num_shards), *(rank for rank, shard in recorded.items() if shard["attempts"])}
+        {*range(plan.num_shards), *(rank for rank, shard in recorded.items() if shard.attempts)}
     )
     attempts = [
         each for rank in ranks for each in read_attempts(paths, rank, _failures_of(recorded, rank))
@@ -148,15 +148,15 @@ def _finalized(value: Any) -> Any:
     return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
 
 
-def _recorded_shards(paths: RunPaths) -> dict[int, dict[str, Any]]:
+def _recorded_shards(paths: RunPaths) -> dict[int, ShardRecord]:
     try:
         return CheckpointManifest(paths.manifest).shards()
     except (StorageError, OSError):
         return {}  # the status has a note of it
 
 
-def _failures_of(recorded: dict[int, dict[str, Any]], rank: int) -> list[dict[str, Any]]:
-    return list(recorded[rank]["failures"]) if rank in recorded else []
+def _failures_of(recorded: dict[int, ShardRecord], rank: int) -> list[dict[str, Any]]:
+    return list(recorded[rank].failures) if rank in recorded else []
 
 
 def _checkpoint_sizes(paths: RunPaths) -> Iterator[int]:

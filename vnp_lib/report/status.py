@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.checkpoint import CheckpointManifest, Quarantine, ShardStatus
+from vnp_lib.checkpoint import CheckpointManifest, Quarantine, ShardRecord, ShardStatus
 from vnp_lib.dataset import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_age, format_duration, utc_now
@@ -177,10 +177,10 @@ def read_status(
     running = FileLock(paths.run_lock, purpose="status").presumed_holder()
     quarantined, quarantine_notes = _quarantined(plan, paths)
     shards = tuple(
-        _shard(plan, paths, rank, recorded.get(rank, {}), running, quarantined)
+        _shard(plan, paths, rank, recorded.get(rank), running, quarantined)
         for rank in range(plan.num_shards)
     )
-    num_recorded = sum(shard["total_sequences"] for shard in recorded.values())
+    num_recorded = sum(shard.total_sequences for shard in recorded.values())
     is_complete = all(shard.state == ShardPhase.COMPLETE for shard in shards)
     return RunStatus(
         run_dir=paths.run_dir,
@@ -219,7 +219,7 @@ def watch(read: Callable[[], RunStatus], *, interval_s: float, console: Console)
             live.update(render_status(read()), refresh=True)
 
 
-def _recorded_shards(paths: RunPaths) -> tuple[dict[int, dict[str, Any]], list[str]]:
+def _recorded_shards(paths: RunPaths) -> tuple[dict[int, ShardRecord], list[str]]:
     manifest = CheckpointManifest(paths.manifest)
     if not manifest.exists():
         return {}, ["there is no manifest yet: nothing is known of checkpoints"]
@@ -233,25 +233,25 @@ def _shard(
     plan: RunPlan,
     paths: RunPaths,
     rank: int,
-    recorded: dict[str, Any],
+    found: ShardRecord | None,
     running: LockHolder | None,
     quarantined: frozenset[int] | None,
 ) -> ShardRow:
     ordinals = plan.shard_ordinals(rank)
-    is_complete = recorded.get("status") == ShardStatus.COMPLETE
+    recorded = found or ShardRecord.new(rank)
+    is_complete = recorded.status == ShardStatus.COMPLETE
     num_set_aside = int(np.isin(ordinals, list(quarantined or ())).sum())
     num_done = (
         ordinals.size - num_set_aside
         if is_complete
-        else min(recorded.get("total_sequences", 0), ordinals.size)
+        else min(recorded.total_sequences, ordinals.size)
     )
     attempts = read_attempts(paths, rank)
     newest = _newest_checkpoint(attempts)
-    failures = recorded.get("failures", [])
     return ShardRow(
         rank=rank,
-        state=_state(paths, rank, recorded.get("status"), attempts, running),
-        attempts=recorded.get("attempts", len(attempts)),
+        state=_state(paths, rank, recorded.status, attempts, running),
+        attempts=recorded.attempts if found else len(attempts),
         num_sequences=ordinals.size,
         num_done=num_done,
         tokens_left=0
@@ -259,15 +259,15 @@ def _shard(
         else plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
         tokens_per_s=newest.tokens_per_s if newest else None,
         checkpoint_at=newest.at if newest else None,
-        device=recorded.get("device"),
-        failure=_failure(failures[-1]) if failures else None,
+        device=recorded.device,
+        failure=_failure(recorded.failures[-1]) if recorded.failures else None,
     )
 
 
 def _state(
     paths: RunPaths,
     rank: int,
-    recorded: str | None,
+    recorded: ShardStatus,
     attempts: list[Attempt],
     running: LockHolder | None,
 ) -> ShardPhase:
@@ -298,16 +298,16 @@ def _failure(record: dict[str, Any]) -> LastFailure:
 
 
 def _redivision(
-    plan: RunPlan, recorded: dict[int, dict[str, Any]], num_quarantined: int
+    plan: RunPlan, recorded: dict[int, ShardRecord], num_quarantined: int
 ) -> Iterator[str]:
     """The manifest counts a checkpoint for the shard that wrote it, whoever has its sequences now."""
     foreign = any(
-        rank >= plan.num_shards and shard["total_sequences"] for rank, shard in recorded.items()
+        rank >= plan.num_shards and shard.total_sequences for rank, shard in recorded.items()
     )
     sizes = {rank: plan.shard_ordinals(rank).size for rank in range(plan.num_shards)}
     misfits = any(
-        not (size - num_quarantined if shard["status"] == ShardStatus.COMPLETE else 0)
-        <= shard["total_sequences"]
+        not (size - num_quarantined if shard.status == ShardStatus.COMPLETE else 0)
+        <= shard.total_sequences
         <= size
         for rank, shard in recorded.items()
         if (size := sizes.get(rank)) is not None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint import CheckpointManifest, Quarantine
+from vnp_lib.checkpoint import CheckpointManifest, Quarantine, ShardRecord
 from vnp_lib.dataset import EmbeddingDataset, open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
@@ -184,8 +184,8 @@ def _manifest(paths: RunPaths, valid: tuple[CheckpointRecord, ...]) -> Iterator[
         yield f"{error}; the next run makes it anew"
         return
     for rank in sorted(found.keys() | shards.keys()):
-        recorded = shards.get(rank, {"num_checkpoints": 0, "total_sequences": 0})
-        told = recorded["num_checkpoints"], recorded["total_sequences"]
+        recorded = shards.get(rank, ShardRecord.new(rank))
+        told = recorded.num_checkpoints, recorded.total_sequences
         rows = found.get(rank, [])
         if told != (len(rows), sum(rows)):
             yield (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vnp_lib.checkpoint import QuarantinedSequence
+from vnp_lib.checkpoint import QuarantinedSequence, ShardRecord
 from vnp_lib.errors import QuarantineFullError, StorageError
 from vnp_lib.failures import Failure, FailureKind, classify_exception
 from vnp_lib.run import Run
@@ -26,11 +26,9 @@ def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> Re
     Args:
         session: Of this flow run: what a person may have mended since the last one does not count any more.
     """
-    recorded = run.manifest.get_shard_status(rank) or {}
+    recorded = run.manifest.shard(rank) or ShardRecord.new(rank)
     failure = _with_batch(run, rank, failure)
-    history = counted_failures(
-        recorded.get("failures", []), session, num_done=recorded.get("total_sequences", 0)
-    )
+    history = counted_failures(recorded.failures, session, num_done=recorded.total_sequences)
     policy = RetryPolicy.from_config(run.config.runtime)
     decision, failures = policy.decide(failure, history), [failure]
     if decision.is_circuit_open and failure.is_silence and failure.ordinal is not None:
@@ -43,14 +41,14 @@ def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> Re
             # after any attempt that ends at a disk which takes nothing.
             failures.append(classify_exception(error))
             decision = policy.decide(failures[-1], history)
-    if decision.token_budget_scale < 1.0:
-        run.scale_token_budget(rank, recorded["device"], decision.token_budget_scale)
+    if decision.token_budget_scale < 1.0 and recorded.device is not None:
+        run.scale_token_budget(rank, recorded.device, decision.token_budget_scale)
     about = {
         "session": session,
         "reason": decision.reason,
         "at": datetime.now(UTC).isoformat(),
-        "device": recorded.get("device"),
-        "num_done": recorded.get("total_sequences", 0),
+        "device": recorded.device,
+        "num_done": recorded.total_sequences,
     }
     for each in failures:
         run.manifest.record_failure(rank, each.to_json() | about)
