@@ -1,4 +1,4 @@
-"""ESM-2 embeddings of millions of proteins, computed shard by shard on preemptible machines."""
+"""Embed millions of proteins with ESM-2 on preemptible GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m vnp_lib`: the `vnp` command."""
+"""Run the `vnp` command as `python -m vnp_lib`."""
 
 from __future__ import annotations
 

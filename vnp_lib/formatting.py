@@ -9,8 +9,8 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def printable(text: str) -> str:
-    """Replace what moves a cursor, rings a bell or breaks a line."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    """Replace characters that move a cursor, ring a bell or break a line."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def listed(
@@ -30,27 +30,27 @@ def listed(
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Write 3,725,000,000 bytes as `3.7 GB`."""
+    """Format 3,725,000,000 bytes as `3.7 GB`."""
     if size_bytes < 999.5:
         return f"{size_bytes:.0f} bytes"
     exponent = next((place for place in (1, 2, 3) if size_bytes < 999.5 * 1000**place), 4)
     value = size_bytes / 1000**exponent
-    return (
-        f"{value:.1f} {_UNITS[exponent]}" if value < 99.95 else f"{value:,.0f} {_UNITS[exponent]}"
-    )
+    digits = f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
+    return f"{digits} {_UNITS[exponent]}"
 
 
 def format_age(at: datetime, now: datetime) -> str:
-    """Write how long ago something was: `0:12:03 ago`."""
+    """Format the time since `at` as `0:12:03 ago`."""
     return f"{format_duration(max(0.0, (now - at).total_seconds()))} ago"
 
 
 def format_duration(seconds: float) -> str:
-    """Write 3,725 seconds as `1:02:05`."""
+    """Format 3,725 seconds as `1:02:05`."""
     minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{whole_seconds:02}"
 
 
 def utc_now() -> datetime:
+    """Return the current time, aware of its time zone."""
     return datetime.now(UTC)

@@ -10,12 +10,12 @@ from importlib import import_module
 def lazy_face(
     package: str, names: Mapping[str, str], modules: Collection[str] = ()
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Make the `__getattr__` and `__dir__` of a package whose names are imported on first use.
+    """Return the `__getattr__` and `__dir__` of a package whose names are imported on first use.
 
     Args:
         package: The package's `__name__`.
         names: The names of the face, each with the module that defines it.
-        modules: Modules that are attributes of the package too.
+        modules: Modules that are attributes of the package as well.
     """
 
     def get(name: str) -> object:

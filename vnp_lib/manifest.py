@@ -1,4 +1,4 @@
-"""The manifest's class under the path that users' programs import it from."""
+"""Alias of the manifest under the path that users' programs import it from."""
 
 from __future__ import annotations
 

@@ -14,17 +14,26 @@ _UNKNOWN = "0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessIdentity:
-    """One process, told apart from every other, also from a later one with the same id."""
+    """The identity of one process, which differs from that of a later process with the same id.
+
+    Attributes:
+        host: Host name.
+        boot: First digits of the kernel's boot id; "0" if unknown.
+        pid_namespace: Inode of the pid namespace, of which each container has its own; "0" if
+            unknown.
+        pid: Process id in that namespace.
+        started_at: Start time in clock ticks since the boot; "0" if unknown.
+    """
 
     host: str
-    boot: str  # first digits of the kernel's boot id; "0" where the system has none
-    pid_namespace: str  # inode of the pid namespace: containers of one machine have one each
+    boot: str
+    pid_namespace: str
     pid: int
-    started_at: str  # clock ticks since the boot; "0" where the system does not say
+    started_at: str
 
     @classmethod
     def current(cls) -> Self:
-        """Identify this process."""
+        """Return the identity of this process."""
         pid = os.getpid()
         return cls(
             host=socket.gethostname(),
@@ -35,30 +44,28 @@ class ProcessIdentity:
         )
 
     def is_visible(self) -> bool:
-        """Whether `is_alive` can be told from here: the same machine, since the same boot, in the same pid namespace."""
+        """Return whether `is_alive` can be determined by this process.
+
+        It can if both are of the same machine, boot and pid namespace.
+        """
         here = (socket.gethostname(), _boot(), _pid_namespace(os.getpid()))
         return (self.host, self.boot, self.pid_namespace) == here
 
     def is_alive(self) -> bool:
-        """Whether a visible process still runs, and its id is not another's by now."""
-        if not _is_running(self.pid):
+        """Return whether a visible process is running, and its id is not that of a later one."""
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
             return False
+        except PermissionError:
+            # The process is running, as another user.
+            pass
         started_at = _started_at(self.pid)
         return (
             started_at is None
             or _UNKNOWN in (self.started_at, started_at)
             or started_at == self.started_at
         )
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @lru_cache(maxsize=1)
@@ -71,7 +78,7 @@ def _boot() -> str:
 
 @lru_cache(maxsize=8)
 def _pid_namespace(pid: int) -> str:
-    """Of this process; its id is an argument since a fork may have another namespace."""
+    """Return the namespace of this process; its id is a cache key because of forks."""
     try:
         return str(os.stat(f"/proc/{pid}/ns/pid").st_ino)
     except OSError:
@@ -79,9 +86,10 @@ def _pid_namespace(pid: int) -> str:
 
 
 def _started_at(pid: int) -> str | None:
-    """When a process was started, or None where the system does not say."""
+    """Return the start time of a process, or None if unknown."""
     try:
-        # The name of the program, in parentheses, may hold spaces and parentheses. The start is the 22nd field.
+        # The name of the program, in parentheses, may contain spaces and parentheses. The start
+        # time is the 22nd field of the line.
         return (
             Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode("ascii")
         )

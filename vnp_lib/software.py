@@ -1,4 +1,4 @@
-"""Which software computes: this package's version and code, the version of its numbers, torch, and the kind of device."""
+"""The software that computes embeddings: version and code of vnp, torch, and the kind of device."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from typing import TYPE_CHECKING, Any, Self
 from vnp_lib import __version__
 from vnp_lib.errors import ConfigError
 
-if TYPE_CHECKING:  # torch takes seconds to import
+# Functions import torch when they need it, because that takes seconds.
+if TYPE_CHECKING:
     from torch import device as TorchDevice
 
-# The version of our numbers. Raise it with every change by which rows come out differently by more than rounding does (1e-5 in
-# float32): other tokens, another pooling, another treatment of long sequences, a mended error in the network. It is part of what
-# a run is, so that no dataset mixes two. Version 1 is left out there: runs that were begun before it had a name are of it.
+# Raise it with every change that alters rows by more than rounding (1e-5 in float32): other tokens,
+# another pooling, another treatment of long sequences, a fixed error in the network. It is part of
+# the fingerprint of a run, so that no dataset mixes two versions. Version 1 is omitted there,
+# because the first runs were started before the version was recorded.
 NUMERICS_VERSION = 1
 
 _UNKNOWN = "unknown"
-_CODE_LETTERS = 8  # of a digest that is shown
+_SHOWN_DIGITS = 8  # hexadecimal digits of a digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """A copy of `vnp_lib`."""
+    """An installed copy of `vnp_lib`.
+
+    Attributes:
+        version: Its version.
+        code_sha256: Digest of the names and bytes of its Python files.
+        directory: Where it is installed.
+    """
 
     version: str
-    code_sha256: str  # of the names and bytes of its Python files
+    code_sha256: str
     directory: str
 
     @classmethod
     def in_directory(cls, directory: Path) -> Self:
-        """Look at a copy of this version."""
+        """Compute the digest of the copy in a directory, which has this version."""
         digest = hashlib.sha256()
         for path in sorted(directory.rglob("*.py")):
             code = path.read_bytes()
@@ -45,48 +53,59 @@ class Package:
 
 @cache
 def package_in_use() -> Package:
-    """Return the copy that this process runs, as it is on disk when this is first asked for: at the start of a run."""
+    """Return the copy that this process runs, as it is on disk at the first call.
+
+    The first call is at the start of a run.
+    """
     return Package.in_directory(Path(__file__).parent)
 
 
 def require_same_package(starter: object) -> None:
-    """Raise ConfigError unless this process runs the code of the process that has started it.
+    """Raise ConfigError unless this process runs the code of the process that started it.
 
     Args:
-        starter: The fields of that one's `Package`, as JSON has them; anything else is another version's.
+        starter: The fields of that process's `Package` in JSON. Anything else comes from another
+            version of vnp.
     """
     ours = package_in_use()
     if isinstance(starter, dict) and starter.get("code_sha256") == ours.code_sha256:
         return
-    told = starter if isinstance(starter, dict) else {}
-    version, directory = (
-        told.get("version", "of an unknown version"),
-        told.get("directory", "an unknown place"),
-    )
+    fields = starter if isinstance(starter, dict) else {}
+    version = fields.get("version", "of an unknown version")
+    directory = fields.get("directory", "an unknown place")
     if directory == ours.directory:
         raise ConfigError(
-            f"the code of vnp in {directory} has changed since this run was started (from {version} to {ours.version}), "
-            f"and a run does not mix the two; start the run again: it resumes with the code that is there now"
+            f"the code of vnp in {directory} has changed since this run was started (from "
+            f"{version} to {ours.version}), and a run does not mix the two; start the run again: "
+            "it resumes with the new code"
         )
     raise ConfigError(
-        f"the worker process runs vnp {ours.version} from {ours.directory}, and the run was started by vnp {version} from "
-        f"{directory}, whose code differs; remove one of the two from the Python path (PYTHONPATH, site-packages) and "
-        f"start the run again"
+        f"the worker process runs vnp {ours.version} from {ours.directory}, but the run was "
+        f"started by vnp {version} from {directory}, whose code differs; remove one of the two "
+        "from the Python path (PYTHONPATH, site-packages) and start the run again"
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """What computed the rows of a checkpoint."""
+    """The software and the kind of device that computed the rows of a checkpoint.
+
+    Attributes:
+        vnp: Version of vnp.
+        code_sha256: Digest of its code.
+        torch: Version of torch.
+        device: Kind of device: `NVIDIA L4`, or `CPU (AVX512)` after the instructions that torch
+            uses.
+    """
 
     vnp: str
     code_sha256: str
     torch: str
-    device: str  # its kind: `NVIDIA L4`, or `CPU (AVX512)`, by the instructions that torch uses
+    device: str
 
     @classmethod
     def on(cls, device: TorchDevice) -> Self:
-        """Name what this process computes with on a device."""
+        """Return the software that this process uses on a device."""
         import torch
 
         package = package_in_use()
@@ -99,30 +118,31 @@ class Software:
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any]) -> Self:
-        """Read what a checkpoint says; one that says nothing was written by vnp 0.1.0, or not by vnp."""
-        told = metadata.get("software")
-        named = told if isinstance(told, dict) else {}
-        return cls(**{field.name: str(named.get(field.name, _UNKNOWN)) for field in fields(cls)})
+        """Read the metadata of a checkpoint. vnp 0.1.0 and other programs recorded no software."""
+        recorded = metadata.get("software")
+        if not isinstance(recorded, dict):
+            recorded = {}
+        return cls(**{field.name: str(recorded.get(field.name, _UNKNOWN)) for field in fields(cls)})
 
     def to_metadata(self) -> dict[str, Any]:
-        """Write it as a checkpoint keeps it."""
+        """Return the fields as metadata of a checkpoint."""
         return {"software": asdict(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftwareShare:
-    """How many distinct sequences of a dataset were computed with a software."""
+    """The number of distinct sequences of a dataset that one software computed."""
 
     software: Software
     sequences: int
 
     def to_json(self) -> dict[str, Any]:
-        """Write it as `_SUCCESS.json` has it."""
+        """Return the fields as an entry of `_SUCCESS.json`."""
         return asdict(self.software) | {"sequences": self.sequences}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
+        """Read the result of `to_json`."""
         return cls(
             software=Software.of_metadata({"software": dict(record)}),
             sequences=int(record["sequences"]),
@@ -130,34 +150,33 @@ class SoftwareShare:
 
 
 def describe_software(shares: Sequence[SoftwareShare]) -> str:
-    """Say it in a line: `vnp 0.1.0, torch 2.10.0, NVIDIA L4`; "" where nothing is known. Several have their numbers."""
+    """Format as `vnp 0.1.0, torch 2.10.0, NVIDIA L4`; several entries with their sequence counts.
+
+    Returns "" if there are no entries.
+    """
     versions = {share.software.vnp for share in shares}
     codes = {(share.software.vnp, share.software.code_sha256) for share in shares}
     names = []
     for share in shares:
         used = share.software
-        code = f" (code {used.code_sha256[:_CODE_LETTERS]})" if len(codes) > len(versions) else ""
-        number = f": {share.sequences:,} sequences" if len(shares) > 1 else ""
-        is_known = used.vnp != _UNKNOWN
-        names.append(
-            (f"vnp {used.vnp}{code}, torch {used.torch}, {used.device}" if is_known else _UNKNOWN)
-            + number
-        )
+        code = f" (code {used.code_sha256[:_SHOWN_DIGITS]})" if len(codes) > len(versions) else ""
+        name = f"vnp {used.vnp}{code}, torch {used.torch}, {used.device}"
+        count = f": {share.sequences:,} sequences" if len(shares) > 1 else ""
+        names.append((_UNKNOWN if used.vnp == _UNKNOWN else name) + count)
     return "; ".join(names)
 
 
 def is_mixed(shares: Iterable[SoftwareShare]) -> bool:
-    """Whether more than one version of vnp, its code or torch computed a dataset. Devices of several kinds are ordinary."""
-    return (
-        len(
-            {(each.software.vnp, each.software.code_sha256, each.software.torch) for each in shares}
-        )
-        > 1
-    )
+    """Return whether a dataset was computed by several versions of vnp, its code or torch.
+
+    Several kinds of devices are normal.
+    """
+    used = [share.software for share in shares]
+    return len({(each.vnp, each.code_sha256, each.torch) for each in used}) > 1
 
 
 def exact_software(devices: Iterable[TorchDevice]) -> str:
-    """Name what decides the last bits of a row, for a run that is to have the same bytes whatever is killed when."""
+    """Name everything that decides the last bits of a row, for a deterministic run."""
     import torch
 
     return ", ".join(

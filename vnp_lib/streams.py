@@ -1,4 +1,4 @@
-"""Standard output and error that take any text and never fail, so that what is only shown cannot end a run."""
+"""Standard streams whose writes never fail, so that progress output cannot end a run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-_CHUNK_BYTES = 4096  # PIPE_BUF: a pipe that poll() calls writable takes as much without blocking
-_STANDARD_FDS = (0, 1, 2)
+# PIPE_BUF: a pipe that poll() reports as writable accepts this much without blocking.
+_CHUNK_BYTES = 4096
 
 
 class BestEffortStream:
-    """A text stream over another one that drops what cannot be written, and remembers the first error.
+    """A text stream over another one that drops what cannot be written, and keeps the first error.
 
-    Letters that the encoding lacks are written as `\\xe9`. With `patience_s`, a reader that takes nothing for so long (a
-    paused pager, a stopped `tee`) costs the text, and not the time of whoever writes; without it, writing waits.
+    Characters that the encoding lacks are written as `\\xe9`. With `patience_s`, text is dropped if
+    the reader accepts nothing for that long (a paused pager, a stopped `tee`); without it, a write
+    waits.
 
-    The text goes to the file descriptor at once, past Python's buffers: a buffer that cannot be emptied would fail again
-    at every later write and once more at exit, and a full disk may have room again an hour later.
+    Text is written to the file descriptor directly, without Python's buffers. A buffer that cannot
+    be flushed would fail again at every later write and at exit, even if a full disk had free space
+    again.
     """
 
     def __init__(self, stream: TextIO, *, patience_s: float | None = None) -> None:
@@ -36,7 +38,7 @@ class BestEffortStream:
             stream.flush()
 
     def write(self, text: str) -> int:
-        """Write what can be written, and say that all was."""
+        """Write as much as possible, and return the length of the whole text."""
         try:
             if self._fd is None:
                 encoding = self._stream.encoding or "utf-8"
@@ -52,24 +54,20 @@ class BestEffortStream:
         while data:
             if not self._is_writable():
                 return
-            with suppress(
-                BlockingIOError
-            ):  # somebody has made it non-blocking, and another writer was faster
+            # Another program may have made the descriptor non-blocking, and another writer may have
+            # filled the pipe since the poll.
+            with suppress(BlockingIOError):
                 data = data[os.write(self._fd, data[:_CHUNK_BYTES]) :]
 
     def _is_writable(self) -> bool:
-        """Wait for the reader as long as patience lasts; where it was used up before, do not wait again."""
+        """Wait for the reader; after one wait in vain, do not wait until it has read again."""
         assert self._fd is not None
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        patience_ms = (
-            None
-            if self._patience_s is None
-            else self._patience_s * 1000
-            if self._was_writable
-            else 0
-        )
-        self._was_writable = bool(poll.poll(patience_ms))
+        timeout_ms: float | None = None
+        if self._patience_s is not None:
+            timeout_ms = self._patience_s * 1000 if self._was_writable else 0
+        self._was_writable = bool(poll.poll(timeout_ms))
         return self._was_writable
 
     def writelines(self, lines: list[str]) -> None:
@@ -77,7 +75,7 @@ class BestEffortStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush the stream below, which holds something only where others have written to it directly."""
+        """Flush the underlying stream, which may hold text that other code wrote to it."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -88,7 +86,7 @@ class BestEffortStream:
 
 
 def _fd_of(stream: TextIO) -> int | None:
-    """The descriptor of a stream of Python's own; what a notebook or pytest has put in its place keeps its own ways."""
+    """Return the descriptor of a plain Python stream; None for streams of notebooks and pytest."""
     if type(stream) is not io.TextIOWrapper:
         return None
     try:
@@ -97,8 +95,8 @@ def _fd_of(stream: TextIO) -> int | None:
         return None
 
 
-class _Nowhere(io.StringIO):
-    """What a closed stream becomes."""
+class _NullStream(io.StringIO):
+    """A replacement for a closed stream, which discards all text."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -107,11 +105,11 @@ class _Nowhere(io.StringIO):
 def best_effort(
     stream: TextIO | BestEffortStream | None, *, patience_s: float | None = None
 ) -> TextIO:
-    """Give a stream that never fails; one that is closed (None) becomes one that nobody reads."""
+    """Return a stream that never fails. The text for a closed stream, or None, is discarded."""
     if isinstance(stream, BestEffortStream):
         return cast(TextIO, stream)
     if stream is None or stream.closed:
-        stream = _Nowhere()
+        stream = _NullStream()
     return cast(TextIO, BestEffortStream(stream, patience_s=patience_s))
 
 
@@ -119,10 +117,19 @@ def best_effort(
 def standard_streams(*, patience_s: float | None = None) -> Iterator[None]:
     """Make `sys.stdout` and `sys.stderr` best-effort streams for a block.
 
-    Descriptors 0 to 2 that the shell has closed are opened on /dev/null first, for good: the next file that is opened would
-    get the number, and what a library writes to descriptor 2 would land in a checkpoint.
+    Descriptors 0 to 2 that the shell has closed are opened on /dev/null first, permanently.
+    Otherwise the next file to be opened would get such a number, and messages that a library writes
+    to descriptor 2 would end up in a checkpoint.
     """
-    _open_closed_descriptors()
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            os.set_inheritable(fd, True)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (best_effort(stream, patience_s=patience_s) for stream in before)
     try:
@@ -132,18 +139,9 @@ def standard_streams(*, patience_s: float | None = None) -> Iterator[None]:
 
 
 def output_error() -> OSError | ValueError | None:
-    """The first error of standard output in this block, a reader that has left excepted: it has what it wanted."""
+    """Return the first error of standard output in this block.
+
+    A reader that has closed the pipe, such as `head`, is not an error: it has what it needs.
+    """
     error = getattr(sys.stdout, "error", None)
     return None if isinstance(error, BrokenPipeError) else error
-
-
-def _open_closed_descriptors() -> None:
-    for fd in _STANDARD_FDS:
-        try:
-            os.fstat(fd)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != fd:
-                os.dup2(opened, fd)
-                os.close(opened)
-            os.set_inheritable(fd, True)

@@ -1,4 +1,4 @@
-"""Consoles, and tables that fit them."""
+"""Create consoles, and measure tables to fit them."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ from rich.text import Text
 from vnp_lib.formatting import printable
 from vnp_lib.streams import best_effort
 
-_WIDTH_OF_A_FILE = 140  # columns, where there is no terminal to ask
-_WIDER_THAN_ANY = 10_000
-_USUAL_WIDTH = 80  # columns
-_PATIENCE_S = 1.0  # with a reader of standard error that takes nothing
+_FILE_WIDTH = 140  # columns, if the output is not a terminal
+_DEFAULT_WIDTH = 80  # columns
+_UNLIMITED_WIDTH = 10_000  # columns
+_STDERR_PATIENCE_S = 1.0
 
 
 def console() -> Console:
-    """Standard output, for tables: nothing in what is printed is taken for markup."""
-    width = None if sys.stdout.isatty() else shutil.get_terminal_size((_WIDTH_OF_A_FILE, 0)).columns
-    return with_some_width(Console(width=width, markup=False, highlight=False, emoji=False))
+    """Return a console on standard output for tables, without markup."""
+    width = None if sys.stdout.isatty() else shutil.get_terminal_size((_FILE_WIDTH, 0)).columns
+    return _with_positive_width(Console(width=width, markup=False, highlight=False, emoji=False))
 
 
 def natural_width(table: Table, console: Console, options: ConsoleOptions) -> int:
-    """Columns that a table takes if nothing in it is cut or wrapped."""
-    return Measurement.get(console, options.update(max_width=_WIDER_THAN_ANY), table).maximum
+    """Return the columns that a table takes if nothing in it is cut or wrapped."""
+    return Measurement.get(console, options.update(max_width=_UNLIMITED_WIDTH), table).maximum
 
 
 def error_console(*, quiet: bool = False) -> Console:
-    """Standard error, for what is only shown: a full disk, a reader that has left or is paused do not matter."""
-    return with_some_width(
-        Console(file=best_effort(sys.stderr, patience_s=_PATIENCE_S), quiet=quiet)
-    )
+    """Return a console on standard error whose writes never fail or block for long."""
+    stream = best_effort(sys.stderr, patience_s=_STDERR_PATIENCE_S)
+    return _with_positive_width(Console(file=stream, quiet=quiet))
 
 
-def with_some_width(console: Console) -> Console:
-    """Give a console the usual width where COLUMNS or the terminal says 0, on which nothing can be drawn."""
+def _with_positive_width(console: Console) -> Console:
+    """Set the default width if COLUMNS or the terminal says 0, on which nothing can be drawn."""
     if console.width < 1:
-        console.width = _USUAL_WIDTH
+        console.width = _DEFAULT_WIDTH
     return console
 
 
 def bar(share: float, options: ConsoleOptions, *, width: int) -> str:
-    """Draw a share of 1 as a bar of up to `width` letters that the output's encoding has; more than nothing is seen."""
+    """Draw a share of 1 as a bar of up to `width` characters that the output's encoding has.
+
+    A positive share has at least one character.
+    """
     return ("#" if options.ascii_only else "█") * max(1 if share > 0 else 0, round(width * share))
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Text that somebody else wrote, as of an id or a message: control letters are replaced."""
+    """Return untrusted text, such as an id or a message, without control characters."""
     return Text(printable(text), style=style)

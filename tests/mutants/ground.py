@@ -59,19 +59,17 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        name="letters-that-an-encoding-lacks-raise",
+        name="characters-that-an-encoding-lacks-raise",
         module="streams",
         before='(stream.encoding or "utf-8")("backslashreplace")',
         after='(stream.encoding or "utf-8")("strict")',
-        caught_by=(f"{_STREAMS}::test_letters_that_an_encoding_lacks_are_written_in_its_own",),
+        caught_by=(f"{_STREAMS}::test_characters_that_an_encoding_lacks_are_escaped",),
     ),
     Mutant(
         name="a-paused-reader-stalls-the-run",
         module="streams",
         before="self._patience_s * 1000 if self._was_writable else 0",
         after="None",
-        caught_by=(
-            f"{_STREAMS}::test_a_reader_that_takes_nothing_costs_the_text_and_not_the_time",
-        ),
+        caught_by=(f"{_STREAMS}::test_a_paused_reader_loses_text_and_costs_no_time",),
     ),
 )

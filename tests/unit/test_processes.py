@@ -1,4 +1,4 @@
-"""Processes: one is told apart from whoever has its id later, and from another machine's or container's."""
+"""Processes are identified across reused ids, machines, boots and containers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_this_process_is_visible_and_alive() -> None:
 
 
 def test_a_later_process_with_the_same_id_is_another() -> None:
-    """As in containers, where everything is process 1 or 7."""
+    """In a container, the main process always has the id 1."""
     assert not replace(HERE, started_at=str(int(HERE.started_at) - 1)).is_alive()
 
 
@@ -34,7 +34,7 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
 @pytest.mark.parametrize(
     "other", [{"host": "node-" + HERE.host}, {"boot": "00000001"}, {"pid_namespace": "1"}]
 )
-def test_what_another_machine_boot_or_container_runs_cannot_be_seen(other: dict[str, str]) -> None:
+def test_another_machine_boot_or_container_is_not_visible(other: dict[str, str]) -> None:
     assert not replace(HERE, **other).is_visible()
 
 

@@ -1,4 +1,4 @@
-"""Whose code a worker process runs: that of the process that has started it, or none; and what a dataset says of it."""
+"""The code that a worker process may run, and the software that a dataset records."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_package_in_use_is_accepted():
     ],
     ids=["other text", "another name", "a file less", "a file more, further down"],
 )
-def test_the_digest_tells_of_every_change(tmp_path, change):
+def test_the_digest_changes_with_every_file(tmp_path, change):
     tree = tmp_path / "vnp_lib"
     shutil.copytree(ROOT / "vnp_lib", tree, ignore=shutil.ignore_patterns("__pycache__"))
     before = Package.in_directory(tree)
@@ -56,14 +56,14 @@ def test_a_job_of_other_code_is_refused(starter):
         require_same_package(starter)
 
 
-def test_both_places_are_named():
+def test_both_directories_are_named():
     with pytest.raises(ConfigError, match=r"vnp 0\.0\.9 from /opt/old/vnp_lib"):
         require_same_package(
             {"version": "0.0.9", "code_sha256": "", "directory": "/opt/old/vnp_lib"}
         )
 
 
-def test_code_that_was_changed_under_a_run_is_named_as_that():
+def test_code_that_changed_during_a_run_is_reported():
     with pytest.raises(ConfigError, match="has changed since this run was started"):
         require_same_package(asdict(package_in_use()) | {"code_sha256": "of this morning"})
 
@@ -89,7 +89,7 @@ def shares(*software: Software) -> list[SoftwareShare]:
     ]
 
 
-def test_what_a_checkpoint_keeps_is_read_back():
+def test_software_is_read_back_from_metadata():
     here = Software.on(torch.device("cpu"))
     assert here.device.startswith("CPU (")
     assert Software.of_metadata(json.loads(json.dumps(here.to_metadata()))) == here
@@ -98,12 +98,12 @@ def test_what_a_checkpoint_keeps_is_read_back():
 @pytest.mark.parametrize(
     "metadata", [{}, {"software": None}, {"software": [1]}, {"software": {"torch_version": "2"}}]
 )
-def test_a_checkpoint_that_does_not_say_is_of_unknown_software(metadata):
+def test_metadata_without_software_are_of_unknown_software(metadata):
     assert Software.of_metadata(metadata) == used("unknown", "unknown", "unknown", "unknown")
 
 
 @pytest.mark.parametrize(
-    ("software", "mixed", "told"),
+    ("software", "mixed", "text"),
     [
         ([], False, ""),
         ([used()], False, "vnp 0.2.0, torch 2.10.0, NVIDIA L4"),
@@ -129,20 +129,18 @@ def test_a_checkpoint_that_does_not_say_is_of_unknown_software(metadata):
         ),
     ],
 )
-def test_several_versions_are_told_apart_and_several_kinds_of_device_are_ordinary(
-    software, mixed, told, monkeypatch
-):
-    """As the run says it at its end, and the dataset for ever."""
+def test_only_several_versions_are_mixed_software(software, mixed, text, monkeypatch):
+    """The flow warns of it at its end, and `_SUCCESS.json` records it."""
     import flows.embed
 
     read_back = [
         SoftwareShare.from_json(json.loads(json.dumps(each.to_json())))
         for each in shares(*software)
     ]
-    assert describe_software(read_back).endswith(told)
+    assert describe_software(read_back).endswith(text)
     assert is_mixed(read_back) == mixed
     warnings = []
     logger = SimpleNamespace(warning=lambda message, *values: warnings.append(message % values))
     monkeypatch.setattr(flows.embed, "get_run_logger", lambda: logger)
     flows.embed.warn_of_mixed_software(SimpleNamespace(software=read_back))
-    assert [told in warning for warning in warnings] == [True] * mixed
+    assert [text in warning for warning in warnings] == [True] * mixed

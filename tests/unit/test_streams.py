@@ -1,4 +1,4 @@
-"""Output that is only for show: whatever becomes of where it goes, the program goes on."""
+"""Output that is only shown: whatever happens to its reader, the program continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from vnp_lib.terminal import error_console
 
 HEADS = (
     "-c",
-    "import sys; from vnp_lib.cli import main; sys.exit(main(['plan', '--fasta', sys.argv[1], '--shards', '1']))",
+    "import sys; from vnp_lib.cli import main; "
+    "sys.exit(main(['plan', '--fasta', sys.argv[1], '--shards', '1']))",
 )
 
 
@@ -28,14 +29,14 @@ def opened(path: str | int, encoding: str = "utf-8") -> io.TextIOWrapper:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16"])
-def test_letters_that_an_encoding_lacks_are_written_in_its_own(tmp_path, encoding):
-    """As Python writes them in a string: nothing is lost, and nothing raises."""
+def test_characters_that_an_encoding_lacks_are_escaped(tmp_path, encoding):
+    """As in a Python string: nothing is lost, and nothing raises."""
     path = tmp_path / "out"
     with opened(path, encoding) as file:
         best_effort(file).write("β-lact_é \udc80█\n")
-    told = path.read_bytes().decode(encoding)
-    assert told == "β-lact_é \udc80█\n".encode(encoding, "backslashreplace").decode(encoding)
-    assert told.endswith("\n")
+    text = path.read_bytes().decode(encoding)
+    assert text == "β-lact_é \udc80█\n".encode(encoding, "backslashreplace").decode(encoding)
+    assert text.endswith("\n")
 
 
 def test_a_full_disk_is_remembered_and_does_not_raise():
@@ -46,7 +47,7 @@ def test_a_full_disk_is_remembered_and_does_not_raise():
 
 
 def test_a_disk_with_room_again_is_written_to_again(tmp_path):
-    """What was lost is lost, and does not come back at exit."""
+    """Lost text stays lost, and does not appear at exit."""
     file = opened(tmp_path / "out")
     stream = best_effort(file)
     room = os.dup(file.fileno())
@@ -60,7 +61,7 @@ def test_a_disk_with_room_again_is_written_to_again(tmp_path):
     assert (tmp_path / "out").read_text() == "kept\n"
 
 
-def test_a_reader_that_has_left_does_not_raise():
+def test_a_reader_that_is_gone_does_not_raise():
     reader, writer = os.pipe()
     os.close(reader)
     with opened(writer) as file:
@@ -69,8 +70,8 @@ def test_a_reader_that_has_left_does_not_raise():
         assert isinstance(stream.error, BrokenPipeError)
 
 
-def test_a_reader_that_takes_nothing_costs_the_text_and_not_the_time():
-    """A pager that waits for a key: what does not fit into the pipe is dropped, after one wait for all of it."""
+def test_a_paused_reader_loses_text_and_costs_no_time():
+    """A pager that waits for a key: what does not fit into the pipe is dropped after one wait."""
     reader, writer = os.pipe()
     with opened(writer) as file:
         stream = best_effort(file, patience_s=0.01)
@@ -86,7 +87,7 @@ def test_a_reader_that_takes_nothing_costs_the_text_and_not_the_time():
     os.close(reader)
 
 
-def test_a_reader_that_is_slow_gets_all_of_it_where_it_is_waited_for():
+def test_a_slow_reader_gets_everything_without_patience():
     reader, writer = os.pipe()
     got = []
 
@@ -103,8 +104,8 @@ def test_a_reader_that_is_slow_gets_all_of_it_where_it_is_waited_for():
     assert b"".join(got) == b"x" * 300_000
 
 
-def test_a_stream_that_others_have_put_in_place_keeps_its_ways():
-    """As notebooks and pytest do."""
+def test_a_replaced_stream_is_written_by_its_own_method():
+    """Notebooks and pytest replace the standard streams."""
     text = io.StringIO()
     best_effort(text).write("é")
     assert text.getvalue() == "é"
@@ -113,7 +114,7 @@ def test_a_stream_that_others_have_put_in_place_keeps_its_ways():
 @pytest.mark.parametrize("stream", ["full", "closed", "none", "pipe"])
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_bar_of_a_run_never_fails(monkeypatch, stream, terminal):
-    """Wherever standard error goes, and whether it takes itself for a terminal or not."""
+    """Whatever standard error is, and whether it is taken for a terminal or not."""
     if stream == "full":
         file = opened("/dev/full")
     else:
@@ -141,7 +142,7 @@ def test_the_bar_can_be_drawn_on_any_width(monkeypatch, columns):
         progress.advance(0, sequences=1, tokens=10)
 
 
-def test_only_a_reader_that_has_left_is_no_error_of_standard_output(monkeypatch):
+def test_only_a_closed_pipe_is_no_error_of_standard_output(monkeypatch):
     with opened("/dev/full") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with standard_streams():
@@ -159,7 +160,8 @@ def test_only_a_reader_that_has_left_is_no_error_of_standard_output(monkeypatch)
 def shell(command: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     """Run a line of bash in which `$VNP` is `vnp plan` of the example."""
     arguments = " ".join(f"'{part}'" for part in (sys.executable, *HEADS, str(EXAMPLE)))
-    line = f"vnp() {{ {arguments.replace(chr(39) + HEADS[1] + chr(39), chr(34) + '$CODE' + chr(34))}; }}; {command}"
+    arguments = arguments.replace(f"'{HEADS[1]}'", '"$CODE"')
+    line = f"vnp() {{ {arguments}; }}; {command}"
     environment = os.environ | {"CODE": HEADS[1]} | variables
     return subprocess.run(
         ["bash", "-c", line],
@@ -172,21 +174,21 @@ def shell(command: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "message"),
     [
         ("vnp | head -1 >/dev/null; exit ${PIPESTATUS[0]}", 0, b""),
         ("vnp >&- 2>&-", 0, b""),
         ("vnp >/dev/full", 1, b"standard output cannot be written: No space left on device\n"),
     ],
 )
-def test_what_reads_the_output_may_be_gone(command, code, said):
-    """`| head`, `>&-`, a full disk: no traceback, and an error only where somebody wanted the output."""
+def test_the_reader_of_the_output_may_be_gone(command, code, message):
+    """`| head`, `>&-`, a full disk: no traceback, and an error only if output was lost."""
     ended = shell(command, PYTHONDEVMODE="")
-    assert (ended.returncode, ended.stderr) == (code, said)
+    assert (ended.returncode, ended.stderr) == (code, message)
 
 
-def test_bars_are_drawn_with_what_the_encoding_has(tmp_path: Path):
-    """And in 40 columns, whatever is shown fits."""
+def test_bars_are_drawn_with_characters_of_the_encoding(tmp_path: Path):
+    """And everything fits into 40 columns."""
     ended = shell("vnp", PYTHONIOENCODING="ascii", COLUMNS="40")
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.decode("ascii").splitlines()
