@@ -100,7 +100,7 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog)
     assert dataset.ids == [name for name, _ in records]
     for ordinal, expected in enumerate(mean_rows(records)):
         np.testing.assert_allclose(dataset.row(ordinal), expected, atol=1e-4, rtol=0)
-    with pytest.raises(KeyError, match=r"is more than once in .*: use row\(ordinal\)"):
+    with pytest.raises(KeyError, match=r"occurs more than once in .*: use row\(ordinal\)"):
         dataset[records[2][0]]
     np.testing.assert_array_equal(dataset[records[7][0]], dataset.row(7))
     table = pq.read_table(tmp_path / "run" / "embeddings")

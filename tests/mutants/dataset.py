@@ -11,8 +11,8 @@ MUTANTS = (
     Mutant(
         name="parts-not-compared-with-success",
         module="dataset.reader",
-        before='digest.sha256 == part["sha256"]',
-        after="digest.sha256",
+        before='digest_file(file).sha256 != part["sha256"]',
+        after="not digest_file(file).sha256",
         caught_by=(f"{_DATASET}::test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row",),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Outputs as columns of a Parquet file: a vector of fixed size each, or a list whose shape follows from the sequence's length."""
+"""The Parquet columns of outputs: vectors of fixed size, or lists in the shape of the sequence."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from vnp_lib.plan import Output, RowLayout, StoreDtype, Values, offsets_of
 
 
 def column_names(layout: RowLayout) -> list[str]:
-    """A column for each output, by its name; the one mean of a run that computes nothing else is `embedding`."""
+    """Return the names of the columns: `embedding` for one mean, else those of the outputs."""
     return ["embedding"] if layout.is_one_mean else list(layout.names)
 
 
 def fields_of(layout: RowLayout, dtype: StoreDtype, *, is_large: bool) -> list[pa.Field]:
-    """The columns' fields.
+    """Return the fields of the columns.
 
     Args:
         layout: The outputs.
-        dtype: In which precision they are stored.
-        is_large: Whether 2^31 values and more can come together in a part, too many for a list's offsets in 32 bits.
+        dtype: The precision of the stored values.
+        is_large: Whether a part may have 2^31 values or more, too many for 32-bit list offsets.
     """
     types = [
         _type(output, layout.embed_dim, np.dtype(dtype), is_large=is_large)
@@ -37,7 +37,14 @@ def fields_of(layout: RowLayout, dtype: StoreDtype, *, is_large: bool) -> list[p
 def columns_of(
     layout: RowLayout, rows: Values, lengths: NDArray[np.int32], *, is_large: bool
 ) -> list[pa.Array]:
-    """The columns, in the precision of the rows, (n, W) or end to end, of sequences of `lengths` residues, (n,)."""
+    """Return the columns of rows, in the precision of the rows.
+
+    Args:
+        layout: The outputs.
+        rows: (n, W), or concatenated, (V,).
+        lengths: Residues per sequence, (n,).
+        is_large: As for `fields_of`.
+    """
     if layout.is_fixed:
         by_output = np.split(rows, len(layout.outputs), axis=1)
         return [
@@ -48,29 +55,34 @@ def columns_of(
     starts = offsets_of(layout.widths(lengths))[:-1]
     for output in layout.outputs:
         widths = output.widths(lengths, layout.embed_dim)
-        values = _gathered(rows, starts, widths) if len(layout.outputs) > 1 else rows
+        stops = starts + widths
+        values = rows
+        if len(layout.outputs) > 1:
+            pieces = (rows[start:stop] for start, stop in zip(starts, stops, strict=True))
+            values = np.concatenate([rows[:0], *pieces])
         if output.is_fixed:
             columns.append(_as_list(values, output, layout.embed_dim))
         else:
-            columns.append(
-                _as_ragged_list(values, widths, output, layout.embed_dim, is_large=is_large)
+            kind, offset = (
+                (pa.LargeListArray, pa.int64()) if is_large else (pa.ListArray, pa.int32())
             )
-        starts = starts + widths
+            offsets = pa.array(offsets_of(widths), type=offset)
+            type_ = _type(output, layout.embed_dim, values.dtype, is_large=is_large)
+            columns.append(kind.from_arrays(offsets, pa.array(values), type=type_))
+        starts = stops
     return columns
 
 
 def values_at(column: pa.Array, row: int) -> NDArray[np.float32]:
-    """The values of one row of a column, flat, in float32 however they are stored; they are the caller's own."""
-    values: NDArray[np.float32] = (
-        column[row].values.to_numpy().astype(np.float32)
-    )  # a copy: Arrow's memory is read-only
+    """Return the values of one row of a column, flat, writable, in float32."""
+    # A copy: Arrow's memory is read-only.
+    values: NDArray[np.float32] = column[row].values.to_numpy().astype(np.float32)
     return values
 
 
 def _type(output: Output, embed_dim: int, dtype: np.dtype[Any], *, is_large: bool) -> pa.DataType:
-    value = pa.field(
-        "element", pa.from_numpy_dtype(dtype), nullable=False
-    )  # nulls would make reading half as fast
+    # Nullable values halve the speed of reading.
+    value = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
     if output.is_fixed:
         return pa.list_(value, embed_dim)
     return pa.large_list(value) if is_large else pa.list_(value)
@@ -79,18 +91,3 @@ def _type(output: Output, embed_dim: int, dtype: np.dtype[Any], *, is_large: boo
 def _as_list(values: Values, output: Output, embed_dim: int) -> pa.Array:
     type_ = _type(output, embed_dim, values.dtype, is_large=False)
     return pa.FixedSizeListArray.from_arrays(pa.array(values), type=type_)
-
-
-def _as_ragged_list(
-    values: Values, widths: NDArray[np.int64], output: Output, embed_dim: int, *, is_large: bool
-) -> pa.Array:
-    kind, offset = (pa.LargeListArray, pa.int64()) if is_large else (pa.ListArray, pa.int32())
-    offsets = pa.array(offsets_of(widths), type=offset)
-    return kind.from_arrays(
-        offsets, pa.array(values), type=_type(output, embed_dim, values.dtype, is_large=is_large)
-    )
-
-
-def _gathered(rows: Values, starts: NDArray[np.int64], widths: NDArray[np.int64]) -> Values:
-    pieces = (rows[start:stop] for start, stop in zip(starts, starts + widths, strict=True))
-    return np.concatenate([rows[:0], *pieces])

@@ -556,7 +556,7 @@ def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
     part = run.paths.embeddings_dir / "part-00001.parquet"
     part.write_bytes(part.read_bytes()[:-10] + bytes(10))
     assert verify_dataset(run.paths.embeddings_dir) == [
-        f"{part} is damaged: its sha256 is not the one of _SUCCESS.json"
+        f"{part} is damaged: its sha256 differs from _SUCCESS.json"
     ]
     run.assemble()
     assert files_of(run.paths.embeddings_dir) == whole

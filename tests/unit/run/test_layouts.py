@@ -304,7 +304,7 @@ def test_what_takes_vectors_says_that_there_is_more(tmp_path: Path) -> None:
     ):
         with pytest.raises(
             ValueError,
-            match="has no single vector for each sequence, but mean_6, per_tok_6, contacts",
+            match="has mean_6, per_tok_6, contacts, logits per sequence, not a single vector",
         ):
             takes_vectors()
     sequence_id, outputs = dataset.at(3)
