@@ -73,7 +73,7 @@ def tell_of_input(run: Run) -> None:
         get_run_logger().warning(told)
     if told := describe_input(run.plan.counts, run.paths):
         level = logging.WARNING if run.plan.counts.is_altered else logging.INFO
-        get_run_logger().log(level, "of the input: %s", told)
+        get_run_logger().log(level, "input: %s", told)
 
 
 async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:

@@ -160,7 +160,7 @@ class _Follower:
                 self._logger.info("waiting for an earlier attempt: %s", message)
                 if time.monotonic() >= self._next_told_at:
                     self._next_told_at = time.monotonic() + _TELL_EVERY_S
-                    self._progress.tell(
+                    self._progress.print_line(
                         f"shard {self._rank} waits for another process to leave it: {message}"
                     )
             case AttemptStarted(pending=pending, done=done, tokens_done=tokens):

@@ -111,11 +111,11 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog)
     assert dataset.metadata["input"]["num_cut"] == num_cut
     told = f"{num_cut} sequences cut short, 1 duplicate not computed again"
     assert outcome.message.startswith(f"12 sequences embedded, {told}, shards:")
-    assert f"of the input: {told}" in caplog.text
+    assert f"input: {told}" in caplog.text
     status = open_status(tmp_path / "run")()
     assert status.input == InputCounts.from_json(dataset.metadata["input"])
     assert status.input.describe() == told
-    assert f"Of the input: {told}." in RunPaths(tmp_path / "run").report.read_text()
+    assert f"Input: {told}." in RunPaths(tmp_path / "run").report.read_text()
 
 
 def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ MUTANTS = (
     Mutant(
         name="quarantined-counted-as-to-compute",
         module="report.verify",
-        before="(~is_done & ~is_set_aside)[ordinals]",
+        before="(~is_done & ~is_quarantined)[ordinals]",
         after="(~is_done)[ordinals]",
-        caught_by=(
-            f"{_VERIFY}::test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies",
-        ),
+        caught_by=(f"{_VERIFY}::test_quarantined_sequences_are_counted_with_their_copies",),
     ),
 )

@@ -1,6 +1,7 @@
-"""What a run would be, before it is begun: the input counted and judged, the disk and the time that it needs.
+"""Estimate a run: count and validate the input, compute the disk space and the time it needs.
 
-The input is read once, in about 60 bytes a sequence, and a second time where ids occur twice. Nothing is written.
+The input is read once, in about 60 bytes of memory per sequence, and a second time if ids occur
+twice. Nothing is written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from vnp_lib.errors import ConfigError, FastaError
 from vnp_lib.formatting import format_bytes, format_duration
 from vnp_lib.inputs import (
     STDIN,
-    CharacterCounts,
     Fault,
     IdRenamer,
     InputChunk,
@@ -55,14 +55,15 @@ from vnp_lib.run import check_model, layout_from_config, planned_token_budget, r
 from vnp_lib.terminal import bar, plain
 
 _MOST_REFUSALS_SHOWN = 5
-_FIRST_BIN_END = 50  # residues; each bin of the histogram is as wide as all before it
-_BAR_LETTERS = 40
+# Each bin of the histogram is as wide as all before it.
+_FIRST_BIN_END = 50  # residues
+_MAX_BAR_WIDTH = 40  # columns
 _NARROWEST_TABLE = 40  # columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthBin:
-    """A bar of the histogram of lengths."""
+    """A bin of the histogram of sequence lengths."""
 
     least: int  # residues
     most: int
@@ -71,7 +72,7 @@ class LengthBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """How fast the run is expected to be."""
+    """The expected speed, and where it is from."""
 
     tokens_per_s: float
     source: str
@@ -79,29 +80,30 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEstimate:
-    """What a run would be. Counts are of the records that can be used."""
+    """The estimate of a run. Counts are of the usable records."""
 
     fasta: tuple[str, ...]
-    left_out: tuple[str, ...]  # of each directory and pattern, what of it is not read
+    left_out: tuple[str, ...]  # what of each directory and pattern is not read
     model: str
-    weights: str  # where they are, or would be downloaded to
+    weights: str  # path, or where they would be downloaded to
     num_sequences: int
     num_computed: int  # distinct ones
-    num_refused: int  # records; a file that cannot be used as a whole counts as one
-    refusals: tuple[str, ...]  # the first ones: file, line, id, and what is wrong
-    input: InputCounts  # what is done to it
+    num_refused: int  # records; an unusable file counts as one
+    refusals: tuple[str, ...]  # the first ones: file, line, id, reason
+    input: InputCounts  # changes to the input
     num_residues: int
-    num_tokens: int  # that go through the model: of the distinct sequences, BOS and EOS included, of every window
+    # Tokens through the model: of the distinct sequences, BOS and EOS included, of every window.
+    num_tokens: int
     lengths: tuple[LengthBin, ...]
     median_length: float
     longest: int  # residues
     num_shards: int
     token_budget: int
     num_batches: int
-    mean_fill: float  # tokens of the batches, of their budget; batches of one sequence over the budget count as full
-    num_over_budget: (
-        int  # sequences that are a batch of their own since they are longer than the budget
-    )
+    # Tokens of the batches by their budget. A batch of one sequence over the budget counts as full.
+    mean_fill: float
+    # Sequences that are a batch of their own because they are longer than the budget.
+    num_over_budget: int
     required_bytes: int
     free_bytes: int
     output_dir: str
@@ -117,7 +119,7 @@ class RunEstimate:
 
     @property
     def can_begin(self) -> bool:
-        """Whether a run would begin: nothing is refused, and the disk has room."""
+        """Whether a run would start: nothing is refused, and the disk has room."""
         return not self.num_refused and self.has_room
 
     def to_json(self) -> dict[str, Any]:
@@ -125,14 +127,26 @@ class RunEstimate:
 
 
 def estimate_run(config: EstimateConfig) -> RunEstimate:
-    """Read the input, and say what a run with these settings would be.
+    """Read the input and estimate a run with these settings.
 
     Raises:
-        ConfigError: A device that is not there, or a `speed_of` that tells no speed.
-        WeightsError: Weights that a run would refuse.
+        ConfigError: If a device does not exist, or `speed_of` has no speed.
+        WeightsError: If a run would refuse the weights.
     """
-    weights = _describe_weights(config)
-    one_device = _speed_of_one_device(config)
+    # It imports torch, which takes seconds.
+    from vnp_lib.model import published_path
+
+    model_weights = check_model(config)
+    if model_weights is None:
+        weights = f"not here yet: a run downloads them to {published_path(config.model)}"
+    else:
+        weights = str(model_weights.path or config.weights)
+    try:
+        device_speed = _mean_speed(config.speed_of or config.output_dir, config.model)
+    except ConfigError:
+        if config.speed_of is not None:
+            raise
+        device_speed = None
     found = _read(config)
     devices = resolve_devices(config.devices, config.model)
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
@@ -143,6 +157,8 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
     batch_tokens = np.concatenate(
         [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]
     )
+    parents = (config.output_dir, *config.output_dir.absolute().parents)
+    parent = next(path for path in parents if path.exists())
     return RunEstimate(
         fasta=tuple(map(str, config.fasta)),
         left_out=tuple(describe_left_out(config.fasta)),
@@ -166,22 +182,22 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
         else 0.0,
         num_over_budget=int((batch_tokens > token_budget).sum()),
         required_bytes=required_bytes(found, layout),
-        free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
+        free_bytes=shutil.disk_usage(parent).free,
         output_dir=str(config.output_dir),
-        speed=_speed(config, one_device, len(devices)),
+        speed=_total_speed(config, device_speed, len(devices)),
     )
 
 
 def render_estimate(seen: RunEstimate) -> RenderableType:
-    """Draw it for a terminal."""
+    """Render an estimate for a terminal."""
     return Group(_Facts(tuple(_facts(seen))), "", _Bars(seen.lengths), "", *_verdict(seen))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Input:
-    """What a pass over the input finds."""
+    """The result of one pass over the input."""
 
-    lengths: NDArray[np.int32]  # residues, of the records that can be used, (N,)
+    lengths: NDArray[np.int32]  # residues, of the usable records, (N,)
     is_computed: NDArray[np.bool_]  # (N,)
     num_refused: int
     refusals: tuple[str, ...]
@@ -204,12 +220,12 @@ def _read(config: EstimateConfig) -> _Input:
     policy = InputPolicy.of(config)
     scan, refused = InputScan(), _Refused()
     lengths = [np.empty(0, dtype=np.int32)]
-    with _stdin_kept(config) as stdin:
+    with _saved_stdin(config) as stdin:
         sources = find_sources(config.fasta, stdin=stdin, refuse=refused.add_file)
         rename = make_id_renamer(sources, policy)
         for source in sources:
             places = RecordLocator(source)
-            for chunk in _surveyed(source, policy, refused, rename):
+            for chunk in _usable_chunks(source, policy, refused, rename):
                 scan.add(chunk)
                 lengths.append(chunk.lengths)
                 refused.add(places, chunk.refused)
@@ -223,28 +239,28 @@ def _read(config: EstimateConfig) -> _Input:
         lengths=np.concatenate(lengths),
         is_computed=np.equal(representatives, np.arange(representatives.size)),
         num_refused=refused.count,
-        refusals=tuple(refused.told()),
+        refusals=tuple(refused.messages()),
         counts=scan.counts,
     )
 
 
 @contextmanager
-def _stdin_kept(config: EstimateConfig) -> Iterator[Path]:
-    """Where standard input is kept: by the run, if there is one, and otherwise for a while out of its directory."""
-    kept = RunPaths(config.output_dir).stdin
+def _saved_stdin(config: EstimateConfig) -> Iterator[Path]:
+    """Yield the copy of standard input: that of the run if there is one, else a temporary one."""
+    saved = RunPaths(config.output_dir).stdin
     if STDIN not in config.fasta:
-        yield kept
+        yield saved
         return
     with TemporaryDirectory() as directory:
-        path = kept if kept.exists() else Path(directory, kept.name)
+        path = saved if saved.exists() else Path(directory, saved.name)
         save_stdin(sys.stdin.buffer, path)
         yield path
 
 
-def _surveyed(
+def _usable_chunks(
     source: Source, policy: InputPolicy, refused: _Refused, rename: IdRenamer | None
 ) -> Iterator[InputChunk]:
-    """The chunks of a source, as far as it can be read."""
+    """Yield the chunks of a source up to an error, and refuse the file then."""
     try:
         yield from read_with_faults(source, policy, rename=rename)
     except FastaError as error:
@@ -252,7 +268,7 @@ def _surveyed(
 
 
 class _Refused:
-    """Counts what a run would refuse, and keeps the first of it."""
+    """Count what a run would refuse, and keep the first messages."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -278,7 +294,7 @@ class _Refused:
         repeats: NDArray[np.int64],
         firsts: NDArray[np.int64],
     ) -> None:
-        """Refuse records whose id occurred before; the input is read again to find them."""
+        """Refuse records whose id occurred before. The input is read again to locate them."""
         self.count += repeats.size
         pairs = list(
             zip(
@@ -293,22 +309,12 @@ class _Refused:
             for again, first in pairs
         ]
 
-    def told(self) -> list[str]:
+    def messages(self) -> list[str]:
         return self._files + self._records + self._repeats
 
 
-def _describe_weights(config: EstimateConfig) -> str:
-    """Say where the weights are, after a look at them as a run looks."""
-    from vnp_lib.model import published_path
-
-    found = check_model(config)
-    if found is None:
-        return f"not here yet: a run downloads them to {published_path(config.model)}"
-    return config.weights if found.path is None else str(found.path)
-
-
 def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:
-    """Bins of 1 to 49, 50 to 99, 100 to 199 residues and so on, from the shortest sequence's to the longest's."""
+    """Yield bins of 1 to 49, 50 to 99, 100 to 199 residues etc., those of all sequences."""
     ends = [_FIRST_BIN_END]
     while ends[-1] <= lengths.max(initial=0):
         ends.append(2 * ends[-1])
@@ -320,27 +326,16 @@ def _histogram(lengths: NDArray[np.int32]) -> Iterator[LengthBin]:
         )
 
 
-def _existing(path: Path) -> Path:
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
-
-
-def _speed(config: EstimateConfig, one_device: Speed | None, num_devices: int) -> Speed | None:
+def _total_speed(
+    config: EstimateConfig, device_speed: Speed | None, num_devices: int
+) -> Speed | None:
     if config.tokens_per_second is not None:
         return Speed(tokens_per_s=config.tokens_per_second, source="as given")
-    if one_device is None:
+    if device_speed is None:
         return None
-    source = f"{one_device.tokens_per_s:,.0f} a device in {one_device.source}, {num_devices} here"
-    return Speed(tokens_per_s=one_device.tokens_per_s * num_devices, source=source)
-
-
-def _speed_of_one_device(config: EstimateConfig) -> Speed | None:
-    """From an earlier run, where there is one."""
-    try:
-        return _mean_speed(config.speed_of or config.output_dir, config.model)
-    except ConfigError:
-        if config.speed_of is not None:
-            raise
-        return None
+    rate = device_speed.tokens_per_s
+    source = f"{rate:,.0f} per device in {device_speed.source}, {num_devices} here"
+    return Speed(tokens_per_s=rate * num_devices, source=source)
 
 
 def _mean_speed(run_dir: Path, model: str) -> Speed:
@@ -369,62 +364,51 @@ def _facts(seen: RunEstimate) -> Iterator[tuple[str, str]]:
     yield "residues", f"{seen.num_residues:,}; {seen.num_tokens:,} tokens to compute"
     yield "weights", seen.weights
     yield "lengths", f"median {seen.median_length:,.0f}, longest {seen.longest:,} residues"
-    for told in seen.left_out:
-        yield "files", told
-    if done := seen.input.describe():
-        skipped = RunPaths(Path(seen.output_dir)).skipped
-        yield (
-            "input",
-            done
-            + (f"; a run lists skipped records in {skipped}" if seen.input.num_skipped else ""),
+    for description in seen.left_out:
+        yield "files", description
+    if changes := seen.input.describe():
+        if seen.input.num_skipped:
+            skipped = RunPaths(Path(seen.output_dir)).skipped
+            changes += f"; a run lists skipped records in {skipped}"
+        yield "input", changes
+    counts = seen.input.letters
+    changed_characters = [
+        f"{count:,} {description}"
+        for count, description in (
+            (counts.unknown, "X"),
+            (counts.read_as_unknown, "J read as X"),
+            (counts.lower_case, "in lower case"),
+            (counts.final_stops, "final * removed"),
+            (counts.white_space, "white space removed"),
+            (counts.invisible, "invisible removed"),
+            (counts.mapped, "not an amino acid, read as X"),
         )
-    if mended := list(_mended(seen.input.letters)):
-        yield "letters", ", ".join(mended)
-    yield (
-        "batches",
-        (
-            f"{seen.num_batches:,} in {seen.num_shards:,} {'shard' if seen.num_shards == 1 else 'shards'}, "
-            f"{seen.mean_fill:.1%} of {seen.token_budget:,} tokens full"
-            + (
-                f"; {seen.num_over_budget:,} sequences are longer than that"
-                if seen.num_over_budget
-                else ""
-            )
-        ),
+        if count
+    ]
+    if changed_characters:
+        yield "characters", "; ".join(changed_characters)
+    shards = "shard" if seen.num_shards == 1 else "shards"
+    batches = (
+        f"{seen.num_batches:,} in {seen.num_shards:,} {shards}, {seen.mean_fill:.1%} of "
+        f"{seen.token_budget:,} tokens full"
     )
+    if seen.num_over_budget:
+        batches += f"; {seen.num_over_budget:,} sequences are longer than that"
+    yield "batches", batches
     yield (
         "disk",
-        f"{format_bytes(seen.required_bytes)} needed, {format_bytes(seen.free_bytes)} free at {seen.output_dir}",
+        f"{format_bytes(seen.required_bytes)} needed, {format_bytes(seen.free_bytes)} free at "
+        f"{seen.output_dir}",
     )
     if seen.speed is not None and seen.expected_s is not None:
         rate = f"at {seen.speed.tokens_per_s:,.0f} tokens/s ({seen.speed.source})"
         yield "time", f"about {format_duration(seen.expected_s)} {rate}"
     else:
-        yield (
-            "time",
-            "not known; give --tokens-per-second, or a run to take it from with --speed-of",
-        )
-
-
-def _mended(letters: CharacterCounts) -> Iterator[str]:
-    if letters.unknown:
-        yield f"{letters.unknown:,} X"
-    if letters.read_as_unknown:
-        yield f"{letters.read_as_unknown:,} J, read as X"
-    if letters.lower_case:
-        yield f"{letters.lower_case:,} in lower case, raised"
-    if letters.final_stops:
-        yield f"{letters.final_stops:,} final * dropped"
-    if letters.white_space:
-        yield f"{letters.white_space:,} of white space removed"
-    if letters.invisible:
-        yield f"{letters.invisible:,} invisible removed"
-    if letters.mapped:
-        yield f"{letters.mapped:,} of no amino acid, read as X"
+        yield "time", "not known; give --tokens-per-second, or an earlier run with --speed-of"
 
 
 class _Facts:
-    """What is told of a run, name and text side by side where there is room for both."""
+    """Render names and texts in two columns if the terminal is wide enough."""
 
     def __init__(self, facts: Sequence[tuple[str, str]]) -> None:
         self._facts = facts
@@ -442,7 +426,7 @@ class _Facts:
 
 
 class _Bars:
-    """The histogram, with bars as long as the terminal has room for."""
+    """Render the histogram, with bars as long as the terminal allows."""
 
     def __init__(self, bins: Sequence[LengthBin]) -> None:
         self._bins = bins
@@ -453,8 +437,8 @@ class _Bars:
             (f"{each.least:>7,} to {each.most:>7,}  ", f" {each.count:,}", each.count / most)
             for each in self._bins
         ]
-        words = max((len(span) + len(count) for span, count, _ in lines), default=0)
-        width = max(1, min(_BAR_LETTERS, options.max_width - words))
+        text_width = max((len(span) + len(count) for span, count, _ in lines), default=0)
+        width = max(1, min(_MAX_BAR_WIDTH, options.max_width - text_width))
         for span, count, share in lines:
             yield plain(f"{span}{bar(share, options, width=width)}{count}")
 
@@ -469,5 +453,5 @@ def _verdict(seen: RunEstimate) -> Iterator[Text]:
         yield plain("the disk has no room for this run", style="bold red")
     if seen.can_begin:
         yield plain(
-            "nothing would be refused, and the disk has room: the run can begin", style="green"
+            "nothing would be refused, and the disk has room: the run can start", style="green"
         )

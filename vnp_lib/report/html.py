@@ -1,6 +1,6 @@
-"""`report.html`: what became of a run, on one page that needs nothing else: no script, no font, no network.
+"""Write report.html: the history and state of a run on one page without scripts or network.
 
-It can be written at any time, also while the run is going on, and says then how the run stands.
+It can be written at any time, also during a run, and then shows the state of that moment.
 """
 
 from __future__ import annotations
@@ -10,34 +10,33 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, Template
-from numpy.typing import NDArray
+from jinja2 import Environment, PackageLoader
 
-from vnp_lib.checkpoint import CheckpointManifest, Quarantine, QuarantinedSequence, ShardRecord
 from vnp_lib.errors import StorageError
 from vnp_lib.formatting import format_bytes, format_duration, printable, utc_now
 from vnp_lib.plan import NUM_SPECIAL_TOKENS, RunPaths, RunPlan, describe_input, packed_tokens
+from vnp_lib.report.readers import read_quarantine, read_shards
 from vnp_lib.report.status import RunStatus, read_status
 from vnp_lib.run import Attempt, read_attempts
 from vnp_lib.storage import write_file
 
-_MOST_ROWS = 200  # of a table
+_MOST_ROWS = 200  # per table
 
 
 def write_report(
     plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
 ) -> Path:
-    """Write the page from what the run has recorded, in the place of an earlier one, durably; return its path.
+    """Write the page from the run's records, durably, over an earlier page, and return its path.
 
-    Equal records give equal pages, but for the time of writing. What cannot be read is a note on the page.
+    Equal records give equal pages, except for the time of writing. A record that cannot be read
+    becomes a note on the page.
 
     Raises:
-        StorageError: The page cannot be written.
+        StorageError: If the page cannot be written.
     """
     page = render_report(plan, paths, clock=clock)
     try:
@@ -52,10 +51,10 @@ def write_report(
 def render_report(
     plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
 ) -> str:
-    """Make the page, and write nothing.
+    """Return the page as HTML.
 
     Raises:
-        StorageError: There are no pictures, since Matplotlib cannot be used here.
+        StorageError: If Matplotlib cannot be used.
     """
     with _quiet_matplotlib():
         return _render(plan, paths, clock=clock)
@@ -63,7 +62,7 @@ def render_report(
 
 @contextmanager
 def _quiet_matplotlib() -> Iterator[None]:
-    """Keep to ourselves what Matplotlib says of its caches, fonts and settings: nobody who reads a report can use it."""
+    """Suppress Matplotlib's messages about caches, fonts and settings: they help no reader."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -76,37 +75,55 @@ def _quiet_matplotlib() -> Iterator[None]:
 
 def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) -> str:
     try:
-        from vnp_lib.report import plots  # imports matplotlib, which takes a second
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-    ) as error:  # no directory for its cache; an MPLBACKEND that does not exist
-        told = " ".join(str(error).split())
+        # Matplotlib takes a second to import. It raises OSError if its cache has no directory, and
+        # ValueError if MPLBACKEND does not exist.
+        from vnp_lib.report import plots
+    except (ImportError, OSError, ValueError) as error:
+        message = " ".join(str(error).split())
         raise StorageError(
-            f"Matplotlib cannot be used, so no report can be drawn: {told}"
+            f"Matplotlib cannot be used, so no report can be drawn: {message}"
         ) from error
 
     status = read_status(plan, paths, clock=clock)
-    recorded = _recorded_shards(paths)
+    # The status has notes on a manifest or a quarantine that cannot be read.
+    recorded, _ = read_shards(paths)
+    quarantined = read_quarantine(plan, paths)[0] or []
     ranks = sorted(
         {*range(plan.num_shards), *(rank for rank, shard in recorded.items() if shard.attempts)}
     )
+    failures_by_rank = {
+        rank: list(recorded[rank].failures) if rank in recorded else [] for rank in ranks
+    }
     attempts = [
-        each for rank in ranks for each in read_attempts(paths, rank, _failures_of(recorded, rank))
+        attempt
+        for rank, records in failures_by_rank.items()
+        for attempt in read_attempts(paths, rank, records)
     ]
-    sizes_bytes = list(_checkpoint_sizes(paths))
     failures = sorted(
-        ((record, rank) for rank in ranks for record in _failures_of(recorded, rank)),
+        ((record, rank) for rank, records in failures_by_rank.items() for record in records),
         key=lambda each: str(each[0].get("at")),
     )
-    quarantined = _quarantined(plan, paths)
-    return _template().render(
+    sizes_bytes = list(_checkpoint_sizes(paths))
+    batch_tokens = np.concatenate(
+        [
+            packed_tokens(
+                plan.lengths[plan.shard_ordinals(rank)] + NUM_SPECIAL_TOKENS, plan.token_budget
+            )
+            for rank in range(plan.num_shards)
+        ]
+    )
+    # Ids and messages were written by others: no control characters, none that change direction.
+    environment = Environment(
+        loader=PackageLoader("vnp_lib.report", "."),
+        autoescape=True,
+        finalize=lambda value: (
+            "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+        ),
+    )
+    return environment.get_template("report.html.jinja").render(
         title=f"{plan.identity['model']}, {plan.num_sequences:,} sequences",
-        written_at=_time(status.at),
-        running="No run is going on."
-        if status.running is None
-        else f"A run is going on: {status.running}.",
+        written_at=f"{status.at:%Y-%m-%d %H:%M:%S} UTC",
+        running="Not running." if status.running is None else f"Running: {status.running}.",
         input=describe_input(status.input, paths),
         tiles=list(_tiles(status, attempts, sizes_bytes, num_failures=len(failures))),
         notes=status.notes,
@@ -114,7 +131,7 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
             "attempts": plots.attempts_over_time(attempts, ranks),
             "speed": plots.speed_over_time(attempts),
             "lengths": plots.lengths_histogram(plan.lengths),
-            "fill": plots.fill_histogram(_batch_tokens(plan), plan.token_budget),
+            "fill": plots.fill_histogram(batch_tokens, plan.token_budget),
             "checkpoints": plots.checkpoint_sizes(sizes_bytes),
         },
         failures=[
@@ -135,52 +152,11 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
     )
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("vnp_lib.report", "."), autoescape=True, finalize=_finalized
-    )
-    return environment.get_template("report.html.jinja")
-
-
-def _finalized(value: Any) -> Any:
-    """What a browser may show of text that somebody else wrote: no control letters, none that turn its direction."""
-    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
-
-
-def _recorded_shards(paths: RunPaths) -> dict[int, ShardRecord]:
-    try:
-        return CheckpointManifest(paths.manifest).shards()
-    except (StorageError, OSError):
-        return {}  # the status has a note of it
-
-
-def _failures_of(recorded: dict[int, ShardRecord], rank: int) -> list[dict[str, Any]]:
-    return list(recorded[rank].failures) if rank in recorded else []
-
-
 def _checkpoint_sizes(paths: RunPaths) -> Iterator[int]:
     for marker in sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt.done")):
-        path = marker.with_name(marker.name.removesuffix(".done"))
-        with suppress(FileNotFoundError):  # a run that is going on may move it aside meanwhile
-            yield path.stat().st_size
-
-
-def _batch_tokens(plan: RunPlan) -> NDArray[np.int64]:
-    ordinals = map(plan.shard_ordinals, range(plan.num_shards))
-    return np.concatenate(
-        [
-            packed_tokens(plan.lengths[own] + NUM_SPECIAL_TOKENS, plan.token_budget)
-            for own in ordinals
-        ]
-    )
-
-
-def _quarantined(plan: RunPlan, paths: RunPaths) -> list[QuarantinedSequence]:
-    try:
-        return Quarantine.of(plan, paths).read()
-    except (StorageError, OSError):
-        return []  # the status has a note of it
+        # A running worker process may move a damaged checkpoint away in the meantime.
+        with suppress(FileNotFoundError):
+            yield marker.with_name(marker.name.removesuffix(".done")).stat().st_size
 
 
 def _tiles(
@@ -198,7 +174,7 @@ def _tiles(
     yield "in quarantine", "?" if status.num_quarantined is None else f"{status.num_quarantined:,}"
     yield f"in checkpoints: {len(sizes_bytes):,}", format_bytes(sum(sizes_bytes))
     if computing_s:
-        yield "tokens/s a device, on average", f"{tokens / computing_s:,.0f}"
+        yield "tokens/s per device, on average", f"{tokens / computing_s:,.0f}"
         yield "device time, computing", format_duration(computing_s)
 
 
@@ -218,16 +194,9 @@ def _facts(plan: RunPlan, paths: RunPaths) -> Iterator[tuple[str, str]]:
 
 def _failure(record: dict[str, Any], rank: int, colour_of: Callable[[str], str]) -> dict[str, Any]:
     kind = str(record.get("kind", ""))
-    told = {name: str(record.get(name) or "") for name in ("cause", "reason", "message", "device")}
-    return told | {"rank": rank, "kind": kind, "colour": colour_of(kind), "at": _time_of(record)}
-
-
-def _time_of(record: dict[str, Any]) -> str:
-    return str(record.get("at") or "")[:19].replace("T", " ")
-
-
-def _time(at: datetime) -> str:
-    return at.strftime("%Y-%m-%d %H:%M:%S UTC")
+    texts = {name: str(record.get(name) or "") for name in ("cause", "reason", "message", "device")}
+    at = str(record.get("at") or "")[:19].replace("T", " ")
+    return texts | {"rank": rank, "kind": kind, "colour": colour_of(kind), "at": at}
 
 
 def _shown(count: int, what: str, which: str, where: Path) -> str:

@@ -1,6 +1,7 @@
-"""The pictures of a report: numbers in, a self-contained `data:` address of an SVG out.
+"""Plots of a report: each function takes numbers and returns an SVG as a `data:` URL.
 
-Equal numbers give equal bytes. The colours are Okabe's and Ito's, and Tol's, which colour-blind people tell apart too.
+Equal numbers give equal bytes. The colours are from the palettes of Okabe and Ito, and of Tol,
+which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ COLOURS = {
 _BAR = "#0072b2"
 _INK = "#1f2933"
 _DIM = "#616e7c"
-# Tol's muted ones: a shard's colour is not to be taken for that of an outcome.
+# Tol's muted palette: the colour of a shard must not be mistaken for that of an outcome.
 _SHARD_COLOURS = (
     "#332288",
     "#44aa99",
@@ -50,10 +51,12 @@ _SHARD_COLOURS = (
     "#117733",
     "#999933",
 )
-_MOST_POINTS = 300  # of a line
-_MOST_DOTS = 600  # on all lines: they are what makes a file large
-_MOST_LABELS = 20  # of shards
-_TICKED_SHARDS = 60  # in more rows a tick for each checkpoint is noise
+_MOST_POINTS = 300  # per line
+# Markers dominate the size of an SVG, so that many of them are left out.
+_MOST_MARKERS = 600  # on all lines
+_MOST_LABELS = 20  # shards
+# With more rows, one tick per checkpoint is noise.
+_MOST_TICKED_SHARDS = 60
 _WIDTH, _HALF_WIDTH = 10.0, 5.0  # inches
 _STYLE = {
     "svg.hashsalt": "vnp",
@@ -73,19 +76,24 @@ _STYLE = {
 
 
 def attempts_over_time(attempts: Sequence[Attempt], ranks: Sequence[int]) -> str | None:
-    """A bar for each attempt in the row of its shard, coloured by how it ended, with a tick for each checkpoint."""
+    """Draw one bar per attempt in the row of its shard, coloured by outcome.
+
+    A tick marks each checkpoint. Returns None if there is no attempt.
+    """
     if not attempts:
         return None
     rows = {rank: row for row, rank in enumerate(ranks)}
     height = min(9.0, 1.3 + max(0.11, 0.34 - 0.002 * len(ranks)) * len(ranks))
     with _drawn(_WIDTH, height) as (axes, drawn):
         start, end = _span(attempts)
-        for colour, own in _by_colour(attempts).items():
+        by_colour: dict[str, list[Attempt]] = {}
+        for attempt in attempts:
+            by_colour.setdefault(COLOURS[_outcome(attempt)], []).append(attempt)  # type: ignore[index]
+        for colour, own in by_colour.items():
             starts = _days([attempt.started_at for attempt in own])
             days = np.array([attempt.duration.total_seconds() / 86_400 for attempt in own])
-            places = [rows[attempt.rank] for attempt in own]
             axes.barh(
-                places,
+                [rows[attempt.rank] for attempt in own],
                 np.maximum(days, (end - start) / 300),
                 left=starts,
                 height=0.72,
@@ -97,8 +105,16 @@ def attempts_over_time(attempts: Sequence[Attempt], ranks: Sequence[int]) -> str
             for attempt in attempts
             for each in _thinned(attempt.checkpoints)
         ]
-        if points and len(ranks) <= _TICKED_SHARDS:
-            axes.vlines(*_ticks(points), color="white", linewidth=0.7, alpha=0.8)
+        if points and len(ranks) <= _MOST_TICKED_SHARDS:
+            places = np.array([row for _, row in points])
+            axes.vlines(
+                _days([at for at, _ in points]),
+                places - 0.22,
+                places + 0.22,
+                color="white",
+                linewidth=0.7,
+                alpha=0.8,
+            )
         axes.set_ylim(len(ranks) - 0.4, -0.6)
         labelled = range(0, len(ranks), -(-len(ranks) // _MOST_LABELS))
         axes.set_yticks(labelled, [str(ranks[row]) for row in labelled])
@@ -115,13 +131,16 @@ def attempts_over_time(attempts: Sequence[Attempt], ranks: Sequence[int]) -> str
 
 
 def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
-    """Tokens per second of each checkpoint, a line for each shard, interrupted between attempts."""
+    """Draw the tokens per second of each checkpoint; None without checkpoints.
+
+    There is one line per attempt.
+    """
     with_checkpoints = [attempt for attempt in attempts if attempt.checkpoints]
     if not with_checkpoints:
         return None
     ranks = sorted({attempt.rank for attempt in with_checkpoints})
     is_few = len(ranks) <= len(_SHARD_COLOURS)
-    has_dots = sum(len(attempt.checkpoints) for attempt in with_checkpoints) <= _MOST_DOTS
+    has_markers = sum(len(attempt.checkpoints) for attempt in with_checkpoints) <= _MOST_MARKERS
     with _drawn(_WIDTH, 2.9) as (axes, drawn):
         for attempt in with_checkpoints:
             points = _thinned(attempt.checkpoints)
@@ -132,7 +151,7 @@ def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
                 color=colour,
                 linewidth=1.5 if is_few else 0.7,
                 alpha=1.0 if is_few else 0.35,
-                marker="o" if has_dots else "",
+                marker="o" if has_markers else "",
                 markersize=3,
             )
         axes.set_ylim(bottom=0)
@@ -156,7 +175,7 @@ def speed_over_time(attempts: Sequence[Attempt]) -> str | None:
 
 
 def lengths_histogram(lengths: NDArray[np.int32]) -> str | None:
-    """How many sequences have which length, in residues."""
+    """Draw the distribution of sequence lengths, in residues; None without sequences."""
     if not lengths.size:
         return None
     bins = np.unique(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 41).astype(int))
@@ -170,7 +189,10 @@ def lengths_histogram(lengths: NDArray[np.int32]) -> str | None:
 
 
 def fill_histogram(batch_tokens: NDArray[np.int64], token_budget: int) -> str | None:
-    """How full batches are of their budget; a sequence that is longer than it fills more than all of it."""
+    """Draw how full batches are; None without batches.
+
+    A batch over the budget, of one long sequence, counts as full.
+    """
     if not batch_tokens.size:
         return None
     percent = 100.0 * np.minimum(batch_tokens / token_budget, 1.0)
@@ -178,7 +200,7 @@ def fill_histogram(batch_tokens: NDArray[np.int64], token_budget: int) -> str | 
 
 
 def checkpoint_sizes(sizes_bytes: Sequence[int]) -> str | None:
-    """How large checkpoints are."""
+    """Draw the distribution of checkpoint sizes; None without checkpoints."""
     if not sizes_bytes:
         return None
     unit, unit_bytes = ("MB", 1e6) if max(sizes_bytes) >= 1e6 else ("kB", 1e3)
@@ -188,7 +210,7 @@ def checkpoint_sizes(sizes_bytes: Sequence[int]) -> str | None:
 
 
 def colour_of(kind: str) -> str:
-    """Of a failure's kind, as in `attempts_over_time`."""
+    """Return the colour of a failure kind, as in `attempts_over_time`."""
     return COLOURS.get(kind, COLOURS[Ending.LOST])  # type: ignore[call-overload, no-any-return]
 
 
@@ -231,9 +253,10 @@ def _histogram(
 
 @contextmanager
 def _drawn(width: float, height: float) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """Axes to draw on, and a function that gives the picture then."""
+    """Yield axes to draw on, and a function that returns the drawing as a `data:` URL."""
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a matplotlibrc of the user's is for the user's pictures
+        # The user's matplotlibrc is for the user's own plots.
+        matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
 
@@ -246,35 +269,21 @@ def _drawn(width: float, height: float) -> Iterator[tuple[Axes, Callable[[], str
 
 
 def _outcome(attempt: Attempt) -> str:
-    """What its colour says: what went wrong, or else how it ended."""
+    """Return the key of an attempt's colour: the failure kind if known, else how it ended."""
     return attempt.kind if attempt.kind in COLOURS else attempt.ending
 
 
-def _by_colour(attempts: Sequence[Attempt]) -> dict[str, list[Attempt]]:
-    groups: dict[str, list[Attempt]] = {}
-    for attempt in attempts:
-        groups.setdefault(COLOURS[_outcome(attempt)], []).append(attempt)  # type: ignore[index]
-    return groups
-
-
 def _days(times: Iterable[datetime]) -> NDArray[np.float64]:
-    """Matplotlib's measure of time."""
+    """Convert times to days since 1970, Matplotlib's unit."""
     return np.array([time.timestamp() / 86_400 for time in times])
 
 
 def _span(attempts: Sequence[Attempt]) -> tuple[float, float]:
-    """The first start and the last end, in Matplotlib's days."""
+    """Return the first start and the last end, in days."""
     start, end = _days(
         [min(each.started_at for each in attempts), max(each.ended_at for each in attempts)]
     )
     return start, max(end, start + 1 / 86_400)
-
-
-def _ticks(
-    points: Sequence[tuple[datetime, int]],
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    rows = np.array([row for _, row in points])
-    return _days([at for at, _ in points]), rows - 0.22, rows + 0.22
 
 
 def _thinned(checkpoints: Sequence[CheckpointEntry]) -> Sequence[CheckpointEntry]:
@@ -282,11 +291,12 @@ def _thinned(checkpoints: Sequence[CheckpointEntry]) -> Sequence[CheckpointEntry
 
 
 def _dates(axes: Axes, attempts: Sequence[Attempt]) -> None:
-    """Time from the first start to the last end, the same in all pictures of a run."""
+    """Set a time axis from the first start to the last end, the same in all plots of a run."""
     start, end = _span(attempts)
     margin = (end - start) / 60
     axes.set_xlim(start - margin, end + margin)
-    # With at least 5 ticks, as it comes, it has no fitting step for spans just below 5 minutes, hours or days, and warns.
+    # With the default of at least 5 ticks, the locator finds no step for spans just below
+    # 5 minutes, hours or days, and warns.
     locator = AutoDateLocator(tz=UTC, minticks=3, maxticks=9)  # type: ignore[no-untyped-call]
     axes.xaxis_date(tz=UTC)
     axes.xaxis.set_major_locator(locator)

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then elsewhere."""
+"""Show the progress of a run: a bar on a terminal, else a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from vnp_lib.terminal import error_console
 
 
 class RunProgress:
-    """Counts what has been embedded and shows it on standard error, as far as that can be written.
+    """Count embedded sequences and show them on standard error. Write errors are ignored.
 
-    The bar and the time left go by tokens, since the longest sequences come first; people are told sequences.
+    The bar and the time left are computed from tokens, because the longest sequences come first.
+    The text gives sequences.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class RunProgress:
         self._done: dict[int, tuple[int, int]] = {}  # sequences and tokens, by shard
         self._measured_tokens = 0
         self._started_at: float | None = None
-        self._newest_at = clock()  # up to when speed has been measured
+        self._newest_at = clock()  # end of the measured time
         self._next_line_at = clock() + log_interval_s
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -59,53 +60,56 @@ class RunProgress:
             self._bar[0].stop()
 
     def begin(self, rank: int, *, sequences: int, tokens: int) -> None:
-        """Set what is done of a shard as an attempt on it begins; what an earlier one lost counts no more."""
+        """Set what is done of a shard as an attempt begins, without work that was lost before."""
         self._done[rank] = sequences, tokens
         self._show()
 
     def advance(self, rank: int, *, sequences: int, tokens: int) -> None:
-        """Count a batch of a shard that is embedded here. Time counts from the first batch: loading is no measure of speed."""
+        """Count a batch that was embedded here.
+
+        Time counts from the first batch, so that loading the model does not lower the speed.
+        """
+        # The tokens of the first batch were computed before the measured time begins.
         if self._started_at is None:
             self._started_at = self._clock()
         else:
-            self._measured_tokens += (
-                tokens  # those of the first batch took time before the measuring began
-            )
+            self._measured_tokens += tokens
         self._newest_at = self._clock()
         done_sequences, done_tokens = self._done.get(rank, (0, 0))
         self._done[rank] = done_sequences + sequences, done_tokens + tokens
         self._show()
 
     def observe(self, rank: int, *, sequences: int, tokens: int) -> None:
-        """Set what is done of a shard that is embedded elsewhere, and seen from here only when it is in a checkpoint.
+        """Set what is in the checkpoints of a shard that is embedded on another machine.
 
-        Time counts from the first look, and up to the newest checkpoint: what has been done since then is not known.
+        Time counts from the first call to the newest checkpoint: later work is not known here.
         """
         if self._started_at is None:
             self._started_at = self._clock()
-        come = tokens - self._done.get(rank, (0, 0))[1]
-        if come > 0:
-            self._measured_tokens += come
+        new_tokens = tokens - self._done.get(rank, (0, 0))[1]
+        if new_tokens > 0:
+            self._measured_tokens += new_tokens
             self._newest_at = self._clock()
         self._done[rank] = sequences, tokens
         self._show()
 
-    def tell(self, text: str) -> None:
-        """Say something else than how far it is, in a line of its own."""
+    def print_line(self, text: str) -> None:
+        """Print a message on a line of its own."""
         self._console.print(text, highlight=False, markup=False)
 
     def describe(self) -> str:
-        """Say it in a line: `600 of 1,200 sequences (50 %), 5,400 tokens/s, 0:00:12 left`."""
+        """Return one line: `600 of 1,200 sequences (50%), 5,400 tokens/s, 0:00:12 left`."""
         sequences, tokens = self._totals()
         share = tokens / self._total_tokens if self._total_tokens else 1.0
         line = f"{sequences:,} of {self._total_sequences:,} sequences ({share:.0%})"
         rate = self.tokens_per_s()
         if not rate:
             return line
-        return f"{line}, {rate:,.0f} tokens/s, {format_duration((self._total_tokens - tokens) / rate)} left"
+        left = format_duration((self._total_tokens - tokens) / rate)
+        return f"{line}, {rate:,.0f} tokens/s, {left} left"
 
     def tokens_per_s(self) -> float:
-        """Mean rate since the first batch of this run, or the first look at it; 0 before it can be told."""
+        """Return the mean rate since the first batch or observation; 0 if not known yet."""
         if self._started_at is None:
             return 0.0
         elapsed_s = self._newest_at - self._started_at

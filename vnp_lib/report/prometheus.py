@@ -1,4 +1,4 @@
-"""The page on which Prometheus reads a run's metrics: made when it is asked for, by a thread that nobody waits for."""
+"""Serve the metrics of a run to Prometheus, from a daemon thread."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vnp_lib.checkpoint import Quarantine
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import ask_nvml
 from vnp_lib.errors import ConfigError, StorageError
-from vnp_lib.run import Histogram, RunMetrics
+from vnp_lib.run import RunMetrics
 
-_OF_A_SHARD = (
+_SHARD_METRICS = (
     (
         GaugeMetricFamily,
         "vnp_shard_sequences",
@@ -35,13 +35,14 @@ _OF_A_SHARD = (
     (
         GaugeMetricFamily,
         "vnp_shard_sequences_done",
-        "Of them, those that are computed or set aside, by this run or an earlier one.",
+        "Of them, those computed or quarantined, by this run or an earlier one.",
         attrgetter("num_done"),
     ),
     (
         CounterMetricFamily,
         "vnp_sequences_embedded",
-        "Sequences that went through the model here; again where an attempt was lost before its checkpoint.",
+        "Sequences that went through the model here; counted again if an attempt was lost before "
+        "its checkpoint.",
         attrgetter("sequences_embedded"),
     ),
     (
@@ -53,26 +54,26 @@ _OF_A_SHARD = (
     (
         CounterMetricFamily,
         "vnp_checkpoint_sequences",
-        "Sequences that were brought into checkpoints here.",
+        "Sequences written to checkpoints here.",
         attrgetter("sequences_in_checkpoints"),
     ),
     (
         GaugeMetricFamily,
         "vnp_batches_queued",
-        "Batches that are read ahead and wait for the model; 0 where the model waits for the reading.",
+        "Prefetched batches that wait for the model; 0 if the model waits for input.",
         attrgetter("batches_queued"),
     ),
     (
         CounterMetricFamily,
         "vnp_attempts",
-        "Children that were started here.",
+        "Worker processes started here.",
         attrgetter("attempts"),
     ),
 )
-_OF_A_GPU: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (
+_GPU_METRICS: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (
     (
         "vnp_gpu_memory_used_bytes",
-        "Memory in use on a GPU, by nvidia-smi's number.",
+        "Memory in use on a GPU, by its number in nvidia-smi.",
         lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
     ),
     (
@@ -82,7 +83,7 @@ _OF_A_GPU: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (
     ),
     (
         "vnp_gpu_utilization_ratio",
-        "Share of the last moments in which a GPU was at work, 0 to 1.",
+        "Share of the last sample period in which a GPU was busy, 0 to 1.",
         lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
     ),
 )
@@ -98,18 +99,17 @@ def validate_metrics_port(config: EmbedConfig) -> None:
 
 
 def require_free_port(address: str, port: int) -> None:
-    """Raise ConfigError where nothing can be served there."""
+    """Raise ConfigError if the address and the port cannot be bound."""
     try:
         family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server does: the last run's is gone
+            # As the server does: a connection of the last run may still be in TIME_WAIT.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(place)
     except OSError as error:
         raise ConfigError(
-            f"--metrics-port {port}: nothing can be served on {address}: {error.strerror}; give another port or "
-            f"--metrics-address, or leave it out"
+            f"--metrics-port {port}: cannot serve metrics on {address}: {error.strerror}; give "
+            f"another port or --metrics-address, or omit the option"
         ) from None
 
 
@@ -117,10 +117,10 @@ def require_free_port(address: str, port: int) -> None:
 def serving(
     metrics: RunMetrics, quarantine: Quarantine, *, address: str, port: int
 ) -> Iterator[None]:
-    """Serve the page at `/metrics` while the block runs.
+    """Serve the metrics at `/metrics` while the block runs.
 
     Raises:
-        OSError: Nothing can be served there; the block is not entered.
+        OSError: If the address cannot be bound; the block is not entered.
     """
     server, thread = start_http_server(port, address, registry_of(metrics, quarantine))
     try:
@@ -132,7 +132,7 @@ def serving(
 
 
 def registry_of(metrics: RunMetrics, quarantine: Quarantine) -> CollectorRegistry:
-    """What the page is made of."""
+    """Return the collectors of the run and of this machine's GPUs."""
     registry = CollectorRegistry()
     registry.register(_RunCollector(metrics, quarantine))
     registry.register(_GpuCollector())
@@ -140,7 +140,7 @@ def registry_of(metrics: RunMetrics, quarantine: Quarantine) -> CollectorRegistr
 
 
 class _RunCollector(Collector):
-    """What is counted of a run, by shard where it is a shard's, and how many are in quarantine by its file."""
+    """Collect the counts of a run, and the number of quarantined sequences from their file."""
 
     def __init__(self, metrics: RunMetrics, quarantine: Quarantine) -> None:
         self._metrics = metrics
@@ -148,49 +148,47 @@ class _RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         shards = sorted(self._metrics.shards.copy().items())
-        for make_family, name, meaning, count_of in _OF_A_SHARD:
+        for make_family, name, meaning, count_of in _SHARD_METRICS:
             family = make_family(name, meaning, labels=["shard"])
             for rank, shard in shards:
                 family.add_metric([str(rank)], count_of(shard))
             yield family
         failures = CounterMetricFamily(
-            "vnp_failures", "Attempts that failed, by how.", labels=["kind"]
+            "vnp_failures", "Attempts that failed, by kind of failure.", labels=["kind"]
         )
         for kind, count in self._metrics.failures.items():
             failures.add_metric([kind], count)
         yield failures
+        written = self._metrics.checkpoint_write_s
+        bounds = [*map(floatToGoString, written.bounds), "+Inf"]
         yield HistogramMetricFamily(
             "vnp_checkpoint_write_seconds",
             "Time until a checkpoint was durable.",
-            buckets=_cumulative(self._metrics.checkpoint_write_s),
-            sum_value=self._metrics.checkpoint_write_s.sum,
+            buckets=list(zip(bounds, accumulate(written.counts), strict=True)),
+            sum_value=written.sum,
         )
         with suppress(StorageError, OSError):
             yield GaugeMetricFamily(
                 "vnp_quarantined_sequences",
-                "Sequences that are set aside.",
+                "Sequences in quarantine.",
                 value=len(self._quarantine.read()),
             )
 
 
 class _GpuCollector(Collector):
-    """The machine's GPUs, asked of NVML at every scrape. What there is not, or cannot be told, is left out."""
+    """Query NVML for this machine's GPUs at every scrape. Unknown values are omitted."""
 
     def collect(self) -> Iterator[Metric]:
         families = [
-            GaugeMetricFamily(name, meaning, labels=["gpu"]) for name, meaning, _ in _OF_A_GPU
+            GaugeMetricFamily(name, meaning, labels=["gpu"]) for name, meaning, _ in _GPU_METRICS
         ]
-        ask_nvml(lambda nvml: _ask(nvml, families))
+
+        def add_samples(nvml: Any) -> None:
+            for index in range(nvml.nvmlDeviceGetCount()):
+                for family, (_, _, read) in zip(families, _GPU_METRICS, strict=True):
+                    with suppress(nvml.NVMLError):
+                        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+                        family.add_metric([str(index)], read(nvml, gpu))
+
+        ask_nvml(add_samples)
         yield from (family for family in families if family.samples)
-
-
-def _ask(nvml: Any, families: list[GaugeMetricFamily]) -> None:
-    for index in range(nvml.nvmlDeviceGetCount()):
-        for family, (_, _, read) in zip(families, _OF_A_GPU, strict=True):
-            with suppress(nvml.NVMLError):
-                family.add_metric([str(index)], read(nvml, nvml.nvmlDeviceGetHandleByIndex(index)))
-
-
-def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
-    bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
-    return list(zip(bounds, accumulate(histogram.counts), strict=True))

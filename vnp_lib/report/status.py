@@ -1,6 +1,6 @@
-"""How a run stands: quickly told from what it has recorded. Nothing is checked and nothing changed; `verify` reads all.
+"""Read the status of a run from its records, without validating them; `verify` reads everything.
 
-Counts are the manifest's, as of the newest checkpoints: what is in the model comes on top of them.
+Counts are those of the manifest, as of the newest checkpoints.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vnp_lib.checkpoint import CheckpointManifest, Quarantine, ShardRecord, ShardStatus
+from vnp_lib.checkpoint import ShardRecord, ShardStatus
 from vnp_lib.dataset import describe_rows, open_dataset, read_success
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.formatting import format_age, format_duration, utc_now
 from vnp_lib.inference import Certificate
 from vnp_lib.inputs import InputCounts
 from vnp_lib.plan import RunPaths, RunPlan, describe_input, load_plan
-from vnp_lib.run import Attempt, CheckpointEntry, Ending, read_attempts
+from vnp_lib.report.readers import read_quarantine, read_shards
+from vnp_lib.run import Attempt, Ending, read_attempts
 from vnp_lib.software import SoftwareShare, describe_software
 from vnp_lib.storage import FileLock, LockHolder
 from vnp_lib.terminal import natural_width, plain
@@ -37,11 +38,11 @@ _MOST_SHARDS_SHOWN = 40
 
 
 class ShardPhase(StrEnum):
-    """What is going on with a shard; what wants looking at first."""
+    """What a shard is doing, in the order of interest."""
 
     RUNNING = "running"
     FAILED = "failed"
-    STOPPED = "stopped"  # no run is going on, and it is not complete
+    STOPPED = "stopped"  # not complete, and the run is not running
     WAITING = "waiting"  # for a device, or for its next attempt
     COMPLETE = "complete"
 
@@ -53,18 +54,18 @@ class LastFailure:
     kind: str  # FailureKind
     cause: str  # FailureCause
     message: str
-    reason: str  # what was decided, and why
+    reason: str  # the decision, and why
     at: datetime
 
     @property
     def explanation(self) -> str:
-        """What was decided, or else what happened; without the kind, which many begin with."""
+        """The decision, else the message, without the kind of failure that it may begin with."""
         return (self.reason or self.message).removeprefix(f"{self.kind}: ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRow:
-    """How far a shard is."""
+    """The progress of a shard."""
 
     rank: int
     state: ShardPhase
@@ -73,7 +74,7 @@ class ShardRow:
     num_done: int  # in checkpoints
     tokens_left: int
     tokens_per_s: float | None  # of the newest checkpoint
-    checkpoint_at: datetime | None  # when that was written
+    checkpoint_at: datetime | None  # time of the newest checkpoint
     device: str | None
     failure: LastFailure | None
 
@@ -84,21 +85,21 @@ class ShardRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """How a run stands."""
+    """The status of a run."""
 
     run_dir: Path
-    running: LockHolder | None  # the process whose run this is at the moment
+    running: LockHolder | None  # the process that runs on it now
     model: str
     dtype: str
     num_sequences: int  # in the input
     num_computed: int  # distinct ones
-    input: InputCounts  # what was done to it
+    input: InputCounts  # changes to the input
     num_done: int
     num_quarantined: int | None  # None: the quarantine cannot be read
     shards: tuple[ShardRow, ...]
     dataset: str
-    software: str  # that computed the dataset; "" where that is not known
-    notes: tuple[str, ...]  # what makes the figures uncertain
+    software: str  # that computed the dataset; "" if not known
+    notes: tuple[str, ...]  # why figures are uncertain
     at: datetime
 
     @property
@@ -111,14 +112,14 @@ class RunStatus:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all running shards together, by their newest checkpoints; 0 where there is none."""
+        """The rate of all running shards together, by their newest checkpoints; 0 if none runs."""
         return sum(
             shard.tokens_per_s or 0.0 for shard in self.shards if shard.state == ShardPhase.RUNNING
         )
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds that the rest takes at the present speed; None where no speed is known."""
+        """Seconds that the rest takes at the present speed; None if no speed is known."""
         rates = [
             (s.tokens_left, s.tokens_per_s)
             for s in self.shards
@@ -130,7 +131,7 @@ class RunStatus:
         return max(longest_s, self.tokens_left / sum(rate for _, rate in rates))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON; times are ISO 8601, UTC."""
+        """Return everything as JSON values; times are ISO 8601 in UTC."""
         derived = {
             "percent": self.percent,
             "tokens_left": self.tokens_left,
@@ -138,16 +139,16 @@ class RunStatus:
             "eta_s": self.eta_s,
         }
         fields: dict[str, Any] = _jsonable(asdict(self) | derived)
-        for told, shard in zip(fields["shards"], self.shards, strict=True):
-            told["percent"] = shard.percent
+        for shard_fields, shard in zip(fields["shards"], self.shards, strict=True):
+            shard_fields["percent"] = shard.percent
         return fields
 
 
 def open_status(run_dir: Path) -> Callable[[], RunStatus]:
-    """Load the plan of a run, and return what tells how the run stands whenever it is called.
+    """Load the plan of a run, and return a function that reads its present status.
 
     Raises:
-        ConfigError: `run_dir` is not a run directory, or its plan cannot be read.
+        ConfigError: If `run_dir` is not a run directory, or its plan cannot be read.
     """
     paths = RunPaths(run_dir)
     plan = load_plan_of(run_dir)
@@ -155,33 +156,47 @@ def open_status(run_dir: Path) -> Callable[[], RunStatus]:
 
 
 def load_plan_of(run_dir: Path) -> RunPlan:
-    """Load the plan of a run for showing, without reading all of it.
+    """Load the plan of a run for display, without verifying its digests.
 
     Raises:
-        ConfigError: `run_dir` is not a run directory, or its plan cannot be read.
+        ConfigError: If `run_dir` is not a run directory, or its plan cannot be read.
     """
     paths = RunPaths(run_dir)
     if not paths.plan_dir.is_dir():
         raise ConfigError(f"{run_dir} is not a run directory: it has no plan/")
     try:
         return load_plan(paths, verify_digests=False)
-    except (StorageError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except (StorageError, OSError, ValueError) as error:
+        # PyArrow's errors are ValueErrors.
         raise ConfigError(f"the plan in {run_dir} cannot be read ({error})") from None
 
 
 def read_status(
     plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
 ) -> RunStatus:
-    """Gather what the run has recorded. What cannot be read is a note, not an error."""
-    recorded, manifest_notes = _recorded_shards(paths)
+    """Collect what the run has recorded. A record that cannot be read is a note, not an error."""
+    recorded, manifest_error = read_shards(paths)
     running = FileLock(paths.run_lock, purpose="status").presumed_holder()
-    quarantined, quarantine_notes = _quarantined(plan, paths)
+    sequences, quarantine_error = read_quarantine(plan, paths)
+    quarantined = frozenset(sequence.ordinal for sequence in sequences or ())
+    notes = []
+    if not paths.manifest.exists():
+        notes.append("there is no manifest yet: no checkpoints are known")
+    elif manifest_error:
+        notes.append(f"{manifest_error}: no checkpoints are known until the next run rebuilds it")
+    notes += _redivision(plan, recorded, len(quarantined))
+    if quarantine_error:
+        notes.append(quarantine_error)
     shards = tuple(
         _shard(plan, paths, rank, recorded.get(rank), running, quarantined)
         for rank in range(plan.num_shards)
     )
     num_recorded = sum(shard.total_sequences for shard in recorded.values())
     is_complete = all(shard.state == ShardPhase.COMPLETE for shard in shards)
+    software = ""
+    with suppress(StorageError, OSError):
+        shares = read_success(paths.embeddings_dir)["software"]
+        software = describe_software([SoftwareShare.from_json(share) for share in shares])
     return RunStatus(
         run_dir=paths.run_dir,
         running=running,
@@ -193,40 +208,26 @@ def read_status(
         num_done=sum(shard.num_done for shard in shards)
         if is_complete
         else min(num_recorded, plan.num_computed),
-        num_quarantined=None if quarantined is None else len(quarantined),
+        num_quarantined=None if sequences is None else len(quarantined),
         shards=shards,
         dataset=_dataset(plan, paths),
-        software=_software(paths),
-        notes=(
-            *manifest_notes,
-            *_redivision(plan, recorded, len(quarantined or ())),
-            *quarantine_notes,
-        ),
+        software=software,
+        notes=tuple(notes),
         at=clock(),
     )
 
 
 def render_status(status: RunStatus) -> RenderableType:
-    """Draw it for a terminal."""
+    """Render a status for a terminal."""
     return Group(*_headline(status), _Shards(status), *_totals(status))
 
 
 def watch(read: Callable[[], RunStatus], *, interval_s: float, console: Console) -> None:
-    """Draw it again every `interval_s` seconds, until Ctrl-C."""
+    """Redraw the status every `interval_s` seconds, until Ctrl-C."""
     with Live(render_status(read()), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
             live.update(render_status(read()), refresh=True)
-
-
-def _recorded_shards(paths: RunPaths) -> tuple[dict[int, ShardRecord], list[str]]:
-    manifest = CheckpointManifest(paths.manifest)
-    if not manifest.exists():
-        return {}, ["there is no manifest yet: nothing is known of checkpoints"]
-    try:
-        return manifest.shards(), []
-    except (StorageError, OSError) as error:
-        return {}, [f"{error}: nothing is known of checkpoints until the next run makes it anew"]
 
 
 def _shard(
@@ -235,32 +236,42 @@ def _shard(
     rank: int,
     found: ShardRecord | None,
     running: LockHolder | None,
-    quarantined: frozenset[int] | None,
+    quarantined: frozenset[int],
 ) -> ShardRow:
     ordinals = plan.shard_ordinals(rank)
     recorded = found or ShardRecord.new(rank)
     is_complete = recorded.status == ShardStatus.COMPLETE
-    num_set_aside = int(np.isin(ordinals, list(quarantined or ())).sum())
+    num_quarantined = int(np.isin(ordinals, list(quarantined)).sum())
     num_done = (
-        ordinals.size - num_set_aside
+        ordinals.size - num_quarantined
         if is_complete
         else min(recorded.total_sequences, ordinals.size)
     )
     attempts = read_attempts(paths, rank)
-    newest = _newest_checkpoint(attempts)
+    newest = next(
+        (attempt.checkpoints[-1] for attempt in reversed(attempts) if attempt.checkpoints), None
+    )
+    failures = recorded.failures
     return ShardRow(
         rank=rank,
         state=_state(paths, rank, recorded.status, attempts, running),
         attempts=recorded.attempts if found else len(attempts),
         num_sequences=ordinals.size,
         num_done=num_done,
-        tokens_left=0
-        if is_complete
-        else plan.num_tokens(ordinals[num_done:]),  # the longest are computed first
+        # The longest sequences are computed first.
+        tokens_left=0 if is_complete else plan.num_tokens(ordinals[num_done:]),
         tokens_per_s=newest.tokens_per_s if newest else None,
         checkpoint_at=newest.at if newest else None,
         device=recorded.device,
-        failure=_failure(recorded.failures[-1]) if recorded.failures else None,
+        failure=LastFailure(
+            kind=failures[-1]["kind"],
+            cause=failures[-1]["cause"],
+            message=failures[-1]["message"],
+            reason=failures[-1].get("reason", ""),
+            at=datetime.fromisoformat(failures[-1]["at"]),
+        )
+        if failures
+        else None,
     )
 
 
@@ -281,26 +292,13 @@ def _state(
     return ShardPhase.STOPPED if running is None else ShardPhase.WAITING
 
 
-def _newest_checkpoint(attempts: list[Attempt]) -> CheckpointEntry | None:
-    return next(
-        (attempt.checkpoints[-1] for attempt in reversed(attempts) if attempt.checkpoints), None
-    )
-
-
-def _failure(record: dict[str, Any]) -> LastFailure:
-    return LastFailure(
-        kind=record["kind"],
-        cause=record["cause"],
-        message=record["message"],
-        reason=record.get("reason", ""),
-        at=datetime.fromisoformat(record["at"]),
-    )
-
-
 def _redivision(
     plan: RunPlan, recorded: dict[int, ShardRecord], num_quarantined: int
 ) -> Iterator[str]:
-    """The manifest counts a checkpoint for the shard that wrote it, whoever has its sequences now."""
+    """Yield a note if the run had other shards before.
+
+    The manifest counts a checkpoint for the shard that wrote it, whichever has its sequences now.
+    """
     foreign = any(
         rank >= plan.num_shards and shard.total_sequences for rank, shard in recorded.items()
     )
@@ -313,72 +311,66 @@ def _redivision(
         if (size := sizes.get(rank)) is not None
     )
     if foreign or misfits:
-        yield "the run was divided into other shards before: counts of single shards, and the time left, are approximate"
-
-
-def _quarantined(plan: RunPlan, paths: RunPaths) -> tuple[frozenset[int] | None, list[str]]:
-    try:
-        return Quarantine.of(plan, paths).ordinals(), []
-    except (StorageError, OSError) as error:
-        return None, [str(error)]
+        yield (
+            "the run was divided into other shards before: counts of single shards, and the time "
+            "left, are approximate"
+        )
 
 
 def _dataset(plan: RunPlan, paths: RunPaths) -> str:
     if not paths.success.exists():
-        return "not put together yet"
+        return "not assembled yet"
     try:
         metadata = open_dataset(paths.run_dir).metadata
     except StorageError as error:
         return f"damaged ({error})"
     if metadata["fingerprint"] != plan.fingerprint:
-        return "of another run; the next run puts it together anew"
-    rows = sum(part["rows"] for part in metadata["parts"])
-    told = describe_rows(
-        rows, num_quarantined=metadata["num_quarantined"], num_missing=metadata["num_missing"]
+        return "from another run; the next run assembles it again"
+    rows = describe_rows(
+        sum(part["rows"] for part in metadata["parts"]),
+        num_quarantined=metadata["num_quarantined"],
+        num_missing=metadata["num_missing"],
     )
     precision = (
         f"; {Certificate(**metadata['precision']).describe()}" if metadata["precision"] else ""
     )
-    return f"{'partial' if metadata['num_missing'] else 'complete'}: {told}{precision}"
-
-
-def _software(paths: RunPaths) -> str:
-    with suppress(StorageError, OSError):
-        return describe_software(
-            [
-                SoftwareShare.from_json(each)
-                for each in read_success(paths.embeddings_dir)["software"]
-            ]
-        )
-    return ""
+    return f"{'partial' if metadata['num_missing'] else 'complete'}: {rows}{precision}"
 
 
 def _headline(status: RunStatus) -> Iterator[Text]:
-    going_on = (
-        "no run is going on" if status.running is None else f"a run is going on: {status.running}"
-    )
     yield plain(
         f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences",
         style="bold",
     )
-    yield plain(going_on, style="" if status.running is None else "green")
-    if told := describe_input(status.input, RunPaths(status.run_dir)):
-        yield plain(f"of the input: {told}", style="yellow" if status.input.is_altered else "")
+    if status.running is None:
+        yield plain("not running")
+    else:
+        yield plain(f"running: {status.running}", style="green")
+    if changes := describe_input(status.input, RunPaths(status.run_dir)):
+        yield plain(f"input: {changes}", style="yellow" if status.input.is_altered else "")
 
 
 _STYLES = {ShardPhase.RUNNING: "green", ShardPhase.FAILED: "bold red", ShardPhase.STOPPED: "yellow"}
 
 
 _COLUMNS = ("shard", "state", "attempt", "done", "of", "%", "tokens/s", "device", "last failure")
-_NARROWEST_FAILURE = 30  # columns, in which the last failure is wrapped
+_NARROWEST_FAILURE = 30  # columns, within which the last failure is wrapped
 
 
 class _Shards:
-    """A table where the terminal has room for its numbers, and else a paragraph for each shard: no number is ever cut."""
+    """Render a table if its numbers fit the terminal, else a paragraph per shard.
+
+    No number is ever cut.
+    """
 
     def __init__(self, status: RunStatus) -> None:
         self._at = status.at
-        self._shown = _shards_to_show(status)
+        # If there are too many shards, the most interesting ones are shown.
+        states = list(ShardPhase)
+        by_interest = sorted(
+            status.shards, key=lambda shard: (states.index(shard.state), shard.rank)
+        )
+        self._shown = sorted(by_interest[:_MOST_SHARDS_SHOWN], key=lambda shard: shard.rank)
         hidden = Counter(shard.state for shard in status.shards if shard not in self._shown)
         self._hidden = ", ".join(f"{count} {state}" for state, count in sorted(hidden.items()))
 
@@ -416,37 +408,20 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Text]], hidden: str) 
 
 
 def _paragraph(row: Sequence[Text]) -> Text:
-    """Say what a row of the table says: `shard 3 running, attempt 2, 600 of 1,200 (50.0 %), 5,400 tokens/s on cpu`."""
+    """Write a row of the table as text.
+
+    `shard 3 running, attempt 2, 600 of 1,200 (50.0 %), 5,400 tokens/s on cpu`
+    """
     shard, state, attempt, done, total, percent, rate, device, failure = row
-    told = Text.assemble(
-        "shard ",
-        shard,
-        " ",
-        state,
-        ", attempt ",
-        attempt,
-        ", ",
-        done,
-        " of ",
-        total,
-        " (",
-        percent,
-        " %)",
-    )
+    counts = (", ", done, " of ", total, " (", percent, " %)")
+    text = Text.assemble("shard ", shard, " ", state, ", attempt ", attempt, *counts)
     if rate:
-        told.append_text(Text.assemble(", ", rate, " tokens/s"))
+        text.append_text(Text.assemble(", ", rate, " tokens/s"))
     if device:
-        told.append_text(Text.assemble(" on ", device))
+        text.append_text(Text.assemble(" on ", device))
     if failure:
-        told.append_text(Text.assemble("; ", failure))
-    return told
-
-
-def _shards_to_show(status: RunStatus) -> list[ShardRow]:
-    """All, or where there are too many the most interesting ones."""
-    ranks = list(ShardPhase)
-    by_interest = sorted(status.shards, key=lambda shard: (ranks.index(shard.state), shard.rank))
-    return sorted(by_interest[:_MOST_SHARDS_SHOWN], key=lambda shard: shard.rank)
+        text.append_text(Text.assemble("; ", failure))
+    return text
 
 
 def _row(shard: ShardRow, now: datetime) -> Iterator[Text]:
@@ -465,7 +440,10 @@ def _row(shard: ShardRow, now: datetime) -> Iterator[Text]:
 
 
 def _totals(status: RunStatus) -> Iterator[Text]:
-    line = f"{status.num_done:,} of {status.num_computed:,} distinct sequences ({status.percent:.1f} %)"
+    line = (
+        f"{status.num_done:,} of {status.num_computed:,} distinct sequences "
+        f"({status.percent:.1f} %)"
+    )
     if status.tokens_per_s:
         line += f", {status.tokens_per_s:,.0f} tokens/s"
     if status.eta_s is not None:
@@ -479,7 +457,7 @@ def _totals(status: RunStatus) -> Iterator[Text]:
     for note in status.notes:
         yield plain(f"note: {note}", style="yellow")
     yield plain(
-        "counts are those of the newest checkpoints; `vnp verify` reads everything again",
+        "counts are as of the newest checkpoints; `vnp verify` validates everything",
         style="dim",
     )
 

@@ -1,7 +1,7 @@
-"""How far our network is from fair-esm's own on this machine, layer by layer, with the same weights.
+"""Compare our network with fair-esm's on this machine, layer by layer, with the same weights.
 
-fair-esm's tokenizer and network do it in float32 on the CPU, one sequence at a time; ours in the dtype and on the device that a
-run would use, all sequences packed into one batch.
+fair-esm's tokenizer and network run in float32 on the CPU, one sequence at a time. Ours runs in the
+dtype and on the device of a run, with all sequences packed into one batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from vnp_lib.devices import resolve_devices, resolve_dtype, torch_device_name
 from vnp_lib.errors import ConfigError
 from vnp_lib.inference import LEAST_COSINE, embed_batch
 from vnp_lib.model import (
-    PackedBatch,
     Weights,
     architecture_of,
     fair_esm_network,
@@ -38,32 +37,43 @@ from vnp_lib.terminal import natural_width, plain
 
 SEQUENCES = {
     "Trp-cage": "NLYIQWLKDGGPSSGRPPPS",
-    "letters that stand for none or several amino acids, or rare ones": "MQIFVXTLTGKTIBLEVEPUDTIENVZAKIODKEGIPPDXX",
-    "human ubiquitin": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
-    "human insulin, P01308": "MALWMRLLPLLALLALWGPDPAAAFVNQHLCGSHLVEALYLVCGERGFFYTPKTRREAEDLQVGQVELGGGPGAGSLQPLALEGSLQKRGIVEQCCTSIC"
-    "SLYQLENYCN",
-    "green fluorescent protein, P42212": "MSKGEELFTGVVPILVELDGDVNGHKFSVSGEGEGDATYGKLTLKFICTTGKLPVPWPTLVTTFSYGVQCFSRYPDHMK"
-    "QHDFFKSAMPEGYVQERTIFFKDDGNYKTRAEVKFEGDTLVNRIELKGIDFKEDGNILGHKLEYNYNSHNVYIMADKQKNGIKVNFKIRHNIEDGSVQLADHYQQNTPIGDGP"
-    "VLLPDNHYLSTQSALSKDPNEKRDHMVLLEFVTAAGITHGMDELYK",
-    "protein E2 of human papillomavirus 27, P36789": "METLANRLDACQETLLELYEKDSNKLEDQIKHWAQVRLENVMLFKARECGMTRVGCTTVPALTVSKAKACQA"
-    "IEVQLALQTLMQSAYSTEAWTLRDTCLEMWDAPPKKCWKKKGLSVLVKFDGSSDRDMIYTGWHHIYVQDANDDTWHKVPGKVDELGLYYEHDGVRVNYVDFGTESLTYGVTGT"
-    "WEVHVAGRVIHHTSASVSSTQATASDDEPLSPIRLAVSPVPAPASAASARTGTAPPTNLLCTAPAPPSPPAKRQRVIVGQQHLRPDSTRTVGEGQVECYDKRSISNTNSTAPR"
-    "WDHGDTDTVPVIHLRGDANCLKCFRYRVQKHKDKLYDRVSSTWHWAGGKCDKTAFVTVWYTSVEQRKEFLTRVNIPKGVIALPGYMSAFV",
+    "ambiguous and rare amino acids": "MQIFVXTLTGKTIBLEVEPUDTIENVZAKIODKEGIPPDXX",
+    "human ubiquitin": (
+        "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+    ),
+    "human insulin, P01308": (
+        "MALWMRLLPLLALLALWGPDPAAAFVNQHLCGSHLVEALYLVCGERGFFYTPKTRREAEDLQVGQVELGGGPGAGSLQPLALEGSLQK"
+        "RGIVEQCCTSICSLYQLENYCN"
+    ),
+    "green fluorescent protein, P42212": (
+        "MSKGEELFTGVVPILVELDGDVNGHKFSVSGEGEGDATYGKLTLKFICTTGKLPVPWPTLVTTFSYGVQCFSRYPDHMKQHDFFKSAM"
+        "PEGYVQERTIFFKDDGNYKTRAEVKFEGDTLVNRIELKGIDFKEDGNILGHKLEYNYNSHNVYIMADKQKNGIKVNFKIRHNIEDGSV"
+        "QLADHYQQNTPIGDGPVLLPDNHYLSTQSALSKDPNEKRDHMVLLEFVTAAGITHGMDELYK"
+    ),
+    "protein E2 of human papillomavirus 27, P36789": (
+        "METLANRLDACQETLLELYEKDSNKLEDQIKHWAQVRLENVMLFKARECGMTRVGCTTVPALTVSKAKACQAIEVQLALQTLMQSAYS"
+        "TEAWTLRDTCLEMWDAPPKKCWKKKGLSVLVKFDGSSDRDMIYTGWHHIYVQDANDDTWHKVPGKVDELGLYYEHDGVRVNYVDFGTE"
+        "SLTYGVTGTWEVHVAGRVIHHTSASVSSTQATASDDEPLSPIRLAVSPVPAPASAASARTGTAPPTNLLCTAPAPPSPPAKRQRVIVG"
+        "QQHLRPDSTRTVGEGQVECYDKRSISNTNSTAPRWDHGDTDTVPVIHLRGDANCLKCFRYRVQKHKDKLYDRVSSTWHWAGGKCDKTA"
+        "FVTVWYTSVEQRKEFLTRVNIPKGVIALPGYMSAFV"
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far apart two computations may be that are both right."""
+    """How far apart two correct computations may be."""
 
-    relative_difference: (
-        float | None
-    )  # the largest of a layer, by the largest value of fair-esm's there; None: any
-    residue_cosine: float  # the lowest of a layer
-    mean_cosine: float  # the lowest, of the embeddings that a run gives
+    # The largest difference in a layer, by fair-esm's largest value there; None: any.
+    relative_difference: float | None
+    residue_cosine: float  # lowest in a layer
+    mean_cosine: float  # lowest, of the mean embeddings of a run
 
     def describe(self) -> str:
-        cosines = f"cosines of at least {self.residue_cosine} for residues and {self.mean_cosine} for means"
+        cosines = (
+            f"cosines of at least {self.residue_cosine} for residues and {self.mean_cosine} for "
+            "means"
+        )
         if self.relative_difference is None:
             return cosines
         return (
@@ -71,7 +81,8 @@ class Tolerance:
         )
 
 
-# A network rounded to half precision strays from layer to layer; what is wrong in it falls to cosines far below.
+# The rounding errors of half precision grow from layer to layer. Wrong results have far lower
+# cosines.
 _ROUNDED = Tolerance(relative_difference=None, residue_cosine=0.99, mean_cosine=LEAST_COSINE)
 TOLERANCES = {
     "float32": Tolerance(relative_difference=1e-4, residue_cosine=0.9999, mean_cosine=0.99999),
@@ -82,16 +93,19 @@ TOLERANCES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerComparison:
-    """Our states of a layer beside fair-esm's, over all sequences."""
+    """Our states of a layer compared with fair-esm's, over all sequences."""
 
-    layer: int  # in fair-esm's numbers: 0 is the embedding
+    layer: int  # as numbered by fair-esm: 0 is the embedding
     max_abs_difference: float
-    relative_difference: float  # of the largest value of fair-esm's
+    relative_difference: float  # by fair-esm's largest value
     lowest_cosine: float  # over all residues
 
     @classmethod
     def between(cls, layer: int, ours: list[Tensor], theirs: list[Tensor]) -> LayerComparison:
-        """Compare states, each (residues + 2, D), sequence by sequence. What is not finite is as far off as can be."""
+        """Compare states, each (residues + 2, D), sequence by sequence.
+
+        Non-finite values count as infinitely far apart.
+        """
         pairs = [(our.double(), their.double()) for our, their in zip(ours, theirs, strict=True)]
         difference = max(
             float((our - their).abs().nan_to_num(inf, posinf=inf).max()) for our, their in pairs
@@ -115,16 +129,16 @@ class LayerComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
-    """How far apart the two are."""
+    """The comparison of the two networks."""
 
     model: str
     dtype: str
     device: str
-    weights: str  # the file, or "random"
+    weights: str  # path, or "random"
     weights_digest: str
     is_official: bool | None  # None: not known
     layers: tuple[LayerComparison, ...]
-    lowest_mean_cosine: float  # over all sequences, of the mean embeddings of the last layer
+    lowest_mean_cosine: float  # over all sequences, last layer
 
     @property
     def tolerance(self) -> Tolerance:
@@ -132,7 +146,7 @@ class ModelReport:
 
     @property
     def first_apart(self) -> int | None:
-        """The first layer that is too far off; None where all are near."""
+        """The first layer outside the tolerance; None if all are within."""
         return next(
             (each.layer for each in self.layers if not each.is_within(self.tolerance)), None
         )
@@ -142,14 +156,14 @@ class ModelReport:
         return self.first_apart is None and self.lowest_mean_cosine >= self.tolerance.mean_cosine
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; null stands for what is not finite."""
+        """Return everything as JSON values; null stands for a non-finite number."""
         derived = {
             "tolerance": asdict(self.tolerance),
             "first_apart": self.first_apart,
             "is_close": self.is_close,
         }
-        told: dict[str, Any] = _finite(asdict(self) | derived)
-        return told
+        fields: dict[str, Any] = _finite(asdict(self) | derived)
+        return fields
 
 
 def compare_with_fair_esm(
@@ -157,18 +171,18 @@ def compare_with_fair_esm(
 ) -> ModelReport:
     """Compute `SEQUENCES` with fair-esm's network and with ours.
 
-    It takes as much host memory as fair-esm's network does in float32, 12 GB for 3B.
+    This takes as much host memory as fair-esm's network in float32, 12 GB for 3B.
 
     Args:
-        model, weights, dtype: As a run takes them.
-        device: "auto" (the first GPU, or else the CPU), "cpu", or a GPU's number.
+        model, weights, dtype: As in the settings of a run.
+        device: "auto" (the first GPU, or the CPU without one), "cpu", or the number of a GPU.
 
     Raises:
-        ConfigError: There is no such model or device.
-        WeightsError: The weights cannot be used.
+        ConfigError: If the model or the device does not exist.
+        WeightsError: If the weights cannot be used.
     """
     if not re.fullmatch(r"auto|cpu|\d+", device):
-        raise ConfigError(f"--device {device}: it is 'auto', 'cpu' or the number of a GPU")
+        raise ConfigError(f"--device {device}: use 'auto', 'cpu' or the number of a GPU")
     architecture_of(model)
     device = resolve_devices(device, model)[0]
     dtype = resolve_dtype(dtype, device)
@@ -197,7 +211,7 @@ def compare_with_fair_esm(
 
 @torch.inference_mode()
 def _states_of_fair_esm(model: str, weights: Weights) -> list[list[Tensor]]:
-    """The states of each layer, of each sequence."""
+    """Return the states of each layer, one tensor per sequence."""
     from esm import Alphabet
 
     architecture = architecture_of(model)
@@ -213,9 +227,13 @@ def _states_of_fair_esm(model: str, weights: Weights) -> list[list[Tensor]]:
 def _our_states(
     model: str, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[list[Tensor]], Tensor]:
-    """The states of each layer, of each sequence, and the embeddings that a run gives, all on the CPU."""
+    """Return the states of each layer, one tensor per sequence, and the embeddings of a run.
+
+    All are on the CPU.
+    """
     network = load_model(model, weights, dtype=dtype, device=device)
-    batch = _packed().to(device)
+    batch = pack_batch([*SEQUENCES.values()], [*SEQUENCES], range(len(SEQUENCES)), batch_idx=0)
+    batch = batch.to(device)
     layers = range(network.architecture.num_layers + 1)
     states = network.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, layers)[
         "representations"
@@ -226,27 +244,24 @@ def _our_states(
     ).cpu()
 
 
-def _packed() -> PackedBatch:
-    return pack_batch([*SEQUENCES.values()], [*SEQUENCES], range(len(SEQUENCES)), batch_idx=0)
-
-
 def render_model_report(report: ModelReport) -> RenderableType:
-    """Draw it for a terminal."""
+    """Render the comparison for a terminal."""
     return Group(*_headline(report), _Layers(report), *_verdict(report))
 
 
 def _headline(report: ModelReport) -> Iterator[Text]:
     where = "the CPU" if report.device == "cpu" else f"GPU {report.device}"
     yield plain(
-        f"{report.model} in {report.dtype} on {where}, beside fair-esm in float32 on the CPU",
+        f"{report.model} in {report.dtype} on {where}, compared with fair-esm in float32 on the "
+        "CPU",
         style="bold",
     )
     yield plain(f"weights: {report.weights} ({report.weights_digest})")
     yield {
-        True: plain("they are the official ones", style="green"),
-        False: plain("they are not the official ones", style="yellow"),
+        True: plain("official weights", style="green"),
+        False: plain("not the official weights", style="yellow"),
         None: plain(
-            "whether they are the official ones is not known: no sha256 of official files of this model is"
+            "not known whether they are official: no sha256 of this model's official files is known"
         ),
     }[report.is_official]
     residues = sum(map(len, SEQUENCES.values()))
@@ -254,13 +269,30 @@ def _headline(report: ModelReport) -> Iterator[Text]:
 
 
 class _Layers:
-    """A table where the terminal has room for its numbers, and else a paragraph for each layer."""
+    """Render a table if its numbers fit the terminal, else a paragraph per layer."""
 
     def __init__(self, report: ModelReport) -> None:
         self._report = report
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = _table(self._report)
+        names = (
+            "layer",
+            "largest difference",
+            "of the largest value",
+            "lowest cosine of a residue",
+        )
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for each in self._report.layers:
+            table.add_row(
+                plain(str(each.layer)),
+                plain(f"{each.max_abs_difference:.2g}"),
+                plain(f"{each.relative_difference:.1e}"),
+                plain(f"{each.lowest_cosine:.6f}"),
+                plain("" if each.is_within(self._report.tolerance) else "too far", "bold red"),
+            )
         if natural_width(table, console, options) <= options.max_width:
             yield table
             return
@@ -273,36 +305,15 @@ class _Layers:
             )
 
 
-def _table(report: ModelReport) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in (
-        "layer",
-        "largest difference",
-        "of the largest value",
-        "lowest cosine of a residue",
-        "",
-    ):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for each in report.layers:
-        is_near = each.is_within(report.tolerance)
-        table.add_row(
-            plain(str(each.layer)),
-            plain(f"{each.max_abs_difference:.2g}"),
-            plain(f"{each.relative_difference:.1e}"),
-            plain(f"{each.lowest_cosine:.6f}"),
-            plain("" if is_near else "too far", style="bold red"),
-        )
-    return table
-
-
 def _verdict(report: ModelReport) -> Iterator[Text]:
     yield plain(f"lowest cosine of a mean embedding: {report.lowest_mean_cosine:.6f}", style="bold")
     yield plain(f"allowed in {report.dtype}: {report.tolerance.describe()}", style="dim")
     if report.is_close:
-        yield plain("close enough: this is fair-esm's model", style="green")
+        yield plain("close enough: equivalent to fair-esm's model", style="green")
     elif report.first_apart is None:
         yield plain(
-            "too far apart: every layer is near, the mean embeddings are not", style="bold red"
+            "too far apart: every layer is within tolerance, the mean embeddings are not",
+            style="bold red",
         )
     else:
         yield plain(f"too far apart: layer {report.first_apart} is the first", style="bold red")

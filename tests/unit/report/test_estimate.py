@@ -1,4 +1,4 @@
-"""`vnp plan`: what it says of a run is what the run then is, what would be refused is named, and nothing is written."""
+"""Tests of `vnp plan`: the estimate is what the run then is, and nothing is written."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from vnp_lib.plan.plan import ModelIdentity, required_bytes
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.report.estimate import RunEstimate, estimate_run
 from vnp_lib.run.directory import open_run
+from vnp_lib.run.events import BatchComputed, WorkerEvent
 from vnp_lib.run.history import read_attempts
 from vnp_lib.worker.attempt import ShardAttempt, StopFlag
 
@@ -72,10 +73,10 @@ def write_history(
 
 
 @pytest.mark.parametrize(("num_shards", "token_budget"), [(1, 100), (3, 70), (7, 40)])
-def test_a_run_is_what_was_forecast(
+def test_a_run_is_as_estimated(
     tmp_path: Path, tiny_fasta: Path, num_shards: int, token_budget: int
 ) -> None:
-    """With copies, in two files, and with sequences that are longer than the budget."""
+    """The input has copies, two files, and sequences that are longer than the budget."""
     again = write(
         tmp_path / "again.fasta",
         tiny_fasta.read_text().replace(">protein_", ">copy_") + ">new\nMKV\n",
@@ -107,10 +108,10 @@ def test_a_run_is_what_was_forecast(
     assert seen.can_begin
 
 
-def test_tokens_of_windows_are_those_of_the_passes_and_those_that_a_run_reports(
+def test_tokens_of_windows_are_those_of_the_passes(
     tmp_path: Path, tiny_fasta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in the passes themselves; and said batch by batch, by the history, and by how much is left."""
+    """Counted in the forward passes, in the events, in the history, and by what is left."""
     passed: list[int] = []
     forward_packed = ESM2.forward_packed
 
@@ -145,20 +146,20 @@ def test_tokens_of_windows_are_those_of_the_passes_and_those_that_a_run_reports(
         plain = (
             int(run.plan.lengths[run.plan.order].sum()) + NUM_SPECIAL_TOKENS * run.plan.num_computed
         )
-    told = [sum(passed), sum(events.tokens), sum(each.tokens for each in attempt.checkpoints), left]
-    assert told == [seen.num_tokens] * 4
+    in_checkpoints = sum(each.tokens for each in attempt.checkpoints)
+    assert [sum(passed), sum(events.tokens), in_checkpoints, left] == [seen.num_tokens] * 4
     assert seen.num_tokens > 1.5 * plain
 
 
 class Reported:
-    """Keeps the tokens of each batch that an attempt tells of."""
+    """Keep the tokens of each batch that an attempt reports."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
 
-    def send(self, event: str, **fields: Any) -> None:
-        if event == "batch":
-            self.tokens.append(fields["tokens"])
+    def send(self, event: WorkerEvent) -> None:
+        if isinstance(event, BatchComputed):
+            self.tokens.append(event.tokens)
 
 
 class Unstoppable(StopFlag):
@@ -199,9 +200,7 @@ MKVL
 """
 
 
-def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
-    tmp_path: Path,
-) -> None:
+def test_refusals_are_named_and_the_rest_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.fasta", BAD)
     seen = seen_of(path)
     assert (seen.num_sequences, seen.num_refused, seen.can_begin) == (2, 4, False)
@@ -211,15 +210,14 @@ def test_what_would_be_refused_is_named_and_counted_and_the_rest_is_counted_too(
         f"{path}, line 9: sequence 'stop' has '*' at position 3; a stop codon",
         f"{path}, line 11: a record has no id",
     ]
-    assert [told.startswith(start) for told, start in zip(seen.refusals, starts, strict=True)] == [
-        True
-    ] * 4
+    for refusal, start in zip(seen.refusals, starts, strict=True):
+        assert refusal.startswith(start)
     with pytest.raises(FastaError) as caught:
         list(read_records(Source(path=path, name=str(path)), InputPolicy()))
     assert str(caught.value).splitlines() == list(seen.refusals)
 
 
-def test_letters_that_are_mended_are_counted(tmp_path: Path) -> None:
+def test_normalised_characters_are_counted(tmp_path: Path) -> None:
     seen = seen_of(write(tmp_path / "x.fasta", ">a\nMKXXJj*\n>b\nmk v\nl*\n>c\nMKx\n"))
     assert seen.input.letters == CharacterCounts(
         unknown=3, read_as_unknown=2, lower_case=6, final_stops=2, white_space=1
@@ -255,14 +253,14 @@ def test_input_is_seen_as_the_run_sees_it(tmp_path: Path) -> None:
     assert (seen.input, seen.num_residues, seen.can_begin) == (plan.counts, plan.num_residues, True)
 
 
-def test_a_pattern_without_a_match_is_refused_beside_the_rest(tmp_path: Path) -> None:
+def test_a_pattern_without_a_match_is_refused(tmp_path: Path) -> None:
     seen = seen_of(tmp_path / "*.fa", write(tmp_path / "x.fasta", GOOD))
     assert (seen.num_sequences, seen.num_refused) == (3, 1)
     assert "nothing matches this pattern" in seen.refusals[0]
 
 
 def test_an_id_that_occurs_twice_is_refused_with_both_places(tmp_path: Path) -> None:
-    """Places are right even where records before them are refused, and in another file."""
+    """Line numbers are right after refused records, and in another file."""
     first = write(tmp_path / "1.fasta", ">bad\nMK-\n>a\nMKVL\n>b\nMKVL\n")
     second = write(tmp_path / "2.fasta", "\n>c\nMK\n>b too\nMKV\n")
     seen = seen_of(first, second)
@@ -277,10 +275,10 @@ def test_a_file_that_cannot_be_used_does_not_hide_the_others(tmp_path: Path) -> 
     genome = write(tmp_path / "genome.fasta", ">contig\n" + "ACGT" * 100 + "\n")
     seen = seen_of(tmp_path / "nowhere.fasta", cut, genome, good)
     assert seen.num_sequences >= 3
-    told = " ".join(seen.refusals)
-    assert "there is no such file" in told
-    assert "cut short or damaged" in told
-    assert "looks like nucleotides" in told
+    refusals = " ".join(seen.refusals)
+    assert "there is no such file" in refusals
+    assert "cut short or damaged" in refusals
+    assert "looks like nucleotides" in refusals
 
 
 def test_of_many_refusals_the_first_are_kept(tmp_path: Path) -> None:
@@ -319,7 +317,7 @@ def test_the_speed_of_an_earlier_run_counts_for_each_device(tmp_path: Path) -> N
         assert (seen.speed.tokens_per_s, seen.expected_s) == (40.0, 22 / 40.0)
 
 
-def test_a_run_that_tells_no_speed_is_refused_where_it_was_asked_for(tmp_path: Path) -> None:
+def test_speed_of_a_run_without_speed_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", GOOD)
     write_history(tmp_path / "none", path, [])
     write_history(tmp_path / "other", path, [(1, 1.0)], model="esm2_t36_3B_UR50D")
@@ -333,7 +331,7 @@ def test_a_run_that_tells_no_speed_is_refused_where_it_was_asked_for(tmp_path: P
         assert seen_of(path, output_dir=tmp_path / run_dir).speed is None
 
 
-def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(
         "vnp_lib.report.estimate.shutil.disk_usage", lambda path: SimpleNamespace(free=1000)
     )
@@ -342,9 +340,7 @@ def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch, capsys) -> Non
     assert "the disk has no room" in capsys.readouterr().out
 
 
-def test_the_command_writes_nothing_and_prints_for_people_and_machines(
-    tmp_path: Path, capsys
-) -> None:
+def test_the_command_prints_text_or_json_and_writes_nothing(tmp_path: Path, capsys) -> None:
     path = write(tmp_path / "x.fasta", GOOD)
     arguments = [
         "plan",
@@ -362,14 +358,11 @@ def test_the_command_writes_nothing_and_prints_for_people_and_machines(
     assert "3, 2 distinct " in text
     assert "1 duplicate not computed again " in text
     assert "      1 to      49  ████████████████████████████████████████ 3\n" in text
-    assert "the run can begin" in text
+    assert "the run can start" in text
     assert main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["num_sequences"], told["input"]["num_duplicates"], told["can_begin"]) == (
-        3,
-        1,
-        True,
-    )
+    estimate = json.loads(capsys.readouterr().out)
+    assert (estimate["num_sequences"], estimate["can_begin"]) == (3, True)
+    assert estimate["input"]["num_duplicates"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -393,20 +386,20 @@ def test_hostile_ids_do_not_reach_the_terminal(tmp_path: Path, capsys) -> None:
         ),
     ],
 )
-def test_an_option_that_cannot_be_used_is_said_in_a_sentence(capsys, arguments, message) -> None:
+def test_an_unusable_option_is_refused_in_one_line(capsys, arguments, message) -> None:
     assert main(["plan", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
 
 
-def test_options_that_do_not_exist_are_refused_for_every_command(capsys) -> None:
+def test_unknown_options_are_refused(capsys) -> None:
     for arguments in (
         ["plan", "--fasta", "x", "--nonsense"],
         ["status", "x", "--nonsense"],
         ["verify", "x", "--nonsense"],
     ):
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             main(arguments)
-        assert left.value.code == 2
+        assert exit_info.value.code == 2
         assert "--nonsense" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`report.html`: self-contained, the same for the same records, safe whatever ids say, and there for any kind of run."""
+"""Tests of `report.html`: self-contained, deterministic, safe, and available for any run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HOSTILE = "<script>alert(1)</script>\"' onload=x \x1b[2J \u202e {{ 7 * 7 }}"
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page."""
+    """A page as a browser parses it."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def write_history(
 def record_failures(
     paths: RunPaths, rank: int, count: int, *, text: str = "worker process killed by SIGKILL"
 ) -> None:
-    """In one go: the manifest is one file, whatever is recorded."""
+    """Write all records in one change of the manifest."""
     manifest = CheckpointManifest(paths.manifest)
     failures = [
         Failure(cause=FailureCause.KILLED, message=f"{text} {number}").to_json()
@@ -124,8 +124,8 @@ def page_of(plan: RunPlan, paths: RunPaths, now: datetime = NOON) -> Page:
     return Page(render_report(plan, paths, clock=lambda: now))
 
 
-def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
-    """No script, no style sheet, no picture and no font from anywhere."""
+def test_a_page_is_self_contained(tmp_path: Path) -> None:
+    """It loads no script, style sheet, picture or font."""
     plan, paths = run_of(tmp_path, 2)
     write_history(paths, 0)
     page = page_of(plan, paths)
@@ -166,7 +166,7 @@ def test_equal_records_give_equal_pages(tmp_path: Path) -> None:
     assert later.replace("13:00:00", "12:00:00") == first
 
 
-def test_hostile_text_is_shown_and_never_obeyed(tmp_path: Path) -> None:
+def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     """Ids, messages and the name of the run directory are data."""
     directory = tmp_path / "<b>&amp;{{ x }}"
     directory.mkdir()
@@ -196,14 +196,15 @@ def test_hostile_text_is_shown_and_never_obeyed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_shards", [1, 200])
-def test_a_run_of_any_size_has_its_page(tmp_path: Path, num_shards: int) -> None:
+def test_a_run_of_any_size_has_a_page(tmp_path: Path, num_shards: int) -> None:
     plan, paths = run_of(tmp_path, num_shards, num_sequences=400)
     for rank in range(plan.num_shards):
         write_history(paths, rank, num_checkpoints=3)
     record_failures(paths, 0, 180)
     record_failures(paths, plan.num_shards - 1, 180)
     page = page_of(plan, paths)
-    assert len(page.pictures) == 4  # there is no checkpoint file
+    # The run has no checkpoint file.
+    assert len(page.pictures) == 4
     assert f"{num_shards} in all" in page.text
     newest = NOON + timedelta(seconds=179)
     assert newest.strftime("%H:%M:%S") in page.text
@@ -212,15 +213,15 @@ def test_a_run_of_any_size_has_its_page(tmp_path: Path, num_shards: int) -> None
         assert len(page.text) < 60_000
 
 
-def test_a_run_without_history_failures_or_checkpoints_has_its_page(tmp_path: Path) -> None:
+def test_a_run_without_any_records_has_a_page(tmp_path: Path) -> None:
     plan, paths = run_of(tmp_path, 2)
     page = page_of(plan, paths)
     assert len(page.pictures) == 2
     for text in (
-        "no history of attempts",
-        "no history of checkpoints",
-        "There is no checkpoint",
-        "not put together yet",
+        "No attempts are recorded",
+        "No checkpoints are recorded",
+        "No checkpoints.",
+        "not assembled yet",
     ):
         assert text in page.text
 
@@ -237,7 +238,7 @@ def test_what_cannot_be_read_is_a_note(
     assert "Note: " in page_of(plan, paths).text
 
 
-def test_the_page_tells_the_runs_counts(tmp_path: Path) -> None:
+def test_the_page_has_the_counts_of_the_run(tmp_path: Path) -> None:
     plan, paths = run_of(tmp_path, 1)
     write_history(paths, 0, num_attempts=3)
     record_failures(paths, 0, 2)
@@ -257,15 +258,18 @@ def test_the_page_tells_the_runs_counts(tmp_path: Path) -> None:
     assert len(page.pictures) == 5
 
 
-def test_the_page_tells_what_was_done_to_the_input(tmp_path: Path) -> None:
+def test_the_page_has_the_changes_to_the_input(tmp_path: Path) -> None:
     fasta = tmp_path / "in.fasta"
     fasta.write_text(f">a\n{'MKV' * 20}\n>b\nMK1\n")
     policy = InputPolicy(invalid_residues="skip", long="window", max_length=40)
     paths = RunPaths(tmp_path / "run<b>")
     plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
-    told = f"1 record skipped, 1 sequence averaged over windows; skipped records are listed in {paths.skipped}."
-    assert f"Of the input: {told}" in page_of(plan, paths).text
-    assert "Of the input" not in page_of(*run_of(tmp_path / "run<b>", 1)).text
+    changes = (
+        "1 record skipped, 1 sequence averaged over windows; skipped records are listed in "
+        f"{paths.skipped}."
+    )
+    assert f"Input: {changes}" in page_of(plan, paths).text
+    assert "Input:" not in page_of(*run_of(tmp_path / "run<b>", 1)).text
 
 
 def test_shards_of_an_earlier_division_are_in_the_picture(tmp_path: Path) -> None:
@@ -281,7 +285,7 @@ def test_shards_of_an_earlier_division_are_in_the_picture(tmp_path: Path) -> Non
     assert len(page.pictures) == 4
 
 
-def test_the_page_replaces_an_earlier_one_and_is_written_through_no_link(tmp_path: Path) -> None:
+def test_the_page_replaces_an_earlier_page_or_link(tmp_path: Path) -> None:
     plan, paths = run_of(tmp_path, 1)
     (tmp_path / "mine").write_text("mine")
     paths.report.symlink_to(tmp_path / "mine")
@@ -343,7 +347,7 @@ def svg_of(address: str | None) -> str:
     + [(Ending.LOST, str(kind), str(kind).replace("_", " ")) for kind in FailureKind]
     + [(Ending.LOST, "of a later version", "lost")],
 )
-def test_an_attempt_has_the_colour_of_what_went_wrong_or_of_its_end(
+def test_an_attempt_has_the_colour_of_its_outcome(
     ending: Ending, kind: str | None, label: str
 ) -> None:
     svg = svg_of(plots.attempts_over_time([attempt(ending=ending, kind=kind)], [0]))
@@ -375,13 +379,13 @@ def test_sequences_of_one_length_have_a_histogram() -> None:
     [1, 45, 61, 299, 3_599, 5 * 3_600 - 9, 100_000, 5 * 86_400 - 900, 40 * 86_400, 900 * 86_400],
 )
 def test_a_run_of_any_duration_has_its_times(seconds: int) -> None:
-    """Without a word from Matplotlib, which is an error here, and with two ticks or more."""
+    """Matplotlib gives no warning, which would be an error here, and there are 2 to 9 ticks."""
     svg = svg_of(plots.attempts_over_time([attempt(ending=Ending.DONE, seconds=seconds)], [0]))
     assert 2 <= len(re.findall(r'id="xtick_\d+"', svg)) <= 9
 
 
 @pytest.mark.parametrize(
-    ("variables", "code", "said"),
+    ("variables", "code", "message"),
     [
         ({"MPLCONFIGDIR": "/proc/none", "MPLBACKEND": "TkAgg"}, 0, ""),
         ({"MPLBACKEND": "module://not_installed"}, 0, ""),
@@ -389,10 +393,10 @@ def test_a_run_of_any_duration_has_its_times(seconds: int) -> None:
         ({"MPLBACKEND": "NoSuchBackend"}, 2, "Matplotlib cannot be used"),
     ],
 )
-def test_settings_of_matplotlib_are_for_other_pictures(
-    tmp_path: Path, variables, code: int, said: str
+def test_settings_of_matplotlib_are_ignored(
+    tmp_path: Path, variables, code: int, message: str
 ) -> None:
-    """Its caches, back end and settings, whole or broken: not a word of them, and a sentence where it cannot be used."""
+    """Broken caches, back ends and settings give no output, or one line if it cannot be used."""
     _, paths = run_of(tmp_path, 1)
     rc = tmp_path / "matplotlibrc"
     rc.write_text("no.such.setting: 1\nfigure.facecolor: black\nsvg.fonttype: path\n")
@@ -405,5 +409,5 @@ def test_settings_of_matplotlib_are_for_other_pictures(
         timeout=120,
     )
     assert ended.returncode == code, ended.stderr
-    assert ended.stderr == "" if not said else said in ended.stderr
+    assert message in ended.stderr if message else ended.stderr == ""
     assert "Traceback" not in ended.stderr

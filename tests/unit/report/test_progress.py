@@ -1,4 +1,4 @@
-"""What a person sees while it runs."""
+"""Tests of the progress display."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lines_of(clock: Clock, *, steps: int, step_s: float) -> list[str]:
     return out.getvalue().splitlines()
 
 
-def test_without_a_terminal_a_line_comes_every_interval():
+def test_without_a_terminal_there_is_a_line_per_interval():
     lines = lines_of(Clock(), steps=60, step_s=1.0)
     assert lines == [
         "30 of 100 sequences (30%), 100 tokens/s, 0:01:10 left",
@@ -38,7 +38,7 @@ def test_without_a_terminal_a_line_comes_every_interval():
     ]
 
 
-def test_what_is_embedded_elsewhere_gives_a_line_every_interval_too():
+def test_observed_work_gives_a_line_per_interval_too():
     clock = Clock()
     out = io.StringIO()
     console = Console(file=out, force_terminal=False, width=120)
@@ -51,7 +51,7 @@ def test_what_is_embedded_elsewhere_gives_a_line_every_interval_too():
     assert out.getvalue().splitlines() == ["1 of 2 sequences (50%)"]
 
 
-def test_resumed_work_shortens_the_way_but_is_no_speed():
+def test_resumed_work_does_not_count_as_speed():
     clock = Clock()
     progress = RunProgress(
         total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock
@@ -66,7 +66,7 @@ def test_resumed_work_shortens_the_way_but_is_no_speed():
 
 
 def test_what_an_attempt_lost_is_not_counted_twice():
-    """A child computed 30 sequences and was killed with 20 of them in checkpoints; the next one begins at 20."""
+    """A worker is killed after 30 sequences with 20 in checkpoints; the next starts at 20."""
     progress = RunProgress(
         total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO())
     )
@@ -77,8 +77,8 @@ def test_what_an_attempt_lost_is_not_counted_twice():
     assert progress.describe().startswith("30 of 100 sequences (30%)")
 
 
-def test_speed_elsewhere_is_what_has_come_up_to_the_newest_checkpoint():
-    """Two machines are looked at every 2 s, and write checkpoints of 3,000 tokens at 60 and 62 s, and at 120 and 122 s."""
+def test_observed_speed_counts_up_to_the_newest_checkpoint():
+    """Two machines, read every 2 s, write 3,000 tokens at 60 and 62, and at 120 and 122 s."""
     clock = Clock()
     progress = RunProgress(
         total_sequences=400, total_tokens=40_000, console=Console(file=io.StringIO()), clock=clock
@@ -86,22 +86,22 @@ def test_speed_elsewhere_is_what_has_come_up_to_the_newest_checkpoint():
     begun = {0: 5_000, 1: 1_000}
     for rank, tokens in begun.items():
         progress.begin(rank, sequences=tokens // 100, tokens=tokens)
-    told = {}
+    lines = {}
     while clock.now_s < 170.0:
         for rank, tokens in begun.items():
             num_checkpoints = int((clock.now_s - 2.0 * rank) // 60.0)
             tokens += 3_000 * max(0, num_checkpoints)
             progress.observe(rank, sequences=tokens // 100, tokens=tokens)
-        told[clock.now_s] = progress.describe()
+        lines[clock.now_s] = progress.describe()
         clock.now_s += 2.0
-    assert told[58.0] == "60 of 400 sequences (15%)"
-    assert told[60.0] == "90 of 400 sequences (22%), 50 tokens/s, 0:10:20 left"
-    assert told[62.0] == told[118.0] == "120 of 400 sequences (30%), 97 tokens/s, 0:04:49 left"
-    assert told[122.0] == told[168.0] == "180 of 400 sequences (45%), 98 tokens/s, 0:03:44 left"
+    assert lines[58.0] == "60 of 400 sequences (15%)"
+    assert lines[60.0] == "90 of 400 sequences (22%), 50 tokens/s, 0:10:20 left"
+    assert lines[62.0] == lines[118.0] == "120 of 400 sequences (30%), 97 tokens/s, 0:04:49 left"
+    assert lines[122.0] == lines[168.0] == "180 of 400 sequences (45%), 98 tokens/s, 0:03:44 left"
 
 
-def test_a_shard_elsewhere_that_lost_rows_is_no_negative_speed():
-    """A damaged checkpoint was moved aside; what is computed again took its time, and counts."""
+def test_lost_rows_are_no_negative_speed():
+    """A checkpoint was damaged: computing its rows again takes time, and counts."""
     clock = Clock()
     progress = RunProgress(
         total_sequences=100, total_tokens=10_000, console=Console(file=io.StringIO()), clock=clock
@@ -120,12 +120,12 @@ def test_a_terminal_gets_a_bar():
     assert "of 2 sequences" in out.getvalue()
 
 
-def test_what_is_said_beside_it_has_a_line_of_its_own():
-    """Brackets in it are no markup."""
+def test_a_message_has_its_own_line():
+    """Brackets in it are not markup."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100)
     with RunProgress(total_sequences=2, total_tokens=20, console=console) as progress:
-        progress.tell("shard 0 waits [/tmp/a]")
+        progress.print_line("shard 0 waits [/tmp/a]")
     assert "shard 0 waits [/tmp/a]\n" in out.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""`vnp status`: what a run has recorded is told truly and quickly, in whatever state the directory is."""
+"""Tests of `vnp status`: the records of a run are shown, whatever the directory's state."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def drawn(seen: RunStatus, width: int = 140) -> str:
 
 
 def test_a_shard_that_is_running(plan: RunPlan, paths: RunPaths) -> None:
-    """Speed is the newest checkpoint's; what is left goes by tokens, the longest sequences first."""
+    """Speed is the newest checkpoint's; tokens are left as the longest sequences come first."""
     attempt = attempt_of(paths, 0)
     compute(plan, paths, 0, 0, 5, attempt=attempt)
     compute(plan, paths, 0, 5, 12, attempt=attempt)
@@ -147,20 +147,20 @@ def test_the_time_left_is_not_less_than_the_slowest_shards(plan: RunPlan, paths:
     assert seen.eta_s == slow.tokens_left / slow.tokens_per_s
 
 
-def test_a_run_that_has_been_stopped_promises_nothing(plan: RunPlan, paths: RunPaths) -> None:
+def test_a_stopped_run_has_no_time_left(plan: RunPlan, paths: RunPaths) -> None:
     compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
     CheckpointManifest(paths.manifest).mark_shard_failed(1, "it is over")
     seen = status_of(plan, paths)
     assert [shard.state for shard in seen.shards] == [ShardPhase.STOPPED, ShardPhase.FAILED]
     assert (seen.running, seen.eta_s) == (None, None)
-    assert "no run is going on" in drawn(seen)
+    assert "not running" in drawn(seen)
 
 
 def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
     for rank in range(2):
         compute(plan, paths, rank, 0, 20, attempt=attempt_of(paths, rank))
         CheckpointManifest(paths.manifest).mark_shard_complete(rank)
-    assert status_of(plan, paths).dataset == "not put together yet"
+    assert status_of(plan, paths).dataset == "not assembled yet"
     assemble(
         plan,
         paths,
@@ -180,7 +180,7 @@ def test_a_run_that_is_complete(plan: RunPlan, paths: RunPaths) -> None:
     assert status_of(plan, paths).dataset.startswith("damaged (")
 
 
-def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunPaths) -> None:
+def test_the_last_failure_and_the_quarantine_are_shown(plan: RunPlan, paths: RunPaths) -> None:
     fail(paths, 1, "an older one")
     fail(paths, 1, "worker process killed by SIGKILL")
     sequence = QuarantinedSequence(
@@ -214,28 +214,26 @@ def test_the_last_failure_and_the_quarantine_are_told(plan: RunPlan, paths: RunP
     assert "in quarantine: 1\n" in drawn(seen)
 
 
-def test_what_was_done_to_the_input_is_told(paths: RunPaths, tmp_path: Path, capsys) -> None:
+def test_changes_to_the_input_are_shown(paths: RunPaths, tmp_path: Path, capsys) -> None:
     fasta = tmp_path / "in.fasta"
     fasta.write_text(">a\nMKV\n>b\nMK1\n>c\nMKVJL\n>d\nMKV\n")
     policy = InputPolicy(invalid_residues="skip", long="truncate", max_length=4)
     plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
-    told = (
-        "of the input: 1 record skipped, 1 sequence cut short, 1 letter read as unknown, 1 duplicate not computed again; "
-        f"skipped records are listed in {paths.skipped}\n"
+    line = (
+        "input: 1 record skipped, 1 sequence cut short, 1 letter read as unknown, "
+        f"1 duplicate not computed again; skipped records are listed in {paths.skipped}\n"
     )
-    assert told in drawn(status_of(plan, paths), width=300)
+    assert line in drawn(status_of(plan, paths), width=300)
     assert main(["status", str(paths.run_dir), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["input"] == plan.counts.to_json()
 
 
-def test_of_input_that_was_taken_as_it_is_nothing_is_told(plan: RunPlan, paths: RunPaths) -> None:
-    assert "of the input" not in drawn(status_of(plan, paths))
+def test_unchanged_input_has_no_line(plan: RunPlan, paths: RunPaths) -> None:
+    assert "input:" not in drawn(status_of(plan, paths))
 
 
-def test_another_division_before_makes_the_counts_approximate(
-    plan: RunPlan, paths: RunPaths
-) -> None:
-    """Checkpoints count for the shard that wrote them; the total is right all the same."""
+def test_other_shards_before_are_a_note(plan: RunPlan, paths: RunPaths) -> None:
+    """Checkpoints count for the shard that wrote them; the total is still right."""
     manifest = CheckpointManifest(paths.manifest)
     manifest.update_shard_checkpoint(0, 0, 30, "batch_00000.pt")
     seen = status_of(plan, paths)
@@ -244,25 +242,24 @@ def test_another_division_before_makes_the_counts_approximate(
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn"])
-def test_without_a_manifest_there_is_a_note_and_no_error(
+def test_a_manifest_that_cannot_be_read_is_a_note(
     plan: RunPlan, paths: RunPaths, damage: str
 ) -> None:
     paths.manifest.unlink() if damage == "missing" else paths.manifest.write_bytes(b"{")
     seen = status_of(plan, paths)
     assert (seen.num_done, len(seen.notes)) == (0, 1)
-    assert "nothing is known of checkpoints" in drawn(seen)
+    assert "no checkpoints are known" in drawn(seen)
 
 
-def test_a_damaged_quarantine_is_a_note_too(plan: RunPlan, paths: RunPaths) -> None:
+def test_a_damaged_quarantine_is_a_note(plan: RunPlan, paths: RunPaths) -> None:
     paths.quarantine.write_text("{}\n")
     seen = status_of(plan, paths)
     assert seen.num_quarantined is None
     assert "is damaged in line 1" in seen.notes[0]
 
 
-def test_hostile_text_neither_moves_the_cursor_nor_styles_the_table(
-    plan: RunPlan, paths: RunPaths
-) -> None:
+def test_hostile_text_is_shown_as_text(plan: RunPlan, paths: RunPaths) -> None:
+    """It neither moves the cursor nor styles the table."""
     manifest = CheckpointManifest(paths.manifest)
     hostile = "\x1b[2J\x07[bold]x[/bold]\nnext :smile:"
     record = Failure(cause=FailureCause.BUG, message=hostile).to_json()
@@ -273,9 +270,7 @@ def test_hostile_text_neither_moves_the_cursor_nor_styles_the_table(
     assert "[bold]x[/bold]\ufffdnext :smile:" in text
 
 
-def test_of_very_many_shards_the_interesting_ones_are_drawn(
-    paths: RunPaths, tmp_path: Path
-) -> None:
+def test_the_most_interesting_shards_are_shown(paths: RunPaths, tmp_path: Path) -> None:
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">p{number}\n{'MK' * (number + 1)}\n" for number in range(200)))
     plan = make_plan(paths, [fasta], MODEL, num_shards=200, token_budget=500)
@@ -290,7 +285,7 @@ def test_of_very_many_shards_the_interesting_ones_are_drawn(
 
 @pytest.mark.parametrize("width", [10_000, 140, 100, 80, 60, 40, 30, 20])
 def test_numbers_are_never_cut(plan: RunPlan, paths: RunPaths, width: int) -> None:
-    """However narrow the terminal: a table where it has room, and else a paragraph for each shard."""
+    """There is a table if the terminal is wide enough, else a paragraph per shard."""
     shard = replace(
         status_of(plan, paths).shards[0],
         num_sequences=12_345_678,
@@ -317,27 +312,20 @@ def test_numbers_are_never_cut(plan: RunPlan, paths: RunPaths, width: int) -> No
     assert any("100.0" in word for word in words)
 
 
-def test_the_command_prints_for_people_and_for_machines(
-    plan: RunPlan, paths: RunPaths, capsys
-) -> None:
+def test_the_command_prints_text_or_json(plan: RunPlan, paths: RunPaths, capsys) -> None:
     fail(paths, 1, "worker process killed by SIGKILL")
     compute(plan, paths, 0, 0, 5, attempt=attempt_of(paths, 0))
     assert main(["status", str(paths.run_dir)]) == 0
     assert "5 of 40 distinct sequences (12.5 %)" in capsys.readouterr().out
     assert main(["status", str(paths.run_dir), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["num_done"], told["shards"][0]["num_done"], told["shards"][0]["percent"]) == (
-        5,
-        5,
-        25.0,
-    )
-    assert told["shards"][1]["failure"]["at"] == "2026-11-21T12:00:00+00:00"
-    assert told["eta_s"] is None
+    fields = json.loads(capsys.readouterr().out)
+    first, second = fields["shards"]
+    assert (fields["num_done"], first["num_done"], first["percent"]) == (5, 5, 25.0)
+    assert second["failure"]["at"] == "2026-11-21T12:00:00+00:00"
+    assert fields["eta_s"] is None
 
 
-def test_watching_draws_it_again_until_ctrl_c(
-    plan: RunPlan, paths: RunPaths, capsys, monkeypatch
-) -> None:
+def test_watching_redraws_until_ctrl_c(plan: RunPlan, paths: RunPaths, capsys, monkeypatch) -> None:
     naps = []
 
     def sleep(seconds: float) -> None:
@@ -355,18 +343,17 @@ def test_watching_draws_it_again_until_ctrl_c(
 @pytest.mark.parametrize(
     "arguments", [("--watch", "--json"), ("--watch", "0"), ("--watch", "soon")]
 )
-def test_flags_that_make_no_sense_are_refused(
-    plan: RunPlan, paths: RunPaths, capsys, arguments
-) -> None:
+def test_invalid_flags_are_refused(plan: RunPlan, paths: RunPaths, capsys, arguments) -> None:
     try:
         code = main(["status", str(paths.run_dir), *arguments])
-    except SystemExit as left:  # argparse's own way
-        code = left.code
+    except SystemExit as error:
+        # Argparse exits by itself.
+        code = error.code
     assert code == 2
     assert "--watch" in capsys.readouterr().err
 
 
-def test_what_is_no_run_directory_is_refused_in_a_sentence(
+def test_a_path_without_a_run_is_refused_in_one_line(
     plan: RunPlan, paths: RunPaths, tmp_path, capsys
 ) -> None:
     assert main(["status", str(tmp_path)]) == 2
@@ -377,7 +364,7 @@ def test_what_is_no_run_directory_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
-def test_a_damaged_plan_is_refused_in_a_sentence(
+def test_a_damaged_plan_is_refused_in_one_line(
     plan: RunPlan, paths: RunPaths, capsys, damage: str
 ) -> None:
     size = paths.sequences.stat().st_size
@@ -386,8 +373,8 @@ def test_a_damaged_plan_is_refused_in_a_sentence(
     assert "the plan in" in capsys.readouterr().err
 
 
-def test_the_plan_is_not_read_whole(plan: RunPlan, paths: RunPaths) -> None:
-    """A flipped bit in a sequence is `vnp verify`'s affair: nothing here depends on it."""
+def test_the_digests_of_the_plan_are_not_verified(plan: RunPlan, paths: RunPaths) -> None:
+    """`vnp verify` finds a flipped bit in a sequence; nothing here depends on it."""
     sequence = plan.fetch(plan.order[:1])[1][0].encode()
     flip_bit(paths.sequences, 8 * paths.sequences.read_bytes().index(sequence))
     assert load_plan_of(paths.run_dir).num_sequences == 40

@@ -1,4 +1,4 @@
-"""`vnp verify`: what is damaged is said, what the next run would compute is counted, and nothing is changed."""
+"""Tests of `vnp verify`: damage is reported, the work of the next run is counted."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from vnp_lib.storage.durable import (
 from vnp_lib.storage.locks import FileLock
 
 MODEL = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
-NUM_CHECKPOINTS = 3  # of each of the two shards, with 6 or 7 sequences each
+NUM_CHECKPOINTS = 3  # per shard, with 6 or 7 sequences each
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
-    """A complete run of 40 sequences, no two alike, in two shards."""
+    """Make a complete run of 40 distinct sequences in two shards."""
     directory = tmp_path_factory.mktemp("verify")
     fasta = directory / "in.fasta"
     fasta.write_text(
@@ -91,7 +91,7 @@ def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_a_whole_run_is_well(paths, capsys):
+def test_an_intact_run_has_no_problems(paths, capsys):
     before = tree(paths.run_dir)
     report = verify_run(paths.run_dir)
     assert report.is_well
@@ -102,29 +102,104 @@ def test_a_whole_run_is_well(paths, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "the dataset has 40 rows",
         "the dataset is complete: the next run computes none of 40 sequences",
-        "all is well",
+        "no problems found",
     ]
     assert tree(paths.run_dir) == before
 
 
 DAMAGE: list[tuple[str, Callable[[RunPaths], object], str, dict[int, int]]] = [
-    ("a flipped bit in a checkpoint", lambda paths: flip_bit(paths.checkpoint(0, 1)), "batch_00001.pt: its sha256", {0: 7}),
-    ("a cut checkpoint", lambda paths: os.truncate(paths.checkpoint(1, 2), 99), "batch_00002.pt: the file has 99 bytes", {1: 6}),
-    ("a checkpoint that is gone", lambda paths: paths.checkpoint(0, 0).unlink(), "batch_00000.pt: the file is missing", {0: 7}),
-    ("a flipped bit in a marker", lambda paths: flip_bit(marker_path(paths.checkpoint(0, 0))), "00000.pt.done is", {0: 7}),
-    ("an empty marker", lambda paths: os.truncate(marker_path(paths.checkpoint(0, 0)), 0), "torn or damaged", {0: 7}),
-    ("a manifest that is torn", lambda paths: os.truncate(paths.manifest, 9), "torn or damaged", {}),
-    ("a manifest that is gone", lambda paths: paths.manifest.unlink(), "manifest.json is missing", {}),
-    ("a manifest that is behind", lambda paths: forget(paths), "records 0 checkpoints of shard 1 with 0 sequences, and", {}),
-    ("a flipped bit in the dataset", lambda paths: flip_bit(paths.embeddings_dir / "part-00000.parquet"), "is damaged: its sha256", {}),
-    ("a part that is gone", lambda paths: (paths.embeddings_dir / "part-00000.parquet").unlink(), "has 0 bytes", {}),
-    ("a flipped bit in _SUCCESS.json", lambda paths: flip_bit(paths.success), "_SUCCESS.json is", {}),
-    ("a dataset of another run", lambda paths: replace_fingerprint(paths), "is of another run", {}),
-    ("rows with other ids", lambda paths: rewrite(paths, ids=True), "gives its rows other ids than the plan", {0: 7}),
-    ("rows that the plan has not", lambda paths: rewrite(paths, ids=False), "ordinals that the plan does not compute", {0: 7}),
-    ("a quarantine that is torn", lambda paths: paths.quarantine.write_bytes(b"{"), "quarantine.jsonl is damaged in line 1", {}),
+    (
+        "a flipped bit in a checkpoint",
+        lambda paths: flip_bit(paths.checkpoint(0, 1)),
+        "batch_00001.pt: its sha256",
+        {0: 7},
+    ),
+    (
+        "a cut checkpoint",
+        lambda paths: os.truncate(paths.checkpoint(1, 2), 99),
+        "batch_00002.pt: the file has 99 bytes",
+        {1: 6},
+    ),
+    (
+        "a checkpoint that is gone",
+        lambda paths: paths.checkpoint(0, 0).unlink(),
+        "batch_00000.pt: the file is missing",
+        {0: 7},
+    ),
+    (
+        "a flipped bit in a marker",
+        lambda paths: flip_bit(marker_path(paths.checkpoint(0, 0))),
+        "00000.pt.done is",
+        {0: 7},
+    ),
+    (
+        "an empty marker",
+        lambda paths: os.truncate(marker_path(paths.checkpoint(0, 0)), 0),
+        "torn or damaged",
+        {0: 7},
+    ),
+    (
+        "a manifest that is torn",
+        lambda paths: os.truncate(paths.manifest, 9),
+        "torn or damaged",
+        {},
+    ),
+    (
+        "a manifest that is gone",
+        lambda paths: paths.manifest.unlink(),
+        "manifest.json is missing",
+        {},
+    ),
+    (
+        "a manifest that is behind",
+        lambda paths: forget(paths),
+        "records 0 checkpoints of shard 1 with 0 sequences, and",
+        {},
+    ),
+    (
+        "a flipped bit in the dataset",
+        lambda paths: flip_bit(paths.embeddings_dir / "part-00000.parquet"),
+        "is damaged: its sha256",
+        {},
+    ),
+    (
+        "a part that is gone",
+        lambda paths: (paths.embeddings_dir / "part-00000.parquet").unlink(),
+        "has 0 bytes",
+        {},
+    ),
+    (
+        "a flipped bit in _SUCCESS.json",
+        lambda paths: flip_bit(paths.success),
+        "_SUCCESS.json is",
+        {},
+    ),
+    (
+        "a dataset of another run",
+        lambda paths: replace_fingerprint(paths),
+        "belongs to another run",
+        {},
+    ),
+    (
+        "rows with other ids",
+        lambda paths: rewrite(paths, ids=True),
+        "gives its rows other ids than the plan",
+        {0: 7},
+    ),
+    (
+        "rows that the plan has not",
+        lambda paths: rewrite(paths, ids=False),
+        "ordinals that the plan does not compute",
+        {0: 7},
+    ),
+    (
+        "a quarantine that is torn",
+        lambda paths: paths.quarantine.write_bytes(b"{"),
+        "quarantine.jsonl is damaged in line 1",
+        {},
+    ),
     ("a forged checkpoint", lambda paths: forge(paths), "batch_00000.pt: failed to load", {0: 7}),
-]  # fmt: skip
+]
 
 
 def forget(paths: RunPaths) -> None:
@@ -138,7 +213,7 @@ def replace_fingerprint(paths: RunPaths) -> None:
 
 
 def rewrite(paths: RunPaths, *, ids: bool) -> None:
-    """Put another checkpoint, that proves itself, in the place of the first."""
+    """Replace the first checkpoint by another valid one."""
     plan, path = load_plan(paths), paths.checkpoint(0, 0)
     own = plan.shard_ordinals(0)[0::NUM_CHECKPOINTS]
     path.unlink()
@@ -152,7 +227,7 @@ def rewrite(paths: RunPaths, *, ids: bool) -> None:
 
 
 def forge(paths: RunPaths) -> None:
-    """Put a file that is no checkpoint, with a marker that fits it, in the place of the first."""
+    """Replace the first checkpoint by a file that is not one, with a matching marker."""
     plan, path = load_plan(paths), paths.checkpoint(0, 0)
     own = plan.shard_ordinals(0)[0::NUM_CHECKPOINTS].tolist()
     path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -162,18 +237,20 @@ def forge(paths: RunPaths) -> None:
 
 
 @pytest.mark.parametrize(
-    ("do", "said", "to_compute"), [each[1:] for each in DAMAGE], ids=[each[0] for each in DAMAGE]
+    ("do", "expected", "to_compute"),
+    [each[1:] for each in DAMAGE],
+    ids=[each[0] for each in DAMAGE],
 )
-def test_damage_is_said_and_what_it_costs(paths, capsys, do, said, to_compute):
+def test_damage_and_its_cost_are_reported(paths, capsys, do, expected, to_compute):
     do(paths)
     before = tree(paths.run_dir)
     report = verify_run(paths.run_dir)
-    assert any(said in line for line in report.damage), report.damage
+    assert any(expected in line for line in report.damage), report.damage
     assert not report.is_well
     assert report.to_compute == to_compute
     assert main(["verify", str(paths.run_dir)]) == 1
     out = capsys.readouterr().out
-    assert said in out
+    assert expected in out
     if to_compute:
         ((rank, count),) = to_compute.items()
         assert f"the next run computes {count} of 40 sequences (shard {rank}: {count})" in out
@@ -182,7 +259,7 @@ def test_damage_is_said_and_what_it_costs(paths, capsys, do, said, to_compute):
 
 @pytest.mark.parametrize("name", ["plan.json", "sequences.arrow", "representatives.npy"])
 @pytest.mark.parametrize("is_gone", [True, False])
-def test_a_damaged_plan_is_said_and_checkpoints_are_looked_at_without_it(paths, name, is_gone):
+def test_checkpoints_are_validated_without_a_plan(paths, name, is_gone):
     path = paths.plan_dir / name
     path.unlink() if is_gone else flip_bit(path)
     flip_bit(paths.checkpoint(1, 0))
@@ -191,23 +268,22 @@ def test_a_damaged_plan_is_said_and_checkpoints_are_looked_at_without_it(paths, 
     assert name in report.damage[0]
     assert "batch_00000.pt" in report.damage[1]
     assert (report.num_checkpoints, report.num_sequences) == (5, None)
-    assert "writes the plan anew" in list(report.lines())[-2]
+    assert "rewrites the plan" in list(report.lines())[-2]
 
 
-def test_a_failing_storage_is_said(paths):
+def test_failing_storage_is_reported(paths):
     for number in range(NUM_CHECKPOINTS):
         flip_bit(paths.checkpoint(0, number))
         flip_bit(paths.checkpoint(1, number))
     report = verify_run(paths.run_dir)
     assert any(
-        "the storage is failing; the next run will refuse to go on" in line
-        for line in report.damage
+        "the storage is failing; the next run will not start" in line for line in report.damage
     )
     assert report.to_compute == {0: 20, 1: 20}
 
 
-def test_a_run_that_was_stopped_is_well_and_what_is_left_is_counted(paths, capsys):
-    """A checkpoint without a marker is what a kill leaves: the disk has lost nothing."""
+def test_a_stopped_run_has_no_damage(paths, capsys):
+    """A checkpoint without a marker is what a kill leaves behind: the disk has lost nothing."""
     shutil.rmtree(paths.embeddings_dir)
     marker_path(paths.checkpoint(1, 2)).unlink()
     plan = load_plan(paths)
@@ -225,8 +301,8 @@ def test_a_run_that_was_stopped_is_well_and_what_is_left_is_counted(paths, capsy
     assert "there is no dataset yet" in out
 
 
-def test_a_run_that_is_going_on_is_said_and_not_disturbed(paths, capsys):
-    """The counts of its manifest are not compared: they are behind its checkpoints for a moment each time."""
+def test_a_running_run_is_reported_and_not_disturbed(paths, capsys):
+    """The counts of its manifest are not compared: for a moment they are behind the checkpoints."""
     forget(paths)
     lock = FileLock(paths.run_lock, purpose="run on this directory")
     with lock.held(timeout_s=0):
@@ -235,11 +311,11 @@ def test_a_run_that_is_going_on_is_said_and_not_disturbed(paths, capsys):
         assert report.running.pid == os.getpid()
         assert report.is_well
         assert main(["verify", str(paths.run_dir)]) == 0
-        assert f"a run is going on here: process {os.getpid()} on" in capsys.readouterr().out
+        assert f"running: process {os.getpid()} on" in capsys.readouterr().out
     assert verify_run(paths.run_dir).running is None
 
 
-def test_a_dead_holder_of_the_lock_is_no_run(paths):
+def test_a_dead_lock_holder_is_not_running(paths):
     code = "import sys, os; from pathlib import Path; from vnp_lib.storage.locks import FileLock\n"
     code += "FileLock(Path(sys.argv[1]), purpose='die').acquire(0); os._exit(0)"
     subprocess.run([sys.executable, "-c", code, str(paths.run_lock)], check=True, timeout=60)
@@ -247,19 +323,19 @@ def test_a_dead_holder_of_the_lock_is_no_run(paths):
     assert verify_run(paths.run_dir).running is None
 
 
-def test_json_says_the_same(paths, capsys):
+def test_json_has_the_same_findings(paths, capsys):
     flip_bit(paths.checkpoint(0, 1))
     assert main(["verify", "--json", str(paths.run_dir)]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["run_dir"] == str(paths.run_dir)
-    assert told["is_well"] is False
-    assert told["to_compute"] == {"0": 7}
-    assert "batch_00001.pt" in told["damage"][0]
+    report = json.loads(capsys.readouterr().out)
+    assert report["run_dir"] == str(paths.run_dir)
+    assert report["is_well"] is False
+    assert report["to_compute"] == {"0": 7}
+    assert "batch_00001.pt" in report["damage"][0]
 
 
 @pytest.fixture
 def unfinished(tmp_path) -> RunPaths:
-    """A run of 12 sequences, in which 0 and 4 are not computed yet; the odd ones are copies of 0."""
+    """Make a run of 12 sequences, the odd ones copies of 0, with 0 and 4 not computed yet."""
     fasta = tmp_path / "in.fasta"
     fasta.write_text(
         "".join(f">p{number}\nMKVLA{'' if number % 2 else 'L' * number}\n" for number in range(12))
@@ -289,7 +365,7 @@ def assemble_unfinished(paths: RunPaths, *, allow_missing: bool = False) -> None
     assemble(plan, paths, records, quarantined=quarantined, allow_missing=allow_missing)
 
 
-def set_aside(paths: RunPaths, *ordinals: int) -> None:
+def quarantine(paths: RunPaths, *ordinals: int) -> None:
     plan = load_plan(paths)
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="m")
     Quarantine.of(plan, paths).add(
@@ -300,34 +376,33 @@ def set_aside(paths: RunPaths, *ordinals: int) -> None:
     )
 
 
-def said(paths: RunPaths) -> list[str]:
+def lines_of(paths: RunPaths) -> list[str]:
     report = verify_run(paths.run_dir)
     assert report.is_well, report.damage
     return list(report.lines())
 
 
-def test_sequences_in_quarantine_are_accounted_for_and_counted_with_their_copies(unfinished):
-    set_aside(unfinished, 0, 4)
+def test_quarantined_sequences_are_counted_with_their_copies(unfinished):
+    quarantine(unfinished, 0, 4)
     note = f"{unfinished.quarantine}: sequences in quarantine: 2 (8 with their copies)"
-    assert said(unfinished) == [
+    assert lines_of(unfinished) == [
         note,
         "there is no dataset yet",
-        "the next run computes none of 6 sequences; it puts the dataset together",
-        "all is well",
+        "the next run computes none of 6 sequences; it assembles the dataset",
+        "no problems found",
     ]
     assemble_unfinished(unfinished)
-    assert said(unfinished) == [
+    assert lines_of(unfinished) == [
         note,
         "the dataset has 4 rows",
         "the dataset is complete: the next run computes none of 6 sequences",
-        "all is well",
+        "no problems found",
     ]
 
 
-def test_sequences_of_a_damaged_quarantine_are_to_compute_and_the_dataset_is_not_complete(
-    unfinished,
-):
-    set_aside(unfinished, 0, 4)
+def test_a_damaged_quarantine_is_tried_again(unfinished):
+    """Its sequences are to compute, and the dataset is not complete."""
+    quarantine(unfinished, 0, 4)
     assemble_unfinished(unfinished)
     flip_bit(unfinished.quarantine)
     before = tree(unfinished.run_dir)
@@ -340,48 +415,46 @@ def test_sequences_of_a_damaged_quarantine_are_to_compute_and_the_dataset_is_not
     assert tree(unfinished.run_dir) == before
 
 
-def test_a_sequence_in_quarantine_and_in_a_checkpoint_is_released_by_the_next_run(unfinished):
+def test_a_computed_sequence_is_released_from_quarantine(unfinished):
     compute(unfinished, 1, [0])
-    set_aside(unfinished, 2, 4)
-    lines = said(unfinished)
+    quarantine(unfinished, 2, 4)
+    lines = lines_of(unfinished)
     assert lines[0].endswith("sequences in quarantine: 1 (1 with their copies)")
     assert lines[1].endswith(
-        "sequences in quarantine and yet in a checkpoint: 1; the next run releases them"
+        "sequences in quarantine that are also in a checkpoint: 1; the next run releases them"
     )
 
 
-def test_a_partial_dataset_is_well_and_what_it_lacks_is_counted(unfinished):
-    set_aside(unfinished, 4)
+def test_a_partial_dataset_is_no_damage(unfinished):
+    quarantine(unfinished, 4)
     assemble_unfinished(unfinished, allow_missing=True)
-    assert said(unfinished)[1:] == [
+    assert lines_of(unfinished)[1:] == [
         "the dataset has 4 rows and lacks 7; the next run completes it",
         "the next run computes 1 of 6 sequences (shard 0: 1)",
-        "all is well",
+        "no problems found",
     ]
     compute(unfinished, 1, [0])
     report = verify_run(unfinished.run_dir)
     assert (report.to_compute, report.has_dataset) == ({}, False)
-    assert "it puts the dataset together" in said(unfinished)[2]
+    assert "it assembles the dataset" in lines_of(unfinished)[2]
 
 
-def test_a_dataset_of_an_earlier_quarantine_is_not_complete(unfinished):
-    set_aside(unfinished, 0, 4)
+def test_a_dataset_of_an_earlier_quarantine_is_incomplete(unfinished):
+    quarantine(unfinished, 0, 4)
     assemble_unfinished(unfinished)
     compute(unfinished, 1, [4])
-    assert (
-        "the dataset has 4 rows, but the quarantine is another now; the next run puts it together anew"
-        in said(unfinished)
-    )
+    note = "the dataset has 4 rows, but the quarantine has changed since; "
+    assert note + "the next run assembles it again" in lines_of(unfinished)
     assert not verify_run(unfinished.run_dir).has_dataset
 
 
-def test_a_dataset_in_another_precision_than_the_plan_has_is_not_complete(paths, tmp_path):
-    """A run was stopped after it had been told to store another."""
+def test_a_dataset_of_another_dtype_is_incomplete(paths, tmp_path):
+    """A run with another --store-dtype was stopped before it assembled the dataset."""
     plan = load_plan(paths)
     fields = read_sealed_json(paths.plan_json)
     write_sealed_json(paths.plan_json, fields | {"store_dtype": "float16"}, replace=True)
-    told = "the dataset has 40 rows, but in float32, and float16 is wanted; the next run puts it together anew"
-    assert told in said(paths)
+    note = "the dataset has 40 rows, but in float32 instead of float16; "
+    assert note + "the next run assembles it again" in lines_of(paths)
     assert not verify_run(paths.run_dir).has_dataset
     records = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=True).valid
     assemble(load_plan(paths), paths, records)
@@ -389,7 +462,7 @@ def test_a_dataset_in_another_precision_than_the_plan_has_is_not_complete(paths,
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "file"])
-def test_what_is_no_run_directory_is_refused_in_a_sentence(tmp_path, capsys, name):
+def test_a_path_without_a_run_is_refused_in_one_line(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError):
@@ -405,4 +478,4 @@ def test_the_module_is_a_command(paths):
         text=True,
         timeout=120,
     )
-    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "all is well")
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "no problems found")

@@ -1,4 +1,4 @@
-"""`vnp verify-model`: what is right is found close to fair-esm, and what is wrong is named by its layer."""
+"""Tests of `vnp verify-model`: a right network is close to fair-esm, a wrong layer is named."""
 
 from __future__ import annotations
 
@@ -40,64 +40,64 @@ def run_as_json(capsys, *arguments: object) -> tuple[int, dict]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_our_network_is_close_in_every_layer(capsys, weights_file, dtype):
-    code, told = run_as_json(capsys, "--weights", weights_file, "--dtype", dtype, "--device", "cpu")
+    code, report = run_as_json(
+        capsys, "--weights", weights_file, "--dtype", dtype, "--device", "cpu"
+    )
     assert code == 0
-    assert told["is_close"]
-    assert (told["dtype"], told["device"]) == (dtype, "cpu")
-    assert [each["layer"] for each in told["layers"]] == list(range(7))
+    assert report["is_close"]
+    assert (report["dtype"], report["device"]) == (dtype, "cpu")
+    assert [each["layer"] for each in report["layers"]] == list(range(7))
     if dtype == "float32":
-        assert max(each["relative_difference"] for each in told["layers"]) < 2e-5
+        assert max(each["relative_difference"] for each in report["layers"]) < 2e-5
     else:
-        assert (
-            1e-4 < max(each["relative_difference"] for each in told["layers"]) < 0.1
-        )  # or it was no half precision
-    assert told["weights"] == str(weights_file)
-    assert told["weights_digest"] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
-    assert told["is_official"] is False
+        # A smaller difference would mean that it was not half precision.
+        assert 1e-4 < max(each["relative_difference"] for each in report["layers"]) < 0.1
+    assert report["weights"] == str(weights_file)
+    assert report["weights_digest"] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    assert report["is_official"] is False
 
 
-def test_hugging_faces_file_is_held_against_fair_esm_too(capsys, tmp_path):
+def test_hugging_faces_file_is_compared_too(capsys, tmp_path):
     transformers_network(MODELS[MODEL], dict(random_tensors(MODELS[MODEL]))).save_pretrained(
         tmp_path
     )
-    code, told = run_as_json(capsys, "--weights", tmp_path, "--device", "cpu")
-    assert (code, told["dtype"], told["weights"]) == (
+    code, report = run_as_json(capsys, "--weights", tmp_path, "--device", "cpu")
+    assert (code, report["dtype"], report["weights"]) == (
         0,
         "float32",
         str(tmp_path / "model.safetensors"),
     )
 
 
-def test_a_person_reads_a_line_for_each_layer_and_a_verdict(capsys, weights_file):
+def test_the_table_has_a_line_per_layer_and_a_verdict(capsys, weights_file):
     code, printed = run(capsys, "--weights", weights_file, "--device", "cpu")
     assert code == 0
     assert [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()] == [
         *"60123456"
     ]
-    assert "they are not the official ones" in printed
-    assert "close enough: this is fair-esm's model" in printed
+    assert "not the official weights" in printed
+    assert "close enough: equivalent to fair-esm's model" in printed
 
 
 def test_random_weights_are_not_the_official_ones(capsys):
     code, printed = run(capsys, "--weights", "random", "--device", "cpu")
     assert code == 0
     assert "weights: random (random:seed=0)" in printed
-    assert "they are not the official ones" in printed
+    assert "not the official weights" in printed
 
 
 def test_weights_with_a_known_digest_are_the_official_ones(capsys, weights_file, monkeypatch):
     digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
     monkeypatch.setitem(weights.OFFICIAL_DIGESTS, MODEL, frozenset({digest}))
-    assert (
-        "they are the official ones" in run(capsys, "--weights", weights_file, "--device", "cpu")[1]
-    )
+    printed = run(capsys, "--weights", weights_file, "--device", "cpu")[1]
+    assert "\nofficial weights" in printed
 
 
-def test_it_says_that_no_digest_of_a_model_is_known(capsys, weights_file, monkeypatch):
+def test_a_model_without_a_known_digest(capsys, weights_file, monkeypatch):
     monkeypatch.delitem(weights.OFFICIAL_DIGESTS, MODEL)
     code, printed = run(capsys, "--weights", weights_file, "--device", "cpu")
     assert code == 0
-    assert "whether they are the official ones is not known" in printed
+    assert "not known whether they are official" in printed
 
 
 def load_damaged_in_layer_4(*arguments: object, **options: object) -> ESM2:
@@ -109,9 +109,8 @@ def load_damaged_in_layer_4(*arguments: object, **options: object) -> ESM2:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_that_is_wrong_is_named(capsys, monkeypatch, weights_file, dtype):
     monkeypatch.setattr(verify_model, "load_model", load_damaged_in_layer_4)
-    monkeypatch.setenv(
-        "COLUMNS", "140"
-    )  # pytest-xdist sets it, and on fewer the table is paragraphs
+    # Pytest-xdist sets COLUMNS, and with fewer the table becomes paragraphs.
+    monkeypatch.setenv("COLUMNS", "140")
     code, printed = run(capsys, "--weights", weights_file, "--dtype", dtype, "--device", "cpu")
     assert code == 1
     assert [line.split()[0] for line in printed.splitlines() if line.endswith("too far")] == [
@@ -122,30 +121,28 @@ def test_a_layer_that_is_wrong_is_named(capsys, monkeypatch, weights_file, dtype
     assert "too far apart: layer 4 is the first" in printed
 
 
-def test_positions_that_are_not_turned_are_found_in_the_first_layer(
-    capsys, monkeypatch, weights_file
-):
+def test_missing_rotary_embeddings_show_in_layer_1(capsys, monkeypatch, weights_file):
     monkeypatch.setattr(esm2, "rotate", lambda x, factors: x)
-    code, told = run_as_json(capsys, "--weights", weights_file, "--device", "cpu")
-    assert (code, told["first_apart"], told["is_close"]) == (1, 1, False)
+    code, report = run_as_json(capsys, "--weights", weights_file, "--device", "cpu")
+    assert (code, report["first_apart"], report["is_close"]) == (1, 1, False)
 
 
-def test_states_that_are_not_finite_are_as_far_off_as_can_be(capsys, monkeypatch, weights_file):
+def test_non_finite_states_are_infinitely_far_apart(capsys, monkeypatch, weights_file):
     def load_with_nan(*arguments: object, **options: object) -> ESM2:
         network = weights.load_model(*arguments, **options)
         network.layers[0].fc2.bias[7] = float("nan")
         return network
 
     monkeypatch.setattr(verify_model, "load_model", load_with_nan)
-    code, told = run_as_json(
+    code, report = run_as_json(
         capsys, "--weights", weights_file, "--dtype", "float16", "--device", "cpu"
     )
-    assert (code, told["first_apart"], told["lowest_mean_cosine"]) == (1, 1, -1.0)
-    assert told["layers"][1]["max_abs_difference"] is None
+    assert (code, report["first_apart"], report["lowest_mean_cosine"]) == (1, 1, -1.0)
+    assert report["layers"][1]["max_abs_difference"] is None
 
 
-def test_a_layer_is_compared_over_all_sequences_and_cosines_are_of_residues():
-    """BOS and EOS, first and last, are turned by half and count for the difference only."""
+def test_cosines_are_of_residues_over_all_sequences():
+    """BOS and EOS, first and last, point the other way and count for the difference only."""
     theirs = [torch.eye(4), 2 * torch.eye(4)]
     ours: list[Tensor] = [each.clone() for each in theirs]
     ours[0][0] *= -1
@@ -159,19 +156,19 @@ def test_a_layer_is_compared_over_all_sequences_and_cosines_are_of_residues():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--weights", "nowhere.pt"], "cannot read the weights at"),
-        (["--weights", "random", "--device", "gpu"], "it is 'auto', 'cpu' or the number of a GPU"),
+        (["--weights", "random", "--device", "gpu"], "use 'auto', 'cpu' or the number of a GPU"),
         (["--weights", "random", "--device", "99"], "there is no GPU 99"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_sentence(capsys, arguments, said):
+def test_unusable_arguments_are_refused_in_one_line(capsys, arguments, message):
     assert main(["verify-model", "--model", MODEL, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_the_sequences_are_short_and_long_and_have_every_letter_of_a_protein():
+def test_the_sequences_have_every_residue_and_many_lengths():
     lengths = sorted(map(len, SEQUENCES.values()))
     assert (lengths[0], lengths[-1]) == (20, 388)
     assert set("".join(SEQUENCES.values())) == set("ACDEFGHIKLMNPQRSTVWYXBUZO")

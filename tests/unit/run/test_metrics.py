@@ -375,7 +375,7 @@ def test_a_taken_port_is_said_at_the_door(
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
     assert err.startswith(
-        f"--metrics-port {port}: nothing can be served on 127.0.0.1: Address already in use"
+        f"--metrics-port {port}: cannot serve metrics on 127.0.0.1: Address already in use"
     )
     assert list(tmp_path.iterdir()) == []
 
