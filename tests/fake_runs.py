@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vnp_lib.checkpoint.file import CheckpointRecord
+from vnp_lib.checkpoint.markers import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of

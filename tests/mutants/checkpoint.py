@@ -30,7 +30,8 @@ MUTANTS = (
         ),
         after=(
             "        import io\n\n"
-            "        from vnp_lib.checkpoint.file import _canonical, digest_stream\n\n"
+            "        from vnp_lib.checkpoint.file import _canonical\n"
+            "        from vnp_lib.storage import digest_stream\n\n"
             "        data = io.BytesIO()\n"
             "        torch.save(_canonical(content._asdict(), {}), data)\n"
             "        data.seek(0)\n"
@@ -137,20 +138,20 @@ MUTANTS = (
     Mutant(
         name="rows-that-are-not-finite-written",
         module="checkpoint.file",
-        before="    if not _is_finite(content.embeddings):\n        raise NumericalInstabilityError",
-        after="    if False:\n        raise NumericalInstabilityError",
+        before="    if _is_finite(content.embeddings):\n        return\n",
+        after="    return\n",
         caught_by=(f"{_CHECKPOINT}::test_what_no_reader_would_take_is_refused_at_the_door",),
     ),
     Mutant(
         name="digest-not-compared",
-        module="checkpoint.file",
+        module="checkpoint.markers",
         before='    if digest_stream(file).sha256 != marker["sha256"]:\n',
         after="    if False:\n",
         caught_by=(f"{_CHECKPOINT_SURVEY}::test_two_files_that_changed_places_are_not_believed",),
     ),
     Mutant(
         name="size-not-compared",
-        module="checkpoint.file",
+        module="checkpoint.markers",
         before='    if size_bytes != marker["size_bytes"]:\n',
         after="    if False:\n",
         caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_quick_survey_sees_a_file_of_another_size",),
@@ -159,14 +160,14 @@ MUTANTS = (
         name="content-read-before-its-digest",
         module="checkpoint.file",
         before=(
-            "            _verify_digest(file, marker)\n        content = _parse(file, may_be_integers=marker is None)\n"
+            "            require_digest(file, marker)\n        content = _parse(file, may_be_integers=marker is None)\n"
         ),
         after=(
             "            pass\n"
             "        content = _parse(file, may_be_integers=marker is None)\n"
             "        if marker is not None:\n"
             "            file.seek(0)\n"
-            "            _verify_digest(file, marker)\n"
+            "            require_digest(file, marker)\n"
         ),
         caught_by=(
             f"{_CHECKPOINT_FILE}::test_a_file_that_does_not_fit_its_marker_never_reaches_torch",
@@ -263,7 +264,7 @@ MUTANTS = (
     ),
     Mutant(
         name="fingerprint-of-a-checkpoint-not-compared",
-        module="checkpoint.file",
+        module="checkpoint.markers",
         before='    if fingerprint is not None and marker.get("fingerprint") != fingerprint:\n',
         after="    if False:\n",
         caught_by=(f"{_CHECKPOINT_FILE}::test_a_checkpoint_of_another_run_is_not_believed",),
@@ -320,7 +321,7 @@ MUTANTS = (
     ),
     Mutant(
         name="file-moved-before-its-marker",
-        module="checkpoint.file",
+        module="checkpoint.markers",
         before="((marker_path(path), marker_path(target)), (path, target))",
         after="((path, target), (marker_path(path), marker_path(target)))",
         caught_by=(

@@ -9,9 +9,7 @@ from vnp_lib.lazy import lazy_face
 if TYPE_CHECKING:
     from vnp_lib.checkpoint.file import (
         Checkpoint,
-        CheckpointRecord,
         load_checkpoint,
-        move_to_damaged,
     )
     from vnp_lib.checkpoint.manifest import (
         CheckpointManifest,
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
         ShardStatus,
         is_of_run,
     )
+    from vnp_lib.checkpoint.markers import CheckpointRecord, move_to_damaged
     from vnp_lib.checkpoint.quarantine import (
         Quarantine,
         QuarantinedSequence,
@@ -80,7 +79,7 @@ __getattr__, __dir__ = lazy_face(
         "AsyncCheckpointWriter": "vnp_lib.checkpoint.writer",
         "Checkpoint": "vnp_lib.checkpoint.file",
         "CheckpointManifest": "vnp_lib.checkpoint.manifest",
-        "CheckpointRecord": "vnp_lib.checkpoint.file",
+        "CheckpointRecord": "vnp_lib.checkpoint.markers",
         "CheckpointTrigger": "vnp_lib.checkpoint.writer",
         "CommittedCheckpoint": "vnp_lib.checkpoint.manifest",
         "CommittedRows": "vnp_lib.checkpoint.survey",
@@ -100,7 +99,7 @@ __getattr__, __dir__ = lazy_face(
         "refresh_listings": "vnp_lib.checkpoint.survey",
         "resume_from_checkpoints": "vnp_lib.checkpoint.resume",
         "sequence_digest": "vnp_lib.checkpoint.quarantine",
-        "move_to_damaged": "vnp_lib.checkpoint.file",
+        "move_to_damaged": "vnp_lib.checkpoint.markers",
         "survey_checkpoints": "vnp_lib.checkpoint.survey",
         "validate_checkpoint_pt": "vnp_lib.checkpoint.resume",
         "wait_for_listed_files": "vnp_lib.checkpoint.survey",

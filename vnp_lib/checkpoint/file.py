@@ -1,28 +1,24 @@
-"""What one checkpoint is on disk, and how it proves itself.
+"""The content of a checkpoint file: save it, load it safely, and validate it.
 
-A checkpoint is `shard_{rank}/batch_{k:05d}.pt`, a dict of exactly three keys: `embeddings`, a float tensor (rows, D) with a
-storage of its own; `sequence_ids`, as many strings; `metadata`, plain values. Rows of different widths lie end to end, (values,),
-and the metadata's `offsets`, rows + 1 numbers from 0, says where each begins and ends. Its marker, `batch_{k:05d}.pt.done`, holds
-size_bytes and sha256 of the file, rows, width (0 where they differ), dtype, and the metadata's `ordinals` and `fingerprint`
-where the metadata has them. The bytes of a checkpoint are a function of its content: no times, no host, no addresses.
+A checkpoint is `shard_{rank}/batch_{k:05d}.pt`, a dict of exactly three keys: `embeddings`, a float
+tensor (rows, D) with a storage of its own; `sequence_ids`, one string per row; `metadata`, plain
+values. Rows of different widths lie end to end, (values,), and the metadata's `offsets`, rows + 1
+numbers from 0, gives where each begins and ends. The bytes of a checkpoint are a function of its
+content: they hold no time, no host name and no address.
 
-What a reader believes, in this order: the marker, the file's size and sha256 by the marker, and only then its content,
-read by `torch.load(weights_only=True)` and by nothing else. Other tools save `embeddings` as a NumPy array: that is read too.
+A reader trusts, in this order: the marker, the file's size and sha256 by the marker, and only then
+the content, read by `torch.load(weights_only=True)` and by nothing else. Other tools save
+`embeddings` as a NumPy array; that is read too.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import pickle
-import re
 import struct
-import uuid
 import zipfile
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,44 +30,24 @@ from torch import Tensor
 
 from vnp_lib.checkpoint.archive import check_archive
 from vnp_lib.checkpoint.array_pickle import arrays_allowed
-from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
-from vnp_lib.formatting import listed
-from vnp_lib.storage import (
-    FileDigest,
-    digest_stream,
-    durable_file,
-    make_directory,
-    marker_path,
-    move_file,
-    read_marker_arrays,
+from vnp_lib.checkpoint.markers import (
+    open_checkpoint,
+    parse_ordinals,
+    read_checkpoint_marker,
+    require_digest,
+    require_fingerprint,
 )
+from vnp_lib.errors import CheckpointError, NumericalInstabilityError, StorageError
+from vnp_lib.storage import FileDigest, durable_file, marker_path
 
 _KEYS = ("embeddings", "sequence_ids", "metadata")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CHECKPOINT_FILE = re.compile(r"batch_(\d{5}|[1-9]\d{5,})\.pt")
-# What torch.load and zipfile raise for bytes that are no checkpoint, on purpose and by accident.
-_NOT_A_CHECKPOINT = (
-    *(
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        EOFError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        OSError,
-    ),
-    *(
-        RuntimeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-        struct.error,
-        zipfile.BadZipFile,
-    ),
+# What torch.load and zipfile raise, on purpose or by accident, for bytes that are no checkpoint.
+_LOAD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
+    *(MemoryError, OSError, RuntimeError, TypeError, ValueError),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
 )
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointContent(NamedTuple):
@@ -83,16 +59,25 @@ class CheckpointContent(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Values in each row; 0 where rows differ."""
+        """Values per row; 0 if rows differ."""
         return self.embeddings.shape[1] if self.embeddings.dim() == 2 else 0
 
     @property
+    def is_ragged(self) -> bool:
+        """True if rows of different widths lie end to end."""
+        return (
+            self.embeddings.dim() == 1
+            and type(self.metadata) is dict
+            and "offsets" in self.metadata
+        )
+
+    @property
     def dtype(self) -> str:
-        """As the marker has it: "float16", "bfloat16", "float32" or "float64"."""
+        """Name in the marker: "float16", "bfloat16", "float32" or "float64"."""
         return str(self.embeddings.dtype).removeprefix("torch.")
 
     def marker_fields(self) -> dict[str, Any]:
-        """What its marker says of it, beside the file's size and digest."""
+        """Return the fields of its marker, besides the file's size and digest."""
         repeated: dict[str, Any] = {
             key: self.metadata[key] for key in ("ordinals", "fingerprint") if key in self.metadata
         }
@@ -106,58 +91,24 @@ class CheckpointContent(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The content of a checkpoint, as it is used."""
+    """The content of a checkpoint, as its readers use it."""
 
-    embeddings: np.ndarray[
-        Any, Any
-    ]  # (rows, D), or (values,) with `offsets`; bfloat16 comes as float32
+    # (rows, D), or (values,) with `offsets` in the metadata; bfloat16 is converted to float32.
+    embeddings: np.ndarray[Any, Any]
     sequence_ids: list[str]
     metadata: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointRecord:
-    """A checkpoint on disk, as its marker describes it."""
-
-    path: Path
-    rank: int
-    batch_idx: int
-    rows: int
-    width: int  # 0: rows of different widths
-    dtype: str  # "float16", "bfloat16", "float32" or "float64"
-    ordinals: np.ndarray[Any, np.dtype[np.int64]]  # (rows,)
-    fingerprint: str
-    size_bytes: int
-    sha256: str
-
-
-def batch_idx_of(path: Path) -> int:
-    """The number in a checkpoint's name: 12 in `batch_00012.pt`. ValueError if it is no such name."""
-    match = _CHECKPOINT_FILE.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path.name!r} is no name of a checkpoint, such as batch_00012.pt")
-    return int(match[1])
-
-
-def checkpoint_paths(shard_dir: Path) -> list[Path]:
-    """The checkpoints in a directory by number, also those of which only the marker is there. It may be missing."""
-    if not shard_dir.is_dir():
-        return []
-    names = {path.name.removesuffix(".done") for path in shard_dir.iterdir()}
-    return sorted(
-        (shard_dir / name for name in names if _CHECKPOINT_FILE.fullmatch(name)), key=batch_idx_of
-    )
-
-
 def load_checkpoint(path: Path, *, fingerprint: str | None) -> Checkpoint:
-    """Read a checkpoint that proves itself: by its marker first, then by what is in it.
+    """Read a checkpoint, validating its marker first and then its content.
 
     Args:
-        fingerprint: The run that it has to be of; None takes any.
+        path: The checkpoint.
+        fingerprint: The run that it has to belong to; None accepts any.
 
     Raises:
-        CheckpointError: It does not; says why.
-        StorageError: It cannot be read for a reason that is not damage.
+        CheckpointError: It fails validation; the message gives the reason.
+        StorageError: It cannot be read for a reason other than damage.
     """
     try:
         content = read_content(path, fingerprint=fingerprint, may_be_bare=False)
@@ -171,16 +122,20 @@ def load_checkpoint(path: Path, *, fingerprint: str | None) -> Checkpoint:
 
 
 def read_content(path: Path, *, fingerprint: str | None, may_be_bare: bool) -> CheckpointContent:
-    """Read a checkpoint as `load_checkpoint` does, into a tensor; CheckpointError says only why, not where.
+    """Read a checkpoint as `load_checkpoint` does, with the embeddings as a tensor.
 
     Args:
-        may_be_bare: Take also an empty marker, as `touch` makes it, beside content that names no run and is right in itself.
+        path: The checkpoint. It is not named in the message of a CheckpointError.
+        fingerprint: The run that it has to belong to; None accepts any.
+        may_be_bare: Accept an empty marker, as `touch` creates it, if the content is valid and
+            names no run.
     """
-    with _opened(path) as file:
-        marker = None if may_be_bare and _has_bare_marker(path) else _read_marker(path)
+    with open_checkpoint(path) as file:
+        has_bare_marker = marker_path(path).exists() and marker_path(path).stat().st_size == 0
+        marker = None if may_be_bare and has_bare_marker else read_checkpoint_marker(path)
         if marker is not None:
-            _require_fingerprint(marker, fingerprint)
-            _verify_digest(file, marker)
+            require_fingerprint(marker, fingerprint)
+            require_digest(file, marker)
         content = _parse(file, may_be_integers=marker is None)
     if marker is not None:
         _require_agreement(content, marker)
@@ -189,57 +144,20 @@ def read_content(path: Path, *, fingerprint: str | None, may_be_bare: bool) -> C
     return content
 
 
-def read_record(
-    path: Path, rank: int, fingerprint: str, *, verify_digest: bool
-) -> CheckpointRecord:
-    """Read a checkpoint's marker, and see that the file is what it says; its content stays unread.
-
-    Args:
-        rank: Of the shard in whose directory it is.
-        fingerprint: The run that it has to be of.
-        verify_digest: Compare the file's sha256; otherwise only its size.
-
-    Raises:
-        CheckpointError: It does not prove itself; says only why, not where.
-        StorageError: It cannot be read for a reason that is not damage.
-    """
-    with _opened(path) as file:
-        marker = _read_marker(path)
-        _require_fingerprint(marker, fingerprint)
-        if verify_digest:
-            _verify_digest(file, marker)
-        else:
-            _verify_size(file, marker)
-    if "ordinals" not in marker:
-        raise CheckpointError("its marker names no ordinals")
-    return CheckpointRecord(
-        path=path,
-        rank=rank,
-        batch_idx=batch_idx_of(path),
-        rows=marker["rows"],
-        width=marker["width"],
-        dtype=marker["dtype"],
-        ordinals=_ordinals(marker["ordinals"], rows=marker["rows"]),
-        fingerprint=fingerprint,
-        size_bytes=marker["size_bytes"],
-        sha256=marker["sha256"],
-    )
-
-
 def readable_ids(path: Path) -> list[str]:
-    """The ids in a checkpoint that proves nothing, as far as it can be read: what would have to be computed again."""
+    """Return the ids in a checkpoint that failed validation, or none if it cannot be parsed."""
     try:
-        with _opened(path) as file:
+        with open_checkpoint(path) as file:
             return _parse(file, may_be_integers=True).sequence_ids
     except StorageError:
         return []
 
 
 def plain_copy(value: Any, name: str = "metadata") -> Any:
-    """Copy metadata into the one form in which it is kept, with its keys in order.
+    """Copy metadata into its canonical form, with sorted keys.
 
     Raises:
-        TypeError: It holds something else than str, int, float, bool, None, and lists and dicts of them.
+        TypeError: It holds anything but str, int, float, bool, None, and lists and dicts of them.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -248,62 +166,51 @@ def plain_copy(value: Any, name: str = "metadata") -> Any:
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: plain_copy(value[key], f"{name}[{key!r}]") for key in sorted(value)}
     raise TypeError(
-        f"{name} holds a {type(value).__name__}; only str, int, float, bool, None, lists and dicts are kept"
+        f"{name} holds a {type(value).__name__}; "
+        f"only str, int, float, bool, None, lists and dicts are kept"
     )
 
 
 def require_committable(content: CheckpointContent) -> None:
-    """Refuse at the door what no reader would take.
+    """Raise if no reader would accept this content.
 
     Raises:
-        ValueError: It is no checkpoint; says why.
-        NumericalInstabilityError: A row is not finite; names ten at most.
+        ValueError: It is not a valid checkpoint; the message gives the reason.
+        NumericalInstabilityError: A row is not finite; the message names ten of them at most.
     """
     try:
         _check_content(content)
     except CheckpointError as error:
         raise ValueError(f"this is no checkpoint: {error}") from None
-    if not _is_finite(content.embeddings):
-        raise NumericalInstabilityError(f"not finite: {listed(_ids_of_bad_rows(content), 10)}")
+    if _is_finite(content.embeddings):
+        return
+    rows = (
+        content.embeddings
+        if content.embeddings.dim() == 2
+        else content.embeddings.split_with_sizes(np.diff(content.metadata["offsets"]).tolist())
+    )
+    bad_ids = [
+        id_
+        for id_, row in zip(content.sequence_ids, rows, strict=True)
+        if not torch.isfinite(row).all()
+    ]
+    raise NumericalInstabilityError(f"not finite: {', '.join(bad_ids[:10])}")
 
 
 def save_content(path: Path, content: CheckpointContent) -> FileDigest:
-    """Write a checkpoint's file, durably, without its marker: equal content gives equal bytes.
+    """Write a checkpoint's file durably, without its marker. Equal content gives equal bytes.
 
     Raises:
-        FileExistsError: Something is there under this name.
-        OSError: It cannot be written; nothing is left under this name.
+        FileExistsError: A file of this name exists.
+        OSError: It cannot be written; no file of this name is left.
     """
     with durable_file(path) as file:
         torch.save(_canonical(content._asdict(), {}), cast(IO[bytes], file))
     return file.digest
 
 
-def move_to_damaged(path: Path) -> Path:
-    """Move a checkpoint and its marker to `damaged/` in the shard's directory."""
-    return move_checkpoint(path, to="damaged")
-
-
-def move_checkpoint(path: Path, *, to: str) -> Path:
-    """Move a checkpoint and its marker, whichever exist, to a subdirectory, under a unique name.
-
-    Returns:
-        The new path of the checkpoint. The files are kept as evidence; no code reads them again.
-    """
-    make_directory(path.parent / to)
-    target = path.parent / to / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
-    for source, destination in (
-        (marker_path(path), marker_path(target)),
-        (path, target),
-    ):  # never a marker alone
-        if os.path.lexists(source):  # also a link to nowhere: its name is not free
-            move_file(source, destination)
-    logger.warning("%s is moved aside, to %s", path, target)
-    return target
-
-
 def to_numpy(embeddings: Tensor) -> np.ndarray[Any, Any]:
-    """The same values as an array; bfloat16, which NumPy lacks, as float32."""
+    """Convert a tensor to an array; bfloat16, which NumPy lacks, becomes float32."""
     array: np.ndarray[Any, Any] = (
         embeddings.float() if embeddings.dtype == torch.bfloat16 else embeddings
     ).numpy()
@@ -311,34 +218,23 @@ def to_numpy(embeddings: Tensor) -> np.ndarray[Any, Any]:
 
 
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
-    """A copy of an array as a tensor, contiguous, in the machine's byte order."""
+    """Copy an array into a contiguous tensor, in the machine's byte order."""
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _is_finite(embeddings: Tensor) -> bool:
-    # What is not finite shows in the sum, which takes a fiftieth of the time; a sum can also be too large by itself.
+    # A value that is not finite shows in the sum, which takes a fiftieth of the time. But the sum of
+    # finite values can overflow too.
     return bool(torch.isfinite(embeddings.sum())) or bool(torch.isfinite(embeddings).all())
 
 
-def _ids_of_bad_rows(content: CheckpointContent) -> list[str]:
-    rows = (
-        content.embeddings
-        if content.embeddings.dim() == 2
-        else content.embeddings.split_with_sizes(np.diff(content.metadata["offsets"]).tolist())
-    )
-    return [
-        id_
-        for id_, row in zip(content.sequence_ids, rows, strict=True)
-        if not torch.isfinite(row).all()
-    ]
-
-
 def _canonical(value: Any, strings: dict[str, str]) -> Any:
-    """Copy `value` so that equal strings are one object: pickle writes an object once and then refers to it.
+    """Copy `value` so that equal strings are one object, and the pickle depends on values only.
 
-    The copies are new objects, or a string that torch happens to use itself would be a reference to that.
+    Pickle writes an object once and then refers to it.
     """
     if isinstance(value, str):
+        # A new object: a string that torch happens to use itself would become a reference to that.
         return strings.setdefault(
             value, value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
         )
@@ -351,68 +247,6 @@ def _canonical(value: Any, strings: dict[str, str]) -> Any:
     return value
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise CheckpointError("the file has 0 bytes")
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError("the file is missing") from None
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.EISDIR):
-            raise CheckpointError(f"cannot be read: {error}") from error
-        raise StorageError(f"{path} cannot be read: {error}") from error
-
-
-def _has_bare_marker(path: Path) -> bool:
-    marker = marker_path(path)
-    return marker.exists() and marker.stat().st_size == 0
-
-
-def _read_marker(path: Path) -> dict[str, Any]:
-    if not marker_path(path).exists():
-        raise CheckpointError("missing .done marker: it was never finished")
-    try:
-        marker = read_marker_arrays(path)
-    except StorageError as error:
-        raise CheckpointError(str(error)) from error
-    for key, kind in (
-        ("size_bytes", int),
-        ("sha256", str),
-        ("rows", int),
-        ("width", int),
-        ("dtype", str),
-    ):
-        if type(marker.get(key)) is not kind:
-            raise CheckpointError(f"its marker has no {key}")
-    return marker
-
-
-def _require_fingerprint(marker: dict[str, Any], fingerprint: str | None) -> None:
-    if fingerprint is not None and marker.get("fingerprint") != fingerprint:
-        raise CheckpointError(
-            f"is of the run {marker.get('fingerprint')!r}, and this run is {fingerprint!r}"
-        )
-
-
-def _verify_size(file: BinaryIO, marker: dict[str, Any]) -> None:
-    size_bytes = os.fstat(file.fileno()).st_size
-    if size_bytes != marker["size_bytes"]:
-        raise CheckpointError(
-            f"the file has {size_bytes:,} bytes, its marker says {marker['size_bytes']:,}"
-        )
-
-
-def _verify_digest(file: BinaryIO, marker: dict[str, Any]) -> None:
-    _verify_size(file, marker)
-    if digest_stream(file).sha256 != marker["sha256"]:
-        raise CheckpointError(
-            "its sha256 is not what its marker says: bytes have changed since it was written"
-        )
-
-
 def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
     size_bytes = os.fstat(file.fileno()).st_size
     try:
@@ -420,7 +254,7 @@ def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
         file.seek(0)
         with arrays_allowed() if holds_array else nullcontext():
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except _NOT_A_CHECKPOINT as error:
+    except _LOAD_ERRORS as error:
         raise CheckpointError(f"failed to load: {error}") from error
     content = _as_content(loaded)
     _check_content(content, max_bytes=size_bytes, may_be_integers=may_be_integers)
@@ -446,8 +280,30 @@ def _as_content(loaded: Any) -> CheckpointContent:
 def _check_content(
     content: CheckpointContent, *, max_bytes: int | None = None, may_be_integers: bool = False
 ) -> None:
-    """What holds for every checkpoint, when it is written and when it is read."""
+    """Check what holds for every checkpoint, when it is written and when it is read."""
+    _check_embeddings(content, max_bytes=max_bytes, may_be_integers=may_be_integers)
     embeddings, sequence_ids, metadata = content
+    if type(sequence_ids) is not list or not all(isinstance(id_, str) for id_ in sequence_ids):
+        raise CheckpointError("sequence_ids is no list of strings")
+    rows = (
+        _num_rows(metadata["offsets"], embeddings.numel())
+        if content.is_ragged
+        else embeddings.shape[0]
+    )
+    if len(sequence_ids) != rows:
+        raise CheckpointError(f"shape mismatch: {rows} rows, {len(sequence_ids)} sequence_ids")
+    if type(metadata) is not dict:
+        raise CheckpointError("metadata is no dict")
+    if "ordinals" in metadata:
+        parse_ordinals(metadata["ordinals"], rows=rows)
+    if type(metadata.get("fingerprint", "")) is not str:
+        raise CheckpointError("fingerprint is no string")
+
+
+def _check_embeddings(
+    content: CheckpointContent, *, max_bytes: int | None, may_be_integers: bool
+) -> None:
+    embeddings = content.embeddings
     if (
         type(embeddings) is not Tensor
         or embeddings.layout != torch.strided
@@ -457,30 +313,16 @@ def _check_content(
     is_integer = embeddings.dtype in (torch.int64, torch.int32)
     if embeddings.dtype not in _DTYPES and not (may_be_integers and is_integer):
         raise CheckpointError(f"embeddings is {content.dtype}; it must be a floating type")
-    is_end_to_end = embeddings.dim() == 1 and type(metadata) is dict and "offsets" in metadata
-    if (embeddings.dim() != 2 and not is_end_to_end) or embeddings.numel() == 0:
+    if (embeddings.dim() != 2 and not content.is_ragged) or embeddings.numel() == 0:
         raise CheckpointError(
             f"shape mismatch: embeddings is {tuple(embeddings.shape)}; it must be (rows, width)"
         )
     if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):
         raise CheckpointError("embeddings claims more than the file holds")
-    if type(sequence_ids) is not list or not all(isinstance(id_, str) for id_ in sequence_ids):
-        raise CheckpointError("sequence_ids is no list of strings")
-    rows = (
-        _num_rows(metadata["offsets"], embeddings.numel()) if is_end_to_end else embeddings.shape[0]
-    )
-    if len(sequence_ids) != rows:
-        raise CheckpointError(f"shape mismatch: {rows} rows, {len(sequence_ids)} sequence_ids")
-    if type(metadata) is not dict:
-        raise CheckpointError("metadata is no dict")
-    if "ordinals" in metadata:
-        _ordinals(metadata["ordinals"], rows=len(sequence_ids))
-    if type(metadata.get("fingerprint", "")) is not str:
-        raise CheckpointError("fingerprint is no string")
 
 
 def _num_rows(offsets: Any, num_values: int) -> int:
-    """How many rows lie end to end in so many values."""
+    """Validate offsets, and return the number of rows that lie end to end."""
     if type(offsets) is not list or not all(type(value) is int for value in offsets):
         raise CheckpointError("offsets is no list of whole numbers")
     ascends = all(start < stop for start, stop in pairwise(offsets))
@@ -491,25 +333,8 @@ def _num_rows(offsets: Any, num_values: int) -> int:
     return len(offsets) - 1
 
 
-def _ordinals(values: Any, *, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Validate ordinals: a list, or an array of a marker's, which holds whole numbers from 0."""
-    if not isinstance(values, array):
-        if type(values) is not list or not all(
-            type(value) is int and 0 <= value < 2**63 for value in values
-        ):
-            raise CheckpointError("ordinals is no list of whole numbers from 0")
-        values = array("q", values)
-    ordinals = np.asarray(values)
-    if ordinals.size != rows:
-        raise CheckpointError(f"shape mismatch: {rows} rows, {ordinals.size} ordinals")
-    in_order = np.sort(ordinals)
-    if (in_order[1:] == in_order[:-1]).any():
-        raise CheckpointError("an ordinal is there twice")
-    return ordinals.astype(np.int64)
-
-
 def _require_agreement(content: CheckpointContent, marker: dict[str, Any]) -> None:
     for key, value in content.marker_fields().items():
-        said = marker.get(key)
-        if (said.tolist() if isinstance(said, array) else said) != value:
+        recorded = marker.get(key)
+        if (recorded.tolist() if isinstance(recorded, array) else recorded) != value:
             raise CheckpointError(f"its {key} is not what its marker says")

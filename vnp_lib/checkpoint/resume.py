@@ -12,14 +12,12 @@ import torch
 
 from vnp_lib.checkpoint.file import (
     CheckpointContent,
-    batch_idx_of,
-    checkpoint_paths,
-    move_checkpoint,
     read_content,
     readable_ids,
     to_numpy,
 )
 from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.markers import batch_idx_of, checkpoint_paths, move_checkpoint
 from vnp_lib.checkpoint.survey import Damage, require_few_lost
 from vnp_lib.errors import CheckpointError, FingerprintMismatchError, StorageError
 

@@ -16,7 +16,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from vnp_lib.checkpoint.file import CheckpointRecord, checkpoint_paths, move_to_damaged, read_record
+from vnp_lib.checkpoint.markers import (
+    CheckpointRecord,
+    checkpoint_paths,
+    move_to_damaged,
+    read_record,
+)
 from vnp_lib.errors import CheckpointError, StorageError, StorageFailingError
 from vnp_lib.storage import fsync_directory, marker_path, refresh_listing
 

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from vnp_lib.checkpoint.file import (
     CheckpointContent,
-    batch_idx_of,
-    move_to_damaged,
     plain_copy,
     read_content,
     require_committable,
@@ -30,6 +28,7 @@ from vnp_lib.checkpoint.file import (
     tensor_of,
 )
 from vnp_lib.checkpoint.manifest import CheckpointManifest
+from vnp_lib.checkpoint.markers import batch_idx_of, move_to_damaged
 from vnp_lib.environment import viral_checkpoint_mode
 from vnp_lib.errors import CheckpointError, CheckpointWriteError, StorageError
 from vnp_lib.storage import make_directory, marker_path, write_marker

@@ -23,7 +23,8 @@ from tests.checkpoints import (
 )
 from tests.helpers import flip_bit
 from vnp_lib.checkpoint import file
-from vnp_lib.checkpoint.file import batch_idx_of, load_checkpoint, move_to_damaged
+from vnp_lib.checkpoint.file import load_checkpoint
+from vnp_lib.checkpoint.markers import batch_idx_of, move_to_damaged
 from vnp_lib.checkpoint.resume import resume_from_checkpoints, validate_checkpoint_pt
 from vnp_lib.checkpoint.survey import Survey, survey_checkpoints
 from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
@@ -342,7 +343,7 @@ def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
     "name", ["batch_0.pt", "batch_00000.pt.done", "batch_000000.pt", "batch_-0001.pt", "a.pt"]
 )
 def test_what_is_no_checkpoints_name_has_no_number(name: str) -> None:
-    with pytest.raises(ValueError, match="no name of a checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint name"):
         batch_idx_of(Path(name))
 
 

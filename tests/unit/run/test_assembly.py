@@ -36,7 +36,7 @@ from tests.fake_runs import (
     write_checkpoint,
 )
 from tests.helpers import flip_bit
-from vnp_lib.checkpoint.file import CheckpointRecord
+from vnp_lib.checkpoint.markers import CheckpointRecord
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.errors import (
