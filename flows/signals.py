@@ -71,12 +71,12 @@ class _Requests:
         self._has_sigterm = True
         if _is_main_thread():
             signal.signal(signal.SIGTERM, self._on_further_sigterm)
-        if self._requests.on_signal() == Request.HURRY:  # Ctrl-C was the first
+        if self._requests.on_signal() == Request.EXIT_NOW:  # Ctrl-C was the first
             kill_workers()
         return True
 
     def _on_further_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        if self._requests.on_signal() == Request.HURRY:
+        if self._requests.on_signal() == Request.EXIT_NOW:
             self._leave_at_once(signum, frame)
 
     def _leave_at_once(self, signum: int, frame: FrameType | None) -> None:
@@ -93,9 +93,9 @@ class _Requests:
 
         def on_interrupt(signum: int, frame: FrameType | None) -> None:
             request = self._requests.on_signal()
-            if request == Request.HURRY:
+            if request == Request.EXIT_NOW:
                 kill_workers()
-            if request != Request.AGAIN or not has_workers():
+            if request != Request.REPEATED or not has_workers():
                 interrupt(signum, frame)
 
         quit_before = signal.signal(signal.SIGQUIT, self._leave_at_once)

@@ -104,6 +104,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         r"(?:named_|active_|\.)children\(",
         r"\.getChild\(",
         r"RUSAGE_CHILDREN",
+        r"ChildProcessError",
         # A list of pids that Linux publishes.
         r"/proc/\S*/children",
     ),

@@ -36,7 +36,7 @@ from tests.helpers import (
     workers_of,
 )
 from vnp_lib.plan.paths import RunPaths
-from vnp_lib.worker.stop_signals import HURRY_AFTER_S
+from vnp_lib.worker.stop_signals import EXIT_NOW_AFTER_S
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ from flows.signals import sigterm_cancels_the_flow
 from vnp_lib.worker import stop_signals
 from vnp_lib.worker.supervisor import run_worker
 
-stop_signals.HURRY_AFTER_S = 1.5
+stop_signals.EXIT_NOW_AFTER_S = 1.5
 
 async def follow(job):
     async def on_event(event):
@@ -295,7 +295,7 @@ def test_a_late_second_sigterm_waits_for_nobody(
     with nobody_left_of(process, run_dir):
         wait_until(lambda: process.poll() is not None or shards_with_checkpoints(run_dir) == {0, 1})
         process.send_signal(signal.SIGTERM)
-        time.sleep(HURRY_AFTER_S + 0.5)
+        time.sleep(EXIT_NOW_AFTER_S + 0.5)
         assert process.poll() is None
         assert len(workers_of(run_dir)) == 2
         before = finished_checkpoints(run_dir)

@@ -22,7 +22,7 @@ from vnp_lib.run.directory import open_run
 from vnp_lib.run.events import BatchComputed, CheckpointSaved, LogMessage
 from vnp_lib.storage.durable import make_directory, write_file
 from vnp_lib.storage.locks import FileLock
-from vnp_lib.worker.stop_signals import HURRY_AFTER_S
+from vnp_lib.worker.stop_signals import EXIT_NOW_AFTER_S
 from vnp_lib.worker.supervisor import run_worker
 
 pytestmark = pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, s
         if (heard["checkpoint"], heard["computing"]) == (1, 2):
             heard["checkpoint"] = 0
             os.kill(the_worker(job), signal.SIGTERM)
-            await asyncio.sleep(HURRY_AFTER_S + 0.1)
+            await asyncio.sleep(EXIT_NOW_AFTER_S + 0.1)
             os.kill(the_worker(job), signal.SIGTERM)
 
     failure = failure_of(job, on_event)

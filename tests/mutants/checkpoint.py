@@ -412,6 +412,6 @@ MUTANTS = (
         module="checkpoint.manifest",
         before="strikes[-most:] + others[-most:]",
         after="(strikes + others)[-most:]",
-        caught_by=(f"{_JUDGEMENT}::test_a_thousand_preemptions_push_no_strike_out",),
+        caught_by=(f"{_JUDGEMENT}::test_preemptions_push_no_strike_out",),
     ),
 )

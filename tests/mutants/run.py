@@ -33,18 +33,14 @@ MUTANTS = (
         module="run.resume",
         before="batch[~is_done[batch]]",
         after="batch",
-        caught_by=(
-            f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",
-        ),
+        caught_by=(f"{_WORKER}::test_rows_in_checkpoints_of_any_shard_are_not_pending",),
     ),
     Mutant(
         name="resumed-by-the-number-of-checkpoints",
         module="run.resume",
         before="        batches=_left(plan.shard_batches(rank), is_done, suspects, deferred),\n",
         after="        batches=list(enumerate(plan.shard_batches(rank)))[next_checkpoint:],\n",
-        caught_by=(
-            f"{_WORKER}::test_what_any_shards_valid_checkpoints_hold_is_not_computed_again",
-        ),
+        caught_by=(f"{_WORKER}::test_rows_in_checkpoints_of_any_shard_are_not_pending",),
     ),
     Mutant(
         name="rows-placed-by-arrival",
@@ -248,18 +244,14 @@ MUTANTS = (
         module="run.resume",
         before="    is_suspect[[*suspects, *deferred]] = True\n",
         after="",
-        caught_by=(
-            f"{_WORKER}::test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all",
-        ),
+        caught_by=(f"{_WORKER}::test_suspects_come_first_and_alone",),
     ),
     Mutant(
         name="quarantined-computed-again",
         module="run.resume",
         before="    is_done[list(Quarantine.of(plan, paths).ordinals())] = True\n",
         after="",
-        caught_by=(
-            f"{_WORKER}::test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all",
-        ),
+        caught_by=(f"{_WORKER}::test_suspects_come_first_and_alone",),
     ),
     Mutant(
         name="infinite-float16-in-the-dataset",

@@ -1,4 +1,4 @@
-"""The events by which a worker process reports to its parent: their types, and JSON lines on a pipe."""
+"""The events of a worker process: their types, and how they pass a pipe as JSON lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_MS = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEvent:
-    """Base of all events: a JSON object with the key `event` for the name, and one key per field."""
+    """Base of all events. As JSON: an object with the name under `event`, and one key per field."""
 
     name: ClassVar[str]
 

@@ -1,7 +1,8 @@
-"""Start a worker process: `python -P vnp_lib/worker/__main__.py job.json`, by the path of this file.
+"""The program of a worker process: `python -P vnp_lib/worker/__main__.py job.json`.
 
-It runs the `vnp_lib` that this file is part of, which is that of the process that started it. With
-`python -m vnp_lib.worker`, Python would take any `vnp_lib`, or `random.py`, in the current directory.
+It is started by the path of this file and runs the `vnp_lib` that this file is part of, which is
+that of its parent. With `python -m vnp_lib.worker`, Python would take any `vnp_lib`, or
+`random.py`, in the current directory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ _PACKAGE = "vnp_lib"
 
 
 def import_own_package() -> None:
-    """Import `vnp_lib` from the directory of this file, unless it has been imported: the worker compares the code anyway."""
+    """Import `vnp_lib` from the directory of this file.
+
+    If another one has been imported already, the attempt will refuse it.
+    """
     if _PACKAGE in sys.modules:
         return
     directory = Path(__file__).parents[1]

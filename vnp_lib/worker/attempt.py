@@ -1,8 +1,8 @@
-"""The child process of one attempt on one shard: started by `__main__`.
+"""One attempt on one shard, in a worker process that `__main__` starts.
 
-It says what it does as JSON lines on standard output and logs to standard error. It stops at the next batch boundary
-when it gets SIGTERM or when its parent is gone, with everything that it computed on disk. Before the first batch
-there is nothing to save, and SIGTERM simply ends it.
+It reports its events as JSON lines on standard output and logs to standard error. On SIGTERM, or if
+its parent is gone, it stops at the next batch boundary with everything that it computed on disk.
+Before the first batch there is nothing to save, and SIGTERM simply ends it.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ from vnp_lib.storage import FileLock, remove_orphaned_temporaries
 from vnp_lib.streams import standard_streams
 from vnp_lib.worker.stop_signals import Request, StopRequests
 
-if (
-    TYPE_CHECKING
-):  # torch takes seconds to import, and a child that waits for its shard does without
+# torch takes seconds to import, and a worker process that waits for its shard does not need it.
+if TYPE_CHECKING:
     from vnp_lib.inference import AsyncInferenceRunner, ExactModel
     from vnp_lib.model import ESM2, PackedBatch, Weights
 
@@ -71,18 +70,20 @@ logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 5.0
 _SIGN_OF_LIFE_S = 1.0
-_SLOWEST_CPU = 5e8  # operations in a second: a hundredth of a core that has nothing else to do
-_SLOWEST_GPU = 5e11  # a tenth of the oldest in use
-_MOST_IN_A_ROW = 20  # sequences without a finite row
+_SLOWEST_CPU = 5e8  # operations per second: a hundredth of an idle core
+_SLOWEST_GPU = 5e11  # operations per second: a tenth of the oldest GPU in use
+_MAX_NON_FINITE_IN_A_ROW = 20  # sequences
 _ORPHAN_LIMIT_S = 60
-_WORTH_A_TRIAL = 200_000_000_000  # multiplications: ten times those of the trial that finds the faster way to do them
+# Ten times the multiplications of the trial that finds the faster way to multiply.
+_MIN_MULTIPLICATIONS_FOR_TRIAL = 200_000_000_000
 
 
 class StopFlag:
-    """Set by SIGTERM, by the parent or by its end, from where the loop asks for it. SIGTERM may also ask to leave at once.
+    """The request to stop, set by SIGTERM, by the parent or by its end, and read by the loop.
 
-    It does when it comes 8 s or more after the first, see `StopRequests`. The parent's request comes on its pipe before the
-    parent's SIGTERM: however late that is, it is no second one.
+    A SIGTERM that comes 8 s or more after the first ends the process at once, see `StopRequests`.
+    The parent's request comes on its pipe before the parent's SIGTERM: however late that signal is,
+    it is not a second request.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -95,7 +96,7 @@ class StopFlag:
         self.is_installed = True
 
     def set(self) -> None:
-        """Take note of the parent's request, or of its end."""
+        """Record the request of the parent, or its end."""
         self._requests.restart()
         self._is_set = True
 
@@ -103,9 +104,10 @@ class StopFlag:
         return self._is_set
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if _has_word_from_parent():  # which the thread that reads it has not come to yet
+        # The thread that reads the pipe may not have run yet.
+        if _has_stop_request():
             self._requests.restart()
-        if self._requests.on_signal() == Request.HURRY:
+        if self._requests.on_signal() == Request.EXIT_NOW:
             os._exit(ExitCode.STOPPED)
         self._is_set = True
 
@@ -116,8 +118,8 @@ class Events(Protocol):
     def send(self, event: WorkerEvent) -> None: ...
 
 
-class _EventHandler(logging.Handler):
-    """Sends log records to the parent, which shows them under the task run."""
+class _EventLogHandler(logging.Handler):
+    """Sends log records to the parent, which adds them to the log of the task run."""
 
     def __init__(self, events: EventStream) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class _EventHandler(logging.Handler):
 
 
 class ShardAttempt:
-    """Embeds what is left of one shard, into checkpoints."""
+    """Embeds the pending sequences of one shard into checkpoints."""
 
     def __init__(self, job: ShardJob, events: Events, stop: StopFlag) -> None:
         self._job = job
@@ -140,24 +142,27 @@ class ShardAttempt:
         self._record: RunRecord | None = None
 
     def run(self) -> ExitCode:
-        """Do it. The shard's lock is held until this process ends: another attempt may have to wait for our saving."""
+        """Run the attempt under the lock of the shard.
+
+        The lock is held until this process exits: the next attempt waits until all is saved.
+        """
         self._wait_for_lock()
         return self.run_in_lock()
 
     def run_in_lock(self) -> ExitCode:
-        """The same for a caller who holds the shard's lock, and gives it back when this has returned."""
+        """Run the attempt for a caller that holds the lock of the shard, and keeps it meanwhile."""
         with self._history:
             try:
-                return self._embed_what_is_left()
+                return self._embed_pending()
             finally:
                 if self._record is not None:
                     self._record.close()
 
-    def _embed_what_is_left(self) -> ExitCode:
+    def _embed_pending(self) -> ExitCode:
         plan = load_plan(self._paths)
         if plan.fingerprint != self._job.fingerprint:
             raise InputError(
-                f"{self._paths.plan_json} is of another run by now; start the run again"
+                f"{self._paths.plan_json} now belongs to another run; start the run again"
             )
         remove_orphaned_temporaries(self._paths.shard_dir(self._job.rank))
         work = find_pending_work(
@@ -208,28 +213,28 @@ class ShardAttempt:
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
         if job.is_deterministic:
-            torch.set_deterministic_debug_mode(
-                "warn"
-            )  # `use_deterministic_algorithms` imports torch's compiler
+            # `use_deterministic_algorithms` would import torch's compiler.
+            torch.set_deterministic_debug_mode("warn")
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
         heads = layout.heads if layout is not None else ()
         weights = self._unchanged_weights(plan, heads)
-        signs = SignsOfLife(self._events)
-        watched: dict[str, Any] = {"on_loading": signs.loading, "on_loaded": signs.watch}
+        liveness = LivenessReporter(self._events)
+        watched: dict[str, Any] = {"on_loading": liveness.loading, "on_loaded": liveness.watch}
         exact_model = ExactModel(job.model, weights, device=device, layout=layout, **watched)
         exact_rows = {} if is_exact else self._exact_rows(plan, work, exact_model)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the exact model took
+            # Release what the exact model used.
+            torch.cuda.empty_cache()
         model = load_model(
             job.model,
             weights,
             dtype=getattr(torch, job.dtype),
             device=device,
-            by_convolution=None if self._is_worth_a_trial(work) else True,
+            by_convolution=None if self._should_try_both_ways(work) else True,
         )
-        signs.watch(model)
+        liveness.watch(model)
         self._record = RunRecord(
             self._paths.manifest,
             world_size=plan.num_shards,
@@ -257,32 +262,35 @@ class ShardAttempt:
             exact_rows=exact_rows,
         )
 
-    def _is_worth_a_trial(self, work: PendingWork) -> bool:
-        """Whether it pays to try which way to multiply is faster, and each attempt may find its own."""
+    def _should_try_both_ways(self, work: PendingWork) -> bool:
+        """Whether a trial of the faster way to multiply pays off, and attempts may differ in it."""
         from vnp_lib.model import architecture_of
 
         architecture = architecture_of(self._job.model)
         num_weights = 12 * architecture.num_layers * architecture.embed_dim**2
-        return not self._job.is_deterministic and work.tokens_left * num_weights > _WORTH_A_TRIAL
+        num_multiplications = work.tokens_left * num_weights
+        return (
+            not self._job.is_deterministic and num_multiplications > _MIN_MULTIPLICATIONS_FOR_TRIAL
+        )
 
     def _unchanged_weights(self, plan: RunPlan, heads: Sequence[OutputKind]) -> Weights:
-        """Find what the run was begun with. InputError where it is something else by now."""
+        """Return the weights with which the run started; raise InputError if they have changed."""
         from vnp_lib.model import check_heads, resolve_weights
 
         job = self._job
         weights = resolve_weights(job.model, job.weights)
         if weights.digest != job.weights_digest:
             raise InputError(
-                f"the weights of {job.model} ({job.weights}) have changed since the run was begun"
+                f"the weights of {job.model} ({job.weights}) have changed since the run started"
             )
         if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
             raise InputError(
-                f"the contact regression of {job.model} has changed since the run was begun"
+                f"the contact regression of {job.model} has changed since the run started"
             )
         return weights
 
     def _layout(self, plan: RunPlan) -> RowLayout | None:
-        """What a row is; None: the mean over all residues of the last layer, which a model gives without being asked."""
+        """Return the layout of a row; None for the mean over all residues of the last layer."""
         from vnp_lib.model import architecture_of
 
         architecture = architecture_of(self._job.model)
@@ -295,25 +303,26 @@ class ShardAttempt:
     def _exact_rows(
         self, plan: RunPlan, work: PendingWork, model: ExactModel
     ) -> Mapping[int, NDArray[np.float32]]:
-        """Embed this shard's part of the sample in float32, before the run's own model takes the memory.
+        """Embed this shard's part of the sample in float32, before the run's model uses the memory.
 
-        Each sequence is announced like a batch: should the process die of it, it is accused. To measure harms nothing: what
-        is bad is judged when its batch comes.
+        Each sequence is reported like a batch, so that it is accused if it crashes the process. An
+        error here has no consequence: the sequence is computed again in its batch.
         """
         sample = sampled_ordinals(plan)
-        alone = [
-            (idx, own[place : place + 1])
-            for idx, own in work.batches
-            for place in np.flatnonzero(np.isin(own, sample))
+        batches_of_one = [
+            (batch_idx, ordinals[place : place + 1])
+            for batch_idx, ordinals in work.batches
+            for place in np.flatnonzero(np.isin(ordinals, sample))
         ]
         rows = ExactRows(self._paths.shard_dir(self._job.rank))
         try:
-            if alone:
+            if batches_of_one:
                 model.load()
-        except Exception as error:  # there is no room for it
-            logger.warning("nothing is compared with float32: %s", error)
+        except Exception as error:
+            # Its float32 weights may not fit into the memory of the device.
+            logger.warning("no embedding is compared with float32: %s", error)
             return rows
-        for batch in read_batches(plan, alone):
+        for batch in read_batches(plan, batches_of_one):
             ordinal = int(batch.ordinals[0])
             self._events.send(_batch_started(self._job, batch))
             try:
@@ -324,7 +333,7 @@ class ShardAttempt:
         return rows
 
     def _embed(self, runner: AsyncInferenceRunner, plan: RunPlan, work: PendingWork) -> None:
-        callbacks = _Reporter(self._job, plan, self._events, self._stop, self._history)
+        callbacks = _AttemptCallbacks(self._job, plan, self._events, self._stop, self._history)
         batches = read_batches(plan, work.batches)
         with closing(
             runner.embed(batches, next_checkpoint=work.next_checkpoint, callbacks=callbacks)
@@ -339,57 +348,57 @@ class ShardAttempt:
                     )
                 )
                 if result.sequence_ids:
-                    callbacks.set_aside()
+                    callbacks.quarantine_non_finite()
                 callbacks.require_finite_rows()
         if not self._stop.is_set():
-            callbacks.set_aside()
+            callbacks.quarantine_non_finite()
 
 
-class SignsOfLife:
-    """Says that a forward pass goes on, at each layer, but once a second at most.
+class LivenessReporter:
+    """Reports that a forward pass is running, at each layer, but at most once per second.
 
-    On a GPU layers are only launched: there, the end of the batch is what tells.
+    On a GPU layers are only launched: there, the end of the batch is the sign of life.
     """
 
     def __init__(self, events: Events, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._events = events
         self._clock = clock
-        self._said_at_s = clock()
+        self._sent_at_s = clock()
 
     def watch(self, network: ESM2) -> None:
-        """Say it for the passes of a network from now on."""
+        """Report the layers of a network from now on."""
         for layer in network.layers:
             layer.register_forward_pre_hook(lambda module, inputs: self._on_layer())
 
     def loading(self) -> None:
-        """Say that a model is being loaded: no protein is to blame for the time that takes."""
+        """Report that a model is being loaded: no protein is accused of the time that takes."""
         self._events.send(ModelLoading())
 
     def _on_layer(self) -> None:
         now_s = self._clock()
-        if now_s - self._said_at_s >= _SIGN_OF_LIFE_S:
-            self._said_at_s = now_s
+        if now_s - self._sent_at_s >= _SIGN_OF_LIFE_S:
+            self._sent_at_s = now_s
             self._events.send(LayerStarted())
 
 
 def _batch_started(job: ShardJob, batch: PackedBatch) -> BatchStarted:
-    """Describe a batch that goes into the model: what to accuse, and how long a sign of life may take."""
-    alone = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
+    """Describe a batch that goes into the model: what to accuse, and the time that it may take."""
+    ordinal = int(batch.ordinals[0]) if batch.num_sequences == 1 else None
     return BatchStarted(
         batch_idx=batch.batch_idx,
-        ordinal=alone,
-        is_deferred=alone in job.deferred,
+        ordinal=ordinal,
+        is_deferred=ordinal in job.deferred,
         slowest_s=slowest_s(job.model, batch.lengths + NUM_SPECIAL_TOKENS, device=job.device),
     )
 
 
 def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
-    """Return the seconds that pass between two signs of life on the slowest machine that we expect, to a digit.
+    """Return the seconds between two signs of life on the slowest machine that is supported.
 
-    A sign comes from each layer on a CPU, and from each pass on a GPU.
+    On a CPU each layer is a sign of life, on a GPU each pass. The result has one decimal.
 
     Args:
-        model: By fair-esm's name.
+        model: Its name in fair-esm.
         seqlens: Tokens of each sequence of the pass, (B,).
         device: "cpu" or "cuda".
     """
@@ -398,16 +407,15 @@ def slowest_s(model: str, seqlens: NDArray[np.int64], *, device: str) -> float:
     architecture = architecture_of(model)
     dim = architecture.embed_dim
     exact = seqlens.astype(np.float64)
-    operations = (
-        24 * dim**2 * exact.sum() + 4 * dim * (exact**2).sum()
-    )  # of a layer: its projections, its attention
+    # Of a layer: its projections and its attention.
+    operations = 24 * dim**2 * exact.sum() + 4 * dim * (exact**2).sum()
     if device == "cpu":
         return round(float(operations) / _SLOWEST_CPU, 1)
     return round(float(operations) * architecture.num_layers / _SLOWEST_GPU, 1)
 
 
-class _Reporter(Callbacks):
-    """Tells the parent, and sets aside what cannot be embedded."""
+class _AttemptCallbacks(Callbacks):
+    """Reports events to the parent, and quarantines sequences without a finite embedding."""
 
     def __init__(
         self, job: ShardJob, plan: RunPlan, events: Events, stop: StopFlag, history: AttemptHistory
@@ -418,9 +426,8 @@ class _Reporter(Callbacks):
         self._stop = stop
         self._history = history
         self._quarantine = Quarantine.of(plan, RunPaths(job.run_dir))
-        self._not_finite: list[
-            QuarantinedSequence
-        ] = []  # one after the other, none with a finite row in between
+        # In a row: without a sequence in between that has a finite embedding.
+        self._not_finite: list[QuarantinedSequence] = []
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
@@ -440,18 +447,19 @@ class _Reporter(Callbacks):
             super().on_not_finite(batch)
         cause = FailureCause.NUMERICAL_INSTABILITY
         failure = Failure(
-            cause=cause, message="its embedding is not finite, computed alone in float32 too"
+            cause=cause, message="its embedding is not finite, even if computed alone in float32"
         )
         self._not_finite += [
             QuarantinedSequence.of_failure(self._plan, each, failure, attempts=2)
             for each in batch.ordinals.tolist()
         ]
 
-    def set_aside(self) -> None:
-        """Put what has no finite row in quarantine, now that another row is finite, or there is nothing left to compute.
+    def quarantine_non_finite(self) -> None:
+        """Quarantine the sequences without a finite embedding.
 
-        No sooner: where no row is finite any more it is the device or the weights, and what was computed just then is to be
-        tried again.
+        To be called only once another embedding is finite, or nothing is left to compute: if no
+        embedding is finite any more, the device or the weights are at fault, and these sequences
+        are to be tried again.
         """
         if not self._not_finite:
             return
@@ -461,15 +469,15 @@ class _Reporter(Callbacks):
         self._not_finite = []
 
     def require_finite_rows(self) -> None:
-        """Raise QuarantineFullError where one sequence after the other has no finite row."""
-        if len(self._not_finite) >= _MOST_IN_A_ROW:
+        """Raise QuarantineFullError if too many sequences in a row have no finite embedding."""
+        if len(self._not_finite) >= _MAX_NON_FINITE_IN_A_ROW:
             raise too_many_non_finite(
-                f"{len(self._not_finite)} sequences one after the other", self._quarantine.path
+                f"{len(self._not_finite)} consecutive sequences", self._quarantine.path
             )
 
 
 def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
-    """The thresholds of a job, or nothing where both are the defaults, which the environment may change."""
+    """Return the thresholds of a job; none for the defaults, which the environment may change."""
     from vnp_lib.checkpoint import DEFAULT_SEQ_THRESHOLD, DEFAULT_TIME_THRESHOLD_S
 
     thresholds = (job.checkpoint_seq_threshold, job.checkpoint_time_threshold)
@@ -481,9 +489,9 @@ def _checkpoint_thresholds(job: ShardJob) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the attempt that a job file describes; what went wrong is in the last event.
+    """Run the attempt that a job file describes; the last event says what went wrong.
 
-    Standard error is the shard's log: an attempt does not fail because its disk is full.
+    Standard error is the log of the shard: an attempt does not fail because its disk is full.
     """
     with standard_streams():
         return _run(arguments)
@@ -497,42 +505,46 @@ def _run(arguments: Sequence[str]) -> int:
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger("vnp_lib").addHandler(_EventHandler(events))
-    threading.Thread(target=_heed_the_parent, args=(stop,), daemon=True).start()
+    logging.getLogger("vnp_lib").addHandler(_EventLogHandler(events))
+    threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
     try:
         text = Path(arguments[0]).read_text(encoding="utf-8")
-        require_same_package(
-            json.loads(text).get("package")
-        )  # before the rest, whose fields may be another version's
+        # Checked first, since the other fields may be those of another version.
+        require_same_package(json.loads(text).get("package"))
         job = ShardJob.model_validate_json(text)
         return ShardAttempt(job, events, stop).run()
-    except Exception as error:  # the outermost frame: whatever it was, the parent learns of it
+    except Exception as error:
+        # The outermost frame: any error is reported to the parent.
         logger.exception("the attempt failed")
         events.send(AttemptFailed(failure=classify_exception(error)))
         return ExitCode.FAILED
 
 
-def _heed_the_parent(stop: StopFlag) -> None:
-    """Stop when the parent asks for it on standard input, or when that ends since the parent is gone."""
+def _watch_parent(stop: StopFlag) -> None:
+    """Stop if the parent requests it on standard input, or if that ends with the parent."""
     while True:
         select.select([0], [], [])
-        stop.set()  # before the word is taken out of the pipe, where a handler of SIGTERM looks for it
-        word = os.read(
-            0, 4096
-        )  # not sys.stdin: a daemon thread inside its lock aborts the interpreter's exit
-        if not stop.is_installed:  # nothing has been computed
+        # Before the request is taken out of the pipe, where the handler of SIGTERM looks for it.
+        stop.set()
+        # Not by sys.stdin: a daemon thread inside its lock aborts the interpreter's exit.
+        request = os.read(0, 4096)
+        if not stop.is_installed:
+            # Nothing has been computed yet.
             os.kill(os.getpid(), signal.SIGTERM)
-        if not word:
+        if not request:
             break
-    for _ in range(_ORPHAN_LIMIT_S):  # not at once: it may be stopped and continued in between
+    # In steps of a second, since this process may be stopped and continued in between.
+    for _ in range(_ORPHAN_LIMIT_S):
         time.sleep(1.0)
-    os._exit(ExitCode.STOPPED)  # it hangs, and nobody else is there to notice
+    # It hangs, and no parent is left to notice.
+    os._exit(ExitCode.STOPPED)
 
 
-def _has_word_from_parent() -> bool:
+def _has_stop_request() -> bool:
     try:
         return bool(select.select([0], [], [], 0)[0])
-    except (OSError, ValueError):  # there is no standard input
+    except (OSError, ValueError):
+        # There is no standard input.
         return False
 
 

@@ -1,4 +1,4 @@
-"""Signs of life across machines: a small file that one keeps changing and another watches. No clock is compared."""
+"""Heartbeats between machines: a small file that one machine rewrites and another one watches."""
 
 from __future__ import annotations
 
@@ -10,59 +10,61 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from vnp_lib.storage import write_file
-from vnp_lib.worker.liveness import Silence
+from vnp_lib.worker.liveness import SilenceTimer
 
-_LOOK_EVERY_S = 10.0  # or oftener
-_MOST_LAST_WRITE_S = 1.0
+_POLL_S = 10.0  # at most
+_MAX_LAST_WRITE_S = 1.0
 
 
 @asynccontextmanager
 async def send_heartbeats(path: Path, *, interval_s: float) -> AsyncIterator[None]:
-    """Change the file every so often while the block runs. A disk that refuses does not harm the block.
+    """Rewrite the file every `interval_s` while the block runs; ignore errors of the disk.
 
-    In a thread: what keeps the event loop busy for minutes, as a look at very many checkpoints, is not the machine's end.
+    A thread does it: what keeps the event loop busy for minutes, such as reading very many
+    checkpoints, does not mean that the machine is gone.
     """
     is_over = threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, interval_s, is_over), daemon=True)
+
+    def write_until_over() -> None:
+        while not is_over.is_set():
+            with suppress(OSError):
+                write_file(path, uuid.uuid4().bytes, replace=True)
+            is_over.wait(interval_s)
+
+    thread = threading.Thread(target=write_until_over, daemon=True)
     thread.start()
     try:
         yield
     finally:
         is_over.set()
-        thread.join(_MOST_LAST_WRITE_S)
+        thread.join(_MAX_LAST_WRITE_S)
 
 
 class HeartbeatWatch:
-    """Says for how long a file has not changed, by this machine's clock, from when it was first looked at.
+    """Measures for how long a file has not changed, from when it was first read.
 
-    Time in which nobody looked, since this machine or process stood still, counts for no more than one look.
+    Only the clock of this machine counts: it is not compared with that of the other one. Time in
+    which nobody called, because this machine or process was suspended, counts as one poll.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
-        self._silence = Silence(look_every_s=_LOOK_EVERY_S, clock=clock)
+        self._silence = SilenceTimer(poll_s=_POLL_S, clock=clock)
         self.reset()
 
     def reset(self) -> None:
-        """Start counting anew, as when nobody is expected to be alive."""
+        """Count from now, as while no heartbeat is expected."""
         self._content = self._read()
-        self._silence.end()
+        self._silence.restart()
 
     def silent_for_s(self) -> float:
-        """Look, and say for how long nothing has changed."""
+        """Read the file, and return for how many seconds nothing has changed."""
         if self._read() != self._content:
             self.reset()
-        return self._silence.look()
+        return self._silence.check()
 
     def _read(self) -> bytes | None:
         try:
             return self._path.read_bytes()
         except OSError:
             return None
-
-
-def _beat(path: Path, interval_s: float, is_over: threading.Event) -> None:
-    while not is_over.is_set():
-        with suppress(OSError):
-            write_file(path, uuid.uuid4().bytes, replace=True)
-        is_over.wait(interval_s)

@@ -1,4 +1,4 @@
-"""What is done about a failed attempt: judged by the policy, acted upon, and recorded for whoever comes later."""
+"""Handle a failed attempt: apply the retry policy and record the outcome in the manifest."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from vnp_lib.worker.retry import RetryDecision, RetryPolicy
 
 
 def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> RetryDecision:
-    """Decide what becomes of a shard after a failed attempt.
+    """Decide whether and how a shard continues after a failed attempt.
 
-    Afterwards the manifest has the failure and what follows from it: sequences to be computed alone, a smaller token
-    budget, or a shard that has failed for good. A sequence that failed alone too often is in quarantine.
+    Afterwards the manifest holds the failure and its consequence: sequences to compute alone, a
+    smaller token budget, or a shard that has failed permanently. A sequence that failed alone too
+    often is in quarantine.
 
     Args:
-        session: Of this flow run: what a person may have mended since the last one does not count any more.
+        run: The run of the shard.
+        rank: Which shard.
+        failure: What ended the attempt.
+        session: Id of this flow run. Failures of earlier ones count only in part, since a person
+            may have fixed the cause in between.
     """
     recorded = run.manifest.shard(rank) or ShardRecord.new(rank)
     failure = _with_batch(run, rank, failure)
@@ -32,18 +37,18 @@ def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> Re
     policy = RetryPolicy.from_config(run.config.runtime)
     decision, failures = policy.decide(failure, history), [failure]
     if decision.is_circuit_open and failure.is_silence and failure.ordinal is not None:
-        decision = replace(decision, reason=_silent(run, failure.ordinal, failure))
+        decision = replace(decision, reason=_silence_reason(run, failure.ordinal, failure))
     elif decision.is_circuit_open and run.config.on_poison == "quarantine":
         try:
             decision = _isolate(run, rank, failure, decision)
         except (StorageError, OSError) as error:
-            # The strike counts, so that the sequence is set aside after the next attempt; whether there is one is judged as
-            # after any attempt that ends at a disk which takes nothing.
+            # The strike counts, so that the sequence is quarantined after the next attempt. Whether
+            # there is one is decided as after any attempt that cannot write to its disk.
             failures.append(classify_exception(error))
             decision = policy.decide(failures[-1], history)
     if decision.token_budget_scale < 1.0 and recorded.device is not None:
         run.scale_token_budget(rank, recorded.device, decision.token_budget_scale)
-    about = {
+    context = {
         "session": session,
         "reason": decision.reason,
         "at": datetime.now(UTC).isoformat(),
@@ -51,7 +56,7 @@ def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> Re
         "num_done": recorded.total_sequences,
     }
     for each in failures:
-        run.manifest.record_failure(rank, each.to_json() | about)
+        run.manifest.record_failure(rank, each.to_json() | context)
     if not decision.retry:
         run.manifest.mark_shard_failed(rank, error=decision.reason)
     return decision
@@ -60,12 +65,15 @@ def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> Re
 def counted_failures(
     records: Sequence[dict[str, Any]], session: str, *, num_done: int
 ) -> list[Failure]:
-    """Pick the failures of a shard that still count.
+    """Return the failures of a shard that still count.
 
-    Strikes and preemptions count for ever. Other failures count within one flow run, for a person who starts the run
-    again may have mended the cause, and until a new checkpoint, for a shard that comes on is not stuck.
+    Strikes and preemptions always count. Other failures count within one flow run, since a person
+    who starts the run again may have fixed the cause, and until a new checkpoint, since a shard
+    that makes progress is not stuck.
 
     Args:
+        records: The failures as the manifest has them, oldest first.
+        session: Id of this flow run.
         num_done: Sequences of the shard that are in checkpoints now.
     """
     return [
@@ -78,7 +86,7 @@ def counted_failures(
 
 
 def _with_batch(run: Run, rank: int, failure: Failure) -> Failure:
-    """Name an accused batch by what is in it."""
+    """Identify an accused batch by its content."""
     if not failure.accuses_batch or failure.ordinal is not None:
         return failure
     assert failure.batch_idx is not None
@@ -88,24 +96,28 @@ def _with_batch(run: Run, rank: int, failure: Failure) -> Failure:
     )
 
 
-def _silent(run: Run, ordinal: int, failure: Failure) -> str:
-    """Say at which sequence a shard stands still. It is not set aside: a slow machine looks the same."""
+def _silence_reason(run: Run, ordinal: int, failure: Failure) -> str:
+    """Describe at which sequence a shard makes no progress.
+
+    The sequence is not quarantined: a slow machine looks the same.
+    """
     sequence_id, length = run.plan.ids(np.array([ordinal]))[0], int(run.plan.lengths[ordinal])
     return (
-        f"{sequence_id!r} ({length:,} residues), computed alone and last, gave no sign of life: {failure.message}. All else of "
-        f"the shard is saved. Raise --runtime.silence-limit-s if this machine may be that slow; --allow-partial puts the "
-        f"dataset together without this sequence"
+        f"{sequence_id!r} ({length:,} residues), computed alone and last, gave no sign of life: "
+        f"{failure.message}. The rest of the shard is saved. Raise --runtime.silence-limit-s if "
+        f"this machine may be that slow, or assemble the dataset without this sequence "
+        f"(--allow-partial)"
     )
 
 
 def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> RetryDecision:
-    """Take an accused batch apart, or set an accused sequence aside; the shard then goes on."""
+    """Split an accused batch, or quarantine an accused sequence, so that the shard can continue."""
     if failure.ordinal is None:
         assert failure.batch_idx is not None
         ordinals = run.plan.shard_batches(rank)[failure.batch_idx].tolist()
         run.manifest.add_suspects(rank, ordinals)
-        taken_apart = f"{decision.reason}: its sequences are computed one by one"
-        return replace(decision, retry=True, reason=taken_apart)
+        reason = f"{decision.reason}: its sequences are computed one by one"
+        return replace(decision, retry=True, reason=reason)
     sequence = QuarantinedSequence.of_failure(
         run.plan, failure.ordinal, failure, attempts=run.config.runtime.max_retries_poison
     )
@@ -113,5 +125,8 @@ def _isolate(run: Run, rank: int, failure: Failure, decision: RetryDecision) -> 
         run.quarantine.add(sequence)
     except QuarantineFullError as error:
         return replace(decision, retry=False, reason=str(error))
-    set_aside = f"{sequence.id!r} is set aside in {run.paths.quarantine}, the others go on: {decision.reason}"
-    return replace(decision, retry=True, reason=set_aside)
+    reason = (
+        f"{sequence.id!r} is quarantined in {run.paths.quarantine}, and the shard continues "
+        f"without it: {decision.reason}"
+    )
+    return replace(decision, retry=True, reason=reason)

@@ -1,4 +1,4 @@
-"""Whether and when a failed shard is tried again: a pure judgement over its failure and those before it."""
+"""The retry policy: whether and when a failed shard is tried again, as a pure function."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from vnp_lib.failures import Failure, FailureKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryDecision:
-    """What to do about a failure, and why, in words for a person."""
+    """What to do about a failure, and the reason, for people."""
 
     retry: bool
     delay_s: float
     reason: str
     token_budget_scale: float = 1.0  # factor on the next attempt's token budget
-    is_circuit_open: bool = (
-        False  # the accused batch, or sequence, has failed so often that it is not tried again
-    )
+    # The accused batch, or sequence, has failed so often that it is not tried again.
+    is_circuit_open: bool = False
 
 
 class CircuitBreaker:
-    """Counts how often a batch of a shard, or a sequence, has failed, and says when that is enough."""
+    """Counts how often a batch of a shard, or a sequence, has failed, up to a limit."""
 
     def __init__(self, *, limit: int, strikes: Iterable[tuple[object, ...]] = ()) -> None:
-        """`strikes` are the earlier failures, each by its key."""
+        """Start from the earlier failures, `strikes`, each by its key."""
         self._limit = limit
         self._strikes = Counter(strikes)
 
     def record(self, *key: object) -> int:
-        """Count one more failure and return their number."""
+        """Count one more failure and return the number of all."""
         self._strikes[key] += 1
         return self._strikes[key]
 
@@ -42,7 +41,7 @@ class CircuitBreaker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """Each kind of failure has its own cure."""
+    """Limits and delays for each kind of failure."""
 
     max_retries_transient: int
     max_retries_oom: int
@@ -63,7 +62,12 @@ class RetryPolicy:
         )
 
     def decide(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
-        """Judge a failure by the earlier ones of the same shard that still count (`history` does not hold it yet)."""
+        """Decide about a failure.
+
+        Args:
+            failure: The latest of the shard.
+            history: The earlier ones that still count, without this one.
+        """
         if failure.is_permanent:
             return RetryDecision(
                 retry=False,
@@ -92,7 +96,7 @@ class RetryPolicy:
                 return self._decide_counted(failure, len(same_kind), self.max_retries_transient)
 
     def backoff_s(self, retry_count: int) -> float:
-        """Delay after `retry_count` earlier retries: it doubles from the base up to the cap."""
+        """Return the delay after `retry_count` earlier retries, doubled each time up to the cap."""
         return min(self.backoff_base_s * 2.0 ** min(retry_count, 62), self.backoff_max_s)
 
     def _decide_counted(
@@ -111,9 +115,8 @@ class RetryPolicy:
     def _decide_accused(self, failure: Failure, history: Sequence[Failure]) -> RetryDecision:
         accused = _accused(failure)
         limit = self.max_retries_poison
-        if (
-            failure.is_silence and failure.ordinal is not None
-        ):  # the second opinion has a longer limit
+        # A second attempt at a silent sequence gets more time, so there is always one.
+        if failure.is_silence and failure.ordinal is not None:
             limit = max(2, limit)
         breaker = CircuitBreaker(
             limit=limit, strikes=[_accused(past) for past in history if past.accuses_batch]
@@ -134,10 +137,10 @@ class RetryPolicy:
 
 
 def _accused(failure: Failure) -> tuple[object, ...]:
-    """What a failure is blamed on: the sequence that was alone in the model, else the batch, by what is in it.
+    """Return the key of what a failure accuses: the only sequence in the model, else the batch.
 
-    With other shards, or another token budget, a batch of the same number has other sequences. Silence at a sequence counts
-    by itself.
+    A batch is identified by its content: with other shards, or another token budget, a batch of the
+    same number holds other sequences. Silence at a sequence is counted separately.
     """
     if failure.ordinal is not None:
         return "sequence", failure.ordinal, failure.is_silence

@@ -1,4 +1,4 @@
-"""One child process: started, followed line by line, stopped in time, and its end judged."""
+"""Start a worker process, follow its events, stop it in time, and classify how it ended."""
 
 from __future__ import annotations
 
@@ -36,31 +36,34 @@ from vnp_lib.run import (
     SavingStarted,
     WaitingForShard,
 )
-from vnp_lib.worker.liveness import ProcessState, Silence
+from vnp_lib.worker.liveness import ProcessState, SilenceTimer
 
 logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], Awaitable[None]]
 T = TypeVar("T")
 
-STOP_LINE = b"stop\n"  # to a worker, on its standard input; its end means that the parent is gone
+# Sent to the standard input of a worker process. The end of that input means that the parent is
+# gone.
+STOP_LINE = b"stop\n"
 
-_SECOND_OPINION = 5  # times the silence limit, for a sequence that is computed alone since an attempt was silent at it
-_LOOK_EVERY_S = 1.0  # for signs of life; oftener where a limit is short
-_LOOK_AT_EXIT_S = 0.1
+# Factor on the silence limit for a sequence that is computed alone because an earlier attempt was
+# silent at it.
+_DEFERRED_LIMIT_FACTOR = 5
+_POLL_S = 1.0  # for signs of life; less if a limit is short
+_EXIT_POLL_S = 0.1
 
-# Workers that are not known to be gone, and the seconds each has to save its work.
+# Worker processes that are not known to have exited, and the seconds each has to save its work.
 _followed: dict[asyncio.subprocess.Process, float] = {}
 
 
 def worker_command(job_path: Path) -> list[str]:
-    """Return the command of a worker process. It imports nothing from the current directory, and this process's `vnp_lib`."""
-    return [
-        sys.executable,
-        "-P",
-        str(Path(__file__).with_name("__main__.py").absolute()),
-        str(job_path),
-    ]
+    """Return the command of a worker process.
+
+    It runs this process's `vnp_lib` and imports nothing from the current directory.
+    """
+    main = Path(__file__).with_name("__main__.py").absolute()
+    return [sys.executable, "-P", str(main), str(job_path)]
 
 
 async def run_worker(
@@ -73,82 +76,93 @@ async def run_worker(
     silence_limit_s: float,
     grace_s: float,
 ) -> Event | None:
-    """Follow one attempt on a shard to its end and return its last event.
+    """Run one attempt on a shard in a worker process, and return its last event.
 
-    However this ends, by return, error or cancellation, the child is gone by then. Its standard error is appended
-    to `log_path`, if that can be written.
+    However this ends, by return, error or cancellation, the worker process has exited by then. Its
+    standard error is appended to `log_path`, if that can be written.
+
+    Args:
+        job_path: The job, as `ShardJob` writes it.
+        device: "cpu", or the number of a GPU.
+        log_path: The log of the worker process.
+        on_event: Called with each event, in order.
+        startup_limit_s: Seconds without a sign of life until the model is loaded, and for saving.
+        silence_limit_s: Seconds without a sign of life while batches are computed.
+        grace_s: Seconds to save its work when it is stopped; then it is killed.
 
     Raises:
-        ShardFailedError: The child failed, died, or was silent for too long.
+        ShardFailedError: The worker process failed, crashed, or was silent for too long.
     """
     with _open_log(log_path) as log:
-        child = await asyncio.create_subprocess_exec(
+        worker = await asyncio.create_subprocess_exec(
             *worker_command(job_path),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
-            start_new_session=True,  # a Ctrl-C is for us; we decide when the child stops
+            # A Ctrl-C is for this process, which decides when the worker process stops.
+            start_new_session=True,
             env=worker_environment(device),
         )
-    _followed[child] = grace_s
-    attempt = _Followed(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)
+    _followed[worker] = grace_s
+    state = _WorkerState(startup_limit_s=startup_limit_s, silence_limit_s=silence_limit_s)
     try:
-        async for event in _events(child, attempt):
+        async for event in _events(worker, state):
             await on_event(event)
-        await _wait_for_exit(child, grace_s)
+        await _wait_for_exit(worker, grace_s)
     except TimeoutError:
-        raise ShardFailedError(attempt.silence()) from None
+        raise ShardFailedError(state.silence()) from None
     finally:
-        await stop_worker(child, grace_s)
-    if child.returncode:
-        raise ShardFailedError(attempt.failure(child.returncode))
-    return attempt.last
+        await stop_worker(worker, grace_s)
+    if worker.returncode:
+        raise ShardFailedError(state.failure(worker.returncode))
+    return state.last
 
 
-async def _events(child: asyncio.subprocess.Process, attempt: _Followed) -> AsyncIterator[Event]:
-    """Yield what a worker reports, up to the end of its reports.
+async def _events(worker: asyncio.subprocess.Process, state: _WorkerState) -> AsyncIterator[Event]:
+    """Yield the events of a worker process, up to the end of its output.
 
     Raises:
-        TimeoutError: It was silent for longer than the attempt allows at that moment.
+        TimeoutError: It was silent for longer than `state` allows at that moment.
     """
-    assert child.stdout is not None
-    reader = EventReader(child.stdout)
-    look_every_s = min(_LOOK_EVERY_S, attempt.shortest_limit_s / 8)
-    silence = Silence(look_every_s=look_every_s)
-    seen, was_stopped = ProcessState.of(child.pid), False
+    assert worker.stdout is not None
+    reader = EventReader(worker.stdout)
+    poll_s = min(_POLL_S, state.shortest_limit_s / 8)
+    silence = SilenceTimer(poll_s=poll_s)
+    process, was_stopped = ProcessState.of(worker.pid), False
     while not reader.is_at_end:
-        if (event := await reader.next(within_s=look_every_s)) is not None:
-            if attempt.on_event(event):
-                silence.end()
+        if (event := await reader.next(within_s=poll_s)) is not None:
+            if state.on_event(event):
+                silence.restart()
             yield event
             silence.skip()
             continue
-        before, seen = seen, ProcessState.of(child.pid)
-        if seen.is_stopped or (
-            attempt.may_work_silently and seen.has_worked_since(before, look_every_s)
-        ):
-            silence.end()
-        # After a late look, what the worker sent in the meantime is read before it is judged.
-        elif silence.look() >= attempt.limit_s and not silence.was_late:
+        before, process = process, ProcessState.of(worker.pid)
+        works_silently = state.may_work_silently and process.has_worked_since(before, poll_s)
+        if process.is_stopped or works_silently:
+            silence.restart()
+        # After a late check, the events sent in the meantime are read before the limit applies.
+        elif silence.check() >= state.limit_s and not silence.was_late:
             raise TimeoutError
-        if seen.is_stopped != was_stopped:
-            was_stopped = seen.is_stopped
-            told = (
-                "is stopped by a signal or a debugger, and waited for" if was_stopped else "goes on"
+        if process.is_stopped != was_stopped:
+            was_stopped = process.is_stopped
+            change = (
+                "is stopped by a signal or a debugger: waiting until it continues"
+                if was_stopped
+                else "continues"
             )
-            yield LogMessage(level=logging.WARNING, message=f"worker process {child.pid} {told}")
+            message = f"worker process {worker.pid} {change}"
+            yield LogMessage(level=logging.WARNING, message=message)
 
 
-class _Followed:
-    """What a child has said so far, and what that tells when it stops talking."""
+class _WorkerState:
+    """What a worker process has reported, and what follows from that if it crashes or hangs."""
 
     def __init__(self, *, startup_limit_s: float, silence_limit_s: float) -> None:
         self.last: Event | None = None
         self.limit_s = startup_limit_s
         self.shortest_limit_s = min(startup_limit_s, silence_limit_s)
-        self.may_work_silently = (
-            True  # it reads, checks, loads or saves: what it reads and writes are signs of life
-        )
+        # While it reads, checks, loads or saves, its input and output count as signs of life.
+        self.may_work_silently = True
         self._doing = "its start"
         self._pass_limit_s = silence_limit_s
         self._startup_limit_s = startup_limit_s
@@ -158,9 +172,9 @@ class _Followed:
         self._oom_kills_before = host_oom_kills()
 
     def on_event(self, event: Event) -> bool:
-        """Take note of an event, and say whether it is a sign of life."""
+        """Take note of an event, and return whether it is a sign of life."""
+        # The limit applies to all of the waiting, whatever is logged meanwhile.
         is_waiting = isinstance(self.last, WaitingForShard)
-        # The limit is on all of the waiting, whatever is logged meanwhile.
         if is_waiting and isinstance(event, WaitingForShard | LogMessage):
             return False
         if not isinstance(event, LogMessage | LayerStarted):
@@ -182,7 +196,7 @@ class _Followed:
             case DeviceProbing():
                 self._is_probing = True
             case BatchStarted():
-                factor = _SECOND_OPINION if event.is_deferred else 1
+                factor = _DEFERRED_LIMIT_FACTOR if event.is_deferred else 1
                 self._pass_limit_s = max(factor * self._silence_limit_s, event.slowest_s)
                 self._allow(self._pass_limit_s, silent_work=False)
                 self._is_probing = False
@@ -192,9 +206,12 @@ class _Followed:
         return True
 
     def failure(self, exit_code: int) -> Failure:
-        """Judge a child that left with a code other than 0: by its own last word where it had one."""
-        if (reported := self._reported(exit_code)) is not None:
-            return reported
+        """Return why the worker process exited with a code other than 0.
+
+        What it reported itself comes first.
+        """
+        if isinstance(self.last, AttemptFailed):
+            return replace(self.last.failure, exit_code=exit_code)
         batch_idx, ordinal = self._suspect()
         return classify_exit(
             exit_code,
@@ -206,19 +223,24 @@ class _Followed:
         )
 
     def silence(self) -> Failure:
-        """Judge a child that was stopped since it gave no sign of life."""
-        if (
-            reported := self._reported(None)
-        ) is not None:  # it hangs on its way out, and what it said holds
-            return reported
+        """Return why a worker process was stopped that gave no sign of life."""
+        # It hangs while it exits: what it reported before holds.
+        if isinstance(self.last, AttemptFailed):
+            return self.last.failure
         if isinstance(self.last, WaitingForShard):
-            message = f"{self.last.message}; given up after {self.limit_s:g} s (--runtime.startup-limit-s)"
+            message = (
+                f"{self.last.message}; gave up after {self.limit_s:g} s (--runtime.startup-limit-s)"
+            )
             return Failure(cause=FailureCause.STORAGE, message=message)
         batch_idx, ordinal = self._suspect()
         option = "startup" if self.may_work_silently else "silence"
+        message = (
+            f"no progress for {self.limit_s:g} s after {self._doing} "
+            f"(--runtime.{option}-limit-s); the worker process was stopped"
+        )
         return Failure(
             cause=FailureCause.HARDWARE if self._is_probing else FailureCause.HANG,
-            message=f"no progress for {self.limit_s:g} s after {self._doing} (--runtime.{option}-limit-s); it was stopped",
+            message=message,
             batch_idx=batch_idx,
             ordinal=ordinal,
         )
@@ -226,13 +248,6 @@ class _Followed:
     def _allow(self, limit_s: float, *, silent_work: bool) -> None:
         self.limit_s = limit_s
         self.may_work_silently = silent_work
-
-    def _reported(self, exit_code: int | None) -> Failure | None:
-        """The failure that the child reported itself, if it did and that can be read."""
-        if not isinstance(self.last, AttemptFailed):
-            return None
-        failure = self.last.failure
-        return failure if exit_code is None else replace(failure, exit_code=exit_code)
 
     def _suspect(self) -> tuple[int | None, int | None]:
         if not self._in_model:
@@ -243,123 +258,130 @@ class _Followed:
 def host_oom_kills(
     cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """How often the kernel's OOM killer has struck in this process's control group; 0 where that cannot be told."""
+    """Return how often the OOM killer has struck in this control group; 0 if that is unknown."""
     try:
-        events = (
-            (control_group(cgroup, root) / "memory.events").read_text(encoding="utf-8").splitlines()
-        )
+        path = control_group(cgroup, root) / "memory.events"
+        events = path.read_text(encoding="utf-8").splitlines()
         return int(next(line for line in events if line.startswith("oom_kill ")).split()[1])
     except (OSError, StopIteration, ValueError):
         return 0
 
 
-async def stop_worker(child: asyncio.subprocess.Process, grace_s: float) -> None:
-    """End a child and wait for it, through any number of cancellations: asked to stop, and after the grace SIGKILL.
+async def stop_worker(worker: asyncio.subprocess.Process, grace_s: float) -> None:
+    """Stop a worker process and wait until it exits; kill it after the grace period.
 
-    asyncio delivers a cancellation more than once on the way out of a program. Were the wait to end at the first,
-    the child would lose its pipe while it saves.
+    asyncio delivers a cancellation more than once while a program exits. The wait continues through
+    all of them: otherwise the worker process would lose its pipe while it saves.
     """
     cancelled: asyncio.CancelledError | None = None
-    waited = Silence(look_every_s=_LOOK_AT_EXIT_S)
-    _ask_to_stop(child)
-    while child.returncode is None:
-        if waited.look() >= grace_s:
-            _kill(child)
+    waited = SilenceTimer(poll_s=_EXIT_POLL_S)
+    _request_stop(worker)
+    while worker.returncode is None:
+        if waited.check() >= grace_s:
+            _kill(worker)
         try:
-            await _within(_LOOK_AT_EXIT_S, child.wait())
+            await _within(_EXIT_POLL_S, worker.wait())
         except TimeoutError:
             pass
         except asyncio.CancelledError as error:
             cancelled = error
-    _followed.pop(child, None)
+    _followed.pop(worker, None)
     if cancelled:
         raise cancelled
 
 
 def kill_workers() -> None:
-    """End every child at once. What it has not committed is computed again."""
-    for child in _followed:
-        _kill(child)
+    """Kill all worker processes at once. What is in no checkpoint is computed again."""
+    for worker in _followed:
+        _kill(worker)
 
 
 def has_workers() -> bool:
-    """Whether there are children that may have something to save."""
-    return any(child.returncode is None for child in _followed)
+    """Whether a worker process is running that may have something to save."""
+    return any(worker.returncode is None for worker in _followed)
 
 
-def _ask_to_stop(child: asyncio.subprocess.Process) -> None:
-    """Ask a child to save and leave: on its pipe, and by SIGTERM, which ends one that does not listen yet.
+def _request_stop(worker: asyncio.subprocess.Process) -> None:
+    """Ask a worker process to save and exit: on its pipe, and by SIGTERM.
 
-    The line comes first: by it, the child knows the signal for the same request, whatever signals it got before.
+    SIGTERM ends one that does not read its pipe yet. The line comes first: it shows the worker
+    process that the signal is the same request, whatever signals it got before.
     """
-    if child.returncode is None and child.stdin is not None:
+    if worker.returncode is None and worker.stdin is not None:
         with suppress(OSError, RuntimeError):
-            child.stdin.write(STOP_LINE)
+            worker.stdin.write(STOP_LINE)
     with suppress(ProcessLookupError):
-        child.terminate()
-        child.send_signal(signal.SIGCONT)  # a stopped process could not save
+        worker.terminate()
+        # A stopped process could not save.
+        worker.send_signal(signal.SIGCONT)
 
 
-def _kill(child: asyncio.subprocess.Process) -> None:
-    if child.returncode is None:
+def _kill(worker: asyncio.subprocess.Process) -> None:
+    if worker.returncode is None:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+            os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _stop_remaining_workers() -> None:
-    """Give children that save the rest of their time where even the wait for them was broken off; then kill them."""
-    for child in _followed:
-        _ask_to_stop(child)
+    """At exit, let worker processes that are saving use the rest of their grace; then kill them.
+
+    There are some only if even the wait in `stop_worker` was interrupted.
+    """
+    for worker in _followed:
+        _request_stop(worker)
     began_at_s = time.monotonic()
-    for child, grace_s in _followed.items():
-        while _is_running(child) and time.monotonic() - began_at_s < grace_s:
-            time.sleep(_LOOK_AT_EXIT_S)
+    for worker, grace_s in _followed.items():
+        while _is_running(worker) and time.monotonic() - began_at_s < grace_s:
+            time.sleep(_EXIT_POLL_S)
     kill_workers()
 
 
 atexit.register(_stop_remaining_workers)
 
 
-def _is_running(child: asyncio.subprocess.Process) -> bool:
-    """Whether a child runs, without its event loop; its exit code may be taken by whoever else waits for it."""
-    if child.returncode is not None:
+def _is_running(worker: asyncio.subprocess.Process) -> bool:
+    """Whether a worker process is running, asked without its event loop.
+
+    Its exit code may have been collected by another waiter.
+    """
+    if worker.returncode is not None:
         return False
     try:
-        return os.waitpid(child.pid, os.WNOHANG)[0] == 0
+        return os.waitpid(worker.pid, os.WNOHANG)[0] == 0
     except ChildProcessError:
         return False
 
 
-async def _wait_for_exit(child: asyncio.subprocess.Process, limit_s: float) -> None:
-    """Wait for a child that has closed its pipe. TimeoutError where it does not leave."""
-    waited = Silence(look_every_s=_LOOK_AT_EXIT_S)
-    while child.returncode is None:
+async def _wait_for_exit(worker: asyncio.subprocess.Process, limit_s: float) -> None:
+    """Wait for a worker process that has closed its pipe; raise TimeoutError if it hangs."""
+    waited = SilenceTimer(poll_s=_EXIT_POLL_S)
+    while worker.returncode is None:
         with suppress(TimeoutError):
-            await _within(_LOOK_AT_EXIT_S, child.wait())
-        if child.returncode is None and waited.look() >= limit_s:
+            await _within(_EXIT_POLL_S, worker.wait())
+        if worker.returncode is None and waited.check() >= limit_s:
             raise TimeoutError
 
 
 async def _within(seconds: float, awaitable: Awaitable[T]) -> T:
-    """Unlike asyncio.wait_for before Python 3.12, never lose a cancellation that meets the result."""
+    """Wait as asyncio.wait_for does, which before Python 3.12 could lose a cancellation."""
     async with asyncio.timeout(seconds):
         return await awaitable
 
 
 def _open_log(path: Path) -> BinaryIO:
-    """Open a log for appending; if that cannot be done (a full disk, a quota of files), open the null device.
+    """Open a log for appending; if that fails (full disk, quota), open the null device.
 
     Raises:
         OSError: The log is a symbolic link, which might lead out of the run directory.
     """
+
+    def open_no_link(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o640)
+
     try:
-        return open(path, "ab", opener=_open_no_link)
+        return open(path, "ab", opener=open_no_link)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise
-        logger.warning("%s cannot be written (%s): this attempt has no log", path, error.strerror)
+        logger.warning("cannot write %s (%s): this attempt has no log", path, error.strerror)
         return open(os.devnull, "ab")
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o640)

@@ -1,4 +1,4 @@
-"""An attempt on a shard, without its model: what is left to do, whose turn it is, and how it is stopped."""
+"""An attempt on a shard: its pending work, its lock, how it is stopped, and its quarantine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vnp_lib.run.resume import find_pending_work
 from vnp_lib.storage.durable import make_directory
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.worker import attempt
-from vnp_lib.worker.attempt import ShardAttempt, SignsOfLife, StopFlag, slowest_s
+from vnp_lib.worker.attempt import LivenessReporter, ShardAttempt, StopFlag, slowest_s
 
 MODEL = ModelIdentity(
     model="esm2_t6_8M_UR50D", weights_digest="random:seed=0", layer=6, dtype="float32"
@@ -80,7 +80,7 @@ def job_of(plan: RunPlan, paths: RunPaths, **changes: Any) -> ShardJob:
 
 
 class Events:
-    """Keeps the names of what it is told."""
+    """Keeps the names of the events."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -89,14 +89,13 @@ class Events:
         self.names.append(event.name)
 
 
-def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(
-    plan: RunPlan, paths: RunPaths
-) -> None:
-    """In the order of the plan; a damaged checkpoint costs its own rows, and its number is not used again."""
+def test_rows_in_checkpoints_of_any_shard_are_not_pending(plan: RunPlan, paths: RunPaths) -> None:
+    """A damaged checkpoint costs its own rows, and its number is not used again."""
     ours = plan.shard_ordinals(0)
     commit(plan, paths.checkpoint(0, 0), ours[:3])
     commit(plan, paths.checkpoint(0, 1), ours[3:6])
-    commit(plan, paths.checkpoint(7, 0), ours[8:10])  # of an earlier division into more shards
+    # Of an earlier division into more shards.
+    commit(plan, paths.checkpoint(7, 0), ours[8:10])
     paths.checkpoint(0, 0).write_bytes(b"damaged")
     work = find_pending_work(plan, paths, 0)
     left = np.concatenate([ordinals for _, ordinals in work.batches])
@@ -106,16 +105,16 @@ def test_what_any_shards_valid_checkpoints_hold_is_not_computed_again(
     assert work.next_checkpoint == 2
 
 
-def test_a_job_of_another_run_than_the_plan_is_refused(plan: RunPlan, paths: RunPaths) -> None:
+def test_a_job_of_another_run_is_refused(plan: RunPlan, paths: RunPaths) -> None:
     attempt = ShardAttempt(job_of(plan, paths, fingerprint="0" * 64), Events(), StopFlag())
-    with pytest.raises(InputError, match="is of another run by now"):
+    with pytest.raises(InputError, match="now belongs to another run"):
         attempt.run()
 
 
-def test_an_attempt_waits_while_another_has_the_shard(
+def test_an_attempt_waits_for_the_lock_of_its_shard(
     plan: RunPlan, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one before it may still be saving: what is left is looked at only afterwards."""
+    """The previous attempt may still be saving: the pending work is determined afterwards."""
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
     monkeypatch.setattr(attempt, "_LOCK_POLL_S", 0.01)
     other = FileLock(paths.shard_lock(0), purpose="save")
@@ -133,7 +132,7 @@ def test_an_attempt_waits_while_another_has_the_shard(
 
 
 def run_signalled(code: str, *, stdin: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that has a StopFlag installed, whose clock it sets by `now[0] = ...`."""
+    """Run code in a process with an installed StopFlag, whose clock it sets by `now[0] = ...`."""
     begin = """
 import os, signal
 from vnp_lib.worker.attempt import StopFlag
@@ -151,10 +150,8 @@ stop.install()
 
 
 @pytest.mark.parametrize(("seconds_later", "end"), [(7.9, "still here"), (8.0, "")])
-def test_sigterms_are_one_request_for_eight_seconds_and_then_they_hurry(
-    seconds_later: float, end: str
-) -> None:
-    """However many they are: of a service manager, of wrappers that pass theirs on, and of the parent."""
+def test_a_sigterm_after_eight_seconds_exits_at_once(seconds_later: float, end: str) -> None:
+    """Earlier ones, of a service manager, wrappers and the parent, are one request."""
     code = f"""
 print(stop.is_set())
 for now[0] in (5.0, 5.05, 6.5, 12.0):
@@ -170,18 +167,18 @@ print("still here", end="", flush=True)
     assert process.returncode == (0 if end else ExitCode.STOPPED)
 
 
-@pytest.mark.parametrize("told", ["stop.set()", "pass"], ids=["heard", "not read yet"])
-def test_a_late_sigterm_of_the_parent_does_not_hurry(told: str) -> None:
-    """The service manager's came long before; the parent had been busy, and wrote its word first."""
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "not read yet"])
+def test_a_late_sigterm_of_the_parent_is_not_urgent(is_read: bool) -> None:
+    """The service manager's came long before; the parent was busy, and wrote its request first."""
     code = f"""
 os.kill(os.getpid(), signal.SIGTERM)
 now[0] = 60.0
-{told}
+{"stop.set()" if is_read else "pass"}
 os.kill(os.getpid(), signal.SIGTERM)
 print("saves")
 """
     with open_pipe() as (read_end, write_end):
-        if told == "pass":
+        if not is_read:
             os.write(write_end, b"stop\n")
         process = run_signalled(code, stdin=read_end)
     assert (process.stdout, process.returncode) == ("saves\n", 0)
@@ -189,7 +186,7 @@ print("saves")
 
 @contextmanager
 def open_pipe() -> Iterator[tuple[int, int]]:
-    """A pipe that stays open, by its two ends."""
+    """Open a pipe for the block, and give its two ends."""
     ends = os.pipe()
     try:
         yield ends
@@ -198,11 +195,12 @@ def open_pipe() -> Iterator[tuple[int, int]]:
             os.close(end)
 
 
-def test_the_parents_word_stops_a_child_that_never_sees_its_sigterm() -> None:
+def test_a_request_on_the_pipe_stops_a_worker() -> None:
+    """It never gets a SIGTERM."""
     code = """
 import threading, time
-from vnp_lib.worker.attempt import _heed_the_parent
-threading.Thread(target=_heed_the_parent, args=(stop,), daemon=True).start()
+from vnp_lib.worker.attempt import _watch_parent
+threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
 print("ready", flush=True)
 while not stop.is_set():
     time.sleep(0.01)
@@ -222,8 +220,8 @@ while not stop.is_set():
         assert process.wait(timeout=60) == 0
 
 
-def test_a_child_that_hangs_when_its_parent_is_gone_does_not_stay_for_ever() -> None:
-    """It hangs where no flag is asked for, as in native code."""
+def test_a_hanging_worker_exits_after_its_parent() -> None:
+    """It hangs where the stop flag is not read, as in native code."""
     code = """
 import time
 from vnp_lib.worker import attempt as worker
@@ -231,17 +229,15 @@ from vnp_lib.inference import executor
 worker._ORPHAN_LIMIT_S = 1
 stop = worker.StopFlag()
 stop.install()
-worker.threading.Thread(target=worker._heed_the_parent, args=(stop,), daemon=True).start()
+worker.threading.Thread(target=worker._watch_parent, args=(stop,), daemon=True).start()
 time.sleep(300)
 """
     process = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=60)
     assert process.returncode == ExitCode.STOPPED
 
 
-def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(
-    plan: RunPlan, paths: RunPaths
-) -> None:
-    """Suspects of other shards, and those that are done, are not this attempt's."""
+def test_suspects_come_first_and_alone(plan: RunPlan, paths: RunPaths) -> None:
+    """Except suspects of other shards, those in checkpoints, and those in quarantine."""
     ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
     commit(plan, paths.checkpoint(0, 0), np.array(ours[:2]))
     failure = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
@@ -265,8 +261,8 @@ def test_suspects_come_first_and_alone_and_what_is_in_quarantine_not_at_all(
     assert work.num_done == 3
 
 
-def test_what_an_attempt_was_silent_at_comes_last_and_alone(plan: RunPlan, paths: RunPaths) -> None:
-    """Also where it is a suspect: all else is saved before it may hold up the attempt again."""
+def test_deferred_sequences_come_last_and_alone(plan: RunPlan, paths: RunPaths) -> None:
+    """Even suspects: everything else is saved before they may hold up the attempt again."""
     ours, others = plan.shard_ordinals(0).tolist(), plan.shard_ordinals(1).tolist()
     work = find_pending_work(
         plan, paths, 0, suspects=[ours[3], ours[5]], deferred=[ours[5], others[0], ours[0]]
@@ -276,19 +272,20 @@ def test_what_an_attempt_was_silent_at_comes_last_and_alone(plan: RunPlan, paths
     assert sorted(ordinal for batch in batches for ordinal in batch) == sorted(ours)
 
 
-def test_a_pass_gives_signs_of_life_at_its_layers_once_a_second_at_most() -> None:
+def test_layers_are_signs_of_life_once_per_second() -> None:
     now = [0.0]
     times = iter([0.0, 0.4, 0.9, 1.0, 1.1, 2.5, 2.6, 3.4, 3.5])
     events = Events()
-    signs = SignsOfLife(events, clock=lambda: next(times, now[0]))
+    liveness = LivenessReporter(events, clock=lambda: next(times, now[0]))
     network = ESM2(Architecture(num_layers=8, embed_dim=32, attention_heads=2))
-    signs.watch(network)
+    liveness.watch(network)
     network.forward_packed(torch.tensor([0, 5, 2]), torch.tensor([0, 3], dtype=torch.int32), 3)
-    assert events.names == ["alive"] * 3  # at 1.0, 2.5 and 3.5
+    # At 1.0, 2.5 and 3.5.
+    assert events.names == ["alive"] * 3
 
 
-def test_the_time_to_the_next_sign_of_life_grows_with_the_work() -> None:
-    """By the operations of a layer on a CPU, of the whole pass on a GPU; 16,000 residues take attention's square."""
+def test_the_slowest_sign_of_life_depends_on_the_work() -> None:
+    """By the operations of a layer on a CPU, and of the whole pass on a GPU."""
     short, long = np.array([32] * 8), np.array([16_002])
     assert slowest_s("esm2_t6_8M_UR50D", short, device="cpu") < 2.0
     assert 500 < slowest_s("esm2_t6_8M_UR50D", long, device="cpu") < 1000
@@ -296,23 +293,22 @@ def test_the_time_to_the_next_sign_of_life_grows_with_the_work() -> None:
     assert slowest_s("esm2_t36_3B_UR50D", np.array([34_352]), device="cuda") > 600
 
 
-def test_an_attempt_goes_down_in_history(plan: RunPlan, paths: RunPaths) -> None:
+def test_an_attempt_is_recorded_in_the_history(plan: RunPlan, paths: RunPaths) -> None:
     commit(plan, paths.checkpoint(0, 0), plan.shard_ordinals(0))
     history = AttemptHistory(paths, 0)
     history.started(device="cpu", pending=20)
-    attempt._Reporter(job_of(plan, paths), plan, Events(), StopFlag(), history).on_checkpoint(
-        0, 20, 0.5
-    )
+    callbacks = attempt._AttemptCallbacks(job_of(plan, paths), plan, Events(), StopFlag(), history)
+    callbacks.on_checkpoint(0, 20, 0.5)
     ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
     first, second = read_attempts(paths, 0)
     assert [(each.number, each.rows) for each in first.checkpoints] == [(0, 20)]
     assert (second.pending, second.device, second.ending) == (0, "cpu", Ending.DONE)
 
 
-def test_a_float32_model_that_does_not_fit_is_loaded_once_and_the_run_goes_on_without(
+def test_a_float32_model_that_does_not_fit_is_not_used(
     plan: RunPlan, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As 15B on 40 GB: in bfloat16 it has room there."""
+    """It is loaded once; 15B on 40 GB, for instance, fits in bfloat16 only."""
     loads = []
 
     def load_model(*args: Any, **options: Any) -> Any:
@@ -325,11 +321,12 @@ def test_a_float32_model_that_does_not_fit_is_loaded_once_and_the_run_goes_on_wi
     attempt = ShardAttempt(job_of(plan, paths, dtype="bfloat16"), events, StopFlag())
     assert attempt._exact_rows(plan, find_pending_work(plan, paths, 0), exact) == {}
     assert loads == [torch.float32]
-    assert events.names == []  # nothing is announced as computed that is only loaded
+    # Nothing is reported as computed that is only loaded.
+    assert events.names == []
 
 
-class Stopped(Events):
-    """Sets the stop flag when so many batches have been computed."""
+class StoppingEvents(Events):
+    """Sets the stop flag when `after` batches have been computed."""
 
     def __init__(self, stop: StopFlag, after: int) -> None:
         super().__init__()
@@ -341,8 +338,8 @@ class Stopped(Events):
             self._stop.set()
 
 
-def give_no_finite_row(monkeypatch: pytest.MonkeyPatch, to: Callable[[int], bool]) -> None:
-    """Have the network give NaN for each sequence of so many tokens that `to` says yes."""
+def return_nan(monkeypatch: pytest.MonkeyPatch, applies: Callable[[int], bool]) -> None:
+    """Have the network return NaN for sequences for whose number of tokens `applies` holds."""
     original = ESM2.forward_packed
 
     def forward_packed(
@@ -350,7 +347,7 @@ def give_no_finite_row(monkeypatch: pytest.MonkeyPatch, to: Callable[[int], bool
     ) -> Any:
         output = original(self, input_ids, cu_seqlens, max_seqlen, repr_layers)
         for start, end in pairwise(cu_seqlens.tolist()):
-            if to(end - start):
+            if applies(end - start):
                 for states in output["representations"].values():
                     states[start:end] = float("nan")
         return output
@@ -360,60 +357,58 @@ def give_no_finite_row(monkeypatch: pytest.MonkeyPatch, to: Callable[[int], bool
 
 @pytest.fixture
 def twenty_four(tmp_path: Path) -> Path:
-    """Proteins of 24 to 1 residues, in this order."""
+    """Write proteins of 24 to 1 residues, in this order."""
     path = tmp_path / "in.fasta"
     path.write_text("".join(f">p{length}\n{'M' * length}\n" for length in range(24, 0, -1)))
     return path
 
 
-def test_a_device_that_gives_no_finite_row_any_more_ends_the_attempt_and_blames_no_protein(
+def test_nothing_but_nan_from_a_device_ends_the_attempt(
     paths: RunPaths, twenty_four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After 20 in a row; what was computed before is kept."""
+    """After 20 in a row; earlier rows are kept, and nothing is quarantined."""
     plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
-    give_no_finite_row(monkeypatch, lambda tokens: tokens <= 22)
-    with pytest.raises(
-        QuarantineFullError, match=r"^2\d sequences one after the other .*weights.*device"
-    ):
+    return_nan(monkeypatch, lambda tokens: tokens <= 22)
+    with pytest.raises(QuarantineFullError, match=r"^2\d consecutive sequences .*weights.*device"):
         ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()
     assert Quarantine.of(plan, paths).read() == []
     assert find_pending_work(plan, paths, 0).num_done == 4
 
 
-def test_a_protein_without_a_finite_row_is_set_aside_once_another_has_one(
+def test_nan_is_quarantined_once_another_row_is_finite(
     paths: RunPaths, twenty_four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or once nothing is left to compute. A stop before that leaves it for the next attempt."""
     plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
-    give_no_finite_row(monkeypatch, lambda tokens: tokens in (26, 25))
+    return_nan(monkeypatch, lambda tokens: tokens in (26, 25))
     stop = StopFlag()
     assert (
-        ShardAttempt(job_of(plan, paths), Stopped(stop, after=2), stop).run_in_lock()
+        ShardAttempt(job_of(plan, paths), StoppingEvents(stop, after=2), stop).run_in_lock()
         == ExitCode.STOPPED
     )
     assert Quarantine.of(plan, paths).read() == []
     stop = StopFlag()
     assert (
-        ShardAttempt(job_of(plan, paths), Stopped(stop, after=3), stop).run_in_lock()
+        ShardAttempt(job_of(plan, paths), StoppingEvents(stop, after=3), stop).run_in_lock()
         == ExitCode.STOPPED
     )
     assert [each.id for each in Quarantine.of(plan, paths).read()] == ["p24", "p23"]
 
 
-def test_the_last_of_all_is_set_aside_without_another_after_it(
+def test_nan_in_the_last_row_is_quarantined(
     paths: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in.fasta").write_text(">p\nMKVLA\n")
     plan = make_plan(paths, [tmp_path / "in.fasta"], MODEL, num_shards=1, token_budget=26)
-    give_no_finite_row(monkeypatch, lambda tokens: True)
+    return_nan(monkeypatch, lambda tokens: True)
     assert ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run() == ExitCode.DONE
     assert Quarantine.of(plan, paths).ordinals() == {0}
 
 
-def test_many_without_a_finite_row_among_others_end_the_attempt(
+def test_nan_in_many_rows_ends_the_attempt(
     paths: RunPaths, twenty_four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(paths, [twenty_four], MODEL, num_shards=1, token_budget=26)
-    give_no_finite_row(monkeypatch, lambda tokens: tokens % 3 == 0)
+    return_nan(monkeypatch, lambda tokens: tokens % 3 == 0)
     with pytest.raises(QuarantineFullError, match="4 of 24 sequences have no finite embedding"):
         ShardAttempt(job_of(plan, paths), Events(), StopFlag()).run()

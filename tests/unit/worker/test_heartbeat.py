@@ -1,4 +1,4 @@
-"""Signs of life: seen while they come, missed when they stop, and harmless when they cannot be given."""
+"""Heartbeats: seen while they come, missed when they stop, harmless if they cannot be written."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_silence_is_counted_from_the_last_change(tmp_path: Path) -> None:
     assert silences == [3.0, 0.0, 2.0, 0.0, 1.0]
 
 
-def test_a_watch_that_stood_still_has_not_watched(tmp_path: Path) -> None:
-    """A laptop was closed for an hour: the other machine is not gone for that. If it is, that is noticed all the same."""
+def test_a_suspended_watch_has_not_watched(tmp_path: Path) -> None:
+    """A laptop was closed for an hour, which says nothing about the other machine."""
     now = [0.0]
     watch = HeartbeatWatch(tmp_path / "heartbeat", clock=lambda: now[0])
     silences = []
@@ -32,8 +32,8 @@ def test_a_watch_that_stood_still_has_not_watched(tmp_path: Path) -> None:
     assert silences == [2.0, 12.0, 14.0, 16.0]
 
 
-def test_a_heart_beats_while_the_event_loop_is_busy(tmp_path: Path) -> None:
-    """As with a look at the markers of very many checkpoints."""
+def test_heartbeats_continue_while_the_event_loop_is_busy(tmp_path: Path) -> None:
+    """As while the markers of very many checkpoints are read."""
     path = tmp_path / "heartbeat"
 
     async def work() -> set[bytes]:
@@ -47,7 +47,7 @@ def test_a_heart_beats_while_the_event_loop_is_busy(tmp_path: Path) -> None:
     assert len(asyncio.run(work())) == 3
 
 
-def test_a_watch_that_is_reset_counts_from_there(tmp_path: Path) -> None:
+def test_a_watch_counts_from_its_reset(tmp_path: Path) -> None:
     now = [0.0]
     watch = HeartbeatWatch(tmp_path / "heartbeat", clock=lambda: now[0])
     now[0] = 100.0
@@ -56,7 +56,7 @@ def test_a_watch_that_is_reset_counts_from_there(tmp_path: Path) -> None:
     assert watch.silent_for_s() == 1.0
 
 
-def test_a_heart_beats_for_as_long_as_the_block(tmp_path: Path) -> None:
+def test_heartbeats_end_with_the_block(tmp_path: Path) -> None:
     path = tmp_path / "heartbeat"
 
     async def work() -> set[bytes]:
@@ -73,7 +73,7 @@ def test_a_heart_beats_for_as_long_as_the_block(tmp_path: Path) -> None:
     assert path.read_bytes() == last
 
 
-def test_a_disk_that_refuses_does_not_harm_the_work(tmp_path: Path) -> None:
+def test_a_disk_error_does_not_interrupt_the_work(tmp_path: Path) -> None:
     async def work() -> str:
         async with send_heartbeats(tmp_path / "missing" / "heartbeat", interval_s=0.001):
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Each kind of failure has its own cure. (The numbers that users are promised are in test_gpu_coordinator.py.)"""
+"""The retry policy. The limits that users are promised are in test_gpu_coordinator.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def failure(cause: FailureCause, *, batch_idx: int | None = None) -> Failure:
     return Failure(cause=cause, message="it broke", batch_idx=batch_idx)
 
 
-def test_preemption_is_retried_for_ever():
+def test_preemption_is_always_retried():
     past = [failure(FailureCause.PREEMPTED)] * 10
     decision = POLICY.decide(past[0], past)
     assert (decision.retry, decision.delay_s) == (True, 60.0)
@@ -25,7 +25,8 @@ def test_preemption_is_retried_for_ever():
 
 
 @pytest.mark.parametrize("cause", [FailureCause.GPU_OOM, FailureCause.HARDWARE])
-def test_counted_failures_are_retried_with_growing_delays_and_then_given_up(cause):
+def test_other_failures_are_retried_with_growing_delays(cause):
+    """After three retries the shard has failed."""
     past: list[Failure] = []
     decisions = []
     for _ in range(4):
@@ -63,8 +64,8 @@ def test_the_same_batch_twice_opens_the_circuit():
     assert second.reason.startswith("circuit breaker: batch 42 failed 2 times")
 
 
-def test_silence_at_a_sequence_is_no_strike_with_a_crash_and_has_a_second_opinion():
-    """Even where one strike is enough for anything else."""
+def test_silence_and_a_crash_at_a_sequence_do_not_add_up():
+    """Silence is always tried twice, even if one strike is enough for anything else."""
     causes = FailureCause.NATIVE_CRASH, FailureCause.HANG
     crash, silence = (replace(failure(cause, batch_idx=3), ordinal=7) for cause in causes)
     assert POLICY.decide(crash, [silence]).retry
@@ -75,8 +76,8 @@ def test_silence_at_a_sequence_is_no_strike_with_a_crash_and_has_a_second_opinio
     assert strict.decide(silence, []).retry
 
 
-def test_a_batch_at_which_the_process_dies_has_strikes_too():
-    """A segmentation fault, a hang, an exit without a word: twice at the same batch is enough, whichever they were."""
+def test_a_crash_and_a_hang_at_a_batch_add_up():
+    """A segmentation fault, a hang, a silent exit: any two of them at the same batch are enough."""
     crash = failure(FailureCause.NATIVE_CRASH, batch_idx=3)
     assert POLICY.decide(crash, []).retry
     assert not POLICY.decide(failure(FailureCause.HANG, batch_idx=3), [crash]).retry
@@ -87,7 +88,7 @@ def test_hardware_never_strikes_a_batch():
     assert POLICY.decide(failure(FailureCause.DEVICE_ASSERT, batch_idx=3), past).retry
 
 
-def test_what_can_only_fail_again_is_not_tried_again():
+def test_a_permanent_failure_is_not_retried():
     decision = POLICY.decide(failure(FailureCause.BUG), [])
     assert not decision.retry
     assert "it broke" in decision.reason
@@ -97,7 +98,7 @@ def test_backoff_doubles_up_to_the_cap():
     assert [POLICY.backoff_s(count) for count in (0, 2, 10, 10_000)] == [1.0, 4.0, 60.0, 60.0]
 
 
-def test_a_breaker_counts_each_batch_of_each_shard_alone():
+def test_a_breaker_counts_each_batch_of_each_shard():
     breaker = CircuitBreaker(limit=2, strikes=[(0, 5)])
     assert breaker.record(0, 5) == 2
     assert breaker.is_open(0, 5)
