@@ -173,7 +173,7 @@ def embed_with(spec: EngineSpec, sequences: Sequence[str]) -> np.ndarray:
 def _engine(spec: EngineSpec) -> Engine:
     if spec.name == "ours":
         weights = resolve_weights(spec.model, str(spec.weights))
-        return Ours(load_model(spec.model, weights, dtype=getattr(torch, spec.dtype), device=CPU))
+        return Ours(load_model(weights, dtype=getattr(torch, spec.dtype), device=CPU))
     fair_esm = _fair_esm(spec.weights)
     if spec.name == "transformers":
         architecture = architecture_of(spec.model)

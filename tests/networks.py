@@ -9,5 +9,5 @@ from vnp_lib.model.weights import Weights
 
 SMALLEST = "esm2_t6_8M_UR50D"
 TINY = Architecture(num_layers=3, embed_dim=48, attention_heads=6)
-RANDOM = Weights(source="random", digest="random:seed=0")
+RANDOM = Weights.random(SMALLEST)
 CPU = torch.device("cpu")

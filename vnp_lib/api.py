@@ -400,15 +400,13 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     token_budget = _token_budget(settings, dtype)
     order = longest_first(records.num_tokens, records.representatives)
     batches = np.split(order, pack(records.num_tokens[order], token_budget)[1:-1])
-    network = load_model(settings.model, weights, dtype=dtype, device=device)
+    network = load_model(weights, dtype=dtype, device=device)
     runner = AsyncInferenceRunner(
-        with_heads(network, settings.model, weights, settings.layout.heads),
+        with_heads(network, weights, settings.layout.heads),
         device,
         budget=TokenBudget(token_budget),
         layout=settings.layout,
-        exactly=None
-        if dtype == torch.float32
-        else ExactModel(settings.model, weights, layout=settings.layout),
+        exactly=None if dtype == torch.float32 else ExactModel(weights, layout=settings.layout),
     )
     gathered = _Gathered(settings.layout, records.num_tokens - NUM_SPECIAL_TOKENS)
     with (

@@ -104,7 +104,7 @@ def extract(settings: ExtractSettings) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.nogpu else "cpu")
     weights = resolve_weights(model, weights_file or "auto")
     network = with_heads(
-        load_model(model, weights, dtype=torch.float32, device=device), model, weights, layout.heads
+        load_model(weights, dtype=torch.float32, device=device), weights, layout.heads
     )
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     remove_orphaned_temporaries(settings.output_dir)

@@ -25,7 +25,6 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda")
-RANDOM = Weights(source="random", digest="random:seed=0")
 LENGTHS = [2000, 1536, 1022, 1022, 777, 512, 257, 256, 255, 200, 129, 128, 100, 64, 50]
 MODEL_NAMES = ["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D"]
 
@@ -67,7 +66,7 @@ def model_and_oracle(request, batch) -> tuple[str, torch.Tensor]:
 
 
 def rows_of(model_name: str, dtype: torch.dtype, batch: PackedBatch) -> torch.Tensor:
-    model = load_model(model_name, RANDOM, dtype=dtype, device=CUDA)
+    model = load_model(Weights.random(model_name), dtype=dtype, device=CUDA)
     executor = BatchExecutor(model, CUDA, budget=TokenBudget())
     embedded = executor.collect(executor.launch(batch))
     assert embedded.batch is batch
@@ -108,7 +107,7 @@ def test_without_the_varlen_kernel_rows_are_the_same(monkeypatch, batch):
 def test_a_batch_beyond_memory_is_computed_in_pieces(batch):
     """Real memory, made scarce: the rows are those of the whole batch."""
     whole = rows_of(MODEL_NAMES[1], torch.bfloat16, batch)
-    model = load_model(MODEL_NAMES[1], RANDOM, dtype=torch.bfloat16, device=CUDA)
+    model = load_model(Weights.random(MODEL_NAMES[1]), dtype=torch.bfloat16, device=CUDA)
     executor = BatchExecutor(model, CUDA, budget=(budget := TokenBudget()))
     torch.cuda.empty_cache()
     spare_bytes = (

@@ -32,8 +32,8 @@ from vnp_lib.model.weights import Weights, load_model
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.tokens import pack_batch
 
-device, weights = torch.device("cuda"), Weights(source="random", digest="")
-model = load_model("esm2_t6_8M_UR50D", weights, dtype=torch.bfloat16, device=device)
+device, weights = torch.device("cuda"), Weights.random("esm2_t6_8M_UR50D")
+model = load_model(weights, dtype=torch.bfloat16, device=device)
 batch = pack_batch(["MKV", "ACD"], ["a", "b"], [0, 1], batch_idx=7)
 batch.input_ids[2] = 10**6
 executor = BatchExecutor(model, device, budget=TokenBudget())

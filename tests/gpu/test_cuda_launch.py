@@ -31,8 +31,8 @@ def batch() -> PackedBatch:
 @pytest.fixture(scope="module")
 def executor(batch: PackedBatch) -> BatchExecutor:
     """One that has had such a batch: tables are on the GPU, and memory has been taken."""
-    weights = Weights(source="random", digest="random:seed=0")
-    model = load_model("esm2_t6_8M_UR50D", weights, dtype=torch.bfloat16, device=CUDA)
+    weights = Weights.random("esm2_t6_8M_UR50D")
+    model = load_model(weights, dtype=torch.bfloat16, device=CUDA)
     executor = BatchExecutor(model, CUDA, budget=TokenBudget())
     executor.collect(executor.launch(batch))
     return executor

@@ -28,7 +28,6 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda")
-RANDOM = Weights(source="random", digest="random:seed=0")
 M8, M650 = "esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D"
 SHARE_FOR_THEM = 0.8  # of memory, the rest being for what the allocator cannot use
 
@@ -42,7 +41,7 @@ def batch_of(num_tokens: int, seqlen: int) -> PackedBatch:
 
 def embed_whole(model_name: str, dtype: torch.dtype) -> BatchExecutor:
     """One that splits no batch: what does not fit is an error. It has had a batch, for what CUDA's libraries take."""
-    model = load_model(model_name, RANDOM, dtype=dtype, device=CUDA)
+    model = load_model(Weights.random(model_name), dtype=dtype, device=CUDA)
     executor = BatchExecutor(model, CUDA, budget=TokenBudget(is_pinned=True))
     executor.collect(executor.launch(batch_of(128, 64)))
     return executor

@@ -126,9 +126,7 @@ def _loaded_once(weights: Path) -> Iterator[None]:
         theirs = pretrained.load_model_and_alphabet(str(weights))
         patch.setattr(pretrained, "load_model_and_alphabet", lambda location: theirs)
         found = esm_extract.resolve_weights(MODEL, str(weights))
-        network = esm_extract.load_model(
-            MODEL, found, dtype=torch.float32, device=torch.device("cpu")
-        )
+        network = esm_extract.load_model(found, dtype=torch.float32, device=torch.device("cpu"))
         patch.setattr(esm_extract, "model_of", lambda path: MODEL)
         patch.setattr(esm_extract, "resolve_weights", lambda model, weights: found)
         patch.setattr(esm_extract, "load_model", lambda *arguments, **options: network)

@@ -112,7 +112,6 @@ class ExactModel:
 
     def __init__(
         self,
-        model: str,
         weights: Weights,
         *,
         device: torch.device = _CPU,
@@ -120,7 +119,6 @@ class ExactModel:
         on_loading: Callable[[], None] = lambda: None,
         on_loaded: Callable[[ESM2], None] = lambda network: None,
     ) -> None:
-        self._model = model
         self._weights = weights
         self._device = device
         self._layout = layout
@@ -139,11 +137,10 @@ class ExactModel:
     @cached_property
     def _loaded(self) -> PackedModel:
         self._on_loading()
-        network = load_model(self._model, self._weights, dtype=torch.float32, device=self._device)
+        network = load_model(self._weights, dtype=torch.float32, device=self._device)
         self._on_loaded(network)
         return with_heads(
             network,
-            self._model,
             self._weights,
             self._layout.heads if self._layout is not None else (),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vnp_lib.errors import WeightsError
 from vnp_lib.model.attention import runs_of_equal_length
-from vnp_lib.model.esm2 import ESM2, architecture_of
+from vnp_lib.model.esm2 import ESM2
 from vnp_lib.model.weight_files import read_tensors
 from vnp_lib.model.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
 from vnp_lib.plan import NUM_LOGITS, NUM_SPECIAL_TOKENS, OutputKind
@@ -162,57 +162,55 @@ class HeadedModel:
 
 
 def with_heads(
-    network: ESM2, model: str, weights: Weights, kinds: Collection[OutputKind]
+    network: ESM2, weights: Weights, kinds: Collection[OutputKind]
 ) -> ESM2 | HeadedModel:
-    """Give a network the heads that these kinds of output need, on its device; where they need none, it stays as it is.
+    """Add the heads that these kinds of output need to a network, on its device.
+
+    Returns:
+        The network itself if no head is needed.
 
     Raises:
-        WeightsError: Their parameters are missing, damaged, or of another model.
+        WeightsError: The parameters of a head are missing, damaged, or of another model.
     """
-    wants_logits, wants_contacts = OutputKind.LOGITS in kinds, OutputKind.CONTACTS in kinds
-    if not (wants_logits or wants_contacts):
+    if not {OutputKind.LOGITS, OutputKind.CONTACTS} & set(kinds):
         return network
     embedding = network.embed_tokens.weight
+    language_model, contact_regression = None, None
+    if OutputKind.LOGITS in kinds:
+        tensors = _language_model_tensors(weights).items()
+        language_model = LanguageModelHead(
+            **{
+                name: each.to(embedding.device, embedding.dtype, copy=True)
+                for name, each in tensors
+            }
+        )
+    if OutputKind.CONTACTS in kinds:
+        weight, bias = (each.to(embedding.device) for each in load_contact_regression(weights))
+        contact_regression = ContactRegression(
+            weight=weight.view(weights.architecture.num_layers, -1), bias=bias
+        )
     return HeadedModel(
-        network,
-        language_model=_language_model_head(model, weights, like=embedding)
-        if wants_logits
-        else None,
-        contact_regression=_contact_regression(model, weights, embedding.device)
-        if wants_contacts
-        else None,
+        network, language_model=language_model, contact_regression=contact_regression
     )
 
 
-def check_heads(model: str, weights: Weights, kinds: Collection[OutputKind]) -> str | None:
-    """See that the parameters are there, and give the sha256 of the contact regression's, where contacts are asked for.
+def check_heads(weights: Weights, kinds: Collection[OutputKind]) -> str | None:
+    """Check that the parameters of the heads that these kinds of output need can be read.
+
+    Returns:
+        The sha256 of the contact regression; None if contacts are not requested.
 
     Raises:
         WeightsError: As `with_heads`.
     """
     if OutputKind.LOGITS in kinds:
-        _language_model_tensors(model, weights)
+        _language_model_tensors(weights)
     if OutputKind.CONTACTS not in kinds:
         return None
     digest = sha256()
-    for tensor in load_contact_regression(model, weights):
+    for tensor in load_contact_regression(weights):
         digest.update(tensor.numpy().astype("<f4").tobytes())
     return digest.hexdigest()
-
-
-def _contact_regression(model: str, weights: Weights, device: torch.device) -> ContactRegression:
-    weight, bias = load_contact_regression(model, weights)
-    by_layer = weight.view(architecture_of(model).num_layers, -1)
-    return ContactRegression(weight=by_layer.to(device), bias=bias.to(device))
-
-
-def _language_model_head(model: str, weights: Weights, *, like: Tensor) -> LanguageModelHead:
-    return LanguageModelHead(
-        **{
-            name: tensor.to(like.device, like.dtype, copy=True)
-            for name, tensor in _language_model_tensors(model, weights).items()
-        }
-    )
 
 
 _IN_FAIR_ESM = {
@@ -224,8 +222,8 @@ _IN_FAIR_ESM = {
 }
 
 
-def _language_model_tensors(model: str, weights: Weights) -> dict[str, Tensor]:
-    dim = architecture_of(model).embed_dim
+def _language_model_tensors(weights: Weights) -> dict[str, Tensor]:
+    dim = weights.architecture.embed_dim
     shapes: dict[str, tuple[int, ...]] = {name: (dim,) for name in _IN_FAIR_ESM}
     shapes |= {"dense_weight": (dim, dim), "bias": (NUM_LOGITS,)}
     if weights.path is None:
@@ -234,7 +232,7 @@ def _language_model_tensors(model: str, weights: Weights) -> dict[str, Tensor]:
     found = {name: tensors[theirs] for name, theirs in _IN_FAIR_ESM.items() if theirs in tensors}
     if wrong := [name for name in shapes if name not in found or found[name].shape != shapes[name]]:
         raise WeightsError(
-            f"logits need the head of the language model, and {weights.path} does not hold that of {model} "
+            f"logits need the head of the language model, and {weights.path} does not hold that of {weights.model} "
             f"({_IN_FAIR_ESM[wrong[0]]} is missing or of another shape): take fair-esm's file"
         )
     require_finite({_IN_FAIR_ESM[name]: tensor for name, tensor in found.items()}, weights.path)

@@ -8,12 +8,12 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from http.client import HTTPException
 from math import isfinite, sqrt
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -75,65 +75,85 @@ OFFICIAL_REGRESSION_DIGESTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Which parameters a run uses."""
+    """The parameters of a model: which model, its shape, and where the parameters come from."""
 
+    model: str  # by fair-esm's name
+    architecture: Architecture
     source: Literal["file", "random"]
-    path: Path | None = None  # where source is "file": that file, or the index of several
-    digest: str  # sha256 of the file, of several files that of their digests, or how the random ones were drawn; "": not read
+    path: Path | None = None  # of the file, or of the index of several; None if they are random
+    # sha256 of the file; of several files, the sha256 of their digests; of random parameters, how
+    # they are drawn. Empty if the parameters have not been read.
+    digest: str
+
+    @classmethod
+    def random(cls, model: str) -> Self:
+        """Return the random parameters of a model. Raise ConfigError if there is no such model."""
+        return cls(
+            model=model,
+            architecture=architecture_of(model),
+            source="random",
+            digest=f"random:seed={RANDOM_SEED}",
+        )
 
 
 def look_at_weights(model: str, weights: str) -> Weights | None:
-    """Find a model's weights and see that they are the model's, by their names and shapes: the numbers are not read.
+    """Find the weights of a model and check their names and shapes, without reading their numbers.
 
     Args:
-        model, weights: As `resolve_weights` takes them. Nothing is downloaded.
+        model, weights: As for `resolve_weights`. Nothing is downloaded.
 
     Returns:
-        Those that `resolve_weights` would give, but without their digest; None where it would download them.
+        What `resolve_weights` would return, without the digest; None if it would download them.
 
     Raises:
         ConfigError, WeightsError: As `resolve_weights`.
     """
     architecture = architecture_of(model)
     if weights == "random":
-        return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
+        return Weights.random(model)
     path = published_path(model) if weights == "auto" else Path(weights)
     if weights == "auto" and not path.exists():
         return None
-    path = locate_weights(path)
-    if not is_read_whole(path):
-        _checked_state(path, model, architecture)
-    return Weights(source="file", path=path, digest="")
+    found = Weights(
+        model=model, architecture=architecture, source="file", path=locate_weights(path), digest=""
+    )
+    assert found.path is not None
+    if not is_read_whole(found.path):
+        _checked_state(found.path, found)
+    return found
 
 
 def resolve_weights(model: str, weights: str) -> Weights:
-    """Find a model's weights and see that they are the model's.
+    """Find the weights of a model, check that they belong to it, and compute their digest.
 
     Args:
         model: One of `MODELS`.
-        weights: "auto" (fair-esm's file in torch.hub's cache, downloaded where it is not there), "random", or a path, as
-            `locate_weights` takes it.
+        weights: "auto" for fair-esm's file in the cache of torch.hub, which is downloaded if it is
+            absent; "random"; or a path, as for `locate_weights`.
 
     Raises:
         ConfigError: The model is unknown.
-        WeightsError: There is no such file, it is damaged, or it is of another model.
+        WeightsError: There is no such file, it is damaged, or it belongs to another model.
     """
     architecture = architecture_of(model)
     if weights == "random":
-        return Weights(source="random", digest=f"random:seed={RANDOM_SEED}")
-    path = locate_weights(_hub_file(model) if weights == "auto" else Path(weights))
-    _checked_state(path, model, architecture)
-    found = Weights(source="file", path=path, digest=_digest(path))
-    if weights == "auto" and is_official(model, found) is False:
+        return Weights.random(model)
+    if weights == "auto" and not published_path(model).exists():
+        _download(_url(model), published_path(model), what=f"weights of {model}")
+    path = locate_weights(published_path(model) if weights == "auto" else Path(weights))
+    found = Weights(model=model, architecture=architecture, source="file", path=path, digest="")
+    _checked_state(path, found)
+    found = replace(found, digest=_digest(path))
+    if weights == "auto" and is_official(found) is False:
         raise _not_published(path, found.digest)
     return found
 
 
-def is_official(model: str, weights: Weights) -> bool | None:
-    """Whether they are the published ones, by the digest; None where no digest of that model's files is known."""
+def is_official(weights: Weights) -> bool | None:
+    """Return whether the digest is that of a published file; None if none is known of the model."""
     if weights.source == "random":
         return False
-    known = OFFICIAL_DIGESTS.get(model)
+    known = OFFICIAL_DIGESTS.get(weights.model)
     return None if known is None else weights.digest in known
 
 
@@ -156,47 +176,49 @@ def model_of(path: Path) -> str:
 
 
 def load_model(
-    model: str,
     weights: Weights,
     *,
     dtype: torch.dtype,
     device: torch.device,
     by_convolution: bool | None = None,
 ) -> ESM2:
-    """Build a model for inference in `dtype` on `device`; tensors are cast one by one, never the whole model twice.
+    """Build a model for inference in `dtype` on `device`.
 
-    Random ones give vectors that mean nothing; it is for the caller to say so.
+    Parameters are cast one by one, so that memory never holds the model twice. The caller has to
+    warn that embeddings with random parameters are meaningless.
 
     Args:
-        by_convolution: How float32 is multiplied on a CPU, see `Linear`; None tries which way is faster.
+        by_convolution: How to multiply float32 on a CPU, see `Linear`; None measures which way is
+            faster.
 
     Raises:
-        WeightsError: The file has gone, is damaged, or is of another model; or it holds values that are not finite, or are not
-            in `dtype`.
+        WeightsError: The file is gone, damaged, or of another model; or a parameter is not finite,
+            or exceeds the range of `dtype`.
     """
-    architecture, tensors = architecture_of(model), parameters_of(model, weights)
+    tensors = parameters_of(weights)
     if weights.path is not None:
         tensors = _each_finite(tensors, weights.path, dtype)
     if device.type != "cpu" or dtype != torch.float32:
         by_convolution = False
     elif by_convolution is None:
         by_convolution = convolution_is_faster()
-    # It copies: what is read in place changes under the model when someone overwrites the file.
+    # It copies the parameters: mapped ones would change under the model if the file is overwritten.
     return ESM2.from_fair_esm(
-        architecture, tensors, dtype=dtype, device=device, by_convolution=by_convolution
+        weights.architecture, tensors, dtype=dtype, device=device, by_convolution=by_convolution
     )
 
 
-def parameters_of(model: str, weights: Weights) -> Iterable[tuple[str, Tensor]]:
-    """The parameters, by fair-esm's names, in the file's dtype; those of a file stay there until they are used.
+def parameters_of(weights: Weights) -> Iterable[tuple[str, Tensor]]:
+    """Return the parameters by fair-esm's names, in the dtype of the file.
+
+    Those of a file are read when they are used.
 
     Raises:
-        WeightsError: The file has gone, is damaged, or is of another model.
+        WeightsError: The file is gone, damaged, or of another model.
     """
-    architecture = architecture_of(model)
     if weights.path is None:
-        return random_tensors(architecture)
-    return _checked_state(weights.path, model, architecture).items()
+        return random_tensors(weights.architecture)
+    return _checked_state(weights.path, weights).items()
 
 
 def require_finite(
@@ -230,7 +252,7 @@ def _each_finite(
         yield name, tensor
 
 
-def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tensor]:
+def load_contact_regression(weights: Weights) -> tuple[Tensor, Tensor]:
     """Read what contacts are predicted with: a weight for each attention head, layer by layer, and a bias.
 
     fair-esm has them in a small file beside the model's, which is downloaded where the model's was; Hugging Face has them among
@@ -242,7 +264,7 @@ def load_contact_regression(model: str, weights: Weights) -> tuple[Tensor, Tenso
     Raises:
         WeightsError: They are missing, damaged, or of another model.
     """
-    architecture = architecture_of(model)
+    model, architecture = weights.model, weights.architecture
     shapes = {
         "contact_head.regression.weight": (
             1,
@@ -340,13 +362,6 @@ def published_path(model: str) -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
 
 
-def _hub_file(model: str) -> Path:
-    path = published_path(model)
-    if not path.exists():
-        _download(_url(model), path, what=f"weights of {model}")
-    return path
-
-
 def _digest(path: Path) -> str:
     """The sha256 of a file, or where `path` is an index that of its files' digests, in the order of their names."""
     digests = [_checked_digest(file) for file in files_of(path)]
@@ -418,8 +433,9 @@ def _socket_timeout(timeout_s: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _checked_state(path: Path, model: str, architecture: Architecture) -> dict[str, Tensor]:
-    """Read the parameters' names and shapes; the numbers stay in the file until they are used."""
+def _checked_state(path: Path, weights: Weights) -> dict[str, Tensor]:
+    """Read names and shapes, and check that they are the model's; numbers are read when used."""
+    model, architecture = weights.model, weights.architecture
     state = {name: tensor for name, tensor in read_tensors(path).items() if not _UNUSED.match(name)}
     found = _architecture_in(state)
     if found is not None and found != (architecture.num_layers, architecture.embed_dim):

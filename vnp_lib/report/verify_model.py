@@ -187,10 +187,8 @@ def compare_with_fair_esm(
     device = resolve_devices(device, model)[0]
     dtype = resolve_dtype(dtype, device)
     found = resolve_weights(model, weights)
-    theirs = _states_of_fair_esm(model, found)
-    ours, means = _our_states(
-        model, found, getattr(torch, dtype), torch.device(torch_device_name(device))
-    )
+    theirs = _states_of_fair_esm(found)
+    ours, means = _our_states(found, getattr(torch, dtype), torch.device(torch_device_name(device)))
     their_means = torch.stack([states[1:-1].mean(dim=0) for states in theirs[-1]])
     return ModelReport(
         model=model,
@@ -198,7 +196,7 @@ def compare_with_fair_esm(
         device=device,
         weights=str(found.path or weights),
         weights_digest=found.digest,
-        is_official=is_official(model, found),
+        is_official=is_official(found),
         layers=tuple(
             LayerComparison.between(layer, *states)
             for layer, states in enumerate(zip(ours, theirs, strict=True))
@@ -210,13 +208,12 @@ def compare_with_fair_esm(
 
 
 @torch.inference_mode()
-def _states_of_fair_esm(model: str, weights: Weights) -> list[list[Tensor]]:
+def _states_of_fair_esm(weights: Weights) -> list[list[Tensor]]:
     """Return the states of each layer, one tensor per sequence."""
     from esm import Alphabet
 
-    architecture = architecture_of(model)
-    layers = range(architecture.num_layers + 1)
-    network = fair_esm_network(architecture, dict(parameters_of(model, weights)))
+    layers = range(weights.architecture.num_layers + 1)
+    network = fair_esm_network(weights.architecture, dict(parameters_of(weights)))
     to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()
     batches = (to_tokens([record])[2] for record in SEQUENCES.items())
     outputs = [network(tokens, repr_layers=layers)["representations"] for tokens in batches]
@@ -225,13 +222,13 @@ def _states_of_fair_esm(model: str, weights: Weights) -> list[list[Tensor]]:
 
 @torch.inference_mode()
 def _our_states(
-    model: str, weights: Weights, dtype: torch.dtype, device: torch.device
+    weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[list[Tensor]], Tensor]:
     """Return the states of each layer, one tensor per sequence, and the embeddings of a run.
 
     All are on the CPU.
     """
-    network = load_model(model, weights, dtype=dtype, device=device)
+    network = load_model(weights, dtype=dtype, device=device)
     batch = pack_batch([*SEQUENCES.values()], [*SEQUENCES], range(len(SEQUENCES)), batch_idx=0)
     batch = batch.to(device)
     layers = range(network.architecture.num_layers + 1)

@@ -73,7 +73,7 @@ def check_model(config: EmbedConfig) -> Weights | None:
     if (
         weights is not None and config.weights != "auto"
     ):  # else what is missing of them is downloaded
-        check_heads(config.model, weights, layout.heads)
+        check_heads(weights, layout.heads)
     return weights
 
 

@@ -34,7 +34,7 @@ CPU_TOKEN_BUDGET = 2048
 def plan_run(
     config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights
 ) -> RunPlan:
-    from vnp_lib.model import architecture_of, check_heads
+    from vnp_lib.model import check_heads
 
     layout = layout_from_config(config)
     num_shards = config.shards or len(devices)
@@ -45,11 +45,11 @@ def plan_run(
         ModelIdentity(
             model=config.model,
             weights_digest=weights.digest,
-            layer=max(layout.layers, default=architecture_of(config.model).num_layers),
+            layer=max(layout.layers, default=weights.architecture.num_layers),
             pooling=",".join(dict.fromkeys(output.kind.value for output in layout.outputs)),
             long_policy=layout.long_policy,
             **layout.identity(),
-            contact_regression=check_heads(config.model, weights, layout.heads),
+            contact_regression=check_heads(weights, layout.heads),
             dtype=resolve_dtype(config.dtype, devices[0]),
             division=f"{num_shards} shards, {token_budget} tokens a batch, {exact_software_of(devices, executor=config.executor)}"
             if config.deterministic

@@ -222,17 +222,16 @@ class ShardAttempt:
         weights = self._unchanged_weights(plan, heads)
         liveness = LivenessReporter(self._events)
         watched: dict[str, Any] = {"on_loading": liveness.loading, "on_loaded": liveness.watch}
-        exact_model = ExactModel(job.model, weights, device=device, layout=layout, **watched)
+        exact_model = ExactModel(weights, device=device, layout=layout, **watched)
         exact_rows = {} if is_exact else self._exact_rows(plan, work, exact_model)
         if device.type == "cuda":
             # Release what the exact model used.
             torch.cuda.empty_cache()
         model = load_model(
-            job.model,
             weights,
             dtype=getattr(torch, job.dtype),
             device=device,
-            by_convolution=None if self._should_try_both_ways(work) else True,
+            by_convolution=None if self._should_try_both_ways(work, weights) else True,
         )
         liveness.watch(model)
         self._record = RunRecord(
@@ -242,7 +241,7 @@ class ShardAttempt:
             model_config_hash=job.weights_digest,
         )
         return AsyncInferenceRunner(
-            with_heads(model, job.model, weights, heads),
+            with_heads(model, weights, heads),
             device,
             enable_streams=not job.is_careful,
             checkpoint_dir=self._paths.checkpoints_dir,
@@ -258,15 +257,13 @@ class ShardAttempt:
                 is_pinned=job.is_deterministic,
             ),
             layout=layout,
-            exactly=None if is_exact else ExactModel(job.model, weights, layout=layout, **watched),
+            exactly=None if is_exact else ExactModel(weights, layout=layout, **watched),
             exact_rows=exact_rows,
         )
 
-    def _should_try_both_ways(self, work: PendingWork) -> bool:
+    def _should_try_both_ways(self, work: PendingWork, weights: Weights) -> bool:
         """Whether a trial of the faster way to multiply pays off, and attempts may differ in it."""
-        from vnp_lib.model import architecture_of
-
-        architecture = architecture_of(self._job.model)
+        architecture = weights.architecture
         num_weights = 12 * architecture.num_layers * architecture.embed_dim**2
         num_multiplications = work.tokens_left * num_weights
         return (
@@ -283,7 +280,7 @@ class ShardAttempt:
             raise InputError(
                 f"the weights of {job.model} ({job.weights}) have changed since the run started"
             )
-        if check_heads(job.model, weights, heads) != plan.identity.get("contact_regression"):
+        if check_heads(weights, heads) != plan.identity.get("contact_regression"):
             raise InputError(
                 f"the contact regression of {job.model} has changed since the run started"
             )

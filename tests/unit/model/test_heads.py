@@ -75,9 +75,7 @@ def batch_of(sequences: list[str]) -> PackedBatch:
 
 
 def network_of(weights: Weights, kinds: tuple[OutputKind, ...], dtype: torch.dtype = torch.float32):
-    return with_heads(
-        load_model(SMALLEST, weights, dtype=dtype, device=CPU), SMALLEST, weights, kinds
-    )
+    return with_heads(load_model(weights, dtype=dtype, device=CPU), weights, kinds)
 
 
 def outputs_in(
@@ -130,7 +128,7 @@ def test_the_contacts_of_these_tests_are_not_all_alike():
 
 def test_half_precision_stays_close():
     """The maps are summed up in float32 whatever the network is."""
-    weights = Weights(source="random", digest="random:seed=0")
+    weights = Weights.random(SMALLEST)
     batch = batch_of(proteins([100, 12]))
     exact = network_of(weights, BOTH).forward_packed(
         batch.input_ids, batch.cu_seqlens, batch.max_seqlen
@@ -147,9 +145,9 @@ def test_half_precision_stays_close():
 
 
 def test_a_network_that_is_asked_for_neither_stays_as_it_is(weights):
-    network = load_model(SMALLEST, weights, dtype=torch.float32, device=CPU)
-    assert with_heads(network, SMALLEST, weights, ()) is network
-    assert check_heads(SMALLEST, weights, ()) is None
+    network = load_model(weights, dtype=torch.float32, device=CPU)
+    assert with_heads(network, weights, ()) is network
+    assert check_heads(weights, ()) is None
     only_logits = network_of(weights, (OutputKind.LOGITS,))
     assert isinstance(only_logits, HeadedModel)
     batch = batch_of(["MKV"])
@@ -163,7 +161,7 @@ def test_a_network_that_is_asked_for_neither_stays_as_it_is(weights):
 
 def test_the_model_for_exact_rows_has_the_heads_too(weights):
     sequences = proteins([5])
-    [found] = outputs_in(ExactModel(SMALLEST, weights, layout=LAYOUT)(batch_of(sequences)), [5])
+    [found] = outputs_in(ExactModel(weights, layout=LAYOUT)(batch_of(sequences)), [5])
     assert_close(found["contacts"], expected(sequences[0])["contacts"], what="contacts")
     assert_close(found["logits"], expected(sequences[0])["logits"], what="logits")
 
@@ -189,11 +187,11 @@ def test_the_contact_regression_is_read_from_fair_esms_file_beside_the_model(tmp
         given["contacts"][0].numpy(), expected(proteins([9])[0])["contacts"], what="contacts"
     )
 
-    digest = check_heads(SMALLEST, weights, BOTH)
+    digest = check_heads(weights, BOTH)
     regression["contact_head.regression.bias"] = torch.ones(1)
     torch.save({"model": regression}, tmp_path / "mine-contact-regression.pt")
     assert resolve_weights(SMALLEST, str(path)) == weights
-    assert check_heads(SMALLEST, weights, BOTH) not in (digest, None)
+    assert check_heads(weights, BOTH) not in (digest, None)
 
 
 def test_weights_without_a_head_are_refused_for_it_alone(tmp_path: Path):
@@ -203,12 +201,12 @@ def test_weights_without_a_head_are_refused_for_it_alone(tmp_path: Path):
         WeightsError,
         match=r"contacts of esm2_t6_8M_UR50D need its contact regression, and .*trunk-contact",
     ):
-        check_heads(SMALLEST, weights, (OutputKind.CONTACTS,))
+        check_heads(weights, (OutputKind.CONTACTS,))
     with pytest.raises(
         WeightsError,
         match=r"logits need the head .*trunk.pt does not hold .*\(lm_head.dense.weight is",
     ):
-        check_heads(SMALLEST, weights, (OutputKind.LOGITS,))
+        check_heads(weights, (OutputKind.LOGITS,))
     assert isinstance(network_of(weights, ()), ESM2)
 
 
@@ -226,12 +224,12 @@ def test_a_head_that_is_not_finite_is_refused_for_it_alone(
     save_weights(tmp_path / "model.pt", SMALLEST, broken)
     weights = resolve_weights(SMALLEST, str(tmp_path / "model.pt"))
     with pytest.raises(WeightsError, match=f"{name} holds NaN"):
-        check_heads(SMALLEST, weights, (head,))
+        check_heads(weights, (head,))
     assert isinstance(network_of(weights, ()), ESM2)
 
 
 def test_random_heads_are_the_same_every_time():
-    weights = Weights(source="random", digest="random:seed=0")
+    weights = Weights.random(SMALLEST)
     batch = batch_of(["MKVLWAALLG"])
     one, two = (
         network_of(weights, BOTH).forward_packed(

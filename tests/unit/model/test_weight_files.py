@@ -64,12 +64,12 @@ def cached(tmp_path, in_one_file) -> Path:
 
 def parameters_at(path: Path) -> dict[str, torch.Tensor]:
     weights = resolve_weights(MODEL, str(path))
-    return load_model(MODEL, weights, dtype=torch.float32, device=CPU).state_dict()
+    return load_model(weights, dtype=torch.float32, device=CPU).state_dict()
 
 
 def assert_are_the_random_ones(parameters: dict[str, torch.Tensor]) -> None:
-    random = Weights(source="random", digest="random:seed=0")
-    expected = load_model(MODEL, random, dtype=torch.float32, device=CPU).state_dict()
+    random = Weights.random(MODEL)
+    expected = load_model(random, dtype=torch.float32, device=CPU).state_dict()
     assert parameters.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters.items())
 
@@ -118,7 +118,7 @@ def test_every_layer_is_what_transformers_computes_with_the_file(tmp_path, netwo
 
     batch = pack_batch([RESIDUES, "MKTAYIAKQR" * 20], ["every letter", "long"], [0, 1], batch_idx=0)
     weights = resolve_weights(MODEL, str(tmp_path))
-    ours = load_model(MODEL, weights, dtype=torch.float32, device=CPU).forward_packed(
+    ours = load_model(weights, dtype=torch.float32, device=CPU).forward_packed(
         batch.input_ids, batch.cu_seqlens, batch.max_seqlen, range(7)
     )["representations"]
     sequences = batch.input_ids.split(batch.cu_seqlens.diff().tolist())

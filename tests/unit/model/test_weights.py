@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from urllib.error import URLError
@@ -23,6 +24,7 @@ from vnp_lib.model.weight_files import name_in_transformers
 from vnp_lib.model.weights import (
     OFFICIAL_DIGESTS,
     OFFICIAL_REGRESSION_DIGESTS,
+    Weights,
     is_official,
     load_contact_regression,
     load_model,
@@ -68,7 +70,7 @@ def test_file_in_fair_esms_format_gives_the_model_it_holds(weights_file):
     assert weights.path == weights_file
     assert weights.digest == hashlib.sha256(weights_file.read_bytes()).hexdigest()
 
-    loaded = load_model(SMALLEST, weights, dtype=torch.float32, device=CPU)
+    loaded = load_model(weights, dtype=torch.float32, device=CPU)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     expected = ESM2.from_fair_esm(MODELS[SMALLEST], random_tensors(MODELS[SMALLEST])).state_dict()
@@ -78,7 +80,7 @@ def test_file_in_fair_esms_format_gives_the_model_it_holds(weights_file):
 
 def test_loaded_model_does_not_change_with_its_file(weights_file):
     loaded = load_model(
-        SMALLEST, resolve_weights(SMALLEST, str(weights_file)), dtype=torch.float32, device=CPU
+        resolve_weights(SMALLEST, str(weights_file)), dtype=torch.float32, device=CPU
     )
     before = loaded.embed_tokens.weight.clone()
     with weights_file.open("r+b") as file:
@@ -96,7 +98,7 @@ def test_fair_esm_reads_the_file_that_we_write(weights_file):
 
 def test_weights_are_cast_on_the_way(weights_file):
     loaded = load_model(
-        SMALLEST, resolve_weights(SMALLEST, str(weights_file)), dtype=torch.bfloat16, device=CPU
+        resolve_weights(SMALLEST, str(weights_file)), dtype=torch.bfloat16, device=CPU
     )
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
@@ -116,7 +118,7 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter(
     with pytest.raises(
         WeightsError, match=rf"weights\.pt: the parameter {re.escape(name)} holds NaN or infinity"
     ):
-        load_model(SMALLEST, weights, dtype=torch.bfloat16, device=CPU)
+        load_model(weights, dtype=torch.bfloat16, device=CPU)
 
 
 def test_weights_beyond_half_precision_are_refused_in_that_and_no_other(tmp_path):
@@ -128,8 +130,8 @@ def test_weights_beyond_half_precision_are_refused_in_that_and_no_other(tmp_path
         WeightsError,
         match=r"layers\.0\.fc1\.bias holds 70000, and float16 ends at 65504; .* float32",
     ):
-        load_model(SMALLEST, weights, dtype=torch.float16, device=CPU)
-    load_model(SMALLEST, weights, dtype=torch.bfloat16, device=CPU)
+        load_model(weights, dtype=torch.float16, device=CPU)
+    load_model(weights, dtype=torch.bfloat16, device=CPU)
 
 
 def test_file_of_another_size_is_refused(weights_file):
@@ -213,7 +215,7 @@ def test_a_model_is_loaded_without_torchs_compiler(tmp_path):
 import sys, torch
 from vnp_lib.model.weights import load_model, resolve_weights
 for path, dtype in zip({paths!r}, (torch.float32, torch.bfloat16)):
-    load_model({SMALLEST!r}, resolve_weights({SMALLEST!r}, path), dtype=dtype, device=torch.device("cpu"))
+    load_model(resolve_weights({SMALLEST!r}, path), dtype=dtype, device=torch.device("cpu"))
 print({{"torch._dynamo", "sympy"}} & {{*sys.modules}})
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -238,7 +240,7 @@ torch.rand(512, 512).to(torch.bfloat16)  # torch's threads and their memory are 
 before = anonymous_bytes()
 sampler = threading.Thread(target=sample)
 sampler.start()
-network = load_model(model, resolve_weights(model, path), dtype=torch.bfloat16, device=torch.device("cpu"))
+network = load_model(resolve_weights(model, path), dtype=torch.bfloat16, device=torch.device("cpu"))
 is_done.set()
 sampler.join()
 size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
@@ -311,13 +313,13 @@ def test_auto_without_network_says_where_to_put_the_file(tmp_path, monkeypatch):
 
 def test_weights_are_official_where_their_digest_is_known(monkeypatch, weights_file):
     found = resolve_weights(SMALLEST, str(weights_file))
-    assert is_official(SMALLEST, found) is False
-    assert is_official("esm2_t48_15B_UR50D", found) is None
-    assert is_official(SMALLEST, RANDOM) is False
+    assert is_official(found) is False
+    assert is_official(replace(found, model="esm2_t48_15B_UR50D")) is None
+    assert is_official(RANDOM) is False
     monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64, found.digest}))
-    assert is_official(SMALLEST, found) is True
+    assert is_official(found) is True
     monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64}))
-    assert is_official(SMALLEST, found) is False
+    assert is_official(found) is False
 
 
 def test_a_file_in_the_cache_that_is_known_not_to_be_official_is_refused(in_hub_cache, monkeypatch):
@@ -346,7 +348,7 @@ def test_contact_regression_is_read_from_beside_the_model_as_fair_esm_reads_it(t
     without_contact_head(path)
     beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
     write_contact_regression(beside, num_heads=120)
-    weight, bias = load_contact_regression(SMALLEST, resolve_weights(SMALLEST, str(path)))
+    weight, bias = load_contact_regression(resolve_weights(SMALLEST, str(path)))
 
     with torch.serialization.safe_globals([Namespace]):
         content, regression = (torch.load(file, weights_only=True) for file in (path, beside))
@@ -372,7 +374,7 @@ def test_contact_regression_is_found_among_hugging_faces_parameters(tmp_path):
     save_file(
         {f"esm.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors"
     )
-    weight, bias = load_contact_regression(SMALLEST, resolve_weights(SMALLEST, str(tmp_path)))
+    weight, bias = load_contact_regression(resolve_weights(SMALLEST, str(tmp_path)))
     assert torch.equal(weight, state["contact_head.regression.weight"])
     assert torch.equal(bias, state["contact_head.regression.bias"])
 
@@ -384,10 +386,10 @@ def test_contact_regression_that_is_not_there_or_another_models_is_refused(tmp_p
     beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
     url = f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
     with pytest.raises(WeightsError, match=f"{beside} is not there: get it from {url}"):
-        load_contact_regression(SMALLEST, found)
+        load_contact_regression(found)
     write_contact_regression(beside, num_heads=240)
     with pytest.raises(WeightsError, match=f"{beside} is another: get it from {url}"):
-        load_contact_regression(SMALLEST, found)
+        load_contact_regression(found)
 
 
 def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked_for(
@@ -408,7 +410,7 @@ def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked
     found = resolve_weights(SMALLEST, "auto")
     assert not written
     for _ in range(2):
-        assert all(map(torch.equal, load_contact_regression(SMALLEST, found), written))
+        assert all(map(torch.equal, load_contact_regression(found), written))
     assert len(written) == 2
 
 
@@ -422,7 +424,7 @@ def test_a_contact_regression_in_the_cache_that_is_not_the_published_one_is_refu
     with pytest.raises(
         WeightsError, match=f"{beside} is not the file that fair-esm publishes .*: remove it"
     ):
-        load_contact_regression(SMALLEST, resolve_weights(SMALLEST, "auto"))
+        load_contact_regression(resolve_weights(SMALLEST, "auto"))
 
 
 def test_every_known_digest_is_of_one_file_alone():
@@ -433,6 +435,6 @@ def test_every_known_digest_is_of_one_file_alone():
 
 
 def test_random_contact_regression_fits_and_is_always_the_same():
-    weight, bias = load_contact_regression("esm2_t33_650M_UR50D", RANDOM)
+    weight, bias = load_contact_regression(Weights.random("esm2_t33_650M_UR50D"))
     assert (weight.shape, bias.shape) == ((1, 33 * 20), (1,))
-    assert torch.equal(weight, load_contact_regression("esm2_t33_650M_UR50D", RANDOM)[0])
+    assert torch.equal(weight, load_contact_regression(Weights.random("esm2_t33_650M_UR50D"))[0])

@@ -316,7 +316,7 @@ def test_a_float32_model_that_does_not_fit_is_not_used(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(executor, "load_model", load_model)
-    exact = executor.ExactModel(MODEL.model, Weights(source="random", digest=MODEL.weights_digest))
+    exact = executor.ExactModel(Weights.random(MODEL.model))
     events = Events()
     attempt = ShardAttempt(job_of(plan, paths, dtype="bfloat16"), events, StopFlag())
     assert attempt._exact_rows(plan, find_pending_work(plan, paths, 0), exact) == {}
