@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant(
         name="worker-started-by-module-name",
         module="worker.supervisor",
-        before='"-P", str(Path(__file__).with_name("__main__.py").absolute())',
+        before='"-P", str(main)',
         after='"-m", "vnp_lib.worker"',
         caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
     ),
