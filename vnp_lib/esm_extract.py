@@ -263,4 +263,4 @@ def _save(result: dict[str, Any], path: Path, output_dir: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     torch.save(result, data)
-    replace_unsynced(path, data.getbuffer(), by_way_of=output_dir)
+    replace_unsynced(path, data.getbuffer(), temporary_dir=output_dir)

@@ -18,7 +18,7 @@ MUTANTS = (
         after=" or True",
         caught_by=(
             "tests/unit/test_processes.py::test_a_later_process_with_the_same_id_is_another",
-            f"{_FILES}::TestOrphanedTemporaries::test_a_writer_is_known_by_machine_boot_container_and_start",
+            f"{_FILES}::TestOrphanedTemporaries::test_a_writer_is_identified_by_more_than_its_pid",
         ),
     ),
     Mutant(

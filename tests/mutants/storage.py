@@ -8,6 +8,7 @@ _CHECKPOINT_FILE = "tests/unit/checkpoint/test_file.py"
 _CHECKPOINT_SURVEY = "tests/unit/checkpoint/test_survey.py"
 _EXPORT = "tests/unit/dataset/test_export.py"
 _FILES = "tests/unit/storage/test_durable.py"
+_LOCKS = "tests/unit/storage/test_locks.py"
 _MANIFEST = "tests/unit/test_checkpoint_manifest.py"
 _PLAN = "tests/unit/plan/test_plan.py"
 
@@ -17,36 +18,28 @@ MUTANTS = (
         module="storage.durable",
         before="            ops.fsync(fd)\n            written = os.fstat(fd)\n",
         after="            written = os.fstat(fd)\n",
-        caught_by=(
-            f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",
-        ),
+        caught_by=(f"{_FILES}::TestDurableFile::test_file_and_directory_are_synced_in_order",),
     ),
     Mutant(
         name="directory-not-synced",
         module="storage.durable",
         before="        ops.unlink(temporary)\n        fsync_directory(path.parent)\n",
         after="        ops.unlink(temporary)\n",
-        caught_by=(
-            f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",
-        ),
+        caught_by=(f"{_FILES}::TestDurableFile::test_file_and_directory_are_synced_in_order",),
     ),
     Mutant(
         name="directory-not-synced-after-replace",
         module="storage.durable",
         before="        ops.replace(temporary, path)\n        fsync_directory(path.parent)\n",
         after="        ops.replace(temporary, path)\n",
-        caught_by=(
-            f"{_FILES}::TestDurableFile::test_it_is_synced_before_it_is_published_and_its_directory_after",
-        ),
+        caught_by=(f"{_FILES}::TestDurableFile::test_file_and_directory_are_synced_in_order",),
     ),
     Mutant(
         name="new-directory-not-synced",
         module="storage.durable",
         before="    fsync_directory(path.parent)\n\n\ndef fsync_directory",
         after="\n\ndef fsync_directory",
-        caught_by=(
-            f"{_FILES}::TestDirectories::test_what_is_missing_is_made_and_every_parent_synced",
-        ),
+        caught_by=(f"{_FILES}::TestDirectories::test_missing_parents_are_created_and_synced",),
     ),
     Mutant(
         name="fsync-retried-on-its-descriptor",
@@ -59,13 +52,13 @@ MUTANTS = (
             "                ops.fsync(fd)\n"
             "            written = os.fstat(fd)\n"
         ),
-        caught_by=(f"{_FILES}::TestDurableFile::test_a_failed_fsync_is_not_tried_again",),
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_failed_fsync_is_not_retried",),
     ),
     Mutant(
         name="short-write-taken-for-whole",
         module="storage.durable",
-        before="        while view:\n            written = ops.write",
-        after="        if view:\n            written = ops.write",
+        before="            while view:\n                written = ops.write",
+        after="            if view:\n                written = ops.write",
         caught_by=(f"{_FILES}::TestDurableFile::test_short_writes_are_completed",),
     ),
     Mutant(
@@ -78,43 +71,49 @@ MUTANTS = (
     Mutant(
         name="failed-write-forgotten",
         module="storage.durable",
-        before="            if file.error is not None:\n                raise file.error\n            ops",
+        before=(
+            "            if file.error is not None:\n"
+            "                raise file.error\n"
+            "            ops"
+        ),
         after="            ops",
         caught_by=(
-            f"{_FILES}::TestDurableFile::test_a_failed_write_comes_out_though_a_library_hides_it",
+            f"{_FILES}::TestDurableFile::test_a_failed_write_is_raised_even_if_a_library_hides_it",
         ),
     ),
     Mutant(
         name="temporary-left-after-an-error",
         module="storage.durable",
-        before="        with suppress(OSError):\n            ops.unlink(temporary)\n        if file.error",
+        before=(
+            "        with suppress(OSError):\n"
+            "            ops.unlink(temporary)\n"
+            "        if file.error"
+        ),
         after="        if file.error",
         caught_by=(f"{_FILES}::TestDurableFile::test_an_error_in_the_block_leaves_nothing",),
     ),
     Mutant(
         name="failed-publication-left-in-place",
         module="storage.durable",
-        before="            with suppress(OSError):\n                ops.unlink(path)\n        raise",
-        after="            pass\n        raise",
-        caught_by=(
-            f"{_FILES}::TestDurableFile::test_a_publication_that_fails_anywhere_leaves_no_file",
+        before=(
+            "            with suppress(OSError):\n                ops.unlink(path)\n        raise"
         ),
+        after="            pass\n        raise",
+        caught_by=(f"{_FILES}::TestDurableFile::test_a_failed_publication_leaves_no_file",),
     ),
     Mutant(
         name="rename-over-anothers-file",
         module="storage.durable",
         before="    if replace:\n        ops.replace",
         after="    if True:\n        ops.replace",
-        caught_by=(f"{_FILES}::TestDurableFile::test_a_file_that_is_there_is_never_overwritten",),
+        caught_by=(f"{_FILES}::TestDurableFile::test_an_existing_file_is_never_overwritten",),
     ),
     Mutant(
         name="shared-temporary-name",
         module="storage.durable",
         before="writer.started_at, uuid.uuid4().hex[:8])",
         after='writer.started_at, "00000000")',
-        caught_by=(
-            f"{_FILES}::TestDurableFile::test_two_writers_of_one_name_do_not_meet_before_they_publish",
-        ),
+        caught_by=(f"{_FILES}::TestDurableFile::test_two_writers_have_different_temporary_files",),
     ),
     Mutant(
         name="temporary-of-another-written-to",
@@ -122,7 +121,7 @@ MUTANTS = (
         before="fd = ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY",
         after="fd = ops.open(temporary, os.O_CREAT | os.O_WRONLY",
         caught_by=(
-            f"{_FILES}::TestDurableFile::test_a_temporary_name_that_is_taken_is_never_written_to",
+            f"{_FILES}::TestDurableFile::test_an_existing_temporary_file_is_never_written_to",
         ),
     ),
     Mutant(
@@ -130,9 +129,7 @@ MUTANTS = (
         module="storage.durable",
         before=" | os.O_NOFOLLOW",
         after="",
-        caught_by=(
-            f"{_FILES}::TestFileLock::test_a_link_in_the_place_of_the_lock_file_is_not_followed",
-        ),
+        caught_by=(f"{_LOCKS}::test_a_link_instead_of_the_lock_file_is_not_followed",),
     ),
     Mutant(
         name="temporaries-removed-blindly",
@@ -140,7 +137,7 @@ MUTANTS = (
         before="        if is_orphaned:\n",
         after="        if True:\n",
         caught_by=(
-            f"{_FILES}::TestOrphanedTemporaries::test_only_our_own_and_only_those_of_the_dead_go",
+            f"{_FILES}::TestOrphanedTemporaries::test_only_files_of_ended_writers_are_removed",
         ),
     ),
     Mutant(
@@ -149,7 +146,7 @@ MUTANTS = (
         before='            (self.link, "has no hard links',
         after='            (None, "has no hard links',
         caught_by=(
-            "tests/unit/storage/test_file_system.py::test_a_run_is_refused_before_anything_is_made",
+            "tests/unit/storage/test_file_system.py::test_a_run_is_refused_before_anything_is_created",
         ),
     ),
     Mutant(
@@ -157,7 +154,9 @@ MUTANTS = (
         module="storage.durable",
         before="    data = _sealed(fields)\n    if len(data) > MAX_JSON_BYTES:\n",
         after="    data = _sealed(fields)\n    if False:\n",
-        caught_by=(f"{_FILES}::TestSealedJson::test_what_nobody_could_read_is_not_written",),
+        caught_by=(
+            f"{_FILES}::TestSealedJson::test_an_object_too_large_to_be_read_is_not_written",
+        ),
     ),
     Mutant(
         name="temporaries-of-the-living-removed",
@@ -165,7 +164,7 @@ MUTANTS = (
         before="return not writer.is_alive() if writer.is_visible() else None",
         after="return True if writer.is_visible() else None",
         caught_by=(
-            f"{_FILES}::TestDurableFile::test_a_killed_writer_leaves_a_temporary_file_that_is_removed_after_its_death",
+            f"{_FILES}::TestDurableFile::test_the_temporary_file_of_a_killed_writer_is_removed",
         ),
     ),
     Mutant(
@@ -187,57 +186,60 @@ MUTANTS = (
         module="storage.locks",
         before="return durable.ops.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         after="return None",
-        caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
+        caught_by=(f"{_LOCKS}::test_a_failed_acquire_leaves_the_lock_usable",),
     ),
     Mutant(
         name="lock-file-unlinked",
         module="storage.locks",
         before="            durable.ops.flock(fd, fcntl.LOCK_UN)\n",
-        after="            ops.unlink(self.path)\n            durable.ops.flock(fd, fcntl.LOCK_UN)\n",
+        after=(
+            "            durable.ops.unlink(self.path)\n"
+            "            durable.ops.flock(fd, fcntl.LOCK_UN)\n"
+        ),
         caught_by=(f"{_MANIFEST}::test_the_lock_file_is_never_removed",),
     ),
     Mutant(
         name="lock-kept-after-release",
         module="storage.locks",
-        before="            durable.ops.flock(fd, fcntl.LOCK_UN)\n        finally:\n            try:\n                durable.ops.close(fd)\n",
+        before=(
+            "            durable.ops.flock(fd, fcntl.LOCK_UN)\n"
+            "        finally:\n"
+            "            try:\n"
+            "                durable.ops.close(fd)\n"
+        ),
         after="            pass\n        finally:\n            try:\n                pass\n",
-        caught_by=(f"{_FILES}::TestFileLock::test_a_failed_acquire_leaves_the_lock_usable",),
+        caught_by=(f"{_LOCKS}::test_a_failed_acquire_leaves_the_lock_usable",),
     ),
     Mutant(
         name="threads-not-kept-apart",
         module="storage.locks",
         before="self._between_threads = threading.Lock()",
         after="self._between_threads = threading.Semaphore(99)",
-        caught_by=(
-            f"{_FILES}::TestFileLock::test_threads_that_share_a_lock_exclude_each_other_where_the_system_locks_by_process",
-        ),
+        caught_by=(f"{_LOCKS}::test_threads_exclude_each_other_if_flock_is_per_process",),
     ),
     Mutant(
-        name="lock-inherited-by-children",
+        name="lock-inherited-by-processes",
         module="storage.locks",
         before="            fd = durable.ops.open(self.path, os.O_RDWR | os.O_CREAT)\n",
         after=(
-            "            fd = durable.ops.open(self.path, os.O_RDWR | os.O_CREAT)\n            os.set_inheritable(fd, True)\n"
+            "            fd = durable.ops.open(self.path, os.O_RDWR | os.O_CREAT)\n"
+            "            os.set_inheritable(fd, True)\n"
         ),
-        caught_by=(
-            f"{_FILES}::TestFileLock::test_a_child_that_outlives_its_holder_does_not_keep_it",
-        ),
+        caught_by=(f"{_LOCKS}::test_a_subprocess_of_the_holder_does_not_inherit_it",),
     ),
     Mutant(
         name="lock-waited-for-without-limit",
         module="storage.locks",
         before="                if self._clock() >= deadline_s:\n",
         after="                if self._clock() >= deadline_s + 3600:\n",
-        caught_by=(f"{_FILES}::TestFileLock::test_waiting_ends_at_the_time_limit",),
+        caught_by=(f"{_LOCKS}::test_waiting_ends_at_the_time_limit",),
     ),
     Mutant(
         name="lock-without-a-holders-name",
         module="storage.locks",
         before="                self._sign(fd)\n",
         after="",
-        caught_by=(
-            f"{_FILES}::TestFileLock::test_another_process_is_named_while_it_holds_and_not_in_the_way_afterwards",
-        ),
+        caught_by=(f"{_LOCKS}::test_another_holder_is_named_until_it_releases",),
     ),
     Mutant(
         name="temporary-marker-trusted",
@@ -265,9 +267,7 @@ MUTANTS = (
         module="storage.durable",
         before="        _fsync_tree(temporary)\n",
         after="",
-        caught_by=(
-            f"{_FILES}::TestDurableDirectory::test_it_appears_with_all_that_is_in_it_once_that_is_synced",
-        ),
+        caught_by=(f"{_FILES}::TestDurableDirectory::test_it_appears_once_its_content_is_synced",),
     ),
     Mutant(
         name="exported-directory-left-half-written",
@@ -275,7 +275,7 @@ MUTANTS = (
         before="        shutil.rmtree(temporary, ignore_errors=True)\n        raise\n",
         after="        raise\n",
         caught_by=(
-            f"{_FILES}::TestDurableDirectory::test_a_failure_anywhere_before_it_is_there_leaves_nothing",
+            f"{_FILES}::TestDurableDirectory::test_a_failure_before_it_appears_leaves_nothing",
         ),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Durable files, locks, and what the file system below them can do."""
+"""Write durable files, lock them, and test what a file system supports."""
 
 from __future__ import annotations
 

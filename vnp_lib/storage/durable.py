@@ -1,12 +1,4 @@
-"""Durable files: what is written here survives a crash whole, or is not there at all.
-
-A file is written under a temporary name in its own directory, synced, published under its name and the directory synced.
-A `.done` marker beside it, written the same way afterwards, holds its size and sha256: a reader believes the marker, and
-the file only as far as the marker bears it out. Locks are files that are never unlinked.
-
-Every system call that decides what a crash leaves behind goes through `ops`, so that a fault harness can put its own
-`DurableOps` there and count, deny, cut or kill at any of them.
-"""
+"""Write files and directories that survive a crash intact, or not at all."""
 
 from __future__ import annotations
 
@@ -36,23 +28,37 @@ from vnp_lib.storage import packed_integers
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+# A file is written under a temporary name in its own directory, synced, and published under its
+# name; then the directory is synced. A `.done` marker next to it is written the same way
+# afterwards, and holds its size and sha256. Readers trust the marker, and the file only if it
+# matches the marker.
+
 MARKER_SCHEMA = 2
-_MARKER_SCHEMAS = (1, MARKER_SCHEMA)  # the first has lists of numbers as JSON has them
+# Schema 1 has lists of numbers in plain JSON.
+_MARKER_SCHEMAS = (1, MARKER_SCHEMA)
 MAX_JSON_BYTES = 32 * 1024**2
 FOREIGN_TEMPORARY_AGE_S = 3600.0
 
-_MOST_NAME_BYTES = 255  # of a file, on all common file systems
+# The limit of all common file systems.
+_MOST_NAME_BYTES = 255
 _READ_BLOCK_BYTES = 1024**2
 _FILE_MODE = 0o640
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2
+
+# Arguments of renameat2.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+# The second form is that of version 1.0.
 _TEMPORARY = re.compile(
     r"\.tmp-(.+)@([^@]+)@([^@]+)@([^@]+)@([1-9]\d{0,6})@(\d+)@[0-9a-f]{8}", re.DOTALL
 )
-_TEMPORARY_BEFORE = re.compile(r"\.tmp-(.+)-([1-9]\d{0,6})-[0-9a-f]{8}", re.DOTALL)
+_TEMPORARY_OF_VERSION_1_0 = re.compile(r"\.tmp-(.+)-([1-9]\d{0,6})-[0-9a-f]{8}", re.DOTALL)
 
 
 class DurableOps:
-    """The system calls that decide what a crash leaves behind. `ops` is the instance in use."""
+    """The system calls that decide which files exist after a crash; `ops` is the instance in use.
+
+    Fault tests replace `ops` to count, deny, truncate or kill at any of them.
+    """
 
     def open(self, path: Path, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, _FILE_MODE)
@@ -73,8 +79,15 @@ class DurableOps:
         os.replace(source, target)
 
     def exchange(self, first: Path, second: Path) -> None:
-        """Give each of two names what is under the other, at one stroke. OSError where system or file system cannot."""
-        _exchange(first, second)
+        """Exchange two directories atomically; OSError if system or file system cannot."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        # Only Linux has it, with glibc from version 2.28 on.
+        if not hasattr(libc, "renameat2"):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(first))
+        paths = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+        if libc.renameat2(*paths, _RENAME_EXCHANGE) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(first))
 
     def unlink(self, path: Path) -> None:
         os.unlink(path)
@@ -98,39 +111,48 @@ ops = DurableOps()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileDigest:
-    """What a whole file is known by."""
+    """Size and checksum of a file."""
 
     size_bytes: int
     sha256: str  # hexadecimal
 
 
 class DurableFile(io.RawIOBase):
-    """A file being written: append-only, and hashed on the way. Made by `durable_file`."""
+    """An append-only file that computes its digest while it is written by `durable_file`."""
 
     def __init__(self, fd: int) -> None:
-        self.error: OSError | None = (
-            None  # the first failed write: libraries wrap it in errors of their own
-        )
+        # The first failed write, kept because libraries wrap it in exceptions of their own.
+        self.error: OSError | None = None
         self._fd = fd
         self._size_bytes = 0
         self._sha256 = hashlib.sha256()
 
     @property
     def digest(self) -> FileDigest:
-        """Size and sha256 of all that has been written so far."""
+        """Size and sha256 of everything written so far."""
         return FileDigest(size_bytes=self._size_bytes, sha256=self._sha256.hexdigest())
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write all of `data`, however little the system takes at a time. After one error every write raises it."""
+        """Write all of `data`, even if the system accepts less per call.
+
+        After one error, every write raises the same error.
+        """
         if self.error is not None:
             raise self.error
         view = memoryview(data).cast("B")
+        size_bytes = len(view)
         try:
-            self._write_all(view)
+            while view:
+                written = ops.write(self._fd, view)
+                if written <= 0:
+                    raise OSError(errno.EIO, "the system accepted none of the bytes")
+                self._sha256.update(view[:written])
+                self._size_bytes += written
+                view = view[written:]
         except OSError as error:
             self.error = error
             raise
-        return len(view)
+        return size_bytes
 
     def writable(self) -> bool:
         return True
@@ -138,31 +160,24 @@ class DurableFile(io.RawIOBase):
     def tell(self) -> int:
         return self._size_bytes
 
-    def _write_all(self, view: memoryview) -> None:
-        while view:
-            written = ops.write(self._fd, view)
-            if written <= 0:
-                raise OSError(errno.EIO, "the system took none of the bytes")
-            self._sha256.update(view[:written])
-            self._size_bytes += written
-            view = view[written:]
-
 
 @contextmanager
 def durable_file(path: Path, *, replace: bool = False) -> Iterator[DurableFile]:
-    """Write `path` as a whole or not at all.
+    """Write `path` atomically: completely, or not at all.
 
-    When the block ends well the file is synced, published under its name, and its directory synced; `.digest` of the
-    yielded file then is the file's. When anything fails, the temporary file is removed and `path` is as before (with
-    `replace`, a failed sync of the directory leaves it open which of the two files a power cut would show).
+    If the block succeeds, the file is synced and published under its name, and its directory is
+    synced; `.digest` of the yielded file is then that of `path`. If anything fails, the temporary
+    file is removed and `path` is unchanged. With `replace`, a failed sync of the directory is an
+    exception: after a power failure, either of the two files may be under the name.
 
     Args:
-        path: Where the file is to be; its directory exists.
-        replace: Put the file in the place of one that is there.
+        path: Path of the file; its directory exists.
+        replace: Whether to replace an existing file.
 
     Raises:
-        FileExistsError: `path` is there, and `replace` is not set. It is untouched.
-        OSError: What the system said, also where a library that wrote to the file raised something else for it.
+        FileExistsError: `path` exists, and `replace` is not set. The file is unchanged.
+        OSError: The first error of the system, even if a library that wrote to the file raised
+            another exception instead.
     """
     temporary = temporary_path(path)
     fd = ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -187,9 +202,9 @@ def durable_file(path: Path, *, replace: bool = False) -> Iterator[DurableFile]:
 
 @contextmanager
 def durable_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Let a library that opens its file itself write `path`, as a whole or not at all.
+    """Write `path` atomically with a library that opens its file itself.
 
-    Yields the name under which to write: an empty file beside `path`. All else is as of `durable_file`.
+    Yields the path to write to, an empty file in the same directory. Otherwise as `durable_file`.
     """
     temporary = temporary_path(path)
     ops.close(ops.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -205,19 +220,19 @@ def durable_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def durable_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Write a directory as a whole or not at all.
+    """Write a directory atomically: completely, or not at all.
 
-    Yields the name under which to write: an empty directory beside `path`. When the block ends well, all in it is synced
-    and `path` appears with all of it; when anything fails, what was written is removed.
+    Yields the path to write to, an empty directory next to `path`. If the block succeeds, its
+    content is synced and renamed to `path`; if anything fails, it is removed.
 
     Args:
-        path: Where the directory is to be; the one above it exists.
-        replace: Put the directory in the place of one that is there, which is removed with all that is in it. A crash at
-            the moment of the exchange can leave neither under the name.
+        path: Path of the directory; its parent exists.
+        replace: Whether to replace an existing directory, which is removed with its content. After
+            a crash between the two renames, `path` may not exist.
 
     Raises:
-        FileExistsError: `path` is there, and `replace` is not set. It is untouched.
-        OSError: What the system said.
+        FileExistsError: `path` exists, and `replace` is not set. The directory is unchanged.
+        OSError: The error of the system.
     """
     temporary, old = temporary_path(path), temporary_path(path)
     ops.mkdir(temporary)
@@ -226,7 +241,7 @@ def durable_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _fsync_tree(temporary)
         if os.path.lexists(path):
             if not replace:
-                raise FileExistsError(errno.EEXIST, "a directory is there", str(path))
+                raise FileExistsError(errno.EEXIST, "the directory exists", str(path))
             ops.replace(path, old)
         ops.replace(temporary, path)
     except BaseException:
@@ -243,31 +258,31 @@ def write_file(path: Path, data: bytes, *, replace: bool = False) -> FileDigest:
     return file.digest
 
 
-def write_json(path: Path, value: Any, *, replace: bool = False) -> FileDigest:
-    """Write `value` as canonical JSON to `path` as `durable_file` does. ValueError or TypeError if it is not JSON."""
-    return write_file(path, canonical_json(value), replace=replace)
-
-
 def write_sealed_json(path: Path, fields: dict[str, Any], *, replace: bool = False) -> FileDigest:
-    """Write an object with a `seal`, the sha256 of its other fields: a flipped bit that is still JSON does not pass.
+    """Write a JSON object with a `seal`, the sha256 of its other fields.
+
+    The seal detects a flipped bit after which the file is still valid JSON.
 
     Raises:
-        StorageError: It would be larger than 32 MiB, which nobody could read. Nothing is written.
+        StorageError: The file would be larger than 32 MiB, the limit of `read_sealed_json`. Nothing
+            is written.
         OSError: As `durable_file`.
     """
     data = _sealed(fields)
     if len(data) > MAX_JSON_BYTES:
         raise StorageError(
-            f"{path} would have {len(data):,} bytes, and no more than {MAX_JSON_BYTES:,} are read of such a file: it is not written"
+            f"{path} would have {len(data):,} bytes, but only {MAX_JSON_BYTES:,} are read of such "
+            "a file: it is not written"
         )
     return write_file(path, data, replace=replace)
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed_json` wrote, without its seal.
+    """Read an object written by `write_sealed_json`, without its seal.
 
     Raises:
-        StorageError: It is missing, larger than 32 MiB, not a JSON object, or its seal does not fit.
+        StorageError: The file is missing, larger than 32 MiB or not a JSON object, or its seal
+            does not match.
         OSError: The system could not read it.
     """
     try:
@@ -277,33 +292,34 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} is missing") from None
     if len(data) > MAX_JSON_BYTES:
         raise StorageError(
-            f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the most that is read of such a file"
+            f"{path} is larger than {MAX_JSON_BYTES:,} bytes, the limit for such a file"
         )
     try:
         fields = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is torn or damaged: not JSON ({error})") from error
     if not isinstance(fields, dict) or not _is_sealed(data, fields.pop("seal", None)):
-        raise StorageError(f"{path} is damaged: its seal does not fit its content")
+        raise StorageError(f"{path} is damaged: its seal does not match its content")
     return cast(dict[str, Any], fields)
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one way to write `value` as JSON: keys sorted, no white space, ASCII, a newline at the end."""
+    """Return `value` as ASCII JSON with sorted keys, no white space, and a newline at the end."""
     return (
         json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
     ).encode("ascii")
 
 
 def marker_path(path: Path) -> Path:
-    """The marker of `path`: `batch_00000.pt.done` beside `batch_00000.pt`."""
+    """Return the path of the marker of a file: `batch_00000.pt.done` for `batch_00000.pt`."""
     return path.with_name(path.name + ".done")
 
 
 def write_marker(path: Path, digest: FileDigest, **fields: Any) -> FileDigest:
-    """Say durably that `path` is whole: a sealed JSON object of schema, size_bytes, sha256 and `fields`.
+    """Record durably that `path` is complete.
 
-    A field that is a list of whole numbers is packed: it would take longer to read than all the rest.
+    The marker is a sealed JSON object of `schema`, `size_bytes`, `sha256` and `fields`. A field
+    that is a list of integers is packed, because parsing it would take longer than all the rest.
 
     Raises:
         FileExistsError: `path` has a marker.
@@ -319,10 +335,10 @@ def write_marker(path: Path, digest: FileDigest, **fields: Any) -> FileDigest:
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Read the marker of `path`: size_bytes, sha256, and what its writer added.
+    """Read the marker of `path`: `size_bytes`, `sha256`, and the fields that its writer added.
 
     Raises:
-        StorageError: There is none, it is damaged, or another version of this software wrote it.
+        StorageError: The marker is missing or damaged, or was written by another version of vnp.
         OSError: The system could not read it.
     """
     fields = read_marker_arrays(path)
@@ -333,7 +349,7 @@ def read_marker(path: Path) -> dict[str, Any]:
 
 
 def read_marker_arrays(path: Path) -> dict[str, Any]:
-    """The same, with lists of whole numbers as arrays where the writer has packed them."""
+    """Read the marker of `path` with packed lists as arrays. Raises as `read_marker`."""
     marker = marker_path(path)
     fields = read_sealed_json(marker)
     if fields.get("schema") not in _MARKER_SCHEMAS:
@@ -351,13 +367,13 @@ def read_marker_arrays(path: Path) -> dict[str, Any]:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Read all of `path`, a MiB at a time. OSError where it cannot be read."""
+    """Compute the digest of a file, reading 1 MiB at a time. OSError if it cannot be read."""
     with path.open("rb") as file:
         return digest_stream(file)
 
 
 def digest_stream(file: BinaryIO) -> FileDigest:
-    """Read an open file from where it stands to its end, a MiB at a time."""
+    """Compute the digest of the rest of an open file, reading 1 MiB at a time."""
     sha256 = hashlib.sha256()
     size_bytes = 0
     while block := file.read(_READ_BLOCK_BYTES):
@@ -367,10 +383,10 @@ def digest_stream(file: BinaryIO) -> FileDigest:
 
 
 def exchange_directories(first: Path, second: Path) -> bool:
-    """Exchange two directories at one stroke, durably, and say whether that is possible here.
+    """Exchange two directories atomically and durably; return False if that is not supported.
 
     Raises:
-        OSError: They could not be exchanged for another reason.
+        OSError: The exchange is supported, but failed.
     """
     try:
         ops.exchange(first, second)
@@ -384,10 +400,11 @@ def exchange_directories(first: Path, second: Path) -> bool:
 
 
 def make_directory(path: Path) -> None:
-    """Make `path` and what is missing above it, durably.
+    """Create a directory and its missing parents, durably.
 
-    The directory above `path` is synced even where `path` is there: whoever made it may have died before doing so. One
-    that may not be opened, such as another user's of mode 0711, is left unsynced.
+    The parent of `path` is synced even if `path` exists, because the process that created it may
+    have been killed before that sync. A parent that may not be opened, such as another user's
+    directory of mode 0711, is left unsynced.
     """
     if not path.parent.is_dir():
         make_directory(path.parent)
@@ -396,14 +413,14 @@ def make_directory(path: Path) -> None:
     except FileExistsError:
         if not path.is_dir():
             raise NotADirectoryError(
-                errno.ENOTDIR, "there is a file where a directory has to be", str(path)
+                errno.ENOTDIR, "a file exists where a directory is required", str(path)
             ) from None
     with suppress(PermissionError):
         fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in `path` durable. That a file system knows no such thing (EINVAL, ENOTSUP) is accepted."""
+    """Make the names in a directory durable, if its file system supports that."""
     try:
         ops.fsync_directory(path)
     except OSError as error:
@@ -412,9 +429,13 @@ def fsync_directory(path: Path) -> None:
 
 
 def refresh_listing(directory: Path) -> None:
-    """Have the system look anew what is in a directory: an NFS client does when a change of its own meets one of others."""
+    """Discard the system's cached listing of a directory.
+
+    An NFS client does so if it changes a directory that other clients have changed.
+    """
     path = temporary_path(directory / "look")
-    with suppress(OSError):  # what cannot be written to is looked at as it is
+    # A read-only directory is listed as it is.
+    with suppress(OSError):
         fd = ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         try:
             ops.close(fd)
@@ -423,51 +444,56 @@ def refresh_listing(directory: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file; that survives a power loss once its directory is synced."""
+    """Remove a file. The removal survives a power failure once the directory is synced."""
     ops.unlink(path)
 
 
 def remove_temporary(path: Path) -> None:
-    """Remove a temporary file of our own, with a second try where that fails: the run goes on, and nothing is to be left of it."""
+    """Remove a temporary file of this process, with one retry; a failure does not end the run."""
     for _ in range(2):
         with suppress(OSError):
             return ops.unlink(path)
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Rename durably, within one file system; `target` is a name that nobody else uses, or is replaced."""
+    """Rename a file durably within one file system. An existing `target` is replaced."""
     ops.replace(source, target)
     fsync_directory(target.parent)
     fsync_directory(source.parent)
 
 
 def require_free_space(directory: Path, size_bytes: int) -> None:
-    """Raise StorageError unless `directory` has room for `size_bytes` more."""
+    """Raise StorageError unless the file system of `directory` has `size_bytes` free."""
     free_bytes = shutil.disk_usage(directory).free
     if free_bytes < size_bytes:
         raise StorageError(
-            f"{directory} has {free_bytes:,} bytes free and {size_bytes:,} are needed: make room, or choose another directory"
+            f"{directory} has {free_bytes:,} bytes free and {size_bytes:,} are needed: make room, "
+            "or choose another directory"
         )
 
 
 def path_below(directory: Path, name: str) -> Path:
-    """Where a file of such a name is. A "/" in it makes directories, but none outside of `directory`.
+    """Return the path of a file below `directory`, whose name may contain directories.
 
-    On disk the name is UTF-8, whatever the locale: it is the same file in every shell.
+    On disk the name is UTF-8, whatever the locale, so that it is the same file in every shell.
 
     Raises:
-        ValueError: It leads out of `directory`, or is too long; what is wrong with it, as the end of a sentence.
+        ValueError: The name leads out of `directory`, or is too long. The message completes a
+            sentence that begins with the name.
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError("leads out of the directory as a file name, or nowhere")
     if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
-        raise ValueError(f"is too long for a file name, which has {_MOST_NAME_BYTES} bytes at most")
+        raise ValueError(f"is too long for a file name, which has up to {_MOST_NAME_BYTES} bytes")
     return directory.joinpath(*(os.fsdecode(part.encode()) for part in parts))
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that says who writes: its parts are divided by a sign that no host name has."""
+    """Return a unique temporary path next to `path` that identifies the writing process.
+
+    Its parts are separated by a character that is not allowed in host names.
+    """
     writer = ProcessIdentity.current()
     identity = (
         writer.host,
@@ -480,15 +506,15 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}@" + "@".join(map(str, identity)))
 
 
-def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> None:
-    """Put `data` under `path`, in the place of what is there, whole or not at all. Nothing is synced: a power cut may undo it.
+def replace_unsynced(path: Path, data: ReadableBuffer, *, temporary_dir: Path) -> None:
+    """Write or replace a file atomically, without a sync: a power failure may undo it.
 
     Args:
-        path: Where the file is to be; its directory exists.
-        data: All of it.
-        by_way_of: A directory on the same file system, for the temporary file.
+        path: Path of the file; its directory exists.
+        data: Content of the file.
+        temporary_dir: A directory on the same file system, for the temporary file.
     """
-    temporary = temporary_path(by_way_of / "file")
+    temporary = temporary_path(temporary_dir / "file")
     try:
         temporary.write_bytes(data)
         ops.replace(temporary, path)
@@ -501,25 +527,31 @@ def replace_unsynced(path: Path, data: ReadableBuffer, *, by_way_of: Path) -> No
 def remove_orphaned_temporaries(
     directory: Path, *, clock: Callable[[], float] | None = None
 ) -> list[Path]:
-    """Remove the temporary files and directories in `directory` whose writers are gone, and say which.
+    """Remove temporary files and directories of processes that have ended; return their paths.
 
-    A writer of this machine is gone when its process is, whoever has its id by now. Of other machines' and containers'
-    processes nothing can be known: their files count as orphaned when nobody has written to them for an hour, by the
-    clock of the file system. Nothing else is ever touched.
+    A writer on this machine has ended if its process has, even if another process has the same id
+    now. The state of processes on other machines and in other containers is unknown: their files
+    are orphaned if they have not been written to for an hour, by the clock of the file system.
+    Other files are never removed.
 
     Args:
-        clock: Seconds since the epoch, in the place of the file system's clock.
+        clock: Seconds since the epoch; by default, those of the file system's clock.
     """
     removed = []
     now_s: float | None = None
-    for path in filter(_is_temporary, sorted(directory.glob(".tmp-*"))):
+    for path in sorted(directory.glob(".tmp-*")):
+        if not any(form.fullmatch(path.name) for form in (_TEMPORARY, _TEMPORARY_OF_VERSION_1_0)):
+            continue
         is_orphaned = _writer_is_gone(path)
         if is_orphaned is None:
             now_s = now_s or (clock() if clock is not None else _file_system_time(directory))
             is_orphaned = _age_s(path, now_s=now_s) > FOREIGN_TEMPORARY_AGE_S
         if is_orphaned:
             with suppress(FileNotFoundError):
-                _remove(path)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    ops.unlink(path)
                 removed.append(path)
     return removed
 
@@ -532,9 +564,8 @@ def _publish(temporary: Path, path: Path, written: os.stat_result, *, replace: b
     try:
         ops.link(temporary, path)
     except FileExistsError:
-        if not _is_same_file(
-            path, written
-        ):  # over NFS a link that succeeded can be told as one that did not
+        # Over NFS, a lost reply can make a successful link look like a failed one.
+        if not _is_same_file(path, written):
             raise
     try:
         ops.unlink(temporary)
@@ -561,13 +592,6 @@ def _fsync_tree(directory: Path) -> None:
         fsync_directory(Path(parent))
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        ops.unlink(path)
-
-
 def _is_same_file(path: Path, written: os.stat_result) -> bool:
     try:
         return os.path.samestat(path.stat(), written)
@@ -576,7 +600,10 @@ def _is_same_file(path: Path, written: os.stat_result) -> bool:
 
 
 def _sealed(fields: dict[str, Any]) -> bytes:
-    """Canonical JSON of `fields` and their seal, each serialised once: a manifest has megabytes."""
+    """Return canonical JSON of `fields` and their seal.
+
+    Each field is serialised only once, because a manifest may have megabytes.
+    """
     before = canonical_json({key: value for key, value in fields.items() if key < "seal"})[1:-2]
     after = canonical_json({key: value for key, value in fields.items() if key > "seal"})[1:-2]
     seal = hashlib.sha256(_object([before, after])).hexdigest()
@@ -588,7 +615,7 @@ def _object(members: Sequence[bytes]) -> bytes:
 
 
 def _is_sealed(data: bytes, seal: object) -> bool:
-    """Whether the bytes without their seal are those that it was made of, byte for byte."""
+    """Return whether the seal was computed from exactly these bytes without the seal."""
     if not isinstance(seal, str):
         return False
     before, found, after = data.partition(f'"seal":"{seal}"'.encode())
@@ -600,23 +627,20 @@ def _is_sealed(data: bytes, seal: object) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _is_temporary(path: Path) -> bool:
-    return bool(_TEMPORARY.fullmatch(path.name) or _TEMPORARY_BEFORE.fullmatch(path.name))
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _writer_is_gone(path: Path) -> bool | None:
-    """Whether a temporary file's writer has ended; None where that cannot be told from here."""
+    """Return whether the writer of a temporary file has ended, or None if unknown."""
     if match := _TEMPORARY.fullmatch(path.name):
         _, host, boot, pid_namespace, pid, started_at = match.groups()
         writer = ProcessIdentity(
             host=host, boot=boot, pid_namespace=pid_namespace, pid=int(pid), started_at=started_at
         )
         return not writer.is_alive() if writer.is_visible() else None
-    # As version 1.0 named them. Where the host's name begins is clear only if the file's has no hyphen.
-    match = _TEMPORARY_BEFORE.fullmatch(path.name)
+    # The host name begins after the first hyphen, provided that the name of the file has none.
+    # Otherwise it differs from this host's, and nothing is known of the writer.
+    match = _TEMPORARY_OF_VERSION_1_0.fullmatch(path.name)
     assert match is not None
     if match[1].partition("-")[2] != socket.gethostname():
         return None
@@ -632,7 +656,7 @@ def _age_s(path: Path, *, now_s: float) -> float:
 
 
 def _file_system_time(directory: Path) -> float:
-    """What time it is by the clock that stamps the files of a directory: over a network, not this machine's."""
+    """Return the time of the clock that stamps files; on a network file system, the server's."""
     path = temporary_path(directory / "clock")
     try:
         fd = ops.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -643,16 +667,3 @@ def _file_system_time(directory: Path) -> float:
             remove_temporary(path)
     except OSError:
         return time.time()
-
-
-def _exchange(first: Path, second: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):  # of glibc from 2.28 on, and of Linux
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(first))
-    if (
-        libc.renameat2(
-            _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
-        )
-        != 0
-    ):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(first))

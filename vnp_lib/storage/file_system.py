@@ -1,4 +1,4 @@
-"""Try whether a directory's file system can do what a run needs, before anything is computed."""
+"""Test whether the file system of a directory supports what a run needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vnp_lib.storage import durable
 from vnp_lib.storage.mounts import Mount, mount_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What the system says of what it cannot do at all, and will not be able to do later.
+# Errors of operations that the file system does not support, so that a retry cannot succeed.
 _UNABLE = (
     errno.ENOTSUP,
     errno.ENOSYS,
@@ -30,55 +30,71 @@ _UNABLE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSystemAbilities:
-    """What a file system could do when it was tried, and what the system said where it could not."""
+    """The operations that were tested on a file system, each with its error, or None.
+
+    Attributes:
+        directory: Where they were tested.
+        mount: Its file system; None if unknown.
+        new_file: Create a file exclusively.
+        link: Create a hard link, but never over an existing file.
+        rename: Rename a file over an existing one.
+        directory_sync: Sync a directory.
+        lock: Lock a file.
+        mapping: Map a file into memory.
+        has_locks_seen_by_others: Whether locks exclude processes on other machines, as far as is
+            known.
+    """
 
     directory: Path
     mount: Mount | None
-    new_file: OSError | None = None  # that refuses to be made twice
-    link: OSError | None = None  # a second name that replaces nothing
-    rename: OSError | None = None  # over a file that is there
+    new_file: OSError | None = None
+    link: OSError | None = None
+    rename: OSError | None = None
     directory_sync: OSError | None = None
     lock: OSError | None = None
-    mapping: OSError | None = None  # of a file into memory
+    mapping: OSError | None = None
     has_locks_seen_by_others: bool = True
 
     def require_usable(self) -> None:
-        """Raise ConfigError, which says what is lacking and what to do, where a run cannot use the directory."""
+        """Raise ConfigError if a run cannot use the directory; the message says what to do."""
         for error, lacking in (
-            (self.new_file, "does not make files as a run needs them, each only once"),
+            (self.new_file, "does not create files exclusively"),
             (self.link, "has no hard links, by which a run publishes a file without replacing one"),
             (self.rename, "does not rename a file over another"),
             (
                 self.directory_sync,
-                "does not sync directories, so that a power cut could undo what was saved",
+                "does not sync directories, so that a power failure could undo what was saved",
             ),
-            (self.lock, "has no locks, by which a run keeps others out"),
+            (self.lock, "has no locks, by which a run excludes other runs"),
             (self.mapping, "does not map files into memory"),
         ):
             if error is None:
                 continue
             if error.errno in _FULL:
                 raise ConfigError(
-                    f"--output-dir {self.directory}: {_reason(error)}; make room, or choose another directory"
+                    f"--output-dir {self.directory}: {_reason(error)}; make room, or choose "
+                    "another directory"
                 )
             if error.errno not in _UNABLE:
                 raise ConfigError(
-                    f"--output-dir {self.directory} cannot be used: {_reason(error)} on {self._on}; see to it, or choose "
-                    "another directory"
+                    f"--output-dir {self.directory} cannot be used: {_reason(error)} on "
+                    f"{self._on}; repair it, or choose another directory"
                 )
             raise ConfigError(
-                f"--output-dir {self.directory} is on {self._on}, which {lacking} ({_reason(error)}): choose a directory on "
-                "another file system, such as a local disk, and copy the dataset here when it is complete"
+                f"--output-dir {self.directory} is on {self._on}, which {lacking} "
+                f"({_reason(error)}): choose a directory on another file system, such as a local "
+                "disk, and copy the dataset here when it is complete"
             )
 
     @property
     def warning(self) -> str | None:
-        """What a user should know of a directory that can be used."""
+        """A limitation of a usable directory that the user should know, or None."""
         if self.has_locks_seen_by_others:
             return None
         return (
-            f"{self.directory} is on {self._on}, whose locks other machines may not see: should two runs be started in this "
-            "directory, on two machines, neither would notice; no row would be lost or wrong, but all would be computed twice"
+            f"{self.directory} is on {self._on}, whose locks other machines may not see: if two "
+            "runs are started in this directory on two machines, neither would notice; no row "
+            "would be lost or wrong, but all would be computed twice"
         )
 
     @property
@@ -87,11 +103,11 @@ class FileSystemAbilities:
 
 
 def try_file_system(directory: Path) -> FileSystemAbilities:
-    """Make and remove a few small files in a directory that is there, and say how that went."""
+    """Test the operations that a run needs with a few small files in an existing directory."""
     mount = mount_of(directory)
     first, second = (durable.temporary_path(directory / name) for name in ("probe", "probe-link"))
     try:
-        new_file = _tried(lambda: _make_once(first))
+        new_file = _error_of(lambda: _make_once(first))
         if new_file is not None:
             return FileSystemAbilities(directory=directory, mount=mount, new_file=new_file)
         lock, is_excluded = _try_lock(first)
@@ -99,10 +115,10 @@ def try_file_system(directory: Path) -> FileSystemAbilities:
             directory=directory,
             mount=mount,
             lock=lock,
-            mapping=_tried(lambda: _map(first)),
-            link=_tried(lambda: _link(first, second)),
-            rename=_tried(lambda: _rename_over(first, second)),
-            directory_sync=_tried(lambda: durable.fsync_directory(directory)),
+            mapping=_error_of(lambda: _map(first)),
+            link=_error_of(lambda: _link_once(first, second)),
+            rename=_error_of(lambda: _rename_over(first, second)),
+            directory_sync=_error_of(lambda: durable.fsync_directory(directory)),
             has_locks_seen_by_others=is_excluded and (mount is None or not mount.has_local_locks),
         )
     finally:
@@ -110,9 +126,9 @@ def try_file_system(directory: Path) -> FileSystemAbilities:
             durable.remove_temporary(path)
 
 
-def _tried(act: Callable[[], None]) -> OSError | None:
+def _error_of(test: Callable[[], None]) -> OSError | None:
     try:
-        act()
+        test()
     except OSError as error:
         return error
     return None
@@ -134,27 +150,28 @@ def _make_once(path: Path) -> None:
         durable.ops.close(durable.ops.open(path, flags))
     except FileExistsError:
         return
-    raise OSError(errno.ENOTSUP, "a file that is there was made again")
+    raise OSError(errno.ENOTSUP, "an existing file was created again")
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_once(source: Path, target: Path) -> None:
     durable.ops.link(source, target)
     try:
         durable.ops.link(source, target)
     except FileExistsError:
         return
-    raise OSError(errno.ENOTSUP, "a link replaced a file that was there")
+    raise OSError(errno.ENOTSUP, "a link replaced an existing file")
 
 
 def _rename_over(source: Path, target: Path) -> None:
-    if target.exists():  # by the link: of two names of one file, a rename leaves both
+    # The test of links may have created it. Of two names of one file, a rename keeps both.
+    if target.exists():
         durable.ops.unlink(target)
     _make_once(target)
     durable.ops.replace(source, target)
 
 
 def _try_lock(path: Path) -> tuple[OSError | None, bool]:
-    """Lock a file, and say whether somebody who has opened it anew is kept out."""
+    """Lock a file; return the error, and whether the lock excludes a second descriptor."""
     holder = durable.ops.open(path, os.O_RDWR)
     try:
         other = durable.ops.open(path, os.O_RDWR)

@@ -1,4 +1,4 @@
-"""File locks that survive crashes and say who holds them."""
+"""File locks that survive crashes and name their holder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from vnp_lib.errors import LockTimeoutError, StorageError
+from vnp_lib.formatting import utc_now
 from vnp_lib.processes import ProcessIdentity
 from vnp_lib.storage import durable
 from vnp_lib.storage.durable import canonical_json
@@ -24,13 +24,23 @@ _LOCK_POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LockHolder:
-    """Who holds a lock."""
+    """The process that holds a lock, as recorded in the lock file.
+
+    Attributes:
+        host: Its host name.
+        pid: Its process id.
+        since: When it acquired the lock, in UTC by ISO 8601.
+        purpose: What it holds the lock for, as the end of "held by process 7 to ...".
+        boot: As of `ProcessIdentity`. Version 1.0 recorded neither this nor the next two.
+        pid_namespace: As of `ProcessIdentity`.
+        started_at: As of `ProcessIdentity`.
+    """
 
     host: str
     pid: int
-    since: str  # ISO 8601, UTC
+    since: str
     purpose: str
-    boot: str = ""  # as of `ProcessIdentity`; version 1.0 did not write it
+    boot: str = ""
     pid_namespace: str = ""
     started_at: str = "0"
 
@@ -39,7 +49,7 @@ class LockHolder:
 
     @property
     def process(self) -> ProcessIdentity:
-        """Which process it is. One that version 1.0 has named is taken to be of this boot and this container."""
+        """The identity of the process. Of version 1.0, this boot and this container are assumed."""
         here = ProcessIdentity.current()
         return ProcessIdentity(
             host=self.host,
@@ -51,14 +61,15 @@ class LockHolder:
 
 
 class FileLock:
-    """An exclusive lock between processes, and between the threads of one.
+    """An exclusive, non-reentrant lock between processes and between threads of one process.
 
-    It is `flock` on a file that stays for ever: were it unlinked, two processes could each lock a file of that name. The
-    kernel frees the lock when its holder dies, however it dies. It is not reentrant. The descriptor is closed on exec but
-    shared by a fork: a process that holds a lock starts others by spawn only.
+    It is `flock` on a file that is never removed: otherwise two processes could each lock a file of
+    that name. The kernel releases the lock when its holder exits or is killed. The descriptor is
+    closed on exec but shared by a fork, so a process that holds a lock must start others by spawn.
 
-    On NFS the lock is a lease of the client (about 90 s on v4) that a paused host loses without being told, and v3 may
-    keep a dead host's lock. So no result depends on it: it saves double work, and keeps the manifest's counts right.
+    On NFS the lock is a lease of the client (about 90 s on v4) that a paused host loses without
+    notice, and v3 may keep the lock of a host that is gone. So no result depends on the lock: it
+    avoids duplicate work, and keeps the counts in the manifest right.
     """
 
     def __init__(
@@ -69,7 +80,7 @@ class FileLock:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`purpose` completes "held by process 7 to ..." in the message that others get."""
+        """`purpose` completes "held by process 7 to ..." in the message for other processes."""
         self.path = path
         self._purpose = purpose
         self._clock = clock
@@ -87,10 +98,11 @@ class FileLock:
             self.release()
 
     def acquire(self, timeout_s: float) -> None:
-        """Take the lock, waiting up to `timeout_s`; 0 tries once.
+        """Acquire the lock, waiting up to `timeout_s`; 0 tries once.
 
         Raises:
-            LockTimeoutError: Somebody else held it all the time; names host, pid, since when and what for.
+            LockTimeoutError: Another holder kept the lock; the message names its host, pid, purpose
+                and since when it holds the lock.
             StorageError: The file system has no locks.
             OSError: The lock file cannot be opened.
         """
@@ -111,7 +123,7 @@ class FileLock:
         self._fd = fd
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         fd, self._fd = self._fd, None
         if fd is None:
             raise RuntimeError(f"{self.path} is not held")
@@ -126,7 +138,7 @@ class FileLock:
                 self._between_threads.release()
 
     def holder(self) -> LockHolder | None:
-        """Who holds the lock, from the lock file: a holder that died leaves its name there, though not the lock."""
+        """Return the holder named in the lock file, which may be a process that was killed."""
         try:
             holder = LockHolder(**json.loads(self.path.read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -134,10 +146,10 @@ class FileLock:
         return holder if isinstance(holder.pid, int) else None
 
     def presumed_holder(self) -> LockHolder | None:
-        """Who holds the lock, as far as can be told: who is dead, on this machine, does not.
+        """Return the holder named in the lock file, unless it is known to have ended.
 
-        Whether another machine's process is dead, the lock itself says, if it is one that machines share: it is tried,
-        shared, for a moment.
+        Processes on this machine are looked up. For those on other machines, a shared lock is
+        tried for a moment, if the file system shares locks between machines.
         """
         holder = self.holder()
         if holder is None or (holder.process.is_visible() and not holder.process.is_alive()):
@@ -177,12 +189,13 @@ class FileLock:
             self._sleep(_LOCK_POLL_S)
 
     def _sign(self, fd: int) -> None:
-        since = datetime.now(UTC).isoformat(timespec="seconds")
+        since = utc_now().isoformat(timespec="seconds")
         holder = LockHolder(**asdict(ProcessIdentity.current()), since=since, purpose=self._purpose)
-        with suppress(OSError):  # a full disk takes no name, but the lock is ours all the same
+        # On a full disk the name cannot be written, but the lock is held nevertheless.
+        with suppress(OSError):
             os.ftruncate(fd, 0)
             os.pwrite(fd, canonical_json(asdict(holder)), 0)
 
     def _timed_out(self, timeout_s: float) -> LockTimeoutError:
-        who = self.holder() or "a process that left no name"
-        return LockTimeoutError(f"{self.path} is held by {who}; waited {timeout_s:g} s for it")
+        holder = self.holder() or "an unnamed process"
+        return LockTimeoutError(f"{self.path} is held by {holder}; waited {timeout_s:g} s for it")

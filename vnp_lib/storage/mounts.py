@@ -1,4 +1,4 @@
-"""Read which file system a path is on, and what is known of its locks."""
+"""Find the file system of a path, and whether other machines see its locks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 
-# With these, flock excludes processes of one machine only: by default, or since it was mounted so.
+# On these file systems, flock excludes only processes of the same machine, by default or because
+# of a mount option.
 _LOCAL_LOCKS = re.compile(r"beegfs")
 _LOCAL_LOCK_OPTIONS = frozenset(
     {"localflock", "nolock", "nobrl", "local_lock=flock", "local_lock=all"}
 )
-# Of these it cannot be told from outside.
+# On these it depends on a server that cannot be asked.
 _PERHAPS_LOCAL_LOCKS = re.compile(r"9p|fuse(\..*)?|virtiofs")
 
 
@@ -31,29 +32,30 @@ class Mount:
 
     @property
     def has_local_locks(self) -> bool:
-        """Whether a lock that one machine holds is known to be invisible to others."""
+        """Whether locks are known to be invisible to other machines."""
         return bool(_LOCAL_LOCKS.fullmatch(self.kind)) or bool(self.options & _LOCAL_LOCK_OPTIONS)
 
     @property
     def has_shared_locks(self) -> bool:
-        """Whether it is seen by others, as far as is known."""
+        """Whether other machines see locks, as far as is known."""
         return not self.has_local_locks and not _PERHAPS_LOCAL_LOCKS.fullmatch(self.kind)
 
 
 def mount_of(path: Path) -> Mount | None:
-    """Find the mount that `path`, which exists, is on; None where the system does not say."""
+    """Return the mount of an existing path, or None if the system has no table of mounts."""
     try:
         device = os.stat(path).st_dev
         lines = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
     number, resolved = f"{os.major(device)}:{os.minor(device)}", path.resolve()
-    # Where one was mounted over another, the later line counts.
+    # If one was mounted over another, the later line counts.
     mounts = [_parse(line) for line in reversed(lines) if " - " in line]
     above = [
         (numbered, mount) for numbered, mount in mounts if resolved.is_relative_to(mount.point)
     ]
-    # Some file systems, such as btrfs and overlay, give files another device number than their mount's.
+    # On some file systems, such as btrfs and overlay, the device number of a file is not that of
+    # the mount.
     of_device = [mount for numbered, mount in above if numbered == number]
     return max(
         of_device or [mount for _, mount in above],
@@ -63,17 +65,16 @@ def mount_of(path: Path) -> Mount | None:
 
 
 def locks_are_shared(path: Path) -> bool:
-    """Whether locks on the file system of `path` are seen by other machines, as far as is known."""
+    """Return whether other machines see locks on the file system of `path`, as far as is known."""
     mount = mount_of(path)
     return mount is None or mount.has_shared_locks
 
 
 def _parse(line: str) -> tuple[str, Mount]:
+    """Return the device number and the mount in a line of mountinfo."""
     of_mount, _, of_file_system = line.partition(" - ")
     fields, (kind, *others) = of_mount.split(" "), of_file_system.split(" ")
     options = frozenset([*fields[5].split(","), *others[-1].split(",")])
-    return fields[2], Mount(point=Path(_unescaped(fields[4])), kind=kind, options=options)
-
-
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+    # White space in a path is escaped as an octal number.
+    point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+    return fields[2], Mount(point=Path(point), kind=kind, options=options)

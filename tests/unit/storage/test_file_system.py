@@ -1,4 +1,4 @@
-"""The file system is tried before anything is computed: what it lacks is said in one sentence, with what to do."""
+"""A missing operation of a file system is reported up front in one sentence, with a remedy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LACKING = {
     "replace": ("does not rename a file over another", [errno.EPERM, errno.ENOSYS]),
     "flock": ("has no locks", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL]),
     "fsync_directory": ("does not sync directories", [errno.ENOSYS, errno.EPERM]),
-    "open": ("does not make files as a run needs them", [errno.EACCES]),
+    "open": ("does not create files exclusively", [errno.EACCES]),
 }
 
 
 @pytest.fixture
 def lacking(monkeypatch: pytest.MonkeyPatch):
-    """Have the system refuse one kind of operation."""
+    """Make the system refuse one operation."""
 
     def lack(name: str, code: int) -> None:
         def refuse(*arguments: Any) -> None:
@@ -42,7 +42,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch):
     return lack
 
 
-def test_an_ordinary_directory_can_do_all_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+def test_an_ordinary_directory_passes_and_stays_empty(tmp_path: Path) -> None:
     abilities = try_file_system(tmp_path)
     abilities.require_usable()
     assert abilities.warning is None
@@ -52,7 +52,7 @@ def test_an_ordinary_directory_can_do_all_and_nothing_is_left_in_it(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "code"), [(name, code) for name, (_, codes) in LACKING.items() for code in codes]
 )
-def test_each_lack_is_said_with_the_file_system_and_the_way_out(
+def test_a_missing_operation_is_reported_with_a_remedy(
     tmp_path: Path, lacking, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     lacking(name, code)
@@ -60,16 +60,16 @@ def test_each_lack_is_said_with_the_file_system_and_the_way_out(
     monkeypatch.setattr(file_system, "mount_of", lambda path: mount)
     with pytest.raises(ConfigError) as caught:
         try_file_system(tmp_path).require_usable()
-    said = str(caught.value)
-    assert said.startswith(
+    message = str(caught.value)
+    assert message.startswith(
         f"--output-dir {tmp_path} is on a file system of type exfat, mounted on /mnt/share, which "
     )
-    assert LACKING[name][0] in said
-    assert os.strerror(code) in said
-    assert "choose a directory on another file system" in said
+    assert LACKING[name][0] in message
+    assert os.strerror(code) in message
+    assert "choose a directory on another file system" in message
 
 
-def test_memory_maps_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_maps_are_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
@@ -85,13 +85,13 @@ def test_directories_that_need_no_sync_are_accepted(tmp_path: Path, lacking, cod
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_or_quota_is_told_from_a_lack(tmp_path: Path, lacking, code: int) -> None:
+def test_a_full_disk_is_not_a_missing_operation(tmp_path: Path, lacking, code: int) -> None:
     lacking("write", code)
     with pytest.raises(ConfigError, match=f"{os.strerror(code)}; make room"):
         try_file_system(tmp_path).require_usable()
 
 
-def test_a_failing_disk_is_not_called_unable(tmp_path: Path, lacking) -> None:
+def test_a_failing_disk_is_not_a_missing_operation(tmp_path: Path, lacking) -> None:
     lacking("link", errno.EIO)
     with pytest.raises(
         ConfigError, match="cannot be used: Input/output error on a file system of type"
@@ -102,10 +102,10 @@ def test_a_failing_disk_is_not_called_unable(tmp_path: Path, lacking) -> None:
 @pytest.mark.parametrize(
     ("name", "broken"), [("link", os.replace), ("flock", lambda *arguments: None)]
 )
-def test_an_operation_that_lies_is_found_out(
+def test_an_operation_that_only_seems_to_work_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any
 ) -> None:
-    """A link that replaces is no link; a lock that excludes nobody can be worked with, and is said."""
+    """A link that replaces a file is refused; a lock that excludes nobody is warned of."""
     ops = DurableOps()
     if name == "link":
         real = ops.link
@@ -127,7 +127,7 @@ def test_an_operation_that_lies_is_found_out(
         assert "neither would notice" in abilities.warning
 
 
-def test_a_run_is_refused_before_anything_is_made(
+def test_a_run_is_refused_before_anything_is_created(
     tmp_path: Path, tiny_fasta: Path, lacking
 ) -> None:
     lacking("link", errno.EPERM)
@@ -140,8 +140,8 @@ def test_a_run_is_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
-def test_what_a_file_system_cannot_do_is_not_tried_again(code: int) -> None:
-    error = StorageError("batch_00000.pt: see to the storage")
+def test_a_missing_operation_is_not_retried(code: int) -> None:
+    error = StorageError("batch_00000.pt: inspect the storage")
     error.__cause__ = OSError(code, os.strerror(code))
     failure = classify_exception(error)
     assert failure.cause == FailureCause.CONFIGURATION

@@ -1,4 +1,4 @@
-"""Mounts: which file system a path is on, and whether its locks are seen by other machines."""
+"""The file system of a path, and whether other machines see its locks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vnp_lib.storage.mounts import locks_are_shared, mount_of
 
 @pytest.fixture
 def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Say that `tmp_path` is a mount of its own."""
+    """Pretend that `tmp_path` is a mount of its own."""
 
     def mount(kind: str, options: str = "rw", of_mount: str = "rw,relatime") -> Path:
         device = os.stat(tmp_path).st_dev
@@ -53,17 +53,15 @@ def test_the_innermost_mount_counts(mounted) -> None:
         ("fuse.sshfs", "rw", False),
     ],
 )
-def test_locks_of_one_machine_only_are_known_by_type_and_options(
-    mounted, kind, options, are_shared
-) -> None:
+def test_local_locks_are_known_by_type_and_options(mounted, kind, options, are_shared) -> None:
     assert locks_are_shared(mounted(kind, options)) is are_shared
 
 
 @pytest.mark.parametrize(
     ("kind", "is_known"), [("beegfs", True), ("fuse.sshfs", False), ("ext4", False)]
 )
-def test_what_is_known_to_be_local_is_told_from_what_may_be(mounted, kind, is_known) -> None:
-    """A warning is for what is known; what may be is only not relied on."""
+def test_known_and_possible_local_locks_differ(mounted, kind, is_known) -> None:
+    """Only known local locks cause a warning; possible ones are merely not relied on."""
     found = mount_of(mounted(kind))
     assert found is not None
     assert found.has_local_locks is is_known

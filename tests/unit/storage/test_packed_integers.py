@@ -1,4 +1,4 @@
-"""Whole numbers in JSON: they come back as they were, and nothing else passes for them."""
+"""Packed integers in JSON are read back, and nothing else is taken for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vnp_lib.storage.packed_integers import is_packed, pack, unpack
 
 
 @pytest.mark.parametrize("bits", range(64))
-def test_numbers_come_back_in_their_order(bits: int) -> None:
+def test_integers_are_read_back_in_order(bits: int) -> None:
     draw = random.Random(bits)
     values = [draw.getrandbits(bits) for _ in range(draw.randrange(9))]
     packed = json.loads(json.dumps(pack(values)))
@@ -23,14 +23,14 @@ def test_numbers_come_back_in_their_order(bits: int) -> None:
 @pytest.mark.parametrize(
     ("largest", "dtype"), [(255, "u1"), (256, "u2"), (65_536, "u4"), (2**32, "u8")]
 )
-def test_the_narrowest_type_is_taken(largest: int, dtype: str) -> None:
+def test_the_narrowest_type_is_used(largest: int, dtype: str) -> None:
     packed = pack([0, largest])
     assert packed is not None
     assert packed["dtype"] == dtype
 
 
 @pytest.mark.parametrize("value", [-1, 2**63, 1.0, True, "1", None])
-def test_what_is_no_list_of_whole_numbers_is_left_alone(value: Any) -> None:
+def test_a_list_with_other_values_is_not_packed(value: Any) -> None:
     assert pack([0, value]) is None
 
 
@@ -42,13 +42,13 @@ def test_what_is_no_list_of_whole_numbers_is_left_alone(value: Any) -> None:
         ({"dtype": "u1", "base64": "AA\n=="}, "base64"),
         ({"dtype": "u1", "base64": "ä"}, "ASCII"),
         ({"dtype": "u1", "base64": [0]}, "base64"),
-        ({"dtype": "O", "base64": ""}, "'O' are not read"),
-        ({"dtype": ["u1"], "base64": ""}, "are not read"),
+        ({"dtype": "O", "base64": ""}, "'O' are not supported"),
+        ({"dtype": ["u1"], "base64": ""}, "are not supported"),
         ({"dtype": "u8", "base64": "/////////38="}, None),
         ({"dtype": "u8", "base64": "//////////8="}, "larger than"),
     ],
 )
-def test_what_was_not_packed_here_is_refused(packed: dict[str, Any], reason: str | None) -> None:
+def test_invalid_packed_integers_are_refused(packed: dict[str, Any], reason: str | None) -> None:
     if reason is None:
         assert unpack(packed).tolist() == [2**63 - 1]
         return
