@@ -1,4 +1,4 @@
-"""The `vnp` command: looks into run directories, and at the model. `python flows/embed.py` is what makes runs."""
+"""The `vnp` command, which inspects runs and the model; `python flows/embed.py` starts runs."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; what cannot be used is said in one sentence, with exit code 2.
+    """Run a command and return its exit code: 2 for unusable input, with a message of one line.
 
-    A reader of standard output that leaves early (`| head`) changes nothing; a disk that is full there is an error.
+    A reader of standard output that exits early (`| head`) is no error; a full disk there is one.
     """
     with standard_streams():
         code = _run_command(arguments)
@@ -62,18 +62,13 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         options.others = others
         if others and options.command is not plan:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
-        if "run_dir" in options:
-            _require_directory(options.run_dir)
+        if "run_dir" in options and not options.run_dir.is_dir():
+            fault = "it is a file" if options.run_dir.exists() else "there is no such directory"
+            raise ConfigError(f"{options.run_dir} is not a run directory: {fault}")
         return int(options.command(options))
     except InputError as error:
         print(error, file=sys.stderr)
         return ExitCode.UNUSABLE_INPUT
-
-
-def _require_directory(path: Path) -> None:
-    if not path.is_dir():
-        what = "it is a file" if path.exists() else "there is no such directory"
-        raise ConfigError(f"{path} is not a run directory: {what}")
 
 
 def verify(options: argparse.Namespace) -> ExitCode:
@@ -100,7 +95,7 @@ def _show(
 def status(options: argparse.Namespace) -> ExitCode:
     if options.watch is not None and options.json:
         raise ConfigError(
-            "--watch draws on a terminal and --json is for machines: give one of them"
+            "--watch draws on a terminal and --json prints for programs: use one of them"
         )
     read = open_status(options.run_dir)
     if options.watch is not None:
@@ -112,9 +107,9 @@ def status(options: argparse.Namespace) -> ExitCode:
 
 
 def plan(options: argparse.Namespace) -> ExitCode:
-    seen = estimate_run(parse_estimate_command_line(options.others))
-    _show(seen, render_estimate, as_json=options.json)
-    return ExitCode.DONE if seen.can_begin else ExitCode.FAILED
+    estimate = estimate_run(parse_estimate_command_line(options.others))
+    _show(estimate, render_estimate, as_json=options.json)
+    return ExitCode.DONE if estimate.can_begin else ExitCode.FAILED
 
 
 def export(options: argparse.Namespace) -> ExitCode:
@@ -155,17 +150,15 @@ def verify_model(options: argparse.Namespace) -> ExitCode:
 
 
 def esm_extract(options: argparse.Namespace) -> ExitCode:
-    from vnp_lib.esm_extract import (
-        ExtractSettings,
-        extract,
-    )  # with torch: the other commands answer without it
+    # It imports torch, which takes seconds.
+    from vnp_lib.esm_extract import ExtractSettings, extract
 
-    given = {
-        name: value for name, value in vars(options).items() if name not in ("command", "others")
+    arguments = vars(options) | {
+        "include": frozenset(options.include),
+        "repr_layers": tuple(options.repr_layers),
     }
-    settings = ExtractSettings(
-        **given | {"include": frozenset(options.include), "repr_layers": tuple(options.repr_layers)}
-    )
+    del arguments["command"], arguments["others"]
+    settings = ExtractSettings(**arguments)
     try:
         num_files = extract(settings)
     except InputError:
@@ -174,9 +167,7 @@ def esm_extract(options: argparse.Namespace) -> ExitCode:
         print(error, file=sys.stderr)
         return ExitCode.FAILED
     except KeyboardInterrupt:
-        print(
-            f"interrupted; the files that are in {settings.output_dir} are whole", file=sys.stderr
-        )
+        print(f"interrupted; the files in {settings.output_dir} are intact", file=sys.stderr)
         return ExitCode.INTERRUPTED
     print(f"{num_files:,} files are in {settings.output_dir}")
     return ExitCode.DONE
@@ -184,77 +175,87 @@ def esm_extract(options: argparse.Namespace) -> ExitCode:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vnp", description="Look into run directories, ahead to runs, and at the model."
+        prog="vnp", description="Inspect run directories, estimate runs, and verify the model."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        _add_status,
-        _add_plan,
-        _add_export,
-        _add_report,
-        _add_esm_extract,
-        _add_verify,
-        _add_verify_model,
-    ):
-        add(commands)
-    return parser
-
-
-def _as_json() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--json", action="store_true", help="print JSON")
-    return options
-
-
-def _on_a_run() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("run_dir", type=_run_dir, metavar="RUN_DIR", help="what --output-dir was")
-    return options
-
-
-def _add_status(commands: _Commands) -> None:
-    parser = commands.add_parser(
-        "status",
-        parents=[_on_a_run(), _as_json()],
-        help="say how far a run is, shard by shard, and how long the rest takes",
-        description="Say how far a run is, shard by shard, what went wrong last, and how long the rest takes, from what the "
-        "run has recorded: quickly, without a server, and while it is going on or not. Exit code 0, or 2: RUN_DIR is not a "
-        "run directory.",
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+    on_a_run = argparse.ArgumentParser(add_help=False)
+    on_a_run.add_argument(
+        "run_dir",
+        type=lambda text: user_path(text, PathUse.RUN),
+        metavar="RUN_DIR",
+        help="the --output-dir of a run",
     )
-    parser.add_argument(
+
+    command = commands.add_parser(
+        "status",
+        parents=[on_a_run, as_json],
+        help="show the progress of each shard and the time left",
+        description="Show the progress of each shard, the last failure and the time left, from the "
+        "records of the run: quickly, without a server, also during a run. Exit code 0, or 2: "
+        "RUN_DIR is not a run directory.",
+    )
+    command.add_argument(
         "--watch",
         nargs="?",
         type=_seconds,
         const=5.0,
         metavar="SECONDS",
-        help="draw it again every 5 seconds, or as many, until Ctrl-C",
+        help="redraw every SECONDS (5 by default) until Ctrl-C",
     )
-    parser.set_defaults(command=status)
+    command.set_defaults(command=status)
 
-
-def _add_plan(commands: _Commands) -> None:
-    parser = commands.add_parser(
+    # Its other options are those of a run; they are read and explained in vnp_lib.options.
+    command = commands.add_parser(
         "plan",
-        parents=[_as_json()],
-        add_help=False,  # its own options are those of a run, and explained where they are read
+        parents=[as_json],
+        add_help=False,
         allow_abbrev=False,
-        help="say what a run would be: count and check the input, look at the disk, expect a time",
+        help="dry run: check the input and disk space, estimate the run time",
     )
-    parser.set_defaults(command=plan)
+    command.set_defaults(command=plan)
+
+    _add_export(commands, on_a_run)
+
+    command = commands.add_parser(
+        "report",
+        parents=[on_a_run],
+        help="write report.html: speed, attempts, failures and quarantine on one page",
+        description="Write RUN_DIR/report.html and print its path: attempts over time, speed, "
+        "sequence lengths, batches, checkpoints, failures and quarantine, on one page that needs "
+        "no network. Exit code 0, or 2: RUN_DIR is not a run directory, or cannot be written.",
+    )
+    command.set_defaults(command=report)
+
+    _add_esm_extract(commands)
+
+    command = commands.add_parser(
+        "verify",
+        parents=[on_a_run, as_json],
+        help="read everything again, report damage and what the next run computes",
+        description="Read every byte of a run: plan, checkpoints, manifest, dataset. Report damage "
+        "and what the next run computes. Nothing is changed, also during a run. Exit code 0: no "
+        "damage, 1: damage, 2: RUN_DIR is not a run directory.",
+    )
+    command.set_defaults(command=verify)
+
+    _add_verify_model(commands, as_json)
+    return parser
 
 
-def _add_export(commands: _Commands) -> None:
+def _add_export(commands: _Commands, on_a_run: argparse.ArgumentParser) -> None:
+    formats = "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items())
     parser = commands.add_parser(
         "export",
-        parents=[_on_a_run()],
+        parents=[on_a_run],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="write the dataset in a format that other tools read",
-        description="Write the dataset in a format that other tools read, and print how to read it. Whole or not at all,\n"
-        "whatever is killed when; the dataset stays as it is. Exit code 0, 1: the disk or the dataset failed, 2: something\n"
-        "that was given cannot be used.",
-        epilog="formats:\n"
-        + "\n".join(f"  {name:<13} {chosen.about}" for name, chosen in FORMATS.items())
-        + f"\n\nfor columns with values for each residue (per_tok, contacts, logits): {', '.join(RAGGED_FORMATS)}",
+        description="Write the dataset in a format that other tools read, and print how to read\n"
+        "it. The export is complete or absent, even if the process is killed; the dataset is not\n"
+        "changed. Exit code 0, 1: the disk or the dataset failed, 2: an argument cannot be used.",
+        epilog=f"formats:\n{formats}\n\nfor columns with values for each residue (per_tok, "
+        f"contacts, logits): {', '.join(RAGGED_FORMATS)}",
     )
     parser.add_argument(
         "--to", required=True, choices=FORMATS, metavar="FORMAT", help="one of the formats below"
@@ -262,7 +263,8 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument(
         "--column",
         metavar="NAME",
-        help="the column of the dataset to export: mean_33, per_tok_33; by default the only one of vectors, and all for esm-extract",
+        help="the column of the dataset to export, such as mean_33 or per_tok_33; by default the "
+        "only one of vectors, and all for esm-extract",
     )
     parser.add_argument(
         "--output",
@@ -276,10 +278,10 @@ def _add_export(commands: _Commands) -> None:
         choices=tuple(StoreDtype),
         default=StoreDtype.FLOAT32,
         metavar="DTYPE",
-        help="float32, or float16: half the size, rounded to the nearest with 11 significant bits; "
-        "a value above 65,504 is an error",
+        help="float32, or float16: half the size, rounded to 11 significant bits; a value above "
+        "65,504 is an error",
     )
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing export")
     parser.add_argument(
         "--allow-partial",
         action="store_true",
@@ -288,28 +290,17 @@ def _add_export(commands: _Commands) -> None:
     parser.set_defaults(command=export)
 
 
-def _add_report(commands: _Commands) -> None:
-    parser = commands.add_parser(
-        "report",
-        parents=[_on_a_run()],
-        help="write report.html: speed, attempts, failures, quarantine, on one page",
-        description="Write RUN_DIR/report.html and print its path: attempts over time, speed, lengths, batches, checkpoints, "
-        "failures and quarantine, on one page that needs no network. Exit code 0, or 2: RUN_DIR is not a run directory, or "
-        "cannot be written.",
-    )
-    parser.set_defaults(command=report)
-
-
 def _add_esm_extract(commands: _Commands) -> None:
     parser = commands.add_parser(
         "esm-extract",
-        help="do what fair-esm's esm-extract does, with its arguments and its files",
-        description="Write OUTPUT_DIR/LABEL.pt for each sequence, as fair-esm's esm-extract does, with its arguments; only faster. "
-        "LABEL is the whole header line. Values are those of float32. What is there under these names is replaced. Exit code 0, "
-        "1: memory or the disk did not suffice, 2: an argument, the input or a label cannot be used.",
+        help="replace fair-esm's esm-extract: the same arguments and files",
+        description="Write OUTPUT_DIR/LABEL.pt for each sequence, like fair-esm's esm-extract with "
+        "the same arguments, but faster. LABEL is the complete header line. Values are those of "
+        "float32. Existing files of these names are replaced. Exit code 0, 1: not enough memory or "
+        "disk space, 2: an argument, the input or a label cannot be used.",
     )
     parser.add_argument(
-        "model_location", help="the path of a model's parameters, as a run takes them, or its name"
+        "model_location", help="path of the model's weights, as in --weights of a run, or its name"
     )
     parser.add_argument("fasta_file", type=user_path, help="FASTA file, also compressed; or a pipe")
     parser.add_argument("output_dir", type=_output, help="directory for the files")
@@ -318,7 +309,7 @@ def _add_esm_extract(commands: _Commands) -> None:
         type=int,
         default=4096,
         metavar="N",
-        help="tokens in a forward pass (4096)",
+        help="tokens per forward pass (4096)",
     )
     parser.add_argument(
         "--repr_layers",
@@ -326,14 +317,15 @@ def _add_esm_extract(commands: _Commands) -> None:
         nargs="+",
         default=[-1],
         metavar="N",
-        help="layers: 0, the embedding, to the number of layers, or from the end; -1, the last, if not given",
+        help="layers, from 0 (the embedding) to the number of layers, or negative from the end; "
+        "-1, the last, by default",
     )
     parser.add_argument(
         "--include",
         nargs="+",
         required=True,
         choices=["mean", "per_tok", "bos", "contacts"],
-        help="what to write of each",
+        help="outputs per sequence",
     )
     parser.add_argument(
         "--truncation_seq_length",
@@ -343,31 +335,20 @@ def _add_esm_extract(commands: _Commands) -> None:
         help="residues after which a sequence is cut (1022)",
     )
     parser.add_argument(
-        "--nogpu", action="store_true", help="stay on the CPU, though there is a GPU"
+        "--nogpu", action="store_true", help="use the CPU even if a GPU is available"
     )
     parser.set_defaults(command=esm_extract)
 
 
-def _add_verify(commands: _Commands) -> None:
-    parser = commands.add_parser(
-        "verify",
-        parents=[_on_a_run(), _as_json()],
-        help="read everything again, and say what is damaged and what the next run computes",
-        description="Read every byte of a run: plan, checkpoints, manifest, dataset. Say what is damaged and what the next run "
-        "computes. Nothing is changed; a run may be going on. Exit code 0: nothing is damaged, 1: something is, 2: RUN_DIR "
-        "is not a run directory.",
-    )
-    parser.set_defaults(command=verify)
-
-
-def _add_verify_model(commands: _Commands) -> None:
+def _add_verify_model(commands: _Commands, as_json: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "verify-model",
-        parents=[_as_json()],
-        help="hold the model against fair-esm's own on this machine, layer by layer",
-        description="Embed a few proteins with fair-esm itself, in float32 on the CPU, and with this package, from the same "
-        "weights, and say how far they are apart, layer by layer, and whether the weights are the official ones. Host memory: "
-        "4 bytes a parameter, 12 GB for 3B. Exit code 0: close enough, 1: not, 2: a setting or the weights cannot be used.",
+        parents=[as_json],
+        help="compare the model with fair-esm's on this machine, layer by layer",
+        description="Embed a few proteins with fair-esm, in float32 on the CPU, and with this "
+        "package, from the same weights. Report the differences layer by layer, and whether the "
+        "weights are the official ones. Host memory: 4 bytes per parameter, 12 GB for 3B. Exit "
+        "code 0: close enough, 1: not, 2: a setting or the weights cannot be used.",
     )
     default = {name: field.default for name, field in EmbedConfig.model_fields.items()}
     parser.add_argument(
@@ -381,22 +362,18 @@ def _add_verify_model(commands: _Commands) -> None:
         type=weights_path,
         default=default["weights"],
         metavar="TEXT",
-        help="as a run takes them: 'auto', 'random', or a path",
+        help="as for a run: 'auto', 'random', or a path",
     )
     parser.add_argument(
-        "--dtype", choices=get_args(DType), default=default["dtype"], help="as a run takes it"
+        "--dtype", choices=get_args(DType), default=default["dtype"], help="as for a run"
     )
     parser.add_argument(
         "--device",
         default="auto",
         metavar="TEXT",
-        help="'auto': the first GPU, or else the CPU; 'cpu'; a GPU's number",
+        help="'auto' (the first GPU, or the CPU without one), 'cpu', or the number of a GPU",
     )
     parser.set_defaults(command=verify_model)
-
-
-def _run_dir(text: str) -> Path:
-    return user_path(text, PathUse.RUN)
 
 
 def _output(text: str) -> Path:
