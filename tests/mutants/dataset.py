@@ -43,7 +43,7 @@ MUTANTS = (
     Mutant(
         name="full-disk-not-noticed-by-hdf5",
         module="dataset.formats.hdf5",
-        before="            file.require_sound()\n\n\ndef write_hdf5(",
+        before="            file.raise_write_error()\n\n\ndef write_hdf5(",
         after="            pass\n\n\ndef write_hdf5(",
         caught_by=(
             "tests/unit/dataset/test_hdf5.py::test_what_failed_is_raised_as_the_file_is_closed_at_the_latest",
@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant(
         name="force-removes-anything",
         module="dataset.export",
-        before="    if taken and not chosen.suffixes and not _is_export(path):\n",
+        before="    if not is_export:\n",
         after="    if False:\n",
         caught_by=(f"{_EXPORT}::test_force_removes_nothing_that_is_no_export",),
     ),

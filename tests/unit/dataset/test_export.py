@@ -47,7 +47,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.dataset.export import Export, export_dataset
 from vnp_lib.dataset.formats import base as formats_base
 from vnp_lib.dataset.formats import torch_files
-from vnp_lib.dataset.formats.base import Format, Rows
+from vnp_lib.dataset.formats.base import ExportRows, Format
 from vnp_lib.dataset.formats.hdf5 import accession
 from vnp_lib.dataset.formats.registry import FORMATS, RAGGED_FORMATS
 from vnp_lib.errors import ConfigError, StorageError
@@ -153,7 +153,7 @@ def test_nothing_is_overwritten_unasked(run: Run, to: str, tmp_path: Path) -> No
     for dtype in FORMATS[to].dtypes:
         export(run, to, directory / "x", dtype=dtype, replace=True)
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="is there already: give --force"):
+    with pytest.raises(ConfigError, match="exists already: use --force"):
         export(run, to, directory / "x")
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     rows_by_id(export(run, to, directory / "x", replace=True), run, to)
@@ -299,7 +299,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, to: str, monkeypa
 
 def peak_bytes_of(chosen: Format, run: Run, column: str, path: Path) -> int:
     """The memory that an export takes."""
-    rows = Rows(
+    rows = ExportRows(
         dataset=open_dataset(run.paths.run_dir), columns=(column,), dtype=StoreDtype.FLOAT32
     )
     tracemalloc.start()
@@ -371,7 +371,7 @@ def test_the_command_says_what_it_wrote_and_what_it_cannot_use(
     assert names_in(path.parent) == ["embeddings.ids.txt", "embeddings.npy"]
 
     assert main(arguments) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--to", "npy"]) == 2
     assert "there is no complete dataset here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -407,7 +407,7 @@ def test_more_rows_than_a_format_bears_are_warned_of(
     few = dataclasses.replace(FORMATS["hdf5-uniprot"], num_rows_advised=149)
     monkeypatch.setitem(FORMATS, "hdf5-uniprot", few)
     export(run, "hdf5-uniprot", tmp_path / "x")
-    assert "does well with up to 149 sequences, and these are 150" in caplog.text
+    assert "is meant for up to 149 sequences, and the dataset has 150" in caplog.text
     caplog.clear()
     export(run, "hdf5", tmp_path / "y")
     assert not caplog.records
@@ -477,7 +477,7 @@ class TestADatasetOfSeveralOutputs:
     def test_a_format_of_vectors_says_which_others_take_residues(
         self, everything: Run, to: str, tmp_path: Path
     ) -> None:
-        told = f"--to {to} has a vector for each sequence, and contacts has .* npz, hdf5-uniprot, safetensors, esm-extract"
+        told = f"--to {to} holds one vector per sequence, and contacts has .* npz, hdf5-uniprot, safetensors, esm-extract"
         with pytest.raises(ConfigError, match=told):
             export(everything, to, tmp_path / "out" / "x", column="contacts")
         assert not (tmp_path / "out").exists()
@@ -496,8 +496,8 @@ class TestADatasetOfSeveralOutputs:
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert (
-            f"has the columns {', '.join(OUTPUTS)}, and --to npy holds one: choose with --column mean_5"
-            in told
+            f"has the columns {', '.join(OUTPUTS)}, and --to npy holds one: "
+            "choose it, for example with --column mean_5" in told
         )
         assert main([*arguments, "--column", "embedding"]) == 2
         assert "--column embedding: there is no such column; " in capsys.readouterr().err
@@ -633,8 +633,8 @@ class TestHdf5:
                 ["sp|P1|A", "tr|P1|B"],
                 r"'tr\|P1\|B' is not the only sequence with the accession 'P1'",
             ),
-            (["a/b"], "'a/b' cannot be a name at the root"),
-            (["."], r"'\.' cannot be a name at the root"),
+            (["a/b"], "'a/b' cannot be a name in the root group"),
+            (["."], r"'\.' cannot be a name in the root group"),
         ],
     )
     def test_what_has_no_key_of_its_own_is_named(

@@ -1,1 +1,1 @@
-"""The formats that a dataset is exported to."""
+"""The formats to which a dataset is exported."""

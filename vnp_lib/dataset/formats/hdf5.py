@@ -1,6 +1,7 @@
-"""HDF5 files that are written through a file of ours, so that a disk that takes no more ends in an error.
+"""Export to HDF5 and AnnData, with an error instead of a crash if the disk is full.
 
-HDF5 itself cannot give up a file that it cannot write: it tries again as the process ends, and takes it down with SIGSEGV.
+HDF5 cannot abandon a file that it cannot write: it tries again when the process exits, and crashes
+it with SIGSEGV. h5py therefore writes through a Python file object, which hides errors from HDF5.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vnp_lib.dataset.formats.base import Rows
+from vnp_lib.dataset.formats.base import ExportRows
 from vnp_lib.errors import ConfigError
 from vnp_lib.storage import durable_path
 
@@ -21,19 +22,21 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 _CHUNK_CACHE_BYTES = 4 * 1024**2
-_CHUNK_BYTES = 1024**2  # of an HDF5 dataset: what is read to get at one row
+# The part of an HDF5 dataset that is read for one row.
+_CHUNK_BYTES = 1024**2
 
 
 class Hdf5File(io.RawIOBase):
-    """A file of which h5py believes that every write succeeds. Made by `open_hdf5`."""
+    """A file whose writes always succeed for h5py. Created by `open_hdf5`."""
 
     def __init__(self, path: Path) -> None:
-        self.root: Any = None  # h5py's File, once it is open
+        # The h5py.File, once it is open.
+        self.root: Any = None
         self._error: OSError | None = None
         self._file = path.open("r+b", buffering=0)
 
-    def require_sound(self) -> None:
-        """Raise what the first write that failed raised; to be called now and then, or all is written in vain."""
+    def raise_write_error(self) -> None:
+        """Raise the error of the first failed write, if any. Later data are discarded."""
         if self._error is not None:
             raise self._error
 
@@ -79,26 +82,26 @@ class Hdf5File(io.RawIOBase):
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Hdf5File]:
-    """Write an HDF5 file over what is at `path`, through `root` of what is yielded.
+    """Overwrite the file at `path` with an HDF5 file, whose root group is `root`.
 
     Raises:
-        OSError: What the system said of the first write that failed, whatever h5py made of it.
+        OSError: The error of the first failed write, whatever h5py raised.
     """
     import h5py
 
     with Hdf5File(path) as file:
         try:
-            # Indexed groups, of HDF5 1.8 and later: among a million names each is found at once.
+            # Groups of HDF5 1.8 and later are indexed, which a million names require.
             with h5py.File(
                 file, "w", libver=("v108", "v108"), rdcc_nbytes=_CHUNK_CACHE_BYTES
             ) as file.root:
                 yield file
         finally:
-            file.require_sound()
+            file.raise_write_error()
 
 
-def write_hdf5(rows: Rows, path: Path, replace: bool) -> None:
-    """The datasets `embeddings`, (N, D), chunked, and `sequence_ids`, (N,), strings of any length."""
+def write_hdf5(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write the datasets `embeddings`, (N, D), chunked, and `sequence_ids`, (N,), strings."""
     with durable_path(path, replace=replace) as temporary, open_hdf5(temporary) as file:
         _describe(file.root, rows)
         embeddings = _create_matrix(file.root, "embeddings", rows)
@@ -106,8 +109,8 @@ def write_hdf5(rows: Rows, path: Path, replace: bool) -> None:
         _fill(file, embeddings, sequence_ids, rows)
 
 
-def write_hdf5_uniprot(rows: Rows, path: Path, replace: bool) -> None:
-    """A dataset for each accession, (D,), or (L, D) where residues have their own, all at the root."""
+def write_hdf5_uniprot(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write a dataset per accession, (D,), or (L, D) for per-residue outputs, in the root group."""
     with durable_path(path, replace=replace) as temporary, open_hdf5(temporary) as file:
         _describe(file.root, rows)
         for ids, arrays in rows.arrays():
@@ -115,19 +118,20 @@ def write_hdf5_uniprot(rows: Rows, path: Path, replace: bool) -> None:
                 file.root.create_dataset(
                     _key(sequence_id, taken=file.root), data=array, track_times=False
                 )
-            file.require_sound()
+            file.raise_write_error()
 
 
 def accession(sequence_id: str) -> str:
-    """The accession in an id of UniProt's, `P12345` of `sp|P12345|NAME`; of any other, all of it."""
+    """Return the accession of a UniProt id, `P12345` of `sp|P12345|NAME`, or another id itself."""
     database, *rest = sequence_id.split("|")
     return rest[0] if database in ("sp", "tr") and rest and rest[0] else sequence_id
 
 
-def write_h5ad(rows: Rows, path: Path, replace: bool) -> None:
-    """X, (N, D), with the ids as `obs_names` and `dim_0` to `dim_{D-1}` as `var_names`.
+def write_h5ad(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write X, (N, D), with the ids as `obs_names` and `dim_0` to `dim_{D-1}` as `var_names`.
 
-    It follows anndata's on-disk format of version 0.1.0 (anndata 0.8 and later): anndata itself would take the whole of X.
+    The format is version 0.1.0 of anndata's on-disk format (anndata 0.8 and later). anndata itself
+    would need all of X in memory.
     """
     with durable_path(path, replace=replace) as temporary, open_hdf5(temporary) as file:
         _encode(file.root, "anndata", "0.1.0")
@@ -144,28 +148,28 @@ def _key(sequence_id: str, *, taken: Container[str]) -> str:
     key = accession(sequence_id)
     if "/" in key or key == ".":
         raise ConfigError(
-            f"{sequence_id!r} cannot be a name at the root of an HDF5 file: choose another format"
+            f"{sequence_id!r} cannot be a name in the root group of an HDF5 file: choose another "
+            f"format"
         )
     if key in taken:
         raise ConfigError(
-            f"{sequence_id!r} is not the only sequence with the accession {key!r}, and there is one place for each: choose "
-            f"another format"
+            f"{sequence_id!r} is not the only sequence with the accession {key!r}, which must be "
+            f"unique: choose another format"
         )
     return key
 
 
-def _describe(group: Any, rows: Rows) -> None:
+def _describe(group: Any, rows: ExportRows) -> None:
     about = rows.about
     group.attrs.update({"model_name": about.pop("model")} | about)
 
 
-def _create_matrix(group: Any, name: str, rows: Rows) -> Any:
+def _create_matrix(group: Any, name: str, rows: ExportRows) -> Any:
     rows_per_chunk = max(
         1, min(len(rows), _CHUNK_BYTES // (rows.dim * np.dtype(rows.dtype).itemsize))
     )
-    chunks = (
-        (rows_per_chunk, rows.dim) if len(rows) else None
-    )  # a chunk may not be larger than the whole
+    # A chunk must not be larger than the dataset.
+    chunks = (rows_per_chunk, rows.dim) if len(rows) else None
     return group.create_dataset(name, (len(rows), rows.dim), rows.dtype, chunks=chunks)
 
 
@@ -176,22 +180,22 @@ def _create_strings(group: Any, name: str, length: int) -> Any:
 
 
 def _create_index(group: Any, length: int) -> Any:
-    """Make `group` one of anndata's data frames without columns, and return its index."""
+    """Make `group` an AnnData data frame without columns, and return its index."""
     _encode(group, "dataframe", "0.2.0")
     group.attrs.update({"_index": "_index", "column-order": np.array([], dtype=float)})
     return _encode(_create_strings(group, "_index", length), "string-array", "0.2.0")
 
 
 def _encode(element: Any, kind: str, version: str) -> Any:
-    """Say what an element of an AnnData file is."""
+    """Set the encoding of an element of an AnnData file, and return it."""
     element.attrs.update({"encoding-type": kind, "encoding-version": version})
     return element
 
 
-def _fill(file: Hdf5File, matrix: Any, names: Any, rows: Rows) -> None:
+def _fill(file: Hdf5File, matrix: Any, names: Any, rows: ExportRows) -> None:
     start = 0
     for ids, values in rows.batches():
         span = slice(start, start + len(ids))
         matrix[span], names[span] = values, ids
-        file.require_sound()
+        file.raise_write_error()
         start = span.stop

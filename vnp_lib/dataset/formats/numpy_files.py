@@ -13,14 +13,19 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import DTypeLike
 
-from vnp_lib.dataset.formats.base import Rows, ids_beside
-from vnp_lib.dataset.formats.safetensors import _matrix, _ragged, _Streamed
+from vnp_lib.dataset.formats.base import (
+    ExportRows,
+    StreamedArray,
+    ids_path_of,
+    stream_matrix,
+    stream_ragged,
+)
 from vnp_lib.storage import durable_file, fsync_directory, remove_file
 
 
-def write_npy(rows: Rows, path: Path, replace: bool) -> None:
-    """One matrix, (N, D), and beside it the ids, a line each. The matrix is never there without its own ids."""
-    ids_path = ids_beside(path)
+def write_npy(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write one matrix, (N, D), and a file with one id per line."""
+    ids_path = ids_path_of(path)
     with (
         durable_file(path, replace=replace) as matrix,
         durable_file(ids_path, replace=replace) as lines,
@@ -29,23 +34,25 @@ def write_npy(rows: Rows, path: Path, replace: bool) -> None:
         for ids, values in rows.batches():
             matrix.write(values.data)
             lines.write("".join(f"{sequence_id}\n" for sequence_id in ids).encode())
+        # A matrix must never exist with the ids of another export: the previous one is removed
+        # before the new ids are published.
         if replace and path.exists():
             remove_file(path)
             fsync_directory(path.parent)
 
 
-def write_npz(rows: Rows, path: Path, replace: bool) -> None:
-    """The arrays `ids` and `embeddings`, uncompressed."""
-    _write_npz(path, [_fixed_width_ids(rows), _matrix(rows)], replace)
+def write_npz(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write the arrays `ids` and `embeddings`, uncompressed."""
+    _write_npz(path, [_fixed_width_ids(rows), stream_matrix(rows)], replace)
 
 
-def write_ragged_npz(rows: Rows, path: Path, replace: bool) -> None:
-    """The arrays `ids`, `values`, `offsets` and `lengths`, uncompressed, as `_ragged` has them."""
-    _write_npz(path, [_fixed_width_ids(rows), *_ragged(rows)], replace)
+def write_ragged_npz(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write the arrays `ids` and those of `stream_ragged`, uncompressed."""
+    _write_npz(path, [_fixed_width_ids(rows), *stream_ragged(rows)], replace)
 
 
-def write_csv(rows: Rows, path: Path, replace: bool) -> None:
-    """The columns `id` and `dim_0` to `dim_{D-1}`, in as many digits as it takes to read the same numbers back."""
+def write_csv(rows: ExportRows, path: Path, replace: bool) -> None:
+    """Write the columns `id` and `dim_0` to `dim_{D-1}`, with enough digits for exact values."""
     names = ["id", *(f"dim_{number}" for number in range(rows.dim))]
     schema = pa.schema([(name, pa.string() if name == "id" else pa.float32()) for name in names])
     with durable_file(path, replace=replace) as file, pyarrow.csv.CSVWriter(file, schema) as writer:
@@ -67,13 +74,13 @@ def _write_npy_header(
     np.lib.format.write_array_header_1_0(file, described)
 
 
-def _fixed_width_ids(rows: Rows) -> _Streamed:
+def _fixed_width_ids(rows: ExportRows) -> StreamedArray:
     dtype = np.dtype(f"<U{rows.id_width}")
     pieces = (np.array(ids, dtype=dtype) for ids in rows.ids())
-    return _Streamed(name="ids", dtype=dtype, shape=(len(rows),), pieces=pieces)
+    return StreamedArray(name="ids", dtype=dtype, shape=(len(rows),), pieces=pieces)
 
 
-def _write_npz(path: Path, arrays: Sequence[_Streamed], replace: bool) -> None:
+def _write_npz(path: Path, arrays: Sequence[StreamedArray], replace: bool) -> None:
     with durable_file(path, replace=replace) as file, zipfile.ZipFile(file, "w") as archive:
         for array in arrays:
             with archive.open(f"{array.name}.npy", "w", force_zip64=True) as member:

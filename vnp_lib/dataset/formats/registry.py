@@ -14,9 +14,10 @@ from vnp_lib.plan import StoreDtype
 FORMATS = {
     "npy": Format(
         write=write_npy,
-        about="NumPy: one float matrix (N, D), and the ids in NAME.ids.txt, a line each; for faiss and memory maps",
+        about="NumPy: a matrix (N, D), and NAME.ids.txt with one id per line; for faiss and memory "
+        "maps",
         suffixes=(".npy",),
-        has_ids_beside=True,
+        has_ids_file=True,
         read="""
 import numpy as np
 embeddings = np.load({path!r}, mmap_mode="r")
@@ -26,7 +27,7 @@ with open({ids_path!r}, encoding="utf-8") as lines:
     ),
     "npz": Format(
         write=write_npz,
-        about="NumPy: the arrays `ids` and `embeddings` in one file; reading takes memory for all",
+        about="NumPy: the arrays `ids` and `embeddings` in one file; reading loads all into memory",
         suffixes=(".npz",),
         read="""
 import numpy as np
@@ -36,19 +37,26 @@ ids, embeddings = arrays["ids"], arrays["embeddings"]
     ),
     "csv": Format(
         write=write_csv,
-        about="text: the columns `id`, `dim_0`, ...; three times as large as the dataset, for small ones",
+        about="text: the columns `id`, `dim_0`, ...; three times the size of the dataset, for "
+        "small ones",
         suffixes=(".csv",),
         bytes_per_value=13,
         num_rows_advised=100_000,
         read="""
 import pandas as pd
-table = pd.read_csv({path!r}, dtype={{"id": str}}, keep_default_na=False, index_col="id", float_precision="round_trip")
+table = pd.read_csv(
+    {path!r},
+    dtype={{"id": str}},
+    keep_default_na=False,
+    index_col="id",
+    float_precision="round_trip",
+)
 ids, embeddings = list(table.index), table.to_numpy("float32")
 """,
     ),
     "hdf5": Format(
         write=write_hdf5,
-        about="HDF5: the datasets `embeddings` (N, D) and `sequence_ids`, as virnucpro-broad has them",
+        about="HDF5: the datasets `embeddings` (N, D) and `sequence_ids`, as in virnucpro-broad",
         suffixes=(".h5", ".hdf5"),
         library="h5py",
         read="""
@@ -60,7 +68,8 @@ with h5py.File({path!r}) as file:
     ),
     "hdf5-uniprot": Format(
         write=write_hdf5_uniprot,
-        about="HDF5: a dataset (D,) for each accession, as UniProt's downloads; up to a million sequences",
+        about="HDF5: a dataset (D,) per accession, as in UniProt's downloads; up to a million "
+        "sequences",
         suffixes=(".uniprot.h5", ".h5", ".hdf5"),
         library="h5py",
         bytes_per_row=600,
@@ -97,7 +106,8 @@ ids = [text[start:stop].decode() for start, stop in pairwise(offsets)]
     ),
     "virnucpro": Format(
         write=write_virnucpro,
-        about="a directory of output_1_ESM.pt, ..., for VirNucPro's merge step; 10,000 sequences a file, float32",
+        about="a directory of output_1_ESM.pt, ..., for VirNucPro's merge step; 10,000 sequences "
+        "per file, float32",
         dtypes=(StoreDtype.FLOAT32,),
         bytes_per_row=512,
         read="""
@@ -112,9 +122,11 @@ for number in range(1, len(list(Path({path!r}).iterdir())) + 1):
     ),
     "esm-extract": Format(
         write=write_esm_extract,
-        about="a directory with HEADER.pt for each sequence, as fair-esm's extract.py writes, all columns; up to a million",
+        about="a directory of HEADER.pt, as fair-esm's extract.py writes them, with all columns; "
+        "up to a million",
         holds_several=True,
-        bytes_per_row=6_000,  # blocks of 4 KiB
+        # A small file takes whole blocks of 4 KiB.
+        bytes_per_row=6_000,
         num_rows_advised=1_000_000,
         read="""
 import torch
@@ -125,7 +137,8 @@ embeddings = {{file.pop("label"): file for file in files}}
     ),
 }
 
-RAGGED_FORMATS = {  # for what is as long as its sequence
+# For per-residue outputs.
+RAGGED_FORMATS = {
     "npz": dataclasses.replace(
         FORMATS["npz"],
         write=write_ragged_npz,
