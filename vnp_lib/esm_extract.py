@@ -61,7 +61,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SAMPLE = 1000  # sequences
 # fair-esm's alphabet has tokens for gaps, which some write for a residue that is not known.
-_FAIR_ESM = replace(PROTEINS, letters=PROTEINS.letters + "-.")
+_FAIR_ESM = replace(PROTEINS, characters=PROTEINS.characters + "-.")
 
 logger = logging.getLogger(__name__)
 

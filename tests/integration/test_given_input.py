@@ -184,6 +184,6 @@ def test_what_is_piped_goes_on_without_a_pipe_and_is_not_mixed_with_other_input(
         assert "1 Cached" in run_flow(Path("-"), run_dir, invalid_residues="skip").message
     with (
         standard_input(text + b">more\nMKV\n"),
-        pytest.raises(FingerprintMismatchError, match="another input is piped"),
+        pytest.raises(FingerprintMismatchError, match="the piped input is not the one"),
     ):
         run_flow(Path("-"), run_dir, invalid_residues="skip").result()

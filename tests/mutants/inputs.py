@@ -19,7 +19,7 @@ MUTANTS = (
     Mutant(
         name="records-after-compressed-data-dropped",
         module="inputs.decompression",
-        before="            _require_nothing_of_worth(data, file, kind)\n",
+        before="            _require_no_records(data, file, kind)\n",
         after="",
         caught_by=(
             "tests/unit/inputs/test_files.py::TestCompression::test_records_that_follow_are_never_dropped",
@@ -79,8 +79,8 @@ MUTANTS = (
     Mutant(
         name="column-names-for-proteins",
         module="inputs.in_memory",
-        before="    if names is not None:\n        return _with_ids",
-        after="    if False:\n        return _with_ids",
+        before="    if names is not None:\n        return _rows_with_ids",
+        after="    if False:\n        return _rows_with_ids",
         caught_by=(
             "tests/unit/inputs/test_in_memory.py::test_each_row_is_that_of_the_sequence_with_its_id",
         ),
@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant(
         name="series-without-its-index",
         module="inputs.in_memory",
-        before="zip(_listed(given.index), values, strict=True)",
+        before="zip(_to_list(given.index), values, strict=True)",
         after="enumerate(values)",
         caught_by=(
             "tests/unit/inputs/test_in_memory.py::test_a_filtered_series_keeps_the_ids_of_its_index",

@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
+    from vnp_lib.inputs.chunks import InputChunk
     from vnp_lib.inputs.duplicates import DIGEST_BYTES, digest_texts, find_repeats
     from vnp_lib.inputs.fasta import is_fastq_file, read_fasta
     from vnp_lib.inputs.files import require_unchanged
     from vnp_lib.inputs.in_memory import Proteins, RecordsInMemory, files_or_records
+    from vnp_lib.inputs.locations import RecordLocator, faults_error, name_in_errors
     from vnp_lib.inputs.policy import VIRNUCPRO_RESIDUES, InputCounts, InputPolicy
     from vnp_lib.inputs.reader import (
         EMPTY_ADVICE,
         MAX_NUCLEOTIDE_SHARE_OF_PROTEINS,
         IdRenamer,
-        InputChunk,
-        RecordLocator,
         chunk_from_memory,
-        faults_error,
         locate_records,
         make_id_renamer,
-        name_in_errors,
         read_records,
         read_with_faults,
     )
@@ -85,13 +83,13 @@ __getattr__, __dir__ = lazy_face(
         "EMPTY_ADVICE": "vnp_lib.inputs.reader",
         "Fault": "vnp_lib.inputs.records",
         "IdRenamer": "vnp_lib.inputs.reader",
-        "InputChunk": "vnp_lib.inputs.reader",
+        "InputChunk": "vnp_lib.inputs.chunks",
         "InputCounts": "vnp_lib.inputs.policy",
         "InputPolicy": "vnp_lib.inputs.policy",
         "MAX_NUCLEOTIDE_SHARE_OF_PROTEINS": "vnp_lib.inputs.reader",
         "PROTEINS": "vnp_lib.inputs.records",
         "Proteins": "vnp_lib.inputs.in_memory",
-        "RecordLocator": "vnp_lib.inputs.reader",
+        "RecordLocator": "vnp_lib.inputs.locations",
         "RecordsInMemory": "vnp_lib.inputs.in_memory",
         "STDIN": "vnp_lib.inputs.sources",
         "SequenceChunk": "vnp_lib.inputs.records",
@@ -101,7 +99,7 @@ __getattr__, __dir__ = lazy_face(
         "chunk_from_memory": "vnp_lib.inputs.reader",
         "describe_left_out": "vnp_lib.inputs.sources",
         "digest_texts": "vnp_lib.inputs.duplicates",
-        "faults_error": "vnp_lib.inputs.reader",
+        "faults_error": "vnp_lib.inputs.locations",
         "files_or_records": "vnp_lib.inputs.in_memory",
         "find_repeats": "vnp_lib.inputs.duplicates",
         "find_sources": "vnp_lib.inputs.sources",
@@ -109,7 +107,7 @@ __getattr__, __dir__ = lazy_face(
         "is_fastq_file": "vnp_lib.inputs.fasta",
         "locate_records": "vnp_lib.inputs.reader",
         "make_id_renamer": "vnp_lib.inputs.reader",
-        "name_in_errors": "vnp_lib.inputs.reader",
+        "name_in_errors": "vnp_lib.inputs.locations",
         "nucleotide_share": "vnp_lib.inputs.records",
         "read_fasta": "vnp_lib.inputs.fasta",
         "read_records": "vnp_lib.inputs.reader",

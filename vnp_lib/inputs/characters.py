@@ -1,4 +1,4 @@
-"""Classes of the characters in sequence text: what each policy does with them, and what to do about what is refused."""
+"""Classes of the characters in sequence text, and what each policy does with them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
-# Unicode's property White_Space. The separators U+001C to U+001F, which Python's `isspace` adds, are control characters here.
+# Unicode's property White_Space. The separators U+001C to U+001F, which Python's `isspace` adds,
+# are control characters here.
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# Unicode's property Default_Ignorable_Code_Point (byte order marks, zero-width characters, soft hyphens, marks of the writing
-# direction, variation selectors), and Ctrl-Z, with which DOS ends a text.
+
+# Unicode's property Default_Ignorable_Code_Point (byte order marks, zero-width characters, soft
+# hyphens, marks of the writing direction, variation selectors), and Ctrl-Z, which ends a DOS text.
 INVISIBLE = (
-    r"\x1a\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
-    r"\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+    r"\x1a\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    r"\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e0fff"
 )
 
 _is_white_space = re.compile(f"[{WHITE_SPACE}]").fullmatch
@@ -23,7 +26,7 @@ _is_invisible = re.compile(f"[{INVISIBLE}]").fullmatch
 
 
 class Treatment(StrEnum):
-    """What is done with a character, or with the record that holds it."""
+    """What to do with a character, or with the record that holds it."""
 
     KEPT = "kept"
     RAISED = "raised to upper case"
@@ -36,14 +39,14 @@ class Treatment(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CharacterClass:
-    """Characters that are treated alike, wherever the text comes from."""
+    """Characters that are treated alike in input of every kind."""
 
     name: str
     members: str  # for people
     error: Treatment  # under --invalid-residues error
     map: Treatment
     skip: Treatment
-    advice: str = ""  # what to do about it, where it is refused
+    advice: str = ""  # what the user can do about a refused one
     contains: Callable[[str], object]  # a single character, which no class before has
 
 
@@ -80,12 +83,12 @@ def _refused(
 
 
 def _never(_: str) -> bool:
-    """Tell of a class whose members only their place tells apart: they are looked for before."""
+    """Contain nothing: for classes whose members are found by their place, not by `class_of`."""
     return False
 
 
 def _category(*initials: str) -> Callable[[str], bool]:
-    """Whether Unicode has a character in one of these general categories."""
+    """Return a test for characters of these general categories of Unicode."""
     return lambda character: unicodedata.category(character).startswith(initials)
 
 
@@ -125,20 +128,22 @@ CLASSES = (
     _always(
         Treatment.REMOVED,
         name="invisible characters",
-        members="byte order marks, zero-width characters, soft hyphens, marks of the writing direction, Ctrl-Z",
+        members="byte order marks, zero-width characters, soft hyphens, marks of the writing "
+        "direction, Ctrl-Z",
         contains=_is_invisible,
     ),
     _refused(
         map_=Treatment.UNKNOWN,
-        name="other letters",
-        members="letters of any script: `É`, `β`, CJK",
-        advice="allowed are the letters {letters}: " + _UNKNOWN,
+        name="other alphabetic characters",
+        members="those of any script: `É`, `β`, CJK",
+        advice="allowed are {allowed}: " + _UNKNOWN,
         contains=str.isalpha,
     ),
     _refused(
         name="gaps",
         members="`-`, `.`, `~`, and the dashes of word processors",
-        advice="gaps belong to an alignment: take them out first, for example with `seqkit seq --remove-gaps`",
+        advice="gaps belong to an alignment: remove them first, for example with "
+        "`seqkit seq --remove-gaps`",
         contains=re.compile(
             "[-.~\u00b7\u2010-\u2015\u2026\u2212\ufe58\ufe63\uff0d\uff0e]"
         ).fullmatch,
@@ -146,14 +151,15 @@ CLASSES = (
     _refused(
         name="header marks",
         members="`>` inside a line",
-        advice="a line break is missing before this '>', as where a file that does not end in one was joined with another by "
-        "`cat`: put it in",
+        advice="a line break is missing before this '>', as happens if `cat` joins a file that "
+        "does not end in one with another: insert it",
         contains=">".__eq__,
     ),
     _refused(
         name="digits",
         members="digits and numbers of any script",
-        advice="the lines are numbered, as in GenBank and EMBL files, or this is no sequence: take the numbers out",
+        advice="the lines are numbered, as in GenBank and EMBL files, or this is no sequence: "
+        "remove the numbers",
         contains=_category("N"),
     ),
     _refused(
@@ -165,25 +171,29 @@ CLASSES = (
     _refused(
         name="brackets",
         members="`[`, `]`, `(`, `)`, `{`, `}`, `<`, `+`, `#`",
-        advice="what is in brackets, or is added with '+', describes a modified residue: write the plain residue for it",
+        advice="text in brackets, or added with '+', describes a modified residue: write the plain "
+        "residue for it",
         contains=re.compile(r"[][(){}<+#]").fullmatch,
     ),
     _refused(
         name="lists",
         members="`,`, `;` inside a line, quotation marks",
-        advice="this belongs to a list or a table: make each sequence a record of its own, or give the table as .csv or .tsv",
+        advice="this belongs to a list or a table: make each sequence a record of its own, or give "
+        "the table as .csv or .tsv",
         contains=re.compile("[,;\"'`\u2018-\u201f]").fullmatch,
     ),
     _refused(
         name="other punctuation",
-        members="`?`, `!`, `@`, `_`, `=` and all other punctuation and symbols, quality strings among them",
-        advice="this is no residue: " + _UNKNOWN + ", and take out what is no sequence",
+        members="`?`, `!`, `@`, `_`, `=` and all other punctuation and symbols, quality strings "
+        "among them",
+        advice="this is no residue: " + _UNKNOWN + ", and remove text that is no sequence",
         contains=_category("P", "S"),
     ),
     _refused(
         name="control characters",
         members="NUL, escape and all others that are no white space",
-        advice="this is a control character: the file is damaged, or is no text; make it anew from where it came from",
+        advice="this is a control character: the file is damaged, or is no text; get it again from "
+        "its source",
         contains=_category("Cc"),
     ),
     _refused(
@@ -202,5 +212,5 @@ def class_of(character: str) -> CharacterClass:
 
 
 def is_mapped(character: str) -> bool:
-    """Whether a character that is no residue is read as an unknown one under `--invalid-residues map`."""
+    """Return whether `--invalid-residues map` reads a character that is no residue as unknown."""
     return class_of(character).map == Treatment.UNKNOWN

@@ -1,4 +1,4 @@
-"""Reading compressed data of whatever kind as one stream: gz, bz2, xz and zst, of one part or of several in a row."""
+"""Decompress gz, bz2, xz and zst data of one or several parts as one stream."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from backports import zstd
 from isal import igzip_lib
 
 BLOCK_BYTES = 256 * 1024
-_MOST_BYTES_AT_A_TIME = 1024**2  # what a few bytes can become has no limit
 
-# Decompressors share no base class; isal's stub takes its class for an instance.
+# A few compressed bytes may expand without limit, so that output is limited too.
+_MAX_OUTPUT_BYTES = 1024**2
+
+# Errors of decompressors share no base class; isal's stub declares its class as an instance.
 DAMAGE: tuple[type[Exception], ...] = (
     EOFError,
     zlib.error,
@@ -39,7 +41,7 @@ class _Format:
 
     suffix: str
     magic: bytes  # with which each of its parts begins
-    start: re.Pattern[bytes]  # the same in full, for telling a part from other bytes
+    start: re.Pattern[bytes]  # the same in full, to distinguish a part from other bytes
     decompressor: Callable[[], Any]
 
 
@@ -65,7 +67,7 @@ _FORMATS = (
     _Format(
         suffix=".zst",
         magic=b"\x28\xb5\x2f\xfd",
-        # the second is a frame that holds nothing, as pzstd and seekable files have them
+        # The second is a frame without content, as in the output of pzstd and in seekable files.
         start=re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
         decompressor=zstd.ZstdDecompressor,
     ),
@@ -76,7 +78,7 @@ COMPRESSIONS = tuple(each.suffix for each in _FORMATS)
 
 
 class BlockStream(io.RawIOBase):
-    """What an iterator of blocks gives, as a stream."""
+    """Reads an iterator of blocks as a stream."""
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
         self._blocks = iter(blocks)
@@ -98,7 +100,7 @@ class BlockStream(io.RawIOBase):
 
 
 def buffered(blocks: Iterable[bytes]) -> io.BufferedReader:
-    """Give what an iterator of blocks gives as a file to read from."""
+    """Return a file that reads an iterator of blocks."""
     return io.BufferedReader(BlockStream(blocks), buffer_size=BLOCK_BYTES)
 
 
@@ -109,7 +111,8 @@ def is_compressed(start: bytes) -> bool:
 def decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
     """Decompress a file whose first bytes are those of a compressed one, block by block.
 
-    Bytes after the end of the compressed data, as tapes and interrupted downloads leave them, are ignored with a warning.
+    Bytes after the end of the compressed data, such as the padding of tapes, are ignored with a
+    warning.
 
     Raises:
         EOFError, zlib.error and others of `DAMAGE`: It is cut short or damaged.
@@ -121,23 +124,24 @@ def decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
         while not part.eof:
             if part.needs_input and not data:
                 raise EOFError("it ends before the compressed data do")
-            yield part.decompress(data, _MOST_BYTES_AT_A_TIME)
+            yield part.decompress(data, _MAX_OUTPUT_BYTES)
             data = file.read(BLOCK_BYTES) if part.needs_input and not part.eof else b""
         data = part.unused_data
         if len(data) < _LONGEST_START:
             data += file.read(BLOCK_BYTES)
         if data and not kind.start.match(data):
-            _require_nothing_of_worth(data, file, kind)
+            _require_no_records(data, file, kind)
             _warn(f"{name}: bytes follow the end of the compressed data, and are ignored")
             return
 
 
-def _require_nothing_of_worth(data: bytes, file: BinaryIO, kind: _Format) -> None:
-    """Raise EOFError where what follows compressed data may hold records: another part, or text."""
+def _require_no_records(data: bytes, file: BinaryIO, kind: _Format) -> None:
+    """Raise EOFError if bytes after compressed data may hold records: another part, or text."""
     if _TEXT.match(data):
         raise EOFError("text that is not compressed follows the compressed data")
     num_different = sum(ours != theirs for ours, theirs in zip(data, kind.magic, strict=False))
-    if num_different <= (len(data) >= len(kind.magic)):  # one may be damaged, unless there are few
+    # One byte of the beginning may be damaged, unless too few bytes are left to recognise it.
+    if num_different <= (len(data) >= len(kind.magic)):
         raise EOFError("the beginning of one of its parts is damaged")
     while data:
         if any(each.start.search(data) for each in _FORMATS):
@@ -148,5 +152,5 @@ def _require_nothing_of_worth(data: bytes, file: BinaryIO, kind: _Format) -> Non
 
 @cache
 def _warn(message: str) -> None:
-    """Log a warning once: files are read more than once."""
+    """Log a warning once, although files are read more than once."""
     _logger.warning("%s", message)

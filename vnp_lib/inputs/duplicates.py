@@ -1,4 +1,4 @@
-"""Texts that occur more than once, found among millions by their digests, and ids made unique."""
+"""Find repeated texts among millions by their digests, and make ids unique."""
 
 from __future__ import annotations
 
@@ -13,27 +13,35 @@ _EMPTY_DIGEST = hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
 def digest_texts(texts: Sequence[str]) -> bytes:
-    """The digests of texts, end to end."""
+    """Return the digests of texts, concatenated."""
     digests = []
     for text in texts:
-        digest = _EMPTY_DIGEST.copy()  # half the price of a new one
+        # A copy takes half the time of a new object.
+        digest = _EMPTY_DIGEST.copy()
         digest.update(text.encode())
         digests.append(digest.digest())
     return b"".join(digests)
 
 
 def find_repeats(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ordinals whose digest occurred before, ascending, and where it first did: A B A A gives 2 3 and 0 0."""
+    """Return the ordinals of repeated digests, ascending, and of the first occurrence of each.
+
+    The digests of A B A A give 2 3 and 0 0.
+    """
     halves = _halves(digests)
     ascending_halves = np.sort(halves[:, 0])
-    if not np.equal(
-        ascending_halves[1:], ascending_halves[:-1]
-    ).any():  # in a tenth of the time that the rest takes
+    # Most inputs have no repeats: this test takes a tenth of the time of the rest.
+    if not np.equal(ascending_halves[1:], ascending_halves[:-1]).any():
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    # Stable: equal digests end up together, by ordinal. Different ones with equal halves (1 in 10**19 pairs) could at
-    # worst stand between two equal ones and hide that they are; nothing can make different ones look equal.
+    # The sort is stable, so that equal digests are neighbours in ascending order. Different ones
+    # with equal halves (1 in 10**19 pairs) could at worst separate two equal ones and hide a
+    # repeat; different texts are never reported as repeats.
     by_digest = np.argsort(halves[:, 0], kind="stable")
-    is_new = _differs_from_the_one_before(halves, by_digest)
+    is_new = np.zeros(by_digest.size, dtype=bool)
+    is_new[:1] = True
+    for half in halves.T:
+        in_order = half[by_digest]
+        is_new[1:] |= in_order[1:] != in_order[:-1]
     starts = np.flatnonzero(is_new)
     places = np.flatnonzero(~is_new)
     repeats = by_digest[places]
@@ -43,22 +51,22 @@ def find_repeats(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray
 
 
 class UniqueIds:
-    """Gives ids that occurred before a number: `x`, `x` and `x` become `x`, `x_2` and `x_3`.
+    """Numbers repeated ids: `x`, `x` and `x` become `x`, `x_2` and `x_3`.
 
-    Where an id that would be given is in the input itself, the next number is taken: `x`, `x` and `x_2` become `x`, `x_3` and
-    `x_2`. So the first record of an id, and all whose id occurs once, keep theirs, and no two are equal afterwards.
+    If the input itself has the new id, the next number is taken: `x`, `x` and `x_2` become `x`,
+    `x_3` and `x_2`. So ids that occur once, and the first occurrence of others, stay, and no two
+    ids are equal afterwards.
 
-    In memory are 8 bytes for each id, and 24 for each that is renamed.
+    Memory: 8 bytes per id, and 24 per renamed one.
     """
 
     def __init__(self, digests: bytes | bytearray) -> None:
         """Take the digests of all ids of the input, in its order."""
         self._repeats, firsts = find_repeats(digests)
-        _, self._group = np.unique(firsts, return_inverse=True)  # of each repeat
-        self._next_number = np.full(
-            self._group.max(initial=-1) + 1, 2, dtype=np.int64
-        )  # of each group
-        # Half a digest is enough to avoid an id: where it is another's, a number is left out.
+        # Repeats of the same id are a group, with a number for the next one.
+        _, self._group = np.unique(firsts, return_inverse=True)
+        self._next_number = np.full(self._group.max(initial=-1) + 1, 2, dtype=np.int64)
+        # Half a digest is enough to avoid an id: a collision only skips a number.
         self._taken = (
             np.sort(_halves(digests)[:, 0]) if self._repeats.size else np.empty(0, dtype=np.uint64)
         )
@@ -89,17 +97,6 @@ class UniqueIds:
 
 
 def _halves(digests: bytes | bytearray) -> NDArray[np.uint64]:
-    """Both halves of each digest, (N, 2)."""
+    """Return both halves of each digest, (N, 2)."""
     halves: NDArray[np.uint64] = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
     return halves
-
-
-def _differs_from_the_one_before(
-    halves: NDArray[np.uint64], order: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    is_new = np.zeros(order.size, dtype=bool)
-    is_new[:1] = True
-    for half in halves.T:
-        in_order = half[order]
-        is_new[1:] |= in_order[1:] != in_order[:-1]
-    return is_new

@@ -1,4 +1,4 @@
-"""Reading FASTA and FASTQ files, chunk by chunk, in the records' own words; and finding their lines."""
+"""Read FASTA and FASTQ files in chunks, and find the lines of their records."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _CHUNK_BYTES = 16 * 1024**2
 _BLOCK_BYTES = 128 * 1024
 
 _MARGIN = re.compile(f"[{WHITE_SPACE}{INVISIBLE}]*")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of it
 
-# Lines that begin with one of these, or are empty, are what they look like.
+# Bytes that are not UTF-8, as the error handler `surrogateescape` decodes them.
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+
+# First bytes of lines that are no comment and have no margin. A line feed is an empty line.
 _PLAIN_STARTS = np.zeros(256, dtype=bool)
 _PLAIN_STARTS[
     np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz*->\n", dtype=np.uint8)
@@ -34,25 +36,26 @@ _PLAIN_STARTS[
 def read_fasta(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
     """Read every record of a FASTA file, in order; lines that begin with `#` or `;` are comments.
 
-    Lines end as on Unix, on Windows or on an old Macintosh. White space and invisible characters, such as a byte order mark, may
-    stand before the `>` of a header. A chunk has `chunk_size` records, or fewer where they are long: about 16 million letters are
-    enough, but a record is never divided.
+    Lines end as on Unix, on Windows or on an old Macintosh. White space and invisible characters,
+    such as a byte order mark, may precede the `>` of a header. A chunk has `chunk_size` records,
+    or fewer if it reaches about 16 million characters. A record is never divided.
 
     Raises:
-        FastaError: As `open_text`; or the file is no FASTA, or not UTF-8.
+        FastaError: As `open_text`; or the file is not FASTA, or not UTF-8.
     """
     with open_text(path) as file:
         start = start_of(file)
         if is_fastq(start):
             raise FastaError(
-                f"{path}: this is FASTQ, whose nucleotides are read with --translate six-frame only; give proteins as FASTA"
+                f"{path}: this is FASTQ, whose nucleotides are read with --translate six-frame "
+                "only; give proteins as FASTA"
             )
         if kind := kind_of(start):
             refuse_kind(path, kind)
         try:
             yield from _chunks(file, chunk_size)
         except (_NoHeaderError, UnicodeDecodeError) as error:
-            raise FastaError(_what_is_wrong(path)) from error
+            raise FastaError(_describe_fault(path)) from error
 
 
 def read_fastq(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
@@ -76,18 +79,18 @@ def read_fastq(path: Path, *, chunk_size: int = 8192) -> Iterator[RawChunk]:
         except dnaio.FileFormatError as error:
             reason = " ".join(str(error).split())
             raise FastaError(
-                f"{path}: this FASTQ cannot be read ({reason}); mend it or make it again"
+                f"{path}: this FASTQ cannot be read ({reason}); correct it or make it again"
             ) from error
 
 
 def is_fastq_file(path: Path) -> bool:
-    """Whether a file is FASTQ, by its first bytes, whatever its name. Raises as `open_text`."""
+    """Return whether a file is FASTQ, by its first bytes. Raise FastaError as `open_text`."""
     with open_text(path) as file:
         return is_fastq(start_of(file))
 
 
 def header_lines(path: Path) -> Iterator[int]:
-    """The line number, from 1, of each record's header, in order. Raises as `open_text`."""
+    """Yield the line number, from 1, of each record's header. Raise FastaError as `open_text`."""
     if is_fastq_file(path):
         return count(1, 4)
     return (
@@ -96,26 +99,27 @@ def header_lines(path: Path) -> Iterator[int]:
 
 
 class _NoHeaderError(Exception):
-    """Text stands before the first header."""
+    """There is text before the first header."""
 
 
 def _chunks(file: BinaryIO, chunk_size: int) -> Iterator[RawChunk]:
     headers: list[str] = []
-    sequences: list[str] = []  # one less than headers: the last is still being read
-    rest: list[str] = []  # of that
+    # There is one sequence less than headers: pieces of the last one are still being read.
+    sequences: list[str] = []
+    pieces: list[str] = []
     num_bytes = 0
     for text in _plain_text(file):
         before, *records = f"\n{text}".split("\n>")
         if headers:
-            rest.append(before)
+            pieces.append(before)
         elif _margin_of(before) < len(before):
             raise _NoHeaderError
         if records:
             if headers:
-                sequences.append("".join(rest).replace("\n", ""))
-            ends = [
-                record.find("\n") for record in records
-            ]  # of headers; an object each would keep the collector busy
+                sequences.append("".join(pieces).replace("\n", ""))
+            # Ends of the headers. Lists of numbers and texts are cheaper than one object per
+            # record, which the garbage collector would track.
+            ends = [record.find("\n") for record in records]
             headers += [
                 record[:end] if end >= 0 else record
                 for record, end in zip(records, ends, strict=True)
@@ -124,17 +128,17 @@ def _chunks(file: BinaryIO, chunk_size: int) -> Iterator[RawChunk]:
                 record[end + 1 :] if end >= 0 else ""
                 for record, end in zip(records, ends, strict=True)
             ]
-            rest = [bodies.pop()]
+            pieces = [bodies.pop()]
             sequences += [body.replace("\n", "") for body in bodies]
         num_bytes += len(text)
         if len(sequences) >= chunk_size or num_bytes >= _CHUNK_BYTES:
-            is_much = num_bytes >= _CHUNK_BYTES
-            num_taken = len(sequences) if is_much else len(sequences) // chunk_size * chunk_size
-            yield from _divided(headers[:num_taken], sequences[:num_taken], chunk_size)
-            headers, sequences = headers[num_taken:], sequences[num_taken:]
+            is_full = num_bytes >= _CHUNK_BYTES
+            num_complete = len(sequences) if is_full else len(sequences) // chunk_size * chunk_size
+            yield from _divided(headers[:num_complete], sequences[:num_complete], chunk_size)
+            headers, sequences = headers[num_complete:], sequences[num_complete:]
             num_bytes = 0
     if headers:
-        sequences.append("".join(rest).replace("\n", ""))
+        sequences.append("".join(pieces).replace("\n", ""))
         yield from _divided(headers, sequences, chunk_size)
 
 
@@ -145,8 +149,11 @@ def _divided(headers: list[str], sequences: list[str], chunk_size: int) -> Itera
 
 
 def _plain_text(file: BinaryIO) -> Iterator[str]:
-    """Whole lines of a file, without comments; each ends with a line feed, and nothing is before the `>` of a header."""
-    for lines in _whole_lines(file):
+    """Yield the lines of a file without comments, and without margins before headers.
+
+    Every line ends with a line feed, and no line is divided between two texts.
+    """
+    for lines in _line_blocks(file):
         if b"\r" in lines:
             lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         codes = np.frombuffer(lines, dtype=np.uint8)
@@ -164,16 +171,16 @@ def _plain_text(file: BinaryIO) -> Iterator[str]:
 def _plain_line(line: str) -> str:
     margin = _margin_of(line)
     if line.startswith((">", "#", ";"), margin):
-        # What stood before a header goes after it, so that it is counted with what is removed.
+        # The margin of a header moves behind it, so that its characters are counted as removed.
         return f"{line[margin:]}\n{line[:margin]}\n" if line[margin] == ">" else ""
     return f"{line}\n" if line else ""
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Blocks of a file that end where a line ends, but for the last, which is given a line feed."""
+def _line_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Yield blocks of a file that end at line ends; the last is given a line feed."""
     pieces: list[bytes] = []
     while block := file.read(_BLOCK_BYTES):
-        # Half of a line end of Windows makes an empty line at worst.
+        # A Windows line end that is divided between two blocks makes an empty line at worst.
         stop = max(block.rfind(b"\n"), block.rfind(b"\r")) + 1
         if not stop:
             pieces.append(block)
@@ -185,7 +192,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _margin_of(line: str) -> int:
-    """How many white and invisible characters a line begins with."""
+    """Return the number of white and invisible characters that a line begins with."""
     margin = _MARGIN.match(line)
     assert margin is not None
     return margin.end()
@@ -199,23 +206,27 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         yield from enumerate(text, start=1)
 
 
-def _what_is_wrong(path: Path) -> str:
-    """Say why a file cannot be read as FASTA text at all."""
+def _describe_fault(path: Path) -> str:
+    """Return why a file cannot be read as FASTA text."""
     has_header = False
     for number, line in _numbered_lines(path):
         text = line[_margin_of(line) :]
         has_header = has_header or text.startswith(">")
         if not has_header and text and not text.startswith(("#", ";")):
-            return f"{path}: this is not FASTA but {_described(text)}; its first line must start with '>'"
+            start = text.rstrip()[:80]
+            found = (
+                f"text that starts with {start[:40]!r}"
+                if start.replace("\t", " ").isprintable()
+                else "a binary file"
+            )
+            return f"{path}: this is not FASTA but {found}; its first line must start with '>'"
         if _NOT_UTF8.search(line):
-            return f"{path}, line {number}: this is not UTF-8 text; convert it first, for example with `iconv -f latin1 -t utf8`"
-    return f"{path}: the file was changed while it was read; wait until it is complete, then start again"
-
-
-def _described(text: str) -> str:
-    start = text.rstrip()[:80]
+            return (
+                f"{path}, line {number}: this is not UTF-8 text; convert it first, for example "
+                "with `iconv -f latin1 -t utf8`"
+            )
+    # The second pass has not found the fault of the first one.
     return (
-        f"text that starts with {start[:40]!r}"
-        if start.replace("\t", " ").isprintable()
-        else "a binary file"
+        f"{path}: the file was changed while it was read; wait until it is complete, then start "
+        "again"
     )

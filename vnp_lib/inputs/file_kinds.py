@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-START_BYTES = 4096  # of a file, that are looked at
+# Size of the first part of a file, by which its kind is recognised.
+START_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,22 @@ _EXPORT = (
 )
 _DOCUMENT = "copy the sequences into a plain text file"
 _AS_TABLE = "save the sheet as .csv and give that"
-_WITH_BIOPYTHON = "convert it first, for example with Biopython: SeqIO.convert('{{path}}', '{format}', 'proteins.fasta', 'fasta')"
-_ALIGNMENT = "convert it to FASTA and take the gaps out, for example with `seqmagick convert --ungap` or Biopython's AlignIO"
+_WITH_BIOPYTHON = (
+    "convert it first, for example with Biopython: "
+    "SeqIO.convert('{{path}}', '{format}', 'proteins.fasta', 'fasta')"
+)
+_ALIGNMENT = (
+    "convert it to FASTA and remove the gaps, for example with `seqmagick convert --ungap` or "
+    "Biopython's AlignIO"
+)
 _ANNOTATION = "give the proteins that go with it, as the .faa file of the same annotation"
 _HITS = "give the FASTA file of what was found"
 _NOT_TEXT = "this holds no sequences; give the FASTA file that goes with it"
 _WEIGHTS = "weights go to --weights, and FASTA files to --fasta"
-_STRUCTURE = "take the sequences out of it first, for example with Biopython: SeqIO.convert('{{path}}', '{format}', 'x.fasta', 'fasta')"
+_STRUCTURE = (
+    "extract the sequences from it first, for example with Biopython: "
+    "SeqIO.convert('{{path}}', '{format}', 'x.fasta', 'fasta')"
+)
 
 _ZIP = re.compile(rb"PK")
 
@@ -170,7 +180,8 @@ _SIGNATURES = (
     ),
 )
 
-_BLANK = b"\xef\xbb\xbf \t\r\n"  # byte order marks too
+# White space and the bytes of byte order marks.
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 
 # Documents and data that are zip archives, by the name of a file in them.
 _ZIPPED = (
@@ -216,7 +227,7 @@ _DIRECTIVES = (
     _starting(
         rb";[^\n]*\n(?:;[^\n]*\n)*\s*[A-Za-z*]",
         "FASTA of an old kind, whose headers begin with ';'",
-        "put '>' for the first ';' of each record",
+        "replace the first ';' of each record by '>'",
     ),
     _starting(rb"##gff-version", "a GFF file", _ANNOTATION),
     _starting(rb"# T?BLAST[NPX]", "a report of BLAST", _HITS),
@@ -252,7 +263,8 @@ _TEXTS = (
         rb"\d+[ \t]+\d+[ \t]*[A-Za-z]*[ \t]*\r?\n", "an alignment in PHYLIP format", _ALIGNMENT
     ),
     _starting(
-        rb"(?:HEADER    |TITLE     |COMPND    |REMARK  |CRYST1|MODEL     |(?:ATOM  |HETATM)[ \d]{5})",
+        rb"(?:HEADER    |TITLE     |COMPND    |REMARK  |CRYST1|MODEL     |"
+        rb"(?:ATOM  |HETATM)[ \d]{5})",
         "a PDB file",
         _STRUCTURE.format(format="pdb-atom"),
     ),
@@ -282,10 +294,11 @@ _TEXTS = (
         rb"(?:Seq-entry|Seq-submit|Bioseq-set) ?::=", "an ASN.1 file", "download it as FASTA"
     ),
     _starting(
-        rb"(?:[^\t\n>]+\t)+[^\t\n]*\n[^\t\n]+\t|(?:[^,\n>]+,)+[^,\n]*\n[^,\n]+,|(?:[^;\n>]+;)+[^;\n]*\n[^;\n]+;",
+        rb"(?:[^\t\n>]+\t)+[^\t\n]*\n[^\t\n]+\t|(?:[^,\n>]+,)+[^,\n]*\n[^,\n]+,|"
+        rb"(?:[^;\n>]+;)+[^;\n]*\n[^;\n]+;",
         "a table, by its looks",
-        "have its name end in .csv (with commas) or .tsv (with tabs), and say with --id-column and --sequence-column which "
-        "columns to take",
+        "have its name end in .csv (with commas) or .tsv (with tabs), and name the columns with "
+        "--id-column and --sequence-column",
     ),
     _starting(
         rb"(?:[A-Z*.-][A-Z*.\s-]+|[a-z*.-][a-z*.\s-]+)\Z",
@@ -298,22 +311,22 @@ _COMMENTS = re.compile(rb"\A(?:[#;][^\n]*\n|\s|\xef\xbb\xbf)*")
 
 
 def is_fastq(start: bytes) -> bool:
-    """Whether a file that begins so is FASTQ."""
+    """Return whether a file is FASTQ, by its first bytes."""
     return start.lstrip(_BLANK).startswith(b"@") and kind_of(start) is None
 
 
 def binary_kind_of(start: bytes) -> FileKind | None:
-    """Name the kind of a file that is neither FASTA nor any other format of plain text, by its first bytes."""
+    """Return the kind of a file, by its first bytes, if it is certainly no plain text."""
     return next((kind for kind in _SIGNATURES if kind.start.match(start)), None)
 
 
 def zip_kind_of(names: Sequence[str]) -> FileKind | None:
-    """Name what a zip archive of such files is, where it is more than an archive."""
+    """Return the kind of a document or of data that is a zip archive of such files, if any."""
     return next((kind for part, kind in _ZIPPED if any(map(part.match, names))), None)
 
 
 def kind_of(start: bytes) -> FileKind | None:
-    """Name the kind of a file that is no FASTA by its first bytes, decompressed; None where they may be FASTA, or anything."""
+    """Return the kind of a file by its first bytes, decompressed; None if it may be FASTA."""
     if kind := binary_kind_of(start):
         return kind
     text = start.replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip(_BLANK)

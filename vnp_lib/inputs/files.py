@@ -1,4 +1,4 @@
-"""Files that somebody gave us: opened whatever their compression, watched for change, their failures told in a sentence."""
+"""Open input files: decompress them, detect changes while reading, report errors in one line."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ PROTEIN_SUFFIXES = (".faa", ".fsa_aa", ".aa", ".mpfa", ".pep")
 NUCLEOTIDE_SUFFIXES = (".ffn", ".fna", ".frn")
 FASTA_SUFFIXES = (".fa", ".fasta", ".fas", ".fsa", *PROTEIN_SUFFIXES, *NUCLEOTIDE_SUFFIXES)
 
+_NUM_SHOWN = 5
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK00PK\x03\x04")
 
-# How text begins that is not in UTF-8, with the codec for it: byte order marks, and "> ", ";", "#" or "@" without one.
+# First bytes of text that is not UTF-8, with its codec: a byte order mark, or without one the
+# first character of a record or of a comment.
 _ENCODINGS = (
     (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "utf-32"),
     (re.compile(rb"\xff\xfe|\xfe\xff"), "utf-16"),
@@ -37,15 +39,20 @@ _ENCODINGS = (
 
 @contextmanager
 def open_source(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, plain or gz, bz2, xz, zst or zip, told apart by their content.
+    """Open a file for reading, plain or gz, bz2, xz, zst or zip, by its content.
 
-    Of a zip archive the FASTA files are read, one after another, or the only file.
+    From a zip archive the FASTA files are read, one after another, or the only file.
 
     Raises:
         FastaError: It is missing, no file, unreadable or damaged, or an archive of something else.
     """
-    with _failures_told(path), ExitStack() as stack:
-        _require_readable_twice(path)
+    with _one_line_errors(path), ExitStack() as stack:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise FastaError(
+                f"{path}: this is a pipe or a device, and input is read more than once; give a "
+                "file, or pipe it to `--fasta -`"
+            )
         file = stack.enter_context(path.open("rb", buffering=BLOCK_BYTES))
         if start_of(file).startswith(_ZIP):
             yield buffered(_unzipped(path, stack.enter_context(zipfile.ZipFile(file))))
@@ -55,7 +62,7 @@ def open_source(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of text as `open_source` does; what is read is UTF-8, also where the file is UTF-16 or UTF-32.
+    """Open a text file as `open_source` does, and read it as UTF-8, even if it is UTF-16 or UTF-32.
 
     Raises:
         FastaError: As `open_source`; or it is no text, by its first bytes.
@@ -65,12 +72,12 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
         if kind := binary_kind_of(start):
             refuse_kind(path, kind)
         encoding = next((name for mark, name in _ENCODINGS if mark.match(start)), None)
-        with _failures_told(path):
+        with _one_line_errors(path):
             yield file if encoding is None else buffered(_recoded(file, encoding))
 
 
 def start_of(file: BinaryIO) -> bytes:
-    """Return the first bytes of a file that `open_source` gave, which are still to be read afterwards."""
+    """Return the first bytes of a file from `open_source`, without consuming them."""
     return file.peek(START_BYTES)[:START_BYTES]  # type: ignore[attr-defined, no-any-return]
 
 
@@ -81,25 +88,30 @@ def refuse_kind(path: Path, kind: FileKind) -> NoReturn:
 
 @contextmanager
 def require_unchanged(path: Path) -> Iterator[None]:
-    """Raise FastaError where a file is changed within the block: that counts for more than what was found at fault in it."""
-    with _failures_told(path):
+    """Raise FastaError if a file changes within the block.
+
+    This error replaces a FastaError of the block, since a file that is still being written has
+    faults that the complete file does not have.
+    """
+    with _one_line_errors(path):
         before = path.stat()
         try:
             yield
         except FastaError:
-            _require_unchanged(path, before)
+            _require_same_stat(path, before)
             raise
-        _require_unchanged(path, before)
+        _require_same_stat(path, before)
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix before that of a compression, in lower case: `.csv` of `x.CSV.gz`."""
+    """Return the suffix before that of a compression, in lower case: `.csv` of `x.CSV.gz`."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return name.suffix.lower()
 
 
 @contextmanager
-def _failures_told(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system and of decompressors into FastaError."""
     try:
         yield
     except DAMAGE as error:
@@ -116,7 +128,8 @@ def _failures_told(path: Path) -> Iterator[None]:
         raise FastaError(f"{path}: this is a directory; give the files in it") from error
     except NotImplementedError as error:
         raise FastaError(
-            f"{path}: this zip archive is compressed in a way that is not known here ({error}); unpack it first"
+            f"{path}: this zip archive has a compression that is not supported ({error}); unpack "
+            "it first"
         ) from error
     except OSError as error:
         raise FastaError(f"{path}: the file cannot be read ({error.strerror or error})") from error
@@ -127,7 +140,7 @@ def _decompressing(file: BinaryIO, path: Path) -> BinaryIO:
 
 
 def _unzipped(path: Path, archive: zipfile.ZipFile) -> Iterator[bytes]:
-    """The FASTA files of an archive, decompressed, each beginning on a line of its own."""
+    """Yield the FASTA files of an archive, decompressed, each beginning on a line of its own."""
     for member in _members(path, archive):
         with archive.open(member) as file:
             content = _decompressing(file, path)  # type: ignore[arg-type]
@@ -139,6 +152,8 @@ def _unzipped(path: Path, archive: zipfile.ZipFile) -> Iterator[bytes]:
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the FASTA files of an archive, or its only file."""
+    # macOS adds hidden files and a folder of metadata to the archives that it makes.
     files = [
         member
         for member in archive.infolist()
@@ -148,11 +163,16 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     names = [member.filename for member in files]
     if kind := zip_kind_of(names):
         refuse_kind(path, kind)
+    content = (
+        f"it holds {listed([PurePosixPath(name).name for name in names], _NUM_SHOWN)}"
+        if names
+        else "it is empty"
+    )
     suffixes = [suffix_of(Path(name)) for name in names]
     if set(suffixes) & {*PROTEIN_SUFFIXES} and set(suffixes) & {*NUCLEOTIDE_SUFFIXES}:
         raise FastaError(
-            f"{path}: there are proteins and nucleotides in this zip archive ({_describe_content(names)}); take out what is to be "
-            f"embedded, for example with `unzip -p {path} '*.faa' > proteins.fasta`"
+            f"{path}: there are proteins and nucleotides in this zip archive ({content}); extract "
+            f"the files to embed, for example with `unzip -p {path} '*.faa' > proteins.fasta`"
         )
     chosen = [
         member for member, suffix in zip(files, suffixes, strict=True) if suffix in FASTA_SUFFIXES
@@ -160,9 +180,10 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     chosen = chosen or (files if len(files) == 1 else [])
     if not chosen:
         raise FastaError(
-            f"{path}: there is no FASTA file in this zip archive ({_describe_content(names)}); wanted are names that end in "
-            f"{', '.join(FASTA_SUFFIXES)}"
+            f"{path}: there is no FASTA file in this zip archive ({content}); wanted are names "
+            f"that end in {', '.join(FASTA_SUFFIXES)}"
         )
+    # Bit 0 of the flags marks an encrypted member.
     if any(member.flag_bits & 1 for member in chosen):
         raise FastaError(
             f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`"
@@ -170,33 +191,19 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return chosen
 
 
-def _describe_content(names: list[str]) -> str:
-    """Name the first of some files."""
-    if not names:
-        return "it is empty"
-    return f"it holds {listed([PurePosixPath(name).name for name in names], 5)}"
-
-
 def _recoded(file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """Turn text of another encoding into UTF-8."""
+    """Convert text of another encoding to UTF-8."""
     decoder = codecs.getincrementaldecoder(encoding)()
     while block := file.read(BLOCK_BYTES):
         yield decoder.decode(block).encode()
     yield decoder.decode(b"", final=True).encode()
 
 
-def _require_readable_twice(path: Path) -> None:
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise FastaError(
-            f"{path}: this is a pipe or a device, and input is read more than once; give a file, or pipe it to `--fasta -`"
-        )
-
-
-def _require_unchanged(path: Path, before: os.stat_result) -> None:
+def _require_same_stat(path: Path, before: os.stat_result) -> None:
+    """Raise FastaError if a file's size or time of modification is another than before."""
     after = path.stat()
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise FastaError(
-            f"{path}: the file was changed while it was read ({before.st_size:,} bytes at first, {after.st_size:,} at the "
-            f"end); wait until it is complete, then start again"
+            f"{path}: the file was changed while it was read ({before.st_size:,} bytes at first, "
+            f"{after.st_size:,} at the end); wait until it is complete, then start again"
         )

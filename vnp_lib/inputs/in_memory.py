@@ -1,7 +1,7 @@
-"""Proteins as a Python program holds them: paths, texts, dictionaries, tables of other libraries, Biopython's records.
+"""Read proteins from Python objects: paths, texts, dictionaries, tables, Biopython's records.
 
-No library is imported for this: an object is recognised by the protocol that its library documents. Nothing that was given is
-changed.
+No library is imported for this: an object is recognised by the protocol that its library
+documents. No object is changed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from vnp_lib.errors import ConfigError, FastaError
-from vnp_lib.inputs.sources import has_fasta_suffix
-from vnp_lib.inputs.tables import is_table
+from vnp_lib.inputs.files import FASTA_SUFFIXES, suffix_of
+from vnp_lib.inputs.sources import SourceFormat
 from vnp_lib.user_paths import PathUse, user_path
 
 
-class Letters(Protocol):
-    """A sequence whose `str` is its letters, as Biopython's `Seq`."""
+class Residues(Protocol):
+    """A sequence whose `str` is its residues, as Biopython's `Seq`."""
 
     def __len__(self) -> int: ...
     def __str__(self) -> str: ...
@@ -47,7 +47,7 @@ class Table(Protocol):
     def __getitem__(self, name: str, /) -> Any: ...
 
 
-Text: TypeAlias = str | bytes | Letters
+Text: TypeAlias = str | bytes | Residues
 Proteins: TypeAlias = (
     str
     | os.PathLike[str]
@@ -62,10 +62,14 @@ Proteins: TypeAlias = (
 )
 
 _WANTED = (
-    "give sequences as texts, pairs of id and sequence, a dictionary of sequences by id, a table with columns for both, "
-    "Biopython's records, or paths of FASTA files"
+    "give sequences as texts, pairs of id and sequence, a dictionary of sequences by id, a table "
+    "with columns for both, Biopython's records, or paths of FASTA files"
 )
 _UNKNOWN_OF_BIOPYTHON = ("<unknown id>", "<unknown name>", "<unknown description>")
+
+# Longer texts are sequences, not names of files.
+_MAX_PATH_CHARACTERS = 4096
+_MAX_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,7 @@ class RecordsInMemory:
     """Records as they were given; the lists run in parallel."""
 
     ids: list[str] = field(default_factory=list)
-    descriptions: list[str] = field(default_factory=list)  # "" where there is none
+    descriptions: list[str] = field(default_factory=list)  # "" for a record without one
     sequences: list[str] = field(default_factory=list)
 
     def add(self, sequence_id: str, sequence: str, description: str = "") -> None:
@@ -85,50 +89,58 @@ class RecordsInMemory:
 def files_or_records(
     given: Any, *, id_column: str = "id", sequence_column: str = "sequence"
 ) -> list[Path] | RecordsInMemory:
-    """Return the files that are meant, or else the records that are held.
+    """Return the files that an object names, or else the records that it holds.
 
-    Sequences without ids have their positions, "0", "1" and so on; a pandas Series has those of its index.
+    Sequences without ids are numbered, "0", "1" and so on; a pandas Series has the ids of its
+    index.
 
     Args:
-        given: What `Proteins` names.
-        id_column: Column of a table, or key of a dictionary for each record, that holds the ids.
+        given: An object of a type in `Proteins`.
+        id_column: Column of a table, or key of a record's dictionary, that holds the ids.
         sequence_column: The same for the sequences.
 
     Raises:
-        FastaError: It is nothing of the kind; says which record, and what can be given.
+        FastaError: It is of no such type; says which record, and what can be given.
         ConfigError: A path that cannot be one of a file here, such as an address.
     """
     if isinstance(given, str | bytes | bytearray | UserString | os.PathLike):
-        return [_path(given)]
+        return [_file_of(given)]
     if _is_series(given):
-        values = _listed(given)
-        return _paths(values) or _with_ids(zip(_listed(given.index), values, strict=True))
-    _refuse_what_has_no_records(given)
-    if hasattr(given, "as_py"):  # a scalar of pyarrow
+        values = _to_list(given)
+        return _files_among(values) or _rows_with_ids(
+            zip(_to_list(given.index), values, strict=True)
+        )
+    _refuse_objects_without_records(given)
+    if hasattr(given, "as_py"):  # a pyarrow scalar
         return files_or_records(given.as_py(), id_column=id_column, sequence_column=sequence_column)
     names = _column_names(given)
     if names is not None:
-        return _with_ids(_rows_of_table(given, names, id_column, sequence_column))
+        return _rows_with_ids(_rows_of_table(given, names, id_column, sequence_column))
     if (mapping := _as_mapping(given)) is not None:
-        return _with_ids(_rows_of_mapping(mapping))
-    if _is_record(given, sequence_column) or _is_one_sequence(given):
+        return _rows_with_ids(_rows_of_mapping(mapping))
+    is_record = hasattr(given, "id") and any(
+        hasattr(given, name) for name in ("seq", "sequence", sequence_column)
+    )
+    if is_record or _is_one_sequence(given):
         return _records([given], id_column, sequence_column)
     items = _items(given)
-    return _paths(items) or _records(items, id_column, sequence_column)
+    return _files_among(items) or _records(items, id_column, sequence_column)
 
 
-def _path(given: Any) -> Path:
-    """The path that one text or path-like object names."""
-    text = os.fsdecode(
-        bytes(given) if isinstance(given, bytearray) else str(given) if _is_text(given) else given
-    )
+def _file_of(given: Any) -> Path:
+    """Return the path that one text or path-like object names."""
+    if isinstance(given, str | UserString):
+        text = str(given)
+    else:
+        text = os.fsdecode(bytes(given) if isinstance(given, bytearray) else given)
     if text.lstrip().startswith(">") and not os.path.lexists(text):
         raise FastaError(
-            f"{_shown(text)} is the text of a FASTA file, and a path is wanted; write it to a file, or give "
-            "SeqIO.parse(io.StringIO(text), 'fasta')"
+            f"{_shown(text)} is the text of a FASTA file, and a path is wanted; write it to a "
+            "file, or give SeqIO.parse(io.StringIO(text), 'fasta')"
         )
-    if (path := _existing(text)) is None and not _is_of_letters(text):
-        path = user_path(text, PathUse.INPUT)  # says what is wrong with it
+    if (path := _existing(text)) is None and not _may_be_a_sequence(text):
+        # Raises the error for a path that cannot be used.
+        path = user_path(text, PathUse.INPUT)
     if path is None or not _names_files(path):
         raise FastaError(
             f"{_cut(text)}: there is no such file; a single sequence goes into a list: [sequence]"
@@ -136,10 +148,12 @@ def _path(given: Any) -> Path:
     return path
 
 
-def _refuse_what_has_no_records(given: Any) -> None:
+def _refuse_objects_without_records(given: Any) -> None:
+    """Raise FastaError for sets, open files and lazy tables."""
     if isinstance(given, set | frozenset):
         raise FastaError(
-            "a set has no order, and rows come back in the order given; give a list, such as sorted(...)"
+            "a set has no order, and rows come back in the order given; give a list, such as "
+            "sorted(...)"
         )
     if hasattr(given, "read") and hasattr(given, "readline"):
         name = getattr(given, "name", None)
@@ -149,15 +163,17 @@ def _refuse_what_has_no_records(given: Any) -> None:
         )
     if hasattr(type(given), "collect") or hasattr(type(given), "compute"):
         raise FastaError(
-            f"a {type(given).__name__} is not computed yet; give what its collect() or compute() returns, with ids and sequences"
+            f"a {type(given).__name__} is not computed yet; give what its collect() or compute() "
+            "returns, with ids and sequences"
         )
 
 
 def _column_names(given: Any) -> list[Any] | None:
-    """The names of a table's columns; None if it is no table."""
+    """Return the names of a table's columns; None if it is no table."""
     if isinstance(given, Mapping):
         return None
-    of_fields = getattr(getattr(given, "dtype", None), "names", None)  # a structured array of NumPy
+    # A structured NumPy array has its columns in its dtype.
+    of_fields = getattr(getattr(given, "dtype", None), "names", None)
     for names in (of_fields, getattr(given, "column_names", None), getattr(given, "columns", None)):
         if names is not None and not callable(names):
             return list(names)
@@ -167,6 +183,7 @@ def _column_names(given: Any) -> list[Any] | None:
 def _rows_of_table(
     table: Any, names: Sequence[Any], id_column: str, sequence_column: str
 ) -> Iterable[tuple[Any, Any]]:
+    """Return ids and sequences; the ids may be the named index of a pandas DataFrame."""
     index = getattr(table, "index", None)
     index_is_id = getattr(index, "name", None) == id_column and id_column not in names
     wanted = [sequence_column] if index_is_id else [id_column, sequence_column]
@@ -178,39 +195,45 @@ def _rows_of_table(
         if (count := names.count(name)) != 1:
             found = "there is no column" if count == 0 else f"{count} columns are called"
             raise FastaError(
-                f"{found} {name!r} in this {type(table).__name__}, which has the columns {_listed_names(names)}; name them "
-                f"with id_column and sequence_column{or_series}"
+                f"{found} {name!r} in this {type(table).__name__}, which has the columns "
+                f"{_quoted(names)}; name them with id_column and sequence_column{or_series}"
             )
-    ids = _listed(index) if index_is_id else _listed(table[id_column])
-    return zip(ids, _listed(table[sequence_column]), strict=True)
+    ids = _to_list(index) if index_is_id else _to_list(table[id_column])
+    return zip(ids, _to_list(table[sequence_column]), strict=True)
 
 
-def _listed_names(names: Sequence[Any]) -> str:
+def _quoted(names: Sequence[Any]) -> str:
+    # `str` gives NumPy's texts the same quotes as Python's.
     return (
         ", ".join(repr(str(name) if isinstance(name, str) else name) for name in names) or "(none)"
     )
 
 
 def _is_series(given: Any) -> bool:
-    """Whether it is a Series of pandas: values with an index. What its labels are can be its attributes too."""
+    """Return whether it is a pandas Series: values with an index.
+
+    Its type decides, since its labels can be attributes of the object.
+    """
     return hasattr(type(given), "iloc") and getattr(given, "ndim", None) == 1
 
 
-def _listed(column: Any) -> list[Any]:
-    """The values of a column, an array or an index, as Python's."""
-    for method in ("to_pylist", "to_list", "tolist"):  # of pyarrow; of pandas and polars; of NumPy
-        if callable(listed := getattr(column, method, None)):
-            values: list[Any] = listed()
+def _to_list(column: Any) -> list[Any]:
+    """Return the values of a column, an array or an index, as Python's."""
+    # The first is pyarrow's method, the second that of pandas and polars, the third NumPy's.
+    for method in ("to_pylist", "to_list", "tolist"):
+        if callable(to_list := getattr(column, method, None)):
+            values: list[Any] = to_list()
             return values
     return list(column)
 
 
 def _as_mapping(given: Any) -> Mapping[Any, Any] | None:
-    """What `dict` would take for a mapping: it has keys and gives what belongs to one."""
+    """Return what `dict` takes for a mapping: an object with keys that gives the value of each."""
     if isinstance(given, Mapping):
         return given
     if callable(getattr(given, "keys", None)) and hasattr(given, "__getitem__"):
-        keys = given.keys()  # going through `given` itself need not give these
+        # Iteration over the object itself need not give its keys.
+        keys = given.keys()
         return {key: given[key] for key in keys}
     return None
 
@@ -219,21 +242,23 @@ def _rows_of_mapping(mapping: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
     for place, (key, value) in enumerate(mapping.items()):
         if isinstance(value, os.PathLike):
             raise FastaError(
-                f"record {place} ({key!r}) is the path {_shown(value)}, and a file has ids of its own; give a list of paths"
+                f"record {place} ({key!r}) is the path {_shown(value)}, and a file has ids of its "
+                "own; give a list of paths"
             )
         if isinstance(value, list | tuple) or _is_series(value):
             raise FastaError(
-                f"record {place} ({key!r}) is {_shown(value)}; a dictionary has one sequence for each id: for columns give "
-                "dict(zip(ids, sequences))"
+                f"record {place} ({key!r}) is {_shown(value)}; a dictionary has one sequence for "
+                "each id: for columns give dict(zip(ids, sequences))"
             )
         yield key, value
 
 
 def _items(given: Any) -> list[Any]:
+    """Return the elements of an array or of any iterable."""
     if getattr(given, "ndim", None) == 0:
         raise FastaError(f"{_shown(given)} is a single value; {_WANTED}")
     if hasattr(given, "to_pylist") or hasattr(given, "ndim"):
-        return _listed(given)
+        return _to_list(given)
     try:
         iterator = iter(given)
     except TypeError:
@@ -243,11 +268,13 @@ def _items(given: Any) -> list[Any]:
     return [*iterator]
 
 
-def _paths(items: Sequence[Any]) -> list[Path]:
-    """The paths that all of `items` are, by their type or as texts that name existing files; none if they are sequences.
+def _files_among(items: Sequence[Any]) -> list[Path]:
+    """Return the paths that all items are, by their type or since such files exist.
+
+    Return no path if they are sequences.
 
     Raises:
-        FastaError: Some are and others are not, or it cannot be told.
+        FastaError: Some are paths and others are not, or an item may be either.
     """
     if not items or not _is_file(items[0]):
         _refuse_files_among_sequences(items)
@@ -257,18 +284,18 @@ def _paths(items: Sequence[Any]) -> list[Path]:
         for place, item in enumerate(items):
             if isinstance(item, str) and item.isalpha():
                 raise FastaError(
-                    f"record {place}, {item!r}, could be a sequence, and there is a file of this name; give Path({item!r}) "
-                    f"for the file, or ({str(place)!r}, {item!r}) for the sequence"
+                    f"record {place}, {item!r}, could be a sequence, and there is a file of this "
+                    f"name; give Path({item!r}) for the file, or ({str(place)!r}, {item!r}) for "
+                    "the sequence"
                 )
         return [user_path(item, PathUse.INPUT) for item in items]
-    if (
-        isinstance(items[0], str) and items[0].isalpha()
-    ):  # a sequence that a file happens to be named like
+    # A file may happen to have the name of a sequence.
+    if isinstance(items[0], str) and items[0].isalpha():
         _refuse_files_among_sequences(items)
         return []
     raise FastaError(
-        f"record {odd} is {_shown(items[odd])}, which is no file that exists, and record 0, {_shown(items[0])}, is one; give "
-        "files or sequences, not both"
+        f"record {odd} is {_shown(items[odd])}, which is no file that exists, and record 0, "
+        f"{_shown(items[0])}, is one; give files or sequences, not both"
     )
 
 
@@ -276,33 +303,37 @@ def _refuse_files_among_sequences(items: Sequence[Any]) -> None:
     for place, item in enumerate(items):
         if isinstance(item, os.PathLike):
             raise FastaError(
-                f"record {place} is the path {_shown(item)}, and record 0 is {_shown(items[0])}; give files or sequences, "
-                "not both"
+                f"record {place} is the path {_shown(item)}, and record 0 is {_shown(items[0])}; "
+                "give files or sequences, not both"
             )
         if not isinstance(item, str) or item.isalpha():
             continue
         if item.lstrip().startswith(">"):
             raise FastaError(
-                f"record {place} is {_shown(item)}, a line of a FASTA file; give the path of the file, or "
-                "SeqIO.parse(path, 'fasta')"
+                f"record {place} is {_shown(item)}, a line of a FASTA file; give the path of the "
+                "file, or SeqIO.parse(path, 'fasta')"
             )
-        if len(item) < 4096 and _looks_like_a_file(item):
-            path = user_path(item, PathUse.INPUT)  # says what is wrong with it
+        if len(item) < _MAX_PATH_CHARACTERS and _looks_like_a_file(item):
+            # Raises the error for a path that cannot be used.
+            path = user_path(item, PathUse.INPUT)
             there_is = "there is such a file" if _names_files(path) else "there is no such file"
             raise FastaError(
-                f"record {place} is {_shown(item)}, which looks like the name of a file, and {there_is}; give sequences, "
-                "or paths of files that exist"
+                f"record {place} is {_shown(item)}, which looks like the name of a file, and "
+                f"{there_is}; give sequences, or paths of files that exist"
             )
 
 
 def _is_file(item: Any) -> bool:
-    """Whether it is a path, or a text that names a file; a path need not exist, which is said of it as of any other file."""
+    """Return whether it is a path, which need not exist, or a text that names a file."""
     return isinstance(item, os.PathLike) or (isinstance(item, str) and _existing(item) is not None)
 
 
 def _existing(text: str) -> Path | None:
-    """The path that a text means, if there is such a file. Of letters alone it is no pattern, and may be one of millions."""
-    if _is_of_letters(text):
+    """Return the path that a text names, if there is such a file.
+
+    A text that may be a sequence is no pattern, and is not expanded: there may be millions.
+    """
+    if _may_be_a_sequence(text):
         return Path(text) if os.path.exists(text) else None
     try:
         path = user_path(text, PathUse.INPUT)
@@ -312,42 +343,42 @@ def _existing(text: str) -> Path | None:
 
 
 def _looks_like_a_file(text: str) -> bool:
-    has_directory = "/" in text and not (
-        text.isupper() and text.replace("/", "").isalpha()
-    )  # chains, as MKV/MKL
-    return has_directory or has_fasta_suffix(Path(text)) or is_table(Path(text))
+    # Chains may be separated by slashes: MKV/MKL.
+    is_chains = text.isupper() and text.replace("/", "").isalpha()
+    path = Path(text)
+    return (
+        ("/" in text and not is_chains)
+        or suffix_of(path) in FASTA_SUFFIXES
+        or SourceFormat.of(path).is_table
+    )
 
 
-def _is_of_letters(text: str) -> bool:
-    """Whether it could be a sequence by its letters, with a stop at its end."""
+def _may_be_a_sequence(text: str) -> bool:
+    """Return whether all characters are alphabetic, but for white space and final stops."""
     return text.isalpha() or "".join(text.split()).rstrip("*").isalpha()
 
 
-def _is_text(given: Any) -> bool:
-    return isinstance(given, str | UserString)
-
-
 def _names_files(path: Path) -> bool:
-    """Whether there is such a file or directory, or a pattern matches something."""
+    """Return whether there is such a file or directory, or a pattern matches something."""
     return os.path.exists(path) or (
         glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True))
     )
 
 
 def _records(items: Sequence[Any], id_column: str, sequence_column: str) -> RecordsInMemory:
-    """Records that have ids, all or none of them."""
+    """Return records with the ids that they have, if all have one, or else with their numbers."""
     records = RecordsInMemory()
     have_ids = False
     for place, item in enumerate(items):
-        sequence_id, sequence, description = _taken_apart(place, item, id_column, sequence_column)
+        sequence_id, sequence, description = _split_record(place, item, id_column, sequence_column)
         has_id = sequence_id is not None
         if place == 0:
             have_ids = has_id
         if has_id != have_ids:
             here, there = ("an id", "none") if has_id else ("no id", "one")
             raise FastaError(
-                f"record {place}, {_shown(item)}, has {here}, and record 0, {_shown(items[0])}, has {there}; give all of "
-                "them an id, or none"
+                f"record {place}, {_shown(item)}, has {here}, and record 0, {_shown(items[0])}, "
+                f"has {there}; give all of them an id, or none"
             )
         if sequence_id is None:
             sequence_id = str(place)
@@ -355,22 +386,21 @@ def _records(items: Sequence[Any], id_column: str, sequence_column: str) -> Reco
     return records
 
 
-def _with_ids(rows: Iterable[tuple[Any, Any]]) -> RecordsInMemory:
+def _rows_with_ids(rows: Iterable[tuple[Any, Any]]) -> RecordsInMemory:
     records = RecordsInMemory()
     for place, (id_, sequence) in enumerate(rows):
-        sequence_id = _id_text(place, id_)
-        if _has_id_of_its_own(sequence):  # a record of Biopython's in a dictionary
+        sequence_id, description = _id_text(place, id_), ""
+        # A dictionary may hold Biopython's records; its keys are the ids.
+        if hasattr(sequence, "id") and hasattr(sequence, "seq"):
             sequence, description = sequence.seq, _description(sequence)
-        else:
-            description = ""
         records.add(sequence_id, _sequence_text(place, sequence, sequence_id), description)
     return records
 
 
-def _taken_apart(
+def _split_record(
     place: int, item: Any, id_column: str, sequence_column: str
 ) -> tuple[str | None, Any, str]:
-    """Id, if it has one, sequence and description of a record."""
+    """Return the id of a record, if it has one, its sequence and its description."""
     if hasattr(item, "as_py"):
         item = item.as_py()
     if isinstance(item, str | bytes | bytearray) or _is_biopython_sequence(item):
@@ -379,8 +409,8 @@ def _taken_apart(
         for name in (id_column, sequence_column):
             if name not in mapping:
                 raise FastaError(
-                    f"record {place} has no {name!r}, but {_listed_names([*mapping])}; name its keys with id_column and "
-                    "sequence_column"
+                    f"record {place} has no {name!r}, but {_quoted([*mapping])}; name its keys "
+                    "with id_column and sequence_column"
                 )
         return _id_text(place, mapping[id_column]), mapping[sequence_column], ""
     for name in ("seq", sequence_column, "sequence"):
@@ -393,34 +423,27 @@ def _taken_apart(
     return None, item, ""
 
 
-def _is_record(given: Any, sequence_column: str) -> bool:
-    return hasattr(given, "id") and any(
-        hasattr(given, name) for name in ("seq", "sequence", sequence_column)
-    )
-
-
-def _has_id_of_its_own(value: Any) -> bool:
-    return hasattr(value, "id") and hasattr(value, "seq")
-
-
 def _is_biopython_sequence(given: Any) -> bool:
-    """Whether it is one sequence of Biopython's, which goes through its letters as if they were many."""
-    module = sys.modules.get("Bio.Seq")  # where that is not imported, there is none
+    """Return whether it is one of Biopython's sequences, which iterate over their residues."""
+    # If the module is not imported, there are no such objects.
+    module = sys.modules.get("Bio.Seq")
     return module is not None and isinstance(given, module.Seq | module.MutableSeq)
 
 
 def _is_one_sequence(given: Any) -> bool:
-    """Whether it is the letters of one protein, in a class of some library's; going through it would give single letters."""
+    """Return whether an object of some library holds the residues of one protein.
+
+    Iteration over it would give single residues.
+    """
     if _is_biopython_sequence(given):
         return True
     if isinstance(given, list | tuple | deque) or hasattr(given, "ndim"):
         return False
     if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
         return False
+    # The text of other containers has brackets.
     text = str(given)
-    return (
-        len(text) == len(given) and text.isalpha()
-    )  # what other containers look like has brackets
+    return len(text) == len(given) and text.isalpha()
 
 
 def _id_text(place: int, id_: Any) -> str:
@@ -435,7 +458,8 @@ def _id_text(place: int, id_: Any) -> str:
     if isinstance(id_, Integral) and id_ is not True and id_ is not False:
         return str(int(id_))
     raise FastaError(
-        f"record {place} has the id {_shown(id_)}, a {type(id_).__name__}; ids are texts or whole numbers: turn it into one"
+        f"record {place} has the id {_shown(id_)}, a {type(id_).__name__}; ids are texts or whole "
+        "numbers: convert it to one"
     )
 
 
@@ -446,32 +470,26 @@ def _sequence_text(place: int, sequence: Any, sequence_id: str) -> str:
         return _sequence_text(place, sequence.as_py(), sequence_id)
     if isinstance(sequence, bytes | bytearray):
         return _decoded(place, sequence)
-    named = f"record {place} ({sequence_id!r})"
+    name = f"record {place} ({sequence_id!r})"
     if _is_missing(sequence):
-        raise FastaError(f"{named} has no sequence ({sequence}); leave it out")
+        raise FastaError(f"{name} has no sequence ({sequence}); leave it out")
     if isinstance(sequence, os.PathLike):
         raise FastaError(
-            f"{named} is the path {_shown(sequence)}; give files or sequences, not both"
+            f"{name} is the path {_shown(sequence)}; give files or sequences, not both"
         )
-    if _is_biopython_sequence(sequence) or isinstance(sequence, UserString):
-        return _letters(named, sequence)
+    is_sequence = _is_biopython_sequence(sequence) or isinstance(sequence, UserString)
     is_container = isinstance(sequence, list | tuple | set | frozenset | Mapping) or hasattr(
         sequence, "ndim"
     )
-    if (
-        not is_container
-        and hasattr(sequence, "__len__")
-        and len(text := _letters(named, sequence)) == len(sequence)
-    ):
-        return text
-    raise FastaError(f"{named} is {_shown(sequence)}, a {type(sequence).__name__}; {_WANTED}")
-
-
-def _letters(named: str, sequence: Any) -> str:
-    try:
-        return str(sequence)
-    except ValueError as error:  # Biopython's of a sequence of which it knows the length alone
-        raise FastaError(f"{named} has no letters ({error}); leave it out") from error
+    if is_sequence or (not is_container and hasattr(sequence, "__len__")):
+        try:
+            text = str(sequence)
+        except ValueError as error:
+            # Biopython has sequences of a known length and unknown content.
+            raise FastaError(f"{name} has no residues ({error}); leave it out") from error
+        if is_sequence or len(text) == len(sequence):
+            return text
+    raise FastaError(f"{name} is {_shown(sequence)}, a {type(sequence).__name__}; {_WANTED}")
 
 
 def _decoded(place: int, text: bytes | bytearray) -> str:
@@ -479,12 +497,12 @@ def _decoded(place: int, text: bytes | bytearray) -> str:
         return text.decode()
     except UnicodeDecodeError:
         raise FastaError(
-            f"record {place} is {_shown(bytes(text))}, which is no UTF-8 text; decode it first"
+            f"record {place} is {_shown(bytes(text))}, which is not UTF-8 text; decode it first"
         ) from None
 
 
 def _description(record: Any) -> str:
-    """What a FASTA header would have after the id."""
+    """Return what a FASTA header has after the id."""
     described = getattr(record, "description", None)
     if not isinstance(described, str) or described in _UNKNOWN_OF_BIOPYTHON:
         return ""
@@ -493,7 +511,7 @@ def _description(record: Any) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether it stands for nothing in some library: None, NaN, NA, NaT."""
+    """Return whether some library uses the value for a missing one: None, NaN, NA, NaT."""
     return (
         value is None
         or (isinstance(value, float) and math.isnan(value))
@@ -506,4 +524,5 @@ def _shown(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    is_short = len(text) <= _MAX_SHOWN_CHARACTERS
+    return text if is_short else f"{text[:_MAX_SHOWN_CHARACTERS]}..."

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from vnp_lib.inputs.records import (
-    CharacterCounts,
-)
+from vnp_lib.inputs.records import CharacterCounts
 
-if TYPE_CHECKING:  # whoever reads a dataset does without what reads options
+# Readers of a dataset import this module; they need no options, nor what parses them.
+if TYPE_CHECKING:
     from vnp_lib.config import (
         DuplicateIds,
         EmbedConfig,
@@ -25,7 +24,10 @@ VIRNUCPRO_RESIDUES = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputPolicy:
-    """How the input is read, and what becomes of records that cannot be taken as they are. The names are `EmbedConfig`'s."""
+    """How the input is read, and what to do with records that cannot be used as they are.
+
+    The names are those of `EmbedConfig`.
+    """
 
     id_column: str = "id"
     sequence_column: str = "sequence"
@@ -44,7 +46,7 @@ class InputPolicy:
         return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
 
     def identity(self) -> dict[str, Any]:
-        """What of it decides a run's rows, beside the sequences that it leads to: those are told apart by themselves."""
+        """Return the settings that decide a run's rows in other ways than by its sequences."""
         identity: dict[str, Any] = {}
         if self.long == "truncate":
             identity["long_policy"] = f"truncate:{self.max_length}"
@@ -57,18 +59,14 @@ class InputPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputCounts:
-    """What was read, and what was done to it."""
+    """Counts of what was done to the input. The names are keys in `plan.json`."""
 
     num_skipped: int = 0  # records
     num_cut: int = 0  # sequences
     num_windowed: int = 0  # sequences whose mean is taken over windows
-    num_in_part: int = (
-        0  # sequences whose mean is that of their first residues, as VirNucPro takes it
-    )
-    num_renamed: int = 0  # records whose id another one before had
-    num_duplicates: int = (
-        0  # sequences that are not computed again, since they are identical to one before
-    )
+    num_in_part: int = 0  # sequences whose mean is over their first residues, as in VirNucPro
+    num_renamed: int = 0  # records with the id of an earlier one
+    num_duplicates: int = 0  # sequences identical to an earlier one, not computed again
     letters: CharacterCounts = field(default_factory=CharacterCounts)
 
     @classmethod
@@ -88,26 +86,27 @@ class InputCounts:
 
     @property
     def is_altered(self) -> bool:
-        """Whether a record has no row, or one that is not simply that of the sequence as it stands there."""
+        """Whether some record has no row, or a row of another sequence than its own."""
         return replace(self, num_duplicates=0).describe() != ""
 
     def describe(self) -> str:
-        """Say what was done to the input: `3 records skipped, 12 letters read as unknown`; "" if nothing."""
+        """Describe what was done to the input: `3 records skipped, 12 residues read as unknown`.
+
+        Return "" if nothing was.
+        """
+        in_part = f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues"
+        num_unknown = self.letters.mapped + self.letters.read_as_unknown
         done = (
             (self.num_skipped, "record", "skipped"),
             (self.num_renamed, "id", "renamed"),
             (self.num_cut, "sequence", "cut short"),
             (self.num_windowed, "sequence", "averaged over windows"),
-            (
-                self.num_in_part,
-                "sequence",
-                f"averaged over the first {VIRNUCPRO_RESIDUES:,} residues",
-            ),
-            (self.letters.mapped + self.letters.read_as_unknown, "letter", "read as unknown"),
+            (self.num_in_part, "sequence", in_part),
+            (num_unknown, "residue", "read as unknown"),
             (self.num_duplicates, "duplicate", "not computed again"),
         )
         return ", ".join(
-            f"{count:,} {what if count == 1 else what + 's'} {became}"
-            for count, what, became in done
+            f"{count:,} {what if count == 1 else what + 's'} {how}"
+            for count, what, how in done
             if count
         )

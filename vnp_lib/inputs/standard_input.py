@@ -1,4 +1,4 @@
-"""Standard input, kept as a file in the run directory: what is read again finds it there, and so does a resume."""
+"""Save standard input in the run directory, so that it can be re-read on resume."""
 
 from __future__ import annotations
 
@@ -16,38 +16,48 @@ from vnp_lib.storage import durable_file, make_directory
 from vnp_lib.streams import best_effort
 
 _BLOCK_BYTES = 2**20
-_SAID_AFTER_S = 5.0  # without a byte
-_FIRST_BYTE_S = 10.0  # for how long a resume, which can do without, waits for it
-_NEXT_BYTE_S = 60.0  # the same, once some have come
+_NOTICE_AFTER_S = 5.0
+
+# A resume needs no standard input, and waits this long for its first byte, and for each further
+# one once some have come.
+_FIRST_BYTE_S = 10.0
+_NEXT_BYTE_S = 60.0
 
 _logger = logging.getLogger(__name__)
 
 
 def require_piped_stdin(stream: BinaryIO, path: Path, *, is_kept: bool = True) -> None:
-    """Raise ConfigError where nothing is piped to `stream`, and nothing that was `is_kept` in `path`."""
+    """Raise ConfigError if nothing is piped to `stream`, and no usable input is saved in `path`.
+
+    Args:
+        stream: Standard input.
+        path: File that standard input is saved in.
+        is_kept: False if the run does not use what is saved there.
+    """
     if not (is_kept and path.exists()) and not _is_piped(stream):
         raise ConfigError(
-            "--fasta -: nothing is piped to standard input; pipe FASTA to it, as in `zcat x.fasta.gz | ... --fasta -`, "
-            "or give a file"
+            "--fasta -: nothing is piped to standard input; pipe FASTA to it, as in "
+            "`zcat x.fasta.gz | ... --fasta -`, or give a file"
         )
 
 
 def save_stdin(stream: BinaryIO, path: Path) -> bool:
-    """Keep what can be read from `stream` in `path`, durably, and say whether that was done now.
+    """Save `stream` durably in `path`, and return True unless it was saved before.
 
-    Where something is kept already, nothing need be piped; what is, is compared with it. A pipe that nobody writes to is then
-    waited for no longer than some seconds; in a new run for ever, which is said.
+    If input is saved already, nothing needs to be piped; input that is piped is compared with it.
+    A pipe without a writer is then waited for only some seconds, but in a new run forever, with a
+    notice on standard error.
 
     Raises:
-        ConfigError: Nothing is piped or kept, or it cannot be written.
-        FingerprintMismatchError: Another input is kept.
+        ConfigError: Nothing is piped or saved, or it cannot be written.
+        FingerprintMismatchError: Another input is saved.
     """
     require_piped_stdin(stream, path)
     if path.exists():
         if _is_piped(stream):
             _require_same(stream, path)
         return False
-    _logger.info("standard input is read, and kept in %s", path)
+    _logger.info("reading standard input, which is saved in %s", path)
     try:
         make_directory(path.parent)
         with durable_file(path) as file:
@@ -55,13 +65,13 @@ def save_stdin(stream: BinaryIO, path: Path) -> bool:
                 file.write(block)
     except OSError as error:
         raise ConfigError(
-            f"standard input cannot be kept in {path}: {error.strerror or error}"
+            f"standard input cannot be saved in {path}: {error.strerror or error}"
         ) from error
     return True
 
 
 def _is_piped(stream: BinaryIO) -> bool:
-    """Whether it is a pipe or a file: not a terminal, not /dev/null, not closed."""
+    """Return whether it is a pipe or a file: not a terminal, not /dev/null, not closed."""
     try:
         return not stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
     except (OSError, ValueError):
@@ -69,32 +79,33 @@ def _is_piped(stream: BinaryIO) -> bool:
 
 
 def _require_same(stream: BinaryIO, path: Path) -> None:
+    """Raise FingerprintMismatchError if the piped input is not the saved one."""
     with path.open("rb") as kept:
+        is_same = True
         try:
             for block in _blocks(stream, first_within_s=_FIRST_BYTE_S, next_within_s=_NEXT_BYTE_S):
                 if block != kept.read(len(block)):
-                    raise _another_input(path)
+                    is_same = False
+                    break
         except TimeoutError:
-            _say(
-                f"standard input is not waited for any longer: the run goes on with what is kept in {path}"
+            _notify(
+                "standard input is not waited for any longer: the run continues with the input "
+                f"saved in {path}"
             )
             return
-        if kept.tell() and kept.read(1):
-            raise _another_input(path)
-
-
-def _another_input(path: Path) -> FingerprintMismatchError:
-    return FingerprintMismatchError(
-        f"--fasta -: another input is piped than the one that this run was begun with, which is kept in {path}; pipe "
-        f"that one or nothing (`< /dev/null`), choose another output directory, or --force-restart, which moves what "
-        f"is there aside"
-    )
+        # Nothing at all may be piped, but not a part of the input.
+        if not is_same or (kept.tell() and kept.read(1)):
+            raise FingerprintMismatchError(
+                f"--fasta -: the piped input is not the one that this run was started with, which "
+                f"is saved in {path}; pipe that one or nothing (`< /dev/null`), choose another "
+                "output directory, or use --force-restart, which moves the old run away"
+            )
 
 
 def _blocks(
     stream: BinaryIO, *, first_within_s: float = float("inf"), next_within_s: float = float("inf")
 ) -> Iterator[bytes]:
-    """Yield what is piped, to its end. TimeoutError where no byte comes in time."""
+    """Yield piped input, to its end. Raise TimeoutError if no byte comes in time."""
     within_s = first_within_s
     while True:
         _wait_for_byte(stream, within_s)
@@ -105,17 +116,17 @@ def _blocks(
 
 
 def _wait_for_byte(stream: BinaryIO, within_s: float) -> None:
-    """Wait until there is a byte, or the end. After some seconds, say that it is waited for."""
+    """Wait until there is a byte, or the end. Print a notice after some seconds."""
     poll = select.poll()
     poll.register(stream, select.POLLIN)
-    said_after_s = min(_SAID_AFTER_S, within_s)
-    if poll.poll(said_after_s * 1000):
+    notice_after_s = min(_NOTICE_AFTER_S, within_s)
+    if poll.poll(notice_after_s * 1000):
         return
-    _say("--fasta -: waiting for FASTA on standard input")
-    left_ms = None if within_s == float("inf") else (within_s - said_after_s) * 1000
+    _notify("--fasta -: waiting for FASTA on standard input")
+    left_ms = None if within_s == float("inf") else (within_s - notice_after_s) * 1000
     if not poll.poll(left_ms):
         raise TimeoutError
 
 
-def _say(text: str) -> None:
+def _notify(text: str) -> None:
     print(text, file=best_effort(sys.stderr, patience_s=1.0))

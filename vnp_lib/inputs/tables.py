@@ -1,4 +1,4 @@
-"""Reading CSV, TSV and Parquet files, row by row, as the records that their cells stand for."""
+"""Read records from the rows of CSV, TSV and Parquet files."""
 
 from __future__ import annotations
 
@@ -14,57 +14,63 @@ import pyarrow.parquet as pq
 
 from vnp_lib.errors import FastaError
 from vnp_lib.inputs.file_kinds import binary_kind_of
-from vnp_lib.inputs.files import open_source, open_text, start_of, suffix_of
+from vnp_lib.inputs.files import open_source, open_text, start_of
 from vnp_lib.inputs.records import RawChunk
+from vnp_lib.inputs.sources import Source, SourceFormat
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_PARQUET = (".parquet", ".pq")
-_BLOCK_BYTES = 8 * 1024**2  # of a CSV file: what is read at a time, and the longest row
+_DELIMITERS = {SourceFormat.CSV: ",", SourceFormat.TSV: "\t"}
 
-
-def is_table(path: Path) -> bool:
-    """Whether it is one, by its name: .csv and .tsv, which may be compressed, .parquet and .pq."""
-    return _is_csv(path) or path.suffix.lower() in _PARQUET
+# Size of the blocks in which a CSV file is read, and of its longest row.
+_BLOCK_BYTES = 8 * 1024**2
 
 
 def read_table(
-    path: Path, *, id_column: str, sequence_column: str, chunk_size: int = 8192
+    source: Source, *, id_column: str, sequence_column: str, chunk_size: int = 8192
 ) -> Iterator[RawChunk]:
-    """Read every row, in order. A cell with an id is taken as a FASTA header is; a line break in a cell is white space.
+    """Read every row of a table, in order.
+
+    An id is taken from its cell as from a FASTA header; a line break in a cell is white space.
 
     Raises:
-        FastaError: As `open_source`; or the file is not what its name says, lacks a column, or a cell is no UTF-8 text.
+        FastaError: As `open_source`; or the file is not what its name says, lacks a column, or has
+            a cell that is not UTF-8 text.
     """
-    columns = (id_column, sequence_column)
-    with (open_text if _is_csv(path) else open_source)(path) as file:
+    path, columns = source.path, (id_column, sequence_column)
+    delimiter = _DELIMITERS.get(source.format)
+    with (open_source if delimiter is None else open_text)(path) as file:
         try:
-            for batch in (_csv_batches if _is_csv(path) else _parquet_batches)(path, file, columns):
+            batches = (
+                _parquet_batches(path, file, columns)
+                if delimiter is None
+                else _csv_batches(path, file, columns, delimiter)
+            )
+            for batch in batches:
                 for start in range(0, batch.num_rows, chunk_size):
+                    # A missing cell is an empty text, whose record is refused by its row.
                     headers, sequences = (
-                        _texts(batch.column(name).slice(start, chunk_size)) for name in columns
+                        [
+                            text or ""
+                            for text in batch.column(name)
+                            .slice(start, chunk_size)
+                            .cast(pa.string())
+                            .to_pylist()
+                        ]
+                        for name in columns
                     )
                     yield RawChunk(
                         headers=[" ".join(header.splitlines()) for header in headers],
                         sequences=[sequence.replace("\n", " ") for sequence in sequences],
                     )
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            kind = path.suffix if path.suffix.lower() in _PARQUET else suffix_of(path)
             raise FastaError(
-                f"{path}: this cannot be read as {kind.removeprefix('.')} ({error}); mend it"
+                f"{path}: this cannot be read as {source.format} ({error}); correct the file"
             ) from error
 
 
-def row_of(path: Path, record: int) -> int:
-    """The row of a record, which counts from 0, as a spreadsheet shows it: from 1, and in CSV after that of the header."""
-    return record + (2 if _is_csv(path) else 1)
-
-
-def _is_csv(path: Path) -> bool:
-    return suffix_of(path) in _DELIMITERS
-
-
-def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    delimiter = _DELIMITERS[suffix_of(path)]
+def _csv_batches(
+    path: Path, file: BinaryIO, columns: Sequence[str], delimiter: str
+) -> Iterator[pa.RecordBatch]:
+    # The names are read by themselves first, so that the error for a missing column can list them.
     with open_text(path) as again:
         lines = csv.reader(
             io.TextIOWrapper(again, encoding="utf-8-sig", errors="replace", newline=""),
@@ -80,9 +86,8 @@ def _csv_batches(path: Path, file: BinaryIO, columns: Sequence[str]) -> Iterator
     _require_columns(path, names, columns)
     yield from pa.csv.open_csv(
         file,
-        read_options=pa.csv.ReadOptions(
-            block_size=_BLOCK_BYTES, use_threads=False
-        ),  # with threads errors tell no row
+        # With threads pyarrow's errors do not name the row.
+        read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
             include_columns=columns,
@@ -111,10 +116,5 @@ def _require_columns(path: Path, found: Sequence[str], wanted: Sequence[str]) ->
         if name not in found:
             raise FastaError(
                 f"{path}: there is no column {name!r}, but {', '.join(map(repr, found))}; "
-                f"say with --id-column and --sequence-column which they are"
+                f"name the columns with --id-column and --sequence-column"
             )
-
-
-def _texts(column: pa.Array) -> list[str]:
-    """The texts of a column, "" for those that are missing."""
-    return [text or "" for text in column.cast(pa.string()).to_pylist()]

@@ -13,9 +13,10 @@ import pytest
 
 from vnp_lib.errors import FastaError
 from vnp_lib.inputs.characters import CLASSES, CharacterClass, Treatment, class_of
+from vnp_lib.inputs.chunks import InputChunk
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import InputChunk, chunk_from_memory, read_records
-from vnp_lib.inputs.records import LETTERS, CharacterCounts, nucleotide_share
+from vnp_lib.inputs.reader import chunk_from_memory, read_records
+from vnp_lib.inputs.records import RESIDUES, CharacterCounts, nucleotide_share
 from vnp_lib.inputs.sources import Source
 
 BY_NAME = {each.name: each for each in CLASSES}
@@ -24,7 +25,7 @@ MEMBERS = {
     "inner stop": "*",
     "white space": " \t\v\f\x85\xa0\u1680\u2000\u2003\u2007\u2009\u200a\u2028\u2029\u202f\u205f\u3000",
     "invisible characters": "\x1a\xad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202e\u2060\u2066\u2069\ufeff\ufe0f\U000e0041",
-    "other letters": "Éßñøβλπжשع一カ한ªＭ𝐌",
+    "other alphabetic characters": "Éßñøβλπжשع一カ한ªＭ𝐌",
     "gaps": "-.~–—−‐…·",  # noqa: RUF001
     "header marks": ">",
     "digits": "0123456789²½Ⅳ٣",
@@ -128,8 +129,8 @@ def test_white_space_is_what_unicode_says() -> None:
 @pytest.mark.parametrize(
     ("sequence", "expected"),
     [
-        (LETTERS, LETTERS),
-        (LETTERS.lower(), LETTERS),
+        (RESIDUES, RESIDUES),
+        (RESIDUES.lower(), RESIDUES),
         ("MJj", "MXX"),
         ("MK*", "MK"),
         ("MK* \ufeff", "MK"),

@@ -15,9 +15,11 @@ import pytest
 from backports import zstd
 
 from vnp_lib.errors import FastaError
+from vnp_lib.inputs.chunks import InputChunk
+from vnp_lib.inputs.locations import RecordLocator
 from vnp_lib.inputs.policy import InputCounts, InputPolicy
-from vnp_lib.inputs.reader import InputChunk, RecordLocator, read_records
-from vnp_lib.inputs.records import LETTERS, CharacterCounts
+from vnp_lib.inputs.reader import read_records
+from vnp_lib.inputs.records import RESIDUES, CharacterCounts
 from vnp_lib.inputs.sources import Source, find_sources
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -61,7 +63,7 @@ def refusal(*paths: Path, chunk_size: int = 8192, **policy: Any) -> str:
 
 
 def random_records(rng: np.random.Generator, num_records: int) -> list[Record]:
-    letters = np.array(list(LETTERS))
+    letters = np.array(list(RESIDUES))
     return [
         (
             f"sp|P{i}|X",
@@ -111,7 +113,7 @@ def as_fasta(records: list[Record], *, width: int, newline: str) -> str:
             id="one stop at the end is dropped",
         ),
         pytest.param(">a\nMJj\n", [("a", "", "MXX")], id="J is read as X"),
-        pytest.param(f">a\n{LETTERS}\n", [("a", "", LETTERS)], id="all letters of the model"),
+        pytest.param(f">a\n{RESIDUES}\n", [("a", "", RESIDUES)], id="all letters of the model"),
     ],
 )
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
@@ -133,7 +135,7 @@ def test_what_was_written_is_read_back(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize(
     "character",
-    sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{LETTERS}{LETTERS.lower()}Jj"}),
+    sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{RESIDUES}{RESIDUES.lower()}Jj"}),
 )
 def test_any_other_character_is_refused_in_the_midst_of_good_records(
     tmp_path: Path, character: str
@@ -311,7 +313,7 @@ def test_nucleotides_are_noticed_in_any_file_and_judged_by_its_first_1000_record
         "".join(f">{i}\nACGT\n" for i in range(1000)) + ">last\n" + "MKLV" * 5000,
     )
     assert refusal(proteins, genes).startswith(
-        f"{genes}: this looks like nucleotides (100% of the letters in the first 1000"
+        f"{genes}: this looks like nucleotides (100% of the residues in the first 1000"
     )
 
 
@@ -359,7 +361,7 @@ def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_
     ]
     (chunk,) = chunks_of(mended, invalid_residues="map")
     assert chunk.counts.letters == CharacterCounts(mapped=5, final_stops=2, lower_case=1)
-    assert chunk.counts.describe() == "5 letters read as unknown"
+    assert chunk.counts.describe() == "5 residues read as unknown"
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
@@ -429,7 +431,7 @@ def test_what_was_done_is_said_for_one_and_for_many() -> None:
     )
     assert counts.describe() == (
         "1 record skipped, 2 sequences cut short, 1 sequence averaged over windows, 2 sequences averaged over the first 1,024 "
-        "residues, 1,201 letters read as unknown, 1 duplicate not computed again"
+        "residues, 1,201 residues read as unknown, 1 duplicate not computed again"
     )
     assert (
         InputCounts.from_json(json.loads(json.dumps((counts + counts).to_json())))

@@ -31,8 +31,10 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
 from vnp_lib.errors import FastaError
+from vnp_lib.inputs.chunks import InputChunk
+from vnp_lib.inputs.locations import RecordLocator
 from vnp_lib.inputs.policy import InputPolicy
-from vnp_lib.inputs.reader import InputChunk, RecordLocator, read_records
+from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.sources import Source
 
 FASTA = b">a one\nMKVLAT\n>b\nMKW\n"
@@ -323,7 +325,7 @@ class TestZip:
         data = bytearray(zipped({"x.faa": FASTA}))
         for signature, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
             data[data.index(signature) + offset] = 9
-        assert "compressed in a way that is not known here" in refusal(
+        assert "has a compression that is not supported" in refusal(
             write(tmp_path / "x.zip", bytes(data))
         )
 

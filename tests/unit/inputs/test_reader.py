@@ -97,7 +97,7 @@ class TestFiles:
 
     def test_what_stands_for_nothing_is_refused(self, tmp_path: Path) -> None:
         assert refusal(tmp_path / "*.fa") == (
-            f"{tmp_path / '*.fa'}: nothing matches this pattern; mend it, or give the files by name"
+            f"{tmp_path / '*.fa'}: nothing matches this pattern; correct it, or give the files by name"
         )
         write(tmp_path / "x.txt", "x")
         assert refusal(tmp_path).startswith(
@@ -195,9 +195,9 @@ class TestTables:
             ("id,sequence\na,MK\n   ,MK\n", ", row 3: a record has no id"),
             (
                 "name,sequence\na,MK\n",
-                ": there is no column 'id', but 'name', 'sequence'; say with --id-column",
+                ": there is no column 'id', but 'name', 'sequence'; name the columns with --id-column",
             ),
-            ("id,seq\na,MK\n", ": there is no column 'sequence', but 'id', 'seq'; say with"),
+            ("id,seq\na,MK\n", ": there is no column 'sequence', but 'id', 'seq'; name the"),
             (
                 "id,sequence\na,MK\nb\n",
                 ": this cannot be read as csv (CSV parse error: Row #3: Expected 2 columns, got 1",
@@ -242,7 +242,7 @@ class TestTables:
         pq.write_table(pa.table({"id": ["a"] * 2000, "sequence": ["MK"] * 2000}), tmp_path / "x.pq")
         data = (tmp_path / "x.pq").read_bytes()
         path = write(tmp_path / "x.pq", data[: int(len(data) * kept)])
-        assert refusal(path).startswith(f"{path}: this cannot be read as pq")
+        assert refusal(path).startswith(f"{path}: this cannot be read as parquet")
 
 
 class TestStandardInput:
@@ -275,7 +275,7 @@ class TestStandardInput:
             standard_input.save_stdin(pipe, kept)
             with pytest.raises(
                 FingerprintMismatchError,
-                match="another input is piped than the one that this run was begun",
+                match="the piped input is not the one that this run was started",
             ):
                 standard_input.save_stdin(other, kept)
         assert kept.read_bytes() == b">a\nMKV\n"
@@ -300,7 +300,7 @@ class TestStandardInput:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         """As that of ssh, of `docker run -i` or of CI. It is said that it is waited for, and that it is not any longer."""
-        for name in ("_SAID_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
+        for name in ("_NOTICE_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
             monkeypatch.setattr(standard_input, name, 0.05)
         with self.piped(b">a\nMKV\n") as pipe:
             standard_input.save_stdin(pipe, kept)
@@ -310,12 +310,12 @@ class TestStandardInput:
             assert not standard_input.save_stdin(stream, kept)
         waits, goes_on = capsys.readouterr().err.splitlines()
         assert "waiting for FASTA on standard input" in waits
-        assert f"goes on with what is kept in {kept}" in goes_on
+        assert f"continues with the input saved in {kept}" in goes_on
 
     def test_a_new_run_says_that_it_waits_and_takes_what_comes_late(
         self, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(standard_input, "_SAID_AFTER_S", 0.05)
+        monkeypatch.setattr(standard_input, "_NOTICE_AFTER_S", 0.05)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream:
             writer = open(write_end, "wb")  # noqa: SIM115  # closed by the timer

@@ -133,7 +133,7 @@ class TestDirectory:
         write(tmp_path / "a.faa")
         (tmp_path / "b.faa").symlink_to("gone.faa")
         assert refusal(tmp_path) == (
-            f"{tmp_path}/b.faa: this is a link to gone.faa, and there is no such file; mend the link"
+            f"{tmp_path}/b.faa: this is a link to gone.faa, and there is no such file; correct the link"
         )
 
     def test_a_name_in_it_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.faa", ">a\nMKVLATTWQERSILPEDGH\n")
     with pytest.raises(
         FastaError,
-        match=r"x\.faa: this looks like proteins \(\d+% of the letters in the first 1 records",
+        match=r"x\.faa: this looks like proteins \(\d+% of the residues in the first 1 records",
     ):
         read_all(path)
 
@@ -212,7 +212,7 @@ def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
         ("ACG-", "sequence 'b' has '-' at position 4; gaps belong to an alignment"),
         (
             "ACGE",
-            "sequence 'b' has 'E' at position 4; allowed are the letters ABCDGHKMNRSTVWY: write N for",
+            "sequence 'b' has 'E' at position 4; allowed are ABCDGHKMNRSTVWY: write N for",
         ),
         ("", "sequence 'b' has no residues"),
     ],

@@ -376,7 +376,7 @@ def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
     ]
     assert [(line["id"], line["line"], line["reason"]) for line in listed] == [
         ("b", 3, "sequence 'b' has 2 residues, and at least 3 are wanted"),
-        ("empty", 5, "sequence 'empty' has no residues; take the record out"),
+        ("empty", 5, "sequence 'empty' has no residues; remove the record"),
         ("c", 7, "sequence 'c' has 2 residues, and at least 3 are wanted"),
     ]
     only = write_fasta(tmp_path / "y.fasta", [records[0], records[-1]])

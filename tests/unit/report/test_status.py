@@ -220,7 +220,7 @@ def test_changes_to_the_input_are_shown(paths: RunPaths, tmp_path: Path, capsys)
     policy = InputPolicy(invalid_residues="skip", long="truncate", max_length=4)
     plan = make_plan(paths, [fasta], MODEL, num_shards=1, token_budget=200, policy=policy)
     line = (
-        "input: 1 record skipped, 1 sequence cut short, 1 letter read as unknown, "
+        "input: 1 record skipped, 1 sequence cut short, 1 residue read as unknown, "
         f"1 duplicate not computed again; skipped records are listed in {paths.skipped}\n"
     )
     assert line in drawn(status_of(plan, paths), width=300)
