@@ -31,7 +31,7 @@ from vnp_lib.inputs.translation import NUCLEOTIDES, six_frames
 IdRenamer: TypeAlias = Callable[[list[str]], tuple[list[str], int]]
 """Takes ids, and returns as many ids and the number of those that it changed."""
 
-EMPTY_ADVICE = "use --allow-empty to write an empty dataset"
+EMPTY_ADVICE = "write an empty dataset with --allow-empty"
 
 # Shares of A, C, G, T, U and N in the residues of a sample of records. Proteins have about 0.25.
 _MIN_NUCLEOTIDE_SHARE_OF_NUCLEOTIDES = 0.6
