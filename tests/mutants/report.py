@@ -10,8 +10,8 @@ MUTANTS = (
     Mutant(
         name="quarantined-counted-as-to-compute",
         module="report.verify",
-        before="(~is_done & ~is_quarantined)[ordinals]",
-        after="(~is_done)[ordinals]",
+        before="[each for each in quarantined if not is_done[each]]",
+        after="[]",
         caught_by=(f"{_VERIFY}::test_quarantined_sequences_are_counted_with_their_copies",),
     ),
 )

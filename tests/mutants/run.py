@@ -31,14 +31,14 @@ MUTANTS = (
     Mutant(
         name="resumed-rows-computed-again-by-the-worker",
         module="run.resume",
-        before="batch[~is_done[batch]]",
+        before="batch[~coverage.is_done[batch]]",
         after="batch",
         caught_by=(f"{_WORKER}::test_rows_in_checkpoints_of_any_shard_are_not_pending",),
     ),
     Mutant(
         name="resumed-by-the-number-of-checkpoints",
         module="run.resume",
-        before="        batches=_left(plan.shard_batches(rank), is_done, suspects, deferred),\n",
+        before="        batches=_ordered(left, plan.num_sequences, suspects, deferred),\n",
         after="        batches=list(enumerate(plan.shard_batches(rank)))[next_checkpoint:],\n",
         caught_by=(f"{_WORKER}::test_rows_in_checkpoints_of_any_shard_are_not_pending",),
     ),
@@ -60,7 +60,7 @@ MUTANTS = (
     ),
     Mutant(
         name="widths-of-rows-not-compared-with-the-plan",
-        module="run.resume",
+        module="run.validation",
         before='    if not layout.is_fixed and checkpoint.metadata.get("offsets") != offsets.tolist():\n',
         after="    if False:\n",
         caught_by=(f"{_LAYOUTS}::test_rows_of_other_widths_than_the_sequences_are_damage",),
@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         name="missing-ordinals-accepted",
         module="run.assembly",
-        before="    is_covered = is_computed[plan.representatives]\n",
-        after="    is_covered = is_computed[plan.representatives] | ~is_quarantined\n",
+        before="    is_missing = coverage.is_missing\n",
+        after="    is_missing = np.zeros_like(coverage.is_missing)\n",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_missing_sequences_are_counted_and_ten_are_named",),
     ),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS = (
     ),
     Mutant(
         name="ids-of-a-checkpoint-not-compared-with-the-plan",
-        module="run.resume",
+        module="run.validation",
         before="    if checkpoint.sequence_ids != plan.ids(record.ordinals):\n",
         after="    if False:\n",
         caught_by=(
@@ -120,7 +120,9 @@ MUTANTS = (
     Mutant(
         name="quarantined-and-computed-accepted",
         module="run.assembly",
-        before='    _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")\n',
+        before=(
+            '    _refuse_ordinals(plan, is_in_both, "are in quarantine and yet in a checkpoint")\n'
+        ),
         after="",
         caught_by=(
             f"{_ASSEMBLY_TESTS}::test_a_sequence_both_computed_and_in_quarantine_is_refused",
@@ -249,8 +251,8 @@ MUTANTS = (
     Mutant(
         name="quarantined-computed-again",
         module="run.resume",
-        before="    is_done[list(Quarantine.of(plan, paths).ordinals())] = True\n",
-        after="",
+        before="committed.done_mask(), Quarantine.of(plan, paths).ordinals())",
+        after="committed.done_mask(), ())",
         caught_by=(f"{_WORKER}::test_suspects_come_first_and_alone",),
     ),
     Mutant(

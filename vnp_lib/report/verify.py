@@ -19,7 +19,7 @@ from vnp_lib.dataset import open_dataset, verify_dataset
 from vnp_lib.errors import ConfigError, StorageError
 from vnp_lib.plan import RunPaths, RunPlan, load_plan
 from vnp_lib.report.readers import read_quarantine, read_shards
-from vnp_lib.run import failure_reason, read_checkpoints, with_copies
+from vnp_lib.run import Coverage, failure_reason, read_checkpoints
 from vnp_lib.storage import FileLock, LockHolder
 
 # Torch takes seconds to import: a wrong path is reported before that.
@@ -109,12 +109,9 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
     # The next run tries the sequences of a damaged quarantine again: they count as not quarantined.
     sequences, quarantine_error = read_quarantine(plan, paths)
     quarantined = frozenset(sequence.ordinal for sequence in sequences or ())
-    is_quarantined = with_copies(plan, [ordinal for ordinal in quarantined if not is_done[ordinal]])
-    shards = {rank: plan.shard_ordinals(rank) for rank in range(plan.num_shards)}
-    left = {
-        rank: int((~is_done & ~is_quarantined)[ordinals].sum()) for rank, ordinals in shards.items()
-    }
-    dataset = _dataset(paths, plan, is_quarantined)
+    coverage = Coverage.of(plan, is_done, [each for each in quarantined if not is_done[each]])
+    left = {rank: coverage.progress(rank).num_left for rank in range(plan.num_shards)}
+    dataset = _dataset(paths, plan, coverage.is_quarantined)
     damage = [
         f"{damaged.path}: {damaged.reason}"
         for damaged in survey.damaged
@@ -139,7 +136,7 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
         damage=(*damage, *dataset.damage),
         notes=(
             *(f"{file.path}: {unfinished}" for file in survey.damaged if file.is_unfinished),
-            *_quarantine_notes(paths, quarantined, is_done, is_quarantined),
+            *_quarantine_notes(paths, quarantined, is_done, coverage.is_quarantined),
             *dataset.notes,
         ),
         num_checkpoints=len(survey.valid),

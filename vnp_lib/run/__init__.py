@@ -33,14 +33,9 @@ from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import Histogram, RunMetrics
 from vnp_lib.run.record import RunRecord
 from vnp_lib.run.resolve import CPU_TOKEN_BUDGET, layout_from_config, planned_token_budget
-from vnp_lib.run.resume import (
-    PendingWork,
-    failure_reason,
-    find_pending_work,
-    read_checkpoints,
-    with_copies,
-)
-from vnp_lib.run.run import RANDOM_WEIGHTS, Run, ShardProgress
+from vnp_lib.run.resume import Coverage, PendingWork, ShardProgress, find_pending_work
+from vnp_lib.run.run import RANDOM_WEIGHTS, Run
+from vnp_lib.run.validation import failure_reason, read_checkpoints
 
 __all__ = [
     "CPU_TOKEN_BUDGET",
@@ -55,6 +50,7 @@ __all__ = [
     "BatchStarted",
     "CheckpointEntry",
     "CheckpointSaved",
+    "Coverage",
     "DatasetSummary",
     "DeviceProbing",
     "Ending",
@@ -90,5 +86,4 @@ __all__ = [
     "read_attempts",
     "read_checkpoints",
     "validate_config",
-    "with_copies",
 ]

@@ -65,7 +65,8 @@ from vnp_lib.run.buckets import (
     RaggedBuckets,
     divide_rows,
 )
-from vnp_lib.run.resume import layout_from_plan, load_planned, require_planned, with_copies
+from vnp_lib.run.resume import Coverage, with_copies
+from vnp_lib.run.validation import layout_from_plan, load_planned, require_planned
 from vnp_lib.software import Software, SoftwareShare, describe_software
 from vnp_lib.storage import (
     DurableFile,
@@ -252,21 +253,25 @@ def _find_missing(
     *,
     allow_missing: bool,
 ) -> NDArray[np.bool_]:
-    """Which ordinals are in no checkpoint and not in quarantine, (N,). Raises as `assemble`."""
+    """Return which ordinals are in no checkpoint and not in quarantine, (N,).
+
+    Raises as `assemble`.
+    """
     is_computed = np.zeros(plan.num_sequences, dtype=bool)
     for record in records:
         require_planned(plan, record)
         is_computed[record.ordinals] = True
-    is_covered = is_computed[plan.representatives]
-    is_missing: NDArray[np.bool_] = ~is_covered & ~is_quarantined
+    coverage = Coverage(plan=plan, is_computed=is_computed, is_quarantined=is_quarantined)
+    is_missing = coverage.is_missing
     if not (allow_missing and is_computed.any()):
         _refuse_ordinals(
             plan, is_missing, "are in no checkpoint; start the run again: it computes them"
         )
-    _refuse_ordinals(plan, is_covered & is_quarantined, "are in quarantine and yet in a checkpoint")
+    is_in_both = coverage.has_embedding & is_quarantined
+    _refuse_ordinals(plan, is_in_both, "are in quarantine and yet in a checkpoint")
     if not is_computed.any() and plan.num_sequences:
         raise IncompleteDatasetError(
-            "every sequence is in quarantine: there is no dataset to put together"
+            "every sequence is in quarantine: there is no dataset to assemble"
         )
     return is_missing
 

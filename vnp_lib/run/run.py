@@ -1,4 +1,4 @@
-"""A run in its directory: opened under a lock, planned, and asked what is left of it."""
+"""A run in its directory: progress, checkpoints, jobs of its shards."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import errno
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vnp_lib.checkpoint import Quarantine
+from vnp_lib.checkpoint import (
+    CommittedRows,
+    Quarantine,
+    Survey,
+    move_to_damaged,
+    refresh_listings,
+    survey_checkpoints,
+    wait_for_listed_files,
+)
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import device_type, num_cores
 from vnp_lib.errors import ConfigError
@@ -23,12 +29,12 @@ from vnp_lib.run.assembly import DatasetSummary, find_complete_dataset
 from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import RunMetrics
 from vnp_lib.run.record import RunRecord
-from vnp_lib.run.resume import done_or_quarantined, read_checkpoints
+from vnp_lib.run.resume import ShardProgress, read_coverage
+from vnp_lib.run.validation import read_checkpoints
 from vnp_lib.software import package_in_use
 from vnp_lib.storage import make_directory
 
-if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint import CommittedRows, Survey
+if TYPE_CHECKING:
     from vnp_lib.model import Weights
 
 logger = logging.getLogger(__name__)
@@ -36,22 +42,8 @@ logger = logging.getLogger(__name__)
 RANDOM_WEIGHTS = "random"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardProgress:
-    """How much of a shard is done."""
-
-    rank: int
-    num_sequences: int
-    num_done: int
-    tokens_done: int
-
-    @property
-    def is_complete(self) -> bool:
-        return self.num_done == self.num_sequences
-
-
 class Run:
-    """A run directory that is ours for as long as `open_run` says."""
+    """A run directory, locked by `open_run` or joined by `attach_run`."""
 
     def __init__(
         self, *, config: EmbedConfig, devices: tuple[str, ...], weights: Weights, plan: RunPlan
@@ -69,76 +61,70 @@ class Run:
         self.quarantine = Quarantine.of(plan, self.paths)
         self.metrics = RunMetrics()
         self._weights = weights
-        self._package = (
-            package_in_use()
-        )  # now, when what is on disk is what this process has imported
+        # Read now, while the files on disk are those that this process has imported.
+        self._package = package_in_use()
 
     def checkpoints(self, *, rank: int | None = None) -> Survey:
-        """Look into the markers of all checkpoints, or of one shard's."""
-        from vnp_lib.checkpoint import survey_checkpoints
-
+        """Read the markers of all checkpoints, or of those of one shard."""
         return survey_checkpoints(
             self.paths.checkpoints_dir, self.plan.fingerprint, verify_digests=False, rank=rank
         )
 
     def all_shard_progress(self) -> list[ShardProgress]:
-        """Say how much of each shard is in checkpoints, by their markers, or in quarantine."""
-        is_done = done_or_quarantined(self.plan, self.paths, self._committed)
-        return [self._shard_progress(rank, is_done) for rank in range(self.plan.num_shards)]
+        """Return how much of each shard is in checkpoints, by their markers, or in quarantine."""
+        coverage = read_coverage(self.plan, self.paths, self._committed)
+        return [coverage.progress(rank) for rank in range(self.plan.num_shards)]
 
     def refresh_and_check_complete(self) -> bool:
-        """Say whether all shards are complete, after having the system forget what it remembers of the directories."""
-        from vnp_lib.checkpoint import refresh_listings
-
+        """Return True if all shards are complete, after refreshing cached directory listings."""
         refresh_listings(self.paths.checkpoints_dir)
         return all(shard.is_complete for shard in self.all_shard_progress())
 
     def shard_progress(self, rank: int) -> ShardProgress:
-        """The same for one shard."""
-        return self._shard_progress(
-            rank, done_or_quarantined(self.plan, self.paths, self._committed)
-        )
+        """Return how much of one shard is in checkpoints or in quarantine."""
+        return read_coverage(self.plan, self.paths, self._committed).progress(rank)
 
     def num_quarantined(self, rank: int) -> int:
-        """How many of a shard's sequences are in quarantine."""
+        """Return how many sequences of a shard are in quarantine."""
         return int(np.isin(self.plan.shard_ordinals(rank), list(self.quarantine.ordinals())).sum())
 
     def num_tokens_left(self, shards: Iterable[ShardProgress]) -> int:
-        """How many tokens have to go through the model yet, when its shards stand so."""
+        """Return how many tokens still have to go through the model, given the shards' progress."""
         return self.plan.num_tokens(self.plan.order) - sum(shard.tokens_done for shard in shards)
 
     def describe_progress(self) -> str:
-        """Say how much there is: `9,000 of 10,000 sequences are embedded`."""
+        """Describe the progress, as in `9,000 of 10,000 distinct sequences are embedded`."""
         num_done = sum(shard.num_done for shard in self.all_shard_progress())
         return f"{num_done:,} of {self.plan.num_computed:,} distinct sequences are embedded"
 
     def complete_dataset(self) -> DatasetSummary | None:
-        """The dataset of this very run, whole, where all checkpoints have been deleted since: nothing need be computed again."""
+        """Return the complete dataset of a run whose checkpoints have all been deleted since.
+
+        Nothing has to be computed again then. None if there are checkpoints, or no such dataset.
+        """
         if self.checkpoints().valid:
             return None
         return find_complete_dataset(self.plan, self.paths, quarantined=self.quarantine.ordinals())
 
     def move_damaged_checkpoints(self) -> None:
-        """Read all checkpoints whole and move aside those that assembly would not take: their rows are computed again.
+        """Read all checkpoints completely, and move those that assembly would refuse to `damaged/`.
 
         Raises:
-            StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
+            StorageFailingError: So many are damaged that the storage is failing. None was moved.
         """
-        from vnp_lib.checkpoint import move_to_damaged, wait_for_listed_files
-
         wait_for_listed_files(self.paths.checkpoints_dir)
         survey = read_checkpoints(self.plan, self.paths)
         survey.require_sound_storage()
         for damage in survey.damaged:
-            logger.warning("%s is moved aside: %s", damage.path, damage.reason)
+            logger.warning("%s is moved to damaged/: %s", damage.path, damage.reason)
             move_to_damaged(damage.path)
 
     def prepare_shard(self, rank: int) -> None:
-        """See that a shard's directory can take an attempt, before a child is started for it.
+        """Create a shard's directory and check that it is writable, before an attempt starts.
 
         Raises:
-            ConfigError: It is no directory, or cannot be written.
-            OSError: The disk is full or failing, which may pass: the attempt is made again.
+            ConfigError: It is not a directory, or cannot be written.
+            OSError: The disk is full or failing, which may pass: the attempt is retried.
         """
         directory = self.paths.shard_dir(rank)
         try:
@@ -150,10 +136,10 @@ class Run:
                 f"{directory} cannot be made: {error.strerror}; move away what is there"
             ) from None
         if not os.access(directory, os.W_OK | os.X_OK):
-            raise ConfigError(f"{directory} cannot be written; mend its permissions")
+            raise ConfigError(f"{directory} cannot be written; fix its permissions")
 
     def shard_job(self, rank: int, device: str) -> ShardJob:
-        """Describe an attempt on a shard to its child."""
+        """Return the job of the next attempt on a shard, for its worker process."""
         identity, runtime = self.plan.identity, self.config.runtime
         failures = [Failure.from_json(record) for record in self.manifest.failures(rank)]
         return ShardJob(
@@ -165,7 +151,7 @@ class Run:
             weights_digest=self._weights.digest,
             dtype=identity["dtype"],
             device=device_type(device),
-            num_threads=1 if self.config.deterministic else self._threads_per_child(),
+            num_threads=self._num_threads(),
             is_deterministic=self.config.deterministic,
             checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
@@ -178,12 +164,22 @@ class Run:
         )
 
     def scale_token_budget(self, rank: int, device: str, scale: float) -> None:
-        """Have the next attempts on a shard on a device take smaller batches, or larger ones."""
+        """Scale the token budget of later attempts on a shard on a device."""
         tokens = self.manifest.token_budget(rank, device) or self.plan.token_budget
         self.manifest.remember_token_budget(rank, device, max(1, int(tokens * scale)))
 
+    def _num_threads(self) -> int | None:
+        """Return the threads of a worker process; None leaves the choice to torch."""
+        if self.config.deterministic:
+            return 1
+        num_workers = min(sum(device == "cpu" for device in self.devices), self.plan.num_shards)
+        return max(1, num_cores() // num_workers) if num_workers > 1 else None
+
     def _suspects(self, failures: list[Failure]) -> tuple[int, ...]:
-        """Who is to be computed alone: first those at which a child has died already, then the rest of their batches."""
+        """Return the ordinals to compute one by one: those that a worker crashed on come first.
+
+        The rest of their batches follow.
+        """
         if self.config.on_poison != "quarantine":
             return ()
         accused = [
@@ -198,28 +194,12 @@ class Run:
 
     @cached_property
     def _committed(self) -> CommittedRows:
-        from vnp_lib.checkpoint import CommittedRows
-
         return CommittedRows(
             self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences
         )
 
-    def _shard_progress(self, rank: int, is_done: NDArray[np.bool_]) -> ShardProgress:
-        ordinals = self.plan.shard_ordinals(rank)
-        done = ordinals[is_done[ordinals]]
-        return ShardProgress(
-            rank=rank,
-            num_sequences=ordinals.size,
-            num_done=done.size,
-            tokens_done=self.plan.num_tokens(done),
-        )
-
-    def _threads_per_child(self) -> int | None:
-        children = min(sum(device == "cpu" for device in self.devices), self.plan.num_shards)
-        return max(1, num_cores() // children) if children > 1 else None
-
 
 def _silent_at(failures: list[Failure]) -> tuple[int, ...]:
-    """The sequences, each alone in the model, at which an attempt gave no sign of life."""
+    """Return the sequences, each alone in its batch, on which an attempt fell silent."""
     ordinals = [failure.ordinal for failure in failures if failure.is_silence]
     return tuple(dict.fromkeys(ordinal for ordinal in ordinals if ordinal is not None))

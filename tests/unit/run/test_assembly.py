@@ -52,7 +52,7 @@ from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.plan import RunPlan, required_bytes
 from vnp_lib.plan.planner import check_free_space, make_plan
 from vnp_lib.run.assembly import DatasetSummary, assemble
-from vnp_lib.run.resume import layout_from_plan
+from vnp_lib.run.validation import layout_from_plan
 from vnp_lib.software import Software, SoftwareShare
 from vnp_lib.storage.durable import DurableOps
 
@@ -249,7 +249,10 @@ def test_missing_sequences_are_counted_and_ten_are_named(tmp_path: Path) -> None
     message = re.escape(
         f"{missing.size} of 150 sequences are in no checkpoint; start the run again"
     )
-    with pytest.raises(IncompleteDatasetError, match=f"{message}.*{re.escape(named)}, \\.\\.\\.$"):
+    with pytest.raises(
+        IncompleteDatasetError,
+        match=f"{message}.*{re.escape(named)} and {missing.size - 10} more$",
+    ):
         run.assemble()
     assert not run.paths.success.exists()
 

@@ -34,7 +34,7 @@ from vnp_lib.plan.outputs import RowLayout, StoreDtype, offsets_of
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.planner import make_plan
 from vnp_lib.run.assembly import assemble
-from vnp_lib.run.resume import read_checkpoints
+from vnp_lib.run.validation import read_checkpoints
 
 VECTORS = RowLayout.of_names(["mean_5", "mean_6", "bos_6"], embed_dim=DIM)
 RAGGED = RowLayout.of_names(["mean_6", "per_tok_6", "contacts", "logits"], embed_dim=DIM)

@@ -37,7 +37,7 @@ from vnp_lib.run.events import (
     SequenceQuarantined,
 )
 from vnp_lib.run.metrics import RunMetrics
-from vnp_lib.run.run import ShardProgress
+from vnp_lib.run.resume import ShardProgress
 
 
 @pytest.fixture
