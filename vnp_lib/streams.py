@@ -44,26 +44,20 @@ class BestEffortStream:
                 encoding = self._stream.encoding or "utf-8"
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             else:
-                self._write_bytes(self._encoder.encode(text))
+                data = self._encoder.encode(text)
+                while data and self._is_writable(self._fd):
+                    # Another program may have made the descriptor non-blocking, and another writer
+                    # may have filled the pipe since the poll.
+                    with suppress(BlockingIOError):
+                        data = data[os.write(self._fd, data[:_CHUNK_BYTES]) :]
         except (OSError, ValueError) as error:
             self.error = self.error or error
         return len(text)
 
-    def _write_bytes(self, data: bytes) -> None:
-        assert self._fd is not None
-        while data:
-            if not self._is_writable():
-                return
-            # Another program may have made the descriptor non-blocking, and another writer may have
-            # filled the pipe since the poll.
-            with suppress(BlockingIOError):
-                data = data[os.write(self._fd, data[:_CHUNK_BYTES]) :]
-
-    def _is_writable(self) -> bool:
+    def _is_writable(self, fd: int) -> bool:
         """Wait for the reader; after one wait in vain, do not wait until it has read again."""
-        assert self._fd is not None
         poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
+        poll.register(fd, select.POLLOUT)
         timeout_ms: float | None = None
         if self._patience_s is not None:
             timeout_ms = self._patience_s * 1000 if self._was_writable else 0

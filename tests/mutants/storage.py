@@ -152,8 +152,8 @@ MUTANTS = (
     Mutant(
         name="what-nobody-can-read-written",
         module="storage.durable",
-        before="    data = _sealed(fields)\n    if len(data) > MAX_JSON_BYTES:\n",
-        after="    data = _sealed(fields)\n    if False:\n",
+        before="after])\n    if len(data) > MAX_JSON_BYTES:\n",
+        after="after])\n    if False:\n",
         caught_by=(
             f"{_FILES}::TestSealedJson::test_an_object_too_large_to_be_read_is_not_written",
         ),
@@ -265,7 +265,12 @@ MUTANTS = (
     Mutant(
         name="exported-directory-not-synced",
         module="storage.durable",
-        before="        _fsync_tree(temporary)\n",
+        before=(
+            "        for parent, _, names in os.walk(temporary):\n"
+            "            for name in names:\n"
+            "                _fsync_file(Path(parent, name))\n"
+            "            fsync_directory(Path(parent))\n"
+        ),
         after="",
         caught_by=(f"{_FILES}::TestDurableDirectory::test_it_appears_once_its_content_is_synced",),
     ),

@@ -238,7 +238,10 @@ def durable_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     ops.mkdir(temporary)
     try:
         yield temporary
-        _fsync_tree(temporary)
+        for parent, _, names in os.walk(temporary):
+            for name in names:
+                _fsync_file(Path(parent, name))
+            fsync_directory(Path(parent))
         if os.path.lexists(path):
             if not replace:
                 raise FileExistsError(errno.EEXIST, "the directory exists", str(path))
@@ -268,7 +271,11 @@ def write_sealed_json(path: Path, fields: dict[str, Any], *, replace: bool = Fal
             is written.
         OSError: As `durable_file`.
     """
-    data = _sealed(fields)
+    # Each field is serialised only once, because a manifest may have megabytes.
+    before = canonical_json({key: value for key, value in fields.items() if key < "seal"})[1:-2]
+    after = canonical_json({key: value for key, value in fields.items() if key > "seal"})[1:-2]
+    seal = hashlib.sha256(_json_object([before, after])).hexdigest()
+    data = _json_object([before, f'"seal":"{seal}"'.encode("ascii"), after])
     if len(data) > MAX_JSON_BYTES:
         raise StorageError(
             f"{path} would have {len(data):,} bytes, but only {MAX_JSON_BYTES:,} are read of such "
@@ -545,7 +552,8 @@ def remove_orphaned_temporaries(
         is_orphaned = _writer_is_gone(path)
         if is_orphaned is None:
             now_s = now_s or (clock() if clock is not None else _file_system_time(directory))
-            is_orphaned = _age_s(path, now_s=now_s) > FOREIGN_TEMPORARY_AGE_S
+            with suppress(FileNotFoundError):
+                is_orphaned = now_s - path.lstat().st_mtime > FOREIGN_TEMPORARY_AGE_S
         if is_orphaned:
             with suppress(FileNotFoundError):
                 if path.is_dir() and not path.is_symlink():
@@ -585,13 +593,6 @@ def _fsync_file(path: Path) -> None:
         ops.close(fd)
 
 
-def _fsync_tree(directory: Path) -> None:
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            _fsync_file(Path(parent, name))
-        fsync_directory(Path(parent))
-
-
 def _is_same_file(path: Path, written: os.stat_result) -> bool:
     try:
         return os.path.samestat(path.stat(), written)
@@ -599,18 +600,7 @@ def _is_same_file(path: Path, written: os.stat_result) -> bool:
         return False
 
 
-def _sealed(fields: dict[str, Any]) -> bytes:
-    """Return canonical JSON of `fields` and their seal.
-
-    Each field is serialised only once, because a manifest may have megabytes.
-    """
-    before = canonical_json({key: value for key, value in fields.items() if key < "seal"})[1:-2]
-    after = canonical_json({key: value for key, value in fields.items() if key > "seal"})[1:-2]
-    seal = hashlib.sha256(_object([before, after])).hexdigest()
-    return _object([before, f'"seal":"{seal}"'.encode("ascii"), after])
-
-
-def _object(members: Sequence[bytes]) -> bytes:
+def _json_object(members: Sequence[bytes]) -> bytes:
     return b"{" + b",".join(filter(None, members)) + b"}\n"
 
 
@@ -646,13 +636,6 @@ def _writer_is_gone(path: Path) -> bool | None:
         return None
     writer = replace(ProcessIdentity.current(), pid=int(match[2]), started_at="0")
     return not writer.is_alive()
-
-
-def _age_s(path: Path, *, now_s: float) -> float:
-    try:
-        return now_s - path.lstat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _file_system_time(directory: Path) -> float:
