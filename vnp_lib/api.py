@@ -29,7 +29,6 @@ from vnp_lib.inputs import (
     Proteins,
     RecordsInMemory,
     chunk_from_memory,
-    describe_left_out,
     files_or_records,
     find_sources,
     read_records,
@@ -330,9 +329,10 @@ def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
         sequence_column=settings.sequence_column,
         allow_empty=settings.allow_empty,
     )
-    sources = find_sources(paths, stdin=STDIN)
-    for told in describe_left_out(paths):
-        logger.warning(told)
+    left_out: list[str] = []
+    sources = find_sources(paths, stdin=STDIN, left_out=left_out)
+    for description in left_out:
+        logger.warning(description)
     scan = InputScan()
     ids: list[str] = []
     descriptions: list[str] = []

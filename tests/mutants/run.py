@@ -285,8 +285,8 @@ MUTANTS = (
     Mutant(
         name="nothing-is-said-of-what-is-left-out",
         module="run.directory",
-        before="    for told in describe_left_out(config.fasta):\n",
-        after="    for told in []:\n",
+        before="    for description in left_out:\n",
+        after="    for description in []:\n",
         caught_by=(
             "tests/unit/inputs/test_sources.py::TestTold::test_a_run_says_it_before_anything_is_made",
         ),

@@ -33,7 +33,6 @@ from vnp_lib.inputs import (
     InputPolicy,
     RecordLocator,
     Source,
-    describe_left_out,
     find_sources,
     locate_records,
     make_id_renamer,
@@ -161,7 +160,7 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
     parent = next(path for path in parents if path.exists())
     return RunEstimate(
         fasta=tuple(map(str, config.fasta)),
-        left_out=tuple(describe_left_out(config.fasta)),
+        left_out=found.left_out,
         model=config.model,
         weights=weights,
         num_sequences=found.num_sequences,
@@ -201,6 +200,7 @@ class _Input:
     is_computed: NDArray[np.bool_]  # (N,)
     num_refused: int
     refusals: tuple[str, ...]
+    left_out: tuple[str, ...]
     counts: InputCounts
 
     @property
@@ -220,8 +220,11 @@ def _read(config: EstimateConfig) -> _Input:
     policy = InputPolicy.of(config)
     scan, refused = InputScan(), _Refused()
     lengths = [np.empty(0, dtype=np.int32)]
+    left_out: list[str] = []
     with _saved_stdin(config) as stdin:
-        sources = find_sources(config.fasta, stdin=stdin, refuse=refused.add_file)
+        sources = find_sources(
+            config.fasta, stdin=stdin, refuse=refused.add_file, left_out=left_out
+        )
         rename = make_id_renamer(sources, policy)
         for source in sources:
             places = RecordLocator(source)
@@ -240,6 +243,7 @@ def _read(config: EstimateConfig) -> _Input:
         is_computed=np.equal(representatives, np.arange(representatives.size)),
         num_refused=refused.count,
         refusals=tuple(refused.messages()),
+        left_out=tuple(left_out),
         counts=scan.counts,
     )
 

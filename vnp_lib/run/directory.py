@@ -19,7 +19,6 @@ from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirecto
 from vnp_lib.inputs import (
     STDIN,
     InputPolicy,
-    describe_left_out,
     find_sources,
     read_records,
     require_piped_stdin,
@@ -85,10 +84,11 @@ def _look_at_input(config: EmbedConfig) -> None:
     if not config.force_restart and is_input_gone(RunPaths(config.output_dir), config.fasta):
         return
     files = [given for given in config.fasta if given != STDIN]
-    for source in find_sources(files, stdin=stdin):
+    left_out: list[str] = []
+    for source in find_sources(files, stdin=stdin, left_out=left_out):
         next(read_records(source, InputPolicy.of(config)), None)
-    for told in describe_left_out(config.fasta):
-        logger.warning(told)
+    for description in left_out:
+        logger.warning(description)
 
 
 def _look_at_output(config: EmbedConfig) -> None:
