@@ -116,8 +116,8 @@ class EmbeddingDataset:
     """
 
     def __init__(self, directory: Path, metadata: dict[str, Any]) -> None:
-        # The content of `_SUCCESS.json`: counts, identity, fingerprint, parts.
         self.metadata = metadata
+        """The content of `_SUCCESS.json`: counts, identity, fingerprint, parts."""
         self.directory = directory
         self._part_starts = [0, *accumulate(part["rows"] for part in metadata["parts"])]
         self._file = lru_cache(maxsize=16)(self._open_part)
