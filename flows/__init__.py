@@ -2,4 +2,5 @@
 
 from flows.prefect_environment import prepare_environment
 
-prepare_environment()  # before any module here imports Prefect, which reads its settings meanwhile
+# Prefect reads its settings while it is imported, which the other modules here do.
+prepare_environment()

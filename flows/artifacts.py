@@ -1,6 +1,6 @@
-"""What people see of a run in the Prefect UI: a progress bar per shard, a table of all shards, a summary, tags.
+"""Show a run in the Prefect UI: a progress bar per shard, a table of shards, a summary, tags.
 
-None of it may harm the run: whatever goes wrong here is a debug line in the log.
+An error here never affects the run: it is a debug message in the log.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ from vnp_lib.run import DatasetSummary, Run
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_S = 2.0
-_MOST_QUARANTINED_SHOWN = 20
-_LONGEST_MESSAGE = 200  # letters
-_LINE = 40  # letters: what of a table's last column Prefect's UI shows without scrolling
-_REST = 10  # times as long as it took to read and show how the run stands: with millions of sequences, seconds
+_REQUEST_LIMIT_S = 2.0
+_MAX_QUARANTINED_SHOWN = 20
+_MAX_MESSAGE = 200  # characters
+_LINE = 40  # characters of a table's last column that Prefect's UI shows without scrolling
+# The table is updated at most a tenth of the time: with millions of sequences, reading the status
+# takes seconds.
+_PAUSE_FACTOR = 10
 
 
 def tags_of_shard(run: Run) -> set[str]:
-    """The tags of a shard's task run: the model, and the kind of device, `cpu` or `cuda`, or `work-pool`."""
+    """Return the tags of a shard's task run: the model, and `cpu`, `cuda` or `work-pool`."""
     if run.config.executor == "work-pool":
         return {run.config.model, "work-pool"}
     return {run.config.model, "cpu" if set(run.devices) == {"cpu"} else "cuda"}
 
 
 async def tag_flow_run(flow_run_id: UUID, tag: str) -> None:
-    """Add a tag to those that a flow run has."""
+    """Add a tag to a flow run."""
     await _harmless(f"tag {tag}", _tags_of(flow_run_id).add(tag))
 
 
 class _FlowRunTags:
-    """Adds one tag after the other, for an update of a flow run replaces all of them."""
+    """Adds tags one at a time, since an update of a flow run replaces all of them."""
 
     def __init__(self, flow_run_id: UUID) -> None:
         self._flow_run_id = flow_run_id
@@ -76,7 +78,7 @@ def _tags_of(flow_run_id: UUID) -> _FlowRunTags:
 
 
 class ShardArtifact:
-    """The progress artifact of a shard, one for all its attempts, touched at most every `interval_s`."""
+    """The progress artifact of a shard, for all attempts, updated at most every `interval_s`."""
 
     def __init__(
         self, rank: int, *, interval_s: float, clock: Callable[[], float] = time.monotonic
@@ -88,7 +90,7 @@ class ShardArtifact:
         self._id: UUID | None = None
 
     async def show(self, percent: float, description: str, *, now: bool = False) -> None:
-        """Show how far the shard is, unless that was done just before and `now` is not set."""
+        """Show the progress of the shard, unless the last update is recent and `now` is not set."""
         if not now and self._clock() < self._next_at:
             return
         self._next_at = self._clock() + self._interval_s
@@ -126,14 +128,14 @@ class _ShardTable:
         while True:
             started_at = time.monotonic()
             await self.show()
-            await asyncio.sleep(max(interval_s, _REST * (time.monotonic() - started_at)))
+            await asyncio.sleep(max(interval_s, _PAUSE_FACTOR * (time.monotonic() - started_at)))
 
     async def show(self) -> None:
-        await _harmless("vnp-shards", self._read_and_send(), patience_s=None)
+        await _harmless("vnp-shards", self._read_and_send(), limit_s=None)
 
     async def _read_and_send(self) -> None:
         status = await asyncio.to_thread(read_status, self._run.plan, self._run.paths)
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(_REQUEST_LIMIT_S):
             await self._send(status)
 
     async def _send(self, status: RunStatus) -> None:
@@ -151,7 +153,7 @@ class _ShardTable:
 async def show_summary(
     run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int
 ) -> None:
-    """Say at the end what there is, what is not, and how to read it."""
+    """Show what the dataset holds, what is missing, and how to read it."""
     text = describe_in_markdown(run, summary, elapsed_s=elapsed_s, num_tokens=num_tokens)
     await _harmless(
         "vnp-summary",
@@ -162,20 +164,30 @@ async def show_summary(
 def describe_in_markdown(
     run: Run, summary: DatasetSummary, *, elapsed_s: float, num_tokens: int
 ) -> str:
-    """The summary's text. `num_tokens` went through the model in this flow run, in `elapsed_s` seconds all in all."""
+    """Return the summary of a dataset as Markdown.
+
+    Args:
+        run: Its run.
+        summary: Its counts.
+        elapsed_s: Seconds of this flow run.
+        num_tokens: Tokens computed in this flow run.
+    """
     identity, report = run.plan.identity, run.paths.report.resolve()
     facts = {
         "sequences embedded": f"{summary.num_rows:,}",
         "distinct ones computed": f"{run.plan.num_computed:,}",
         "in quarantine": f"{summary.num_quarantined:,}",
         "missing": f"{summary.num_missing:,}",
-        "model": f"{identity['model']}, layer {identity['layer']}, {identity['pooling']}, {identity['dtype']}",
+        "model": f"{identity['model']}, layer {identity['layer']}, "
+        f"{identity['pooling']}, {identity['dtype']}",
         "precision": summary.precision.describe()
         if summary.precision
         else f"{identity['dtype']}, not compared",
-        "dataset": f"`{summary.path.resolve()}`, {format_bytes(summary.size_bytes)}, parts: {summary.num_parts:,}",
+        "dataset": f"`{summary.path.resolve()}`, {format_bytes(summary.size_bytes)}, "
+        f"parts: {summary.num_parts:,}",
         "report": f"[{_escaped(str(report))}]({report.as_uri()})",
-        "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, {num_tokens / elapsed_s:,.0f} tokens/s",
+        "this flow run": f"{format_duration(elapsed_s)}, {num_tokens:,} tokens, "
+        f"{num_tokens / elapsed_s:,.0f} tokens/s",
         "fingerprint": f"`{run.plan.fingerprint}`",
     }
     first, *others = (f"| {name} | {value} |" for name, value in facts.items())
@@ -191,14 +203,15 @@ for ids, rows in dataset.batches(10_000):
 
 
 def _quarantine_in_markdown(run: Run) -> list[str]:
-    held = run.quarantine.read()
-    if not held:
+    quarantined = run.quarantine.read()
+    if not quarantined:
         return []
     shown = [
-        f"| {_cell(sequence.id)} | {sequence.length:,} | {sequence.cause} | {_cell(sequence.message)} |"
-        for sequence in held[:_MOST_QUARANTINED_SHOWN]
+        f"| {_cell(sequence.id)} | {sequence.length:,} "
+        f"| {sequence.cause} | {_cell(sequence.message)} |"
+        for sequence in quarantined[:_MAX_QUARANTINED_SHOWN]
     ]
-    more = f"All {len(held):,} are in `{run.paths.quarantine.resolve()}`."
+    more = f"All {len(quarantined):,} are in `{run.paths.quarantine.resolve()}`."
     return [
         "## In quarantine",
         "\n".join(["| id | residues | cause | message |", "|---|---|---|---|", *shown]),
@@ -207,8 +220,8 @@ def _quarantine_in_markdown(run: Run) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that Prefect's UI shows as it is, in lines that fit a column: it takes what is in a table for Markdown."""
-    lines = textwrap.wrap(textwrap.shorten(text, _LONGEST_MESSAGE, placeholder=" ..."), _LINE)
+    """Escape and wrap a text for a column: Prefect's UI renders table cells as Markdown."""
+    lines = textwrap.wrap(textwrap.shorten(text, _MAX_MESSAGE, placeholder=" ..."), _LINE)
     return "<br>".join(map(_escaped, lines))
 
 
@@ -217,16 +230,17 @@ def _escaped(text: str) -> str:
 
 
 def _headline(status: RunStatus) -> str:
-    told = [
-        f"{status.num_done:,} of {status.num_computed:,} distinct sequences in checkpoints ({status.percent:.1f} %)"
+    parts = [
+        f"{status.num_done:,} of {status.num_computed:,} distinct sequences in checkpoints "
+        f"({status.percent:.1f} %)"
     ]
     if status.tokens_per_s:
-        told.append(f"{status.tokens_per_s:,.0f} tokens/s")
+        parts.append(f"{status.tokens_per_s:,.0f} tokens/s")
     if status.eta_s is not None:
-        told.append(f"{format_duration(status.eta_s)} left")
+        parts.append(f"{format_duration(status.eta_s)} left")
     if status.num_quarantined:
-        told.append(f"{status.num_quarantined:,} in quarantine")
-    return ", ".join(told)
+        parts.append(f"{status.num_quarantined:,} in quarantine")
+    return ", ".join(parts)
 
 
 def _row(shard: ShardRow) -> dict[str, Any]:
@@ -243,10 +257,10 @@ def _row(shard: ShardRow) -> dict[str, Any]:
 
 
 async def _harmless(
-    what: str, showing: Awaitable[Any], *, patience_s: float | None = _PATIENCE_S
+    what: str, request: Awaitable[Any], *, limit_s: float | None = _REQUEST_LIMIT_S
 ) -> None:
     try:
-        async with asyncio.timeout(patience_s):
-            await showing
+        async with asyncio.timeout(limit_s):
+            await request
     except Exception as error:
         logger.debug("%s: not shown: %r", what, error)

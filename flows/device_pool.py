@@ -1,4 +1,4 @@
-"""The devices of a run, and who has which."""
+"""The devices of a run, lent to one shard at a time."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from dataclasses import dataclass
 class Device:
     """One of a run's devices."""
 
-    index: int  # its place among them: two may be "cpu"
-    name: str  # "cpu", or a GPU's number
+    index: int  # among the devices of the run, of which several may be "cpu"
+    name: str  # "cpu", or the number of a GPU
 
 
 class DevicePool:
-    """Lends each device to one shard at a time, in the order in which they ask. One that is broken is lent no more."""
+    """Lends each device to one shard at a time, in the order of the requests.
+
+    A device that is broken can be excluded.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._free: asyncio.Queue[Device] = asyncio.Queue()
         for index, name in enumerate(names):
             self._free.put_nowait(Device(index=index, name=name))
         self._healthy = set(range(len(names)))
-        self._last_of: dict[int, Device] = {}  # the device that a shard had last
+        self._last_of: dict[int, Device] = {}  # by rank
 
     @asynccontextmanager
-    async def one(self, rank: int) -> AsyncIterator[Device]:
+    async def acquire(self, rank: int) -> AsyncIterator[Device]:
         """Wait for a free device and hold it for a block."""
         while (device := await self._free.get()).index not in self._healthy:
             pass
@@ -37,12 +40,15 @@ class DevicePool:
         finally:
             self._free.put_nowait(device)
 
-    def left_broken(self, rank: int) -> bool:
-        """Whether the device that a shard had last has been set aside, so that the next one takes its place."""
+    def must_move(self, rank: int) -> bool:
+        """Whether the last device of a shard has been excluded, so that another one takes over."""
         return rank in self._last_of and self._last_of[rank].index not in self._healthy
 
-    def set_aside(self, rank: int) -> bool:
-        """Lend the device that a shard had last to nobody any more. False for the last healthy one, which is kept."""
+    def exclude(self, rank: int) -> bool:
+        """Exclude the last device of a shard, and return whether it was done now.
+
+        The last healthy device stays.
+        """
         index = self._last_of[rank].index
         if len(self._healthy) == 1 or index not in self._healthy:
             return False

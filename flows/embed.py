@@ -1,4 +1,4 @@
-"""The flow: plan, embed the shards, put the dataset together. `python flows/embed.py --help` runs it on this machine."""
+"""The flow: plan, embed the shards, assemble the dataset. `python flows/embed.py` runs it here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import sys
 
 from flows.program import main
 
-if (
-    __name__ == "__main__"
-):  # before Prefect is imported: the program sees to its settings and its server first
+# Before Prefect is imported, the program prepares its settings and its server.
+if __name__ == "__main__":
     sys.exit(main(program="python flows/embed.py"))
 
 import asyncio
@@ -43,12 +42,13 @@ from vnp_lib.report import RunProgress, write_report
 from vnp_lib.run import DatasetSummary, Run, ShardProgress, assemble, open_run
 from vnp_lib.software import describe_software, is_mixed
 
-_MOST_ROUNDS = 3
+_MAX_ROUNDS = 3
 
 
 @flow(
     name="vnp-embed",
-    retries=0,  # whatever a team's settings say of its other flows: a run retries shard by shard
+    # Whatever the settings of a team say for its other flows: a run retries shard by shard.
+    retries=0,
     persist_result=False,
     result_storage=NOWHERE,
     on_cancellation=[cancel_shards],
@@ -56,48 +56,49 @@ _MOST_ROUNDS = 3
     on_failure=[cancel_shards],
 )
 async def embed(config: EmbedConfig) -> State[Any]:
-    """Embed the proteins of FASTA files with ESM-2, shard by shard, and go on where an earlier run ended."""
+    """Embed the proteins of FASTA files with ESM-2, shard by shard, and resume an earlier run."""
     started_at = time.monotonic()
     with sigterm_cancels_the_flow(), open_run(config) as run:
-        tell_of_input(run)
+        log_input(run)
         await tag_flow_run(UUID(flow_run.id), config.model)
         if config.executor == "work-pool":
-            await end_leftovers(run)  # before the metrics, whose port one of them may have
+            # Before the metrics, whose port one of them may use.
+            await end_leftovers(run)
         with metrics_served(run):
             return note_ending(await embed_in_rounds(run, started_at))
 
 
-def tell_of_input(run: Run) -> None:
-    """Say it where files were left out, or records were skipped, cut or changed, or are the same."""
-    for told in describe_left_out(run.config.fasta):
-        get_run_logger().warning(told)
-    if told := describe_input(run.plan.counts, run.paths):
+def log_input(run: Run) -> None:
+    """Log files that were left out, and records that were skipped, cut, changed or duplicates."""
+    for message in describe_left_out(run.config.fasta):
+        get_run_logger().warning(message)
+    if description := describe_input(run.plan.counts, run.paths):
         level = logging.WARNING if run.plan.counts.is_altered else logging.INFO
-        get_run_logger().log(level, "input: %s", told)
+        get_run_logger().log(level, "input: %s", description)
 
 
 async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
-    """Embed what is left and put the dataset together, again where a checkpoint turns out to be damaged."""
+    """Embed what is pending and assemble the dataset; repeat if a checkpoint is damaged."""
     num_tokens = 0
     missing: IncompleteDatasetError | None = None
-    for _ in range(_MOST_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         shards = run.all_shard_progress()
         if (
             not all(shard.is_complete for shard in shards)
             and (kept := run.complete_dataset()) is not None
         ):
-            await tell_of_dataset(run, kept, started_at, num_tokens)
+            await report_dataset(run, kept, started_at, num_tokens)
             return Completed(
-                message=f"{kept.describe()}: the dataset is whole, and its checkpoints are gone"
+                message=f"{kept.describe()}: the dataset is complete, and its checkpoints are gone"
             )
         num_tokens += run.num_tokens_left(shards)
         async with shard_table(run):
             states = await embed_shards(run, shards)
         if not run.config.allow_partial and not all(state.is_completed() for state in states):
-            return Failed(message=f"{run.describe_progress()}; {describe(run, states)}")
+            return Failed(message=f"{run.describe_progress()}; {describe_shards(run, states)}")
         try:
             summary = assemble_dataset(
-                run, is_whole=missing is None and all(state.is_completed() for state in states)
+                run, is_complete=missing is None and all(state.is_completed() for state in states)
             )
         except CheckpointError as error:
             get_run_logger().warning("%s: it is computed again", error)
@@ -106,32 +107,32 @@ async def embed_in_rounds(run: Run, started_at: float) -> State[Any]:
             if str(error) == str(missing):
                 raise
             missing = error
-            get_run_logger().warning("%s, though all shards are embedded: looking again", error)
-            await wait_until_seen(run)
+            get_run_logger().warning("%s, although all shards are embedded: reading again", error)
+            await wait_until_visible(run)
         else:
-            await tell_of_dataset(run, summary, started_at, num_tokens)
-            return Completed(message=f"{summary.describe()}, {describe(run, states)}")
+            await report_dataset(run, summary, started_at, num_tokens)
+            return Completed(message=f"{summary.describe()}, {describe_shards(run, states)}")
     return Failed(
-        message=f"checkpoints were damaged {_MOST_ROUNDS} times over: the storage is failing"
+        message=f"checkpoints were damaged in {_MAX_ROUNDS} rounds: the storage is failing"
     )
 
 
-async def tell_of_dataset(
+async def report_dataset(
     run: Run, summary: DatasetSummary, started_at: float, num_tokens: int
 ) -> None:
-    """Say what there is now: in the log, on a page, in Prefect."""
+    """Report the dataset: in the log, in `report.html` and in Prefect."""
     warn_of_poor_precision(summary)
     warn_of_mixed_software(summary)
-    write_page(run)
+    write_html_report(run)
     await show_summary(run, summary, elapsed_s=time.monotonic() - started_at, num_tokens=num_tokens)
     emit_completion(run, summary)
 
 
-async def wait_until_seen(run: Run) -> None:
-    """Wait until all that the workers have saved is seen from here, a minute at most.
+async def wait_until_visible(run: Run) -> None:
+    """Wait until all that the workers have saved is visible here, a minute at most.
 
-    Over a network file system that takes a while where they are on other machines. What is not seen then is lost, and the
-    next round embeds it again.
+    Over a network file system that takes a while if they are on other machines. What is not visible
+    then is lost, and the next round embeds it again.
     """
     for delay_s in LOOKUP_DELAYS_S:
         if await asyncio.to_thread(run.refresh_and_check_complete):
@@ -140,7 +141,7 @@ async def wait_until_seen(run: Run) -> None:
 
 
 async def embed_shards(run: Run, shards: Sequence[ShardProgress]) -> list[State[Any]]:
-    """Run every shard's task, as many at a time as there are devices, and return how each ended."""
+    """Run the task of every shard, one per device at a time, and return their final states."""
     devices = DevicePool(run.devices)
     with RunProgress(
         total_sequences=run.plan.num_computed,
@@ -162,9 +163,9 @@ async def embed_shards(run: Run, shards: Sequence[ShardProgress]) -> list[State[
 async def embed_one(
     run: Run, shard: ShardProgress, devices: DevicePool, progress: RunProgress
 ) -> State[Any]:
-    """Run a shard's task, with a retry hook of its own, until it has completed or failed for good.
+    """Run a shard's task, with its own retry hook, until it has completed or failed permanently.
 
-    Where Prefect's server is gone, the shard is embedded without the task.
+    If Prefect's server is gone, the shard is embedded without the task.
     """
     artifact = ShardArtifact(shard.rank, interval_s=run.config.runtime.artifact_interval_s)
     handle_attempt_failure = make_failure_handler(run, shard.rank, devices, artifact)
@@ -172,12 +173,11 @@ async def embed_one(
         tags=tags_of_shard(run),
         retry_condition_fn=make_retry_hook(run, handle_attempt_failure),
         result_storage=run.paths.results_dir,
-        refresh_cache=not (
-            shard.is_complete and has_plain_result(run, shard.rank)
-        ),  # it counts for no more than the disk
+        # A cached result counts only if the checkpoints on disk confirm it.
+        refresh_cache=not (shard.is_complete and has_plain_result(run, shard.rank)),
     )
     try:
-        # Prefect's types say State, for async tasks too.
+        # According to Prefect's types an async task returns State, too.
         state = await cast(
             Awaitable[State[Any]], task(run, shard, devices, progress, artifact, return_state=True)
         )
@@ -193,7 +193,7 @@ async def embed_one(
             run.manifest.mark_shard_complete(shard.rank)
         return state
     get_run_logger().warning(
-        "shard %d is embedded without Prefect's server, which is gone: %r", shard.rank, error
+        "shard %d: continuing without Prefect's server, which is gone: %r", shard.rank, error
     )
     flow_run_id = UUID(flow_run.id)
     return await try_without_prefect(
@@ -202,56 +202,56 @@ async def embed_one(
     )
 
 
-def assemble_dataset(run: Run, *, is_whole: bool) -> DatasetSummary:
-    """Put the dataset together from the checkpoints, every digest verified; `is_whole` where nothing should be missing."""
-    get_run_logger().info("all shards are embedded: putting the dataset together")
+def assemble_dataset(run: Run, *, is_complete: bool) -> DatasetSummary:
+    """Assemble the dataset from the checkpoints; if `is_complete`, nothing may be missing."""
+    get_run_logger().info("all shards are embedded: assembling the dataset")
     return assemble(
         run.plan,
         run.paths,
         run.checkpoints().valid,
         quarantined=run.quarantine.ordinals(),
-        allow_missing=run.config.allow_partial and not is_whole,
+        allow_missing=run.config.allow_partial and not is_complete,
     )
 
 
 def warn_of_poor_precision(summary: DatasetSummary) -> None:
-    """Say it where half precision has moved the embeddings further than people expect."""
+    """Warn if half precision has changed the embeddings more than people expect."""
     if summary.precision and summary.precision.is_poor:
         get_run_logger().warning(
-            "%s: that is poor for half precision; --dtype float32 is exact",
+            "%s: that is low for half precision; use --dtype float32 for exact embeddings",
             summary.precision.describe(),
         )
 
 
 def warn_of_mixed_software(summary: DatasetSummary) -> None:
-    """Say it where an upgrade in the middle of the run has left rows of two versions."""
+    """Warn if an upgrade during the run has left rows of two versions."""
     if is_mixed(summary.software):
         get_run_logger().warning(
-            "the dataset was computed by several versions (%s): their rows differ by rounding; --force-restart computes all "
-            "with one",
+            "the dataset was computed by several versions (%s): their rows differ by rounding; "
+            "use --force-restart to compute all with one",
             describe_software(summary.software),
         )
 
 
-def write_page(run: Run) -> None:
-    """Write `report.html`. A run does not fail for want of it, whatever a drawing library says about its caches or fonts."""
+def write_html_report(run: Run) -> None:
+    """Write `report.html`; log any error, such as a plotting library's about its fonts."""
     try:
         write_report(run.plan, run.paths)
     except Exception as error:
-        get_run_logger().warning("no report is written: %s", error)
+        get_run_logger().warning("cannot write the report: %s", error)
 
 
-def describe(run: Run, states: Sequence[State[Any]]) -> str:
-    """Say how the shards ended: `2 Completed, 1 Cached`; and which have not been embedded, and why."""
+def describe_shards(run: Run, states: Sequence[State[Any]]) -> str:
+    """Describe how the shards ended (`2 Completed, 1 Cached`), and why some are not embedded."""
     counts = Counter(state.name for state in states)
-    described = "shards: " + ", ".join(
+    summary = "shards: " + ", ".join(
         f"{count} {name}" for name, count in sorted(counts.items(), key=str)
     )
     failed = [rank for rank, state in enumerate(states) if not state.is_completed()]
     if not failed:
-        return described
+        return summary
     recorded = run.manifest.shards()
     reasons = "; ".join(
         f"shard {rank}: {recorded[rank].error or states[rank].message}" for rank in failed[:5]
     )
-    return f"{described}; not embedded: {failed} ({reasons})"
+    return f"{summary}; not embedded: {failed} ({reasons})"

@@ -1,4 +1,4 @@
-"""What a run tells Prefect's automations; `deployments/automations.yaml` has some that listen."""
+"""Events for Prefect's automations, such as those in `deployments/automations.yaml`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def emit_completion(run: Run, summary: DatasetSummary) -> None:
 
 
 def _emit(event: str, run: Run, **payload: Any) -> None:
-    about = {"run_dir": str(run.paths.run_dir.resolve()), "model": run.config.model}
+    fields = {"run_dir": str(run.paths.run_dir.resolve()), "model": run.config.model}
     resource = {
         "prefect.resource.id": f"vnp.run.{run.plan.fingerprint}",
-        "prefect.resource.name": about["run_dir"],
+        "prefect.resource.name": fields["run_dir"],
     }
-    emit_event(event, resource=resource, payload=about | payload)
+    emit_event(event, resource=resource, payload=fields | payload)

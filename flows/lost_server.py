@@ -1,4 +1,4 @@
-"""A Prefect server that is gone in the middle of a run: it is a record, so the run goes on and ends as the disk says."""
+"""A run whose Prefect server is lost: it continues without it, since the disk has its state."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _ending: ContextVar[Ending | None] = ContextVar("ending", default=None)
 
 
 class Ending:
-    """How the flow's body ended, for the case that Prefect cannot tell."""
+    """The final state of the flow's body, for the case that Prefect cannot record it."""
 
     def __init__(self) -> None:
         self.state: State[Any] | None = None
         self._has_ended = asyncio.Event()
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Have the flow that is run in the block note its end here."""
+    def recording(self) -> Iterator[None]:
+        """Record the end of the flow that runs in the block."""
         token = _ending.set(self)
         try:
             yield
@@ -47,14 +47,14 @@ class Ending:
 
 
 def note_ending(state: State[Any]) -> State[Any]:
-    """Tell whoever runs this flow how its body ended."""
+    """Record the end of the flow's body for the `Ending` that is recording."""
     if (ending := _ending.get()) is not None:
         ending.note(state)
     return state
 
 
 def is_lost_server(error: object) -> bool:
-    """Whether an exception is of a request to Prefect's server, and not of the work."""
+    """Whether an exception comes from a request to Prefect's server, and not from the work."""
     return isinstance(error, _LOST)
 
 
@@ -62,7 +62,7 @@ async def try_without_prefect(
     attempt: Callable[[], Awaitable[dict[str, Any]]],
     handle_failure: Callable[[Exception], Awaitable[RetryDecision]],
 ) -> State[Any]:
-    """Do what Prefect's task engine does with a shard: attempt it, and again after the delay while `handle_failure` says so."""
+    """Attempt a shard, and again after each delay, as Prefect's task engine does."""
     while True:
         try:
             return Completed(data=await attempt())

@@ -1,7 +1,7 @@
-"""Prefect's settings, as the user has them and as a run needs them: read and completed before Prefect is imported.
+"""Read the user's settings of Prefect, and complete them before Prefect is imported.
 
-Prefect reads its settings once, while it is imported. This module is the one that reads and writes `PREFECT_*`, the proxies'
-variables and HOME; `vnp_lib.config` reads all others. It imports nothing of Prefect.
+Prefect reads its settings once, while it is imported, so this module does not import it. It reads
+and writes `PREFECT_*`, the proxy variables and HOME; `vnp_lib` reads all others.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from vnp_lib.errors import ConfigError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SERVER_START_S = 120
-_NEEDED_BYTES = 32_000_000  # of the database of a Prefect server that is new, with its journal
+_NEEDED_BYTES = 32_000_000  # for a new database of a Prefect server, with its journal
 
-_PREFECTS_OWN_PROFILES = (
-    "ephemeral",
-    "local",
-    "test",
-    "cloud",
-)  # there without a file, and then without settings
+# These exist without a file, and then have no settings.
+_PREFECTS_OWN_PROFILES = ("ephemeral", "local", "test", "cloud")
 
-# What a run needs, unless the user has set it: under any of these names, in any place where Prefect looks.
+# Needed by a run, unless the user has set it under any of the names, wherever Prefect reads
+# settings.
 _DEFAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("PREFECT_SERVER_ANALYTICS_ENABLED",), "false"),
     (("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS",), str(_SERVER_START_S)),
@@ -38,20 +35,23 @@ _DEFAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A setting of Prefect's that the user has made."""
+    """A setting of Prefect that the user has made."""
 
     value: str
-    where: str  # "the environment variable PREFECT_API_URL", "profile 'cloud' in /home/u/.prefect/profiles.toml"
+    where: str  # such as "the environment variable PREFECT_API_URL"
 
 
 class UserSettings:
-    """What the user has set, the strongest place first: environment, `.env`, `prefect.toml`, `pyproject.toml`, profile."""
+    """The user's settings: environment, `.env`, `prefect.toml`, `pyproject.toml`, profile.
+
+    An earlier place overrides a later one.
+    """
 
     def __init__(self, places: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         self._places = places
 
     def find(self, *names: str) -> Setting | None:
-        """The strongest value of a setting that has these names; an empty one counts as none."""
+        """Return the setting with any of these names from the first place; None if it is empty."""
         for where, values in self._places:
             for name in names:
                 if name in values:
@@ -63,7 +63,7 @@ class UserSettings:
         return None
 
     def find_like(self, ending: str, value: object) -> tuple[str, Setting] | None:
-        """The name and value of a setting of which only the end of the name is known."""
+        """Return the name and value of a setting of which only the end of the name is known."""
         for where, values in self._places:
             for name, found in values.items():
                 if name.startswith("PREFECT_") and name.endswith(ending) and found == str(value):
@@ -72,7 +72,7 @@ class UserSettings:
 
 
 def read_user_settings(environ: Mapping[str, str], cwd: Path) -> UserSettings:
-    """Read all places where Prefect looks for settings.
+    """Read all places where Prefect reads settings.
 
     Raises:
         ConfigError: A file that cannot be read, or a profile that does not exist.
@@ -92,9 +92,10 @@ def read_user_settings(environ: Mapping[str, str], cwd: Path) -> UserSettings:
 def prepare_environment(
     environ: MutableMapping[str, str] | None = None, cwd: Path | None = None
 ) -> None:
-    """Complete the environment with what a run needs of Prefect; what the user has set stays.
+    """Complete the environment with the settings that a run needs; keep those of the user.
 
-    Of a file that cannot be read, nothing is taken; whoever starts a run hears of it from `read_user_settings`.
+    A file that cannot be read is ignored here; at the start of a run, `read_user_settings` reports
+    it.
     """
     environ = os.environ if environ is None else environ
     try:
@@ -110,7 +111,10 @@ def prepare_environment(
 
 
 def reach_loopback_past_proxies(environ: MutableMapping[str, str]) -> None:
-    """Add this machine to the names that are reached without a proxy, in both spellings, of which the lower one counts."""
+    """Add this machine to the hosts that are reached without a proxy.
+
+    Both spellings of the variable are set; the one in lower case takes precedence.
+    """
     without = next((environ[name] for name in ("no_proxy", "NO_PROXY") if environ.get(name)), "")
     names = [name.strip() for name in without.split(",") if name.strip()]
     if "*" not in names:
@@ -130,10 +134,11 @@ class PrefectHome:
 def choose_home(
     settings: UserSettings, environ: MutableMapping[str, str], *, is_needed: bool
 ) -> PrefectHome:
-    """Choose PREFECT_HOME: the user's, or ~/.prefect, or where that cannot be written a temporary one.
+    """Choose PREFECT_HOME: the user's, or ~/.prefect, or a temporary one if that is not writable.
 
-    `environ` is changed so that Prefect takes it too, and gets a HOME where there is none: without one it cannot be imported.
-    Where no server of our own `is_needed`, nothing of value is written there, and any directory will do.
+    `environ` is changed so that Prefect uses it too, and gets a HOME if there is no such variable:
+    without one, Prefect cannot be imported. Unless a server of the run `is_needed`, nothing
+    important is written there, and any directory is accepted.
 
     Raises:
         ConfigError: The user's choice cannot be written to.
@@ -142,12 +147,13 @@ def choose_home(
     try:
         path = Path(chosen.value).expanduser() if chosen else Path.home() / ".prefect"
         fault = _fault_of(path)
-    except RuntimeError:  # no HOME, and no entry for this user id
+    except RuntimeError:
+        # There is neither HOME nor an entry for this user id.
         path, fault = Path("~/.prefect"), "this user has no home directory"
     if fault and chosen and is_needed:
         raise ConfigError(
-            f"PREFECT_HOME {path}, set by {chosen.where}, cannot be used for Prefect's database: {fault}; "
-            "name a directory that can be written to, or unset it"
+            f"PREFECT_HOME {path}, set by {chosen.where}, cannot be used for Prefect's database: "
+            f"{fault}; set it to a writable directory, or unset it"
         )
     home = PrefectHome(path=path)
     if fault:
@@ -165,15 +171,18 @@ def _temporary_home(path: Path, fault: str) -> PrefectHome:
         made = Path(tempfile.mkdtemp(prefix="vnp-prefect-"))
     except OSError as error:
         raise ConfigError(
-            f"there is no directory for Prefect's database: {path}: {fault}; {error}. Set PREFECT_HOME or TMPDIR to one "
-            "that can be written to"
+            f"no writable directory for Prefect's database: {path}: {fault}; {error}. "
+            "Set PREFECT_HOME or TMPDIR to a writable one"
         ) from None
-    notice = f"note: {path} cannot be used ({fault}): Prefect's record of this run is in {made}, and removed at the end"
+    notice = (
+        f"note: {path} cannot be used ({fault}): Prefect's record of this run is in {made}, "
+        "and removed at the end"
+    )
     return PrefectHome(path=made, is_temporary=True, notice=notice)
 
 
 def _fault_of(path: Path) -> str:
-    """Say what is wrong with a directory for a database, if anything is; nothing is left behind in it."""
+    """Return why a directory cannot hold a database; "" if it can. No file stays in it."""
     existing = next(
         each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each)
     )
@@ -201,8 +210,9 @@ def _profile(settings: UserSettings, cwd: Path) -> tuple[str, Mapping[str, str]]
     if name not in known:
         where = chosen.where if chosen else f"'active' in {path}"
         raise ConfigError(
-            f"the profile {name!r} of Prefect, chosen by {where}, is not in {path or '~/.prefect/profiles.toml'}; "
-            f"there are: {', '.join(known) or 'none'}. Choose one of them, or unset it"
+            f"Prefect's profile {name!r}, selected by {where}, is not in "
+            f"{path or '~/.prefect/profiles.toml'}; available: {', '.join(known) or 'none'}. "
+            f"Select one of these, or unset it"
         )
     values = {key.upper(): str(value) for key, value in _table(known, (name,)).items()}
     return f"{{name}} in the profile {name!r} of {path}", values
@@ -224,18 +234,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return {}  # as Prefect has it; a home that cannot be used is told of elsewhere
+        # As in Prefect. A home that cannot be used is reported elsewhere.
+        return {}
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path}, where Prefect's settings are, cannot be read: {error}; mend it or move it away"
+            f"cannot read Prefect's settings from {path}: {error}; fix or remove the file"
         ) from None
 
 
 def _read_dotenv(path: Path) -> dict[str, str]:
-    from dotenv import dotenv_values  # here, not above: few have such a file
-
     if not path.is_file():
         return {}
+    # Here, not above: few users have such a file.
+    from dotenv import dotenv_values
+
     try:
         return {
             name.upper(): value or ""
@@ -244,7 +256,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
         }
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path}, where Prefect looks for settings, cannot be read: {error}; mend it or move it away"
+            f"cannot read Prefect's settings from {path}: {error}; fix or remove the file"
         ) from None
 
 
@@ -256,9 +268,9 @@ def _table(data: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _flattened(prefix: str, table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`[server.ephemeral] enabled = false` as PREFECT_SERVER_EPHEMERAL_ENABLED, "False"."""
-    found: list[tuple[str, str]] = []
+    """Return `[server.ephemeral] enabled = false` as PREFECT_SERVER_EPHEMERAL_ENABLED, "False"."""
+    settings: list[tuple[str, str]] = []
     for key, value in table.items():
         name = f"{prefix}_{key.upper()}"
-        found += _flattened(name, value) if isinstance(value, Mapping) else [(name, str(value))]
-    return found
+        settings += _flattened(name, value) if isinstance(value, Mapping) else [(name, str(value))]
+    return settings

@@ -1,4 +1,4 @@
-"""The Prefect server of a run: the user's, looked at before anything is made, or one of our own for the time of the run."""
+"""The Prefect server of a run: the user's, checked up front, or a temporary one for the run."""
 
 from __future__ import annotations
 
@@ -26,36 +26,39 @@ from flows.prefect_environment import Setting, UserSettings, choose_home, read_u
 from vnp_lib.errors import ConfigError
 
 _PROGRAM = Path(__file__).with_name("server_process.py")
-_OWN = "`PREFECT_API_URL= ` (empty) lets the run start a server of its own"
+_OWN = "set an empty PREFECT_API_URL to let the run start its own server"
 _REQUEST_S = 10.0
-_PROBE_S = 14.0  # names are looked up without a limit of their own
+_PROBE_S = 14.0  # more than _REQUEST_S, since name resolution has no limit of its own
 _DATABASE_S = 5.0
 _START_S = 120.0
 _STOP_S = 6.0
-_WATCH_S = 0.2
-_ASK_S = 10.0
-_MOST_SILENT = 3  # questions in a row that get no answer
-_MOST_RESTARTS = 3
-_LAST_WORDS = 200  # lines of a server that fails
-# Of a server on this machine, which is there or gone for good: unless the user has set other limits.
+_POLL_S = 0.2
+_CHECK_EVERY_S = 10.0
+_MAX_UNANSWERED = 3  # requests in a row
+_MAX_RESTARTS = 3
+_KEPT_LINES = 200  # of the output of the server
+# For a server on this machine, which either answers or is gone, unless the user has set other
+# limits.
 _OWN_SERVER_DEFAULTS = {"PREFECT_CLIENT_MAX_RETRIES": "2", "PREFECT_API_REQUEST_TIMEOUT": "20"}
 
 
 class PrefectServer:
-    """Where the run is recorded."""
+    """The server that records the run."""
 
     def __init__(self, api_url: str, cleanup: ExitStack) -> None:
         self.api_url = api_url
-        self.cleanup = cleanup  # of what has been made for it; done at exit
+        # Closed at exit: removes what was created for the server.
+        self.cleanup = cleanup
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has ended, as far as can be told without asking it."""
+        """Whether it has exited, as far as that is known without a request."""
         return False
 
     def answers(self) -> bool:
-        """Ask for a sign of life; whatever it says is one."""
-        import httpx  # here, not above: a command line that cannot be used is answered without it
+        """Whether the server responds, with any status."""
+        # Here, not above: an invalid command line is rejected without it.
+        import httpx
 
         try:
             httpx.get(f"{self.api_url}/health", timeout=_REQUEST_S / 3)
@@ -65,7 +68,10 @@ class PrefectServer:
 
 
 class TemporaryServer(PrefectServer):
-    """A server of our own. The socket is ours: its port is known before it starts, and stays should it be started again."""
+    """A server for this run.
+
+    The run owns the socket: the port is known before the server starts, and stays after a restart.
+    """
 
     def __init__(self, database: str, cleanup: ExitStack) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -74,19 +80,20 @@ class TemporaryServer(PrefectServer):
         self._database = database
         self._process: subprocess.Popen[bytes] | None = None
         self._is_wanted = threading.Event()
-        self._asked_at = time.monotonic()
-        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._checked_at = time.monotonic()
+        self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
     @property
     def is_gone(self) -> bool:
         return self._process is None or self._process.poll() is not None
 
     def start(self) -> None:
-        """Start it, and do not wait for it."""
-        self._last_words.clear()
+        """Start the server without waiting for it."""
+        self._last_lines.clear()
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), str(self._listener.fileno())],
-            stdin=subprocess.PIPE,  # never written to: its end tells the server that we are gone
+            # Never written to: its end shows the server that the run is gone.
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=[self._listener.fileno()],
@@ -97,13 +104,13 @@ class TemporaryServer(PrefectServer):
 
     def _listen(self, stream: Any) -> None:
         for line in stream:
-            self._last_words.append(line.decode(errors="replace"))
+            self._last_lines.append(line.decode(errors="replace"))
 
     def wait(self, limit_s: float) -> None:
-        """Wait until it answers.
+        """Wait until the server answers.
 
         Raises:
-            ConfigError: It has ended, or does not answer in time.
+            ConfigError: It has exited, or does not answer in time.
         """
         assert self._process is not None
         assert self._process.stdout is not None
@@ -113,25 +120,27 @@ class TemporaryServer(PrefectServer):
         what = "has not started" if readable else f"has not started within {limit_s:g} s"
         self._end_process(_STOP_S)
         raise ConfigError(
-            f"Prefect's server {what} with {self._database}: {_reason_of(self._last_words)}; it may be damaged, or of "
-            "another version of Prefect: PREFECT_HOME names another directory for one"
+            f"Prefect's server {what} with {self._database}: {_reason_of(self._last_lines)}; the "
+            "database may be damaged, or from another version of Prefect: set PREFECT_HOME to "
+            "another directory to create a new one"
         )
 
     def keep_up(self, tell: Callable[[str], None], limit_s: float) -> None:
-        """Start it again, from a thread, where it ends or freezes before it is stopped: killed for want of memory, say.
+        """Restart the server, from a thread, if it exits or freezes before it is closed.
 
-        Requests wait on our socket meanwhile. One that is lost again and again is given up, and requests are refused at once.
+        Meanwhile requests wait at the socket. After several restarts the socket is closed, too, so
+        that requests are refused at once.
         """
         self._is_wanted.set()
         threading.Thread(target=self._keep_up, args=[tell, limit_s], daemon=True).start()
 
     def _keep_up(self, tell: Callable[[str], None], limit_s: float) -> None:
-        for _ in range(_MOST_RESTARTS):
+        for _ in range(_MAX_RESTARTS):
             self._wait_until_lost()
             if not self._is_wanted.is_set():
                 return
             tell(
-                "note: Prefect's server of this run was lost, and is started again; the run goes on"
+                "note: the Prefect server of this run was lost and is restarted; the run continues"
             )
             try:
                 self._end_process(0.0)
@@ -144,12 +153,12 @@ class TemporaryServer(PrefectServer):
             self.close()
 
     def _wait_until_lost(self) -> None:
-        num_silent = 0
-        while self._is_wanted.is_set() and not self.is_gone and num_silent < _MOST_SILENT:
-            time.sleep(_WATCH_S)
-            if time.monotonic() >= self._asked_at + _ASK_S:
-                self._asked_at = time.monotonic()
-                num_silent = 0 if self.answers() else num_silent + 1
+        num_unanswered = 0
+        while self._is_wanted.is_set() and not self.is_gone and num_unanswered < _MAX_UNANSWERED:
+            time.sleep(_POLL_S)
+            if time.monotonic() >= self._checked_at + _CHECK_EVERY_S:
+                self._checked_at = time.monotonic()
+                num_unanswered = 0 if self.answers() else num_unanswered + 1
 
     def _end_process(self, patience_s: float) -> None:
         if self._process is None:
@@ -164,7 +173,7 @@ class TemporaryServer(PrefectServer):
             self._process.wait()
 
     def close(self) -> None:
-        """End it, in any case."""
+        """End the server, and do not restart it."""
         self._is_wanted.clear()
         self._end_process(_STOP_S)
         self._listener.close()
@@ -175,10 +184,11 @@ def find_prefect(
 ) -> PrefectServer:
     """Find the user's Prefect server or start one, and import Prefect with it.
 
-    What is ours of it ends with this process, after what Prefect has registered to be done at exit: it sends its last lines.
+    A server that is started here ends with this process, after the exit handlers of Prefect, which
+    send its last log lines.
 
     Raises:
-        ConfigError: A server cannot be had; nothing has been made by then.
+        ConfigError: There is no usable server; no file has been created by then.
     """
     environ = os.environ if environ is None else environ
     settings = read_user_settings(environ, Path.cwd())
@@ -187,7 +197,8 @@ def find_prefect(
     require_certificates(settings)
     home = choose_home(settings, environ, is_needed=url is None)
     cleanup = ExitStack()
-    atexit.register(cleanup.close)  # before Prefect is imported: what it registers is done first
+    # Before Prefect is imported, so that the handlers that it registers run first.
+    atexit.register(cleanup.close)
     try:
         if home.is_temporary:
             cleanup.callback(shutil.rmtree, home.path, ignore_errors=True)
@@ -204,7 +215,7 @@ def find_prefect(
 
 
 def require_server(settings: UserSettings) -> None:
-    """Refuse settings under which there is no server at all."""
+    """Raise ConfigError for settings that allow no server at all."""
     enabled = settings.find(
         "PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"
     )
@@ -214,8 +225,9 @@ def require_server(settings: UserSettings) -> None:
         and enabled.value.strip().lower() in ("false", "0", "no", "off", "f", "n")
     ):
         raise ConfigError(
-            f"there is no Prefect server for this run: PREFECT_API_URL is not set, and a temporary server is switched off by "
-            f"{enabled.where}; set PREFECT_API_URL to a server's address, or PREFECT_SERVER_EPHEMERAL_ENABLED=true"
+            f"there is no Prefect server for this run: PREFECT_API_URL is not set, and a temporary "
+            f"server is disabled by {enabled.where}; set PREFECT_API_URL to the address of a "
+            f"server, or PREFECT_SERVER_EPHEMERAL_ENABLED=true"
         )
 
 
@@ -243,7 +255,8 @@ def _start_server(
     server = TemporaryServer(database, cleanup)
     server.start()
     environ["PREFECT_API_URL"] = server.api_url
-    _import_prefect(settings)  # seconds, in which the server starts
+    # It takes seconds, in which the server starts.
+    _import_prefect(settings)
     limit = settings.find("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS")
     limit_s = float(limit.value) if limit else _START_S
     server.wait(limit_s)
@@ -252,15 +265,14 @@ def _start_server(
 
 
 def _import_prefect(settings: UserSettings) -> None:
-    """Import Prefect, which reads its settings meanwhile.
+    """Import Prefect, which reads its settings while it is imported.
 
     Raises:
-        ConfigError: A setting has a value that Prefect does not take, or Prefect is not whole.
+        ConfigError: Prefect rejects the value of a setting, or its installation is incomplete.
     """
     try:
-        with redirect_stderr(
-            io.StringIO()
-        ):  # the package prints what is wrong; the module below raises it
+        # The package prints the error, and the module below raises it.
+        with redirect_stderr(io.StringIO()):
             import prefect
         import prefect.main  # noqa: F401
     except Exception as error:
@@ -270,8 +282,9 @@ def _import_prefect(settings: UserSettings) -> None:
             if callable(errors)
             else [" ".join(str(error).split())]
         )
-        told = "; ".join(faults)
-        raise ConfigError(f"Prefect cannot be used with these settings: {told}") from error
+        raise ConfigError(
+            f"Prefect cannot be used with these settings: {'; '.join(faults)}"
+        ) from error
 
 
 def _fault_of(detail: Mapping[str, Any], settings: UserSettings) -> str:
@@ -282,7 +295,7 @@ def _fault_of(detail: Mapping[str, Any], settings: UserSettings) -> str:
 
 
 def require_certificates(settings: UserSettings) -> None:
-    """Refuse a file of certificates that is not there: no client can be made with it, whatever server it is for."""
+    """Raise ConfigError for a certificate file that does not exist: no client accepts it."""
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "PREFECT_API_SSL_CERT_FILE"):
         if (found := settings.find(name)) and not Path(found.value).exists():
             raise ConfigError(
@@ -291,24 +304,25 @@ def require_certificates(settings: UserSettings) -> None:
 
 
 def check_standing_server(url: Setting) -> None:
-    """Ask a server that the user has named for its version, with Prefect's own client.
+    """Request the version of the user's server, with Prefect's own client.
 
     Raises:
-        ConfigError: It is not there, is something else, does not let us in, or is of a version that does not fit.
+        ConfigError: It does not answer, is another kind of server, denies access, or has an
+            incompatible version.
     """
-    about = f"Prefect's server at {url.value}, set by {url.where},"
+    server = f"Prefect's server at {url.value}, set by {url.where},"
     address = urlsplit(url.value)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise ConfigError(
-            f"{about} is no address; it must look like http://host:4200/api, and {_OWN}"
+            f"{server} has no valid address; use one such as http://host:4200/api, or {_OWN}"
         )
     fault: list[str] = []
     probe = threading.Thread(target=lambda: fault.append(_fault_of_server(url.value)), daemon=True)
     probe.start()
     probe.join(_PROBE_S)
-    told = fault[0] if fault else f"does not answer within {_PROBE_S:g} s"
-    if told:
-        raise ConfigError(f"{about} {told}; start it or correct the address, or {_OWN}")
+    reason = fault[0] if fault else f"does not answer within {_PROBE_S:g} s"
+    if reason:
+        raise ConfigError(f"{server} {reason}; start it or correct the address, or {_OWN}")
 
 
 def _fault_of_server(url: str) -> str:
@@ -331,22 +345,24 @@ def _fault_of_server(url: str) -> str:
             get_client(httpx_settings={"timeout": _REQUEST_S}, sync_client=True) as client,
         ):
             if is_cloud:
-                return _told(client.api_healthcheck())
+                return _describe_error(client.api_healthcheck())
             version = client.api_version()
-    except Exception as error:  # whatever a client may raise, also while it is made
-        return _told(error)
+    except Exception as error:
+        # A client may raise anything, even while it is created.
+        return _describe_error(error)
     ours = prefect.__version__.split(".")[0]
     if not re.fullmatch(r"\d+\.\d+.*", str(version)):
-        return (
-            f"does not answer as a Prefect server does, but with the version {str(version)[:40]!r}"
-        )
+        return f"is not a Prefect server: it reports the version {str(version)[:40]!r}"
     if version.split(".")[0] != ours:
-        return f"is of version {version}, and Prefect here is {prefect.__version__}: install one that fits"
+        return (
+            f"has version {version}, but Prefect {prefect.__version__} is installed here: "
+            f"install a matching one"
+        )
     return ""
 
 
-def _told(error: Exception | None) -> str:
-    """Say what a client's error means for a server's address."""
+def _describe_error(error: Exception | None) -> str:
+    """Explain what an error of the client means for the address of the server."""
     import httpx
 
     match error:
@@ -355,40 +371,48 @@ def _told(error: Exception | None) -> str:
         case httpx.HTTPStatusError(response=response):
             code = response.status_code
             if code in (401, 403, 407):
-                return f"does not let us in ({code}): see to PREFECT_API_KEY or PREFECT_API_AUTH_STRING, or a proxy on the way"
+                return (
+                    f"denies access ({code}): check PREFECT_API_KEY, PREFECT_API_AUTH_STRING "
+                    f"and any proxy"
+                )
             if code in (404, 405):
-                return f"has no Prefect API at this address ({code}); it usually ends with /api"
-            return f"answers with an error ({code} {response.reason_phrase})"
+                return f"has no Prefect API at this address ({code}), which usually ends with /api"
+            return f"responds with an error ({code} {response.reason_phrase})"
         case httpx.TimeoutException():
             return f"does not answer within {_REQUEST_S:g} s"
         case ValueError() if type(error).__name__.endswith("JSONDecodeError"):
-            return "answers, but not as a Prefect server does; its address usually ends with /api"
+            return "is not a Prefect server; the address usually ends with /api"
         case httpx.ConnectError() if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            return "has a certificate that is not trusted here; see PREFECT_API_SSL_CERT_FILE"
+            return "has a certificate that is not trusted here; set PREFECT_API_SSL_CERT_FILE"
         case httpx.ConnectError() if "SSL" in str(error):
             return "does not speak https; use http://"
         case httpx.HTTPError():
             return f"cannot be reached ({' '.join(str(error).split()) or type(error).__name__})"
         case _:
-            return f"cannot be asked ({type(error).__name__}: {' '.join(str(error).split())})"
+            return f"cannot be used ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def check_database(chosen: Setting | None, home: Path) -> None:
-    """Look at the database that a server of our own would use.
+    """Check the database that a temporary server would use.
 
     Raises:
-        ConfigError: It is locked, no database, or of a version of Prefect that is not installed here; or no server answers there.
+        ConfigError: It is locked, is not a database, was created by another version of Prefect, or
+            its server does not answer.
     """
     url = chosen.value if chosen else f"sqlite:///{home / 'prefect.db'}"
-    named = f"the database {url.partition(':///')[2] if url.startswith('sqlite') else _without_password(url)}"
-    told = f"{named}, set by {chosen.where}," if chosen else f"{named} in PREFECT_HOME"
+    if url.startswith("sqlite"):
+        address = url.partition(":///")[2]
+    else:
+        address = re.sub(r"//[^@/]*@", "//", url)  # without the password
+    database = f"the database {address}"
+    database += f", set by {chosen.where}," if chosen else " in PREFECT_HOME"
     if url.startswith("sqlite"):
         fault = _fault_of_sqlite(Path(unquote(url.partition(":///")[2].partition("?")[0])))
     else:
         fault = _fault_of_database_server(url)
     if fault:
         cure = "correct it or unset it" if chosen else "set PREFECT_HOME to another directory"
-        raise ConfigError(f"{told} cannot be used by Prefect's server: {fault}; {cure}")
+        raise ConfigError(f"{database} cannot be used by Prefect's server: {fault}; {cure}")
 
 
 def _fault_of_sqlite(path: Path) -> str:
@@ -401,7 +425,8 @@ def _fault_of_sqlite(path: Path) -> str:
             f"file:{quote(str(path))}?mode=rw", uri=True, timeout=_DATABASE_S, isolation_level=None
         )
         try:
-            connection.execute("BEGIN IMMEDIATE")  # and nothing is written: can it be locked?
+            # Only takes the lock: nothing is written.
+            connection.execute("BEGIN IMMEDIATE")
             versions = [
                 version
                 for (version,) in connection.execute("SELECT version_num FROM alembic_version")
@@ -418,12 +443,15 @@ def _fault_of_sqlite(path: Path) -> str:
         )
     known = _known_versions()
     if unknown := [version for version in versions if known and version not in known]:
-        return f"it is of another version of Prefect than the one installed here (its schema is {unknown[0]!r})"
+        return (
+            f"it was created by another version of Prefect than the one installed here "
+            f"(its schema is {unknown[0]!r})"
+        )
     return ""
 
 
 def _known_versions() -> set[str]:
-    """The schemas of Prefect's database that the installed one knows; none where they cannot be found."""
+    """Return the database schemas that the installed Prefect knows; none if they are not found."""
     spec = find_spec("prefect")
     if spec is None or spec.origin is None:
         return set()
@@ -448,25 +476,23 @@ def _fault_of_database_server(url: str) -> str:
         address = urlsplit(url)
         host, port = address.hostname, address.port or 5432
     except ValueError as error:
-        return f"it is no address ({error})"
+        return f"its address is invalid ({error})"
     if host is None:
         return ""
     try:
         socket.create_connection((host, port), timeout=_DATABASE_S).close()
     except OSError as error:
-        return f"nobody answers at {host}:{port} ({error.strerror or error})"
+        return f"no server answers at {host}:{port} ({error.strerror or error})"
     return ""
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^@/]*@", "//", url)
-
-
 def _drop_unusable_proxies(environ: MutableMapping[str, str], url: Setting | None) -> None:
-    """Drop proxies that no client here can use, such as socks5:// without its package: making one fails, whatever it is for.
+    """Drop proxies that no client here can use, such as socks5:// without its package.
+
+    Otherwise every client would fail while it is created.
 
     Raises:
-        ConfigError: The user's server is on another machine, so that the proxy may be needed.
+        ConfigError: The server is on another machine, so the proxy may be needed.
     """
     import httpx
 
@@ -479,7 +505,8 @@ def _drop_unusable_proxies(environ: MutableMapping[str, str], url: Setting | Non
         try:
             value = environ[name]
             httpx.HTTPTransport(proxy=value if "://" in value else f"http://{value}").close()
-        except Exception as error:  # ImportError, ValueError, httpx.InvalidURL
+        except Exception as error:
+            # ImportError, ValueError or httpx.InvalidURL.
             if not is_here:
                 raise ConfigError(
                     f"the proxy {value}, set by the environment variable {name}, cannot be used "
@@ -489,20 +516,24 @@ def _drop_unusable_proxies(environ: MutableMapping[str, str], url: Setting | Non
 
 
 def _server_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Give a server our environment, without empty entries of PYTHONPATH, which would be the current directory."""
-    ours = dict(environ)
-    if "PYTHONPATH" in ours:
-        ours["PYTHONPATH"] = os.pathsep.join(
-            part for part in ours["PYTHONPATH"].split(os.pathsep) if part
+    """Return the environment of the server.
+
+    An empty entry of PYTHONPATH, which would mean the current directory, is removed.
+    """
+    environment = dict(environ)
+    if "PYTHONPATH" in environment:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            part for part in environment["PYTHONPATH"].split(os.pathsep) if part
         )
-    return ours | {"PREFECT_API_URL": "", "PREFECT_UI_ENABLED": "false", "PYTHONSAFEPATH": "1"}
+    return environment | {
+        "PREFECT_API_URL": "",
+        "PREFECT_UI_ENABLED": "false",
+        "PYTHONSAFEPATH": "1",
+    }
 
 
 def _reason_of(lines: deque[str]) -> str:
-    """The last exception that a server has told of."""
-    told = [
-        line.strip()
-        for line in lines
-        if re.match(r"[\w.]+(Error|Exception|Exit)\b.*", line.strip())
-    ]
-    return told[-1][:300] if told else "it has not said why"
+    """Return the last exception in the output of a server."""
+    pattern = re.compile(r"[\w.]+(Error|Exception|Exit)\b.*")
+    exceptions = [line.strip() for line in lines if pattern.match(line.strip())]
+    return exceptions[-1][:300] if exceptions else "it printed no reason"

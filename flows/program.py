@@ -1,4 +1,4 @@
-"""The program that embeds on this machine: `python flows/embed.py`, or `vnp-embed` where the package is installed."""
+"""The program `python flows/embed.py`, or `vnp-embed`: run the flow on this machine."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from vnp_lib.run import RANDOM_WEIGHTS, validate_config
 from vnp_lib.streams import standard_streams
 from vnp_lib.worker import kill_workers
 
-if TYPE_CHECKING:  # Prefect is imported when its server is at hand
+# Prefect is imported only once its server is known.
+if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
-_SHOW_PATIENCE_S = 1.0
-_RECORDING_S = 10.0  # that Prefect may take to record the end of a run before its server is asked for a sign of life
+_OUTPUT_LIMIT_S = 1.0
+_RECORDING_S = 10.0  # for Prefect to record the end of a run, before its server is checked
+_HOW_TO_RESUME = "Completed work is saved. Run the same command to resume."
 _BACKGROUND_LOGGERS = (
     "prefect._internal",
     "prefect._internal.concurrency",
@@ -39,11 +41,12 @@ _BACKGROUND_LOGGERS = (
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "vnp-embed") -> int:
-    """Run the flow on this machine and return the exit code: 0, 1 failed, 2 unusable input, 130 and 143 stopped.
+    """Run the flow on this machine and return the exit code.
 
-    What is said on standard output and error is for show: a run ends well where it cannot be written.
+    It is 0, or 1 if the run failed, 2 if the input is unusable, 130 or 143 if it was stopped. A run
+    does not fail if its standard output and error cannot be written.
     """
-    with standard_streams(patience_s=_SHOW_PATIENCE_S):
+    with standard_streams(patience_s=_OUTPUT_LIMIT_S):
         try:
             return _main(sys.argv[1:] if arguments is None else arguments, program)
         except InputError as error:
@@ -59,11 +62,11 @@ def _main(arguments: Sequence[str], program: str) -> int:
         from vnp_lib.report import validate_metrics_port
 
         validate_metrics_port(config)
-    _leave_out_the_flows_directory()
+    _remove_flows_directory_from_path()
     try:
         return _run(config, find_prefect(_tell), started_at)
     except KeyboardInterrupt:
-        return _say_interrupted()
+        return _report_interrupt()
 
 
 def _run(config: EmbedConfig, server: PrefectServer, started_at: float) -> int:
@@ -75,29 +78,28 @@ def _run(config: EmbedConfig, server: PrefectServer, started_at: float) -> int:
     try:
         outcome, result = run_flow(config, server, started_at)
     except (TerminationSignal, asyncio.CancelledError):
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # we are leaving, and Prefect's server has to be stopped yet
-        _tell("stopped by SIGTERM. What was computed is kept: the same command goes on from there")
+        # This program is exiting, and has yet to stop Prefect's server.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _tell(f"stopped by SIGTERM. {_HOW_TO_RESUME}")
         return ExitCode.STOPPED
     except KeyboardInterrupt:
-        return _say_interrupted()
+        return _report_interrupt()
     if isinstance(result, InputError):
         raise result
     return report_outcome(config, outcome, time.monotonic() - started_at)
 
 
-def _say_interrupted() -> int:
-    _tell("interrupted. What was computed is kept: the same command goes on from there")
+def _report_interrupt() -> int:
+    _tell(f"interrupted. {_HOW_TO_RESUME}")
     return ExitCode.INTERRUPTED
 
 
 def run_flow(
     config: EmbedConfig, server: PrefectServer, started_at: float
 ) -> tuple[State[Any], Any]:
-    """Run the flow to its end and return how it ended, and its result: where it failed by an exception, that.
+    """Run the flow, and return its final state and its result, which may be an exception.
 
-    How the flow ended counts, not whether Prefect could record it.
+    The end of the flow counts, not whether Prefect could record it.
     """
     from flows.lost_server import Ending, is_lost_server
 
@@ -109,7 +111,7 @@ def run_flow(
             raise
         if ending.state is None:
             raise InputError(
-                f"Prefect's server at {server.api_url} does not answer any more: {error}"
+                f"Prefect's server at {server.api_url} no longer answers: {error}"
             ) from error
         _tell(_lost(server))
         return ending.state, ending.state.data
@@ -120,19 +122,22 @@ async def _embed_to_its_end(
 ) -> tuple[State[Any], Any]:
     from flows.embed import embed
 
-    with ending.noted():
-        leaving = asyncio.create_task(_leave_without_prefect(config, server, ending, started_at))
+    with ending.recording():
+        exiting = asyncio.create_task(_exit_without_prefect(config, server, ending, started_at))
         try:
             outcome = await cast("Awaitable[State[Any]]", embed(config, return_state=True))
         finally:
-            leaving.cancel()
+            exiting.cancel()
     return outcome, await outcome.aresult(raise_on_failure=False)
 
 
-async def _leave_without_prefect(
+async def _exit_without_prefect(
     config: EmbedConfig, server: PrefectServer, ending: Any, started_at: float
 ) -> None:
-    """End the program where the flow has ended and Prefect's server is gone: Prefect would try for minutes to record it."""
+    """Exit if the flow has ended and Prefect's server is gone.
+
+    Prefect would try for minutes to record the end.
+    """
     state = await ending.wait()
     recording_s = 0.0 if server.is_gone else _RECORDING_S
     await asyncio.sleep(recording_s)
@@ -144,7 +149,7 @@ async def _leave_without_prefect(
 
 
 def _exit_now(report: Callable[[], int], server: PrefectServer) -> NoReturn:
-    """Report, clean up and end without Python's exit handlers, of which Prefect's wait for its server."""
+    """Report, clean up and exit without Python's exit handlers: Prefect's wait for its server."""
     code: int = ExitCode.FAILED
     try:
         code = report()
@@ -160,36 +165,40 @@ def _lost(server: PrefectServer) -> str:
         if isinstance(server, TemporaryServer)
         else f"Prefect's server at {server.api_url}"
     )
-    return f"note: the run has ended without {whose}, which does not answer any more: its end is not recorded there"
+    return f"note: {whose} no longer answers, so the end of the run is not recorded there"
 
 
 def quiet_prefect(*, verbose: bool) -> None:
-    """Keep Prefect's lines off the console; they still reach its API. What its background threads say of a server that is
-    lost never belongs there: kilobytes of tracebacks about events that nobody waits for.
+    """Keep Prefect's log off the console; it still reaches its API.
+
+    Its background threads are silenced in any case: about a lost server, they would print kilobytes
+    of tracebacks.
     """
     for name in _BACKGROUND_LOGGERS:
-        logging.getLogger(name).addFilter(
-            lambda record: False
-        )  # Prefect sets their levels anew when a flow begins
+        # A filter, since Prefect resets their levels when a flow begins.
+        logging.getLogger(name).addFilter(lambda record: False)
     prefect = logging.getLogger("prefect")
     prefect.propagate = verbose
-    prefect.addHandler(
-        logging.NullHandler()
-    )  # without any handler, warnings would go to standard error after all
-    logging.raiseExceptions = False  # nor what is wrong with a log line, or with where it goes
+    # Without any handler, warnings would go to standard error after all.
+    prefect.addHandler(logging.NullHandler())
+    # Errors in logging itself are not printed either.
+    logging.raiseExceptions = False
 
 
-def _leave_out_the_flows_directory() -> None:
-    """`python flows/embed.py` puts `flows/` first on the path, where `events` or `signals` would be taken for another's."""
+def _remove_flows_directory_from_path() -> None:
+    """Remove `flows/`, which `python flows/embed.py` puts first on the import path.
+
+    Otherwise `import signals` or `import events` in another library would import a file of ours.
+    """
     here = Path(__file__).parent
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).absolute() != here]
 
 
 def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -> int:
-    """Print how the run ended, and what to do next."""
+    """Print how the run ended, and what to do next; return the exit code."""
     if not outcome.is_completed():
         _tell(f"failed after {format_duration(elapsed_s)}: {outcome.message}")
-        _tell("What was computed is kept: the same command goes on from there")
+        _tell(_HOW_TO_RESUME)
         return ExitCode.FAILED
     has_rows = len(open_dataset(config.output_dir)) > 0
     print(

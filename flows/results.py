@@ -1,7 +1,8 @@
-"""Prefect's persisted results: which of them Prefect may be let read.
+"""Check Prefect's persisted results before Prefect reads them.
 
-A result is read by whatever serializer its own file names, pickle among them. So a file is looked at before: one that is not
-exactly what our own task makes Prefect write is not read, and the task looks at the disk instead.
+Prefect reads a result with the serializer that its own file names, which may be pickle. So a file
+is checked before: one that is not exactly what Prefect writes for our task is not read, and the
+task reads the checkpoints instead.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from pathlib import Path
 
 from prefect.serializers import JSONSerializer
 
-NOWHERE = Path(
-    os.devnull
-)  # result storage of flows, which persist nothing: else Prefect looks up a team's default block
+# Result storage of flows, which persist nothing: without it, Prefect looks up the default block of
+# a team.
+NOWHERE = Path(os.devnull)
 
 _PLAIN_JSON = JSONSerializer().model_dump(mode="json")
-_LARGEST_BYTES = 64 * 1024
+_MAX_BYTES = 64 * 1024
 
 
 def is_plain_result(path: Path) -> bool:
-    """Whether a persisted result is a JSON object of whole numbers, in the very bytes that Prefect writes for one."""
+    """Whether a result is a JSON object of integers, byte for byte as Prefect writes it."""
     try:
         data = _read(path)
         record = json.loads(data)
         numbers = json.loads(record["result"])
         serializer = record["metadata"]["serializer"]
-        # Else another parser might take another one of two keys of the same name.
+        # Otherwise another parser might choose another one of two equal keys.
         is_as_written = (
             json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() == data
         )
@@ -45,4 +46,4 @@ def is_plain_result(path: Path) -> bool:
 def _read(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
-        return file.read(_LARGEST_BYTES)
+        return file.read(_MAX_BYTES)

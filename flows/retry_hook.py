@@ -1,4 +1,4 @@
-"""The retry hook of a shard's task: it judges a failed attempt and says when the next one may begin."""
+"""The retry hook of a shard's task: whether and when a failed attempt is repeated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RetryHook = Callable[[Task[..., Any], TaskRun, State[Any]], Awaitable[bool]]
 def make_failure_handler(
     run: Run, rank: int, devices: DevicePool, artifact: ShardArtifact
 ) -> FailureHandler:
-    """Make the function that decides what becomes of a shard after an attempt of a flow run, and says so everywhere."""
+    """Return the function that handles a failed attempt on a shard, and reports the decision."""
 
     async def handle_attempt_failure(error: object, flow_run_id: UUID | None) -> RetryDecision:
         failure = failure_of(error)
@@ -44,8 +44,8 @@ def make_failure_handler(
             emit_preemption(run, rank, failure)
         if failure.ordinal is not None and decision.is_circuit_open and decision.retry:
             emit_quarantine(run, run.plan.ids(np.array([failure.ordinal]))[0], failure.message)
-        if failure.cause == FailureCause.HARDWARE and devices.set_aside(rank):
-            logger.warning("the device of shard %d is set aside for the rest of this run", rank)
+        if failure.cause == FailureCause.HARDWARE and devices.exclude(rank):
+            logger.warning("the device of shard %d is excluded for the rest of this run", rank)
         await artifact.show(percent_done(run, rank), decision.reason, now=True)
         if flow_run_id is not None:
             await tag_flow_run(flow_run_id, f"failed:{failure.kind}")
@@ -55,11 +55,12 @@ def make_failure_handler(
 
 
 def make_retry_hook(run: Run, handle_attempt_failure: FailureHandler) -> RetryHook:
-    """Make the hook of one shard's own copy of the task.
+    """Return the hook for one shard's own copy of the task.
 
-    A plain function: Prefect 3.8 takes a partial, a bound method or a callable object for "never retry". The engine reads
-    the task's `retry_delay_seconds` after the hook has returned, so each failure gets a delay of its own. A request to
-    Prefect's server that failed is no failure of a shard that is embedded here: the flow goes on with it without Prefect.
+    It is a plain function: Prefect 3.8 treats a partial, a bound method or a callable object as
+    "never retry". The engine reads the task's `retry_delay_seconds` after the hook has returned, so
+    each failure gets its own delay. A failed request to Prefect's server is not a failure of a
+    shard that is embedded here: the flow continues with it without Prefect.
     """
 
     async def retry_hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -81,7 +82,7 @@ def percent_done(run: Run, rank: int) -> float:
 
 
 def failure_of(error: object) -> Failure:
-    """Take the failure that an attempt reported, or judge what else ended it."""
+    """Return the failure that an attempt reported, or classify what else ended it."""
     if isinstance(error, ShardFailedError):
         return error.failure
     if isinstance(error, BaseException):

@@ -1,8 +1,8 @@
-"""Prefect's server for one run: `python -P server_process.py FD`, on a socket that listens already.
+"""Prefect's server for one run: `python -P server_process.py FD`, on a listening socket.
 
-It says `ready` in a line on standard output, and lives as long as its standard input: that ends when the run closes it or
-is killed, so no server is ever left behind. Signals are for the run: one that goes to the whole process group (Ctrl-C, Slurm,
-systemd) must not end the server before the run's end is recorded.
+It prints the line `ready`, and exits when its standard input ends: when the run closes it or is
+killed, so no server is ever left running. It ignores signals: one that goes to the whole process
+group (Ctrl-C, Slurm, systemd) must not end the server before the end of the run is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 
 _POLL_S = 0.1
-_PATIENCE_S = 4.0  # with requests that are being answered
+_FINISH_S = 4.0  # for requests in progress
 
 
 def main(fd: int) -> int:
@@ -27,7 +27,7 @@ def main(fd: int) -> int:
 
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
-    # On a thread, since on the main one uvicorn would take the signals back.
+    # In a thread, since in the main one uvicorn would install its own signal handlers.
     serving = threading.Thread(
         target=server.run, kwargs={"sockets": [socket.socket(fileno=fd)]}, daemon=True
     )
@@ -38,9 +38,10 @@ def main(fd: int) -> int:
             is_ready = True
             print("ready", flush=True)
     server.should_exit = True
-    serving.join(_PATIENCE_S)
+    serving.join(_FINISH_S)
     sys.stderr.flush()
-    os._exit(0 if is_ready else 1)  # whatever threads a server has
+    # Without waiting for any other thread of the server.
+    os._exit(0 if is_ready else 1)
 
 
 def _has_ended(stream: int) -> bool:

@@ -1,4 +1,4 @@
-"""The Prefect task of one shard: one attempt is one child process on one device."""
+"""The Prefect task of one shard: each attempt is one worker process on one device."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ from vnp_lib.run import (
 from vnp_lib.storage import write_file
 from vnp_lib.worker import run_worker
 
-_TELL_EVERY_S = 300.0
-_NEVER_BY_COUNT = 1_000_000_000  # the retry hook is what ends an unlucky shard
+_REMIND_EVERY_S = 300.0
+# The retry hook ends a failing shard, not the number of retries.
+_UNLIMITED_RETRIES = 1_000_000_000
 
 
 def result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Name a shard's persisted result: the same run, divided in the same way."""
+    """Name a shard's persisted result by its run, and the number of shards of that."""
     return _result_name(parameters["run"], parameters["shard"].rank)
 
 
 def has_plain_result(run: Run, rank: int) -> bool:
-    """Whether a shard has a persisted result that Prefect may be let read."""
+    """Whether a shard has a persisted result that is safe for Prefect to read."""
     return is_plain_result(run.paths.results_dir / _result_name(run, rank))
 
 
@@ -51,7 +52,7 @@ def _result_name(run: Run, rank: int) -> str:
 @task(
     name="embed-shard",
     task_run_name="shard-{shard.rank:03d}",
-    retries=_NEVER_BY_COUNT,
+    retries=_UNLIMITED_RETRIES,
     persist_result=True,
     result_serializer="json",
     cache_policy=CacheKeyFnPolicy(cache_key_fn=result_key),
@@ -63,22 +64,20 @@ async def embed_shard(
     progress: RunProgress,
     artifact: ShardArtifact,
 ) -> dict[str, Any]:
-    """Make one attempt on a shard, and return what it holds when all of it is in checkpoints, or in quarantine.
+    """Make one attempt on a shard, and return its counts once all is in checkpoints or quarantine.
 
-    `shard` is how it stood when the flow looked; an attempt looks again.
+    `shard` is its progress when the flow started; an attempt reads the checkpoints again.
 
     Raises:
-        ShardFailedError: The attempt ended badly; the retry hook judges it.
+        ShardFailedError: The attempt failed; the retry hook handles it.
     """
     if not shard.is_complete:
         if run.config.executor == "work-pool":
             await delegate_shard(run, shard.rank, progress)
         else:
             await _attempt_here(run, shard.rank, devices, progress, artifact)
-    of_the_shard = run.checkpoints(rank=shard.rank).valid
-    run.manifest.reconcile(
-        of_the_shard, rank=shard.rank
-    )  # a child may die before it records its last one
+    # A worker process may crash before it records its last checkpoint.
+    run.manifest.reconcile(run.checkpoints(rank=shard.rank).valid, rank=shard.rank)
     run.manifest.mark_shard_complete(shard.rank)
     run.metrics.set_progress(
         shard.rank, num_sequences=shard.num_sequences, num_done=shard.num_sequences
@@ -95,8 +94,8 @@ async def embed_shard(
 async def _attempt_here(
     run: Run, rank: int, devices: DevicePool, progress: RunProgress, artifact: ShardArtifact
 ) -> None:
-    must_move = devices.left_broken(rank)
-    async with devices.one(rank) as device:
+    must_move = devices.must_move(rank)
+    async with devices.acquire(rank) as device:
         if must_move:
             run.manifest.record_redistribution(rank, device.index)
         attempt = run.manifest.start_attempt(rank, device=device.name)
@@ -113,24 +112,24 @@ async def _attempt(
         run.shard_job(rank, device).model_dump_json(indent=1).encode(),
         replace=True,
     )
-    follower = _Follower(run, rank, attempt, device, progress, artifact)
+    reporter = _AttemptReporter(run, rank, attempt, device, progress, artifact)
     run.metrics.attempt(rank)
     await run_worker(
         run.paths.job(rank),
         device=device,
         log_path=run.paths.worker_log(rank),
-        on_event=follower.on_event,
+        on_event=reporter.on_event,
         startup_limit_s=runtime.startup_limit_s,
         silence_limit_s=runtime.silence_limit_s,
         grace_s=runtime.grace_s,
     )
     num_quarantined = run.num_quarantined(rank)
-    set_aside = f", {num_quarantined:,} in quarantine" if num_quarantined else ""
-    await artifact.show(100.0, f"complete after attempt {attempt}{set_aside}", now=True)
+    quarantined = f", {num_quarantined:,} in quarantine" if num_quarantined else ""
+    await artifact.show(100.0, f"complete after attempt {attempt}{quarantined}", now=True)
 
 
-class _Follower:
-    """Passes on what a child says: to the task run's log, to the progress bar and to the shard's artifact."""
+class _AttemptReporter:
+    """Forwards the events of an attempt to the task run's log, progress bar and artifact."""
 
     def __init__(
         self,
@@ -149,7 +148,7 @@ class _Follower:
         self._artifact = artifact
         self._logger = get_run_logger()
         self._sequences = self._total = 0
-        self._next_told_at = 0.0
+        self._next_reminder_at = 0.0
 
     async def on_event(self, event: Event) -> None:
         self._run.metrics.on_event(self._rank, event)
@@ -158,10 +157,10 @@ class _Follower:
                 self._logger.log(level, message)
             case WaitingForShard(message=message):
                 self._logger.info("waiting for an earlier attempt: %s", message)
-                if time.monotonic() >= self._next_told_at:
-                    self._next_told_at = time.monotonic() + _TELL_EVERY_S
+                if time.monotonic() >= self._next_reminder_at:
+                    self._next_reminder_at = time.monotonic() + _REMIND_EVERY_S
                     self._progress.print_line(
-                        f"shard {self._rank} waits for another process to leave it: {message}"
+                        f"shard {self._rank} waits for another process to release it: {message}"
                     )
             case AttemptStarted(pending=pending, done=done, tokens_done=tokens):
                 self._sequences, self._total = done, done + pending
@@ -182,7 +181,7 @@ class _Follower:
                 self._logger.warning("%d tokens in one forward pass from now on", tokens)
             case SequenceQuarantined(id=sequence_id, message=message):
                 self._logger.warning(
-                    "%r is set aside in %s: %s", sequence_id, self._run.paths.quarantine, message
+                    "%r is quarantined in %s: %s", sequence_id, self._run.paths.quarantine, message
                 )
                 emit_quarantine(self._run, sequence_id, message)
             case CheckpointSaved(number=number, rows=rows):
@@ -190,5 +189,8 @@ class _Follower:
 
     async def _show(self) -> None:
         percent = 100.0 * self._sequences / max(self._total, 1)
-        described = f"{self._sequences} of {self._total} sequences, attempt {self._attempt} on {self._device}"
-        await self._artifact.show(percent, described)
+        await self._artifact.show(
+            percent,
+            f"{self._sequences} of {self._total} sequences, "
+            f"attempt {self._attempt} on {self._device}",
+        )

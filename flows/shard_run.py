@@ -1,4 +1,4 @@
-"""The flow of one shard on a machine of its own, started by a run with `--executor work-pool`."""
+"""The flow of one shard on another machine, started by a run with `--executor work-pool`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,20 @@ from vnp_lib.worker import send_heartbeats
 
 @flow(name="vnp-embed-shard", retries=0, persist_result=False, result_storage=NOWHERE)
 async def embed_shard_run(config: EmbedConfig, rank: int, fingerprint: str) -> State[Any]:
-    """Embed one shard of a run that another machine has opened and waits for.
+    """Embed one shard of a run that another machine has opened, and that waits for it.
 
     Args:
-        config: Of that run; `output_dir` is a path that both machines have.
+        config: Settings of that run; both machines can access `output_dir`.
         rank: Which shard.
-        fingerprint: Of that run: a directory that holds another one by now is refused.
+        fingerprint: Fingerprint of that run: a directory that now holds another run is refused.
     """
     heartbeat = RunPaths(config.output_dir).heartbeat(rank)
     with sigterm_cancels_the_flow():
         async with send_heartbeats(heartbeat, interval_s=config.runtime.heartbeat_s):
-            run = await asyncio.to_thread(
-                attach_run, config, fingerprint
-            )  # reads the weights: minutes for the largest
-            shard = await asyncio.to_thread(
-                run.shard_progress, rank
-            )  # seconds, where there are many checkpoints
+            # In a thread, since it reads the weights, which takes minutes for the largest model.
+            run = await asyncio.to_thread(attach_run, config, fingerprint)
+            # Likewise: with many checkpoints it takes seconds.
+            shard = await asyncio.to_thread(run.shard_progress, rank)
             ordinals = run.plan.shard_ordinals(rank)
             progress = RunProgress(
                 total_sequences=ordinals.size,

@@ -1,8 +1,9 @@
-"""What SIGTERM, Ctrl-C and SIGQUIT do to a flow.
+"""Handle SIGTERM, Ctrl-C and SIGQUIT in a flow.
 
-SIGTERM and SIGINT ask for one thing: that the workers save what they have computed, and that all leave. Those that come
-within 8 s of the first change nothing, however many they are and whoever sends them. A later one, or SIGQUIT (Ctrl-\\) at
-any time, ends everything at once; what is in no checkpoint is computed again.
+SIGTERM and SIGINT request the same: the workers save what they have computed, and all processes
+exit. Signals within 8 s of the first change nothing, however many and whoever sends them. A later
+one, or SIGQUIT (Ctrl-\\) at any time, ends everything at once; what is in no checkpoint is computed
+again.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from vnp_lib.worker import Request, StopRequests, has_workers, kill_workers
 
 @contextmanager
 def sigterm_cancels_the_flow() -> Iterator[None]:
-    """Make SIGTERM one thing, a cancellation of the flow, wherever in the event loop it strikes, and however often.
+    """Turn SIGTERM into one cancellation of the flow, whatever code it interrupts, however often.
 
-    Prefect's handler raises TerminationSignal in whatever code is running. Out of the selector it ends asyncio.run. Out of
-    a callback asyncio only logs it, and out of a task it is that task's own failure: the flow would run on.
+    Prefect's handler raises TerminationSignal in whatever code is running. Raised from the
+    selector, it ends asyncio.run. Raised from a callback, asyncio only logs it, and raised from a
+    task it is the failure of that task: the flow would continue.
     """
     loop, flow_task = asyncio.get_running_loop(), asyncio.current_task()
     assert flow_task is not None
@@ -42,7 +44,7 @@ def sigterm_cancels_the_flow() -> Iterator[None]:
 
     loop.set_exception_handler(on_loop_error)
     try:
-        with every_sigterm_heard(loop, on_sigterm), requests.other_signals_heard():
+        with handle_every_sigterm(loop, on_sigterm), requests.handle_other_signals():
             yield
     except (TerminationSignal, BaseExceptionGroup) as error:
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(TerminationSignal):
@@ -54,37 +56,39 @@ def sigterm_cancels_the_flow() -> Iterator[None]:
 
 
 class _Requests:
-    """The signals that a flow gets, counted together."""
+    """The stop signals that a flow gets, counted together."""
 
     def __init__(self) -> None:
         self._requests = StopRequests()
         self._has_sigterm = False
 
     def on_sigterm(self) -> bool:
-        """Take SIGTERM over at the first one, and say whether it is that.
+        """Replace Prefect's handler at the first SIGTERM, and return whether this is the first.
 
-        Not before: Prefect acknowledges a cancellation by its control channel only where its own handler is in place. And
-        for good: each further one would be raised out of the code that leaves.
+        Not before: Prefect acknowledges a cancellation on its control channel only if its own
+        handler is installed. And permanently: each further signal would raise an exception in the
+        code that shuts down.
         """
         if self._has_sigterm:
             return False
         self._has_sigterm = True
         if _is_main_thread():
             signal.signal(signal.SIGTERM, self._on_further_sigterm)
-        if self._requests.on_signal() == Request.EXIT_NOW:  # Ctrl-C was the first
+        # After an earlier Ctrl-C, even the first SIGTERM may be urgent.
+        if self._requests.on_signal() == Request.EXIT_NOW:
             kill_workers()
         return True
 
     def _on_further_sigterm(self, signum: int, frame: FrameType | None) -> None:
         if self._requests.on_signal() == Request.EXIT_NOW:
-            self._leave_at_once(signum, frame)
+            self._exit_now(signum, frame)
 
-    def _leave_at_once(self, signum: int, frame: FrameType | None) -> None:
+    def _exit_now(self, signum: int, frame: FrameType | None) -> None:
         kill_workers()
         raise TerminationSignal(signal=signal.SIGTERM)
 
     @contextmanager
-    def other_signals_heard(self) -> Iterator[None]:
+    def handle_other_signals(self) -> Iterator[None]:
         """Handle SIGINT and SIGQUIT within the block."""
         interrupt = signal.getsignal(signal.SIGINT)
         if not _is_main_thread() or not callable(interrupt):
@@ -98,7 +102,7 @@ class _Requests:
             if request != Request.REPEATED or not has_workers():
                 interrupt(signum, frame)
 
-        quit_before = signal.signal(signal.SIGQUIT, self._leave_at_once)
+        quit_before = signal.signal(signal.SIGQUIT, self._exit_now)
         signal.signal(signal.SIGINT, on_interrupt)
         try:
             yield
@@ -108,11 +112,12 @@ class _Requests:
 
 
 @contextmanager
-def every_sigterm_heard(
+def handle_every_sigterm(
     loop: asyncio.AbstractEventLoop, on_sigterm: Callable[[], None]
 ) -> Iterator[None]:
-    """Call `on_sigterm` in the loop for each SIGTERM. The signal's handler stays in its place, and may do what it likes."""
-    if not _is_main_thread():  # the only one in which Python hears signals
+    """Call `on_sigterm` in the loop for each SIGTERM; the handler of the signal stays installed."""
+    # Python handles signals in the main thread only.
+    if not _is_main_thread():
         yield
         return
 

@@ -1,4 +1,4 @@
-"""Shards on other machines: each is a flow run of its own, of a deployment, and this machine waits for it."""
+"""Shards on other machines: run each as a flow run of a deployment, and wait for it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ from vnp_lib.run import Run, ShardProgress
 from vnp_lib.worker import HeartbeatWatch
 
 _POLL_S = 2.0
-_PAGE = 200  # flow runs that the API gives at once
+_PAGE = 200  # flow runs per response of the API
 
 
 async def end_leftovers(run: Run) -> None:
-    """End the flow runs of shards that earlier runs on this directory have left, at work or waiting for a machine.
+    """End the flow runs of shards that earlier runs in this directory left running or scheduled.
 
-    The directory is ours, so nobody waits for them any more. What they have computed is kept. Those that cannot leave,
-    since their machine is gone, are marked as ended after the grace that a child has to save its work: each would keep its
-    place in the deployment's concurrency limit, for ever where Prefect's server was killed too.
+    This run holds the directory, so nobody waits for them. What they have computed is kept. Those
+    that cannot exit, because their machine is gone, are marked as cancelled after the grace that a
+    worker process has to save its work: otherwise each would keep its slot in the concurrency limit
+    of the deployment, permanently if Prefect's server was killed too.
     """
     async with get_client() as client:
         ours = run_tag(_flow_run_id())
@@ -52,7 +53,7 @@ async def end_leftovers(run: Run) -> None:
         if not leftovers:
             return
         get_run_logger().warning(
-            "%d flow runs that an earlier run has left are ended first", len(leftovers)
+            "ending %d flow runs that an earlier run left behind", len(leftovers)
         )
         await _cancel(client, leftovers, "the run that it was part of is gone")
         deadline = time.monotonic() + run.config.runtime.grace_s
@@ -64,14 +65,15 @@ async def end_leftovers(run: Run) -> None:
                 await asyncio.sleep(_POLL_S)
             if not state.is_final():
                 await client.set_flow_run_state(
-                    left.id, Cancelled(message="nobody has ended it"), force=True
+                    left.id, Cancelled(message="its machine did not end it"), force=True
                 )
 
 
 async def cancel_shards(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook for every end of the flow but a good one: cancel the flow runs of its shards, which save what they have.
+    """Cancel the flow runs of the shards, which save their work, if the flow did not complete.
 
-    A flow run that is taken away to be rescheduled has not ended: no hook is called, and its shards go on.
+    This is a hook of the flow. A flow run that is rescheduled has not ended: no hook is called, and
+    its shards continue.
     """
     if EmbedConfig.model_validate(flow_run.parameters["config"]).executor == "local":
         return
@@ -81,13 +83,14 @@ async def cancel_shards(flow: object, flow_run: FlowRun, state: State[Any]) -> N
 
 
 async def delegate_shard(run: Run, rank: int, progress: RunProgress) -> None:
-    """Have a flow run of its own embed a shard, on whatever machine takes it, and wait for that.
+    """Embed a shard by a separate flow run, on any machine of the work pool, and wait for it.
 
     Raises:
         ConfigError: There is no such deployment.
-        ShardFailedError: The flow run has given up, or its machine is gone.
+        ShardFailedError: The flow run has failed, or its machine is gone.
     """
-    run.prepare_shard(rank)  # its signs of life go there, from the first moment
+    # Its heartbeats are written there from the start.
+    run.prepare_shard(rank)
     async with get_client() as client:
         flow_run_id = await _find(rank, client) or await _start(run, rank, client)
         get_run_logger().info("flow run %s embeds shard %d", flow_run_id, rank)
@@ -95,17 +98,17 @@ async def delegate_shard(run: Run, rank: int, progress: RunProgress) -> None:
 
 
 def run_tag(flow_run_id: str) -> str:
-    """The tag by which the flow runs of a run's shards are found."""
+    """Return the tag of the flow runs of a run's shards."""
     return f"vnp-run:{flow_run_id}"
 
 
 def directory_tag(run: Run) -> str:
-    """The tag by which they are found when that run is gone: it was on the same directory."""
+    """Return the tag by which a later run in the same directory finds them."""
     return f"vnp-dir:{run.paths.run_dir.resolve()}"
 
 
 async def _find(rank: int, client: PrefectClient) -> UUID | None:
-    """Find the flow run that an earlier process of this flow run has started: that process was taken away, or cut off."""
+    """Find the flow run that an earlier process of this flow run started, before it was lost."""
     started = await _unfinished(client, [run_tag(_flow_run_id())], name=_name(rank))
     return next(
         (shard.id for shard in started if shard.state and not shard.state.is_cancelling()), None
@@ -128,12 +131,13 @@ async def _start(run: Run, rank: int, client: PrefectClient) -> UUID:
             timeout=0,
             flow_run_name=_name(rank),
             tags=["vnp", run.config.model, run_tag(_flow_run_id()), directory_tag(run)],
-            idempotency_key=str(uuid4()),  # the client repeats a request that got no answer
+            # The client repeats a request that got no answer.
+            idempotency_key=str(uuid4()),
         )
     except ObjectNotFound:
         raise ConfigError(
-            f"there is no deployment {run.config.shard_deployment!r}: `prefect deploy --all` makes those of prefect.yaml, "
-            f"and --shard-deployment names another"
+            f"there is no deployment {run.config.shard_deployment!r}: create those of prefect.yaml "
+            f"with `prefect deploy --all`, or name another one with --shard-deployment"
         ) from None
     return flow_run.id
 
@@ -157,11 +161,12 @@ async def _follow(
     shown = _ShownProgress(run, await asyncio.to_thread(run.shard_progress, rank), progress)
     while not (state := await _state(client, flow_run_id)).is_final():
         if not state.is_running():
-            watch.reset()  # it waits for a machine, or for its next attempt
+            # It waits for a machine, or for its next attempt.
+            watch.reset()
         elif watch.silent_for_s() > lost_after_s:
-            told = f"its machine has given no sign of life for {lost_after_s:g} s"
-            await client.set_flow_run_state(flow_run_id, Crashed(message=told), force=True)
-            raise ShardFailedError(Failure(cause=FailureCause.PREEMPTED, message=told))
+            message = f"its machine has sent no heartbeat for {lost_after_s:g} s"
+            await client.set_flow_run_state(flow_run_id, Crashed(message=message), force=True)
+            raise ShardFailedError(Failure(cause=FailureCause.PREEMPTED, message=message))
         else:
             shown.update()
         await asyncio.sleep(_POLL_S)
@@ -174,7 +179,7 @@ async def _follow(
 
 
 class _ShownProgress:
-    """Shows what is in checkpoints of a shard: what is on its way to one, only that machine knows."""
+    """Shows how much of a shard is in checkpoints; only its machine knows what is pending."""
 
     def __init__(self, run: Run, begun: ShardProgress, progress: RunProgress) -> None:
         self._run = run
@@ -186,15 +191,14 @@ class _ShownProgress:
         progress.begin(rank, sequences=self._begun.num_done, tokens=self._begun.tokens_done)
 
     def update(self) -> None:
-        """Go by the manifest, a small file. It counts rows; which of the shard's they are is not looked up."""
+        """Read the number of rows from the manifest, a small file, and not the checkpoints."""
         before = self._begun.num_done
         now = min(
             before + max(0, self._recorded() - self._recorded_before), self._begun.num_sequences
         )
-        come = self._run.plan.num_tokens(
-            self._ordinals[before:now]
-        )  # the longest are computed first
-        self._observe(num_done=now, tokens_done=self._begun.tokens_done + come)
+        # The longest sequences are computed first.
+        num_tokens = self._run.plan.num_tokens(self._ordinals[before:now])
+        self._observe(num_done=now, tokens_done=self._begun.tokens_done + num_tokens)
 
     def complete(self) -> None:
         self._observe(
@@ -216,7 +220,7 @@ class _ShownProgress:
 async def _unfinished(
     client: PrefectClient, tags: list[str], *, name: str | None = None
 ) -> list[FlowRun]:
-    """All flow runs with these tags that have not ended."""
+    """Return all flow runs with these tags that have not ended."""
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=tags),
         state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))),
@@ -231,7 +235,7 @@ async def _unfinished(
 
 
 async def _cancel(client: PrefectClient, flow_runs: Iterable[FlowRun], reason: str) -> None:
-    """Ask for their end. One that no machine has yet is cancelled at once; of the others, their worker takes care."""
+    """Cancel flow runs: scheduled ones at once, running ones through their worker."""
     for flow_run in flow_runs:
         is_waiting = flow_run.state is None or flow_run.state.is_scheduled()
         await client.set_flow_run_state(

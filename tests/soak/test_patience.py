@@ -107,7 +107,7 @@ def test_who_holds_a_shard_is_said_and_waited_for(
     with reaped(process, paths.run_dir):
         _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert err.count("shard 0 waits for another process to leave it") == 1
+    assert err.count("shard 0 waits for another process to release it") == 1
     assert f"held by process {os.getpid()}" in err
     assert_whole_at_the_first_attempt(paths.run_dir, 20)
 

@@ -1,4 +1,4 @@
-"""A shard and a run whose Prefect server is gone."""
+"""A shard and a run whose Prefect server is lost."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ LOST = httpx.ConnectError("All connection attempts failed")
     ("error", "is_lost"),
     [(LOST, True), (httpx.ReadTimeout(""), True), (OSError(), False), (None, False)],
 )
-def test_only_a_request_that_failed_is_a_lost_server(error, is_lost):
+def test_only_a_failed_request_is_a_lost_server(error, is_lost):
     assert is_lost_server(error) == is_lost
 
 
-def test_without_prefect_a_shard_is_tried_again_while_it_is_judged_worth_it():
+def test_without_prefect_a_shard_is_retried():
+    """As long as the failure handler says so."""
     outcomes = iter([RuntimeError("first"), RuntimeError("second"), {"rank": 3}])
-    judged = []
+    handled = []
 
     async def attempt():
         outcome = next(outcomes)
@@ -36,11 +37,11 @@ def test_without_prefect_a_shard_is_tried_again_while_it_is_judged_worth_it():
         return outcome
 
     async def handle_failure(error):
-        judged.append(str(error))
+        handled.append(str(error))
         return RetryDecision(retry=True, delay_s=0.0, reason="again")
 
     state = asyncio.run(try_without_prefect(attempt, handle_failure))
-    assert judged == ["first", "second"]
+    assert handled == ["first", "second"]
     assert state.is_completed()
     assert state.data == {"rank": 3}
 
@@ -57,13 +58,13 @@ def test_without_prefect_a_shard_fails_with_the_reason():
     assert state.message == "exhausted 3 retries"
 
 
-@pytest.mark.parametrize(("executor", "num_judged"), [("local", 0), ("work-pool", 1)])
-def test_a_lost_server_is_no_failure_of_a_shard_that_is_embedded_here(executor, num_judged):
+@pytest.mark.parametrize(("executor", "num_handled"), [("local", 0), ("work-pool", 1)])
+def test_a_lost_server_is_no_failure_of_a_local_shard(executor, num_handled):
     """It costs no attempt, and no strike is recorded."""
-    judged = []
+    handled = []
 
     async def handle_failure(error, flow_run_id):
-        judged.append(error)
+        handled.append(error)
         return RetryDecision(retry=True, delay_s=0.0, reason="again")
 
     hook = make_retry_hook(
@@ -72,18 +73,18 @@ def test_a_lost_server_is_no_failure_of_a_shard_that_is_embedded_here(executor, 
     is_retried = asyncio.run(
         hook(SimpleNamespace(), SimpleNamespace(flow_run_id=None), Failed(data=LOST))
     )
-    assert len(judged) == num_judged
-    assert is_retried == bool(num_judged)
+    assert len(handled) == num_handled
+    assert is_retried == bool(num_handled)
 
 
-def test_how_a_flow_ended_is_known_without_prefect():
-    """To whoever runs it; a flow that nobody asks notes nothing."""
+def test_the_end_of_a_flow_is_known_without_prefect():
+    """It is recorded only inside `Ending.recording`."""
     completed = Completed(message="2 sequences embedded")
     assert note_ending(completed) is completed
 
     async def run() -> State:
         ending = Ending()
-        with ending.noted():
+        with ending.recording():
             asyncio.get_running_loop().call_soon(note_ending, completed)
             return await asyncio.wait_for(ending.wait(), 10)
 

@@ -1,4 +1,4 @@
-"""What a run needs of Prefect before Prefect is imported: settings, a home, a server, each told of in one sentence."""
+"""What a run needs before Prefect is imported: settings, a home, a server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from flows.prefect_server import (
 from vnp_lib.errors import ConfigError
 
 HOME = {"HOME": "/nowhere"}
-CLOSED = "http://127.0.0.1:9/api"  # nobody listens there
+CLOSED = "http://127.0.0.1:9/api"  # no server listens there
 
 
 def write(path: Path, text: str) -> Path:
@@ -50,8 +50,8 @@ def test_a_run_gets_what_it_needs_from_every_directory(tmp_path):
     assert environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert environ["DO_NOT_TRACK"] == "1"
     assert environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] == "120"
-    # That is for the server and the workers alone, which have it from those who start them: a program that imports a flow
-    # decides itself what its own children import.
+    # Only the server and the worker processes get it, from those who start them: a program that
+    # imports a flow decides what its own subprocesses import.
     assert "PYTHONSAFEPATH" not in environ
     assert "127.0.0.1" in environ["no_proxy"]
 
@@ -59,8 +59,8 @@ def test_a_run_gets_what_it_needs_from_every_directory(tmp_path):
 @pytest.mark.parametrize(
     "place", ["environment", "lower case", ".env", "prefect.toml", "pyproject.toml", "profile"]
 )
-def test_what_the_user_has_set_stays(tmp_path, place):
-    """In whichever of Prefect's places, and strongest first."""
+def test_settings_of_the_user_stay(tmp_path, place):
+    """In any place where Prefect reads settings, and in the order of precedence."""
     environ = {"PREFECT_HOME": str(tmp_path / "home")}
     name, value = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "7"
     match place:
@@ -101,8 +101,8 @@ def test_analytics_that_the_user_wants_are_left_on(tmp_path):
     assert "DO_NOT_TRACK" not in environ
 
 
-def test_an_empty_variable_takes_back_what_a_profile_has_set(tmp_path):
-    """As messages advise it."""
+def test_an_empty_variable_overrides_a_profile(tmp_path):
+    """As error messages advise."""
     write(tmp_path / "profiles.toml", f"active = 'a'\n[profiles.a]\nPREFECT_API_URL = '{CLOSED}'\n")
     environ = {"PREFECT_HOME": str(tmp_path)}
     assert read_user_settings(environ, tmp_path).find("PREFECT_API_URL") is not None
@@ -116,7 +116,7 @@ def test_an_empty_variable_takes_back_what_a_profile_has_set(tmp_path):
     ("file", "text", "words"),
     [
         ("profiles.toml", "active = 'x\n[", "profiles.toml"),
-        ("profiles.toml", "active = 'gone'\n[profiles.a]\n", "the profile 'gone'"),
+        ("profiles.toml", "active = 'gone'\n[profiles.a]\n", "profile 'gone'"),
         ("prefect.toml", "[server", "prefect.toml"),
         ("pyproject.toml", "[tool.prefect\n", "pyproject.toml"),
     ],
@@ -127,9 +127,8 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, file, text, words):
         read_user_settings({"PREFECT_HOME": str(tmp_path)}, tmp_path)
     assert str(path.parent) in str(raised.value)
     assert "\n" not in str(raised.value)
-    prepare_environment(
-        {"PREFECT_HOME": str(tmp_path)}, tmp_path
-    )  # who imports the flow only is not disturbed
+    # Importing the flow raises no error.
+    prepare_environment({"PREFECT_HOME": str(tmp_path)}, tmp_path)
 
 
 @pytest.mark.parametrize("profile", ["ephemeral", "local", "cloud", "test"])
@@ -155,8 +154,8 @@ def test_prefects_own_profiles_need_no_file(tmp_path, profile):
     "name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"]
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-def test_this_machine_is_reached_past_every_proxy(monkeypatch, without, name, host):
-    """As Prefect's clients of HTTP and of web sockets see it; names that the user has taken out stay so."""
+def test_no_proxy_is_used_for_this_machine(monkeypatch, without, name, host):
+    """By Prefect's clients of HTTP and web sockets; hosts that the user has excluded stay so."""
     for each in [each for each in os.environ if each.lower().endswith("_proxy")]:
         monkeypatch.delenv(each)
     environ = without | {name: "http://127.0.0.1:3999"}
@@ -173,8 +172,8 @@ def test_this_machine_is_reached_past_every_proxy(monkeypatch, without, name, ho
     assert environ["no_proxy"] == environ["NO_PROXY"]
 
 
-def test_a_proxy_that_nobody_can_use_is_dropped_for_a_server_on_this_machine():
-    """SOCKS without its package: a client could not even be made."""
+def test_an_unusable_proxy_is_dropped_for_a_local_server():
+    """For SOCKS without its package, a client could not even be created."""
     environ = {
         "all_proxy": "socks5://127.0.0.1:3",
         "HTTP_PROXY": "foo://x",
@@ -192,7 +191,7 @@ def settings_of(tmp_path: Path, **variables: str):
 
 
 @pytest.mark.parametrize("home", ["file", "file/below", "/proc/none", "/dev/full"])
-def test_a_home_that_cannot_be_used_is_refused_by_name(tmp_path, home):
+def test_an_unusable_home_is_refused_by_name(tmp_path, home):
     write(tmp_path / "file", "")
     chosen = home if home.startswith("/") else str(tmp_path / home)
     settings = read_user_settings({"PREFECT_HOME": chosen}, tmp_path)
@@ -201,7 +200,7 @@ def test_a_home_that_cannot_be_used_is_refused_by_name(tmp_path, home):
     assert chosen in str(raised.value)
 
 
-def test_a_home_is_looked_at_and_not_made(tmp_path):
+def test_a_home_is_checked_but_not_created(tmp_path):
     home = choose_home(settings_of(tmp_path), {}, is_needed=True)
     assert home.path == tmp_path / "home"
     assert not home.is_temporary
@@ -215,8 +214,8 @@ def test_a_full_disk_is_no_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["is a file", "is nowhere"])
-def test_without_a_home_a_temporary_one_is_made(tmp_path, monkeypatch, kind):
-    """With a line that says so, and a HOME with which Prefect can be imported."""
+def test_without_a_home_a_temporary_one_is_created(tmp_path, monkeypatch, kind):
+    """A notice names it, and HOME is set, so that Prefect can be imported."""
     monkeypatch.setenv("HOME", str(write(tmp_path / "file", "")))
     if kind == "is nowhere":
         monkeypatch.setattr(
@@ -248,7 +247,7 @@ def test_certificates_that_are_not_there_are_named(tmp_path):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """A server of whatever is asked for: `/200/TEXT/...` is answered with the status 200 and TEXT."""
+    """Respond to `/200/TEXT/...` with the status 200 and TEXT."""
 
     def do_GET(self) -> None:
         _, status, text, *_ = unquote(self.path).split("/")
@@ -273,33 +272,33 @@ def answering() -> Iterator[str]:
     ("address", "words"),
     [
         (CLOSED, "Connection refused"),
-        ("http://{}/200/<html>", "not as a Prefect server"),
-        ("http://{}/200/null", "not answer as a Prefect server"),
-        ("http://{}/200/%22ok%22", "with the version 'ok'"),
+        ("http://{}/200/<html>", "is not a Prefect server"),
+        ("http://{}/200/null", "is not a Prefect server"),
+        ("http://{}/200/%22ok%22", "the version 'ok'"),
         ("http://{}/401/no", "PREFECT_API_AUTH_STRING"),
-        ("http://{}/403/no", "does not let us in"),
+        ("http://{}/403/no", "denies access"),
         ("http://{}/404/no", "usually ends with /api"),
         ("http://{}/500/no", "500 Internal Server Error"),
         ('http://{}/200/"2.20.1"', "version 2.20.1"),
         ("https://{}/200/x", "does not speak https"),
         ("http://no.such.host.invalid/api", "cannot be reached"),
-        ("127.0.0.1:4200/api", "is no address"),
-        ("ftp://127.0.0.1/api", "is no address"),
+        ("127.0.0.1:4200/api", "has no valid address"),
+        ("ftp://127.0.0.1/api", "has no valid address"),
         ("http://127.0.0.1:port/api", "Invalid port"),
         ("https://api.prefect.cloud/api/accounts/a/workspaces/b", "PREFECT_API_KEY"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_named_with_where_it_was_set(answering, address, words):
+def test_an_unusable_server_is_named_with_its_setting(answering, address, words):
     url = Setting(value=address.format(answering), where="profile 'cloud' in /home/u")
     with pytest.raises(ConfigError, match=words) as raised:
         check_standing_server(url)
-    told = str(raised.value)
-    assert url.value in told
-    assert url.where in told
-    assert "\n" not in told
+    message = str(raised.value)
+    assert url.value in message
+    assert url.where in message
+    assert "\n" not in message
 
 
-def test_a_server_that_hangs_is_not_waited_for_for_long(monkeypatch):
+def test_a_hanging_server_is_refused_soon(monkeypatch):
     monkeypatch.setattr(prefect_server, "_REQUEST_S", 0.2)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -311,7 +310,7 @@ def test_a_server_that_hangs_is_not_waited_for_for_long(monkeypatch):
 
 
 @pytest.mark.parametrize("version", ['"3.8.8"', '"3.9.1"', '"3.0.0"'])
-def test_a_server_of_the_same_version_will_do(answering, version):
+def test_a_server_of_the_same_major_version_is_accepted(answering, version):
     check_standing_server(Setting(value=f"http://{answering}/200/{version}", where="x"))
 
 
@@ -330,7 +329,7 @@ def test_a_database_of_another_version_is_refused(tmp_path):
     assert str(tmp_path / "home" / "prefect.db") in str(raised.value)
 
 
-def test_databases_of_prefect_and_new_ones_are_taken(tmp_path):
+def test_databases_of_prefect_and_new_ones_are_accepted(tmp_path):
     check_database(None, tmp_path / "none")
     database(tmp_path / "home", "5b0bd3b41a23").close()
     check_database(None, tmp_path / "home")
@@ -348,14 +347,14 @@ def test_a_locked_database_is_refused(tmp_path, monkeypatch):
     connection.close()
 
 
-def test_what_is_no_database_is_refused(tmp_path):
+def test_another_kind_of_file_is_refused(tmp_path):
     write(tmp_path / "prefect.db", "no database " * 100)
     with pytest.raises(ConfigError, match="not a database"):
         check_database(None, tmp_path)
 
 
-def test_a_database_server_that_is_not_there_is_named_without_its_password():
-    with pytest.raises(ConfigError, match=r"nobody answers at 127\.0\.0\.1:9") as raised:
+def test_a_missing_database_server_is_named_without_password():
+    with pytest.raises(ConfigError, match=r"no server answers at 127\.0\.0\.1:9") as raised:
         check_database(
             Setting(value="postgresql+asyncpg://user:secret@127.0.0.1:9/prefect", where="x"),
             Path("/"),
@@ -364,7 +363,7 @@ def test_a_database_server_that_is_not_there_is_named_without_its_password():
 
 
 def embed(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`vnp-embed` of one protein in another directory, as far as it gets."""
+    """Run `vnp-embed` on one protein in another directory."""
     write(tmp_path / "in.fasta", ">a\nMKVLATTWQERS\n")
     environment = {
         name: value
@@ -404,7 +403,7 @@ def embed(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         ),
     ],
 )
-def test_a_start_that_fails_says_one_sentence_and_makes_nothing(tmp_path, variables, words):
+def test_a_failed_start_prints_one_line_and_creates_nothing(tmp_path, variables, words):
     ended = embed(tmp_path, **variables)
     assert ended.returncode == 2
     assert words in ended.stderr
