@@ -295,7 +295,7 @@ def _fault_of(detail: Mapping[str, Any], settings: UserSettings) -> str:
 
 
 def require_certificates(settings: UserSettings) -> None:
-    """Raise ConfigError for a certificate file that does not exist: no client accepts it."""
+    """Raise ConfigError if a certificate file is missing: no client could be created with it."""
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "PREFECT_API_SSL_CERT_FILE"):
         if (found := settings.find(name)) and not Path(found.value).exists():
             raise ConfigError(

@@ -129,7 +129,7 @@ def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
         process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "the same command goes on" in err
+    assert "Run the same command to resume." in err
     assert workers_of(run_dir) == []
     num_done = len(computed_ordinals(run_dir))
     assert 10 <= num_done < 66
