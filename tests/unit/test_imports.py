@@ -12,6 +12,18 @@ import pytest
 import vnp_lib
 from tests.helpers import ROOT
 
+NEED_TORCH = {
+    "checkpoint": {"archive", "array_pickle", "file", "resume", "writer"},
+    "dataset": {"torch_dataset"},
+    "inference": {"executor", "gpu_memory", "runner"},
+    "model": {
+        *("attention", "cpu_attention", "esm2", "foreign", "heads", "linear", "pooling"),
+        *("reference", "tokens", "weight_files", "weights", "windows"),
+    },
+    "report": {"verify_model"},
+}
+"""The modules of each room that cannot be imported without torch, besides `esm_extract`."""
+
 _LOADED = "; import sys; print(*sorted(sys.modules))"
 _HELP = "import runpy, sys; sys.argv = {arguments}\ntry: runpy.{run}\nexcept SystemExit: pass\nprint(); print(*sorted(sys.modules))"
 
@@ -31,6 +43,31 @@ def test_the_package_itself_imports_nothing_large() -> None:
         "pyarrow",
         "pydantic",
     }
+
+
+def test_which_modules_need_torch() -> None:
+    """Torch takes seconds to import: a name of any other module may be imported at the top."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "vnp_lib").rglob("*.py"))
+        if path.stem not in ("__init__", "__main__")
+    ]
+    code = f"""
+import importlib, sys
+sys.modules["torch"] = None
+need_torch = []
+for module in {modules}:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        need_torch.append(module)
+print(*need_torch)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    expected = {f"vnp_lib.{room}.{name}" for room, names in NEED_TORCH.items() for name in names}
+    assert set(ended.stdout.split()) == expected | {"vnp_lib.esm_extract"}
 
 
 def test_the_package_is_typed() -> None:
