@@ -22,7 +22,7 @@ MUTANTS = (
         before="            _require_no_records(data, file, kind)\n",
         after="",
         caught_by=(
-            "tests/unit/inputs/test_files.py::TestCompression::test_records_that_follow_are_never_dropped",
+            "tests/unit/inputs/test_files.py::TestCompression::test_records_after_compressed_data_are_never_dropped",
         ),
     ),
     Mutant(
@@ -53,7 +53,8 @@ MUTANTS = (
     Mutant(
         name="changed-file-not-noticed",
         module="inputs.files",
-        before="    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):\n",
+        before="    if (after.st_size, after.st_mtime_ns) != "
+        "(before.st_size, before.st_mtime_ns):\n",
         after="    if False:\n",
         caught_by=(f"{_FASTA}::test_a_file_that_is_being_written_is_refused_at_its_end",),
     ),
@@ -64,7 +65,7 @@ MUTANTS = (
         after="                if not kept.read(len(block)):\n",
         caught_by=(
             "tests/unit/inputs/test_reader.py::TestStandardInput::"
-            "test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays",
+            "test_other_input_in_the_same_run_is_refused",
         ),
     ),
     Mutant(

@@ -288,7 +288,7 @@ MUTANTS = (
         before="    for description in left_out:\n",
         after="    for description in []:\n",
         caught_by=(
-            "tests/unit/inputs/test_sources.py::TestTold::test_a_run_says_it_before_anything_is_made",
+            "tests/unit/inputs/test_sources.py::TestReported::test_a_run_warns_before_anything_is_made",
         ),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Files as users of other tools have had them, with the rows that fair-esm's own network gives for what is in them."""
+"""Files of users of other tools, and the rows that fair-esm's network gives for their records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vnp_lib.inputs.reader import read_records
 from vnp_lib.inputs.sources import Source
 
 CASES = Path(__file__).parents[2] / "data" / "cases"
-# The first four numbers of the mean of each made-up protein, with the parameters of `--weights random`.
+# The first four numbers of the mean of each made-up protein, with `--weights random`.
 A = (-0.13105, 0.47241, 0.14314, 0.20045)
 B = (-0.26078, 0.31059, 0.19554, -0.01328)
 C = (-0.55778, 0.35835, 0.17117, -0.28192)
@@ -46,19 +46,21 @@ def test_each_record_has_the_row_of_its_residues(
         np.testing.assert_allclose(rows[sequence_id], values, atol=2e-5, err_msg=sequence_id)
 
 
-def test_a_file_joined_without_a_line_break_gives_its_rows_once_that_is_mended(
+def test_a_joined_file_gives_its_rows_once_corrected(
     tmp_path: Path,
 ) -> None:
+    """Rows of a file whose missing line break was inserted."""
     text = (CASES / "cat_no_newline.fasta").read_text(encoding="utf-8")
-    mended = tmp_path / "mended.fasta"
-    mended.write_text(text.replace("V>b", "V\n>b"), encoding="utf-8")
-    rows = rows_of(mended)
+    corrected = tmp_path / "corrected.fasta"
+    corrected.write_text(text.replace("V>b", "V\n>b"), encoding="utf-8")
+    rows = rows_of(corrected)
     for sequence_id, values in {"a": A, "b": B, "c": C}.items():
         np.testing.assert_allclose(rows[sequence_id], values, atol=2e-5)
 
 
 @pytest.mark.parametrize("policy", ["error", "map"])
-def test_a_file_joined_without_a_line_break_is_refused_with_what_is_missing(policy: str) -> None:
+def test_a_file_joined_without_a_line_break_is_refused(policy: str) -> None:
+    """The error says what is missing."""
     path = CASES / "cat_no_newline.fasta"
     with pytest.raises(
         FastaError,
@@ -67,7 +69,8 @@ def test_a_file_joined_without_a_line_break_is_refused_with_what_is_missing(poli
         list(read_records(Source(path=path, name=path.name), InputPolicy(invalid_residues=policy)))  # type: ignore[arg-type]
 
 
-def test_a_file_joined_without_a_line_break_loses_no_record_unlisted() -> None:
+def test_a_joined_file_loses_no_record_unlisted() -> None:
+    """A skipped record is listed."""
     path = CASES / "cat_no_newline.fasta"
     (chunk,) = read_records(Source(path=path, name=path.name), InputPolicy(invalid_residues="skip"))
     assert chunk.usable.ids == ["c"]

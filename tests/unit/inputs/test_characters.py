@@ -1,4 +1,4 @@
-"""The table of character classes: what each policy does with each class, wherever the text comes from."""
+"""The table of character classes: what each policy does with each class."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ BY_NAME = {each.name: each for each in CLASSES}
 # Members of each class by the name it has in the table; what is in the midst of a sequence.
 MEMBERS = {
     "inner stop": "*",
-    "white space": " \t\v\f\x85\xa0\u1680\u2000\u2003\u2007\u2009\u200a\u2028\u2029\u202f\u205f\u3000",
-    "invisible characters": "\x1a\xad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202e\u2060\u2066\u2069\ufeff\ufe0f\U000e0041",
+    "white space": " \t\v\f\x85\xa0\u1680\u2000\u2003\u2007\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000",
+    "invisible characters": "\x1a\xad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f"
+    "\u202a\u202e\u2060\u2066\u2069\ufeff\ufe0f\U000e0041",
     "other alphabetic characters": "Éßñøβλπжשع一カ한ªＭ𝐌",
     "gaps": "-.~–—−‐…·",  # noqa: RUF001
     "header marks": ">",
@@ -84,9 +86,9 @@ def require_treated(path: Path, character: str, its_class: CharacterClass, polic
     if treatment == Treatment.REFUSED:
         with pytest.raises(FastaError) as caught:
             chunk_of(path, policy)
-        told = str(caught.value)
-        assert f"sequence 'a' has {character!r} at position 3; {its_class.advice[:12]}" in told
-        assert "\n" not in told
+        message = str(caught.value)
+        assert f"sequence 'a' has {character!r} at position 3; {its_class.advice[:12]}" in message
+        assert "\n" not in message
         return
     chunk = chunk_of(path, policy)
     expected = {Treatment.REMOVED: ["MKVL"], Treatment.UNKNOWN: ["MKXVL"], Treatment.LEFT_OUT: []}[
@@ -114,14 +116,14 @@ def members_of(is_member: Callable[[CharacterClass], bool]) -> set[str]:
     return {each for each in map(chr, range(0x10000)) if is_member(class_of.__wrapped__(each))}
 
 
-def test_only_letters_and_stops_are_read_as_unknown() -> None:
+def test_only_alphabetic_characters_and_stops_are_mapped() -> None:
     mapped = members_of(lambda each: each.map == Treatment.UNKNOWN)
     assert {each for each in mapped if not unicodedata.category(each).startswith("L")} == {"*"}
     assert len(mapped) > 10_000
 
 
 def test_white_space_is_what_unicode_says() -> None:
-    """Python's `isspace` has four control characters beside the property White_Space."""
+    """Python's `isspace` has four control characters that are not in the property White_Space."""
     spaces = set(filter(str.isspace, map(chr, range(0x10000))))
     assert members_of(lambda each: each.name == "white space") == spaces - {*"\x1c\x1d\x1e\x1f"}
 
@@ -209,7 +211,7 @@ def test_a_header_that_shows_nothing_has_no_id(tmp_path: Path, header: str) -> N
 @pytest.mark.parametrize(
     "text", ["MET LYS VAL LEU ALA", "MetLysValLeu", "met lys\tval\xa0leu gly", "Met-free Lys"]
 )
-def test_three_letter_codes_are_not_read_as_single_letters(tmp_path: Path, text: str) -> None:
+def test_three_letter_codes_are_not_read_as_residues(tmp_path: Path, text: str) -> None:
     path = in_fasta(tmp_path, text.replace("-free ", "ValLeu "))
     for policy in ("error", "map"):
         with pytest.raises(
@@ -223,7 +225,7 @@ def test_three_letter_codes_are_not_read_as_single_letters(tmp_path: Path, text:
     "text", ["ala ala ala ala", "met lys val", "met lys val leu a", "METVALLYSALA"]
 )
 def test_proteins_that_look_like_codes_are_read(tmp_path: Path, text: str) -> None:
-    """Of one residue repeated, of few residues, or without anything that shows how they were meant."""
+    """Repeats of one residue, few residues, or no case and no spaces that show the codes."""
     expected = text.replace(" ", "").upper()
     assert chunk_of(in_fasta(tmp_path, text)).usable.sequences == [expected]
     with_others = chunk_of(in_fasta(tmp_path, f"{text}\n>b\nM-K\n>c\nMet Lys Val Leu"), "skip")

@@ -1,4 +1,4 @@
-"""Ids that occur twice are made unique: those that occur once keep theirs, and a run is the same at every resume."""
+"""Repeated ids are made unique, and are the same at every resume."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_no_two_ids_are_equal_and_those_that_occur_once_stay(seed):
 
 
 def test_a_million_ids_take_little_memory():
-    """About 8 bytes for each id and 24 for each that is renamed, beside the 16 that were there; texts are not kept."""
+    """About 8 bytes per id and 24 per renamed id, besides the 16 of digests; no texts are kept."""
     ids = [f"protein_number_{number % 500_000}" for number in range(1_000_000)]
     digests = digest_texts(ids)
     tracemalloc.start()
@@ -182,7 +182,7 @@ def test_translated_proteins_are_named_after_the_renamed_record(tmp_path):
     )
 
 
-def test_a_fault_in_a_record_is_told_as_ever(tmp_path):
+def test_a_fault_in_a_record_is_reported_first(tmp_path):
     fasta = write(tmp_path / "x.fasta", ("a", "MKV"), ("a", "M1V"))
     with pytest.raises(FastaError, match=r"x.fasta, line 3: sequence 'a' has '1' at position 2"):
         plan_of(tmp_path / "run", fasta)
@@ -209,5 +209,9 @@ def test_vnp_plan_says_how_many_would_be_renamed(tmp_path, capsys):
         "--json",
     ]
     assert main([*arguments, "--duplicate-ids", "rename"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["num_sequences"], told["input"]["num_renamed"], told["num_refused"]) == (3, 2, 0)
+    estimate = json.loads(capsys.readouterr().out)
+    assert (
+        estimate["num_sequences"],
+        estimate["input"]["num_renamed"],
+        estimate["num_refused"],
+    ) == (3, 2, 0)

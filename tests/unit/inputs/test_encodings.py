@@ -19,7 +19,7 @@ MODULES = sorted(
     path for package in ("vnp_lib", "flows") for path in (ROOT / package).glob("**/*.py")
 )
 
-# Where Python says how text is opened, with the place of the mode among the arguments; None: it is text in any case.
+# Functions that open files, with the place of the mode among the arguments; None: always text.
 OPENERS = {"open": 1, "fdopen": 1, "NamedTemporaryFile": 0, "TemporaryFile": 0}
 METHODS = {"open": 0}
 ALWAYS_TEXT = {"read_text", "write_text", "TextIOWrapper"}
@@ -95,7 +95,7 @@ def test_text_that_is_opened_without_its_encoding_is_seen(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def latin1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a shell in which text is ISO 8859-1; where no such locale can be made, ASCII."""
+    """Return the environment of a shell with ISO 8859-1, or ASCII without such a locale."""
     directory = tmp_path_factory.mktemp("locales")
     if shutil.which("localedef"):
         made = directory / "en_US.ISO-8859-1"
@@ -118,7 +118,8 @@ from vnp_lib.plan.planner import make_plan
 model = ModelIdentity(model="m", weights_digest="w", layer=6, dtype="float32")
 files = [Path(name) for name in sys.argv[2:]]
 plan = make_plan(RunPaths(Path(sys.argv[1])), files, model, num_shards=1, token_budget=500)
-print(json.dumps([locale.getpreferredencoding(False), plan.fingerprint, plan.table.column("id").to_pylist()]))
+ids = plan.table.column("id").to_pylist()
+print(json.dumps([locale.getpreferredencoding(False), plan.fingerprint, ids]))
 """
 
 
@@ -168,12 +169,12 @@ def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | ASCII, capture_output=True, check=False, timeout=60
     )
-    told = (done.stdout + done.stderr).decode()
-    assert (done.returncode, "Traceback" in told) == (1, False)
-    assert r"sequence '\u03b21' has '-' at position 3" in " ".join(told.split())
+    output = (done.stdout + done.stderr).decode()
+    assert (done.returncode, "Traceback" in output) == (1, False)
+    assert r"sequence '\u03b21' has '-' at position 3" in " ".join(output.split())
 
 
-def test_a_file_that_is_named_after_an_id_has_one_name_in_every_shell(
+def test_a_file_named_after_an_id_has_one_name_in_any_shell(
     tmp_path: Path, latin1: dict[str, str]
 ) -> None:
     """UTF-8 on disk."""

@@ -1,4 +1,4 @@
-"""Reading FASTA files: what comes out, what is mended, and what is refused in which words."""
+"""Read FASTA files: records, normalisation and the wording of refusals."""
 
 import bz2
 import gzip
@@ -63,12 +63,12 @@ def refusal(*paths: Path, chunk_size: int = 8192, **policy: Any) -> str:
 
 
 def random_records(rng: np.random.Generator, num_records: int) -> list[Record]:
-    letters = np.array(list(RESIDUES))
+    residues = np.array(list(RESIDUES))
     return [
         (
             f"sp|P{i}|X",
             f"protein {i}  of {num_records}" if i % 3 else "",
-            "".join(rng.choice(letters, rng.integers(1, 200))),
+            "".join(rng.choice(residues, rng.integers(1, 200))),
         )
         for i in range(num_records)
     ]
@@ -113,7 +113,7 @@ def as_fasta(records: list[Record], *, width: int, newline: str) -> str:
             id="one stop at the end is dropped",
         ),
         pytest.param(">a\nMJj\n", [("a", "", "MXX")], id="J is read as X"),
-        pytest.param(f">a\n{RESIDUES}\n", [("a", "", RESIDUES)], id="all letters of the model"),
+        pytest.param(f">a\n{RESIDUES}\n", [("a", "", RESIDUES)], id="all residues of the model"),
     ],
 )
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
@@ -137,9 +137,8 @@ def test_what_was_written_is_read_back(tmp_path: Path, seed: int) -> None:
     "character",
     sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{RESIDUES}{RESIDUES.lower()}Jj"}),
 )
-def test_any_other_character_is_refused_in_the_midst_of_good_records(
-    tmp_path: Path, character: str
-) -> None:
+def test_any_other_character_is_refused(tmp_path: Path, character: str) -> None:
+    """Between good records."""
     path = write(tmp_path / "x.fasta", f">a\nMKV\n>b\nMK{character}V\n>c\nMKV\n")
     assert f"{path}, line 3: sequence 'b' has {character!r} at position 3" in refusal(path)
 
@@ -281,9 +280,7 @@ def test_a_compressed_file_cut_short_is_refused(
     assert refusal(path).startswith(f"{path}: the compressed file is cut short or damaged")
 
 
-@pytest.mark.parametrize(
-    "extension", ["gz", "bz2", "xz"]
-)  # zst has a checksum only where it was asked for
+@pytest.mark.parametrize("extension", ["gz", "bz2", "xz"])  # zst has a checksum only on request
 def test_a_damaged_compressed_file_is_refused(tmp_path: Path, extension: str) -> None:
     records = random_records(np.random.default_rng(2), num_records=300)
     data = bytearray(COMPRESSORS[extension](as_fasta(records, width=60, newline="\n").encode()))
@@ -304,9 +301,10 @@ def test_nucleotides_are_refused_with_what_to_do(tmp_path: Path, text: str) -> N
     assert "translate it first" in message
 
 
-def test_nucleotides_are_noticed_in_any_file_and_judged_by_its_first_1000_records(
+def test_nucleotides_are_recognised_in_any_file(
     tmp_path: Path,
 ) -> None:
+    """By its first 1,000 records."""
     proteins = write(tmp_path / "x.faa", ">p\nMKLVEEDRW\n")
     genes = write(
         tmp_path / "x.fna",
@@ -323,7 +321,8 @@ def test_proteins_rich_in_alanine_and_glycine_are_read(tmp_path: Path) -> None:
     ]
 
 
-def test_records_at_fault_are_named_together_as_far_as_a_person_reads(tmp_path: Path) -> None:
+def test_the_first_faulty_records_are_named_together(tmp_path: Path) -> None:
+    """As many as a person reads."""
     path = write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(8)))
     lines = refusal(path).splitlines()
     assert [line.split(":")[0] for line in lines[:5]] == [
@@ -344,30 +343,28 @@ mβ一*
 """
 
 
-def test_letters_that_the_model_does_not_know_are_read_as_x_where_that_is_asked_for(
+def test_unknown_characters_are_mapped_on_request(
     tmp_path: Path,
 ) -> None:
-    """One X a letter; what is mended without being asked for is mended before. An empty record is refused as ever."""
+    """One X per character, after the normalisation of others. An empty record is still refused."""
     path = write(tmp_path / "x.fasta", ODD)
     assert refusal(path, invalid_residues="map").startswith(
         f"{path}, line 7: sequence 'empty' has no residues"
     )
-    mended = write(tmp_path / "y.fasta", ODD.replace(">empty\n", ""))
-    assert read(mended, invalid_residues="map") == [
+    corrected = write(tmp_path / "y.fasta", ODD.replace(">empty\n", ""))
+    assert read(corrected, invalid_residues="map") == [
         ("good", "", "MKVL"),
         ("accent", "one", "MXKVL"),
         ("stop", "", "MKXVLX"),
         ("script", "", "MXX"),
     ]
-    (chunk,) = chunks_of(mended, invalid_residues="map")
+    (chunk,) = chunks_of(corrected, invalid_residues="map")
     assert chunk.counts.letters == CharacterCounts(mapped=5, final_stops=2, lower_case=1)
     assert chunk.counts.describe() == "5 residues read as unknown"
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
-def test_records_at_fault_are_left_out_where_that_is_asked_for(
-    tmp_path: Path, chunk_size: int
-) -> None:
+def test_faulty_records_are_skipped_on_request(tmp_path: Path, chunk_size: int) -> None:
     path = write(tmp_path / "x.fasta", ODD + ">\nMK\n>last\nMKV\n")
     assert read(path, chunk_size=chunk_size, invalid_residues="skip") == [
         ("good", "", "MKVL"),
@@ -411,9 +408,10 @@ def test_long_sequences_are_taken_cut_or_left_out(
     )
 
 
-def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(
+def test_means_over_windows_or_a_part_are_counted(
     tmp_path: Path,
 ) -> None:
+    """Sequences whose mean is not that of all residues."""
     (chunk,) = chunks_of(write(tmp_path / "x.fasta", LONG), long="window", max_length=4)
     assert chunk.counts.describe() == "2 sequences averaged over windows"
     long = "".join(f">p{length}\n{'M' * length}\n" for length in (1023, 1024, 1025, 4000))
@@ -422,16 +420,22 @@ def test_sequences_whose_mean_is_another_than_that_of_all_residues_are_counted(
     assert chunk.counts.is_altered
 
 
-def test_what_was_done_is_said_for_one_and_for_many() -> None:
-    letters = CharacterCounts(
+def test_counts_are_described_for_one_and_for_many() -> None:
+    characters = CharacterCounts(
         unknown=9, read_as_unknown=1, mapped=1200, lower_case=5, final_stops=7
     )
     counts = InputCounts(
-        num_skipped=1, num_cut=2, num_windowed=1, num_in_part=2, num_duplicates=1, letters=letters
+        num_skipped=1,
+        num_cut=2,
+        num_windowed=1,
+        num_in_part=2,
+        num_duplicates=1,
+        letters=characters,
     )
     assert counts.describe() == (
-        "1 record skipped, 2 sequences cut short, 1 sequence averaged over windows, 2 sequences averaged over the first 1,024 "
-        "residues, 1,201 residues read as unknown, 1 duplicate not computed again"
+        "1 record skipped, 2 sequences cut short, 1 sequence averaged over windows, "
+        "2 sequences averaged over the first 1,024 residues, 1,201 residues read as unknown, "
+        "1 duplicate not computed again"
     )
     assert (
         InputCounts.from_json(json.loads(json.dumps((counts + counts).to_json())))
@@ -451,13 +455,13 @@ def test_what_was_done_is_said_for_one_and_for_many() -> None:
         (InputCounts(num_cut=1, num_duplicates=3), True),
     ],
 )
-def test_input_is_altered_where_a_row_is_not_that_of_its_record(
+def test_input_is_altered_if_a_row_is_not_of_its_record(
     counts: InputCounts, is_altered: bool
 ) -> None:
     assert counts.is_altered == is_altered
 
 
-def test_long_sequences_are_refused_by_line_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_long_sequences_are_refused_by_line_on_request(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", LONG)
     first, second = refusal(path, long="error", max_length=4).splitlines()
     assert first.startswith(
@@ -467,7 +471,7 @@ def test_long_sequences_are_refused_by_line_where_that_is_asked_for(tmp_path: Pa
     assert len(read(path, long="error", max_length=6)) == 4
 
 
-def test_records_that_are_long_and_records_at_fault_are_left_out_in_order(tmp_path: Path) -> None:
+def test_long_and_faulty_records_are_left_out_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.fasta", ">a\nMKVLAA\n>b\nM-\n>c\nMK\n>d\nMKVLA\n")
     (chunk,) = chunks_of(path, long="skip", max_length=4, invalid_residues="skip")
     assert [fault.record for fault in chunk.skipped] == [0, 1, 3]
@@ -479,7 +483,7 @@ def test_records_that_are_long_and_records_at_fault_are_left_out_in_order(tmp_pa
 
 
 def test_a_file_that_is_being_written_is_refused_at_its_end(tmp_path: Path) -> None:
-    """Whatever of it could be read until then, and even where the record at its end is at fault for being cut."""
+    """Even if its last record is at fault, since the file is incomplete."""
     path = write(tmp_path / "x.fasta", LONG)
     for added in (b">e\nMK\n", b">e\n"):
         (source,) = find_sources([path], stdin=Path("unused"))

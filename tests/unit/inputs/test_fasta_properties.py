@@ -1,4 +1,4 @@
-"""Whatever bytes are given: each record has its row, or all of them are refused in a sentence a record."""
+"""For any bytes, each record has its row, or all are refused, each in one line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWYBUXZO"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a plain reader finds: the first word of the header, and all characters that show below it."""
+    """The result of a plain reader: the first word of a header, and visible characters below it."""
 
     id: str
     text: str
@@ -58,19 +58,21 @@ def plainly_read(text: str) -> list[Record] | None:
         elif shown and not shown.startswith(("#", ";")):
             if not records:
                 return None
-            letters = "".join(letter for letter in shown if letter not in WHITE + INVISIBLE)
-            records[-1] = Record(id=records[-1].id, text=records[-1].text + letters)
+            characters = "".join(
+                character for character in shown if character not in WHITE + INVISIBLE
+            )
+            records[-1] = Record(id=records[-1].id, text=records[-1].text + characters)
     return records
 
 
 def residues_of(record: Record, *, maps_unknown: bool) -> str | None:
-    """The sequence of a record, letter by letter; None where it has none."""
-    letters = record.text[:-1] if record.text.endswith("*") else record.text
+    """The sequence of a record, character by character; None where it has none."""
+    characters = record.text[:-1] if record.text.endswith("*") else record.text
     residues = []
-    for letter in letters:
-        if letter.upper() in RESIDUES and letter.isascii():
-            residues.append(letter.upper())
-        elif letter in "Jj" or (maps_unknown and (letter == "*" or letter.isalpha())):
+    for character in characters:
+        if character.upper() in RESIDUES and character.isascii():
+            residues.append(character.upper())
+        elif character in "Jj" or (maps_unknown and (character == "*" or character.isalpha())):
             residues.append("X")
         else:
             return None

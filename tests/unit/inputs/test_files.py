@@ -1,4 +1,4 @@
-"""Files as people have them: compressed, joined, in other encodings, or of another kind altogether."""
+"""Compressed and joined files, files in other encodings, and files of other kinds."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def refusal(path: Path, **policy: Any) -> str:
     """What a file is refused with: one sentence."""
     with pytest.raises(FastaError) as caught:
         records_of(path, **policy)
-    told = str(caught.value)
-    assert "\n" not in told
-    return told
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 class TestEncodings:
@@ -135,7 +135,7 @@ class TestEncodings:
     def test_line_ends_are_seen_where_blocks_of_the_file_end(
         self, tmp_path: Path, newline: str, length: int
     ) -> None:
-        """The first line is as long as what is read at a time, or a letter more or less."""
+        """The first line is as long as a block, or one character longer or shorter."""
         first = "M" * (length - len(f">a{newline}"))
         text = newline.join([">a", first, "K", ">β", "MKW", ""])
         path = write(tmp_path / "x.fasta", text.encode())
@@ -208,17 +208,17 @@ class TestCompression:
             pytest.param(lambda part, text: part + part[:4], id="a part of a few bytes"),
         ],
     )
-    def test_records_that_follow_are_never_dropped(
+    def test_records_after_compressed_data_are_never_dropped(
         self, tmp_path: Path, extension: str, joint: Callable[[bytes, bytes], bytes]
     ) -> None:
         path = write(tmp_path / "x.fasta", joint(COMPRESSORS[extension](FASTA), b">c\nMK\n"))
         assert refusal(path).startswith(f"{path}: the compressed file is cut short or damaged")
 
-    def test_parts_of_other_kinds_that_follow_are_never_dropped(self, tmp_path: Path) -> None:
+    def test_parts_of_other_kinds_are_never_dropped(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.fasta", gzip.compress(FASTA) + zstd.compress(b">c\nMK\n"))
         assert refusal(path).startswith(f"{path}: the compressed file is cut short or damaged")
 
-    def test_frames_of_zst_that_hold_nothing_are_passed_over(self, tmp_path: Path) -> None:
+    def test_empty_frames_of_zst_are_skipped(self, tmp_path: Path) -> None:
         frame = b"\x5d\x2a\x4d\x18\x03\0\0\0abc"
         path = write(
             tmp_path / "x.fasta",
@@ -226,8 +226,8 @@ class TestCompression:
         )
         assert records_of(path) == [("a", "MKV"), ("b", "MKW")]
 
-    def test_little_that_becomes_much_does_not_fill_memory(self, tmp_path: Path) -> None:
-        """A sequence of 200 million letters in 20 kB would be; comments of the same size are read piece by piece."""
+    def test_high_compression_does_not_fill_memory(self, tmp_path: Path) -> None:
+        """A 200 MB sequence in 20 kB would need it; comments of this size are read in pieces."""
         line = b"# " + b"x" * 998 + b"\n"
         path = write(tmp_path / "x.fasta", zstd.compress(line * 200_000 + FASTA))
         assert records_of(path) == RECORDS
@@ -531,12 +531,14 @@ class TestKinds:
     ) -> None:
         data, what = BINARY[name]
         path = write(tmp_path / "x.fasta", data)
-        told = refusal(path)
-        assert told.startswith(
+        message = refusal(path)
+        assert message.startswith(
             f"{path}: this is not FASTA but {what.replace('x.fasta', str(path))}"
         )
         assert (
-            told == refusal(path, invalid_residues="map") == refusal(path, invalid_residues="skip")
+            message
+            == refusal(path, invalid_residues="map")
+            == refusal(path, invalid_residues="skip")
         )
 
     @pytest.mark.parametrize("name", [name for name in TEXTS if name != "FASTQ"])
@@ -618,7 +620,7 @@ class TestFastq:
             lambda data: zipped({"x.fq": data}),
         ],
     )
-    def test_its_reads_are_those_of_the_fasta_file_without_qualities(
+    def test_fastq_gives_the_reads_of_the_same_fasta(
         self, tmp_path: Path, name: str, encode: Callable[[bytes], bytes]
     ) -> None:
         fasta = write(tmp_path / "x.fna", b">r1 x\nATGAAAGTTCTG\n>r2\natgaaa\n")
@@ -630,10 +632,11 @@ class TestFastq:
     def test_it_is_refused_where_nothing_is_translated(self, tmp_path: Path, policy: str) -> None:
         path = write(tmp_path / "x.fq", READS)
         assert refusal(path, invalid_residues=policy) == (
-            f"{path}: this is FASTQ, whose nucleotides are read with --translate six-frame only; give proteins as FASTA"
+            f"{path}: this is FASTQ, whose nucleotides are read with --translate six-frame only; "
+            "give proteins as FASTA"
         )
 
-    def test_faults_are_told_by_their_line(self, tmp_path: Path) -> None:
+    def test_faults_are_reported_by_line(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.fq", READS + b"@r3\nATGE\n+\nIIII\n")
         assert refusal(path, translate="six-frame").startswith(
             f"{path}, line 9: sequence 'r3' has 'E' at position 4"

@@ -1,4 +1,4 @@
-"""Proteins as biologists hold them in Python: each gets the row of its own sequence, under its own id; else it says why."""
+"""Proteins in Python objects: each gets the row of its own sequence, under its own id."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TABLE = {"id": IDS, "sequence": SEQUENCES}
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, np.ndarray]:
-    """The row of each sequence, by its letters, when it is given in a dictionary of texts."""
+    """Return the row of each sequence, by its residues, from a dictionary of texts."""
     return {NAMED[name]: vector for name, vector in embed(NAMED, **SMALL)}
 
 
@@ -196,19 +196,19 @@ def test_a_stop_at_the_end_makes_no_pattern_of_a_sequence(tmp_path, monkeypatch)
 
 
 class Residues:
-    """A sequence class as other libraries have them, scikit-bio for one: going through it gives single letters."""
+    """A sequence of another library, such as scikit-bio: iteration gives single residues."""
 
-    def __init__(self, letters: str) -> None:
-        self._letters = letters
+    def __init__(self, residues: str) -> None:
+        self._residues = residues
 
     def __str__(self) -> str:
-        return self._letters
+        return self._residues
 
     def __len__(self) -> int:
-        return len(self._letters)
+        return len(self._residues)
 
     def __getitem__(self, place: int) -> Residues:
-        return Residues(self._letters[place])
+        return Residues(self._residues[place])
 
 
 def test_a_sequence_of_another_library_is_one_protein():
@@ -226,7 +226,7 @@ def test_records_of_a_database_are_taken_by_their_column_names():
 
 
 def test_one_record_of_biopythons_is_one_protein():
-    """A `Seq` goes through its letters like a list: it is not as many proteins."""
+    """A `Seq` iterates over its residues like a list, but is one protein."""
     assert held(Seq("MKVL")) == {"0": "MKVL"}
     assert held(SeqRecord(Seq("MKVL"), id="x")) == {"x": "MKVL"}
 
@@ -257,10 +257,8 @@ def test_columns_are_named_by_argument(oracle, tmp_path):
         )
 
 
-def test_descriptions_of_records_are_in_the_dataset_and_the_run_is_that_of_the_file(
-    tmp_path, fasta
-):
-    """The same call with the file's path goes on with it."""
+def test_a_table_and_a_file_make_the_same_run(tmp_path, fasta):
+    """The same call with the file's path reads it."""
     embed(parsed(fasta), **SMALL, output_dir=tmp_path / "run")
     (batch,) = open_dataset(tmp_path / "run").record_batches(9, ["id", "description"])
     assert batch.column("id").to_pylist() == IDS
@@ -281,7 +279,7 @@ def test_what_is_given_stays_as_it_is(fasta):
 
 
 @pytest.mark.parametrize("as_text", [True, False])
-def test_paths_are_known_by_their_type_or_by_the_file_that_is_there(fasta, as_text):
+def test_paths_are_recognised_by_type_or_by_existence(fasta, as_text):
     name = str if as_text else Path
     assert files_or_records(name(fasta)) == [fasta]
     assert files_or_records([name(fasta), fasta]) == [fasta, fasta]
@@ -315,7 +313,8 @@ def test_addresses_are_refused_wherever_a_path_can_be(address):
         embed(["MKL"], **SMALL | {"weights": address})
 
 
-def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, monkeypatch):
+def test_a_sequence_with_the_name_of_a_file_is_no_file(tmp_path, monkeypatch):
+    """If there are other sequences."""
     (tmp_path / "MKL").write_text(">a\nW\n")
     monkeypatch.chdir(tmp_path)
     assert held(["MKL", "MKV"]) == {"0": "MKL", "1": "MKV"}
@@ -327,7 +326,7 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (
             pd.DataFrame({"name": IDS, "aa": SEQUENCES}),
@@ -383,7 +382,7 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         ([{"name": "a", "sequence": "MKL"}], r"record 0 has no 'id', but 'name', 'sequence'"),
         (
             [("a", "MKL"), "MKV"],
-            r"record 1, 'MKV', has no id, and record 0, .* has one; give all of them an id, or none",
+            r"record 1, 'MKV', has no id, and record 0, .* has one; give all of them an id",
         ),
         (
             ["MKV", SeqRecord(Seq("MKL"), id="a")],
@@ -416,7 +415,8 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         ),
         (
             ">a\nMKL\n",
-            r"the text of a FASTA file, and a path is wanted; write it to a file, or give SeqIO.parse\(io.StringIO",
+            r"the text of a FASTA file, and a path is wanted; write it to a file, or give "
+            r"SeqIO.parse\(io.StringIO",
         ),
         (
             [">a\n", "MKL\n"],
@@ -424,7 +424,8 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         ),
         (
             ["absent.fasta"],
-            "record 0 is 'absent.fasta', which looks like the name of a file, and there is no such file",
+            "record 0 is 'absent.fasta', which looks like the name of a file, and there is no such "
+            "file",
         ),
         (
             ["MKL", "dir/x"],
@@ -433,7 +434,8 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         (["absent.csv.gz"], "looks like the name of a file, and there is no such file"),
         (
             ["MKL", Path("x.fasta")],
-            r"record 1 is the path .*x.fasta.*, and record 0 is 'MKL'; give files or sequences, not both",
+            r"record 1 is the path .*x.fasta.*, and record 0 is 'MKL'; give files or sequences, "
+            "not both",
         ),
         (
             [Path("x.fasta"), "MKL"],
@@ -442,8 +444,8 @@ def test_a_sequence_that_a_file_is_named_like_is_no_file_among_others(tmp_path, 
         (b"MKL", "MKL: there is no such file; a single sequence goes into a list"),
     ],
 )
-def test_what_cannot_be_taken_is_told_in_a_sentence(given, told):
-    with pytest.raises(FastaError, match=told) as refusal:
+def test_what_cannot_be_used_is_refused_in_one_line(given, message):
+    with pytest.raises(FastaError, match=message) as refusal:
         files_or_records(given)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 400

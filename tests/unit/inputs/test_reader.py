@@ -1,4 +1,4 @@
-"""What can be given as input: files by name, pattern and directory, tables, standard input; all lead to the same plan."""
+"""Files, tables and standard input as input lead to the same plan."""
 
 from __future__ import annotations
 
@@ -95,16 +95,17 @@ class TestFiles:
         (tmp_path / "7.fasta").mkdir()
         assert [path.name for path in found(tmp_path)] == names
 
-    def test_what_stands_for_nothing_is_refused(self, tmp_path: Path) -> None:
+    def test_a_pattern_or_directory_without_files_is_refused(self, tmp_path: Path) -> None:
         assert refusal(tmp_path / "*.fa") == (
-            f"{tmp_path / '*.fa'}: nothing matches this pattern; correct it, or give the files by name"
+            f"{tmp_path / '*.fa'}: nothing matches this pattern; correct it, or give the files "
+            "by name"
         )
         write(tmp_path / "x.txt", "x")
         assert refusal(tmp_path).startswith(
             f"{tmp_path}: there is no FASTA file in this directory; wanted are names"
         )
 
-    def test_standard_input_is_where_it_is_kept(self, tmp_path: Path) -> None:
+    def test_standard_input_is_its_saved_file(self, tmp_path: Path) -> None:
         write(tmp_path / "x.fa", ">a\nM\n")
         assert found(tmp_path / "x.fa", Path("-")) == [tmp_path / "x.fa", Path("kept")]
 
@@ -168,19 +169,19 @@ class TestTables:
         assert records_of(tmp_path / "x.parquet") == [("7", "", "MK"), ("8", "", "MV")]
         assert records_of(write(tmp_path / "x.csv", "id,sequence\n007,MK\n")) == [("007", "", "MK")]
 
-    def test_a_table_makes_the_same_run_as_the_fasta_file_with_its_records(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_table_makes_the_same_run_as_a_fasta_file(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
-        letters = [("".join(rng.choice(list("MKVLAX"), rng.integers(1, 99)))) for _ in range(9000)]
+        sequences = [
+            ("".join(rng.choice(list("MKVLAX"), rng.integers(1, 99)))) for _ in range(9000)
+        ]
         ids = [f"p{number}" + (" about it" if number % 2 else "") for number in range(9000)]
-        rows = list(zip(ids, letters, strict=True))
+        rows = list(zip(ids, sequences, strict=True))
         fasta = write(tmp_path / "x.fasta", "".join(f">{each}\n{text}\n" for each, text in rows))
         comma = write(
             tmp_path / "x.csv.gz",
             gzip.compress("".join(f"{a},{b}\n" for a, b in [("id", "sequence"), *rows]).encode()),
         )
-        pq.write_table(pa.table({"id": ids, "sequence": letters}), tmp_path / "x.parquet")
+        pq.write_table(pa.table({"id": ids, "sequence": sequences}), tmp_path / "x.parquet")
         files = (fasta, comma, tmp_path / "x.parquet")
         assert (
             len({plan_of(tmp_path / f"run-{path.name}", path).fingerprint for path in files}) == 1
@@ -195,7 +196,7 @@ class TestTables:
             ("id,sequence\na,MK\n   ,MK\n", ", row 3: a record has no id"),
             (
                 "name,sequence\na,MK\n",
-                ": there is no column 'id', but 'name', 'sequence'; name the columns with --id-column",
+                ": there is no column 'id', but 'name', 'sequence'; name the columns with --id",
             ),
             ("id,seq\na,MK\n", ": there is no column 'sequence', but 'id', 'seq'; name the"),
             (
@@ -211,13 +212,13 @@ class TestTables:
             ("id,sequence\na,ACGTACGT\n", ": this looks like nucleotides"),
         ],
     )
-    def test_what_is_wrong_with_csv_is_told_by_file_and_row(
+    def test_faults_of_csv_are_reported_by_file_and_row(
         self, tmp_path: Path, text: str | bytes, what: str
     ) -> None:
         path = write(tmp_path / "x.csv", text)
         assert refusal(path).startswith(f"{path}{what}")
 
-    def test_what_is_wrong_with_parquet_is_told_by_file_and_row(self, tmp_path: Path) -> None:
+    def test_faults_of_parquet_are_reported_by_file_and_row(self, tmp_path: Path) -> None:
         path = tmp_path / "x.parquet"
         pq.write_table(pa.table({"id": ["a", None, "b"], "sequence": ["MK", "MK", None]}), path)
         assert refusal(path).splitlines()[0].startswith(f"{path}, row 2: a record has no id")
@@ -259,7 +260,7 @@ class TestStandardInput:
             pipe.write(data)
         return open(read_end, "rb")
 
-    def test_what_is_piped_is_kept_and_needs_not_be_piped_again(self, kept: Path) -> None:
+    def test_piped_input_is_saved_and_not_needed_again(self, kept: Path) -> None:
         with self.piped(b">a\nMKV\n") as pipe, open(os.devnull, "rb") as nothing:
             assert standard_input.save_stdin(pipe, kept)
             assert kept.read_bytes() == b">a\nMKV\n"
@@ -268,9 +269,8 @@ class TestStandardInput:
             assert not standard_input.save_stdin(same, kept)
             assert not standard_input.save_stdin(empty, kept)
 
-    def test_other_input_in_the_same_run_is_refused_and_what_is_kept_stays(
-        self, kept: Path
-    ) -> None:
+    def test_other_input_in_the_same_run_is_refused(self, kept: Path) -> None:
+        """The saved input stays."""
         with self.piped(b">a\nMKV\n") as pipe, self.piped(b">a\nMKL\n") as other:
             standard_input.save_stdin(pipe, kept)
             with pytest.raises(
@@ -292,14 +292,14 @@ class TestStandardInput:
                 standard_input.save_stdin(other, kept)
 
     @pytest.mark.parametrize("begun", [b"", b">a\n"], ids=["silent", "begun"])
-    def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_resume(
+    def test_a_silent_pipe_does_not_block_a_resume(
         self,
         kept: Path,
         begun: bytes,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        """As that of ssh, of `docker run -i` or of CI. It is said that it is waited for, and that it is not any longer."""
+        """As that of ssh, of `docker run -i` or of CI. Both the wait and its end are reported."""
         for name in ("_NOTICE_AFTER_S", "_FIRST_BYTE_S", "_NEXT_BYTE_S"):
             monkeypatch.setattr(standard_input, name, 0.05)
         with self.piped(b">a\nMKV\n") as pipe:
@@ -308,13 +308,14 @@ class TestStandardInput:
         with open(read_end, "rb") as stream, open(write_end, "wb", buffering=0) as writer:
             writer.write(begun)
             assert not standard_input.save_stdin(stream, kept)
-        waits, goes_on = capsys.readouterr().err.splitlines()
-        assert "waiting for FASTA on standard input" in waits
-        assert f"continues with the input saved in {kept}" in goes_on
+        waiting, resuming = capsys.readouterr().err.splitlines()
+        assert "waiting for FASTA on standard input" in waiting
+        assert f"continues with the input saved in {kept}" in resuming
 
-    def test_a_new_run_says_that_it_waits_and_takes_what_comes_late(
+    def test_a_new_run_waits_for_late_input(
         self, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        """And reports that it waits."""
         monkeypatch.setattr(standard_input, "_NOTICE_AFTER_S", 0.05)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream:
@@ -328,10 +329,10 @@ class TestStandardInput:
 
     def test_a_terminal_is_refused_with_what_to_do(self, kept: Path) -> None:
         controller, terminal = os.openpty()
-        told = pytest.raises(
+        is_refused = pytest.raises(
             ConfigError, match="nothing is piped to standard input; pipe FASTA to it"
         )
-        with open(terminal, "rb") as stream, open(controller, "rb"), told:
+        with open(terminal, "rb") as stream, open(controller, "rb"), is_refused:
             standard_input.save_stdin(stream, kept)
         assert not kept.exists()
 
@@ -349,7 +350,7 @@ class TestStandardInput:
             standard_input.save_stdin(pipe, kept)
         assert plan_of(tmp_path / "run", Path("-")).fetch(np.array([0])) == (["a"], ["MKV"])
 
-    def test_vnp_plan_counts_it_and_keeps_nothing(self, tmp_path: Path) -> None:
+    def test_vnp_plan_counts_it_and_saves_nothing(self, tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
@@ -363,9 +364,9 @@ class TestStandardInput:
         ]
         command += ["--devices", "cpu", "--output-dir", str(tmp_path / "run")]
         text = b">a\nMKV\n>b\nM-\n"
-        told = json.loads(
+        estimate = json.loads(
             subprocess.run(command, input=text, cwd=ROOT, capture_output=True, check=False).stdout
         )
-        assert (told["num_sequences"], told["num_refused"]) == (1, 1)
-        assert told["refusals"][0].startswith("standard input, line 3:")
+        assert (estimate["num_sequences"], estimate["num_refused"]) == (1, 1)
+        assert estimate["refusals"][0].startswith("standard input, line 3:")
         assert list(tmp_path.iterdir()) == []

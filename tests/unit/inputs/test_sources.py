@@ -1,4 +1,4 @@
-"""Which files are meant by paths, patterns and directories, and that nothing is left out without a word."""
+"""Files that paths, patterns and directories stand for, and reports of what is left out."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TestDirectory:
         write(tmp_path / name)
         assert names(tmp_path) == [name]
 
-    def test_what_else_is_there_is_said_by_name_and_number(self, tmp_path: Path) -> None:
+    def test_other_entries_are_reported_by_name_and_number(self, tmp_path: Path) -> None:
         for name in [
             "a.faa",
             "b.txt",
@@ -105,7 +105,8 @@ class TestDirectory:
             listener.bind(os.path.relpath(tmp_path / "sock.faa"))
         assert names(tmp_path) == ["a.faa"]
         assert find_files(tmp_path).describe_left_out() == (
-            f"{tmp_path}: 1 file is read, 10 are left out: README, b.txt, c.csv, old/, pipe.faa and 2 more, 3 hidden"
+            f"{tmp_path}: 1 file is read, 10 are left out: README, b.txt, c.csv, old/, "
+            "pipe.faa and 2 more, 3 hidden"
         )
 
     def test_a_directory_of_fasta_files_alone_leaves_nothing_out(self, tmp_path: Path) -> None:
@@ -122,24 +123,27 @@ class TestDirectory:
 
     def test_one_without_fasta_files_is_refused_with_what_it_holds(self, tmp_path: Path) -> None:
         write(tmp_path / "x.csv")
-        told = refusal(tmp_path)
-        assert told.startswith(
-            f"{tmp_path}: there is no FASTA file in this directory; wanted are names that end in .fa, "
+        message = refusal(tmp_path)
+        assert message.startswith(
+            f"{tmp_path}: there is no FASTA file in this directory; wanted are names that "
+            "end in .fa, "
         )
-        assert told.endswith("; it holds x.csv")
+        assert message.endswith("; it holds x.csv")
 
-    def test_a_link_in_it_that_leads_nowhere_is_refused(self, tmp_path: Path) -> None:
+    def test_a_dangling_link_in_it_is_refused(self, tmp_path: Path) -> None:
         """It was to be a file with proteins."""
         write(tmp_path / "a.faa")
         (tmp_path / "b.faa").symlink_to("gone.faa")
         assert refusal(tmp_path) == (
-            f"{tmp_path}/b.faa: this is a link to gone.faa, and there is no such file; correct the link"
+            f"{tmp_path}/b.faa: this is a link to gone.faa, and there is no such file; "
+            "correct the link"
         )
 
     def test_a_name_in_it_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
         write(tmp_path / NOT_UTF8)
         assert refusal(tmp_path) == (
-            rf"{tmp_path}/prot\xe9ine.fasta: this name is not UTF-8 text; rename the file, or give a link to it whose name is"
+            rf"{tmp_path}/prot\xe9ine.fasta: this name is not UTF-8 text; rename the file, or "
+            "give a link to it whose name is"
         )
         assert refusal(tmp_path / "*.fasta") == refusal(tmp_path)
 
@@ -154,7 +158,7 @@ class TestDirectory:
 
 
 class TestPattern:
-    def test_directories_that_match_are_left_out_and_said(self, tmp_path: Path) -> None:
+    def test_matching_directories_are_left_out_and_reported(self, tmp_path: Path) -> None:
         for name in ["a.faa", "b/x.faa", "c.faa/x"]:
             write(tmp_path / name)
         assert names(tmp_path / "*") == ["a.faa"]
@@ -164,12 +168,12 @@ class TestPattern:
         )
         assert names(tmp_path / "**") == ["a.faa", "x.faa", "x"]
 
-    def test_one_that_only_directories_match_is_refused_with_a_deeper_one(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_pattern_of_directories_is_refused(self, tmp_path: Path) -> None:
+        """The error gives a deeper pattern."""
         write(tmp_path / "s1/x.faa")
         assert refusal(tmp_path / "s*") == (
-            f"{tmp_path}/s*: only directories match this pattern; say which files in them, as in '{tmp_path}/s*/*.faa'"
+            f"{tmp_path}/s*: only directories match this pattern; say which files in them, as "
+            f"in '{tmp_path}/s*/*.faa'"
         )
 
     @pytest.mark.parametrize("name", ["x[1].fa", "a*b.fa", "why?.fa", "[", "x[1]"])
@@ -185,7 +189,7 @@ class TestPattern:
 
 class TestFile:
     @pytest.mark.parametrize(
-        ("there", "given", "told"),
+        ("there", "given", "message"),
         [
             ("x.fasta.gz", "x.fasta", "x.fasta: there is no such file; is it x.fasta.gz?"),
             ("Proteins.fasta", "proteins.fasta", "; is it Proteins.fasta?"),
@@ -197,16 +201,15 @@ class TestFile:
             ("other.fasta", "x.csv", "x.csv: there is no such file"),
         ],
     )
-    def test_one_that_is_not_there_is_refused_with_one_that_is_called_alike(
-        self, tmp_path, there, given, told
+    def test_a_missing_file_is_refused_with_a_similar_name(
+        self, tmp_path, there, given, message
     ) -> None:
         write(tmp_path / there)
-        assert refusal(tmp_path / given).endswith(told)
+        assert refusal(tmp_path / given).endswith(message)
 
     @pytest.mark.parametrize("separator", [" ", ";", ":", "\t", "; "])
-    def test_several_with_something_else_between_are_refused_with_commas_as_advice(
-        self, tmp_path: Path, separator: str
-    ) -> None:
+    def test_files_without_commas_between_are_refused(self, tmp_path: Path, separator: str) -> None:
+        """The error advises commas."""
         files = [str(write(tmp_path / name)) for name in ("a.faa", "b.faa")]
         assert refusal(Path(separator.join(files))).endswith(
             "there is no such file; put commas between several files"
@@ -216,18 +219,18 @@ class TestFile:
         for given in user_inputs(f"{tmp_path}/{{a,b}}.faa"):
             assert "braces are expanded by a shell only" in refusal(given)
 
-    def test_a_directory_that_is_not_there_is_said(self, tmp_path: Path) -> None:
+    def test_a_missing_directory_is_named(self, tmp_path: Path) -> None:
         assert refusal(tmp_path / "data/x.faa").endswith(
             f"there is no such file, nor a directory {tmp_path}/data"
         )
 
-    def test_a_relative_path_is_refused_with_where_it_was_looked_for(
+    def test_a_relative_path_is_refused_with_its_directory(
         self, tmp_path: Path, monkeypatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         assert refusal(Path("x.faa")) == f"x.faa: there is no such file in {tmp_path}"
 
-    def test_a_link_that_leads_nowhere_is_called_so(self, tmp_path: Path) -> None:
+    def test_a_dangling_link_is_named_as_one(self, tmp_path: Path) -> None:
         (tmp_path / "x.faa").symlink_to(tmp_path / "gone")
         assert refusal(tmp_path / "x.faa").startswith(
             f"{tmp_path}/x.faa: this is a link to {tmp_path}/gone, and there is no"
@@ -235,8 +238,8 @@ class TestFile:
 
     def test_a_link_to_itself_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "x.faa").symlink_to("x.faa")
-        told = f"{tmp_path}/x.faa: the file cannot be read (Too many levels of symbolic links)"
-        assert refusal(tmp_path / "x.faa") == refusal(tmp_path) == told
+        message = f"{tmp_path}/x.faa: the file cannot be read (Too many levels of symbolic links)"
+        assert refusal(tmp_path / "x.faa") == refusal(tmp_path) == message
 
     def test_a_pipe_and_a_socket_are_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
@@ -304,20 +307,20 @@ class TestKinds:
             (["a.fasta", "b.frn"], "", "'{dir}/*.fasta'"),
         ],
     )
-    def test_nucleotides_beside_proteins_are_refused_with_the_pattern_of_the_proteins(
+    def test_nucleotides_among_proteins_are_refused(
         self, tmp_path: Path, files: list[str], given: str, advice: str
     ) -> None:
+        """The error gives the pattern of the proteins."""
         for name in files:
             is_protein = any(part in name for part in (".faa", ".pep", ".fasta"))
             text = (PROTEIN if is_protein else NUCLEOTIDES).encode()
             (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
-        told = refusal(tmp_path / given)
-        assert "looks like nucleotides" in told
-        assert told.endswith("; or give the other files: " + advice.format(dir=tmp_path))
+        message = refusal(tmp_path / given)
+        assert "looks like nucleotides" in message
+        assert message.endswith("; or give the other files: " + advice.format(dir=tmp_path))
 
-    def test_proteins_beside_nucleotides_to_translate_are_refused_with_the_pattern_of_these(
-        self, tmp_path: Path
-    ) -> None:
+    def test_proteins_among_nucleotides_are_refused(self, tmp_path: Path) -> None:
+        """The error gives the pattern of the nucleotides to translate."""
         write(tmp_path / "p.faa")
         write(tmp_path / "p.fna", NUCLEOTIDES)
         sources = find_sources([tmp_path], stdin=Path("kept"))
@@ -333,8 +336,8 @@ class TestKinds:
         )
 
 
-class TestTold:
-    """By whoever reads a directory."""
+class TestReported:
+    """Files that are left out are reported by everything that reads a directory."""
 
     LEFT_OUT = "1 file is read, 2 are left out: d.txt, old/"
 
@@ -344,14 +347,14 @@ class TestTold:
             write(tmp_path / name)
         return tmp_path / "in"
 
-    def test_a_run_says_it_before_anything_is_made(
+    def test_a_run_warns_before_anything_is_made(
         self, directory: Path, tmp_path: Path, caplog
     ) -> None:
         validate_config(EmbedConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST))
         assert caplog.messages == [f"{directory}: {self.LEFT_OUT}"]
         assert not (tmp_path / "run").exists()
 
-    def test_vnp_plan_says_it(self, directory: Path, tmp_path: Path) -> None:
+    def test_vnp_plan_reports_it(self, directory: Path, tmp_path: Path) -> None:
         seen = estimate_run(
             EstimateConfig(fasta=(directory,), output_dir=tmp_path / "run", **SMALLEST)
         )
@@ -360,14 +363,14 @@ class TestTold:
             console.print(render_estimate(seen))
         assert f"{directory}: {self.LEFT_OUT}" in shown.get()
 
-    def test_python_says_it(self, directory: Path, caplog) -> None:
+    def test_embed_warns_of_it(self, directory: Path, caplog) -> None:
         with caplog.at_level(logging.WARNING, "vnp_lib.api"):
             embed(
                 directory, model=SMALLEST["model"], weights="random", device="cpu", progress=False
             )
         assert f"{directory}: {self.LEFT_OUT}" in caplog.messages
 
-    def test_what_cannot_be_used_has_nothing_left_out(self, tmp_path: Path) -> None:
+    def test_refused_inputs_leave_nothing_out(self, tmp_path: Path) -> None:
         assert describe_left_out([tmp_path / "absent", Path("-")]) == []
 
     def test_the_case_of_five_files(self) -> None:
@@ -377,7 +380,8 @@ class TestTold:
         assert "d.txt" in found.left_out
 
 
-def test_vnp_plan_refuses_a_file_that_is_given_twice_and_counts_it_once(tmp_path: Path) -> None:
+def test_vnp_plan_counts_a_repeated_file_once(tmp_path: Path) -> None:
+    """And refuses its second occurrence."""
     path = write(tmp_path / "x.faa")
     seen = estimate_run(
         EstimateConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST)
@@ -389,12 +393,12 @@ def test_vnp_plan_refuses_a_file_that_is_given_twice_and_counts_it_once(tmp_path
 
 
 class TestOutput:
-    def at_the_door(self, fasta: Path, output_dir: Path) -> None:
+    def validate(self, fasta: Path, output_dir: Path) -> None:
         validate_config(EmbedConfig(fasta=(fasta,), output_dir=output_dir, **SMALLEST))
 
     def refusal(self, fasta: Path, output_dir: Path) -> str:
         with pytest.raises(ConfigError) as caught:
-            self.at_the_door(fasta, output_dir)
+            self.validate(fasta, output_dir)
         (line,) = str(caught.value).splitlines()
         return line
 
@@ -411,14 +415,15 @@ class TestOutput:
         (tmp_path / "link").symlink_to("in")
         for output_dir in (path.parent, tmp_path / "link"):
             assert "this is the directory of the input too" in self.refusal(path.parent, output_dir)
-            self.at_the_door(path.parent, output_dir / "run")
-            self.at_the_door(path, output_dir)
+            self.validate(path.parent, output_dir / "run")
+            self.validate(path, output_dir)
 
     def test_a_link_that_leads_nowhere_cannot_be_one(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.faa")
         (tmp_path / "run").symlink_to("/scratch/gone")
         assert self.refusal(path, tmp_path / "run").startswith(
-            f"--output-dir {tmp_path}/run: this is a link to /scratch/gone, and there is no such directory; make it"
+            f"--output-dir {tmp_path}/run: this is a link to /scratch/gone, and there is no "
+            "such directory; make it"
         )
 
     def test_a_directory_that_may_not_be_looked_into_cannot_be_one(self, tmp_path: Path) -> None:

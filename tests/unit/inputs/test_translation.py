@@ -1,4 +1,4 @@
-"""Six-frame translation: VirNucPro's chunks, frames, proteins and ids, from hand-made cases and from Biopython's tables."""
+"""Six-frame translation: VirNucPro's chunks, frames, proteins and ids."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def chunks_by_the_book(length: int, chunk_length: int) -> list[tuple[int, int]]:
 
 
 def translate_by_the_book(codons: list[str]) -> str:
-    """By Biopython's standard table; codons with other letters are left out."""
+    """By Biopython's standard table; codons with other characters are left out."""
     return "".join(
         str(Seq(codon).translate(table=1)) for codon in codons if set(codon) <= set("ACGT")
     )
@@ -84,9 +84,9 @@ def proteins_by_the_book(sequence_id: str, sequence: str, chunk_length: int) -> 
             {"A": "T", "C": "G", "G": "C", "T": "A"}.get(letter, letter)
             for letter in reversed(chunk)
         )
-        for strand, letters in (("F", chunk), ("R", other)):
+        for strand, nucleotides in (("F", chunk), ("R", other)):
             for frame in range(3):
-                codons = [letters[at : at + 3] for at in range(frame, len(letters) - 2, 3)]
+                codons = [nucleotides[at : at + 3] for at in range(frame, len(nucleotides) - 2, 3)]
                 protein = translate_by_the_book(codons)
                 if protein and "*" not in protein:
                     proteins.append((f"{sequence_id}_chunk_{number}{strand}{frame + 1}", protein))
@@ -107,14 +107,14 @@ def proteins_by_the_book(sequence_id: str, sequence: str, chunk_length: int) -> 
 def test_chunks_overlap_evenly(
     length: int, chunk_length: int, chunks: list[tuple[int, int]]
 ) -> None:
-    """Worked out by hand. What the chunks hold is read off their proteins, in which there is no stop."""
+    """Worked out by hand; the chunks are read off their proteins, which have no stop."""
     assert chunks_by_the_book(length, chunk_length) == chunks
-    letters = "".join(
+    nucleotides = "".join(
         np.random.default_rng(0).choice(list("ACC"), length)
     )  # no stop codon on this strand
-    proteins = dict(translated(letters, chunk_length=chunk_length))
+    proteins = dict(translated(nucleotides, chunk_length=chunk_length))
     for number, (start, stop) in enumerate(chunks, start=1):
-        codons = [letters[at : at + 3] for at in range(start, stop - 2, 3)]
+        codons = [nucleotides[at : at + 3] for at in range(start, stop - 2, 3)]
         assert proteins.get(f"r0_chunk_{number}F1", "") == translate_by_the_book(codons)
     assert f"r0_chunk_{len(chunks) + 1}F1" not in proteins
 
@@ -127,7 +127,10 @@ def test_the_chunks_of_a_long_record_are_equally_long() -> None:
 
 
 def test_frames_are_those_of_both_strands() -> None:
-    """Written out by hand: ATGAAACC is ATG AAA, TGA (a stop), GAA ACC; backwards GGTTTCAT is GGT TTC, GTT TCA, TTT CAT."""
+    """Written by hand: ATGAAACC is ATG AAA, TGA (a stop), GAA ACC.
+
+    Backwards GGTTTCAT is GGT TTC, GTT TCA, TTT CAT.
+    """
     assert translated("ATGAAACC") == [
         ("r0_chunk_1F1", "MK"),
         ("r0_chunk_1F3", "ET"),
@@ -137,8 +140,11 @@ def test_frames_are_those_of_both_strands() -> None:
     ]
 
 
-def test_codons_with_other_letters_are_left_out_and_the_protein_goes_on() -> None:
-    """ATG NAA AAA is M and K; backwards TTT TTN CAT is F and H. So it is for the letters that stand for several."""
+def test_codons_with_other_characters_are_left_out() -> None:
+    """ATG NAA AAA is M and K; backwards TTT TTN CAT is F and H.
+
+    The same holds for characters that stand for several nucleotides.
+    """
     for letter in "NRYSWKMBDHV":
         proteins = dict(translated(f"ATG{letter}AAAAA"))
         assert (proteins["r0_chunk_1F1"], proteins["r0_chunk_1R1"]) == ("MK", "FH")
@@ -173,23 +179,24 @@ def test_the_genetic_code_is_the_standard_one() -> None:
 def test_proteins_and_ids_are_those_of_the_book(
     tmp_path: Path, seed: int, chunk_length: int
 ) -> None:
-    """Contigs and reads of all lengths, lower case, some letters unknown, few stops: through the file and back."""
+    """Contigs and reads of all lengths, lower case, some unknown nucleotides, few stops."""
     rng = np.random.default_rng(seed)
     records = []
     for number in range(60):
-        letters = rng.choice(
+        nucleotides = rng.choice(
             list("ACGTNacg"),
             rng.integers(1, 2500),
             p=[0.2, 0.25, 0.25, 0.05, 0.01, 0.08, 0.08, 0.08],
         )
-        records.append((f"contig_{number}|x", "".join(letters)))
+        records.append((f"contig_{number}|x", "".join(nucleotides)))
     path = write(
-        tmp_path / "x.fna", "".join(f">{name} about\n{letters}\n" for name, letters in records)
+        tmp_path / "x.fna",
+        "".join(f">{name} about\n{nucleotides}\n" for name, nucleotides in records),
     )
     expected = [
         pair
-        for name, letters in records
-        for pair in proteins_by_the_book(name, letters.upper(), chunk_length)
+        for name, nucleotides in records
+        for pair in proteins_by_the_book(name, nucleotides.upper(), chunk_length)
     ]
     assert len(expected) > 60
     assert read_all(path, chunk_length=chunk_length) == expected
@@ -206,7 +213,7 @@ def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("letters", "what"),
+    ("nucleotides", "what"),
     [
         ("ACGU", "sequence 'b' has 'U' at position 4; this is RNA: write T instead"),
         ("ACG-", "sequence 'b' has '-' at position 4; gaps belong to an alignment"),
@@ -217,16 +224,16 @@ def test_proteins_that_are_given_by_mistake_are_refused(tmp_path: Path) -> None:
         ("", "sequence 'b' has no residues"),
     ],
 )
-def test_letters_that_are_no_nucleotides_are_refused_by_line(
-    tmp_path: Path, letters: str, what: str
+def test_characters_of_no_nucleotide_are_refused_by_line(
+    tmp_path: Path, nucleotides: str, what: str
 ) -> None:
-    path = write(tmp_path / "x.fna", f">a\nACGT\n>b\n{letters}\n")
+    path = write(tmp_path / "x.fna", f">a\nACGT\n>b\n{nucleotides}\n")
     with pytest.raises(FastaError) as caught:
         read_all(path)
     assert str(caught.value).startswith(f"{path}, line 3: {what}")
 
 
-def test_letters_that_are_read_as_unknown_leave_their_codons_out(tmp_path: Path) -> None:
+def test_codons_with_unknown_nucleotides_are_left_out(tmp_path: Path) -> None:
     """Which is what VirNucPro does with them."""
     path = write(tmp_path / "x.fna", ">a\nATGAAUAAA\n")
     assert dict(read_all(path, invalid_residues="map"))["a_chunk_1F1"] == "MK"
@@ -243,9 +250,10 @@ def plan_of(run_dir: Path, *fasta: Path, **policy: Any) -> RunPlan:
     )
 
 
-def test_a_plan_of_nucleotides_has_the_proteins_and_is_told_apart_from_one_of_them(
+def test_a_plan_of_nucleotides_has_its_own_identity(
     tmp_path: Path,
 ) -> None:
+    """It has the same proteins as a plan of these, and another fingerprint."""
     nucleotides = write(tmp_path / "x.fna", ">a\nATGAAACC\n>b\nATGAAACCTT\n")
     plan = plan_of(tmp_path / "run", nucleotides, translate="six-frame")
     ids, sequences = plan.fetch(np.arange(plan.num_sequences))
@@ -260,7 +268,7 @@ def test_a_plan_of_nucleotides_has_the_proteins_and_is_told_apart_from_one_of_th
     ):
         plan_of(tmp_path / "run", nucleotides, translate="six-frame", chunk_length=300)
     proteins = write(
-        tmp_path / "x.faa", "".join(f">{name}\n{letters}\n" for name, letters in expected)
+        tmp_path / "x.faa", "".join(f">{name}\n{nucleotides}\n" for name, nucleotides in expected)
     )
     with pytest.raises(
         FingerprintMismatchError, match="translation is 'six-frame:500' there and None here"
@@ -272,9 +280,10 @@ def test_a_plan_of_nucleotides_has_the_proteins_and_is_told_apart_from_one_of_th
     )
 
 
-def test_records_that_give_the_same_ids_or_nothing_are_refused_by_their_lines(
+def test_records_with_the_same_ids_or_nothing_are_refused(
     tmp_path: Path,
 ) -> None:
+    """By their lines."""
     twice = write(tmp_path / "x.fna", ">a\nATG\n>b\nACG\n>a\nATG\n")
     with pytest.raises(FastaError, match=r"'a_chunk_1F1': .*x\.fna, line 1 and .*x\.fna, line 5;"):
         plan_of(tmp_path / "run", twice, translate="six-frame")
