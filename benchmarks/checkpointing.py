@@ -93,7 +93,7 @@ def _batches(num_batches: int) -> Iterator[PackedBatch]:
 
 @contextmanager
 def _patched(clock: _Clock) -> Iterator[None]:
-    embed_batch, write = executor.embed_batch, runner._Unsaved.write
+    embed_batch, write = executor.embed_batch, runner._UnsavedRows.write
 
     def sleeping(_model: object, batch: PackedBatch, _layout: object = None) -> Tensor:
         begun_at = time.perf_counter()
@@ -102,13 +102,13 @@ def _patched(clock: _Clock) -> Iterator[None]:
         clock.in_model_s += time.perf_counter() - begun_at
         return rows
 
-    def timed(unsaved: runner._Unsaved, reason: str) -> None:
+    def timed(unsaved: runner._UnsavedRows, reason: str) -> None:
         begun_at = time.perf_counter()
         write(unsaved, reason)
         clock.handovers_s.append(time.perf_counter() - begun_at)
 
-    executor.embed_batch, runner._Unsaved.write = sleeping, timed  # type: ignore[assignment,method-assign]
+    executor.embed_batch, runner._UnsavedRows.write = sleeping, timed  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        executor.embed_batch, runner._Unsaved.write = embed_batch, write  # type: ignore[method-assign]
+        executor.embed_batch, runner._UnsavedRows.write = embed_batch, write  # type: ignore[method-assign]

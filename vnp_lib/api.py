@@ -22,7 +22,7 @@ from vnp_lib.dataset import open_dataset
 from vnp_lib.devices import resolve_dtype, torch_device_name
 from vnp_lib.embeddings import Embeddings, Outputs
 from vnp_lib.errors import BatchFailedError, ConfigError, FastaError, NumericalInstabilityError
-from vnp_lib.inference import TokenBudget
+from vnp_lib.inference import TokenBudget, divide_into_batches, pack_batches
 from vnp_lib.inputs import (
     STDIN,
     InputPolicy,
@@ -34,19 +34,16 @@ from vnp_lib.inputs import (
     read_records,
 )
 from vnp_lib.plan import (
-    NUM_SPECIAL_TOKENS,
     InputScan,
     Output,
     OutputKind,
     RowLayout,
     choose_outputs,
-    longest_first,
+    model_tokens,
     offsets_of,
-    pack,
 )
 from vnp_lib.report import RunProgress
 from vnp_lib.run import (
-    CPU_TOKEN_BUDGET,
     RANDOM_WEIGHTS,
     AttemptStarted,
     BatchComputed,
@@ -64,7 +61,6 @@ from vnp_lib.worker import ShardAttempt, StopFlag
 if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
     import torch
 
-    from vnp_lib.model import PackedBatch
 
 _SHARD = 0  # the only one
 _ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
@@ -231,12 +227,14 @@ class _Records:
     representatives: NDArray[np.int64]  # place of the first identical sequence, (N,)
 
     @cached_property
-    def num_tokens(self) -> NDArray[np.int64]:
-        """Of each, BOS and EOS included, (N,)."""
-        return (
-            np.fromiter(map(len, self.sequences), dtype=np.int64, count=len(self.sequences))
-            + NUM_SPECIAL_TOKENS
-        )
+    def lengths(self) -> NDArray[np.int64]:
+        """Residues of each sequence, (N,)."""
+        return np.fromiter(map(len, self.sequences), dtype=np.int64, count=len(self.sequences))
+
+    def fetch(self, ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
+        """Return the ids and sequences of `ordinals`, in their order."""
+        places = ordinals.tolist()
+        return [self.ids[each] for each in places], [self.sequences[each] for each in places]
 
 
 def _layout(
@@ -390,29 +388,40 @@ def _embed(
 def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     import torch
 
-    from vnp_lib.inference import AsyncInferenceRunner, ExactModel
+    from vnp_lib.inference import (
+        AsyncInferenceRunner,
+        ExactModel,
+        InferenceOptions,
+        choose_token_budget,
+    )
     from vnp_lib.model import load_model, resolve_weights, with_heads
 
     if not records.ids:
         return Outputs(ids=[], arrays=_space_for(settings.outputs, 0, settings.layout.embed_dim))
     dtype, device = getattr(torch, settings.dtype), torch.device(torch_device_name(settings.device))
     weights = resolve_weights(settings.model, settings.weights)
-    token_budget = _token_budget(settings, dtype)
-    order = longest_first(records.num_tokens, records.representatives)
-    batches = np.split(order, pack(records.num_tokens[order], token_budget)[1:-1])
+    token_budget = settings.token_budget or choose_token_budget(
+        settings.model, dtype, [settings.device], settings.layout
+    )
+    batches = divide_into_batches(records.lengths, token_budget, records.representatives)
     network = load_model(weights, dtype=dtype, device=device)
     runner = AsyncInferenceRunner(
         with_heads(network, weights, settings.layout.heads),
         device,
-        budget=TokenBudget(token_budget),
-        layout=settings.layout,
-        exactly=None if dtype == torch.float32 else ExactModel(weights, layout=settings.layout),
+        options=InferenceOptions(
+            budget=TokenBudget(token_budget),
+            layout=settings.layout,
+            recompute=None
+            if dtype == torch.float32
+            else ExactModel(weights, layout=settings.layout),
+        ),
     )
-    gathered = _Gathered(settings.layout, records.num_tokens - NUM_SPECIAL_TOKENS)
+    gathered = _Gathered(settings.layout, records.lengths)
+    num_tokens = sum(model_tokens(records.lengths[batch], "whole") for batch in batches)
     with (
-        _bar(settings, order.size, records.num_tokens[order].sum()) as bar,
+        _bar(settings, sum(map(len, batches)), num_tokens) as bar,
         unwrap_batch_error(),
-        closing(runner.embed(_packed(records, batches))) as results,
+        closing(runner.embed(pack_batches(enumerate(batches), records.fetch))) as results,
     ):
         for result in results:
             ordinals = batches[result.batch_idx]
@@ -469,28 +478,6 @@ def _space_for(outputs: Mapping[str, Output], num_sequences: int, embed_dim: int
         else [None] * num_sequences
         for name, output in outputs.items()
     }
-
-
-def _token_budget(settings: _Settings, dtype: torch.dtype) -> int:
-    if settings.token_budget is not None:
-        return settings.token_budget
-    if settings.device == "cpu":
-        return CPU_TOKEN_BUDGET
-    from vnp_lib.inference import choose_token_budget
-
-    return choose_token_budget(settings.model, dtype, [settings.device], settings.layout)
-
-
-def _packed(records: _Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[PackedBatch]:
-    from vnp_lib.model import pack_batch
-
-    for batch_idx, ordinals in enumerate(batches):
-        places = ordinals.tolist()
-        sequences, ids = (
-            [records.sequences[place] for place in places],
-            [records.ids[place] for place in places],
-        )
-        yield pack_batch(sequences, sequence_ids=ids, ordinals=ordinals, batch_idx=batch_idx)
 
 
 def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) -> Outputs:

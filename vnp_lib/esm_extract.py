@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -22,12 +22,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vnp_lib.dataset import extract_file
 from vnp_lib.errors import ConfigError, FastaError, SequenceTooLargeError
 from vnp_lib.failures import FailureKind, classify_exception
-from vnp_lib.inference import PackedModel, embed_batch
+from vnp_lib.inference import PackedModel, divide_into_batches, embed_batch, pack_batches
 from vnp_lib.inputs import (
     MAX_NUCLEOTIDE_SHARE_OF_PROTEINS,
     PROTEINS,
@@ -47,12 +48,11 @@ from vnp_lib.model import (
     architecture_of,
     load_model,
     model_of,
-    pack_batch,
     resolve_weights,
     split_rows,
     with_heads,
 )
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, Output, OutputKind, RowLayout, choose_outputs, pack
+from vnp_lib.plan import Output, OutputKind, RowLayout, choose_outputs, model_tokens
 from vnp_lib.report import RunProgress
 from vnp_lib.storage import path_below, remove_orphaned_temporaries, replace_unsynced
 
@@ -108,9 +108,17 @@ def extract(settings: ExtractSettings) -> int:
     )
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     remove_orphaned_temporaries(settings.output_dir)
-    num_tokens = sum(map(len, sequences)) + NUM_SPECIAL_TOKENS * len(sequences)
-    with RunProgress(total_sequences=len(labels), total_tokens=num_tokens) as progress:
-        for batch in _batches(labels, sequences, settings.toks_per_batch):
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+
+    def fetch(ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
+        places = ordinals.tolist()
+        return [labels[each] for each in places], [sequences[each] for each in places]
+
+    batches = enumerate(divide_into_batches(lengths, settings.toks_per_batch))
+    with RunProgress(
+        total_sequences=len(labels), total_tokens=model_tokens(lengths, "whole")
+    ) as progress:
+        for batch in pack_batches(batches, fetch):
             results = _results(network, batch.to(device), layout)
             for ordinal, label, result in zip(
                 batch.ordinals.tolist(), batch.sequence_ids, results, strict=True
@@ -211,33 +219,13 @@ def _truncated(sequences: list[str], most_residues: int) -> list[str]:
     return [sequence[:most_residues] for sequence in sequences]
 
 
-def _batches(
-    labels: Sequence[str], sequences: Sequence[str], token_budget: int
-) -> Iterator[PackedBatch]:
-    """The longest first: what does not fit into memory fails at once."""
-    num_tokens = (
-        np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + NUM_SPECIAL_TOKENS
-    )
-    order = np.argsort(-num_tokens, kind="stable")
-    for batch_idx, ordinals in enumerate(
-        np.split(order, pack(num_tokens[order], token_budget)[1:-1])
-    ):
-        places = ordinals.tolist()
-        yield pack_batch(
-            [sequences[place] for place in places],
-            sequence_ids=[labels[place] for place in places],
-            ordinals=ordinals,
-            batch_idx=batch_idx,
-        )
-
-
 @torch.inference_mode()
 def _results(
     network: PackedModel, batch: PackedBatch, layout: RowLayout
 ) -> Iterator[dict[Output, Tensor]]:
     """What goes into the file of each sequence. No tensor is a view: a file would hold all that it is of."""
     lengths = batch.lengths
-    rows = split_rows(_rows(network, batch, layout), layout.widths(lengths))
+    rows = split_rows(_rows(network, batch, layout), layout, lengths)
     for row, length in zip(rows, lengths.tolist(), strict=True):
         shapes = [output.shape(length, layout.embed_dim) for output in layout.outputs]
         parts = row.split_with_sizes([prod(shape) for shape in shapes])

@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant(
         name="too-large-sequences-passed-over-in-silence",
         module="inference.runner",
-        before="        _refuse(too_large)\n",
+        before="        _require_none_too_large(too_large)\n",
         after="",
         caught_by=(
             f"{_INFERENCE}::test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept",
@@ -123,23 +123,23 @@ MUTANTS = (
     Mutant(
         name="masks-of-unlike-length-mixed-up",
         module="inference.executor",
-        before="not_finite=_those(batch, _within(fits, ~is_finite)),",
-        after="not_finite=_those(batch, ~_within(fits, is_finite)),",
+        before="not_finite=_select_or_none(batch, _nested_mask(fits, ~is_finite)),",
+        after="not_finite=_select_or_none(batch, ~_nested_mask(fits, is_finite)),",
         caught_by=(
             f"{_EXECUTOR}::test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch",
         ),
     ),
     Mutant(
-        name="mended-row-in-another-place",
+        name="recomputed-row-in-another-place",
         module="inference.executor",
-        before="            views[row].copy_(self._exactly(",
-        after="            views[-1].copy_(self._exactly(",
+        before="            views[row].copy_(self._recompute(",
+        after="            views[-1].copy_(self._recompute(",
         caught_by=(
             f"{_EXECUTOR}::test_the_row_of_a_more_exact_model_takes_its_place_and_no_others",
         ),
     ),
     Mutant(
-        name="mended-row-taken-to-be-finite",
+        name="recomputed-row-taken-to-be-finite",
         module="inference.executor",
         before="            is_finite[row] = torch.isfinite(views[row]).all()\n",
         after="            is_finite[row] = True\n",

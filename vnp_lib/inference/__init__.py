@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from vnp_lib.inference.batches import read_batches
+    from vnp_lib.inference.batches import divide_into_batches, pack_batches, read_batches
     from vnp_lib.inference.callbacks import Callbacks
     from vnp_lib.inference.executor import ExactModel, PackedModel, embed_batch
     from vnp_lib.inference.gpu_memory import TOKENS_UNSEEN, choose_token_budget
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         from_metadata,
         sampled_ordinals,
     )
-    from vnp_lib.inference.runner import AsyncInferenceRunner, InferenceResult
+    from vnp_lib.inference.runner import AsyncInferenceRunner, InferenceOptions, InferenceResult
     from vnp_lib.inference.token_budget import TokenBudget
 
 __all__ = [
@@ -31,12 +31,15 @@ __all__ = [
     "Comparison",
     "ExactModel",
     "ExactRows",
+    "InferenceOptions",
     "InferenceResult",
     "PackedModel",
     "TokenBudget",
     "choose_token_budget",
+    "divide_into_batches",
     "embed_batch",
     "from_metadata",
+    "pack_batches",
     "read_batches",
     "sampled_ordinals",
 ]
@@ -49,6 +52,7 @@ __getattr__, __dir__ = lazy_face(
         "Comparison": "vnp_lib.inference.precision",
         "ExactModel": "vnp_lib.inference.executor",
         "ExactRows": "vnp_lib.inference.precision",
+        "InferenceOptions": "vnp_lib.inference.runner",
         "InferenceResult": "vnp_lib.inference.runner",
         "LEAST_COSINE": "vnp_lib.inference.precision",
         "Callbacks": "vnp_lib.inference.callbacks",
@@ -56,8 +60,10 @@ __getattr__, __dir__ = lazy_face(
         "TOKENS_UNSEEN": "vnp_lib.inference.gpu_memory",
         "TokenBudget": "vnp_lib.inference.token_budget",
         "choose_token_budget": "vnp_lib.inference.gpu_memory",
+        "divide_into_batches": "vnp_lib.inference.batches",
         "embed_batch": "vnp_lib.inference.executor",
         "from_metadata": "vnp_lib.inference.precision",
+        "pack_batches": "vnp_lib.inference.batches",
         "read_batches": "vnp_lib.inference.batches",
         "sampled_ordinals": "vnp_lib.inference.precision",
     },

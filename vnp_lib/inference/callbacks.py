@@ -1,4 +1,4 @@
-"""What hears of the loop on a device while it works."""
+"""Callbacks invoked by the inference loop."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ from typing import TYPE_CHECKING
 from vnp_lib.errors import NumericalInstabilityError
 from vnp_lib.formatting import listed
 
-if TYPE_CHECKING:  # torch takes seconds to import
+# torch takes seconds to import.
+if TYPE_CHECKING:
     from vnp_lib.model import PackedBatch
 
 _MAX_SHOWN = 10
 
 
 class Callbacks:
-    """What the loop tells, and asks. As it stands, it wants nothing and forgives nothing."""
+    """Default callbacks: never stop early, raise on a non-finite embedding."""
 
     def should_stop(self) -> bool:
-        """Asked after every batch."""
+        """Return whether to stop; called after every batch."""
         return False
 
     def on_batch(self, batch: PackedBatch) -> None:
-        """A batch goes into the model: should the process die of it, that was the last word."""
+        """Note that a batch is about to be computed: it is the last call if the process crashes."""
 
     def on_saving(self) -> None:
-        """The loop is over, for whatever reason: what is in no checkpoint yet is being written."""
+        """Note that the loop has ended and that the last checkpoint is being written."""
 
     def on_checkpoint(self, number: int, rows: int, seconds: float) -> None:
-        """A checkpoint is durable, after `seconds` of writing. Called from the writer's thread."""
+        """Note that a checkpoint is durable, after `seconds`; called from the writer's thread."""
 
     def on_not_finite(self, batch: PackedBatch) -> None:
-        """Sequences have no finite row, also when each is computed alone. The loop goes on without them."""
+        """Handle sequences whose rows are not finite even if each is computed alone.
+
+        If this returns, the loop continues without them.
+        """
         ids = listed(batch.sequence_ids, _MAX_SHOWN)
         raise NumericalInstabilityError(
-            f"numerical instability: {batch.num_sequences} not finite in batch {batch.batch_idx}: {ids}"
+            f"numerical instability: {batch.num_sequences} not finite in batch {batch.batch_idx}: "
+            f"{ids}"
         )

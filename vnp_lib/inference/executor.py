@@ -1,4 +1,4 @@
-"""The rows of a batch from a model on a device: in pieces where memory runs out, once more where a row is not finite."""
+"""Run batches on one device: split on out-of-memory, recompute non-finite embeddings in float32."""
 
 from __future__ import annotations
 
@@ -32,81 +32,99 @@ from vnp_lib.model import (
     split_rows,
     with_heads,
 )
-from vnp_lib.plan import RowLayout, offsets_of
+from vnp_lib.plan import MEAN_OF_LAST_LAYER, RowLayout, offsets_of
 
-_NUM_AMINO_ACIDS = 20  # the first of the letters
+# The standard amino acids are the first of the residues in the alphabet.
+_NUM_AMINO_ACIDS = 20
+
 _CPU = torch.device("cpu")
 
 logger = logging.getLogger(__name__)
 
 
 class PackedModel(Protocol):
-    """What is needed of a model."""
+    """A model over packed batches."""
 
     def forward_packed(
         self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Mapping[str, Any]:
-        """Give `{"representations": {layer: states}}`, the states (T, D).
+        """Return `{"representations": {layer: states}}`, the states (T, D).
 
-        A model that takes `repr_layers` too is always told them. One with a `forward` of its own need not have this method.
+        If the method has a parameter `repr_layers`, it is always passed. A model with a `forward`
+        of its own does not need this method.
         """
 
 
-def embed_batch(model: PackedModel, batch: PackedBatch, layout: RowLayout | None = None) -> Tensor:
-    """The rows of a batch's sequences, float32, as `rows_of` gives them. Model and batch are on one device.
+def embed_batch(
+    model: PackedModel, batch: PackedBatch, layout: RowLayout = MEAN_OF_LAST_LAYER
+) -> Tensor:
+    """Compute the rows of a batch, float32, shaped as by `rows_of`, on the device of the batch.
 
-    Without a layout they are the mean over the residues of the highest layer that the model gives, (B, D).
+    The model has to be on the same device. The default layout takes the highest layer that the
+    model returns, so that a model of another project is served too.
     """
-    if layout is None:
+    if layout == MEAN_OF_LAST_LAYER:
         representations = representations_of(model, batch)
         return mean_pool(representations[max(representations)], batch.cu_seqlens)
-    asked: dict[str, Any] = {"repr_layers": layout.layers}
-    computed = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, **asked)
+    # The protocol does not name `repr_layers`, which is optional.
+    options: dict[str, Any] = {"repr_layers": layout.layers}
+    computed = model.forward_packed(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, **options)
     return rows_of(computed, batch.cu_seqlens, layout, batch.shares)
 
 
-def _divided(batch: PackedBatch, layout: RowLayout | None) -> PackedBatch:
-    """What is computed in the place of a batch: windows in the place of its long sequences, where that is how it is done."""
-    long_mean = long_mean_of(layout.long_policy) if layout is not None else None
+def _divide_long(batch: PackedBatch, layout: RowLayout) -> PackedBatch:
+    """Return a batch with its long sequences replaced as the long policy of the layout says."""
+    long_mean = long_mean_of(layout.long_policy)
     return batch if long_mean is None else long_mean.divide(batch)
 
 
 def _embed_at_once(
-    model: PackedModel, batch: PackedBatch, device: torch.device, layout: RowLayout | None
+    model: PackedModel, batch: PackedBatch, device: torch.device, layout: RowLayout
 ) -> Tensor:
-    """The rows of a batch's sequences, on the CPU, in one pass."""
-    divided = _divided(batch, layout)
+    """Compute the rows of a batch in one pass, and return them on the CPU."""
+    divided = _divide_long(batch, layout)
     rows = embed_batch(model, divided.to(device), layout).cpu()
     return rows if divided is batch else join_windows(rows, divided.ordinals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchedBatch:
-    """A batch whose rows are on their way to the CPU."""
+    """A batch whose rows are being copied to the CPU."""
 
     batch: PackedBatch
-    computed: PackedBatch  # the same, or with windows in the place of its sequences
-    fits: NDArray[np.bool_]  # of these: False for one that does not fit into memory, even alone
-    rows: Tensor  # of those that fit, on the CPU, float32 (fits.sum(), W), or end to end; complete once `arrived`
+
+    # The same batch, or its windows.
+    computed: PackedBatch
+
+    # Of the computed sequences: False for one that does not fit into memory, even alone.
+    fits: NDArray[np.bool_]
+
+    # Of those that fit, on the CPU, float32 (fits.sum(), W), or end to end; complete once `arrived`
+    # has happened.
+    rows: Tensor
+
     arrived: torch.cuda.Event | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedBatch:
-    """What a batch has come to: each of its sequences is in one of three. None stands for no sequence."""
+    """The result of a batch: each sequence is in one of three parts, None if the part is empty."""
 
     batch_idx: int
-    batch: PackedBatch | None  # those that have a row
-    rows: Tensor  # on the CPU, float32 (B, W), or end to end; finite; row i belongs to the i-th sequence of `batch`
+    batch: PackedBatch | None  # the sequences that have a row
+
+    # On the CPU, float32 (B, W), or end to end; finite; row i belongs to sequence i of `batch`.
+    rows: Tensor
+
     not_finite: PackedBatch | None
     too_large: PackedBatch | None
 
 
 class ExactModel:
-    """A model in float32, loaded when it is first asked for a row.
+    """A model in float32 that is loaded when the first row is requested.
 
     Args:
-        on_loading: Called before it is loaded, which may take minutes.
+        on_loading: Called before the model is loaded, which may take minutes.
         on_loaded: Called with the network.
     """
 
@@ -115,7 +133,7 @@ class ExactModel:
         weights: Weights,
         *,
         device: torch.device = _CPU,
-        layout: RowLayout | None = None,
+        layout: RowLayout = MEAN_OF_LAST_LAYER,
         on_loading: Callable[[], None] = lambda: None,
         on_loaded: Callable[[ESM2], None] = lambda network: None,
     ) -> None:
@@ -127,11 +145,11 @@ class ExactModel:
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
-        """The rows of a batch, as `embed_batch` gives them, on the CPU."""
+        """Compute the rows of a batch, shaped as by `embed_batch`, and return them on the CPU."""
         return _embed_at_once(self._loaded, batch, self._device, self._layout)
 
     def load(self) -> None:
-        """Load the model, if it is not loaded yet."""
+        """Load the model, unless it has been loaded."""
         _ = self._loaded
 
     @cached_property
@@ -139,23 +157,19 @@ class ExactModel:
         self._on_loading()
         network = load_model(self._weights, dtype=torch.float32, device=self._device)
         self._on_loaded(network)
-        return with_heads(
-            network,
-            self._weights,
-            self._layout.heads if self._layout is not None else (),
-        )
+        return with_heads(network, self._weights, self._layout.heads)
 
 
 class BatchExecutor:
-    """A model on a device.
+    """Computes batches with one model on one device.
 
     Args:
         model: In eval mode.
-        device: Where it is.
-        budget: Most tokens of a forward pass; what is learned about memory is kept there.
-        layout: What a row is; None: the mean of the highest layer that the model gives.
-        exactly: Gives the row, float32 on the CPU, of a single sequence whose row was not finite, with more care; by default
-            the same model computes it alone.
+        device: The device of the model.
+        budget: Largest number of tokens in a forward pass; adapts when memory runs out.
+        layout: The outputs in a row.
+        recompute: Computes the row, float32 on the CPU, of one sequence whose row was not finite,
+            more exactly; by default the same model computes it alone.
     """
 
     def __init__(
@@ -164,27 +178,27 @@ class BatchExecutor:
         device: torch.device,
         *,
         budget: TokenBudget,
-        layout: RowLayout | None = None,
-        exactly: Callable[[PackedBatch], Tensor] | None = None,
+        layout: RowLayout = MEAN_OF_LAST_LAYER,
+        recompute: Callable[[PackedBatch], Tensor] | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._budget = budget
         self._layout = layout
-        self._exactly = exactly or (lambda alone: _embed_at_once(model, alone, device, layout))
+        self._recompute = recompute or (lambda alone: _embed_at_once(model, alone, device, layout))
 
     @torch.inference_mode()
     def launch(self, batch: PackedBatch) -> LaunchedBatch:
-        """Begin with a batch. On a GPU its rows are still on their way when this returns.
+        """Start to compute a batch. On a GPU this returns before the rows are on the CPU.
 
         Raises:
-            BatchFailedError: From whatever goes wrong, except that memory runs out.
+            BatchFailedError: Any error except a lack of memory.
         """
-        with blaming(batch):
-            computed = _divided(batch, self._layout)
-            pieces = list(self._pieces(computed))
+        with attribute_errors_to(batch):
+            computed = _divide_long(batch, self._layout)
+            pieces = list(self._compute_pieces(computed))
             fits = [np.full(piece.num_sequences, rows is not None) for piece, rows in pieces]
-            rows, arrived = _fetch([rows for _, rows in pieces if rows is not None])
+            rows, arrived = _copy_to_cpu([rows for _, rows in pieces if rows is not None])
             return LaunchedBatch(
                 batch=batch,
                 computed=computed,
@@ -195,31 +209,34 @@ class BatchExecutor:
 
     @torch.inference_mode()
     def collect(self, launched: LaunchedBatch) -> EmbeddedBatch:
-        """Wait for a batch's rows. Those that are not finite are computed once more, each alone.
+        """Wait for the rows of a batch. Rows that are not finite are computed again, each alone.
 
         Raises:
-            BatchFailedError: From whatever goes wrong.
+            BatchFailedError: Any error.
         """
         batch = launched.batch
-        with blaming(batch):
+        with attribute_errors_to(batch):
             if launched.arrived is not None:
                 launched.arrived.synchronize()
-            fits, rows = _joined(launched)
-            fitting = _those(batch, fits)
-            is_finite = self._mend(fitting, rows) if fitting is not None else np.ones(0, dtype=bool)
+            fits, rows = _join_windows_of(launched)
+            fitting = _select_or_none(batch, fits)
+            is_finite = np.ones(0, dtype=bool)
+            if fitting is not None:
+                is_finite = self._recompute_non_finite(fitting, rows)
+                rows = self._select_rows(fitting, rows, is_finite)
             return EmbeddedBatch(
                 batch_idx=batch.batch_idx,
-                batch=fitting if is_finite.all() else _those(batch, _within(fits, is_finite)),
-                rows=rows if is_finite.all() else self._kept(fitting, rows, is_finite),
-                not_finite=_those(batch, _within(fits, ~is_finite)),
-                too_large=_those(batch, ~fits),
+                batch=_select_or_none(batch, _nested_mask(fits, is_finite)),
+                rows=rows,
+                not_finite=_select_or_none(batch, _nested_mask(fits, ~is_finite)),
+                too_large=_select_or_none(batch, ~fits),
             )
 
     def probe(self) -> None:
-        """Compute a harmless sequence, before one that may be is blamed for what the device does.
+        """Compute a harmless sequence, so that no sequence is blamed for a broken device.
 
         Raises:
-            DeviceFailedError: The device fails at that too.
+            DeviceFailedError: The device fails on that sequence too.
         """
         harmless = pack_batch(
             [RESIDUES[:_NUM_AMINO_ACIDS]], sequence_ids=["harmless"], ordinals=[0], batch_idx=0
@@ -235,8 +252,8 @@ class BatchExecutor:
                 f"{self._device} has no finite row, or no memory, for a harmless sequence"
             )
 
-    def _mend(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
-        """Compute rows that are not finite once more, in place, and say which are finite now, (B,)."""
+    def _recompute_non_finite(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
+        """Compute rows that are not finite again, in place; return which are finite now, (B,)."""
         is_finite = self._are_finite(batch, rows)
         bad = np.flatnonzero(~is_finite).tolist()
         if not bad:
@@ -244,40 +261,40 @@ class BatchExecutor:
         logger.warning(
             "%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx
         )
-        views = split_rows(rows, self._widths(batch))
+        views = split_rows(rows, self._layout, batch.lengths)
         for row in bad:
-            views[row].copy_(
-                self._exactly(batch.select(np.arange(batch.num_sequences) == row)).flatten()
-            )
+            alone = batch.select(np.arange(batch.num_sequences) == row)
+            views[row].copy_(self._recompute(alone).flatten())
             is_finite[row] = torch.isfinite(views[row]).all()
         return is_finite
 
     def _are_finite(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
-        if rows.dim() == 2:
+        if self._layout.is_fixed:
             return torch.isfinite(rows).all(dim=1).numpy()
-        starts = offsets_of(self._widths(batch))[:-1]
+        starts = offsets_of(self._layout.widths(batch.lengths))[:-1]
         return np.logical_and.reduceat(torch.isfinite(rows).numpy(), starts)
 
-    def _kept(self, batch: PackedBatch | None, rows: Tensor, keep: NDArray[np.bool_]) -> Tensor:
-        assert batch is not None  # or there is no row that could go
-        is_kept = keep if rows.dim() == 2 else np.repeat(keep, self._widths(batch))
-        return rows[torch.from_numpy(is_kept)]
+    def _select_rows(self, batch: PackedBatch, rows: Tensor, keep: NDArray[np.bool_]) -> Tensor:
+        if keep.all():
+            return rows
+        if not self._layout.is_fixed:
+            keep = np.repeat(keep, self._layout.widths(batch.lengths))
+        return rows[torch.from_numpy(keep)]
 
-    def _widths(self, batch: PackedBatch) -> NDArray[np.int64]:
-        """Of rows that lie end to end; others need none."""
-        lengths = batch.lengths
-        return self._layout.widths(lengths) if self._layout is not None else np.zeros_like(lengths)
+    def _compute_pieces(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+        """Compute a batch in pieces that fit into memory.
 
-    def _pieces(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Tensor | None]]:
-        """The batch in pieces that fit, with their rows on the device; a single sequence that does not fit has None."""
+        Yields:
+            Each piece with its rows on the device; None for a single sequence that does not fit.
+        """
         if batch.num_sequences > 1 and batch.num_tokens > self._budget.tokens:
             for piece in batch.split(self._budget.tokens):
-                yield from self._pieces(piece)
+                yield from self._compute_pieces(piece)
             return
         rows = self._rows_if_they_fit(batch)
         if rows is None and batch.num_sequences > 1:
             self._budget.shrink(batch.num_tokens)
-            yield from self._pieces(batch)
+            yield from self._compute_pieces(batch)
             return
         if rows is not None:
             self._budget.grow()
@@ -285,27 +302,23 @@ class BatchExecutor:
 
     def _rows_if_they_fit(self, batch: PackedBatch) -> Tensor | None:
         try:
-            return embed_batch(self._model, self._sent(batch), self._layout)
+            # The copy to the GPU is queued in the stream of the forward passes, behind the pass
+            # before, and nothing waits for it. It is of 8 bytes per token: some microseconds.
+            if self._device.type == "cuda":
+                batch = batch.pinned()
+            return embed_batch(self._model, batch.to(self._device, non_blocking=True), self._layout)
         except (RuntimeError, MemoryError) as error:
             if self._budget.is_pinned or classify_exception(error).kind != FailureKind.OOM:
                 raise
             logger.warning("%d tokens do not fit into memory: %s", batch.num_tokens, error)
+        # Not within the handler: the traceback of the error refers to the tensors of the pass.
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # only here: the error's traceback held what did not fit
+            torch.cuda.empty_cache()
         return None
 
-    def _sent(self, batch: PackedBatch) -> PackedBatch:
-        """Have a batch copied to the device. A GPU does it after the batch before, and nobody waits for that.
 
-        In the stream of the forward passes: the copy is of 8 bytes a token, which takes some microseconds.
-        """
-        if self._device.type == "cuda":
-            batch = batch.pinned()
-        return batch.to(self._device, non_blocking=True)
-
-
-def _joined(launched: LaunchedBatch) -> tuple[NDArray[np.bool_], Tensor]:
-    """Which sequences fit, and the rows of those, of what was computed in their place. All windows of one have to fit."""
+def _join_windows_of(launched: LaunchedBatch) -> tuple[NDArray[np.bool_], Tensor]:
+    """Return which sequences fit, and their rows. A sequence fits if all of its windows do."""
     ordinals, fits, rows = launched.computed.ordinals, launched.fits, launched.rows
     if launched.computed is launched.batch:
         return fits, rows
@@ -315,22 +328,22 @@ def _joined(launched: LaunchedBatch) -> tuple[NDArray[np.bool_], Tensor]:
     return all_fit, join_windows(rows[torch.from_numpy(is_wanted[fits])], ordinals[is_wanted])
 
 
-def _those(batch: PackedBatch, mask: NDArray[np.bool_]) -> PackedBatch | None:
+def _select_or_none(batch: PackedBatch, mask: NDArray[np.bool_]) -> PackedBatch | None:
     if mask.all():
         return batch
     return batch.select(mask) if mask.any() else None
 
 
-def _within(outer: NDArray[np.bool_], inner: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask of those that `inner` picks out of what `outer` picks: 1 0 1 1 and 0 1 1 give 0 0 1 1."""
+def _nested_mask(outer: NDArray[np.bool_], inner: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Apply `inner` to what `outer` selects: 1 0 1 1 and 0 1 1 give 0 0 1 1."""
     mask = np.zeros_like(outer)
     mask[outer] = inner
     return mask
 
 
 @contextmanager
-def blaming(batch: PackedBatch) -> Iterator[None]:
-    """Raise BatchFailedError from whatever goes wrong in the block."""
+def attribute_errors_to(batch: PackedBatch) -> Iterator[None]:
+    """Raise BatchFailedError from any error in the block."""
     try:
         yield
     except Exception as error:
@@ -338,13 +351,13 @@ def blaming(batch: PackedBatch) -> Iterator[None]:
         raise BatchFailedError(batch.batch_idx, batch.sequence_ids, ordinal) from error
 
 
-def _fetch(pieces: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Bring rows to the CPU, on a GPU without waiting for them."""
+def _copy_to_cpu(pieces: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy rows to the CPU; from a GPU without waiting, with the event of their arrival."""
     rows = torch.cat(pieces) if pieces else torch.empty(0, 0)
     if rows.device.type != "cuda":
         return rows, None
     on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     on_host.copy_(rows, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
     return on_host, arrived

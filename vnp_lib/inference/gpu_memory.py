@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vnp_lib.devices import free_gpu_bytes
+from vnp_lib.devices import device_type, free_gpu_bytes
 from vnp_lib.environment import visible_gpu
 from vnp_lib.errors import ConfigError
+from vnp_lib.inference.token_budget import CPU_TOKEN_BUDGET
 from vnp_lib.model import MAP_VALUES, Architecture, architecture_of
 from vnp_lib.plan import NUM_LOGITS, NUM_SPECIAL_TOKENS, Output, OutputKind, RowLayout
 
@@ -49,12 +50,14 @@ def choose_token_budget(
     Raises:
         ConfigError: The model does not fit into one of them.
     """
+    if device_type(devices[0]) == "cpu":
+        return CPU_TOKEN_BUDGET
     architecture = architecture_of(model)
     free = {device: free_gpu_bytes(visible_gpu(device)) for device in devices}
-    told = [(free_bytes, device) for device, free_bytes in free.items() if free_bytes is not None]
-    if not told:
+    known = [(free_bytes, device) for device, free_bytes in free.items() if free_bytes is not None]
+    if not known:
         return TOKENS_UNSEEN
-    free_bytes, device = min(told)
+    free_bytes, device = min(known)
     fit = tokens_that_fit(architecture, dtype, free_bytes, layout)
     if not fit:
         raise ConfigError(

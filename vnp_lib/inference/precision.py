@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vnp_lib.plan import Ordinals, RunPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_SAMPLED = 64
 LONGEST_SAMPLED = 1022  # residues; in float32 a much longer one may not fit, and would take long
@@ -127,13 +130,13 @@ def sampled_ordinals(plan: RunPlan) -> Ordinals:
 
 def compare(
     ordinals: NDArray[np.int64],
-    rows: NDArray[np.float32] | Sequence[NDArray[np.float32]],
+    rows: NDArray[np.float32] | Sequence[NDArray[np.float32]] | Sequence[Tensor],
     exact: Mapping[int, NDArray[np.float32]],
 ) -> list[Comparison]:
     """Compare those of the B rows, each (W,), whose exact row is known and finite."""
     known = np.flatnonzero(np.isin(ordinals, list(exact)))
     return [
-        Comparison.between(ordinal, rows[place], own)
+        Comparison.between(ordinal, np.asarray(rows[place]), own)
         for place, ordinal in zip(known.tolist(), ordinals[known].tolist(), strict=True)
         if np.isfinite(own := exact[ordinal]).all()
     ]

@@ -1,16 +1,17 @@
-"""The loop on one device: batches in, rows out, checkpoints on the way.
+"""Embed batches on one device and write checkpoints.
 
-Reading and tokenising run ahead in a thread, a GPU computes one batch while the rows of the one before come back,
-and checkpoints are written by a thread of their own.
+A thread reads and tokenises the next batches, a GPU computes one batch while the rows of the
+previous one are copied, and another thread writes checkpoints.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,55 +36,83 @@ from vnp_lib.inference.executor import (
     EmbeddedBatch,
     LaunchedBatch,
     PackedModel,
-    blaming,
+    attribute_errors_to,
 )
 from vnp_lib.inference.precision import compare, to_metadata
 from vnp_lib.inference.token_budget import TokenBudget
-from vnp_lib.model import PackedBatch
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, RowLayout, checkpoint_path, model_tokens, offsets_of
+from vnp_lib.model import PackedBatch, split_rows
+from vnp_lib.plan import (
+    MEAN_OF_LAST_LAYER,
+    RowLayout,
+    checkpoint_path,
+    model_tokens,
+    offsets_of,
+)
 from vnp_lib.prefetch import Prefetcher
 from vnp_lib.software import Software
 
-RESUMED = -1  # batch_idx of the result that holds what earlier attempts computed
+# The batch_idx of the result with the rows that earlier attempts computed.
+RESUMED = -1
 
 _BATCHES_AHEAD = 4
 _MAX_SHOWN = 10
-_MOST_UNSAVED_BYTES = (
-    256 * 1024**2
-)  # ten thousand rows that are as long as their sequences may not fit into memory
+
+# Ten thousand rows of per-residue outputs may not fit into memory, so that a checkpoint is also
+# written at this size.
+_MAX_UNSAVED_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceResult:
-    """The rows of one batch, or, under `RESUMED`, those that checkpoints held already."""
+    """The rows of one batch, or, with batch_idx `RESUMED`, the rows of earlier checkpoints."""
 
     sequence_ids: tuple[str, ...]  # B
-    embeddings: (
-        Tensor  # float32 (B, W), on the CPU, or end to end; row i belongs to sequence_ids[i]
-    )
+
+    # On the CPU, float32 (B, W), or end to end; row i belongs to sequence_ids[i].
+    embeddings: Tensor
+
     batch_idx: int
-    num_tokens: int = 0  # that went through the model
-    num_queued: int = 0  # batches that were read ahead and waited for the model
+    num_tokens: int = 0  # tokens that the model computed
+    num_queued: int = 0  # batches that are read and wait for the model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceOptions:
+    """Options of an `AsyncInferenceRunner` beyond those of VirNucPro's.
+
+    Args:
+        budget: Largest number of tokens in a forward pass. A batch that does not fit into memory
+            is computed in pieces.
+        layout: The outputs in a row; by default the mean of the highest layer that the model
+            returns.
+        recompute: Computes the row of one sequence, whose row was not finite, more exactly.
+        exact_rows: Rows in float32, (W,), by ordinal. The checkpoints record how far the rows of
+            the same sequences differ from them.
+    """
+
+    budget: TokenBudget = field(default_factory=TokenBudget)
+    layout: RowLayout = MEAN_OF_LAST_LAYER
+    recompute: Callable[[PackedBatch], Tensor] | None = None
+    exact_rows: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class AsyncInferenceRunner:
-    """Embeds batches on one device and keeps what it has computed in `checkpoint_dir/shard_{rank}/`.
+    """Embeds batches on one device, with checkpoints in `checkpoint_dir/shard_{rank}/`.
 
     Args:
-        model: A model on `device`, in eval mode, with `forward_packed`, `forward` for padded batches, or both.
-        device: Where it is.
-        enable_streams: On a GPU, fetch the rows of a batch while the next one is computed.
-        checkpoint_dir: Folder of all shards' checkpoints; None keeps nothing.
-        rank: Which shard this is.
-        checkpoint_seq_threshold: Sequences after which a checkpoint is written.
-        checkpoint_time_threshold: Seconds after which a checkpoint is written.
-        manifest: Where finished checkpoints are recorded.
-        input_fingerprint: Fingerprint of the run; in every checkpoint, and asked of those that are resumed.
-        model_config_hash: Digest of the weights; in every checkpoint.
-        budget: Most tokens of a forward pass. A batch that does not fit into memory is computed in pieces.
-        layout: What a row is; None: the mean of the highest layer that the model gives.
-        exactly: Gives the row of a single sequence whose row was not finite, with more care.
-        exact_rows: Rows in float32, (W,), by ordinal; how far ours are from them goes into the checkpoints.
+        model: A model on `device`, in eval mode, with `forward_packed`, `forward` for padded
+            batches, or both.
+        device: The device of the model.
+        enable_streams: On a GPU, copy the rows of a batch while the next batch is computed.
+        checkpoint_dir: Directory of the checkpoints of all shards; None writes none.
+        rank: Number of the shard.
+        checkpoint_seq_threshold: Write a checkpoint after this number of sequences.
+        checkpoint_time_threshold: Write a checkpoint after this number of seconds.
+        manifest: Manifest that records the checkpoints.
+        input_fingerprint: Fingerprint of the run: recorded in every checkpoint, and required of
+            those that are resumed.
+        model_config_hash: Digest of the weights, recorded in every checkpoint.
+        options: Further options.
     """
 
     def __init__(
@@ -99,18 +128,20 @@ class AsyncInferenceRunner:
         input_fingerprint: str = "",
         model_config_hash: str = "",
         *,
-        budget: TokenBudget | None = None,
-        layout: RowLayout | None = None,
-        exactly: Callable[[PackedBatch], Tensor] | None = None,
-        exact_rows: Mapping[int, NDArray[np.float32]] | None = None,
+        options: InferenceOptions | None = None,
     ) -> None:
         if rank < 0:
             raise ValueError(f"rank must be non-negative, and is {rank}")
         device = torch.device(device)
+        options = options or InferenceOptions()
         self._executor = BatchExecutor(
-            model, device, budget=budget or TokenBudget(), layout=layout, exactly=exactly
+            model,
+            device,
+            budget=options.budget,
+            layout=options.layout,
+            recompute=options.recompute,
         )
-        self._layout = layout
+        self._options = options
         self._batches_in_flight = 1 if enable_streams and device.type == "cuda" else 0
         self._checkpoint_dir = checkpoint_dir
         self._rank = rank
@@ -121,7 +152,6 @@ class AsyncInferenceRunner:
             "model_config_hash": model_config_hash,
             **Software.on(device).to_metadata(),
         }
-        self._exact_rows = exact_rows or {}
 
     def run(
         self,
@@ -129,22 +159,24 @@ class AsyncInferenceRunner:
         progress_callback: Callable[[int, int], None] | None = None,
         force_restart: bool = False,
     ) -> Iterator[InferenceResult]:
-        """Embed what a loader gives, less what the checkpoints of this rank hold already.
+        """Embed the batches of a loader, except the rows in earlier checkpoints of this rank.
 
         Args:
-            dataloader: Packed batches, or dicts with `input_ids` and `sequence_ids` and, where they are packed,
-                `cu_seqlens` and `max_seqlen`. The same rows in the same order at every run.
+            dataloader: Packed batches, or dicts with `input_ids`, `sequence_ids` and, if they are
+                packed, `cu_seqlens` and `max_seqlen`. Each run needs the same rows in the same
+                order.
             progress_callback: Called with (batch_idx, number of sequences) after each batch.
-            force_restart: Move earlier checkpoints aside and compute everything.
+            force_restart: Move earlier checkpoints away and compute everything.
 
         Yields:
-            First what was resumed, if anything, in one result with batch_idx `RESUMED`; then each batch.
+            The resumed rows, if any, in one result with batch_idx `RESUMED`; then each batch.
 
         Raises:
-            BatchFailedError: A batch that the model failed at; also a NumericalInstabilityError, for a row that is not
-                finite, is its cause. What was computed before it is kept.
-            SequenceTooLargeError: Sequences that do not fit into memory. All others are computed and kept.
-            StorageError: A checkpoint that could not be written.
+            BatchFailedError: The model failed on a batch. If an embedding is not finite, the cause
+                is a NumericalInstabilityError. Earlier batches are in a checkpoint.
+            SequenceTooLargeError: Sequences do not fit into memory. All others are computed, and
+                in a checkpoint.
+            StorageError: A checkpoint could not be written.
         """
         resumed_ids: list[str] = []
         next_checkpoint = 0
@@ -177,44 +209,41 @@ class AsyncInferenceRunner:
     ) -> Generator[InferenceResult, None, None]:
         """Embed batches and write checkpoints of whole batches, numbered from `next_checkpoint`.
 
-        However the loop ends, what was computed is durable when it has ended.
+        Computed rows are durable when the loop has ended, for whatever reason it ends.
 
         Raises:
-            BatchFailedError, SequenceTooLargeError, StorageError: As `run` does.
+            BatchFailedError, SequenceTooLargeError, StorageError: As `run`.
         """
         callbacks = callbacks or Callbacks()
         too_large: list[PackedBatch] = []
         ahead = Prefetcher(batches, _BATCHES_AHEAD)
-        with closing(iter(ahead)) as read, self._keeping(next_checkpoint, callbacks) as keep:
-            for embedded in self._embedded(read, callbacks):
+        with closing(iter(ahead)) as read, self._checkpoints(next_checkpoint, callbacks) as keep:
+            for embedded in self._embedded_batches(read, callbacks):
                 if embedded.too_large is not None:
                     too_large.append(embedded.too_large)
                 if embedded.not_finite is not None:
-                    with blaming(embedded.not_finite):
+                    with attribute_errors_to(embedded.not_finite):
                         callbacks.on_not_finite(embedded.not_finite)
-                if embedded.batch is not None:
-                    keep(embedded.batch, embedded.rows)
+                num_tokens = 0
+                if (batch := embedded.batch) is not None:
+                    keep(batch, embedded.rows)
+                    num_tokens = model_tokens(batch.lengths, self._options.layout.long_policy)
                 yield InferenceResult(
-                    sequence_ids=embedded.batch.sequence_ids if embedded.batch else (),
+                    sequence_ids=batch.sequence_ids if batch else (),
                     embeddings=embedded.rows,
                     batch_idx=embedded.batch_idx,
-                    num_tokens=self._model_tokens(embedded.batch) if embedded.batch else 0,
+                    num_tokens=num_tokens,
                     num_queued=ahead.num_ready(),
                 )
                 if callbacks.should_stop():
                     return
-        _refuse(too_large)
+        _require_none_too_large(too_large)
 
     def probe(self) -> None:
-        """Raise DeviceFailedError where the device fails at a harmless sequence."""
+        """Raise DeviceFailedError if the device fails on a harmless sequence."""
         self._executor.probe()
 
-    def _model_tokens(self, batch: PackedBatch) -> int:
-        if self._layout is None:
-            return batch.num_tokens
-        return model_tokens(batch.lengths, self._layout.long_policy)
-
-    def _embedded(
+    def _embedded_batches(
         self, batches: Iterable[PackedBatch], callbacks: Callbacks
     ) -> Iterator[EmbeddedBatch]:
         in_flight: deque[LaunchedBatch] = deque()
@@ -227,29 +256,27 @@ class AsyncInferenceRunner:
             yield self._executor.collect(in_flight.popleft())
 
     @contextmanager
-    def _keeping(
+    def _checkpoints(
         self, next_checkpoint: int, callbacks: Callbacks
     ) -> Iterator[Callable[[PackedBatch, Tensor], None]]:
-        """Give a function that keeps a batch's rows; on the way out, for whatever reason, write what is left."""
+        """Yield a function that keeps the rows of a batch; write the last checkpoint on exit."""
         if self._checkpoint_dir is None:
             yield lambda batch, rows: None
             return
         with AsyncCheckpointWriter(manifest=self._manifest, rank=self._rank) as writer:
-            unsaved = _Unsaved(
+            unsaved = _UnsavedRows(
                 writer=writer,
-                directory=self._checkpoint_dir,
-                rank=self._rank,
+                path_of=partial(checkpoint_path, self._checkpoint_dir, self._rank),
                 next_checkpoint=next_checkpoint,
                 metadata=self._metadata,
-                layout=self._layout,
-                exact_rows=self._exact_rows,
+                options=self._options,
                 on_checkpoint=callbacks.on_checkpoint,
             )
 
             def keep(batch: PackedBatch, rows: Tensor) -> None:
                 unsaved.add(batch, rows)
                 is_due, reason = self._trigger.should_checkpoint(batch.num_sequences)
-                if is_due or unsaved.size_bytes >= _MOST_UNSAVED_BYTES:
+                if is_due or unsaved.size_bytes >= _MAX_UNSAVED_BYTES:
                     unsaved.write(reason or "size_threshold")
                     self._trigger.reset()
 
@@ -265,7 +292,7 @@ class AsyncInferenceRunner:
 
 
 def numbered_batches(loader: Iterable[PackedBatch | Mapping[str, Any]]) -> Iterator[PackedBatch]:
-    """Give each batch of a loader its number, and each row its position, where the loader does not say them."""
+    """Number the batches of a loader, and their rows if the loader gives no ordinals."""
     first_ordinal = 0
     for batch_idx, item in enumerate(loader):
         batch = (
@@ -278,7 +305,7 @@ def numbered_batches(loader: Iterable[PackedBatch | Mapping[str, Any]]) -> Itera
 
 
 def without_done(batches: Iterable[PackedBatch], done_ids: Iterable[str]) -> Iterator[PackedBatch]:
-    """Leave out the rows that are done, an id that is done twice at its first two places."""
+    """Remove the rows that are done. An id that is done twice is removed at its first two rows."""
     left = Counter(done_ids)
     for batch in batches:
         keep = np.ones(batch.num_sequences, dtype=bool)
@@ -290,101 +317,89 @@ def without_done(batches: Iterable[PackedBatch], done_ids: Iterable[str]) -> Ite
             yield batch if keep.all() else batch.select(keep)
 
 
-def _refuse(too_large: list[PackedBatch]) -> None:
-    """Raise SequenceTooLargeError where there is a sequence that did not fit into memory."""
-    told = [
-        f"{sequence_id!r} ({tokens - NUM_SPECIAL_TOKENS:,} residues)"
-        for batch in too_large
-        for sequence_id, tokens in zip(
-            batch.sequence_ids, np.diff(batch.cu_seqlens.numpy()), strict=True
-        )
+def _require_none_too_large(batches: list[PackedBatch]) -> None:
+    """Raise SequenceTooLargeError if there are sequences that did not fit into memory."""
+    named = [
+        f"{sequence_id!r} ({length:,} residues)"
+        for batch in batches
+        for sequence_id, length in zip(batch.sequence_ids, batch.lengths.tolist(), strict=True)
     ]
-    if told:
+    if named:
         raise SequenceTooLargeError(
-            f"{len(told)} sequences do not fit into the device's memory, each alone: {listed(told, _MAX_SHOWN)}; "
-            f"use a device with more memory, or take them out"
+            f"{len(named)} sequences do not fit into the device's memory, each alone: "
+            f"{listed(named, _MAX_SHOWN)}; use a device with more memory, or take them out"
         )
 
 
-class _Unsaved:
-    """Rows that are in no checkpoint yet."""
+class _UnsavedRows:
+    """Rows that are not in a checkpoint yet."""
 
     def __init__(
         self,
         *,
         writer: AsyncCheckpointWriter,
-        directory: Path,
-        rank: int,
+        path_of: Callable[[int], Path],
         next_checkpoint: int,
         metadata: Mapping[str, Any],
-        layout: RowLayout | None,
-        exact_rows: Mapping[int, NDArray[np.float32]],
+        options: InferenceOptions,
         on_checkpoint: Callable[[int, int, float], None],
     ) -> None:
         self._writer = writer
-        self._directory = directory
-        self._rank = rank
+        self._path_of = path_of
         self._next_checkpoint = next_checkpoint
         self._metadata = metadata
-        self._layout = layout
-        self._exact_rows = exact_rows
+        self._options = options
         self._on_checkpoint = on_checkpoint
         self._batches: list[PackedBatch] = []
         self._rows: list[Tensor] = []
 
     def add(self, batch: PackedBatch, rows: Tensor) -> None:
         self._batches.append(batch)
-        self._rows.append(rows.clone())  # whoever takes the results of the loop has the same tensor
+        # A copy, since the consumer of the results has the same tensor and may change it.
+        self._rows.append(rows.clone())
 
     @property
     def size_bytes(self) -> int:
         return sum(rows.nbytes for rows in self._rows)
 
     def write(self, reason: str) -> None:
-        """Hand what there is to the writer, as one checkpoint."""
+        """Pass all rows to the writer, as one checkpoint."""
         if not self._batches:
             return
         number, batches, rows = self._next_checkpoint, self._batches, self._rows
         self._next_checkpoint, self._batches, self._rows = number + 1, [], []
-        ordinals = np.concatenate([batch.ordinals for batch in batches])
+        layout, ordinals = self._options.layout, np.concatenate([each.ordinals for each in batches])
         compared = [
             comparison
             for batch, own in zip(batches, rows, strict=True)
             for comparison in compare(
-                batch.ordinals, self._one_by_one(batch, own), self._exact_rows
+                batch.ordinals,
+                split_rows(own, layout, batch.lengths),
+                self._options.exact_rows,
             )
         ]
+        offsets: dict[str, Any] = {}
+        if not layout.is_fixed:
+            widths = layout.widths(np.concatenate([batch.lengths for batch in batches]))
+            offsets["offsets"] = offsets_of(widths).tolist()
         written = self._writer.hand_over(
-            checkpoint_path(self._directory, self._rank, number),
+            self._path_of(number),
             rows,
             [sequence_id for batch in batches for sequence_id in batch.sequence_ids],
             {
                 **self._metadata,
                 **to_metadata(compared),
-                **self._offsets(batches),
+                **offsets,
                 "ordinals": ordinals.tolist(),
                 "batches": [batch.batch_idx for batch in batches],
                 "reason": reason,
-                "trigger_reason": reason,  # these three by VirNucPro's names
+                # VirNucPro reads the next three.
+                "trigger_reason": reason,
                 "batch_idx": number,
                 "num_sequences": ordinals.size,
             },
         )
         written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))
-
-    def _one_by_one(
-        self, batch: PackedBatch, rows: Tensor
-    ) -> NDArray[np.float32] | list[NDArray[np.float32]]:
-        if self._layout is None or self._layout.is_fixed:
-            return rows.numpy()
-        return np.split(rows.numpy(), offsets_of(self._layout.widths(batch.lengths))[1:-1])
-
-    def _offsets(self, batches: Sequence[PackedBatch]) -> dict[str, Any]:
-        """Where rows that lie end to end begin and end, for the checkpoint's metadata."""
-        if self._layout is None or self._layout.is_fixed:
-            return {}
-        widths = self._layout.widths(np.concatenate([batch.lengths for batch in batches]))
-        return {"offsets": offsets_of(widths).tolist()}
 
     def _announce(self, written: Future[float], number: int, num_rows: int) -> None:
         if not written.cancelled() and written.exception() is None:

@@ -1,15 +1,25 @@
-"""Adaptive token limit of a forward pass."""
+"""Adaptive token limit: halved on out-of-memory, raised by 25 % after 50 clean passes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-_CLEAN_PASSES = 50  # before more is dared again
+# The token budget of a CPU, where larger batches are not faster.
+CPU_TOKEN_BUDGET = 2048
+
+_CLEAN_PASSES = 50
 
 
 class TokenBudget:
-    """Most tokens of a forward pass, as memory has taught it: half where they did not fit, slowly more after that."""
+    """Adaptive limit on the tokens of a forward pass.
+
+    Args:
+        limit: The largest value, which is never exceeded.
+        tokens: The first value, by default the limit.
+        on_change: Called with each new value.
+        is_pinned: Whether the value stays at the limit.
+    """
 
     def __init__(
         self,
@@ -19,7 +29,6 @@ class TokenBudget:
         on_change: Callable[[int], None] = lambda _: None,
         is_pinned: bool = False,
     ) -> None:
-        """Begin at `tokens`, by default at the limit, which is never exceeded. One that is pinned stays at the limit."""
         self.tokens = limit if tokens is None or is_pinned else min(tokens, limit)
         self.is_pinned = is_pinned
         self._limit = limit
@@ -27,11 +36,11 @@ class TokenBudget:
         self._clean_passes = 0
 
     def shrink(self, num_tokens: int) -> None:
-        """Take note that so many tokens did not fit into memory."""
+        """Note that this number of tokens did not fit into memory."""
         self._set(max(1, num_tokens // 2))
 
     def grow(self) -> None:
-        """Count a pass that went well. After 50 of them the budget grows by a quarter."""
+        """Note a clean pass. After 50 of them the budget grows by a quarter."""
         self._clean_passes += 1
         if self.tokens < self._limit and self._clean_passes >= _CLEAN_PASSES:
             self._set(min(self._limit, self.tokens + max(1, self.tokens // 4)))

@@ -49,9 +49,11 @@ def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     return _reduced(hidden.float(), "mean", cu_seqlens)[1::3]
 
 
-def split_rows(rows: Tensor, widths: NDArray[np.int64]) -> Sequence[Tensor]:
-    """Views of each row, (W,); of rows that are laid end to end, (V,), by their widths."""
-    return rows.unbind() if rows.dim() == 2 else rows.split_with_sizes(widths.tolist())
+def split_rows(rows: Tensor, layout: RowLayout, lengths: NDArray[np.int64]) -> Sequence[Tensor]:
+    """Return a view of each row, (W,), for sequences of `lengths` residues."""
+    if layout.is_fixed:
+        return rows.unbind()
+    return rows.split_with_sizes(layout.widths(lengths).tolist())
 
 
 def _output(

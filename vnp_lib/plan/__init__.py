@@ -8,6 +8,7 @@ from vnp_lib.lazy import lazy_face
 
 if TYPE_CHECKING:
     from vnp_lib.plan.outputs import (
+        MEAN_OF_LAST_LAYER,
         NUM_LOGITS,
         Output,
         OutputKind,
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         choose_outputs,
         offsets_of,
     )
-    from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack, packed_tokens
+    from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack, packed_tokens, split_batches
     from vnp_lib.plan.paths import RunPaths, checkpoint_path
     from vnp_lib.plan.plan import (
         ROW_OVERHEAD_BYTES,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from vnp_lib.plan.windows import VIRNUCPRO_RESIDUES, Windows
 
 __all__ = [
+    "MEAN_OF_LAST_LAYER",
     "NUM_LOGITS",
     "NUM_SPECIAL_TOKENS",
     "ROW_OVERHEAD_BYTES",
@@ -74,11 +76,13 @@ __all__ = [
     "pack",
     "packed_tokens",
     "required_bytes",
+    "split_batches",
 ]
 
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
+        "MEAN_OF_LAST_LAYER": "vnp_lib.plan.outputs",
         "ModelIdentity": "vnp_lib.plan.plan",
         "NUM_LOGITS": "vnp_lib.plan.outputs",
         "NUM_SPECIAL_TOKENS": "vnp_lib.plan.packing",
@@ -111,5 +115,6 @@ __getattr__, __dir__ = lazy_face(
         "pack": "vnp_lib.plan.packing",
         "packed_tokens": "vnp_lib.plan.packing",
         "required_bytes": "vnp_lib.plan.plan",
+        "split_batches": "vnp_lib.plan.packing",
     },
 )

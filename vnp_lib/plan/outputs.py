@@ -176,6 +176,11 @@ class RowLayout:
         return {"outputs": ",".join(self.names), "embed_dim": self.embed_dim}
 
 
+# The mean of the highest layer that a model returns, of whatever width. It also fits the models of
+# other projects, whose layers and width are unknown before they have computed a batch.
+MEAN_OF_LAST_LAYER = RowLayout((Output(kind=OutputKind.MEAN),), embed_dim=0)
+
+
 def choose_outputs(
     include: Collection[OutputKind], repr_layers: Collection[int] | None, *, num_layers: int
 ) -> tuple[Output, ...]:

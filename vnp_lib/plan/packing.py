@@ -43,6 +43,14 @@ def pack(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[
     return np.array(boundaries, dtype=np.int64)
 
 
+def split_batches(
+    ordinals: NDArray[np.int64], token_lengths: NDArray[np.integer[Any]], token_budget: int
+) -> list[NDArray[np.int64]]:
+    """Return the ordinals of each batch of `pack`. Both arrays are (N,), in the same order."""
+    boundaries = pack(token_lengths, token_budget)
+    return np.split(ordinals, boundaries[1:-1]) if ordinals.size else []
+
+
 def packed_tokens(token_lengths: NDArray[np.integer[Any]], token_budget: int) -> NDArray[np.int64]:
     """Return the tokens per batch of `pack`, (B,). Lengths 5 3 4 with a budget of 8 give 8 4."""
     starts = pack(token_lengths, token_budget)[:-1]

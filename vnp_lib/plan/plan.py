@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vnp_lib.errors import StorageError
 from vnp_lib.inputs import InputCounts
 from vnp_lib.plan.outputs import RowLayout, StoreDtype
-from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack
+from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, split_batches
 from vnp_lib.plan.paths import RunPaths
 from vnp_lib.plan.windows import Windows
 from vnp_lib.storage import (
@@ -130,8 +130,8 @@ class RunPlan:
         They are the same in every process for as long as the plan exists.
         """
         ordinals = self.shard_ordinals(rank)
-        boundaries = pack(self.lengths[ordinals] + NUM_SPECIAL_TOKENS, self.token_budget)
-        return np.split(ordinals, boundaries[1:-1]) if ordinals.size else []
+        num_tokens = self.lengths[ordinals] + NUM_SPECIAL_TOKENS
+        return split_batches(ordinals, num_tokens, self.token_budget)
 
     def fetch(self, ordinals: NDArray[np.int64]) -> tuple[list[str], list[str]]:
         """Return ids and sequences of `ordinals`, in their order, reading only these rows."""

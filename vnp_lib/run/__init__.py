@@ -32,13 +32,12 @@ from vnp_lib.run.history import Attempt, AttemptHistory, CheckpointEntry, Ending
 from vnp_lib.run.job import ShardJob
 from vnp_lib.run.metrics import Histogram, RunMetrics
 from vnp_lib.run.record import RunRecord
-from vnp_lib.run.resolve import CPU_TOKEN_BUDGET, layout_from_config, planned_token_budget
+from vnp_lib.run.resolve import layout_from_config, planned_token_budget
 from vnp_lib.run.resume import Coverage, PendingWork, ShardProgress, find_pending_work
 from vnp_lib.run.run import RANDOM_WEIGHTS, Run
 from vnp_lib.run.validation import failure_reason, read_checkpoints
 
 __all__ = [
-    "CPU_TOKEN_BUDGET",
     "RANDOM_WEIGHTS",
     "Attempt",
     "AttemptDone",

@@ -28,8 +28,6 @@ from vnp_lib.software import NUMERICS_VERSION, exact_software
 if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
     from vnp_lib.model import Weights
 
-CPU_TOKEN_BUDGET = 2048
-
 
 def plan_run(
     config: EmbedConfig, paths: RunPaths, devices: tuple[str, ...], weights: Weights
@@ -139,15 +137,15 @@ def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
     """
     if config.token_budget is not None:
         return config.token_budget
-    if device_type(devices[0]) == "cpu":
-        return CPU_TOKEN_BUDGET
+    import torch
+
     from vnp_lib.inference import TOKENS_UNSEEN, choose_token_budget
 
-    if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
-        return kept
-    if config.executor != "local":
-        return TOKENS_UNSEEN
-    import torch
+    if device_type(devices[0]) != "cpu":
+        if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:
+            return kept
+        if config.executor != "local":
+            return TOKENS_UNSEEN
 
     dtype = getattr(torch, resolve_dtype(config.dtype, devices[0]))
     return choose_token_budget(config.model, dtype, devices, layout_from_config(config))

@@ -28,7 +28,15 @@ from vnp_lib.checkpoint import Quarantine, QuarantinedSequence, too_many_non_fin
 from vnp_lib.errors import ExitCode, InputError, LockTimeoutError
 from vnp_lib.failures import Failure, FailureCause, classify_exception
 from vnp_lib.inference import Callbacks, ExactRows, TokenBudget, read_batches, sampled_ordinals
-from vnp_lib.plan import NUM_SPECIAL_TOKENS, OutputKind, RowLayout, RunPaths, RunPlan, load_plan
+from vnp_lib.plan import (
+    MEAN_OF_LAST_LAYER,
+    NUM_SPECIAL_TOKENS,
+    OutputKind,
+    RowLayout,
+    RunPaths,
+    RunPlan,
+    load_plan,
+)
 from vnp_lib.run import (
     AttemptDone,
     AttemptFailed,
@@ -206,7 +214,7 @@ class ShardAttempt:
     def _load_runner(self, plan: RunPlan, work: PendingWork) -> AsyncInferenceRunner:
         import torch
 
-        from vnp_lib.inference import AsyncInferenceRunner, ExactModel
+        from vnp_lib.inference import AsyncInferenceRunner, ExactModel, InferenceOptions
         from vnp_lib.model import load_model, with_heads
 
         job = self._job
@@ -218,8 +226,7 @@ class ShardAttempt:
         device = torch.device(job.device)
         is_exact = job.dtype == "float32"
         layout = self._layout(plan)
-        heads = layout.heads if layout is not None else ()
-        weights = self._unchanged_weights(plan, heads)
+        weights = self._unchanged_weights(plan, layout.heads)
         liveness = LivenessReporter(self._events)
         watched: dict[str, Any] = {"on_loading": liveness.loading, "on_loaded": liveness.watch}
         exact_model = ExactModel(weights, device=device, layout=layout, **watched)
@@ -241,7 +248,7 @@ class ShardAttempt:
             model_config_hash=job.weights_digest,
         )
         return AsyncInferenceRunner(
-            with_heads(model, weights, heads),
+            with_heads(model, weights, layout.heads),
             device,
             enable_streams=not job.is_careful,
             checkpoint_dir=self._paths.checkpoints_dir,
@@ -250,15 +257,17 @@ class ShardAttempt:
             manifest=self._record,
             input_fingerprint=job.fingerprint,
             model_config_hash=job.weights_digest,
-            budget=TokenBudget(
-                plan.token_budget,
-                job.token_budget,
-                on_change=lambda tokens: self._events.send(TokenBudgetChanged(tokens=tokens)),
-                is_pinned=job.is_deterministic,
+            options=InferenceOptions(
+                budget=TokenBudget(
+                    plan.token_budget,
+                    job.token_budget,
+                    on_change=lambda tokens: self._events.send(TokenBudgetChanged(tokens=tokens)),
+                    is_pinned=job.is_deterministic,
+                ),
+                layout=layout,
+                recompute=None if is_exact else ExactModel(weights, layout=layout, **watched),
+                exact_rows=exact_rows,
             ),
-            layout=layout,
-            exactly=None if is_exact else ExactModel(weights, layout=layout, **watched),
-            exact_rows=exact_rows,
         )
 
     def _should_try_both_ways(self, work: PendingWork, weights: Weights) -> bool:
@@ -286,16 +295,16 @@ class ShardAttempt:
             )
         return weights
 
-    def _layout(self, plan: RunPlan) -> RowLayout | None:
-        """Return the layout of a row; None for the mean over all residues of the last layer."""
+    def _layout(self, plan: RunPlan) -> RowLayout:
+        """Return the layout of a row."""
         from vnp_lib.model import architecture_of
 
         architecture = architecture_of(self._job.model)
         layout = RowLayout.of_identity(plan.identity, embed_dim=architecture.embed_dim)
-        plain = RowLayout.of_identity(
+        mean_of_last = RowLayout.of_identity(
             {"layer": architecture.num_layers}, embed_dim=architecture.embed_dim
         )
-        return None if layout == plain else layout
+        return MEAN_OF_LAST_LAYER if layout == mean_of_last else layout
 
     def _exact_rows(
         self, plan: RunPlan, work: PendingWork, model: ExactModel

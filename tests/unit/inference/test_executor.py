@@ -128,7 +128,7 @@ def test_the_row_of_a_more_exact_model_takes_its_place_and_no_others() -> None:
         asked.append(alone)
         return torch.full((1, 4), 3.5)
 
-    rows = rows_of(StubModel(spoil=spoil_where(1)), SEQUENCES, exactly=exactly)
+    rows = rows_of(StubModel(spoil=spoil_where(1)), SEQUENCES, recompute=exactly)
     assert [alone.sequence_ids for alone in asked] == [("id_MKV",)]
     torch.testing.assert_close(rows[0], torch.full((4,), 3.5))
     torch.testing.assert_close(rows[1:], expected_rows(SEQUENCES)[1:])
@@ -136,7 +136,7 @@ def test_the_row_of_a_more_exact_model_takes_its_place_and_no_others() -> None:
 
 def test_a_row_that_stays_not_finite_is_told_apart() -> None:
     model = StubModel(spoil=spoil_where(1))
-    embedded = embed(model, SEQUENCES, exactly=lambda alone: torch.full((1, 4), NAN))
+    embedded = embed(model, SEQUENCES, recompute=lambda alone: torch.full((1, 4), NAN))
     assert embedded.not_finite.sequence_ids == ("id_MKV",)
     assert embedded.not_finite.ordinals.tolist() == [10]
     assert embedded.batch.sequence_ids == tuple(f"id_{sequence}" for sequence in SEQUENCES[1:])
@@ -149,7 +149,7 @@ def test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch() -> Non
         memory=8, spoil=lambda states: states.__setitem__(1, NAN) if states[1, 0] == 15 else None
     )
     sequences = ["ACDEFGH", "MKV", "KKK"]  # K is token 15
-    embedded = embed(model, sequences, exactly=lambda alone: torch.full((1, 4), NAN))
+    embedded = embed(model, sequences, recompute=lambda alone: torch.full((1, 4), NAN))
     assert embedded.too_large.sequence_ids == ("id_ACDEFGH",)
     assert embedded.not_finite.sequence_ids == ("id_KKK",)
     assert embedded.batch.sequence_ids == ("id_MKV",)

@@ -17,7 +17,7 @@ from tests.networks import CPU, TINY
 from vnp_lib.checkpoint.file import load_checkpoint
 from vnp_lib.inference import runner
 from vnp_lib.inference.executor import BatchExecutor
-from vnp_lib.inference.runner import AsyncInferenceRunner
+from vnp_lib.inference.runner import AsyncInferenceRunner, InferenceOptions
 from vnp_lib.inference.token_budget import TokenBudget
 from vnp_lib.model.esm2 import ESM2
 from vnp_lib.model.tokens import RESIDUES, PackedBatch, pack_batch
@@ -143,7 +143,7 @@ def test_a_row_that_is_never_finite_is_left_out_and_the_others_keep_theirs(names
         return torch.full((int(layout.widths(alone.lengths)[0]),), float("nan"))
 
     executor = BatchExecutor(
-        Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout, exactly=not_finite
+        Spoilt(layer=2, token=146), CPU, budget=TokenBudget(), layout=layout, recompute=not_finite
     )
     found = embedded(executor, batch)
     assert found.not_finite.sequence_ids == ("s4",)
@@ -162,12 +162,17 @@ def test_a_checkpoint_holds_what_fair_esm_gives_and_says_how_far_it_is_from_exac
     batches = [batch_of(SEQUENCES[:4]), batch_of(SEQUENCES[4:], first=4)]
     [own] = [
         result.embeddings
-        for result in AsyncInferenceRunner(network(), "cpu", layout=layout).embed(batches[:1])
+        for result in AsyncInferenceRunner(
+            network(), "cpu", options=InferenceOptions(layout=layout)
+        ).embed(batches[:1])
     ]
     exact = own.numpy().ravel()[-int(layout.widths(batches[0].lengths)[3]) :].copy()
     exact[-1] += 0.5
     runner = AsyncInferenceRunner(
-        network(), "cpu", checkpoint_dir=tmp_path, layout=layout, exact_rows={3: exact}
+        network(),
+        "cpu",
+        checkpoint_dir=tmp_path,
+        options=InferenceOptions(layout=layout, exact_rows={3: exact}),
     )
     for _ in runner.embed(batches):
         pass
@@ -197,10 +202,10 @@ def test_a_checkpoint_is_written_before_rows_take_too_much_memory(
         batch_of(SEQUENCES[4:], first=4),
     ]
     bytes_of_two = int(layout.widths(batches[0].lengths).sum()) * 4
-    monkeypatch.setattr(runner, "_MOST_UNSAVED_BYTES", bytes_of_two)
-    for _ in AsyncInferenceRunner(network(), "cpu", checkpoint_dir=tmp_path, layout=layout).embed(
-        batches
-    ):
+    monkeypatch.setattr(runner, "_MAX_UNSAVED_BYTES", bytes_of_two)
+    for _ in AsyncInferenceRunner(
+        network(), "cpu", checkpoint_dir=tmp_path, options=InferenceOptions(layout=layout)
+    ).embed(batches):
         pass
     kept = [
         load_checkpoint(checkpoint_path(tmp_path, 0, number), fingerprint=None)

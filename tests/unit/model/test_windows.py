@@ -188,7 +188,7 @@ def test_a_sequence_with_a_window_that_is_not_finite_is_mended_as_a_whole():
         return torch.full((1, 2 * TINY.embed_dim), 7.0)
 
     found = collected(
-        executor("window:20:5", Limited(is_spoilt=True), exactly=exactly), batch_of(sequences)
+        executor("window:20:5", Limited(is_spoilt=True), recompute=exactly), batch_of(sequences)
     )
     assert [alone.sequence_ids for alone in asked] == [("s1",)]
     assert asked[0].lengths.tolist() == [61]
