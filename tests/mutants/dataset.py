@@ -13,32 +13,28 @@ MUTANTS = (
         module="dataset.reader",
         before='digest_file(file).sha256 != part["sha256"]',
         after="not digest_file(file).sha256",
-        caught_by=(f"{_DATASET}::test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row",),
+        caught_by=(f"{_DATASET}::test_a_flipped_bit_is_found_and_never_changes_a_row",),
     ),
     Mutant(
-        name="exported-ids-beside-the-matrix-of-another-export",
+        name="exported-ids-with-the-matrix-of-another-export",
         module="dataset.formats.numpy_files",
         before="        if replace and path.exists():\n",
         after="        if False:\n",
-        caught_by=(f"{_EXPORT}::test_a_matrix_never_stands_beside_the_ids_of_another",),
+        caught_by=(f"{_EXPORT}::test_a_matrix_never_exists_with_the_ids_of_another",),
     ),
     Mutant(
         name="infinite-float16-exported",
         module="dataset.formats.base",
         before="        if not is_finite.all():\n",
         after="        if False:\n",
-        caught_by=(
-            f"{_EXPORT}::test_what_float16_cannot_hold_is_an_error_that_names_the_sequence",
-        ),
+        caught_by=(f"{_EXPORT}::test_float16_overflow_names_the_sequence",),
     ),
     Mutant(
         name="virnucpro-file-missing",
         module="dataset.formats.torch_files",
         before="            if not target.exists():\n",
         after="            if False:\n",
-        caught_by=(
-            f"{_EXPORT}::test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine",
-        ),
+        caught_by=(f"{_EXPORT}::test_virnucpro_gets_a_file_for_quarantined_sequences_too",),
     ),
     Mutant(
         name="full-disk-not-noticed-by-hdf5",
@@ -46,7 +42,7 @@ MUTANTS = (
         before="            file.raise_write_error()\n\n\ndef write_hdf5(",
         after="            pass\n\n\ndef write_hdf5(",
         caught_by=(
-            "tests/unit/dataset/test_hdf5.py::test_what_failed_is_raised_as_the_file_is_closed_at_the_latest",
+            "tests/unit/dataset/test_hdf5.py::test_a_failed_write_is_raised_on_close_at_the_latest",
         ),
     ),
     Mutant(

@@ -121,7 +121,9 @@ class EmbeddingDataset:
         self.directory = directory
         self._part_starts = [0, *accumulate(part["rows"] for part in metadata["parts"])]
         self._file = lru_cache(maxsize=16)(self._open_part)
-        self._ordinals = lru_cache(maxsize=16)(self._read_ordinals)
+        self._ordinals = lru_cache(maxsize=16)(
+            lambda part: self._column(part, "ordinal").to_numpy()
+        )
         self._row_group = lru_cache(maxsize=8)(self._read_row_group)
         self._layout = RowLayout.of_names(self.outputs, embed_dim=self.dim)
 
@@ -377,10 +379,6 @@ class EmbeddingDataset:
     def _column(self, part: int, name: str) -> pa.ChunkedArray:
         with _raise_storage_error(self._path(part)):
             return self._file(part).read(columns=[name]).column(name)
-
-    def _read_ordinals(self, part: int) -> NDArray[np.int64]:
-        ordinals: NDArray[np.int64] = self._column(part, "ordinal").to_numpy()
-        return ordinals
 
     def _read_row_group(self, part: int, group: int) -> pa.RecordBatch:
         with _raise_storage_error(self._path(part)):

@@ -147,7 +147,7 @@ def test_csv_is_what_the_standard_library_reads_too(run: Run, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_nothing_is_overwritten_unasked(run: Run, to: str, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_force(run: Run, to: str, tmp_path: Path) -> None:
     """And with --force all of it is, the ids beside it too."""
     directory = tmp_path / "exports"
     for dtype in FORMATS[to].dtypes:
@@ -212,7 +212,7 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(
     assert len(rows_by_id(export(run, to, directory / "x", replace=True), run, to)) == 150
 
 
-def test_a_matrix_never_stands_beside_the_ids_of_another(
+def test_a_matrix_never_exists_with_the_ids_of_another(
     run: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Of the old pair the matrix is gone for good before the new ids take their name."""
@@ -251,7 +251,7 @@ for to in formats:
     ("of", "column", "formats"),
     [("run", "embedding", FORMATS), ("everything", "per_tok_6", RAGGED_FORMATS)],
 )
-def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(
+def test_a_full_disk_is_one_error_and_leaves_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, of: str, column: str, formats: dict[str, Format]
 ) -> None:
     """A real failure of the system: no file of the process may have more than a thousand bytes."""
@@ -272,7 +272,7 @@ def test_a_disk_that_takes_no_more_is_said_in_a_sentence_and_nothing_is_left(
     assert names_in(directory) == []
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_too_little_space_is_an_error_before_writing(
     run: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 999, 999)
@@ -320,7 +320,7 @@ def with_a_value_of(run: Run, value: float) -> Run:
     return run
 
 
-def test_what_float16_cannot_hold_is_an_error_that_names_the_sequence(tmp_path: Path) -> None:
+def test_float16_overflow_names_the_sequence(tmp_path: Path) -> None:
     run = with_a_value_of(start_run(tmp_path), -70_000.0)
     with pytest.raises(
         ConfigError,
@@ -336,7 +336,7 @@ def test_virnucpro_takes_float32_only(run: Run, tmp_path: Path) -> None:
         export(run, "virnucpro", tmp_path / "x", dtype=StoreDtype.FLOAT16)
 
 
-def test_a_missing_library_is_named_with_the_command_that_installs_it(
+def test_a_missing_library_is_named_with_its_command(
     run: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
@@ -344,9 +344,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
         export(run, "hdf5", tmp_path / "x")
 
 
-def test_a_partial_dataset_is_exported_only_if_that_is_asked_for(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_a_partial_dataset_is_exported_only_on_request(tmp_path: Path, capsys: Any) -> None:
     run = start_run(tmp_path)
     finish_run(run, without=[int(run.plan.order[0])])
     run.assemble(allow_missing=True)
@@ -359,7 +357,7 @@ def test_a_partial_dataset_is_exported_only_if_that_is_asked_for(
     )
 
 
-def test_the_command_says_what_it_wrote_and_what_it_cannot_use(
+def test_the_command_reports_what_it_wrote_or_refused(
     run: Run, tmp_path: Path, capsys: Any
 ) -> None:
     arguments = ["export", str(run.paths.run_dir), "--to", "npy"]
@@ -378,7 +376,7 @@ def test_the_command_says_what_it_wrote_and_what_it_cannot_use(
         main(["export", str(run.paths.run_dir), "--to", "xml"])
 
 
-def test_damage_of_the_dataset_is_no_export(run: Run, tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_dataset_is_not_exported(run: Run, tmp_path: Path, capsys: Any) -> None:
     part = run.paths.embeddings_dir / "part-00002.parquet"
     group = pq.ParquetFile(part).metadata.row_group(0)
     flip_bit(
@@ -401,7 +399,7 @@ def test_damage_of_the_dataset_is_no_export(run: Run, tmp_path: Path, capsys: An
     assert names_in(tmp_path / "out") == []
 
 
-def test_more_rows_than_a_format_bears_are_warned_of(
+def test_too_many_rows_for_a_format_are_warned_of(
     run: Run, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     few = dataclasses.replace(FORMATS["hdf5-uniprot"], num_rows_advised=149)
@@ -517,9 +515,7 @@ class TestADatasetOfSeveralOutputs:
             "esm-extract-mean_6",
         ]
 
-    def test_what_is_said_of_a_column_is_what_it_is_of(
-        self, everything: Run, tmp_path: Path
-    ) -> None:
+    def test_metadata_describes_the_exported_column(self, everything: Run, tmp_path: Path) -> None:
         for column, layer, kind in (
             ("mean_5", "5", "mean"),
             ("per_tok_6", "6", "per_tok"),
@@ -540,9 +536,7 @@ class TestADatasetOfSeveralOutputs:
 
 
 @pytest.mark.parametrize("names", [["mean_6", "per_tok_6"], ["per_tok_6"]])
-def test_the_only_column_of_vectors_or_the_only_one_at_all_need_not_be_chosen(
-    tmp_path: Path, names: list[str]
-) -> None:
+def test_the_only_column_of_vectors_is_the_default(tmp_path: Path, names: list[str]) -> None:
     layout = RowLayout.of_names(names, embed_dim=DIM)
     run = finished_run_of(tmp_path, layout)
     run.assemble()
@@ -552,7 +546,7 @@ def test_the_only_column_of_vectors_or_the_only_one_at_all_need_not_be_chosen(
 
 
 @pytest.mark.parametrize("to", sorted(RAGGED_FORMATS))
-def test_memory_is_for_the_longest_sequence_whatever_their_number(tmp_path: Path, to: str) -> None:
+def test_memory_is_for_the_longest_sequence_only(tmp_path: Path, to: str) -> None:
     """Nearly all of 48 MB is in copies of a few sequences of up to 2,400 residues."""
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
     lengths = [2_400 - number % 12 for number in range(600)]
@@ -572,7 +566,7 @@ def test_memory_is_for_the_longest_sequence_whatever_their_number(tmp_path: Path
     )
 
 
-def test_a_value_of_a_residue_that_float16_cannot_hold_is_an_error_that_names_the_sequence(
+def test_float16_overflow_in_a_residue_names_the_sequence(
     tmp_path: Path,
 ) -> None:
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
@@ -594,9 +588,7 @@ def test_a_value_of_a_residue_that_float16_cannot_hold_is_an_error_that_names_th
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_dataset_in_float16_is_exported_with_the_values_that_it_has(
-    tmp_path: Path, to: str
-) -> None:
+def test_a_float16_dataset_is_exported_with_its_values(tmp_path: Path, to: str) -> None:
     run = finish_run(start_run(tmp_path, store_dtype=StoreDtype.FLOAT16))
     run.assemble()
     for dtype in FORMATS[to].dtypes:
@@ -637,7 +629,7 @@ class TestHdf5:
             (["."], r"'\.' cannot be a name in the root group"),
         ],
     )
-    def test_what_has_no_key_of_its_own_is_named(
+    def test_an_id_without_a_unique_key_is_refused(
         self, tmp_path: Path, ids: list[str], what: str
     ) -> None:
         with pytest.raises(ConfigError, match=what):
@@ -691,7 +683,7 @@ def merge_as_virnucpro(
     return missing, torch.stack(merged)
 
 
-def test_virnucpros_merge_step_finds_every_protein_in_the_file_of_its_number(
+def test_virnucpros_merge_step_finds_every_protein(
     tmp_path: Path,
 ) -> None:
     """It splits its input every 10,000 records and joins files by number, so a sequence in quarantine must not move others."""
@@ -734,7 +726,7 @@ def test_virnucpro_gets_a_tensor_of_its_own_for_each_protein(run: Run, tmp_path:
     } == {(torch.Size([DIM]), torch.float32, 4 * DIM)}
 
 
-def test_virnucpro_gets_a_file_too_where_all_that_belongs_into_it_is_in_quarantine(
+def test_virnucpro_gets_a_file_for_quarantined_sequences_too(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Or the files after it would be joined with those of another number."""
@@ -787,7 +779,7 @@ def test_esm_extract_has_the_files_that_fair_esm_would_write(tmp_path: Path) -> 
         ["a", "a.pt/b/c"],
     ],
 )
-def test_a_header_that_is_no_file_name_below_the_directory_is_refused(
+def test_a_header_that_leads_out_of_the_directory_is_refused(
     tmp_path: Path, ids: list[str]
 ) -> None:
     run = small_run(tmp_path, ids)

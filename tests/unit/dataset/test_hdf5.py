@@ -30,13 +30,13 @@ def write_ones(path: Path) -> None:
         file.root.create_dataset("ones", (1000,), "f4", chunks=(1000,))[:] = np.ones(1000)
 
 
-def test_what_failed_is_raised_as_the_file_is_closed_at_the_latest(tmp_path: Path) -> None:
+def test_a_failed_write_is_raised_on_close_at_the_latest(tmp_path: Path) -> None:
     """Nobody asked before: HDF5 keeps small data to itself until then."""
     with no_file_larger_than(1000), pytest.raises(OSError, match="File too large"):
         write_ones(tmp_path / "x.h5")
 
 
-def test_without_a_failure_it_is_what_h5py_reads(tmp_path: Path) -> None:
+def test_h5py_reads_a_file_written_without_failure(tmp_path: Path) -> None:
     write_ones(tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5") as file:
         assert file["ones"][:].tolist() == [1.0] * 1000

@@ -45,7 +45,7 @@ def test_batches_give_every_row_once_in_input_order(run: Run, batch_size: int) -
     assert np.array_equal(np.concatenate([rows for _, rows in batches]), run.expected_rows())
 
 
-def test_all_rows_come_at_once_and_as_torch_tensors_too(run: Run) -> None:
+def test_all_rows_as_one_array_and_as_tensors(run: Run) -> None:
     run.assemble()
     dataset = open_dataset(run.paths.run_dir)
     ids, embeddings = dataset.to_numpy()
@@ -59,7 +59,7 @@ def test_all_rows_come_at_once_and_as_torch_tensors_too(run: Run) -> None:
     )
 
 
-def test_a_position_in_the_dataset_is_not_one_in_the_input_where_rows_are_lacking(
+def test_positions_in_the_dataset_and_the_input_differ(
     tmp_path: Path,
 ) -> None:
     run = start_run(tmp_path)
@@ -117,7 +117,7 @@ def test_a_data_loader_with_workers_gets_every_row_with_its_id(
         assert np.array_equal(seen[sequence_id].numpy(), embed(sequence))
 
 
-def test_what_is_given_out_is_the_callers_own(run: Run) -> None:
+def test_rows_are_writable_copies(run: Run) -> None:
     run.assemble()
     dataset = open_dataset(run.paths.run_dir)
     dataset.row(0)[:] = 0
@@ -125,7 +125,7 @@ def test_what_is_given_out_is_the_callers_own(run: Run) -> None:
     assert next(dataset.batches(4))[1].flags.writeable
 
 
-def test_what_the_dataset_does_not_have_is_a_key_error_that_names_it(run: Run) -> None:
+def test_a_missing_id_or_ordinal_is_a_key_error(run: Run) -> None:
     run.assemble()
     dataset = open_dataset(run.paths.run_dir)
     assert "nobody" not in dataset
@@ -136,7 +136,7 @@ def test_what_the_dataset_does_not_have_is_a_key_error_that_names_it(run: Run) -
             dataset.row(ordinal)
 
 
-def test_a_run_that_is_not_complete_has_no_dataset_and_the_reader_is_told_how_to_go_on(
+def test_an_incomplete_run_has_no_dataset(
     run: Run,
 ) -> None:
     with pytest.raises(StorageError, match=r"no complete dataset here .*start the run again"):
@@ -161,7 +161,7 @@ def test_a_part_of_another_size_or_missing_is_refused(run: Run, change: bytes | 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_flipped_bit_is_found_by_verify_and_never_changes_a_row(run: Run, seed: int) -> None:
+def test_a_flipped_bit_is_found_and_never_changes_a_row(run: Run, seed: int) -> None:
     run.assemble()
     rng = np.random.default_rng(seed)
     path = sorted(run.paths.embeddings_dir.iterdir())[rng.integers(5)]

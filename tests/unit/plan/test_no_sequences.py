@@ -74,7 +74,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", EMPTY_FILES)
-def test_a_file_without_sequences_is_an_empty_run_if_that_is_allowed(tmp_path, name):
+def test_a_file_without_sequences_is_an_empty_run_if_allowed(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(EMPTY_FILES[name])
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_a_file_without_sequences_is_an_empty_run_if_that_is_allowed(tmp_path, n
 
 
 @pytest.mark.parametrize("name", NOTHING_LEFT)
-def test_records_of_which_none_is_left_are_an_empty_run_if_that_is_allowed(tmp_path, name):
+def test_skipping_all_records_is_an_empty_run_if_allowed(tmp_path, name):
     text, policy = NOTHING_LEFT[name]
     path, paths = tmp_path / "x.fasta", RunPaths(tmp_path / "run")
     path.write_text(text)
@@ -198,7 +198,7 @@ def test_every_command_takes_it(run_dir, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_forecast_says_what_there_is_to_allow(tmp_path, capsys):
+def test_an_estimate_names_allow_empty(tmp_path, capsys):
     path = tmp_path / "x.fasta"
     path.touch()
     arguments = ["plan", "--fasta", str(path), *SMALL_MODEL, "--output-dir", str(tmp_path / "run")]
@@ -222,7 +222,7 @@ def read_back(run_dir: Path, to: str, output: Path, **options: Any) -> tuple[Pat
 
 @pytest.mark.parametrize("dtype", StoreDtype)
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_export_is_read_by_the_python_that_it_hands_out(run_dir, tmp_path, to, dtype):
+def test_every_export_is_read_by_its_printed_code(run_dir, tmp_path, to, dtype):
     if dtype not in FORMATS[to].dtypes:
         return
     path, names = read_back(run_dir, to, tmp_path / "out", dtype=dtype)
@@ -264,7 +264,7 @@ def test_exports_of_residues_are_read_too(run_of_residues, tmp_path, to, column)
         ({"executor": "work-pool", "shards": 4}, ("mean_6",)),
     ],
 )
-def test_whatever_a_run_computes_can_be_nothing(tmp_path, settings, outputs):
+def test_every_kind_of_run_can_be_empty(tmp_path, settings, outputs):
     """The second assembly finds the first one's dataset whole. A byte order mark is no sequence either."""
     path = tmp_path / "x.fasta"
     path.write_bytes(b"\xef\xbb\xbf")
@@ -274,7 +274,7 @@ def test_whatever_a_run_computes_can_be_nothing(tmp_path, settings, outputs):
     assert open_dataset(tmp_path / "run").outputs == outputs
 
 
-def test_the_same_again_goes_on_and_a_real_input_is_another_run(tmp_path):
+def test_an_empty_run_resumes_and_real_input_is_another_run(tmp_path):
     empty, real = tmp_path / "empty.fasta", tmp_path / "real.fasta"
     empty.touch()
     real.write_text(">a\nMKL\n")
@@ -293,7 +293,7 @@ def test_the_option_does_not_make_another_run_of_real_input(tmp_path):
     np.testing.assert_array_equal(before.embeddings, after.embeddings)
 
 
-def test_nothing_that_is_piped_is_an_empty_run_if_that_is_allowed(tmp_path, monkeypatch):
+def test_empty_standard_input_is_an_empty_run_if_allowed(tmp_path, monkeypatch):
     """And an empty pipe goes on with it."""
     for allow_empty in (False, True, True):
         config = small_config(Path("-"), tmp_path / "run", allow_empty=allow_empty)

@@ -31,14 +31,12 @@ def layout_of(*names: str, embed_dim: int = 4) -> RowLayout:
         ("std,max,std", [6], ["max_6", "std_6"]),
     ],
 )
-def test_a_choice_comes_to_the_same_outputs_in_whatever_order_it_is_given(
-    include, repr_layers, expected
-):
+def test_outputs_are_ordered_by_kind_and_layer(include, repr_layers, expected):
     assert names(include, repr_layers) == expected
 
 
 @pytest.mark.parametrize("layers", [[34], [-35], [0, 34], []])
-def test_a_layer_that_the_model_has_not_is_refused_with_those_that_it_has(layers):
+def test_a_missing_layer_is_refused_with_the_existing_ones(layers):
     with pytest.raises(
         ConfigError,
         match=r"layers .* are requested: this model has the layers 0 \(its embedding\) to 33",
@@ -46,7 +44,7 @@ def test_a_layer_that_the_model_has_not_is_refused_with_those_that_it_has(layers
         names("mean", layers)
 
 
-def test_a_name_says_everything():
+def test_a_name_is_parsed_into_its_output():
     for name in ("mean_0", "bos_33", "max_5", "std_12", "per_tok_33", "contacts", "logits"):
         assert Output.parse(name).name == name
     with pytest.raises(ValueError, match="median"):
@@ -67,7 +65,7 @@ def test_widths_of_very_long_sequences_do_not_overflow():
     assert layout_of("contacts").widths(np.array([100_000], dtype=np.int32)).tolist() == [10**10]
 
 
-def test_only_the_mean_of_one_layer_is_told_by_layer_and_pooling_alone():
+def test_one_mean_adds_nothing_to_the_identity():
     """The identity of runs that were begun before there was a choice: it must stay what it was."""
     assert layout_of("mean_6").identity() == {}
     several = layout_of("mean_6", "bos_6")
@@ -76,6 +74,6 @@ def test_only_the_mean_of_one_layer_is_told_by_layer_and_pooling_alone():
     assert RowLayout.of_identity({"layer": 6}, embed_dim=4) == layout_of("mean_6")
 
 
-def test_rows_end_to_end_begin_where_the_one_before_ends():
+def test_offsets_are_boundaries_of_concatenated_rows():
     assert offsets_of(np.array([3, 1, 2])).tolist() == [0, 3, 4, 6]
     assert offsets_of(np.array([], dtype=np.int64)).tolist() == [0]

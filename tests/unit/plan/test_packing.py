@@ -63,7 +63,7 @@ def test_a_budget_or_length_below_one_is_refused(
         pack(np.array(token_lengths), token_budget)
 
 
-def test_a_budget_halves_what_did_not_fit_and_grows_back_to_its_limit():
+def test_a_token_budget_halves_and_grows_back_to_its_limit():
     told = []
     budget = TokenBudget(1000, on_change=told.append)
     budget.shrink(800)
@@ -79,7 +79,7 @@ def test_a_budget_halves_what_did_not_fit_and_grows_back_to_its_limit():
     assert told == [400, 500, 625, 781, 976, 1000]
 
 
-def test_a_budget_starts_where_it_was_left_and_never_below_one_token():
+def test_a_token_budget_stays_between_one_and_its_limit():
     assert TokenBudget(1000, 300).tokens == 300
     assert TokenBudget(1000, 3000).tokens == 1000
     budget = TokenBudget(1000)

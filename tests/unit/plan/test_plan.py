@@ -108,7 +108,7 @@ def test_a_plan_holds_every_sequence_once_in_input_order(tmp_path: Path, seed: i
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 7])
-def test_every_distinct_sequence_is_in_one_batch_of_one_shard_longest_first(
+def test_each_distinct_sequence_is_in_one_batch_of_one_shard(
     tmp_path: Path, num_shards: int
 ) -> None:
     records = random_records(seed=1, num_records=200)
@@ -130,7 +130,7 @@ def test_every_distinct_sequence_is_in_one_batch_of_one_shard_longest_first(
         ]
 
 
-def test_fetch_reads_ids_and_sequences_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_fetch_returns_rows_in_the_requested_order(tmp_path: Path) -> None:
     """Over several record batches too: a chunk of the input is 8,192 records, and ends with its file."""
     parts = [
         random_records(seed=seed, num_records=num_records)
@@ -183,7 +183,7 @@ def test_a_loaded_plan_is_the_one_that_was_made(tmp_path: Path) -> None:
     assert loaded.order.tolist() == made.order.tolist()
 
 
-def test_the_fingerprint_is_the_sha256_of_the_identity_and_of_the_sequences_content(
+def test_the_fingerprint_is_the_sha256_of_the_identity(
     tmp_path: Path,
 ) -> None:
     plan = plan_of(
@@ -305,7 +305,7 @@ def test_ten_ids_that_occur_twice_are_shown_and_the_rest_counted(tmp_path: Path)
     assert str(caught.value).count(", line ") == 2 * 10
 
 
-def test_ids_that_occur_twice_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_duplicate_ids_are_kept_on_request(tmp_path: Path) -> None:
     """And make the same content as any: the policy is no part of the run."""
     fasta = write_fasta(
         tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKL"), ("a again", "MKW"), ("a", "MKV")]
@@ -321,7 +321,7 @@ def test_ids_that_occur_twice_are_kept_where_that_is_asked_for(tmp_path: Path) -
     )
 
 
-def test_without_dedup_every_sequence_is_computed_and_the_run_is_another(tmp_path: Path) -> None:
+def test_without_dedup_every_sequence_is_computed(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKVL"), ("c", "MKV")])
     plan = plan_of(tmp_path / "run", fasta, dedup=False)
     assert (plan.num_computed, plan.representatives.tolist(), plan.order.tolist()) == (
@@ -401,7 +401,7 @@ def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
         ({"dedup": False}, [3, 4, 5], "2 records skipped"),
     ],
 )
-def test_short_sequences_are_skipped_beside_whatever_else_is_done(
+def test_short_sequences_are_skipped_under_every_policy(
     tmp_path: Path, policy: dict[str, Any], lengths: list[int], told: str
 ) -> None:
     """A length is that of the sequence as it was read, before it is cut."""
@@ -422,7 +422,7 @@ def test_short_proteins_of_a_translation_are_skipped(tmp_path: Path) -> None:
     assert plan.counts.num_skipped == (lengths < 6).sum() > 0
 
 
-def test_a_damaged_list_of_skipped_records_is_noticed_and_written_anew(tmp_path: Path) -> None:
+def test_a_damaged_list_of_skipped_records_is_rebuilt(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
     plan_of(tmp_path / "run", fasta, invalid_residues="skip")
     skipped = RunPaths(tmp_path / "run").skipped
@@ -434,7 +434,7 @@ def test_a_damaged_list_of_skipped_records_is_noticed_and_written_anew(tmp_path:
     assert skipped.read_bytes() == whole
 
 
-def test_the_same_sequences_come_by_in_another_way_are_the_same_run(tmp_path: Path) -> None:
+def test_same_sequences_from_other_records_are_the_same_run(tmp_path: Path) -> None:
     """The plan then says what it was made from last: here nothing had to be skipped any more."""
     faulty = write_fasta(tmp_path / "x.fasta", FAULTY)
     mended = write_fasta(tmp_path / "y.fasta", [FAULTY[0], FAULTY[2], FAULTY[4]])
@@ -445,7 +445,7 @@ def test_the_same_sequences_come_by_in_another_way_are_the_same_run(tmp_path: Pa
     assert not RunPaths(tmp_path / "run").skipped.exists()
 
 
-def test_a_plan_that_has_not_counted_all_that_is_counted_now_is_the_same_run(
+def test_a_plan_with_fewer_counts_is_the_same_run(
     tmp_path: Path,
 ) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKV")])
@@ -465,14 +465,14 @@ def test_a_policy_that_leads_to_other_sequences_is_refused(tmp_path: Path) -> No
         plan_of(tmp_path / "run", fasta, invalid_residues="map")
 
 
-def test_input_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+def test_input_without_a_remaining_sequence_is_refused(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "M1V"), ("b", "M-V")])
     with pytest.raises(FastaError, match="all 2 records are skipped: there is nothing to embed"):
         plan_of(tmp_path / "run", fasta, invalid_residues="skip")
     assert not snapshot(tmp_path / "run")
 
 
-def test_sequences_that_are_cut_keep_their_length_and_are_part_of_the_run(tmp_path: Path) -> None:
+def test_truncated_sequences_keep_their_original_length(tmp_path: Path) -> None:
     """Those that are equal then are computed once."""
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKVLAW"), ("b", "MKVL"), ("c", "MKVLWWW")])
     plan = plan_of(tmp_path / "run", fasta, long="truncate", max_length=4)
@@ -492,7 +492,7 @@ def test_sequences_that_are_cut_keep_their_length_and_are_part_of_the_run(tmp_pa
         plan_of(tmp_path / "run", fasta, long="truncate", max_length=5)
 
 
-def test_a_cut_sequence_has_the_tokens_that_fair_esm_cuts_to(tmp_path: Path) -> None:
+def test_truncation_gives_the_tokens_of_fair_esm(tmp_path: Path) -> None:
     """As `extract.py --truncation_seq_length 1022` has them: the first 1,022 residues between BOS and EOS."""
     rng = np.random.default_rng(0)
     records = [
@@ -526,7 +526,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plan.json", "sequences.arrow", "representatives.npy"])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_flipped_bit_in_the_plan_is_noticed_and_mended_from_the_input(
+def test_a_flipped_bit_in_the_plan_is_found_and_repaired(
     tmp_path: Path, name: str, seed: int
 ) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=8, num_records=30))
@@ -549,7 +549,7 @@ def test_a_missing_file_of_the_plan_is_named(tmp_path: Path, name: str) -> None:
         load_plan(RunPaths(tmp_path / "run"))
 
 
-def test_a_damaged_plan_of_another_run_is_not_mended(tmp_path: Path) -> None:
+def test_a_damaged_plan_of_another_run_is_not_rebuilt(tmp_path: Path) -> None:
     plan_of(tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
     (tmp_path / "run/plan/sequences.arrow").write_bytes(b"")
     before = snapshot(tmp_path / "run")
@@ -558,7 +558,7 @@ def test_a_damaged_plan_of_another_run_is_not_mended(tmp_path: Path) -> None:
     assert snapshot(tmp_path / "run") == before
 
 
-def test_a_run_directory_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV")])
     with pytest.raises(
         ConfigError, match=r"x\.fasta/run cannot be created or written \(.*x\.fasta: "
@@ -566,7 +566,7 @@ def test_a_run_directory_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: 
         plan_of(fasta / "run", fasta)
 
 
-def test_the_space_a_run_takes_is_that_of_checkpoints_and_dataset(tmp_path: Path) -> None:
+def test_required_space_is_checkpoints_and_dataset(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=9, num_records=100))
     )
@@ -596,7 +596,7 @@ def test_a_disk_without_room_is_refused_with_both_figures(
     check_free_space(paths, plan, RowLayout(MEAN, 320))
 
 
-def test_a_file_that_goes_while_the_room_is_counted_is_no_error(
+def test_a_file_removed_during_the_space_check_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers of an earlier run save yet: they rename their temporary files."""
@@ -616,7 +616,7 @@ def test_a_file_that_goes_while_the_room_is_counted_is_no_error(
     assert not (paths.shard_dir(0) / ".tmp-x").exists()
 
 
-def test_every_path_of_a_run_is_where_the_readme_says() -> None:
+def test_paths_are_those_of_the_documentation() -> None:
     paths = RunPaths(Path("run"))
     assert [
         str(path.relative_to("run"))
