@@ -1,4 +1,4 @@
-"""What is imported before anything is done: people wait for it, and each child does."""
+"""What is imported at start-up, for which users and each worker process wait."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ NEED_TORCH = {
 """The modules of each room that cannot be imported without torch, besides `esm_extract`."""
 
 _LOADED = "; import sys; print(*sorted(sys.modules))"
-_HELP = "import runpy, sys; sys.argv = {arguments}\ntry: runpy.{run}\nexcept SystemExit: pass\nprint(); print(*sorted(sys.modules))"
+_HELP = """
+import runpy, sys; sys.argv = {arguments}
+try: runpy.{run}
+except SystemExit: pass
+print(); print(*sorted(sys.modules))
+"""
 
 
 def modules_after(code: str) -> set[str]:
@@ -71,7 +76,7 @@ print(*need_torch)
 
 
 def test_the_package_is_typed() -> None:
-    """And says so where it is installed, not only in this tree."""
+    """The marker file is part of the installed package as well."""
     assert (resources.files("vnp_lib") / "py.typed").is_file()
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
@@ -79,7 +84,7 @@ def test_the_package_is_typed() -> None:
     assert "py.typed" in shipped["vnp_lib"]
 
 
-def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
+def test_public_names_are_imported_on_first_use() -> None:
     code = "import vnp_lib; [getattr(vnp_lib, name) for name in vnp_lib.__all__]"
     assert not modules_after(code + _LOADED) & {"torch", "prefect", "esm", "matplotlib"}
     assert {name: getattr(vnp_lib, name).__module__ for name in vnp_lib.__all__} == {
@@ -115,7 +120,7 @@ def test_what_the_package_gives_is_imported_when_it_is_asked_for() -> None:
         ),
     ],
 )
-def test_help_needs_neither_torch_nor_a_server_of_prefect(code: str) -> None:
+def test_help_loads_neither_torch_nor_prefects_server(code: str) -> None:
     assert not modules_after(code) & {
         "torch",
         "esm",
@@ -125,7 +130,7 @@ def test_help_needs_neither_torch_nor_a_server_of_prefect(code: str) -> None:
     }
 
 
-def test_a_child_imports_nothing_of_prefect_nor_what_draws() -> None:
+def test_a_worker_imports_neither_prefect_nor_plots() -> None:
     loaded = modules_after(
         "import vnp_lib.worker.attempt, vnp_lib.inference.runner, vnp_lib.checkpoint.writer"
         + _LOADED

@@ -1,4 +1,4 @@
-"""The rooms of the library, and what each may import: only rooms below it, and only their faces."""
+"""Each room imports only rooms below it, and only names of their faces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,23 @@ GROUND = (
     {"config", "terminal"},
     {"options", "devices"},
 )
-"""Modules directly under `vnp_lib` that every room may import. Each imports only those of earlier sets."""
+"""Modules directly under `vnp_lib` that every room may import; each imports only earlier sets."""
+
+NEEDS_TORCH = {
+    "model.": "the network and its tensors",
+    "checkpoint.archive": "loads tensors safely",
+    "checkpoint.array_pickle": "loads tensors safely",
+    "checkpoint.file": "reads and writes tensors",
+    "checkpoint.resume": "reads checkpoints",
+    "checkpoint.writer": "copies tensors from a device",
+    "dataset.torch_dataset": "is a torch Dataset",
+    "inference.executor": "runs the network",
+    "inference.gpu_memory": "measures memory on a device",
+    "inference.runner": "runs the network",
+    "report.verify_model": "runs the network",
+    "esm_extract": "runs the network",
+}
+"""Modules, or with a dot at the end rooms, that import torch; all others must not."""
 
 FRONT_DOORS = {"api", "cli", "esm_extract", "embeddings", "manifest", "__main__", "__init__"}
 """Modules that no room imports."""
@@ -46,7 +62,7 @@ FLOWS = sorted(Path("..", path.relative_to(ROOT)) for path in (ROOT / "flows").g
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The modules that a file imports, at its top, under TYPE_CHECKING or in a function."""
+    """Return the modules that a file imports at its top, under TYPE_CHECKING or in a function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -60,14 +76,14 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def our_imports(file: Path) -> set[str]:
-    """The same without the package's name, and only those of the package."""
+    """Return the modules of the package that a file imports, without the package's name."""
     imported = imported_modules(PACKAGE / file)
     return {name.removeprefix("vnp_lib.") for name in imported if name.startswith("vnp_lib.")}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if len(file.parts) > 1], ids=str)
 def test_a_room_imports_rooms_below_it(file: Path) -> None:
-    """And modules of the ground floor, but no front door."""
+    """It also imports modules of the ground floor, but no front door."""
     room = file.parts[0]
     units = {name.split(".")[0] for name in our_imports(file)} - {room, "__version__"}
     assert units & set(ROOMS) <= MAY_IMPORT[room]
@@ -78,7 +94,7 @@ def test_a_room_imports_rooms_below_it(file: Path) -> None:
     "file", [file for file in [*FILES, *FLOWS] if file.name != "__init__.py"], ids=str
 )
 def test_only_a_face_is_imported_from_another_room(file: Path) -> None:
-    """`from vnp_lib.room import name`, and never a file of that room."""
+    """Only as `from vnp_lib.room import name`, never from a file of that room."""
     room = file.parts[0] if len(file.parts) > 1 else None
     inner = {
         name
@@ -98,7 +114,7 @@ def test_only_a_face_is_imported_from_another_room(file: Path) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_face_only_re_exports(room: str) -> None:
-    """It has a docstring of one sentence, imports and `__all__`; a lazy one also `lazy_face`."""
+    """It has a docstring of one sentence, imports and `__all__`; if lazy, also `lazy_face`."""
     face = ast.parse((PACKAGE / room / "__init__.py").read_text())
     docstring = ast.get_docstring(face)
     assert docstring is not None
@@ -133,7 +149,7 @@ def test_the_ground_needs_the_standard_library_only(module: str) -> None:
 
 
 def test_vnp_lib_imports_without_prefect() -> None:
-    """The library works where Prefect is not installed."""
+    """The library works even if Prefect is not installed."""
     modules = [
         ".".join(("vnp_lib", *file.with_suffix("").parts))
         for file in FILES
@@ -145,13 +161,27 @@ def test_vnp_lib_imports_without_prefect() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, vnp_lib; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def test_only_listed_modules_import_torch() -> None:
+    """It takes seconds, so that `vnp --help`, `vnp status` and a waiting worker do without it."""
+    modules = [".".join(file.with_suffix("").parts) for file in FILES]
+    code = "import sys\nfrom importlib import import_module\n" + "\n".join(
+        f"import_module('vnp_lib.{module}'); 'torch' in sys.modules and sys.exit('{module}')"
+        for module in modules
+        if not module.startswith(tuple(NEEDS_TORCH)) and "__" not in module
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.strip()) == (0, "")
+    assert "vnp_lib.model." not in code
+    assert "vnp_lib.run.run'" in code
+
+
+def test_the_list_of_modules_that_import_torch_is_current() -> None:
+    names = [".".join(file.with_suffix("").parts) for file in FILES]
+    assert [each for each in NEEDS_TORCH if not any(n.startswith(each) for n in names)] == []
 
 
 def test_one_module_reads_the_environment() -> None:
-    """And `options`, through pydantic-settings."""
+    """`options` reads it as well, through pydantic-settings."""
     readers = {
         str(file)
         for file in FILES
