@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         name="renamed-to-an-id-of-the-input",
         module="inputs.duplicates",
-        before="            if place == self._taken.size or self._taken[place] != half:\n",
-        after="            if True:\n",
+        before="is_free = place == self._taken.size or self._taken[place] != half\n",
+        after="is_free = True\n",
         caught_by=(
             "tests/unit/inputs/test_duplicates.py::test_no_two_ids_are_equal_and_those_that_occur_once_stay",
         ),

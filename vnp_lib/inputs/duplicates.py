@@ -82,18 +82,16 @@ class UniqueIds:
             return ids, 0
         renamed = list(ids)
         for repeat in range(first, self._num_renamed):
-            place = int(self._repeats[repeat]) - start
-            renamed[place] = self._free_name(ids[place], int(self._group[repeat]))
+            record = int(self._repeats[repeat]) - start
+            group = int(self._group[repeat])
+            is_free = False
+            while not is_free:
+                renamed[record] = f"{ids[record]}_{self._next_number[group]}"
+                self._next_number[group] += 1
+                half = _halves(digest_texts([renamed[record]]))[0, 0]
+                place = np.searchsorted(self._taken, half)
+                is_free = place == self._taken.size or self._taken[place] != half
         return renamed, self._num_renamed - first
-
-    def _free_name(self, id_: str, group: int) -> str:
-        while True:
-            name = f"{id_}_{self._next_number[group]}"
-            self._next_number[group] += 1
-            half = _halves(digest_texts([name]))[0, 0]
-            place = np.searchsorted(self._taken, half)
-            if place == self._taken.size or self._taken[place] != half:
-                return name
 
 
 def _halves(digests: bytes | bytearray) -> NDArray[np.uint64]:

@@ -1,8 +1,4 @@
-"""Read proteins from Python objects: paths, texts, dictionaries, tables, Biopython's records.
-
-No library is imported for this: an object is recognised by the protocol that its library
-documents. No object is changed.
-"""
+"""Read proteins from Python objects: paths, texts, dictionaries, tables, Biopython's records."""
 
 from __future__ import annotations
 
@@ -90,6 +86,9 @@ def files_or_records(
     given: Any, *, id_column: str = "id", sequence_column: str = "sequence"
 ) -> list[Path] | RecordsInMemory:
     """Return the files that an object names, or else the records that it holds.
+
+    No library is imported for this: an object is recognised by the protocol that its library
+    documents. No object is changed.
 
     Sequences without ids are numbered, "0", "1" and so on; a pandas Series has the ids of its
     index.

@@ -1,23 +1,4 @@
-"""Translate nucleotides in six frames, as VirNucPro does before it embeds.
-
-The rules are those of `split_fasta_chunk` and `identify_seq` in VirNucPro's units.py
-(Li-Jing-1997/VirNucPro on GitHub); its prediction.py leaves out empty proteins:
-
-1. A record of n nucleotides is divided into k = ceil(n / c) chunks of c nucleotides, c being 300 or
-   500. The surplus s = k * c - n is spread over the overlaps of neighbours: with b = floor(s / k),
-   each of the first s - b * (k - 1) overlaps has b + 1 nucleotides, the others have b. If there are
-   few chunks, the last may extend beyond the end of the record, which shortens it: 1,200
-   nucleotides in chunks of 500 are 0 to 500, 399 to 899 and 798 to 1,200. Chunks are numbered
-   from 1.
-2. Each chunk is translated by the standard genetic code in three frames, F1 to F3, and its reverse
-   complement in three, R1 to R3. A codon with any character but A, C, G and T is left out, and the
-   protein continues without it; so are the last characters that are no complete codon.
-3. A frame with a stop codon, or without any codon, gives no protein. Every other frame gives one,
-   with the id `{record}_chunk_{number}{frame}`, as in `contig_7_chunk_12R3`.
-
-Lower case is raised. Characters that stand for no nucleotide, whose codons VirNucPro leaves out
-without notice, are faults here; U is one of them. Those read as N are left out here too.
-"""
+"""Translate nucleotides in six frames, as VirNucPro does before it embeds."""
 
 from __future__ import annotations
 
@@ -25,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, product
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vnp_lib.inputs.records import Alphabet, SequenceChunk
 
@@ -64,6 +44,25 @@ def six_frames(
 ) -> Iterator[tuple[SequenceChunk, list[int]]]:
     """Translate records of nucleotides.
 
+    The rules are those of `split_fasta_chunk` and `identify_seq` in VirNucPro's units.py
+    (Li-Jing-1997/VirNucPro on GitHub); its prediction.py leaves out empty proteins:
+
+    1. A record of n nucleotides is divided into k = ceil(n / c) chunks of c nucleotides, c being
+       300 or 500. The surplus s = k * c - n is spread over the overlaps of neighbours: with
+       b = floor(s / k), each of the first s - b * (k - 1) overlaps has b + 1 nucleotides, the
+       others have b. If there are few chunks, the last may extend beyond the end of the record,
+       which shortens it: 1,200 nucleotides in chunks of 500 are 0 to 500, 399 to 899 and 798 to
+       1,200. Chunks are numbered from 1.
+    2. Each chunk is translated by the standard genetic code in three frames, F1 to F3, and its
+       reverse complement in three, R1 to R3. A codon with any character but A, C, G and T is left
+       out, and the protein continues without it; so are the last characters that are no complete
+       codon.
+    3. A frame with a stop codon, or without any codon, gives no protein. Every other frame gives
+       one, with the id `{record}_chunk_{number}{frame}`, as in `contig_7_chunk_12R3`.
+
+    Lower case is raised. Characters that stand for no nucleotide, whose codons VirNucPro leaves out
+    without notice, are faults here; U is one of them. Those read as N are left out here too.
+
     Args:
         chunk: Records of nucleotides.
         chunk_length: Nucleotides in each chunk of a record.
@@ -97,7 +96,13 @@ def _translate(pieces: Sequence[_Piece]) -> tuple[SequenceChunk, list[int]]:
     ids: list[str] = []
     proteins: list[str] = []
     places: list[int] = []
-    forward, backward = _amino_acids("".join(nucleotides for _, _, nucleotides in pieces))
+    # The codon that begins at each nucleotide, with two more after the end, stands for one amino
+    # acid. Those of the reverse complements are in reverse order.
+    joined = "".join(nucleotides for _, _, nucleotides in pieces).encode() + 2 * _LEFT_OUT
+    codes = _CODE_OF_BYTE[np.frombuffer(joined, dtype=np.uint8)]
+    codons = (codes[:-2] * _NUM_CODES + codes[1:-1]) * _NUM_CODES + codes[2:]
+    forward = _FORWARD.ravel()[codons].tobytes()
+    backward = _BACKWARD.ravel()[codons][::-1].tobytes()
     start = 0
     for place, prefix, nucleotides in pieces:
         stop = start + len(nucleotides)
@@ -119,28 +124,14 @@ def _translate(pieces: Sequence[_Piece]) -> tuple[SequenceChunk, list[int]]:
     return SequenceChunk(ids=ids, descriptions=[""] * len(ids), sequences=proteins), places
 
 
-def _amino_acids(nucleotides: str) -> tuple[bytes, bytes]:
-    """Return the amino acid of the codon that begins at each nucleotide, and of its complement.
-
-    The amino acids of reverse complements are in reverse order.
-    """
-    codes = _CODE_OF_BYTE[np.frombuffer(nucleotides.encode() + 2 * _LEFT_OUT, dtype=np.uint8)]
-    codons = (codes[:-2] * _NUM_CODES + codes[1:-1]) * _NUM_CODES + codes[2:]
-    return _FORWARD[codons].tobytes(), _BACKWARD[codons][::-1].tobytes()
-
-
-def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return the amino acid of each codon and of its reverse complement, by codes of bases."""
-    forward = np.full((_NUM_CODES,) * 3, _LEFT_OUT[0], dtype=np.uint8)
-    backward = forward.copy()
-    for (first, second, third), amino_acid in zip(
-        product(range(4), repeat=3), _AMINO_ACIDS, strict=True
-    ):
-        forward[first, second, third] = ord(amino_acid)
-        backward[(third + 2) % 4, (second + 2) % 4, (first + 2) % 4] = ord(amino_acid)
-    return forward.ravel(), backward.ravel()
-
-
 _CODE_OF_BYTE = np.full(256, len(_BASES), dtype=np.uint8)
 _CODE_OF_BYTE[np.frombuffer(_BASES.encode(), dtype=np.uint8)] = np.arange(len(_BASES))
-_FORWARD, _BACKWARD = _tables()
+
+# The amino acid of each codon and of its reverse complement, by the codes of its bases.
+_FORWARD = np.full((_NUM_CODES,) * 3, _LEFT_OUT[0], dtype=np.uint8)
+_BACKWARD = _FORWARD.copy()
+for (_first, _second, _third), _amino_acid in zip(
+    product(range(4), repeat=3), _AMINO_ACIDS, strict=True
+):
+    _FORWARD[_first, _second, _third] = ord(_amino_acid)
+    _BACKWARD[(_third + 2) % 4, (_second + 2) % 4, (_first + 2) % 4] = ord(_amino_acid)
