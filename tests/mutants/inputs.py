@@ -31,7 +31,7 @@ MUTANTS = (
         before="        pieces = [block[stop:]]\n",
         after="        pieces = []\n",
         caught_by=(
-            "tests/unit/inputs/test_files.py::TestEncodings::test_line_ends_are_seen_where_blocks_of_the_file_end",
+            "tests/unit/inputs/test_files.py::TestEncodings::test_line_ends_are_found_at_ends_of_blocks",
         ),
     ),
     Mutant(

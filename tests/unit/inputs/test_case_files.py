@@ -49,7 +49,7 @@ def test_each_record_has_the_row_of_its_residues(
 def test_a_joined_file_gives_its_rows_once_corrected(
     tmp_path: Path,
 ) -> None:
-    """Rows of a file whose missing line break was inserted."""
+    """After insertion of the missing line break."""
     text = (CASES / "cat_no_newline.fasta").read_text(encoding="utf-8")
     corrected = tmp_path / "corrected.fasta"
     corrected.write_text(text.replace("V>b", "V\n>b"), encoding="utf-8")

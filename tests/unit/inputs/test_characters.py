@@ -20,7 +20,7 @@ from vnp_lib.inputs.records import RESIDUES, CharacterCounts, nucleotide_share
 from vnp_lib.inputs.sources import Source
 
 BY_NAME = {each.name: each for each in CLASSES}
-# Members of each class by the name it has in the table; what is in the midst of a sequence.
+# Members of each class, by its name in the table, as they occur inside a sequence.
 MEMBERS = {
     "inner stop": "*",
     "white space": " \t\v\f\x85\xa0\u1680\u2000\u2003\u2007\u2009\u200a"
@@ -102,7 +102,7 @@ def require_treated(path: Path, character: str, its_class: CharacterClass, polic
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_what_is_in_memory_is_treated_as_the_table_says(name: str) -> None:
+def test_memory_is_treated_as_the_table_says(name: str) -> None:
     for character in MEMBERS[name]:
         if BY_NAME[name].error == Treatment.REMOVED:
             assert chunk_from_memory(["a"], [f"MK{character}VL"]).usable.sequences == ["MKVL"]
@@ -112,7 +112,7 @@ def test_what_is_in_memory_is_treated_as_the_table_says(name: str) -> None:
 
 
 def members_of(is_member: Callable[[CharacterClass], bool]) -> set[str]:
-    """Of the Basic Multilingual Plane."""
+    """Return all characters of the Basic Multilingual Plane."""
     return {each for each in map(chr, range(0x10000)) if is_member(class_of.__wrapped__(each))}
 
 
@@ -139,14 +139,16 @@ def test_white_space_is_what_unicode_says() -> None:
         ("M K\xa0\u200bV\t*\x1a", "MKV"),
     ],
 )
-def test_what_is_kept_raised_or_dropped(tmp_path: Path, sequence: str, expected: str) -> None:
+def test_characters_are_kept_raised_or_dropped(
+    tmp_path: Path, sequence: str, expected: str
+) -> None:
     for source in (in_fasta, in_csv, in_parquet):
         assert chunk_of(source(tmp_path, sequence)).usable.sequences == [expected]
     assert chunk_from_memory(["a"], [sequence]).usable.sequences == [expected]
 
 
-def test_what_is_removed_is_counted_by_its_class(tmp_path: Path) -> None:
-    """Of the marks before a header too, which are counted with the record that they begin."""
+def test_removed_characters_are_counted_by_class(tmp_path: Path) -> None:
+    """Marks before a header are counted with its record."""
     path = tmp_path / "x.fasta"
     path.write_bytes("\ufeff>a\nMK\xa0 V\t\n \ufeff\u200b>b\nM\xad\x1aKé\n".encode())
     chunk = chunk_of(path, "map")
@@ -157,7 +159,7 @@ def test_what_is_removed_is_counted_by_its_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["ACGT ACGT\nAC GT", "acgu-acgu", "1 ACGTACGT 8", "\ufeffACGT\u200bNN"]
 )
-def test_nucleotides_are_known_whatever_stands_between_them(text: str) -> None:
+def test_nucleotides_are_recognised_despite_other_text(text: str) -> None:
     assert nucleotide_share([text]) == 1
 
 
@@ -177,7 +179,7 @@ def test_nucleotides_are_known_whatever_stands_between_them(text: str) -> None:
 def test_the_id_is_the_first_word_of_a_header(
     tmp_path: Path, header: str, expected: tuple[str, str]
 ) -> None:
-    """In a table as in FASTA."""
+    """In a table and in FASTA."""
     path = tmp_path / "x.fasta"
     path.write_bytes(f"{header}\nMK\n".encode())
     table = tmp_path / "x.parquet"

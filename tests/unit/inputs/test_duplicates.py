@@ -72,7 +72,7 @@ def test_the_second_of_an_id_has_the_first_number_that_is_free(ids, renamed):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_no_two_ids_are_equal_and_those_that_occur_once_stay(seed):
-    """However they come, in whatever pieces they are read."""
+    """In any order, and with chunks of any size."""
     rng = np.random.default_rng(seed)
     kinds = ["x", "y", "x_2", "x_3", "x_2_2", "y_2", "_2", "x_", "x__2"]
     ids = rng.choice(kinds, size=rng.integers(0, 30)).tolist()
@@ -163,7 +163,7 @@ def test_records_that_are_left_out_take_no_number(tmp_path):
 
 
 def test_translated_proteins_are_named_after_the_renamed_record(tmp_path):
-    """So that what collects the proteins of a contig by its id finds those of one contig."""
+    """So the proteins that share a contig's id are those of one contig."""
     fasta = write(
         tmp_path / "x.fasta", ("c", "ATGGCAGCAGCA"), ("d", "ATGAAACGT"), ("c", "ATGTGGTGGTGG")
     )
@@ -197,7 +197,7 @@ def test_the_refusal_names_the_option(tmp_path):
         plan_of(tmp_path / "run", fasta, duplicate_ids="error")
 
 
-def test_vnp_plan_says_how_many_would_be_renamed(tmp_path, capsys):
+def test_vnp_plan_counts_the_renamed(tmp_path, capsys):
     fasta = write(tmp_path / "x.fasta", ("a", "MKV"), ("a", "MKL"), ("a", "MKW"))
     arguments = [
         "plan",

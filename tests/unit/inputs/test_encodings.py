@@ -1,4 +1,4 @@
-"""Text is UTF-8 whatever the locale: where it is opened, and in what a run makes of it."""
+"""Text is UTF-8 in every locale, in code and in runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STARTERS = {"run", "Popen", "check_output", "check_call", "call", "getoutput"}
 
 
 def opened_without_encoding(path: Path) -> list[int]:
-    """Lines of a module that open text, and leave its encoding to the locale."""
+    """Return the lines of a module that open text in the encoding of the locale."""
     return [
         node.lineno
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -71,7 +71,7 @@ def test_every_text_is_opened_with_its_encoding(path: Path) -> None:
     assert opened_without_encoding(path) == []
 
 
-def test_text_that_is_opened_without_its_encoding_is_seen(tmp_path: Path) -> None:
+def test_text_opened_without_its_encoding_is_found(tmp_path: Path) -> None:
     """The test above can fail."""
     module = tmp_path / "module.py"
     lines = [
@@ -124,7 +124,7 @@ print(json.dumps([locale.getpreferredencoding(False), plan.fingerprint, ids]))
 
 
 def planned(run_dir: Path, *files: Path, **variables: str) -> tuple[str, str, list[str]]:
-    """The encoding of a shell, and the fingerprint and ids of a run that is planned in it."""
+    """Return the encoding of a shell, and the fingerprint and ids of a run planned in it."""
     names = ("LC_", "LANG", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONCOERCE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     command = [sys.executable, "-c", PLAN, str(run_dir), *map(str, files)]
@@ -136,7 +136,7 @@ def planned(run_dir: Path, *files: Path, **variables: str) -> tuple[str, str, li
 
 
 def test_a_run_is_the_same_run_in_every_shell(tmp_path: Path, latin1: dict[str, str]) -> None:
-    """FASTA and CSV with ids beyond ASCII, begun in one locale and gone on with in others."""
+    """FASTA and CSV with ids beyond ASCII, started in one locale and resumed in others."""
     table = tmp_path / "x.csv"
     table.write_bytes("id,sequence\nñandú ß,MKVL\n".encode())
     files = CASES / "utf8_ids.fasta", table
@@ -150,8 +150,8 @@ def test_a_run_is_the_same_run_in_every_shell(tmp_path: Path, latin1: dict[str, 
         assert plan == [*utf8[1:]]
 
 
-def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
-    """Ids that the console's encoding lacks are written as it can."""
+def test_refusals_are_printed_in_every_shell(tmp_path: Path) -> None:
+    """Ids with characters that the console's encoding lacks are escaped."""
     path = tmp_path / "x.fasta"
     path.write_bytes(">β1\nMK-V\n>é\nMK\n".encode())
     command = [
@@ -177,7 +177,7 @@ def test_what_is_refused_is_said_in_every_shell(tmp_path: Path) -> None:
 def test_a_file_named_after_an_id_has_one_name_in_any_shell(
     tmp_path: Path, latin1: dict[str, str]
 ) -> None:
-    """UTF-8 on disk."""
+    """Its name is UTF-8 on disk."""
     code = (
         "import sys; from pathlib import Path; from vnp_lib.storage.durable import path_below;"
         f"name = {'β-lact_é.pt'!a};"

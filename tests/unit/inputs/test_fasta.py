@@ -138,13 +138,13 @@ def test_what_was_written_is_read_back(tmp_path: Path, seed: int) -> None:
     sorted({*map(chr, range(ord("!"), ord("~") + 1))} - {*f"{RESIDUES}{RESIDUES.lower()}Jj"}),
 )
 def test_any_other_character_is_refused(tmp_path: Path, character: str) -> None:
-    """Between good records."""
+    """Even between good records."""
     path = write(tmp_path / "x.fasta", f">a\nMKV\n>b\nMK{character}V\n>c\nMKV\n")
     assert f"{path}, line 3: sequence 'b' has {character!r} at position 3" in refusal(path)
 
 
 @pytest.mark.parametrize("extension", COMPRESSORS)
-def test_compressed_files_are_read_whatever_their_name(tmp_path: Path, extension: str) -> None:
+def test_compressed_files_are_read_under_any_name(tmp_path: Path, extension: str) -> None:
     records = random_records(np.random.default_rng(0), num_records=300)
     data = COMPRESSORS[extension](as_fasta(records, width=60, newline="\n").encode())
     assert read(write(tmp_path / f"x.fasta.{extension}", data)) == records
@@ -304,7 +304,7 @@ def test_nucleotides_are_refused_with_what_to_do(tmp_path: Path, text: str) -> N
 def test_nucleotides_are_recognised_in_any_file(
     tmp_path: Path,
 ) -> None:
-    """By its first 1,000 records."""
+    """Its first 1,000 records decide."""
     proteins = write(tmp_path / "x.faa", ">p\nMKLVEEDRW\n")
     genes = write(
         tmp_path / "x.fna",
@@ -322,7 +322,7 @@ def test_proteins_rich_in_alanine_and_glycine_are_read(tmp_path: Path) -> None:
 
 
 def test_the_first_faulty_records_are_named_together(tmp_path: Path) -> None:
-    """As many as a person reads."""
+    """Five of them, and the number of the others."""
     path = write(tmp_path / "x.fasta", "".join(f">p{number}\nMK-\n" for number in range(8)))
     lines = refusal(path).splitlines()
     assert [line.split(":")[0] for line in lines[:5]] == [
@@ -524,7 +524,7 @@ def test_lines_are_found_in_any_order(tmp_path: Path) -> None:
 
 
 def test_long_records_make_small_chunks(tmp_path: Path) -> None:
-    """Memory holds a chunk, and a chunk of thousands of chromosomes would be too much."""
+    """A chunk of thousands of chromosomes would not fit into memory."""
     path = write(
         tmp_path / "x.fasta", "".join(f">p{number}\n{'MKVL' * 1_000_000}\n" for number in range(12))
     )

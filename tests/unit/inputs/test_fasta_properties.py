@@ -48,7 +48,7 @@ class Record:
 
 
 def plainly_read(text: str) -> list[Record] | None:
-    """Read FASTA as simply as can be; None where something stands before the first header."""
+    """Read FASTA in the simplest way; None if there is text before the first header."""
     records: list[Record] = []
     for line in re.split("\r\n|\r|\n", text):
         shown = line.strip(WHITE + INVISIBLE)
@@ -66,7 +66,7 @@ def plainly_read(text: str) -> list[Record] | None:
 
 
 def residues_of(record: Record, *, maps_unknown: bool) -> str | None:
-    """The sequence of a record, character by character; None where it has none."""
+    """Normalise a sequence, character by character; None if it is refused."""
     characters = record.text[:-1] if record.text.endswith("*") else record.text
     residues = []
     for character in characters:
@@ -136,7 +136,7 @@ wrappings = st.one_of(
 
 
 def wrapped(text: str, wrapping: str) -> bytes:
-    """The same text as people have it in files."""
+    """Return a text in the forms that it has in files."""
     data = text.encode()
     if wrapping.startswith("utf"):
         return text.encode(wrapping)
@@ -156,7 +156,7 @@ def require_one_sentence_a_record(error: InputError) -> None:
 
 
 def planned(data: bytes, policy: InputPolicy) -> list[tuple[str, str]] | None:
-    """Ids and sequences of the plan that is made of a file; None where it is refused."""
+    """Return the ids and sequences of a file's plan; None if the file is refused."""
     with TemporaryDirectory() as directory:
         path = Path(directory, "x.fasta")
         path.write_bytes(data)
@@ -193,7 +193,7 @@ def test_each_record_has_its_row_or_the_file_is_refused(
 @given(text=texts, wrapping=wrappings)
 @BOUNDED
 def test_each_record_has_its_row_or_is_listed(text: str, wrapping: str) -> None:
-    """Where records at fault are left out; ids may occur twice, so that nothing else is refused."""
+    """If faulty records are skipped. Repeated ids are kept, so that nothing is refused."""
     with TemporaryDirectory() as directory:
         path = Path(directory, "x.fasta")
         path.write_bytes(wrapped(text, wrapping))
@@ -217,7 +217,7 @@ def test_each_record_has_its_row_or_is_listed(text: str, wrapping: str) -> None:
     assert sorted([*rows, *listed]) == list(range(len(expected)))
     for number, row in rows.items():
         assert row == (expected[number].id, residues_of(expected[number], maps_unknown=False))
-    # Nothing is left out that could have been taken.
+    # No usable record is left out.
     assert all(
         residues_of(expected[number], maps_unknown=False) is None
         or not is_usable_id(expected[number].id)

@@ -66,7 +66,7 @@ def records_of(path: Path, **policy: Any) -> list[tuple[str, str]]:
 
 
 def refusal(path: Path, **policy: Any) -> str:
-    """What a file is refused with: one sentence."""
+    """Return the message that a file is refused with, which is one line."""
     with pytest.raises(FastaError) as caught:
         records_of(path, **policy)
     message = str(caught.value)
@@ -79,7 +79,7 @@ class TestEncodings:
         "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
     )
     @pytest.mark.parametrize("name", ["x.fasta", "x.csv"])
-    def test_text_is_read_whatever_encoding_of_unicode_it_has(
+    def test_text_is_read_in_every_encoding_of_unicode(
         self, tmp_path: Path, encoding: str, name: str
     ) -> None:
         text = ">β1 é\nMKV\n>b\nMKW\n" if name == "x.fasta" else "id,sequence\nβ1 é,MKV\nb,MKW\n"
@@ -132,7 +132,7 @@ class TestEncodings:
 
     @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
     @pytest.mark.parametrize("length", [131_070, 131_071, 131_072, 131_073, 262_143, 300_000])
-    def test_line_ends_are_seen_where_blocks_of_the_file_end(
+    def test_line_ends_are_found_at_ends_of_blocks(
         self, tmp_path: Path, newline: str, length: int
     ) -> None:
         """The first line is as long as a block, or one character longer or shorter."""
@@ -305,7 +305,7 @@ class TestZip:
             ({"x.png": b"\x89PNG\r\n\x1a\n"}, "this is not FASTA but a picture"),
         ],
     )
-    def test_what_is_not_read_is_named(
+    def test_other_archives_are_named(
         self, tmp_path: Path, members: dict[str, bytes], what: str
     ) -> None:
         path = write(tmp_path / "x.zip", zipped(members))
@@ -381,7 +381,7 @@ ALIGNED = MultipleSeqAlignment(
 
 
 def biopython(name: str) -> bytes:
-    """An alignment, or records, as Biopython writes them."""
+    """Return an alignment or records as Biopython writes them."""
     text = io.StringIO()
     write_alignment(ALIGNED, text, name) if name in (
         "clustal",
@@ -526,9 +526,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
 
 class TestKinds:
     @pytest.mark.parametrize("name", BINARY)
-    def test_a_binary_file_is_named_and_how_to_get_at_the_fasta(
-        self, tmp_path: Path, name: str
-    ) -> None:
+    def test_a_binary_file_is_named_with_what_to_do(self, tmp_path: Path, name: str) -> None:
         data, what = BINARY[name]
         path = write(tmp_path / "x.fasta", data)
         message = refusal(path)
@@ -590,8 +588,8 @@ class TestKinds:
         path = write(tmp_path / name, content)
         assert refusal(path).startswith(f"{path}: {what}")
 
-    def test_a_record_of_nbrf_is_refused_wherever_it_comes(self, tmp_path: Path) -> None:
-        """Its second line is a title, which would be read as residues."""
+    def test_a_record_of_nbrf_is_refused_anywhere(self, tmp_path: Path) -> None:
+        """Its second line is a title, which would be taken for residues."""
         path = write(
             tmp_path / "x.pir", b">a\nMK\n>P1;CRAB\nCRYSTALLIN\nMDITIHN*\n>F1;x\nTITLE\nMK*\n"
         )
@@ -629,7 +627,7 @@ class TestFastq:
         assert records_of(write(tmp_path / name, encode(READS)), translate="six-frame") == expected
 
     @pytest.mark.parametrize("policy", ["error", "map", "skip"])
-    def test_it_is_refused_where_nothing_is_translated(self, tmp_path: Path, policy: str) -> None:
+    def test_it_is_refused_without_translation(self, tmp_path: Path, policy: str) -> None:
         path = write(tmp_path / "x.fq", READS)
         assert refusal(path, invalid_residues=policy) == (
             f"{path}: this is FASTQ, whose nucleotides are read with --translate six-frame only; "

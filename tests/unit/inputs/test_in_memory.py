@@ -62,7 +62,7 @@ def dnaio_records(fasta: Path) -> list[dnaio.SequenceRecord]:
 
 
 def held(given: Any, **columns: str) -> dict[str, str]:
-    """The sequences that are found in an object, by id."""
+    """Return the sequences found in an object, by id."""
     found = files_or_records(given, **columns)
     assert isinstance(found, RecordsInMemory)
     assert all(type(text) is str for text in (*found.ids, *found.sequences))
@@ -87,7 +87,7 @@ def held(given: Any, **columns: str) -> dict[str, str]:
 )
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_each_row_is_that_of_the_sequence_with_its_id(tmp_path, fasta, oracle, make, in_memory):
-    """What is returned equals what a dictionary of texts gives, row by row."""
+    """The rows are those of a dictionary of texts."""
     embeddings = embed(make(fasta), **SMALL, output_dir=None if in_memory else tmp_path / "run")
     assert embeddings.ids == IDS
     for name, vector in embeddings:
@@ -146,7 +146,7 @@ def test_each_row_is_that_of_the_sequence_with_its_id(tmp_path, fasta, oracle, m
         ),
     ],
 )
-def test_what_has_ids_is_taken_with_its_own(fasta, make):
+def test_objects_with_ids_keep_them(fasta, make):
     given = make(fasta)
     with closing(given) if hasattr(given, "close") else nullcontext():
         found = held(given)
@@ -184,7 +184,7 @@ def test_sequences_without_ids_have_their_positions(given):
 
 
 def test_a_stop_at_the_end_makes_no_pattern_of_a_sequence(tmp_path, monkeypatch):
-    """Files whose names begin like it are not meant; nor is a chain a directory."""
+    """It does not stand for files whose names begin like it, nor a chain for a directory."""
     (tmp_path / "MKL.fasta").write_text(">a\nW\n")
     monkeypatch.chdir(tmp_path)
     assert held(["MK*"]) == {"0": "MK*"}
@@ -245,7 +245,7 @@ def test_a_filtered_series_keeps_the_ids_of_its_index():
 
 
 def test_columns_are_named_by_argument(oracle, tmp_path):
-    """In memory, and in a file."""
+    """In tables in memory and in files."""
     table = pd.DataFrame({"id": SEQUENCES, "accession": IDS, "aa": SEQUENCES})
     path = tmp_path / "in.csv"
     table.to_csv(path, index=False)
@@ -266,7 +266,7 @@ def test_a_table_and_a_file_make_the_same_run(tmp_path, fasta):
     embed(fasta, **SMALL, output_dir=tmp_path / "run")
 
 
-def test_what_is_given_stays_as_it_is(fasta):
+def test_objects_are_not_changed(fasta):
     table = pd.DataFrame(TABLE)
     before = table.copy()
     given = list(parsed(fasta))
@@ -301,7 +301,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, written):
 
 @pytest.mark.parametrize("address", ["s3://bucket/x.fasta", "https://host/x?format=fasta"])
 def test_addresses_are_refused_wherever_a_path_can_be(address):
-    """With what to do instead, and before anything is made."""
+    """The error says what to do instead, and comes before anything is written."""
     for arguments in (
         {"sequences": address},
         {"sequences": [address]},
@@ -462,7 +462,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(given, message):
         lambda: pd.DataFrame({"id": [], "sequence": []}),
     ],
 )
-def test_nothing_is_not_enough(make):
+def test_an_object_without_records_is_refused(make):
     with pytest.raises(FastaError, match="there is no sequence to embed; give at least one"):
         embed(make(), **SMALL)
 

@@ -117,7 +117,7 @@ IN_TABLE = [("β1", "of two", "MKVL"), ("b", "", "MKX"), ("007", "", "NA")]
 class TestTables:
     @pytest.mark.parametrize("compression", COMPRESSORS)
     @pytest.mark.parametrize("chunk_size", [1, 2, 8192])
-    def test_csv_and_tsv_are_read_whatever_their_compression(
+    def test_csv_and_tsv_are_read_in_every_compression(
         self, tmp_path: Path, compression: str, chunk_size: int
     ) -> None:
         compress = COMPRESSORS[compression]
@@ -149,7 +149,7 @@ class TestTables:
         "text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
     )
     @pytest.mark.parametrize("suffix", [".parquet", ".pq"])
-    def test_parquet_is_read_whatever_its_kind_of_text(
+    def test_parquet_is_read_with_every_type_of_text(
         self, tmp_path: Path, text_type: pa.DataType, suffix: str
     ) -> None:
         columns = [
@@ -247,7 +247,7 @@ class TestTables:
 
 
 class TestStandardInput:
-    """A pipe as a shell makes it; the file descriptor is what counts."""
+    """A pipe as a shell makes it: a file descriptor."""
 
     @pytest.fixture
     def kept(self, tmp_path: Path) -> Path:
@@ -315,7 +315,7 @@ class TestStandardInput:
     def test_a_new_run_waits_for_late_input(
         self, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """And reports that it waits."""
+        """It reports that it waits."""
         monkeypatch.setattr(standard_input, "_NOTICE_AFTER_S", 0.05)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream:
@@ -336,7 +336,7 @@ class TestStandardInput:
             standard_input.save_stdin(stream, kept)
         assert not kept.exists()
 
-    def test_errors_call_it_by_its_name(self, tmp_path: Path) -> None:
+    def test_errors_name_it_standard_input(self, tmp_path: Path) -> None:
         write(tmp_path / "kept", ">a\nMK\n>b\nM-\n")
         (source,) = find_sources([Path("-")], stdin=tmp_path / "kept")
         with pytest.raises(FastaError, match=r"^standard input, line 3: sequence 'b' has '-'"):

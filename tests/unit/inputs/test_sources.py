@@ -59,7 +59,7 @@ def refusal(*given: Path) -> str:
 
 @contextmanager
 def without_rights() -> Iterator[None]:
-    """As somebody who is not root, for whom permissions count."""
+    """Run the block as another user than root, who is subject to permissions."""
     before = os.getresuid()
     if 0 in before:
         os.setresuid(65534, 65534, 0)
@@ -70,7 +70,7 @@ def without_rights() -> Iterator[None]:
 
 
 def open_to_everybody(directory: Path) -> None:
-    """Let everybody into a test's directory, of which pytest keeps those above for their owner."""
+    """Let every user into a test's directory; pytest restricts its parents to their owner."""
     for each in (directory, *directory.parents):
         if each == Path(tempfile.gettempdir()):
             break
@@ -131,7 +131,7 @@ class TestDirectory:
         assert message.endswith("; it holds x.csv")
 
     def test_a_dangling_link_in_it_is_refused(self, tmp_path: Path) -> None:
-        """It was to be a file with proteins."""
+        """A file with proteins was meant to be there."""
         write(tmp_path / "a.faa")
         (tmp_path / "b.faa").symlink_to("gone.faa")
         assert refusal(tmp_path) == (
@@ -177,9 +177,7 @@ class TestPattern:
         )
 
     @pytest.mark.parametrize("name", ["x[1].fa", "a*b.fa", "why?.fa", "[", "x[1]"])
-    def test_a_file_or_directory_of_that_very_name_is_meant(
-        self, tmp_path: Path, name: str
-    ) -> None:
+    def test_an_existing_name_is_no_pattern(self, tmp_path: Path, name: str) -> None:
         write(tmp_path / name)
         write(tmp_path / "dir" / name / "in.fa")
         write(tmp_path / "x1.fa")
@@ -269,7 +267,7 @@ class TestTwice:
 
     @pytest.mark.parametrize("make", [os.symlink, os.link])
     def test_another_name_of_the_same_file_is_refused(self, tmp_path: Path, make) -> None:
-        """Whether ids may occur twice or not: nobody wants all of them to."""
+        """Even if ids may be repeated: all ids of a file would be."""
         path = write(tmp_path / "x.faa")
         make(path, tmp_path / "y.faa")
         expected = f"{tmp_path}/y.faa: this is the same file as {path}; give one of them"
@@ -280,7 +278,7 @@ class TestTwice:
             == expected
         )
 
-    def test_what_a_pattern_and_a_path_both_mean_is_refused(self, tmp_path: Path) -> None:
+    def test_a_file_of_a_pattern_and_a_path_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.faa")
         assert (
             refusal(path, tmp_path / "*.faa")
@@ -374,14 +372,14 @@ class TestReported:
         assert describe_left_out([tmp_path / "absent", Path("-")]) == []
 
     def test_the_case_of_five_files(self) -> None:
-        """What the files are is said by whoever reads them; the text file is left out."""
+        """The files are refused when they are read; the text file is left out."""
         found = find_files(CASES / "directory")
         assert {"a.faa", "c.aa", "e.fsa_aa"} <= {path.name for path in found.paths}
         assert "d.txt" in found.left_out
 
 
 def test_vnp_plan_counts_a_repeated_file_once(tmp_path: Path) -> None:
-    """And refuses its second occurrence."""
+    """It refuses the second occurrence."""
     path = write(tmp_path / "x.faa")
     seen = estimate_run(
         EstimateConfig(fasta=(path, tmp_path / "*.faa"), output_dir=tmp_path / "run", **SMALLEST)
@@ -410,7 +408,7 @@ class TestOutput:
             )
 
     def test_the_directory_of_the_input_cannot_be_one(self, tmp_path: Path) -> None:
-        """It would be filled, and with --force-restart emptied."""
+        """A run would write into it, and --force-restart would empty it."""
         path = write(tmp_path / "in/x.faa")
         (tmp_path / "link").symlink_to("in")
         for output_dir in (path.parent, tmp_path / "link"):
@@ -418,7 +416,7 @@ class TestOutput:
             self.validate(path.parent, output_dir / "run")
             self.validate(path, output_dir)
 
-    def test_a_link_that_leads_nowhere_cannot_be_one(self, tmp_path: Path) -> None:
+    def test_a_dangling_link_cannot_be_one(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.faa")
         (tmp_path / "run").symlink_to("/scratch/gone")
         assert self.refusal(path, tmp_path / "run").startswith(
@@ -426,7 +424,7 @@ class TestOutput:
             "such directory; make it"
         )
 
-    def test_a_directory_that_may_not_be_looked_into_cannot_be_one(self, tmp_path: Path) -> None:
+    def test_a_forbidden_directory_cannot_be_one(self, tmp_path: Path) -> None:
         path = write(tmp_path / "in/x.faa")
         (tmp_path / "closed").mkdir(mode=0o700)
         open_to_everybody(tmp_path)

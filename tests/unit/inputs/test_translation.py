@@ -53,7 +53,7 @@ def read_all(path: Path, chunk_size: int = 8192, **policy: Any) -> Proteins:
 
 
 def chunks_by_the_book(length: int, chunk_length: int) -> list[tuple[int, int]]:
-    """Spread the surplus over the gaps one letter at a time, as the module's docstring has it."""
+    """Spread the surplus over the gaps one nucleotide at a time, by rule 1."""
     num_chunks = 1
     while num_chunks * chunk_length < length:
         num_chunks += 1
@@ -68,13 +68,13 @@ def chunks_by_the_book(length: int, chunk_length: int) -> list[tuple[int, int]]:
 
 
 def translate_by_the_book(codons: list[str]) -> str:
-    """By Biopython's standard table; codons with other characters are left out."""
+    """Translate by Biopython's standard table, without codons of other characters."""
     return "".join(
         str(Seq(codon).translate(table=1)) for codon in codons if set(codon) <= set("ACGT")
     )
 
 
-def proteins_by_the_book(sequence_id: str, sequence: str, chunk_length: int) -> Proteins:
+def expected_proteins(sequence_id: str, sequence: str, chunk_length: int) -> Proteins:
     proteins = []
     for number, (start, stop) in enumerate(
         chunks_by_the_book(len(sequence), chunk_length), start=1
@@ -176,7 +176,7 @@ def test_the_genetic_code_is_the_standard_one() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("chunk_length", [300, 500])
-def test_proteins_and_ids_are_those_of_the_book(
+def test_proteins_and_ids_equal_those_of_an_oracle(
     tmp_path: Path, seed: int, chunk_length: int
 ) -> None:
     """Contigs and reads of all lengths, lower case, some unknown nucleotides, few stops."""
@@ -196,7 +196,7 @@ def test_proteins_and_ids_are_those_of_the_book(
     expected = [
         pair
         for name, nucleotides in records
-        for pair in proteins_by_the_book(name, nucleotides.upper(), chunk_length)
+        for pair in expected_proteins(name, nucleotides.upper(), chunk_length)
     ]
     assert len(expected) > 60
     assert read_all(path, chunk_length=chunk_length) == expected
@@ -234,7 +234,7 @@ def test_characters_of_no_nucleotide_are_refused_by_line(
 
 
 def test_codons_with_unknown_nucleotides_are_left_out(tmp_path: Path) -> None:
-    """Which is what VirNucPro does with them."""
+    """As in VirNucPro."""
     path = write(tmp_path / "x.fna", ">a\nATGAAUAAA\n")
     assert dict(read_all(path, invalid_residues="map"))["a_chunk_1F1"] == "MK"
 
@@ -257,9 +257,7 @@ def test_a_plan_of_nucleotides_has_its_own_identity(
     nucleotides = write(tmp_path / "x.fna", ">a\nATGAAACC\n>b\nATGAAACCTT\n")
     plan = plan_of(tmp_path / "run", nucleotides, translate="six-frame")
     ids, sequences = plan.fetch(np.arange(plan.num_sequences))
-    expected = proteins_by_the_book("a", "ATGAAACC", 500) + proteins_by_the_book(
-        "b", "ATGAAACCTT", 500
-    )
+    expected = expected_proteins("a", "ATGAAACC", 500) + expected_proteins("b", "ATGAAACCTT", 500)
     assert list(zip(ids, sequences, strict=True)) == expected
     assert plan.identity["translation"] == "six-frame:500"
     with pytest.raises(
@@ -283,7 +281,7 @@ def test_a_plan_of_nucleotides_has_its_own_identity(
 def test_records_with_the_same_ids_or_nothing_are_refused(
     tmp_path: Path,
 ) -> None:
-    """By their lines."""
+    """The error names their lines."""
     twice = write(tmp_path / "x.fna", ">a\nATG\n>b\nACG\n>a\nATG\n")
     with pytest.raises(FastaError, match=r"'a_chunk_1F1': .*x\.fna, line 1 and .*x\.fna, line 5;"):
         plan_of(tmp_path / "run", twice, translate="six-frame")
