@@ -1,9 +1,18 @@
-# make embed: set up and embed the example. make test: run the tests. make faults: crash it in every way.
-# make mutants: break it on purpose, and see that the tests notice. make soak: ten minutes of everything at once, and more.
-# make check: format, lint, types. make bench: ten minutes beside fair-esm and transformers, on two cores.
-# make bench-overhead: what all but the model costs. make scale: a million sequences with a stub in the model's place.
-# make docs: build the documentation into build/site. make check-docs: run every command in it.
-# make check-deployments: run what deployments/process-pool.md says. make lock: the image's packages, with their hashes.
+# make embed             Set up the environment and embed the example.
+# make test              Run the tests.
+# make faults            Run the fault tests with every crash point.
+# make mutants           Apply each mutant to the library, and check that its tests fail.
+# make soak              Run the soak tests: ten minutes of all failures at once, and more.
+# make check             Check format, lint and types.
+# make bench             Compare with fair-esm and transformers, ten minutes on two cores.
+# make bench-overhead    Measure the cost of everything but the model.
+# make scale             Run a million sequences with a stub instead of the model.
+# make docs              Build the documentation into build/site.
+# make check-docs        Run every command in the documentation.
+# make check-deployments Run the commands of deployments/process-pool.md.
+# make format            Format the code and fix lint.
+# make lock              Resolve the packages of the image, with their hashes.
+# make clean             Remove the environment and the runs.
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -1,4 +1,4 @@
-"""Checkpoints of made-up rows, each known by its ordinal: as our writer writes them, and by other hands."""
+"""Write checkpoints of fake rows, with our writer or with plain `torch.save`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def ids_of(ordinals: list[int]) -> list[str]:
 
 
 def rows_of(ordinals: list[int], width: int = 4) -> Tensor:
-    """A row that only its ordinal can have."""
+    """Return rows that identify their ordinals."""
     return torch.tensor(ordinals, dtype=torch.float32)[:, None] * 100 + torch.arange(width)
 
 
 def write_checkpoint(path: Path, ordinals: list[int], *, rows: Tensor | None = None) -> None:
-    """As a run does; `rows` in the place of those that belong to the ordinals."""
+    """Write a checkpoint like a run does, with `rows` instead of those of the ordinals."""
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(
             path,
@@ -38,7 +38,7 @@ def write_checkpoint(path: Path, ordinals: list[int], *, rows: Tensor | None = N
 def write_shard(
     checkpoints_dir: Path, num_checkpoints: int, *, rank: int = 0, rows: int = 3
 ) -> list[Path]:
-    """Checkpoints of `rows` ordinals each, counted through."""
+    """Write checkpoints of `rows` consecutive ordinals each."""
     paths = [
         checkpoint_path(checkpoints_dir, rank, batch_idx) for batch_idx in range(num_checkpoints)
     ]
@@ -48,20 +48,20 @@ def write_shard(
 
 
 def write_by_hand(path: Path, content: Any) -> None:
-    """As other tools do: torch.save and an empty marker."""
+    """Write a checkpoint like other tools do: torch.save and an empty marker."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     marker_path(path).touch()
 
 
 def content_by_hand(rows: int = 3, **changes: Any) -> dict[str, Any]:
-    """What a checkpoint that names no run holds, with these changes."""
+    """Return the content of a checkpoint that names no run, with changes."""
     ids = [f"s{row}" for row in range(rows)]
     return {"embeddings": torch.ones(rows, 4), "sequence_ids": ids, "metadata": {}} | changes
 
 
 def vouch_for(path: Path, **fields: Any) -> None:
-    """Write the marker that the file would have if it were a checkpoint of three rows, or of what `fields` say."""
+    """Write the marker of a checkpoint of three rows, or of other `fields`, for any file."""
     marker_path(path).unlink(missing_ok=True)
     shape = {"rows": 3, "width": 4, "dtype": "float32"}
     write_marker(path, digest_file(path), **shape | fields)

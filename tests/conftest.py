@@ -1,4 +1,4 @@
-"""Input that several test modules share, and a Prefect of the tests' own."""
+"""Fixtures of all tests: input files, a Prefect server, command lines, sabotage of workers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from flows.prefect_environment import prepare_environment
 from tests.faults.figures import table
 from tests.helpers import EXAMPLE, ROOT, CommandLine, embed_alone
 
-# Servers that the tests start, without a run, are to send nothing to anybody either.
+# Prefect servers that the tests start without a run must not send telemetry either.
 prepare_environment()
 
-# Threads that spin while they wait for each other crawl as soon as anything else wants a processor.
+# Spinning OpenMP threads become very slow if any other process needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
@@ -34,8 +34,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def inference_mode() -> Iterator[None]:
-    """Torch without what learning needs, as our own calls of a network have it."""
-    import torch  # seconds to import: for those who ask for it
+    """Run a test in torch's inference mode, as in our own forward passes."""
+    # Torch takes seconds to import.
+    import torch
 
     with torch.inference_mode():
         yield
@@ -43,7 +44,7 @@ def inference_mode() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_fasta(tmp_path_factory):
-    """Forty proteins of 5 to 60 residues."""
+    """Write forty proteins of 5 to 60 residues."""
     draw = random.Random(7)
     path = tmp_path_factory.mktemp("tiny") / "tiny.fasta"
     records = (
@@ -56,7 +57,7 @@ def tiny_fasta(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def short_fasta(tmp_path_factory):
-    """The 69 proteins of the example that have up to 200 residues: long enough to be interrupted in."""
+    """Write the 69 proteins of the example with up to 200 residues: enough work to interrupt."""
     path = tmp_path_factory.mktemp("short") / "short.fasta"
     with dnaio.open(EXAMPLE) as records, dnaio.open(path, mode="w") as short:
         for record in records:
@@ -67,10 +68,9 @@ def short_fasta(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
-    """A server with an empty database, for flows that run in the test's own process."""
-    from prefect.testing.utilities import (
-        prefect_test_harness,
-    )  # seconds to import: for those who ask for it
+    """Start a server with an empty database, for flows in the test's own process."""
+    # Prefect takes seconds to import.
+    from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=600):
         yield
@@ -78,13 +78,13 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def command_line(tmp_path_factory) -> CommandLine:
-    """The command line with Prefect's embedded server, as a person has it who has set up nothing."""
+    """Return the command line with Prefect's embedded server, as without any set-up."""
     return CommandLine(prefect_home=tmp_path_factory.mktemp("prefect"))
 
 
 @pytest.fixture(scope="session")
 def served_command_line(tmp_path_factory, prefect_server) -> CommandLine:
-    """The command line with a standing server, which starts seconds sooner."""
+    """Return the command line with a permanent server, which starts seconds sooner."""
     from prefect.settings import PREFECT_API_URL
 
     return CommandLine(
@@ -94,15 +94,16 @@ def served_command_line(tmp_path_factory, prefect_server) -> CommandLine:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, short_fasta) -> Path:
-    """The run directory of the short input, embedded where nobody interrupts."""
+    """Return the run directory of the short input, embedded without interruption."""
     return embed_alone(short_fasta, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 @pytest.fixture
 def sabotage(tmp_path, monkeypatch):
-    """Give code to be run by the children of this test as they start, as a `sitecustomize` that Python imports.
+    """Return a function that makes the worker processes of a test run code as they start.
 
-    The code sees `rank`, the child's shard, and `attempt`, the number of children this shard has had, from 1.
+    The code is a `sitecustomize`, which Python imports. It has the variables `rank`, the worker's
+    shard, and `attempt`, the number of worker processes of that shard, from 1.
     """
 
     def make(code: str) -> None:
@@ -121,8 +122,7 @@ if job:
         (directory / "sitecustomize.py").write_text(
             preamble + textwrap.indent(textwrap.dedent(code), "    ")
         )
-        monkeypatch.setenv(
-            "PYTHONPATH", f"{directory}{os.pathsep}{ROOT}"
-        )  # ours, in a copy of the tree too
+        # ROOT, so that a copy of the repository imports itself.
+        monkeypatch.setenv("PYTHONPATH", f"{directory}{os.pathsep}{ROOT}")
 
     return make

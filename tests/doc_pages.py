@@ -1,8 +1,9 @@
-"""A page of documentation as a program: its commands exactly as printed, in order, in a copy of the working tree.
+"""Run a page of documentation: its commands exactly as printed, in order, in a copy of the tree.
 
-A fence marked `bash` is a command, one marked `python` a program; Python fences with no command between them are one program. A
-`text` fence right after one of them is what it prints; `...` in it stands for anything. What cannot be run here has a comment
-before it, `<!-- not run: the reason -->`.
+A fence marked `bash` is a command, one marked `python` a program. Python fences with no command
+between them are one program. A `text` fence right after one of them is its output, in which `...`
+stands for anything. A command that cannot be run here has a comment before it,
+`<!-- not run: the reason -->`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from tests.helpers import ROOT
 
-LANGUAGES = frozenset({"bash", "python"})  # what is run
+LANGUAGES = frozenset({"bash", "python"})  # of the fences that are run
 
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
@@ -28,7 +29,7 @@ _FENCE = re.compile(
 _OUTPUT = re.compile(r"\n+```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 _BLOCK_BEGINS = "\x1e"
 _PYTHON_ENDS = "END_OF_THE_PYTHON_OF_A_PAGE"
-_LEAVE_NOTHING_RUNNING = "trap 'jobs -p | xargs --no-run-if-empty kill -KILL' EXIT"
+_KILL_JOBS_AT_EXIT = "trap 'jobs -p | xargs --no-run-if-empty kill -KILL' EXIT"
 _IS_LIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -38,13 +39,13 @@ class Block:
 
     language: str
     code: str
-    line: int  # of the page, from 1
-    output: str | None  # what it is said to print
-    reason: str | None  # why it is not run
+    line: int  # in the page, from 1
+    output: str | None  # expected
+    reason: str | None  # for not running it
 
 
 def blocks_of(page: str) -> list[Block]:
-    """All fences of a page, in order."""
+    """Return all fences of a page, in order."""
     return [
         Block(
             language=fence["language"],
@@ -58,17 +59,20 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def runnable_pages() -> list[str]:
-    """Every page of the repository that has commands which a test can run, by its path."""
+    """Return the paths of the pages with commands that a test can run."""
     return [page for page in pages() if any(map(is_command, blocks_of((ROOT / page).read_text())))]
 
 
 def pages() -> list[str]:
-    """Every page of the repository, by its path."""
+    """Return the paths of all pages of the repository."""
     return [name for name in _files() if name.endswith(".md")]
 
 
 def table_in(page: str, heading: str | None = None) -> list[list[str]]:
-    """The rows of the first table of a page, or of the first below a heading, without its head; code marks are taken off."""
+    """Return the rows of the first table of a page or below a heading.
+
+    The header is omitted, and so are the backquotes around code.
+    """
     text = (ROOT / page).read_text()
     if heading is not None:
         text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -84,15 +88,16 @@ def is_command(block: Block) -> bool:
 
 
 def script_of(blocks: Sequence[Block]) -> str:
-    """One bash script that runs all blocks and prints, before what each prints, where it stands in the page."""
-    lines = [_LEAVE_NOTHING_RUNNING]
+    """Return a bash script that runs all blocks, and prints the line of each before its output."""
+    lines = [_KILL_JOBS_AT_EXIT]
     for before, block in pairwise([None, *blocks]):
         assert block is not None
         if block.language == "bash":
             lines += [f"printf '{_BLOCK_BEGINS}%d\\n' {block.line}", block.code]
             continue
         if before is not None and before.language == "python":
-            lines.pop()  # the end of that program: this one goes on
+            # Remove the end of the previous program, which this block continues.
+            lines.pop()
         else:
             lines.append(f"python - <<'{_PYTHON_ENDS}'")
         lines += [f"print('{_BLOCK_BEGINS}{block.line}', flush=True)", block.code, _PYTHON_ENDS]
@@ -107,14 +112,14 @@ def run_page(
     timeout_s: float,
     languages: Collection[str] = LANGUAGES,
 ) -> None:
-    """Run the commands of a page in a copy of the working tree; they must succeed and print what the page says."""
+    """Run the commands of a page in a copy of the tree; they must succeed and print its outputs."""
     blocks = [
         block
         for block in blocks_of(page.read_text())
         if is_command(block) and block.language in languages
     ]
-    printed, told = checkout / "printed.log", checkout / "told.log"
-    with printed.open("w") as stdout, told.open("w") as stderr:
+    out, err = checkout / "stdout.log", checkout / "stderr.log"
+    with out.open("w") as stdout, err.open("w") as stderr:
         shell = subprocess.Popen(
             ["bash", "-euxo", "pipefail", "-c", script_of(blocks)],
             cwd=checkout,
@@ -128,9 +133,12 @@ def run_page(
         finally:
             shell.terminate()
             shell.wait()
-    outputs = _outputs(printed.read_text(errors="replace"))
+    # The output of each block, by its line.
+    parts = out.read_text(errors="replace").split(_BLOCK_BEGINS)[1:]
+    outputs = {int(line): text for line, _, text in (part.partition("\n") for part in parts)}
     assert code == 0, (
-        f"{page}:{max(outputs, default=0)}\n{printed.read_text()}\n{told.read_text(errors='replace')}"
+        f"{page}:{max(outputs, default=0)}\n{out.read_text(errors='replace')}\n"
+        f"{err.read_text(errors='replace')}"
     )
     for block in blocks:
         if block.output is not None:
@@ -140,14 +148,8 @@ def run_page(
             )
 
 
-def _outputs(printed: str) -> dict[int, str]:
-    """What each block has printed, by its line."""
-    parts = (part.partition("\n") for part in printed.split(_BLOCK_BEGINS)[1:])
-    return {int(line): output for line, _, output in parts}
-
-
 def copy_of_the_repository(directory: Path) -> Path:
-    """The files of the working tree beside this environment: where a page's commands leave what they make."""
+    """Copy the files of the working tree, with a link to its virtual environment."""
     for name in _files():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, directory / name)
@@ -156,7 +158,7 @@ def copy_of_the_repository(directory: Path) -> Path:
 
 
 def environment_of_a_reader(prefect_home: Path, **variables: str) -> dict[str, str]:
-    """This process's environment without what it says to vnp or Prefect, and with a Prefect home of its own."""
+    """Return the environment without variables of vnp and Prefect, with another Prefect home."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -166,7 +168,7 @@ def environment_of_a_reader(prefect_home: Path, **variables: str) -> dict[str, s
 
 
 def _files() -> list[str]:
-    """The files of the working tree that git knows or would take."""
+    """List the files of the working tree that git tracks or would add."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]

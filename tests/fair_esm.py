@@ -1,4 +1,4 @@
-"""What fair-esm itself gives for a protein, as its scripts/extract.py takes it from the model's output, one protein at a time."""
+"""Compute the outputs of fair-esm, one protein at a time, as its scripts/extract.py does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vnp_lib.model.reference import fair_esm_network
 
 
 class FairEsm:
-    """fair-esm's own network on parameters by its names; heads that are not given stay as a fixed seed makes them."""
+    """fair-esm's network with given parameters; missing heads are initialised by a fixed seed."""
 
     def __init__(self, architecture: Architecture, state: Mapping[str, Tensor]) -> None:
         torch.manual_seed(1)
@@ -23,7 +23,7 @@ class FairEsm:
         self._to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()
 
     def state(self) -> dict[str, Tensor]:
-        """All parameters, those of the heads included."""
+        """Return all parameters, those of the heads included."""
         return {
             name: tensor
             for name, tensor in self._network.state_dict().items()
@@ -34,13 +34,13 @@ class FairEsm:
     def outputs(
         self, sequence: str, layers: Sequence[int], *, with_contacts: bool = True
     ) -> dict[str, NDArray[np.float32]]:
-        """All that we can be asked for, by our names; without contacts in less memory."""
+        """Return all outputs by our names; without contacts they need less memory."""
         tokens = self._to_tokens([("", sequence)])[2]
-        given = self._network(tokens, repr_layers=list(layers))
-        found = {"logits": given["logits"][0, 1 : len(sequence) + 1]}
+        result = self._network(tokens, repr_layers=list(layers))
+        found = {"logits": result["logits"][0, 1 : len(sequence) + 1]}
         if with_contacts:
             found["contacts"] = self._network.predict_contacts(tokens)[0]
-        for layer, states in given["representations"].items():
+        for layer, states in result["representations"].items():
             residues = states[0, 1 : len(sequence) + 1]
             found |= {
                 f"mean_{layer}": residues.mean(0),
@@ -53,7 +53,7 @@ class FairEsm:
 
 
 def assert_close(ours: NDArray[np.float32], theirs: NDArray[np.float32], *, what: str) -> None:
-    """Equal shapes, and no further apart than float32 is among its own libraries: 2e-5 of the largest value."""
+    """Assert equal shapes, and differences of at most 2e-5 of the largest value."""
     assert ours.dtype == np.float32
     assert ours.shape == theirs.shape, what
     assert np.abs(ours - theirs).max() <= 2e-5 * max(np.abs(theirs).max(), 1.0), what

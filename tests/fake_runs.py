@@ -1,4 +1,4 @@
-"""Runs whose checkpoints hold made-up rows, one for each sequence, without a model."""
+"""Runs without a model: the checkpoints hold one fake row per sequence."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
 
 class Run(NamedTuple):
-    """A run whose every checkpoint is written."""
+    """A run with all its checkpoints."""
 
     plan: RunPlan
     paths: RunPaths
@@ -62,7 +62,7 @@ class Run(NamedTuple):
 
 
 def embed(sequence: str) -> NDArray[np.float32]:
-    """A row that only this sequence has."""
+    """Return a row that identifies a sequence."""
     return np.random.default_rng(list(sequence.encode())).standard_normal(DIM, dtype=np.float32)
 
 
@@ -76,7 +76,10 @@ def write_checkpoint(
     offsets: NDArray[np.int64] | None = None,
     software: dict[str, str] | None = None,
 ) -> None:
-    """Write what a shard would; or other ids or rows in its place, end to end where there are offsets."""
+    """Write the checkpoint of a shard, or other ids or rows instead of its own.
+
+    With `offsets`, the rows are end to end.
+    """
     planned_ids, sequences = plan.fetch(ordinals)
     if rows is None:
         rows = np.stack([embed(sequence) for sequence in sequences])
@@ -90,15 +93,15 @@ def write_checkpoint(
 
 
 class Records(NamedTuple):
-    """What is written to a FASTA file; the lists run in parallel."""
+    """The records of a FASTA file, as parallel lists."""
 
     ids: list[str]
     descriptions: list[str]
     sequences: list[str]
 
 
-def made_up_records(num_sequences: int = 150, seed: int = 0) -> Records:
-    """In no order of ids or lengths, with copies among the sequences, every second one with a description."""
+def fake_records(num_sequences: int = 150, seed: int = 0) -> Records:
+    """Draw records with copies, in no order of ids or lengths, every second with a description."""
     rng = np.random.default_rng(seed)
     pool = [
         "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(5, 60)))
@@ -118,7 +121,7 @@ def start_run(
     model: ModelIdentity = MODEL,
     store_dtype: StoreDtype = StoreDtype.FLOAT32,
 ) -> Run:
-    return start_run_of(tmp_path, made_up_records(num_sequences, seed), model, store_dtype)
+    return start_run_of(tmp_path, fake_records(num_sequences, seed), model, store_dtype)
 
 
 def start_run_of(
@@ -149,7 +152,7 @@ def identity_of(layout: RowLayout) -> ModelIdentity:
 
 
 def outputs_of(layout: RowLayout, sequence: str) -> dict[str, NDArray[np.float32]]:
-    """Arrays that only this sequence has."""
+    """Return arrays that identify a sequence."""
     draw = np.random.default_rng(list(sequence.encode()))
     shapes = {output.name: output.shape(len(sequence), DIM) for output in layout.outputs}
     return {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Helpers of several test modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
@@ -33,7 +33,10 @@ SMALL_MODEL = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices"
 def small_config(
     fasta: Path, output_dir: Path, *, runtime: dict[str, Any] | None = None, **settings: Any
 ) -> EmbedConfig:
-    """A run of the smallest model with random weights, on two single-threaded children where it has two shards."""
+    """Return the settings of a run of the smallest model with random weights, in two shards.
+
+    It has two single-threaded worker processes on the CPU.
+    """
     defaults = {"model": "esm2_t6_8M_UR50D", "weights": "random", "devices": "cpu,cpu", "shards": 2}
     quick = RuntimeConfig(**{"backoff_base_s": 0.01, **(runtime or {})})
     return EmbedConfig(
@@ -42,7 +45,7 @@ def small_config(
 
 
 def embed_alone(fasta: Path, run_dir: Path) -> Path:
-    """Embed in this process what `small_config` embeds, with no server and no child that anything could befall.
+    """Embed in this process, without server and workers, what `small_config` embeds.
 
     Returns:
         The run directory.
@@ -60,18 +63,19 @@ def embed_alone(fasta: Path, run_dir: Path) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandLine:
-    """`python flows/embed.py` with its own Prefect home, so that nothing of this machine's is touched."""
+    """`python flows/embed.py` with its own Prefect home, so that this machine's is not touched."""
 
     prefect_home: Path
-    api_url: str | None = None  # of a standing server; without one, each run starts its own
+    # Address of a permanent server; without one, each run starts its own.
+    api_url: str | None = None
     cwd: Path = ROOT
 
     def start(
         self, *arguments: object, log: Path | None = None, **variables: str
     ) -> subprocess.Popen[str]:
-        """Start it as the leader of a process group of its own, with these environment variables.
+        """Start it as the leader of its own process group, with these environment variables.
 
-        What it says goes to the file `log`, or else to pipes.
+        Its output goes to the file `log`, or to pipes without one.
         """
         return self._start(
             os.path.relpath(ROOT / "flows" / "embed.py", self.cwd), *arguments, log=log, **variables
@@ -80,36 +84,31 @@ class CommandLine:
     def start_prefect(
         self, *arguments: object, log: Path | None = None, **variables: str
     ) -> subprocess.Popen[str]:
-        """Start the command `prefect` in its place."""
+        """Start the command `prefect` in the same way."""
         return self._start("-m", "prefect", *arguments, log=log, **variables)
 
     def _start(
         self, *arguments: object, log: Path | None, **variables: str
-    ) -> subprocess.Popen[str]:
-        with nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
-            return self._start_saying(output, *arguments, **variables)
-
-    def _start_saying(
-        self, output: int | IO[str], *arguments: object, **variables: str
     ) -> subprocess.Popen[str]:
         environment = {
             k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "VNP_"))
         }
         if self.api_url is not None:
             environment["PREFECT_API_URL"] = self.api_url
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=self.cwd,
-            env=environment | {"PREFECT_HOME": str(self.prefect_home)} | variables,
-            stdout=output,
-            stderr=output,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_hear_sigint,
-        )
+        with nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
+            return subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                cwd=self.cwd,
+                env=environment | {"PREFECT_HOME": str(self.prefect_home)} | variables,
+                stdout=output,
+                stderr=output,
+                text=True,
+                start_new_session=True,
+                preexec_fn=_restore_sigint,
+            )
 
     def run(self, *arguments: object, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
-        """Run it to its end, whatever that is."""
+        """Run it until it exits."""
         process = self.start(*arguments)
         try:
             out, err = process.communicate(timeout=timeout_s)
@@ -120,7 +119,7 @@ class CommandLine:
 
 
 def finished_checkpoints(run_dir: Path) -> dict[Path, bytes]:
-    """Every checkpoint that has its marker, with the marker's bytes."""
+    """Return every checkpoint that has a marker, with the marker's bytes."""
     markers = RunPaths(run_dir).checkpoints_dir.glob("shard_*/batch_*.pt.done")
     return {path.with_name(path.name.removesuffix(".done")): path.read_bytes() for path in markers}
 
@@ -134,7 +133,10 @@ def computed_ordinals(run_dir: Path) -> list[int]:
 
 
 def flip_bit(path: Path, position: int | None = None) -> None:
-    """Turn one bit of a file over: the one at `position`, counted from the lowest of its first byte, or one in its middle."""
+    """Flip one bit of a file.
+
+    `position` counts bits from the lowest of the first byte; by default it is in the middle.
+    """
     data = bytearray(path.read_bytes())
     position = len(data) // 2 * 8 if position is None else position
     data[position // 8] ^= 1 << position % 8
@@ -142,7 +144,7 @@ def flip_bit(path: Path, position: int | None = None) -> None:
 
 
 def workers_of(run_dir: Path) -> list[int]:
-    """Process ids of the children that work in a run directory or below."""
+    """Return the ids of the worker processes on run directories at or below a path."""
     found = []
     for process in Path("/proc").iterdir():
         try:
@@ -157,7 +159,7 @@ def workers_of(run_dir: Path) -> list[int]:
 
 
 def group_of(leader: int) -> list[int]:
-    """Process ids of those that are alive in a process group."""
+    """Return the ids of the living processes of a process group."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -168,15 +170,15 @@ def group_of(leader: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead and not yet waited for does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def _hear_sigint() -> None:
-    """A shell that starts the tests in the background has made them, and all that they start, deaf to SIGINT."""
+def _restore_sigint() -> None:
+    """Restore SIGINT, which is ignored in all descendants of a shell's background job."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -188,14 +190,14 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> No
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
+    """Return a port that is not in use."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
 
 
 def scrape(port: int) -> dict[str, float]:
-    """What a run serves on a port of this machine, as `read_page` gives it."""
+    """Read the metrics that a run serves on a port of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
     page = connection.getresponse().read().decode()
@@ -204,20 +206,21 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def read_page(page: str) -> dict[str, float]:
-    """The samples of a metrics page by name and labels, as Prometheus's parser reads them: `vnp_failures_total{kind=oom}`."""
-    samples = [
-        sample for family in text_string_to_metric_families(page) for sample in family.samples
-    ]
-    return {_name(sample.name, sample.labels): sample.value for sample in samples}
+    """Parse a metrics page with Prometheus's parser.
 
-
-def _name(name: str, labels: dict[str, str]) -> str:
-    told = ",".join(f"{label}={value}" for label, value in labels.items())
-    return f"{name}{{{told}}}" if told else name
+    Returns:
+        The samples by name and labels, such as `vnp_failures_total{kind=oom}`.
+    """
+    found = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = ",".join(f"{label}={value}" for label, value in sample.labels.items())
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
 
 
 def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:
-    """Compare two datasets row by row, each row by its id and by its place."""
+    """Compare two datasets row by row, by id and by position."""
     ours, oracle = open_dataset(run_dir), open_dataset(oracle_dir)
     assert list(ours.ids) == list(oracle.ids)
     for ordinal, sequence_id in enumerate(oracle.ids):
@@ -228,7 +231,7 @@ def assert_same_rows(run_dir: Path, oracle_dir: Path) -> None:
 
 
 def descendants_of(pid: int) -> list[int]:
-    """Process ids of all that a process has started, and they in turn."""
+    """Return the ids of all descendants of a process."""
     parents: dict[int, list[int]] = {}
     for process in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
@@ -237,24 +240,26 @@ def descendants_of(pid: int) -> list[int]:
     found: list[int] = []
     queue = [pid]
     while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
+        started = parents.get(queue.pop(), [])
+        found += started
+        queue += started
     return found
 
 
 def write_foreign_code(directory: Path) -> Path:
-    """Fill a directory with files that a worker process must not import: another `vnp_lib`, and names of the libraries.
+    """Fill a directory with modules that a worker process must not import.
 
-    The other `vnp_lib` gives the first residue's representation in place of the mean of all.
+    They have the names of libraries and of `vnp_lib`, whose mean is the first residue's
+    representation.
     """
     shutil.copytree(
         ROOT / "vnp_lib", directory / "vnp_lib", ignore=shutil.ignore_patterns("__pycache__")
     )
-    with (directory / "vnp_lib" / "pooling.py").open("a") as pooling:
-        pooling.write(
-            "\n\ndef mean_pool(hidden, cu_seqlens):\n    return hidden[cu_seqlens[:-1].long() + 1].float()\n"
-        )
+    pooling = directory / "vnp_lib" / "model" / "pooling.py"
+    pooling.write_text(
+        pooling.read_text() + "\n\ndef mean_pool(hidden, cu_seqlens):\n"
+        "    return hidden[cu_seqlens[:-1].long() + 1].float()\n"
+    )
     for name in ("random", "json", "numpy", "torch", "pyarrow", "safetensors", "sitecustomize"):
         (directory / f"{name}.py").write_text(
             f"raise ImportError('{name}.py of the current directory is imported')\n"

@@ -1,4 +1,4 @@
-"""Networks that several test modules share, by their sizes, and the weights that need no file."""
+"""Network sizes and file-less weights for several test modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proteins of which a child dies. The mark is a head of `WWWW` and a letter that says how."""
+"""Proteins that crash a worker: they begin with `WWWW` and a letter for the way it fails."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 
 _MARK = "WWWW"
-_ALPHABET = "ACDEFGHIKLMNPQRSTVY"  # no W: nobody is marked by chance
+# Without W: no protein is marked by chance.
+_ALPHABET = "ACDEFGHIKLMNPQRSTVY"
 
-# Run by a child as it starts; only the ways in `ACTIVE` have an effect.
+# Run by a worker process as it starts; only the ways in `ACTIVE` have an effect.
 _PATCH = """
 import os, signal, time
 import torch
@@ -19,7 +20,10 @@ from vnp_lib.model.tokens import FIRST_RESIDUE, RESIDUES
 
 def ways(input_ids, cu_seqlens):
     heads = [input_ids[start + 1 : start + 6].tolist() for start in cu_seqlens[:-1].tolist()]
-    texts = ["".join(RESIDUES[token - FIRST_RESIDUE] for token in head if token >= FIRST_RESIDUE) for head in heads]
+    texts = [
+        "".join(RESIDUES[token - FIRST_RESIDUE] for token in head if token >= FIRST_RESIDUE)
+        for head in heads
+    ]
     return [text[4:] if text.startswith("WWWW") and text[4] in ACTIVE else "" for text in texts]
 
 def forward_packed(self, input_ids, cu_seqlens, max_seqlen, repr_layers=None):
@@ -48,35 +52,38 @@ original, ESM2.forward_packed = ESM2.forward_packed, forward_packed
 
 
 def patch(*ways: Way) -> str:
-    """Code for a child's start that makes it suffer from the proteins that are marked with one of these ways."""
+    """Return code for the start of a worker process that makes it fail on these marks."""
     return f"ACTIVE = {''.join(ways)!r}\n{_PATCH}"
 
 
 class Way(StrEnum):
-    """How a child ends that is given such a protein; its letter."""
+    """How a worker process fails on a marked protein: the letter of the mark."""
 
     EXCEPTION = "E"
     EXIT = "Q"
     SEGFAULT = "S"
     HANG = "H"
-    NAN = "N"  # ends nothing: the row is not finite
-    MEMORY = "M"  # runs out together with others; alone it fits
-    TOO_LARGE = "L"  # runs out alone too
+    NAN = "N"  # the process survives, with a non-finite row
+    MEMORY = "M"  # out of memory in a batch, but not alone
+    TOO_LARGE = "L"  # out of memory even alone
 
 
 def marked_as(sequence: str, way: Way) -> str:
-    """The same protein, as long as before, with the head that makes it bad."""
+    """Mark a protein as bad; its length stays."""
     head = _MARK + way
     return head + sequence[len(head) :]
 
 
 def draw_protein(draw: random.Random, residues: int) -> str:
-    """A protein that is not bad."""
+    """Draw a protein without a mark."""
     return "".join(draw.choices(_ALPHABET, k=residues))
 
 
 def write_proteins(path: Path, count: int, marked: Mapping[int, Way], *, seed: int = 0) -> None:
-    """Write proteins of some 30 residues. Those at the places in `marked` are bad, and have ids that say so: `exit_4`."""
+    """Write proteins of some 30 residues; those at the positions in `marked` are bad.
+
+    Their ids name the way, such as `exit_4`.
+    """
     draw = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):

@@ -1,4 +1,4 @@
-"""A Prefect server, a work pool and machines with one GPU each, as processes that can be switched off."""
+"""A Prefect server, a work pool and single-GPU machines, as processes that can be switched off."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from prefect.client.orchestration import SyncPrefectClient
 from tests.helpers import CommandLine, descendants_of, is_alive, wait_until
 
 POOL = "vnp-local"
-PATIENCE_S = 240.0  # others use the machine too
+# Other programs use this machine too.
+PATIENCE_S = 240.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Cluster:
-    """Everything that a work pool run needs. The server keeps its database when it is switched off."""
+    """The processes of a run in a work pool. A server that is switched off keeps its database."""
 
     directory: Path
     port: int
@@ -45,7 +46,7 @@ class Cluster:
         assert self.server.poll() is None, (self.directory / "server.log").read_text()
 
     def deploy(self) -> None:
-        """Make the process pool and the deployments that `prefect.yaml` has for it."""
+        """Create the process pool and the deployments of `prefect.yaml` for it."""
         for arguments in (
             ("work-pool", "create", POOL, "--type", "process"),
             ("--no-prompt", "deploy", "--name", "local"),
@@ -55,14 +56,14 @@ class Cluster:
             assert process.returncode == 0, out + err
 
     def start_machine(self, name: str) -> subprocess.Popen[str]:
-        """Start a worker that takes one shard at a time, and whose children find the name of their GPU in `GPU`."""
+        """Start a Prefect worker for one shard at a time; `GPU` names the GPU of its processes."""
         arguments = ("worker", "start", "--pool", POOL, "--name", name, "--limit", "1")
         return self._start(
             name, *arguments, GPU=name, OMP_NUM_THREADS="1", PREFECT_WORKER_QUERY_SECONDS="1"
         )
 
     def used_slots(self) -> int:
-        """How many flow runs of shards the deployment's concurrency limit takes to be at work."""
+        """Return how many flow runs of shards count towards the concurrency limit."""
         with self.client() as client:
             deployment = client.read_deployment_by_name("vnp-embed-shard/local")
             assert deployment.global_concurrency_limit is not None
@@ -91,7 +92,10 @@ class Cluster:
 
 
 def switch_off(*processes: subprocess.Popen[str]) -> None:
-    """End processes and all that they have started at once, so that none sees another one's end: the power is gone."""
+    """Kill processes and all their descendants at once, like a power failure.
+
+    They are stopped first, so that none observes the end of another.
+    """
     frozen: set[int] = set()
     while running := [pid for pid in _all_of(processes) if pid not in frozen]:
         for pid in running:

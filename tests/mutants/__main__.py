@@ -1,6 +1,7 @@
-"""Break a copy of the library on purpose, once for each mutant, and see that the tests named for it fail.
+"""Apply each mutant to a copy of the library, and check that the tests named for it fail.
 
-`python -m tests.mutants [name ...]` judges all mutants, or those that are named, and then shows what pytest said too.
+`python -m tests.mutants [name ...]` runs all mutants, or the named ones, and for these shows
+pytest's output too.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from tests.mutants.catalogue import MUTANTS, Mutant
 ROOT = Path(__file__).parents[2]
 
 _COPIED = ("vnp_lib", "flows", "tests", "examples", "pyproject.toml")
-_AT_A_TIME = 2
+_NUM_PARALLEL = 2
 _TEST_LIMIT_S = 60
 _LIMIT_S = 600
-_PASSED, _FAILED = 0, 1  # of pytest's exit codes; the others mean that tests could not be run
+# Pytest's other exit codes mean that tests could not be run.
+_PASSED, _FAILED = 0, 1
 
 
 class CatalogueError(Exception):
-    """The catalogue does not fit the library or the tests any more."""
+    """The catalogue no longer matches the library or the tests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PytestRun:
-    """What pytest said."""
+    """The result of a run of pytest."""
 
     exit_code: int
     output: str
@@ -42,12 +44,12 @@ class PytestRun:
 
 
 def main(names: Sequence[str]) -> int:
-    """Judge the mutants of these names, or all, and return the exit code: 0 if all were caught."""
+    """Run the mutants of these names, or all, and return the exit code: 0 if all were caught."""
     try:
         mutants = choose(names)
         with TemporaryDirectory(prefix="vnp-mutants-") as scratch:
-            require_sound(mutants, Path(scratch))
-            num_caught = judge_all(mutants, Path(scratch), is_verbose=bool(names))
+            validate_catalogue(mutants, Path(scratch))
+            num_caught = run_mutants(mutants, Path(scratch), is_verbose=bool(names))
     except CatalogueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -61,11 +63,11 @@ def choose(names: Sequence[str]) -> list[Mutant]:
     return [mutant for mutant in MUTANTS if mutant.name in names or not names]
 
 
-def require_sound(mutants: Sequence[Mutant], scratch: Path) -> None:
-    """See that every mutant is one, that copies import themselves, and that all tests pass on the library as it is."""
+def validate_catalogue(mutants: Sequence[Mutant], scratch: Path) -> None:
+    """Check that each mutant applies once, that copies import themselves, and all tests pass."""
     if stale := [mutant.name for mutant in mutants if mutant.occurrences(ROOT) != 1]:
         raise CatalogueError(
-            f"stale: {', '.join(stale)}: what they replace is not in the library exactly once"
+            f"stale: {', '.join(stale)}: the code to replace is not in the library exactly once"
         )
     tree = copy_of_the_tree(scratch / "original")
     require_own_library(tree)
@@ -73,16 +75,16 @@ def require_sound(mutants: Sequence[Mutant], scratch: Path) -> None:
         tree, list(dict.fromkeys(test for mutant in mutants for test in mutant.caught_by))
     )
     if passed.exit_code != _PASSED:
-        raise CatalogueError(f"{passed.output}\nthe tests do not pass on the library as it is")
+        raise CatalogueError(f"{passed.output}\nthe tests do not pass on the unchanged library")
 
 
-def judge_all(mutants: Sequence[Mutant], scratch: Path, *, is_verbose: bool) -> int:
-    """Print a row for each mutant, in their order, and return how many were caught."""
+def run_mutants(mutants: Sequence[Mutant], scratch: Path, *, is_verbose: bool) -> int:
+    """Run the mutants, print one row each, in order, and return how many were caught."""
     name_width = max(len(mutant.name) for mutant in mutants)
     test_width = max(len(shown(mutant.caught_by[0])) for mutant in mutants)
     print(f"{'mutant':{name_width}}  {'caught by':{test_width}}  seconds")
     num_caught = 0
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(_NUM_PARALLEL) as pool:
         for mutant, run in zip(
             mutants, pool.map(partial(run_mutant, scratch=scratch), mutants), strict=True
         ):
@@ -115,7 +117,7 @@ def copy_of_the_tree(target: Path) -> Path:
 
 
 def require_own_library(tree: Path) -> None:
-    """The virtual environment has the repository's own library installed, which must not be the one that is tested."""
+    """Check that the copy is imported, and not the library that the environment has installed."""
     code = "import flows, vnp_lib; print(flows.__file__, vnp_lib.__file__)"
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -150,7 +152,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> PytestRun:
         )
     except subprocess.TimeoutExpired:
         raise CatalogueError(
-            f"pytest had not ended after {_LIMIT_S} s in {tree.name}: {' '.join(tests)}"
+            f"pytest did not finish within {_LIMIT_S} s in {tree.name}: {' '.join(tests)}"
         ) from None
     return PytestRun(
         exit_code=finished.returncode,
@@ -160,7 +162,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> PytestRun:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """With the order of sets fixed: a mutant that goes through one is caught every time or never."""
+    """Return the environment, with a fixed order of sets so that results are reproducible."""
     settings = {
         "PYTHONPATH": str(tree),
         "PYTHONHASHSEED": "1",
@@ -171,7 +173,7 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def why_not(exit_code: int) -> str:
-    return "NOT CAUGHT" if exit_code == _PASSED else f"ERROR: pytest ended with {exit_code}"
+    return "NOT CAUGHT" if exit_code == _PASSED else f"ERROR: pytest exited with {exit_code}"
 
 
 def shown(test: str) -> str:

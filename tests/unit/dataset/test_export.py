@@ -31,10 +31,10 @@ from tests.fake_runs import (
     Records,
     Run,
     embed,
+    fake_records,
     finish_run,
     finished_run_of,
     identity_of,
-    made_up_records,
     outputs_of,
     start_run,
     start_run_of,
@@ -71,7 +71,7 @@ ODD_IDS = [
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """150 sequences in four parts, with copies among them and ids that readers could trip over."""
-    records = made_up_records()
+    records = fake_records()
     records.ids[: len(ODD_IDS)] = ODD_IDS
     run = finish_run(start_run_of(tmp_path, records))
     run.assemble()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.doc_pages import blocks_of
-from tests.fake_runs import Run, finish_run, made_up_records, start_run_of
+from tests.fake_runs import Run, fake_records, finish_run, start_run_of
 from tests.helpers import ROOT
 from vnp_lib.dataset.formats.registry import FORMATS
 from vnp_lib.plan.outputs import StoreDtype
@@ -25,7 +25,7 @@ KEEP = "\nimport numpy\nnumpy.savez('seen.npz', ids=[str(id_) for id_ in ids], e
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
     """Its directory is `runs/mine`, as in the documentation, and the sequence that the documentation asks for is in it."""
     (tmp_path / "runs").mkdir()
-    records = made_up_records()
+    records = fake_records()
     records.ids[7] = "P12345"
     run = finish_run(start_run_of(tmp_path, records, store_dtype=request.param))
     run.assemble()
