@@ -80,7 +80,7 @@ MUTANTS = (
     Mutant(
         name="writer-error-not-told-at-the-end",
         module="checkpoint.writer",
-        before="        if not self._are_failures_told:\n            self._raise_failures()\n",
+        before="        if not self._are_failures_raised:\n            self._raise_failures()\n",
         after="",
         caught_by=(
             f"{_CHECKPOINT}::test_leaving_the_block_raises_an_error_that_nobody_has_heard_of",
@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant(
         name="array-of-another-size-than-its-bytes",
         module="checkpoint.array_pickle",
-        before="if _num_values(shape) * itemsize == size:",
-        after="if _num_values(shape) * itemsize >= 0 <= size:",
+        before="if math.prod(shape) * itemsize == size:",
+        after="if math.prod(shape) * itemsize >= 0 <= size:",
         caught_by=(
             f"{_CONTRACT}::test_an_array_that_claims_more_values_than_its_bytes_hold_is_not_built",
         ),

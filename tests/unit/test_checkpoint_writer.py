@@ -720,7 +720,7 @@ def test_a_lost_manifest_costs_no_checkpoint(
     with AsyncCheckpointWriter(manifest=manifest, rank=0) as writer:
         writer.write_checkpoint_async(checkpoint_path(tmp_path, 0, 0), torch.ones(1, 2), ["a"], {})
     assert validate_checkpoint_pt(checkpoint_path(tmp_path, 0, 0)) == (True, "")
-    assert "is committed, but the manifest does not know it yet" in caplog.text
+    assert "is committed, but not in the manifest yet" in caplog.text
 
 
 def test_another_writers_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
@@ -1008,7 +1008,7 @@ def test_resuming_sets_the_manifests_counts_from_what_is_used(
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     paths = write_shard(tmp_path, 2)
     resume_from_checkpoints(tmp_path, 0, manifest=manifest)
-    assert "the manifest does not know which checkpoints of shard 0 are used" in caplog.text
+    assert "the manifest does not list the used checkpoints of shard 0" in caplog.text
     manifest.initialize(1, "", "")
     os.truncate(paths[1], 10)
     with caplog.at_level(logging.WARNING):

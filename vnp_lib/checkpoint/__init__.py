@@ -1,4 +1,4 @@
-"""What survives a crash: checkpoint files, the manifest of a run, and its quarantine."""
+"""Checkpoint files, the manifest of a run and its quarantine: what survives a crash."""
 
 from __future__ import annotations
 

@@ -11,27 +11,33 @@ from typing import BinaryIO
 
 from vnp_lib.checkpoint.array_pickle import ARRAY_GLOBALS, require_plain_arrays
 
-# What torch.save makes of a checkpoint. A pickle of no more than this builds plain values and one tensor, in memory for
-# a hundred times its size at the very most: torch itself would also take `bytearray(10**11)`.
+# The operations in what torch.save writes of a checkpoint. A pickle of only these builds plain
+# values and one tensor, in memory for a hundred times its size at most. torch itself would also
+# accept `bytearray(10**11)`.
 _OPCODES = re.compile(
-    r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|(LONG_)?BIN(PUT|GET)|"
-    r"EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|SETITEMS?"
+    r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|"
+    r"BINUNICODE|(LONG_)?BIN(PUT|GET)|EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|SETITEMS?"
 )
-_ARRAY_OPCODE = "BUILD"  # beside these, for a NumPy array
+# One more for a NumPy array.
+_ARRAY_OPCODE = "BUILD"
 _GLOBALS = re.compile(
-    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Half|BFloat16|Float|Double|Int|Long)Storage"
+    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|"
+    r"torch (Half|BFloat16|Float|Double|Int|Long)Storage"
 )
 _PROTOCOL = 2
-_MAX_CALLS = 2  # of _rebuild_tensor_v2, and of OrderedDict for its hooks
-_MAX_CALLS_OF_ARRAY = 4  # of _reconstruct, dtype, and encode for its bytes and for a letter
-_MAX_TUPLES = 16  # a tuple of twice the tuple before, and so on, takes for ever to hash
+# _rebuild_tensor_v2, and OrderedDict for its hooks.
+_MAX_CALLS = 2
+# _reconstruct, dtype, and encode for its bytes and for a character.
+_MAX_CALLS_OF_ARRAY = 4
+# A tuple that holds the previous tuple twice, and so on, takes exponential time to hash.
+_MAX_TUPLES = 16
 
 
 def check_archive(file: BinaryIO, size_bytes: int) -> bool:
-    """Refuse what torch.load could make more of than the file holds; ValueError says why.
+    """Raise ValueError if torch.load could build more from an archive than the file holds.
 
     Returns:
-        Whether it holds a NumPy array.
+        True if it holds a NumPy array.
     """
     _require_plain_directory(file, size_bytes)
     with zipfile.ZipFile(file) as archive:
@@ -49,7 +55,7 @@ def check_archive(file: BinaryIO, size_bytes: int) -> bool:
 
 
 def _require_plain_directory(file: BinaryIO, size_bytes: int) -> None:
-    """The archive starts where the file does and its directory ends it: torch and zipfile then see the same members."""
+    """Check that the archive spans the whole file: torch and zipfile then see the same members."""
     file.seek(max(0, size_bytes - 98))
     tail = file.read().rjust(98, b"\0")
     directory64, locator, end = tail[:56], tail[56:76], tail[76:]
@@ -65,15 +71,19 @@ def _require_plain_directory(file: BinaryIO, size_bytes: int) -> None:
 
 
 def _check_pickle(data: bytes) -> bool:
-    """Refuse a pickle that does more than a checkpoint's; ValueError says why. Say whether it holds a NumPy array."""
+    """Raise ValueError if a pickle does more than that of a checkpoint.
+
+    Returns:
+        True if it holds a NumPy array.
+    """
     counts: Counter[str] = Counter()
     holds_array = False
     for opcode, argument, _ in pickletools.genops(data):
         counts[opcode.name] += 1
         if opcode.name == "PROTO" and argument != _PROTOCOL:
             raise ValueError(
-                f"its pickle has protocol {argument}, and torch.load(weights_only=True) reads {_PROTOCOL}, which is torch.save's "
-                f"own: save it again without pickle_protocol"
+                f"its pickle has protocol {argument}, and torch.load(weights_only=True) reads "
+                f"{_PROTOCOL}, which is torch.save's own: save it again without pickle_protocol"
             )
         if not _OPCODES.fullmatch(opcode.name) and opcode.name != _ARRAY_OPCODE:
             raise ValueError(

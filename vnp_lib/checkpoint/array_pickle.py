@@ -1,11 +1,11 @@
-"""Check a pickle that holds NumPy arrays, before anything is built from it."""
+"""Validate pickles of NumPy arrays before anything is built from them."""
 
 from __future__ import annotations
 
 import math
 import pickletools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-# What pickles arrays, by the names that NumPy 1 and 2 give it, and how protocol 2 writes bytes.
+# What pickles arrays, by its names in NumPy 1 and 2, and how protocol 2 writes bytes.
 ARRAY_GLOBALS = re.compile(
     r"numpy\.(_core|core)\.multiarray _reconstruct|numpy ndarray|numpy dtype|_codecs encode"
 )
 
 _DTYPES = {name: np.dtype(name) for name in ("f2", "f4", "f8", "i4", "i8")}
-_RECONSTRUCT = np._core.multiarray._reconstruct  # type: ignore[attr-defined]  # NumPy's types leave it out
+# NumPy's types lack it.
+_RECONSTRUCT = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     _RECONSTRUCT,
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
@@ -28,7 +29,8 @@ _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *(type(dtype) for dtype in _DTYPES.values()),
 ]
-_ONE_AT_A_TIME = Lock()  # torch's list of safe globals is the process's
+# torch has one list of safe globals per process.
+_SAFE_GLOBALS_LOCK = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +50,29 @@ class _Dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Array:
-    """One without content yet."""
+    """An array without content yet."""
 
 
 _MARK = object()
-_OTHER = object()  # a list, a dictionary, a tensor: nothing is called with it
+# A list, a dictionary or a tensor: nothing is called with it.
+_OTHER = object()
 
 
 @contextmanager
 def arrays_allowed() -> Iterator[None]:
-    """Have torch.load(weights_only=True) build NumPy arrays of numbers in the block, and nothing else beside what it does."""
-    with _ONE_AT_A_TIME, torch.serialization.safe_globals(_SAFE_GLOBALS):
+    """Let torch.load(weights_only=True) build NumPy arrays of numbers too, within the block."""
+    with _SAFE_GLOBALS_LOCK, torch.serialization.safe_globals(_SAFE_GLOBALS):
         yield
 
 
 def require_plain_arrays(data: bytes) -> None:
-    """Go through a pickle of protocol 2 without building anything.
+    """Validate a pickle of protocol 2 without building anything.
 
-    The operations and globals in it are among those of a checkpoint. Each call has to be one of the four that make an array,
-    with arguments that claim no more than the bytes that are there.
+    The operations and globals in it must be among those of a checkpoint. Each call has to be one of
+    the four that build an array, with arguments that claim no more than the bytes in the pickle.
 
     Raises:
-        ValueError: It makes something else; says what.
+        ValueError: It builds something else; the message says what.
     """
     _Reader().read(data)
 
@@ -120,7 +123,7 @@ class _Reader:
                 stack.append(_OTHER)
             case "REDUCE":
                 function, arguments = self._pop(2)
-                stack.append(_called(function, arguments))
+                stack.append(_result_of(function, arguments))
             case "BUILD":
                 (state,) = self._pop(1)
                 _require_state(stack[-1], state)
@@ -143,7 +146,7 @@ class _Reader:
         return taken
 
 
-def _called(function: Any, arguments: Any) -> Any:
+def _result_of(function: Any, arguments: Any) -> Any:
     name = function.name if isinstance(function, _Global) else ""
     match (name.replace("numpy.core.", "numpy._core."), arguments):
         case ("_codecs encode", (str(text), "latin1")):
@@ -154,7 +157,8 @@ def _called(function: Any, arguments: Any) -> Any:
             return _Dtype(_DTYPES[code].itemsize)
         case ("numpy dtype", (code, *_)):
             raise ValueError(
-                f"it holds a NumPy array of {str(code)[:20]!r}; arrays of {', '.join(_DTYPES)} are read"
+                f"it holds a NumPy array of {str(code)[:20]!r}; "
+                f"arrays of {', '.join(_DTYPES)} are read"
             )
         case ("torch._utils _rebuild_tensor_v2", _) | ("collections OrderedDict", ()):
             return _OTHER
@@ -166,12 +170,8 @@ def _require_state(built: Any, state: Any) -> None:
         case (_Dtype(), (3, "<" | ">" | "=" | "|", None, None, None, -1, -1, 0)):
             return
         case (_Array(), (1, tuple(shape), _Dtype(itemsize), bool(), _Bytes(size))):
-            if _num_values(shape) * itemsize == size:
+            if not all(type(length) is int and length >= 0 for length in shape):
+                raise ValueError("its pickle gives a NumPy array a shape that is none")
+            if math.prod(shape) * itemsize == size:
                 return
     raise ValueError("its pickle gives a NumPy array a content that does not fit it")
-
-
-def _num_values(shape: Sequence[Any]) -> int:
-    if not all(type(length) is int and length >= 0 for length in shape):
-        raise ValueError("its pickle gives a NumPy array a shape that is none")
-    return math.prod(shape)

@@ -223,8 +223,8 @@ def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def _is_finite(embeddings: Tensor) -> bool:
-    # A value that is not finite shows in the sum, which takes a fiftieth of the time. But the sum of
-    # finite values can overflow too.
+    # A value that is not finite shows in the sum, which takes a fiftieth of the time. But the sum
+    # of finite values can overflow too.
     return bool(torch.isfinite(embeddings.sum())) or bool(torch.isfinite(embeddings).all())
 
 

@@ -1,13 +1,14 @@
-"""The quarantine: sequences that are set aside, and why: the process dies of them, or their embedding is not finite.
+"""Quarantined sequences: those that crash the worker or yield a non-finite embedding.
 
-`quarantine.jsonl` has a line for each, by ordinal: a JSON object that pandas, jq and DuckDB read. Its `sha256` is that of
-its other fields, so that a line with a flipped bit is an error and never sets another sequence aside. Its `fingerprint` is that
-of the run: ordinals are positions in that run's input, and a line of any other run sets nothing aside. Every change happens
-under a lock between processes and replaces the file as a whole, so that readers need no lock.
+`quarantine.jsonl` has one line per sequence, by ordinal: a JSON object that pandas, jq and DuckDB
+read. Its `sha256` is that of its other fields, so that a line with a flipped bit is an error and
+never quarantines another sequence. Its `fingerprint` is that of the run: ordinals are positions in
+that run's input, and a line of any other run quarantines nothing. Every change happens under a lock
+between processes and replaces the file as a whole, so that readers need no lock.
 
-That whole lines are gone cannot be seen, and does no harm: a sequence that has lost its line is tried again by the next
-run, and no dataset is put together while an ordinal is neither computed nor in quarantine, unless a partial one is asked
-for, which counts it as missing.
+The loss of complete lines cannot be detected, and does no harm: the next run tries such a sequence
+again. No dataset is assembled while an ordinal is neither computed nor in quarantine, unless a
+partial dataset is requested, which counts it as missing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOCK_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuarantinedSequence:
-    """A sequence that is set aside."""
+    """A quarantined sequence, and why it is quarantined."""
 
     ordinal: int  # position in the input, from 0
     id: str
@@ -41,9 +42,9 @@ class QuarantinedSequence:
     kind: str  # FailureKind
     cause: str  # FailureCause
     message: str
-    attempts: int  # how often it failed alone
+    attempts: int  # failures while it was alone in its batch
     at: str  # ISO 8601, UTC
-    fingerprint: str  # of the run; "" in lines of vnp 0.1.0, which told no run
+    fingerprint: str  # of the run; "" in lines of vnp 0.1.0, which had no such field
     sequence_sha256: str  # of its residues
 
     @classmethod
@@ -65,41 +66,42 @@ class QuarantinedSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuarantineLimit:
-    """How many sequences of a run may be set aside. More of them are not bad proteins but a broken set-up."""
+    """How many sequences of a run may be quarantined; more point to a broken set-up."""
 
     total: int
-    not_finite: int  # of these, without a finite row
+    not_finite: int  # of these, without a finite embedding
 
     @classmethod
     def of(cls, num_computed: int) -> Self:
-        """Say it for a run of so many different sequences.
+        """Return the limit of a run with `num_computed` different sequences.
 
-        One in a hundred of up to 10,000 and one in a thousand of 100,000 or more, 100 in between. Of a small input 3 in any case,
-        and a quarter of it, or 10, where they end the process. A protein that has no finite row in float32 either is so rare
-        that more than 3 are taken for the set-up's fault there.
+        It is one in a hundred of up to 10,000 sequences, one in a thousand of 100,000 or more, and
+        100 in between. A small input may always have 3, or if they end the process, a quarter of
+        the input up to 10. A protein without a finite embedding in float32 is so rare that more
+        than 3 of them in a small input are attributed to the set-up.
         """
         share = min(num_computed // 100, max(100, num_computed // 1000))
         return cls(total=max(3, min(10, num_computed // 4), share), not_finite=max(3, share))
 
 
 class Quarantine:
-    """`quarantine.jsonl`, with `quarantine.lock` beside it, which is never removed.
+    """`quarantine.jsonl`, with the lock file `quarantine.lock`, which is never removed.
 
-    Whatever reads, and so whatever changes something, raises StorageError where the file is damaged; it is left as it is
-    then. Whatever changes something raises LockTimeoutError when the lock cannot be had within 30 s, and OSError where the
-    file cannot be written; all that it has changed is durable when it returns.
+    Every method that reads the file raises StorageError if it is damaged, and leaves it as it is.
+    Every method that changes it raises LockTimeoutError if the lock is not free within 30 s, and
+    OSError if the file cannot be written. A change is durable when the method returns.
     """
 
     def __init__(
         self, path: Path, *, num_sequences: int, num_computed: int, fingerprint: str
     ) -> None:
-        """Open the file of a run.
+        """Open the file of a run; nothing is read yet.
 
         Args:
-            path: Of the file, which need not be there.
-            num_sequences: Of the whole input: ordinals are below it.
-            num_computed: Of these, the different ones, from which the limit follows.
-            fingerprint: Of the run.
+            path: The file, which need not exist.
+            num_sequences: Sequences in the whole input; ordinals are below it.
+            num_computed: Different sequences, from which the limit follows.
+            fingerprint: The run.
         """
         self.path = path
         self._num_sequences = num_sequences
@@ -109,7 +111,7 @@ class Quarantine:
 
     @classmethod
     def of(cls, plan: RunPlan, paths: RunPaths) -> Self:
-        """Open that of a run."""
+        """Open the quarantine of a run."""
         return cls(
             paths.quarantine,
             num_sequences=plan.num_sequences,
@@ -118,11 +120,14 @@ class Quarantine:
         )
 
     def add(self, *sequences: QuarantinedSequence) -> bool:
-        """Set sequences of this run aside. False where their ordinals are there already: the file is left as it is.
+        """Quarantine sequences of this run.
+
+        Returns:
+            False if all of them are quarantined already; the file is left as it is.
 
         Raises:
-            QuarantineFullError: They would be more than may be; nothing is written.
-            ValueError: The input has no such ordinal, or one is of another run.
+            QuarantineFullError: The limit would be exceeded; nothing is written.
+            ValueError: The input has no such ordinal, or a sequence belongs to another run.
         """
         for sequence in sequences:
             if not 0 <= sequence.ordinal < self._num_sequences:
@@ -131,31 +136,31 @@ class Quarantine:
                 )
             if sequence.fingerprint != self._fingerprint:
                 raise ValueError(
-                    f"{sequence.id!r} is of the run {sequence.fingerprint!r}, not {self._fingerprint!r}"
+                    f"{sequence.id!r} is of the run {sequence.fingerprint!r}, "
+                    f"not {self._fingerprint!r}"
                 )
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             held, others = self._read()
             present = {each.ordinal for each in held}
             added = [sequence for sequence in sequences if sequence.ordinal not in present]
             if not added:
-                fsync_directory(
-                    self.path.parent
-                )  # whoever added them may have died before doing so
+                # The process that added them may have been killed before it did so.
+                fsync_directory(self.path.parent)
                 return False
             self._require_room([*held, *added])
             self._write([*held, *added], others)
             return True
 
     def read(self) -> list[QuarantinedSequence]:
-        """All of this run that are set aside, by ordinal; none where there is no file."""
+        """Return the quarantined sequences of this run by ordinal; none if there is no file."""
         return self._read()[0]
 
     def ordinals(self) -> frozenset[int]:
-        """Positions in the input of all that are set aside; those of their copies are not among them."""
+        """Return the ordinals of the quarantined sequences, without those of their copies."""
         return frozenset(sequence.ordinal for sequence in self.read())
 
     def release(self, ordinals: Iterable[int]) -> None:
-        """Take out again those of `ordinals` that are there, as when they turn out to be computed."""
+        """Remove sequences, as when they turn out to be computed; others are ignored."""
         released = frozenset(ordinals)
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             sequences, others = self._read()
@@ -164,7 +169,7 @@ class Quarantine:
                 self._write(kept, others)
 
     def remove_other_runs(self, target: Path) -> int:
-        """Move the lines of other runs to the end of `target`, and return how many there were."""
+        """Move the lines of other runs to the end of `target`, and return their number."""
         with self._lock.held(timeout_s=LOCK_TIMEOUT_S):
             sequences, others = self._read()
             if others:
@@ -174,7 +179,7 @@ class Quarantine:
             return len(others)
 
     def _read(self) -> tuple[list[QuarantinedSequence], list[bytes]]:
-        """The sequences of this run, and the lines of others."""
+        """Return the sequences of this run, and the lines of other runs."""
         try:
             lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
@@ -182,7 +187,7 @@ class Quarantine:
         sequences: list[QuarantinedSequence] = []
         others = []
         for number, line in enumerate(lines, start=1):
-            sequence = _unsealed(line)
+            sequence = _parse_line(line)
             if sequence is None:
                 raise self._damaged(number, "its sha256 does not fit its other fields")
             if sequence.fingerprint != self._fingerprint:
@@ -209,48 +214,54 @@ class Quarantine:
                 for cause, count in Counter(each.cause for each in sequences).items()
             )
             raise QuarantineFullError(
-                f"{len(sequences):,} of {self._num_computed:,} sequences fail ({causes}), and at most {limit.total:,} are set "
-                f"aside: so many point to a broken set-up, not to bad proteins. Look at the messages in {self.path} and at the "
-                f"shards' worker.log: is it a device, the driver, or the memory? Mend that, move {self.path} away, and start "
-                f"the run again: it tries these sequences again"
+                f"{len(sequences):,} of {self._num_computed:,} sequences fail ({causes}), and at "
+                f"most {limit.total:,} are quarantined: so many point to a broken set-up, not to "
+                f"bad proteins. Look at the messages in {self.path} and at the shards' worker.log: "
+                f"is it a device, the driver, or the memory? Fix that, move {self.path} away, and "
+                f"start the run again: it tries these sequences again"
             )
 
     def _write(self, sequences: list[QuarantinedSequence], others: list[bytes]) -> None:
         ordered = sorted(sequences, key=lambda sequence: sequence.ordinal)
-        write_file(self.path, b"".join([*map(_sealed, ordered), *others]), replace=True)
+        write_file(
+            self.path, b"".join([*(_seal(asdict(each)) for each in ordered), *others]), replace=True
+        )
 
     def _damaged(self, number: int, fault: str) -> StorageError:
         return StorageError(
-            f"{self.path} is damaged in line {number}: {fault}; move the file away and start the run again: the sequences "
-            f"in it are then tried again"
+            f"{self.path} is damaged in line {number}: {fault}; move the file away and start the "
+            f"run again: the sequences in it are then tried again"
         )
 
 
-def too_many_non_finite(told: str, path: Path) -> QuarantineFullError:
-    """Say that so many sequences (`told`) have no finite embedding that it cannot be their fault."""
+def too_many_non_finite(sequences: str, path: Path) -> QuarantineFullError:
+    """Return the error for more sequences without a finite embedding than bad proteins explain.
+
+    Args:
+        sequences: How many, as the subject of the message.
+        path: The quarantine.
+    """
     return QuarantineFullError(
-        f"{told} have no finite embedding, in float32 neither: so many point to a broken set-up, not to bad proteins. Are the "
-        f"weights whole (`vnp verify-model` compares them with fair-esm), and does the device compute rightly (--devices cpu "
-        f"shows it)? Mend that, move {path} away if there is one, and start the run again: it tries these sequences again"
+        f"{sequences} have no finite embedding, in float32 neither: so many point to a broken "
+        f"set-up, not to bad proteins. Are the weights intact (`vnp verify-model` compares them "
+        f"with fair-esm), and does the device compute correctly (--devices cpu shows it)? Fix "
+        f"that, move {path} away if there is one, and start the run again: it tries these "
+        f"sequences again"
     )
 
 
 def sequence_digest(plan: RunPlan, ordinal: int) -> str:
-    """The sha256 of a sequence's residues."""
+    """Return the sha256 of a sequence's residues."""
     (residues,) = plan.fetch(np.array([ordinal]))[1]
     return hashlib.sha256(residues.encode()).hexdigest()
-
-
-def _sealed(sequence: QuarantinedSequence) -> bytes:
-    return _seal(asdict(sequence))
 
 
 def _seal(fields: dict[str, object]) -> bytes:
     return canonical_json(fields | {"sha256": hashlib.sha256(canonical_json(fields)).hexdigest()})
 
 
-def _unsealed(line: bytes) -> QuarantinedSequence | None:
-    """None unless `line` is, byte for byte, what `_sealed` writes, or what it wrote before it told the run."""
+def _parse_line(line: bytes) -> QuarantinedSequence | None:
+    """Parse a line; None unless it is byte for byte as written, with or without the run."""
     try:
         fields = json.loads(line)
         fields.pop("sha256")

@@ -25,23 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 class ResumedRows(NamedTuple):
-    """What the checkpoints of one shard hold."""
+    """The rows in the checkpoints of one shard."""
 
     ids: list[str]
-    embeddings: (
-        np.ndarray[Any, Any] | None
-    )  # (len(ids), D) or end to end, in the order of the ids; bfloat16 as float32
-    resume_batch_idx: int  # the number of the next checkpoint
-    corrupted_ids: list[
-        str
-    ]  # what unused checkpoints say they held; all that is not in `ids` is to be computed
+    # (len(ids), D) or end to end, in the order of the ids; bfloat16 is converted to float32.
+    embeddings: np.ndarray[Any, Any] | None
+    resume_batch_idx: int  # number of the next checkpoint
+    # The ids in unused checkpoints, if readable. All that is not in `ids` is to be computed.
+    corrupted_ids: list[str]
 
 
 def validate_checkpoint_pt(path: Path) -> tuple[bool, str]:
-    """Say whether a checkpoint can be used, and if not, why.
+    """Check whether a checkpoint can be used; if not, return the reason.
 
-    An empty marker, as `touch` makes it, proves nothing; it is let pass beside a checkpoint that names no run, as other
-    tools leave them, when its content is right in itself.
+    An empty marker, as `touch` creates it, proves nothing. It is accepted for a checkpoint that
+    names no run, as other tools write them, if its content is valid.
     """
     try:
         read_content(Path(path), fingerprint=None, may_be_bare=True)
@@ -59,21 +57,25 @@ def resume_from_checkpoints(
     on_damage: Literal["stop", "skip"] = "stop",
     fingerprint: str | None = None,
 ) -> ResumedRows:
-    """Load the checkpoints of one shard, in order, all at once.
+    """Load all checkpoints of one shard at once, in order.
 
-    What is not used is moved aside, so that its number and its rows are free to be written again: damaged checkpoints to
-    `damaged/`, good ones that come after them or before a forced restart to `superseded/`, in the shard's directory.
+    Unused checkpoints are moved away, so that their numbers are free again: damaged ones to
+    `damaged/` in the shard's directory; good ones after a damaged one, or before a forced restart,
+    to `superseded/`.
 
     Args:
-        checkpoint_dir: Holds `shard_{rank}`.
-        force_restart: Use none.
-        manifest: Its counts for this shard are set from what is used.
-        on_damage: "stop" uses what comes before the first damaged checkpoint; "skip" uses all but the damaged ones.
-        fingerprint: The run that they have to be of; None takes any.
+        checkpoint_dir: The directory that holds `shard_{rank}`.
+        rank: The shard.
+        force_restart: Use no checkpoint.
+        manifest: Its counts for this shard are set from the checkpoints used.
+        on_damage: "stop" uses the checkpoints before the first damaged one; "skip" uses all but the
+            damaged ones.
+        fingerprint: The run that they have to belong to; None accepts any.
 
     Raises:
-        FingerprintMismatchError: They are of another run. Nothing has been moved.
-        StorageFailingError: With "skip", more than 3 and more than 1 % are damaged: the storage is failing. Nothing has been moved.
+        FingerprintMismatchError: They belong to another run. Nothing has been moved.
+        StorageFailingError: With "skip", more than 3 and more than 1 % of them are damaged: the
+            storage is failing. Nothing has been moved.
     """
     shard_dir = Path(checkpoint_dir) / f"shard_{rank}"
     paths = checkpoint_paths(shard_dir)
@@ -90,14 +92,13 @@ def resume_from_checkpoints(
         move_checkpoint(path, to="damaged" if path in damaged_paths else "superseded")
     if manifest is not None:
         _reconcile(manifest, rank, usable)
+    counted = paths if on_damage == "skip" else [path for path, _ in usable]
     return ResumedRows(
         ids=[id_ for _, content in usable for id_ in content.sequence_ids],
         embeddings=to_numpy(torch.cat([content.embeddings for _, content in usable]))
         if usable
         else None,
-        resume_batch_idx=_next_batch_idx(
-            [path for path, _ in usable] if on_damage == "stop" else paths
-        ),
+        resume_batch_idx=batch_idx_of(counted[-1]) + 1 if counted else 0,
         corrupted_ids=corrupted_ids,
     )
 
@@ -117,30 +118,28 @@ def _usable_checkpoints(
     for path in paths:
         try:
             content = read_content(path, fingerprint=None, may_be_bare=True)
-            _require_alike(content, usable[0][1] if usable else content)
+            _require_same_shape(content, usable[0][1] if usable else content)
         except CheckpointError as error:
             damaged.append(Damage.of(path, error))
             logger.warning("%s cannot be used: %s", path, error)
             if on_damage == "stop":
                 break
         else:
-            _require_same_run(path, content, fingerprint)
+            found = content.metadata.get("fingerprint")
+            if fingerprint is not None and found != fingerprint:
+                raise FingerprintMismatchError(
+                    f"{path} is of the run {found!r}, and this run is {fingerprint!r}: "
+                    f"choose another directory, or force a restart"
+                )
             usable.append((path, content))
     return usable, damaged
 
 
-def _require_alike(content: CheckpointContent, first: CheckpointContent) -> None:
+def _require_same_shape(content: CheckpointContent, first: CheckpointContent) -> None:
     if (content.width, content.dtype) != (first.width, first.dtype):
         raise CheckpointError(
-            f"rows of {content.width} {content.dtype}; those before it have {first.width} {first.dtype}"
-        )
-
-
-def _require_same_run(path: Path, content: CheckpointContent, fingerprint: str | None) -> None:
-    found = content.metadata.get("fingerprint")
-    if fingerprint is not None and found != fingerprint:
-        raise FingerprintMismatchError(
-            f"{path} is of the run {found!r}, and this run is {fingerprint!r}: choose another directory, or force a restart"
+            f"rows of {content.width} {content.dtype}; "
+            f"those before it have {first.width} {first.dtype}"
         )
 
 
@@ -157,9 +156,5 @@ def _reconcile(
         manifest.reconcile(records, rank=rank)
     except (StorageError, OSError) as error:
         logger.warning(
-            "the manifest does not know which checkpoints of shard %d are used: %s", rank, error
+            "the manifest does not list the used checkpoints of shard %d: %s", rank, error
         )
-
-
-def _next_batch_idx(paths: Sequence[Path]) -> int:
-    return batch_idx_of(paths[-1]) + 1 if paths else 0

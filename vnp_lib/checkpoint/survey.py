@@ -1,4 +1,4 @@
-"""What is on disk: which checkpoints of a run or a shard can be believed by their markers, and which are damaged."""
+"""Survey the checkpoints of a run: which are valid by their markers, and which are damaged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -25,14 +25,11 @@ from vnp_lib.checkpoint.markers import (
 from vnp_lib.errors import CheckpointError, StorageError, StorageFailingError
 from vnp_lib.storage import fsync_directory, marker_path, refresh_listing
 
-LOOKUP_DELAYS_S = (
-    1.0,
-    4.0,
-    15.0,
-    45.0,
-)  # together longer than NFS remembers what is in a directory, 60 s
+# Together longer than the 60 s for which NFS caches the content of a directory.
+LOOKUP_DELAYS_S = (1.0, 4.0, 15.0, 45.0)
 
-_SETTLED_AFTER_NS = 2 * 10**9  # coarser than the clocks of file systems: FAT's has two seconds
+# Coarser than the clocks of file systems: FAT counts in steps of two seconds.
+_SETTLED_AFTER_NS = 2 * 10**9
 
 _SHARD_DIRECTORY = re.compile(r"shard_(0|[1-9]\d*)")
 
@@ -45,11 +42,11 @@ class Damage:
 
     path: Path  # of the .pt, which itself may be missing
     reason: str
-    is_unfinished: bool  # without a marker: its writer was stopped, the disk has lost nothing
+    is_unfinished: bool  # no marker: its writer was stopped, and the disk has lost nothing
 
     @classmethod
     def of(cls, path: Path, error: CheckpointError) -> Self:
-        """The damage that `error` has told of."""
+        """Return the damage that an error reported."""
         return cls(path=path, reason=str(error), is_unfinished=not marker_path(path).exists())
 
 
@@ -61,25 +58,25 @@ class Survey:
     damaged: tuple[Damage, ...]
 
     def done_mask(self, num_sequences: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which of a run's ordinals are in valid checkpoints, bool (num_sequences,)."""
+        """Return which of a run's ordinals are in valid checkpoints, bool (num_sequences,)."""
         is_done = np.zeros(num_sequences, dtype=bool)
         for record in self.valid:
-            is_done[record.ordinals[record.ordinals < num_sequences]] = (
-                True  # assembly refuses what has others
-            )
+            # Assembly refuses checkpoints with other ordinals.
+            is_done[record.ordinals[record.ordinals < num_sequences]] = True
         return is_done
 
     def require_sound_storage(self) -> None:
-        """Raise StorageFailingError where more than 3 checkpoints and more than 1 % were finished and are damaged now."""
+        """Raise StorageFailingError if more than 3 and 1 % of finished ones are damaged."""
         lost = [damage for damage in self.damaged if not damage.is_unfinished]
         require_few_lost(lost, total=len(self.valid) + len(lost))
 
 
 class CommittedRows:
-    """Which of a run's sequences are in valid checkpoints: each look reads the markers that have come or changed since the last.
+    """The sequences of a run that are in valid checkpoints, for repeated reads.
 
-    A marker that was read is taken to be as it was while neither it nor its checkpoint is another file or has another
-    size or time. One written within two seconds is read again: in so short a time a file could change and keep its time.
+    Each call reads only the markers that are new or have changed since the last call. A marker
+    counts as unchanged while it and its checkpoint keep their inode, size and times. One that was
+    written within the last two seconds is read again: a file could change and keep its time.
     """
 
     def __init__(
@@ -95,16 +92,20 @@ class CommittedRows:
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
         self._is_done = np.zeros(num_sequences, dtype=bool)
-        self._stamps: dict[Path, tuple[int, ...]] = {}
+        self._stamps: dict[Path, _Stamp] = {}
 
     def done_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which of the run's ordinals are in valid checkpoints, by their markers, bool (num_sequences,).
+        """Return which ordinals are in valid checkpoints, by their markers, bool (num_sequences,).
 
         Raises:
-            StorageError: As `survey_checkpoints`, of which it tells the same.
+            StorageError: As `survey_checkpoints`, which gives the same result.
         """
         with self._lock:
-            paths = list(self._checkpoint_paths())
+            paths = [
+                (rank, path)
+                for rank, shard_dir in _shard_directories(self._checkpoints_dir)
+                for path in _synced_paths(shard_dir)
+            ]
             stamps = {path: _stamp(path) for _, path in paths}
             if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):
                 self._stamps.clear()
@@ -118,38 +119,34 @@ class CommittedRows:
                     ordinals = read_record(
                         path, rank, self._fingerprint, verify_digest=False
                     ).ordinals
-                    ordinals = ordinals[
-                        ordinals < self._is_done.size
-                    ]  # assembly refuses what has others
+                    # Assembly refuses checkpoints with other ordinals.
+                    ordinals = ordinals[ordinals < self._is_done.size]
                     stamp = stamps[path]
-                    if stamp is not None and _changed_ns(stamp) < settled_ns:
+                    if stamp is not None and stamp.changed_ns < settled_ns:
                         self._is_done[ordinals] = True
                         self._stamps[path] = stamp
                     else:
                         is_young[ordinals] = True
             return self._is_done | is_young
 
-    def _checkpoint_paths(self) -> Iterator[tuple[int, Path]]:
-        for rank, shard_dir in _shard_directories(self._checkpoints_dir):
-            for path in _synced_paths(shard_dir):
-                yield rank, path
-
 
 def survey_checkpoints(
     checkpoints_dir: Path, fingerprint: str, *, verify_digests: bool, rank: int | None = None
 ) -> Survey:
-    """Read all markers under `checkpoints_dir`, or one shard's, and judge the checkpoints by them. Moves nothing.
+    """Read all markers under `checkpoints_dir`, or those of one shard. Nothing is moved.
 
-    What is found is synced: a writer killed between publishing and syncing a name leaves one that a power cut could undo.
+    The directories are synced: a writer that was killed between publishing and syncing a name
+    leaves a name that a power cut could undo.
 
     Args:
-        checkpoints_dir: Has a `shard_{rank}` for each shard, of this run's number of shards or another. May be missing.
-        fingerprint: A checkpoint of another run counts as damaged.
-        verify_digests: Read every file and compare its sha256; otherwise only its size.
-        rank: Of the one shard to look at.
+        checkpoints_dir: Has a `shard_{rank}` for each shard, of this run's number of shards or
+            another. May be missing.
+        fingerprint: The run. A checkpoint of another run counts as damaged.
+        verify_digests: Read every file and compare its sha256, not only its size.
+        rank: The only shard to survey.
 
     Raises:
-        StorageError: A file cannot be read for a reason that is not damage (permission, too many open files).
+        StorageError: A file cannot be read for a reason other than damage, such as permissions.
     """
     surveys = [
         _survey_shard(shard_dir, each, fingerprint, verify_digests=verify_digests)
@@ -169,13 +166,17 @@ def heal_shard(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Read one shard's checkpoints whole, move the damaged ones aside, and return the number of the next one.
+    """Read one shard's checkpoints completely, and move the damaged ones to `damaged/`.
 
-    Only for who holds the shard's lock: another's checkpoint between its file and its marker looks damaged. One that
-    another machine has just written may be listed here and not be found yet, as over NFS: that is waited for.
+    The caller must hold the shard's lock: a checkpoint of another process between its file and its
+    marker looks damaged. A file that another machine has just written may be listed here but not
+    found yet, as over NFS; this is waited for.
+
+    Returns:
+        The number of the next checkpoint.
 
     Raises:
-        StorageFailingError: So many are damaged that the storage is failing. Nothing has been moved.
+        StorageFailingError: So many are damaged that the storage is failing. Nothing was moved.
     """
     wait_for_listed_files(checkpoints_dir, rank=rank, sleep=sleep)
     survey = _survey_shard(
@@ -189,7 +190,7 @@ def heal_shard(
 
 
 def refresh_listings(checkpoints_dir: Path) -> None:
-    """Have the system look anew what is in the directories, where it remembers that for a while, as over NFS."""
+    """Make the system read the directories again instead of using a cache, as over NFS."""
     for directory in (checkpoints_dir, *(path for _, path in _shard_directories(checkpoints_dir))):
         refresh_listing(directory)
 
@@ -197,9 +198,9 @@ def refresh_listings(checkpoints_dir: Path) -> None:
 def wait_for_listed_files(
     checkpoints_dir: Path, *, rank: int | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Wait, a minute at most, until every checkpoint and marker that is listed can be looked at by its name.
+    """Wait, for a minute at most, until every listed checkpoint and marker is found by its name.
 
-    Over a network file system, a machine may remember for a while that a file of another one is not there.
+    On a network file system, a machine may cache for a while that a file of another one is missing.
     """
     directories = [
         path for each, path in _shard_directories(checkpoints_dir) if rank in (None, each)
@@ -212,7 +213,8 @@ def wait_for_listed_files(
             return
         if number == 0:
             logger.warning(
-                "%d files are listed and not found, such as %s: waiting until this machine sees them",
+                "%d files are listed and not found, such as %s: waiting until this machine sees "
+                "them",
                 len(hidden),
                 hidden[0],
             )
@@ -220,12 +222,12 @@ def wait_for_listed_files(
 
 
 def require_few_lost(lost: Sequence[Damage], *, total: int) -> None:
-    """Raise StorageFailingError where more than 3 checkpoints, and more than 1 % of `total`, are lost."""
+    """Raise StorageFailingError if more than 3 checkpoints and 1 % of `total` are lost."""
     if len(lost) > 3 and len(lost) * 100 > total:
         reasons = "; ".join(f"{each.path}: {each.reason}" for each in lost[:3])
         raise StorageFailingError(
-            f"{len(lost)} of {total} checkpoints are damaged: the storage is failing. See to it before anything is computed "
-            f"again; the first are: {reasons}"
+            f"{len(lost)} of {total} checkpoints are damaged: the storage is failing. See to it "
+            f"before anything is computed again; the first are: {reasons}"
         )
 
 
@@ -241,7 +243,7 @@ def _shard_directories(checkpoints_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _hidden_files(shard_dir: Path) -> list[Path]:
-    """Checkpoints and markers that the directory lists while a look at them by name finds nothing."""
+    """Return checkpoints and markers that the directory lists, but that are not found by name."""
     if not shard_dir.is_dir():
         return []
     listed = {path.name for path in shard_dir.iterdir()}
@@ -249,21 +251,22 @@ def _hidden_files(shard_dir: Path) -> list[Path]:
     return [path for path in expected if path.name in listed and not os.path.lexists(path)]
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a checkpoint or its marker does; None where one of them is not there."""
+class _Stamp(NamedTuple):
+    """What changes when a checkpoint or its marker does."""
+
+    changed_ns: int  # the newest of the times
+    values: tuple[int, ...]  # inode, size and times of both files
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """Return the stamp of a checkpoint, or None if it or its marker is missing."""
     try:
         files = [os.stat(each) for each in (path, marker_path(path))]
     except OSError:
         return None
-    return tuple(
-        value
-        for each in files
-        for value in (each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
-    )
-
-
-def _changed_ns(stamp: tuple[int, ...]) -> int:
-    return max(stamp[2], stamp[3], stamp[6], stamp[7])
+    times_ns = [time for each in files for time in (each.st_mtime_ns, each.st_ctime_ns)]
+    sizes = [value for each in files for value in (each.st_ino, each.st_size)]
+    return _Stamp(changed_ns=max(times_ns), values=(*times_ns, *sizes))
 
 
 def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:
@@ -278,6 +281,7 @@ def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digest
 
 
 def _synced_paths(shard_dir: Path) -> list[Path]:
+    """Return the checkpoints in a directory, whose names are durable then."""
     paths = checkpoint_paths(shard_dir)
     if paths:
         _sync_names(shard_dir)
@@ -288,5 +292,6 @@ def _sync_names(shard_dir: Path) -> None:
     try:
         fsync_directory(shard_dir)
     except OSError as error:
-        if error.errno != errno.EROFS:  # what cannot be written to is looked at as it is
+        # A read-only directory is read as it is.
+        if error.errno != errno.EROFS:
             raise StorageError(f"{shard_dir} cannot be synced: {error}") from error

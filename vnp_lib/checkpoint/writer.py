@@ -1,7 +1,4 @@
-"""Checkpoints: when one is due, how they are written while the caller computes on, and how a shard is resumed from them.
-
-What one is on disk, and how it proves itself, is in `checkpoint_file`; what a run has of them, in `checkpoint_survey`.
-"""
+"""Write checkpoints in the background, and decide when one is due."""
 
 from __future__ import annotations
 
@@ -35,11 +32,11 @@ from vnp_lib.storage import make_directory, marker_path, write_marker
 
 
 class _DefaultCount(int):
-    """A number that nobody has given: 10,000 that are given stay 10,000 in viral mode."""
+    """The default count: an explicit 10,000 stays 10,000 in viral mode."""
 
 
 class _DefaultSeconds(float):
-    """The same of a time."""
+    """The default time, likewise."""
 
 
 DEFAULT_SEQ_THRESHOLD = _DefaultCount(10_000)
@@ -59,9 +56,10 @@ T = TypeVar("T")
 
 
 class CheckpointTrigger:
-    """When to write a checkpoint: after so many sequences or so much time since the last.
+    """Decide when to write a checkpoint: after a number of sequences or a time since the last one.
 
-    With `VIRNUCPRO_VIRAL_CHECKPOINT_MODE` set they are 5,000 sequences and 180 s, unless one of the two is given.
+    With `VIRNUCPRO_VIRAL_CHECKPOINT_MODE` set the defaults are 5,000 sequences and 180 s, unless
+    one of the two is given.
     """
 
     def __init__(
@@ -94,7 +92,7 @@ class CheckpointTrigger:
         self.reset()
 
     def should_checkpoint(self, batch_size: int) -> tuple[bool, str | None]:
-        """Count a batch of `batch_size` sequences and say whether a checkpoint is due, and why."""
+        """Count a batch of sequences, and return whether a checkpoint is due, and why."""
         self._sequences += batch_size
         elapsed_s = self._clock() - self._since_s
         if elapsed_s >= self.emergency_override_sec:
@@ -106,18 +104,19 @@ class CheckpointTrigger:
         return False, None
 
     def reset(self) -> None:
-        """Start counting anew: a checkpoint has been handed over."""
+        """Restart counting after a checkpoint."""
         self._sequences = 0
         self._since_s = self._clock()
 
 
 class AsyncCheckpointWriter:
-    """Writes checkpoints on a thread of its own, while the caller computes on.
+    """Writes checkpoints in a background thread while the caller computes.
 
-    A checkpoint is committed in this order: the file, its marker, both durable; the manifest; then its future resolves. At
-    most two checkpoints and 256 MB are in flight (or one, however large): more make the caller wait. An error is raised
-    once more by whatever is called next, so that nobody calls a shard complete that is not. Used as a context manager it
-    waits for all writes at the end of the block.
+    A checkpoint is committed in this order: the file and its marker, both durable; the manifest;
+    then its future resolves. At most two checkpoints and 256 MB are in flight, or one of any size;
+    a caller that writes more waits. An error is raised again by the next call, so that no shard
+    with a failed write is called complete. As a context manager, it waits for all writes at the
+    end.
     """
 
     def __init__(
@@ -130,13 +129,15 @@ class AsyncCheckpointWriter:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start nothing yet.
+        """Create a writer; no thread starts yet.
 
         Args:
-            max_workers: Threads that write.
-            manifest: Where to record what has been committed; wants `rank`.
-            rank: The shard whose checkpoints these are.
-            disk_full_delays_s: How long to wait before each new try when the disk is full.
+            max_workers: Number of writer threads.
+            manifest: Where committed checkpoints are recorded; requires `rank`.
+            rank: The shard that the checkpoints belong to.
+            disk_full_delays_s: Seconds to wait before each retry if the disk is full.
+            sleep: Waits for a number of seconds.
+            clock: Gives the seconds that a write takes.
         """
         if manifest is not None and rank is None:
             raise ValueError("rank is None: a manifest records checkpoints by shard")
@@ -148,7 +149,7 @@ class AsyncCheckpointWriter:
         self._executor = ThreadPoolExecutor(max_workers, thread_name_prefix="checkpoint-writer")
         self._in_flight = _InFlight(max_checkpoints=MAX_IN_FLIGHT, max_bytes=MAX_IN_FLIGHT_BYTES)
         self._futures: list[Future[float]] = []
-        self._are_failures_told = False
+        self._are_failures_raised = False
 
     def write_checkpoint_async(
         self,
@@ -157,25 +158,28 @@ class AsyncCheckpointWriter:
         sequence_ids: Sequence[str],
         metadata: dict[str, Any],
     ) -> Future[float]:
-        """Take a copy of what is given and write it in the background; waits while too much is in flight.
+        """Copy a checkpoint and write it in the background; wait while too much is in flight.
 
         Args:
-            checkpoint_path: Where it is to be; its directory is made. A file of that name without a valid marker, which
-                a crash left, is moved aside.
-            embeddings: (rows, D), at least one row, float16, bfloat16, float32 or float64, on any device; or rows of different
-                widths end to end, with `offsets` in the metadata.
-            sequence_ids: One for each row.
-            metadata: str, int, float, bool, None, and lists and dicts of them. `ordinals` (one int for each row) and
-                `fingerprint` (str) go into the marker too.
+            checkpoint_path: The file; its directory is created. A file of that name without a valid
+                marker, which a crash left, is moved to `damaged/`.
+            embeddings: (rows, D), at least one row, float16, bfloat16, float32 or float64, on any
+                device; or rows of different widths end to end, with `offsets` in the metadata.
+            sequence_ids: One per row.
+            metadata: str, int, float, bool, None, and lists and dicts of them. `ordinals` (one int
+                per row) and `fingerprint` (str) are repeated in the marker.
 
         Returns:
             Resolves when the checkpoint is committed, to the seconds that writing it took.
 
         Raises:
-            TypeError, ValueError: What was given is no checkpoint. Nothing has been written.
+            TypeError, ValueError: This is not a valid checkpoint. Nothing has been written.
             NumericalInstabilityError: A row is not finite.
         """
-        _require_array(embeddings)
+        if not isinstance(embeddings, Tensor | np.ndarray):
+            raise TypeError(
+                f"embeddings is a {type(embeddings).__name__}; it must be a tensor or a NumPy array"
+            )
 
         def begin() -> Future[float]:
             content = CheckpointContent(
@@ -186,7 +190,7 @@ class AsyncCheckpointWriter:
                 self._write_checkpoint_sync, Path(checkpoint_path), *content
             )
 
-        return self._begun(begin, int(embeddings.nbytes))
+        return self._track(begin, int(embeddings.nbytes))
 
     def hand_over(
         self,
@@ -195,12 +199,16 @@ class AsyncCheckpointWriter:
         sequence_ids: list[str],
         metadata: dict[str, Any],
     ) -> Future[float]:
-        """Write what the caller gives away, and changes no more: it is put together, copied and checked in the background.
+        """Write tensors that the caller will not change; copy and check them in the background.
 
         Args:
-            pieces: (rows, D) each, or (values,), on the CPU; together they are the checkpoint's rows.
+            checkpoint_path: The file.
+            pieces: (rows, D) each, or (values,), on the CPU; together they are the rows.
+            sequence_ids: One per row.
+            metadata: As for `write_checkpoint_async`.
 
-        As `write_checkpoint_async` otherwise, except that what is no checkpoint, or not finite, is its future's error.
+        Returns:
+            As `write_checkpoint_async`, but an invalid checkpoint is the error of the future.
 
         Raises:
             CheckpointWriteError: An earlier checkpoint could not be written.
@@ -213,10 +221,10 @@ class AsyncCheckpointWriter:
                 self._write_pieces, Path(checkpoint_path), pieces, sequence_ids, metadata
             )
 
-        return self._begun(begin, size_bytes)
+        return self._track(begin, size_bytes)
 
-    def _begun(self, begin: Callable[[], Future[float]], size_bytes: int) -> Future[float]:
-        """Begin to write, once there is room for it."""
+    def _track(self, begin: Callable[[], Future[float]], size_bytes: int) -> Future[float]:
+        """Begin to write once there is room, and keep the future."""
         self._in_flight.enter(size_bytes)
         try:
             future = begin()
@@ -231,14 +239,15 @@ class AsyncCheckpointWriter:
         return future
 
     def wait_all(self, timeout: float | None = None) -> None:
-        """Wait until all is committed.
+        """Wait until all checkpoints are committed.
 
         Args:
-            timeout: Seconds; None waits as long as it takes.
+            timeout: Seconds; None waits without limit.
 
         Raises:
-            CheckpointWriteError: A RuntimeError too. Some could not be written; says which and why.
-            TimeoutError: Some are still being written; they go on.
+            CheckpointWriteError: Some could not be written; the message says which and why. It is
+                a RuntimeError too.
+            TimeoutError: Some are still being written, and continue.
         """
         unfinished = wait(self._futures, timeout).not_done
         if unfinished:
@@ -248,13 +257,13 @@ class AsyncCheckpointWriter:
         self._raise_failures()
 
     def has_pending(self) -> bool:
-        """Whether anything is still being written."""
+        """Return True while a checkpoint is being written."""
         return any(not future.done() for future in self._futures)
 
     def shutdown(self) -> None:
-        """Wait until all is written and end the thread. Raises CheckpointWriteError if nobody has heard of a failure."""
+        """Wait for all writes and stop the thread; raise failures that were not raised before."""
         self._executor.shutdown(wait=True)
-        if not self._are_failures_told:
+        if not self._are_failures_raised:
             self._raise_failures()
 
     def __enter__(self) -> Self:
@@ -271,10 +280,10 @@ class AsyncCheckpointWriter:
             error for future in self._futures if future.done() and (error := _failure_of(future))
         ]
         if failures:
-            self._are_failures_told = True
-            told = "; ".join(str(failure) for failure in failures)
+            self._are_failures_raised = True
+            messages = "; ".join(str(failure) for failure in failures)
             raise CheckpointWriteError(
-                f"{len(failures)} checkpoint write(s) failed: {told}"
+                f"{len(failures)} checkpoint write(s) failed: {messages}"
             ) from failures[0]
 
     def _write_pieces(
@@ -306,7 +315,7 @@ class AsyncCheckpointWriter:
         return self._clock() - started_at_s
 
     def _persist(self, path: Path, act: Callable[[], T]) -> T:
-        """Do `act`; again after a while where the disk is full, and once more after an I/O error, on a new file."""
+        """Do `act`; retry it while the disk is full, and once after an I/O error, on a new file."""
         delays_s = iter(self._disk_full_delays_s)
         may_rewrite = True
         while True:
@@ -314,7 +323,8 @@ class AsyncCheckpointWriter:
                 return act()
             except FileExistsError as error:
                 raise StorageError(
-                    f"{path}: another writer has just written it; is a second run using this directory?"
+                    f"{path}: another writer has just written it; "
+                    f"is a second run using this directory?"
                 ) from error
             except OSError as error:
                 if error.errno in _DISK_FULL and (delay_s := next(delays_s, None)) is not None:
@@ -324,22 +334,28 @@ class AsyncCheckpointWriter:
                     logger.warning("%s: %s; writing it once more, to a new file", path, error)
                     may_rewrite = False
                 else:
-                    raise StorageError(_what_to_do(path, error)) from error
+                    what = (
+                        f"the disk is full or the quota reached ({error}): make room"
+                        if error.errno in _DISK_FULL
+                        else f"{error}: see to the storage"
+                    )
+                    raise StorageError(
+                        f"{path}: {what} and start the same run again; "
+                        f"all that has been committed stays valid"
+                    ) from error
 
     def _record(self, path: Path, *, rows: int) -> None:
         if self._manifest is None or self._rank is None:
             return
         try:
             self._manifest.update_shard_checkpoint(self._rank, batch_idx_of(path), rows, path.name)
-        # The checkpoint is committed, and the manifest can be made from it.
+        # The checkpoint is committed, and the manifest can be rebuilt from it.
         except (StorageError, OSError, ValueError) as error:
-            logger.warning(
-                "%s is committed, but the manifest does not know it yet: %s", path, error
-            )
+            logger.warning("%s is committed, but not in the manifest yet: %s", path, error)
 
 
 class _InFlight:
-    """How much is being written: `enter` waits for room, and one checkpoint always has room when there is no other."""
+    """The writes in flight: `enter` waits for room; a single checkpoint always has room."""
 
     def __init__(self, *, max_checkpoints: int, max_bytes: int) -> None:
         self._max_checkpoints = max_checkpoints
@@ -350,7 +366,15 @@ class _InFlight:
 
     def enter(self, size_bytes: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._has_room(size_bytes))
+            self._changed.wait_for(
+                lambda: (
+                    self._checkpoints == 0
+                    or (
+                        self._checkpoints < self._max_checkpoints
+                        and self._bytes + size_bytes <= self._max_bytes
+                    )
+                )
+            )
             self._checkpoints += 1
             self._bytes += size_bytes
 
@@ -360,33 +384,19 @@ class _InFlight:
             self._bytes -= size_bytes
             self._changed.notify_all()
 
-    def _has_room(self, size_bytes: int) -> bool:
-        if self._checkpoints == 0:
-            return True
-        return (
-            self._checkpoints < self._max_checkpoints
-            and self._bytes + size_bytes <= self._max_bytes
-        )
-
-
-def _require_array(embeddings: object) -> None:
-    if not isinstance(embeddings, Tensor | np.ndarray):
-        raise TypeError(
-            f"embeddings is a {type(embeddings).__name__}; it must be a tensor or a NumPy array"
-        )
-
 
 def _snapshot(embeddings: Tensor | np.ndarray[Any, Any]) -> Tensor:
     if isinstance(embeddings, np.ndarray):
         return tensor_of(embeddings)
     on_cpu = embeddings.to("cpu")
-    if on_cpu.dtype == torch.bfloat16 or on_cpu.requires_grad is True:  # NumPy takes neither
+    # NumPy accepts neither.
+    if on_cpu.dtype == torch.bfloat16 or on_cpu.requires_grad is True:
         return on_cpu.detach().clone(memory_format=torch.contiguous_format)
     return tensor_of(on_cpu.numpy())
 
 
 def _make_way(path: Path) -> None:
-    """Move aside what a crash has left under this name; a checkpoint that proves itself is somebody's work."""
+    """Move what a crash left under this name to `damaged/`, unless it is a valid checkpoint."""
     if not os.path.lexists(path) and not os.path.lexists(marker_path(path)):
         return
     try:
@@ -396,15 +406,6 @@ def _make_way(path: Path) -> None:
         move_to_damaged(path)
     else:
         raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", str(path))
-
-
-def _what_to_do(path: Path, error: OSError) -> str:
-    if error.errno in _DISK_FULL:
-        return (
-            f"{path}: the disk is full or the quota reached ({error}): make room and start the same run again; "
-            f"all that has been committed stays valid"
-        )
-    return f"{path}: {error}: see to the storage and start the same run again; all that has been committed stays valid"
 
 
 def _failure_of(future: Future[float]) -> BaseException | None:
