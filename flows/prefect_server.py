@@ -299,7 +299,7 @@ def require_certificates(settings: UserSettings) -> None:
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "PREFECT_API_SSL_CERT_FILE"):
         if (found := settings.find(name)) and not Path(found.value).exists():
             raise ConfigError(
-                f"{name}={found.value}, set by {found.where}, does not exist; correct it or unset it"
+                f"{name}={found.value}, set by {found.where}, does not exist; correct or unset it"
             )
 
 

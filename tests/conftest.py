@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 
 from flows.prefect_environment import prepare_environment
 from tests.faults.figures import table
-from tests.helpers import EXAMPLE, ROOT, CommandLine, embed_alone
+from tests.helpers import EXAMPLE, CommandLine, embed_alone
+from tests.poison import sabotage_workers
 
 # Prefect servers that the tests start without a run must not send telemetry either.
 prepare_environment()
@@ -106,23 +106,4 @@ def sabotage(tmp_path, monkeypatch):
     shard, and `attempt`, the number of worker processes of that shard, from 1.
     """
 
-    def make(code: str) -> None:
-        directory = tmp_path / "sabotage"
-        directory.mkdir()
-        preamble = f"""
-import os, pathlib, re, sys
-job = re.search(r"shard_([0-9]+)/job.json$", sys.orig_argv[-1])
-if job:
-    rank = int(job[1])
-    tally = pathlib.Path({str(directory)!r}, f"shard_{{rank}}")
-    with tally.open("a") as file:
-        file.write("x")
-    attempt = len(tally.read_text())
-"""
-        (directory / "sitecustomize.py").write_text(
-            preamble + textwrap.indent(textwrap.dedent(code), "    ")
-        )
-        # ROOT, so that a copy of the repository imports itself.
-        monkeypatch.setenv("PYTHONPATH", f"{directory}{os.pathsep}{ROOT}")
-
-    return make
+    return lambda code: sabotage_workers(tmp_path, monkeypatch, code)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import textwrap
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
 
 _MARK = "WWWW"
 # Without W: no protein is marked by chance.
@@ -91,3 +97,23 @@ def write_proteins(path: Path, count: int, marked: Mapping[int, Way], *, seed: i
             way = marked.get(number)
             name, head = ("good", "") if way is None else (way.name.lower(), _MARK + way)
             file.write(f">{name}_{number}\n{head}{body}\n")
+
+
+def sabotage_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Make worker processes run code as they start, as the fixture `sabotage` does."""
+    directory = tmp_path / "sabotage"
+    directory.mkdir()
+    preamble = f"""
+import os, pathlib, re, sys
+job = re.search(r"shard_([0-9]+)/job.json$", sys.orig_argv[-1])
+if job:
+    rank = int(job[1])
+    tally = pathlib.Path({str(directory)!r}, f"shard_{{rank}}")
+    with tally.open("a") as file:
+        file.write("x")
+    attempt = len(tally.read_text())
+"""
+    text = preamble + textwrap.indent(textwrap.dedent(code), "    ")
+    (directory / "sitecustomize.py").write_text(text)
+    # ROOT, so that a copy of the repository imports itself.
+    monkeypatch.setenv("PYTHONPATH", f"{directory}{os.pathsep}{ROOT}")

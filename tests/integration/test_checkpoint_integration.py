@@ -1,4 +1,4 @@
-"""Runner and checkpoints together, with a stub in the model's place."""
+"""Runner and checkpoints together, with a stub instead of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTH = 12
 
 
 class StubModel:
-    """Gives every token the state `token + position in WIDTH`, so that a row tells which sequence it is of."""
+    """Returns the state `token + position in WIDTH` for each token: a row shows its sequence."""
 
     def __init__(self) -> None:
         self.num_batches = 0
@@ -93,7 +93,7 @@ def checkpoints(tmp_path):
 
 
 def test_runner_creates_checkpoints_during_inference(tmp_path):
-    """A threshold of 20 and five batches of 10 give two full checkpoints and a final one, each with its marker."""
+    """A threshold of 20 and five batches of 10 give two full checkpoints and a final one."""
     results = run(tmp_path, padded_loader(5), threshold=20)
     assert [path.name for path in checkpoints(tmp_path)] == [
         "batch_00000.pt",
@@ -106,7 +106,7 @@ def test_runner_creates_checkpoints_during_inference(tmp_path):
 
 
 def test_runner_resume_skips_completed_work(tmp_path):
-    """A second runner gives back what the first one kept, computes the rest, and writes no row a second time."""
+    """A second runner returns the rows of the first one, and writes none a second time."""
     run(tmp_path, padded_loader(5)[:3], threshold=20)
     model = StubModel()
     results = run(tmp_path, padded_loader(5), threshold=20, model=model)
@@ -144,7 +144,7 @@ def test_runner_final_checkpoint_captures_remaining(tmp_path):
 
 
 def test_runner_checkpoint_at_batch_boundary_only(tmp_path):
-    """A threshold below the batch's size still gives whole batches."""
+    """A threshold below the batch size still gives whole batches."""
     run(tmp_path, packed_loader(3), threshold=5)
     held = [load_checkpoint(path, fingerprint="").sequence_ids for path in checkpoints(tmp_path)]
     assert held == [batch["sequence_ids"] for batch in packed_loader(3)]
@@ -158,7 +158,7 @@ def damage_the_second_of_three(tmp_path):
 
 
 def test_resume_skips_corrupted_checkpoint(tmp_path):
-    """Only what precedes the damage is resumed; the rest is computed again, under the same ids."""
+    """Only what precedes the damage is resumed; the rest is computed again."""
     damage_the_second_of_three(tmp_path)
     results = run(tmp_path, padded_loader(3), threshold=10)
     assert results[0].batch_idx == RESUMED
@@ -194,8 +194,8 @@ def test_five_resumes_write_every_row_once(tmp_path):
     assert on_disk == sequence_ids(5)
 
 
-def test_what_was_computed_before_a_failure_is_kept(tmp_path):
-    """The loader breaks after two batches: both are in a checkpoint."""
+def test_rows_before_a_failure_are_kept(tmp_path):
+    """The loader fails after two batches: both are in a checkpoint."""
 
     def loader():
         yield from padded_loader(2)
@@ -207,7 +207,7 @@ def test_what_was_computed_before_a_failure_is_kept(tmp_path):
     assert load_checkpoint(path, fingerprint="").sequence_ids == sequence_ids(2)
 
 
-def test_a_row_that_is_not_finite_is_an_error_that_names_it(tmp_path):
+def test_a_row_that_is_not_finite_is_named(tmp_path):
     class Broken(StubModel):
         def forward_packed(self, input_ids, cu_seqlens, max_seqlen):
             output = super().forward_packed(input_ids, cu_seqlens, max_seqlen)
@@ -230,7 +230,7 @@ def run_flow(fasta, run_dir, **runtime):
 
 @pytest.mark.usefixtures("prefect_server")
 def test_coordinator_retries_failed_worker(tmp_path, tiny_fasta, sabotage):
-    """Rank 1's real child fails on its first attempt and succeeds on its second: both shards complete."""
+    """The worker process of rank 1 fails once: both shards complete."""
     sabotage("if rank == 1 and attempt == 1: os._exit(9)")
     outcome = run_flow(tiny_fasta, tmp_path / "run")
     assert outcome.is_completed(), outcome.message
@@ -242,7 +242,7 @@ def test_coordinator_retries_failed_worker(tmp_path, tiny_fasta, sabotage):
 
 @pytest.mark.usefixtures("prefect_server")
 def test_coordinator_gives_up_after_max_retries(tmp_path, tiny_fasta, sabotage):
-    """A child that always fails, two retries: its shard fails, the other one completes, the flow says which."""
+    """One worker process always fails: its shard fails after two retries, the other completes."""
     sabotage("if rank == 1: os._exit(9)")
     outcome = run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=2)
     assert outcome.is_failed()
@@ -256,7 +256,7 @@ def test_coordinator_gives_up_after_max_retries(tmp_path, tiny_fasta, sabotage):
 
 @pytest.mark.usefixtures("prefect_server")
 def test_manifest_updated_on_completion(tmp_path, tiny_fasta, sabotage):
-    """After a flow run the manifest says which shard is complete and which has failed, and why."""
+    """The manifest shows which shard is complete, which has failed, and why."""
     sabotage("if rank == 1: os._exit(9)")
     run_flow(tiny_fasta, tmp_path / "run", max_retries_transient=0)
     manifest = CheckpointManifest(RunPaths(tmp_path / "run").manifest)

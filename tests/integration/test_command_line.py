@@ -1,4 +1,4 @@
-"""`python flows/embed.py` as a person uses it, and as machines treat it."""
+"""`python flows/embed.py`: its output, and its exit under signals and invalid arguments."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PROTEIN = ">a\nMKVLATTWQERS\n"
 
 @pytest.fixture(scope="module")
 def first_run(command_line, tmp_path_factory, short_fasta):
-    """The short input, embedded by somebody who has set up nothing: the run directory, and how the process ended."""
+    """Embed the short input without any set-up; return the run directory and the process."""
     run_dir = tmp_path_factory.mktemp("first") / "run"
     ended = command_line.run("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL)
     assert ended.returncode == 0, ended.stderr
     return run_dir, ended
 
 
-def test_a_run_ends_with_the_dataset_and_how_to_read_it(first_run):
+def test_a_run_prints_how_to_read_its_dataset(first_run):
     run_dir, ended = first_run
     assert f"dataset: {run_dir}/embeddings" in ended.stdout
     assert "69 sequences embedded" in ended.stdout
@@ -53,8 +53,8 @@ def test_a_run_ends_with_the_dataset_and_how_to_read_it(first_run):
     exec(snippet, {})
 
 
-def test_the_library_gives_the_rows_of_a_run(first_run, short_fasta):
-    """To the last digits that count: the batches are others."""
+def test_the_library_returns_the_rows_of_a_run(first_run, short_fasta):
+    """Up to rounding, since the batches differ."""
     run_dir, _ = first_run
     dataset = open_dataset(run_dir)
     embeddings = embed(short_fasta, model="esm2_t6_8M_UR50D", weights="random", device="cpu")
@@ -63,8 +63,8 @@ def test_the_library_gives_the_rows_of_a_run(first_run, short_fasta):
         np.testing.assert_allclose(row, dataset[sequence_id], atol=1e-5, err_msg=sequence_id)
 
 
-def test_the_library_goes_on_where_a_run_ended(first_run, short_fasta, tmp_path):
-    """Of a run that lost a shard's last checkpoint and its dataset, that is what is computed again."""
+def test_the_library_resumes_a_run(first_run, short_fasta, tmp_path):
+    """Only the lost checkpoint of a shard is computed again."""
     run_dir = tmp_path / "run"
     shutil.copytree(first_run[0], run_dir)
     shutil.rmtree(RunPaths(run_dir).embeddings_dir)
@@ -85,10 +85,10 @@ def test_the_library_goes_on_where_a_run_ended(first_run, short_fasta, tmp_path)
     assert set(Counter(computed_ordinals(run_dir)).values()) == {1}
 
 
-def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(
+def test_a_killed_run_resumes(
     command_line, served_command_line, tmp_path, short_fasta, uninterrupted
 ):
-    """SIGKILL to the flow, its server and its children at once; then the same command again."""
+    """After SIGKILL to flow, server and worker processes; nothing is computed twice."""
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
     process = command_line.start(*arguments)
@@ -115,10 +115,10 @@ def test_a_run_killed_half_way_goes_on_and_computes_nothing_twice(
     ("server", "signum", "code"),
     [("served_command_line", signal.SIGTERM, 143), ("command_line", signal.SIGINT, 130)],
 )
-def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
+def test_a_stopped_run_saves_and_ends_all_processes(
     request, tmp_path, short_fasta, uninterrupted, server, signum, code
 ):
-    """SIGTERM to the process, Ctrl-C to its group: the children save what they have, and what comes next goes on."""
+    """SIGTERM to the process, or Ctrl-C to its group: the next run resumes."""
     run_dir = tmp_path / "run"
     arguments = ("--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS)
     process = request.getfixturevalue(server).start(*arguments)
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_saves_and_leaves_nobody_behind(
 
 
 def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
-    """Arguments that cannot be used, and words that the sentence about them has to contain."""
+    """Return invalid arguments, and words that the error message must contain."""
     good = tmp_path / "good.fasta"
     good.write_text(PROTEIN)
     out = tmp_path / "out"
@@ -208,8 +208,8 @@ def unusable(name: str, tmp_path: Path) -> tuple[tuple[object, ...], str]:
         "cut gz",
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path, capsys, name):
-    """On standard error, with exit code 2, and without a run directory left behind."""
+def test_invalid_arguments_are_reported_in_one_line(tmp_path, capsys, name):
+    """On standard error, with exit code 2, and without a run directory."""
     arguments, words = unusable(name, tmp_path)
     assert main([*map(str, arguments)]) == 2
     said = capsys.readouterr()
@@ -218,18 +218,16 @@ def test_what_cannot_be_used_is_said_in_a_sentence(tmp_path, capsys, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_computes_with_its_own_code_wherever_it_is_started(
-    served_command_line, tmp_path, short_fasta, uninterrupted
-):
-    """Beside another checkout's `vnp_lib`, and files that are called as Python's and others' libraries."""
+def test_a_run_imports_its_own_code(served_command_line, tmp_path, short_fasta, uninterrupted):
+    """Even if the current directory has another `vnp_lib`, and files named like libraries."""
     elsewhere = replace(served_command_line, cwd=write_foreign_code(tmp_path))
     ended = elsewhere.run("--fasta", short_fasta, "--output-dir", "run", *SMALL_MODEL)
     assert ended.returncode == 0, ended.stderr
     assert_same_rows(tmp_path / "run", uninterrupted)
 
 
-def test_a_duplicate_id_far_down_is_said_in_a_sentence(served_command_line, tmp_path):
-    """By the flow, which has begun by then: without a traceback, and without a run directory left behind."""
+def test_a_late_duplicate_id_is_reported_in_one_line(served_command_line, tmp_path):
+    """By the flow, which has started by then: no traceback, and no run directory."""
     (tmp_path / "in.fasta").write_text(PROTEIN + ">b\nMKV\n" + PROTEIN)
     ended = served_command_line.run(
         "--fasta", tmp_path / "in.fasta", "--output-dir", tmp_path / "out", *SMALL_MODEL

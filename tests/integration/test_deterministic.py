@@ -1,4 +1,4 @@
-"""`--deterministic`: the same bytes, however often the run was killed."""
+"""`--deterministic`: the same bytes, however often the run is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vnp_lib.plan.paths import RunPaths
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
-KILLED_ON_THE_WAY = """
+KILL_DURING_RUN = """
 from vnp_lib.model.esm2 import ESM2
 
 passes = 0
@@ -53,8 +53,8 @@ def whole(tmp_path_factory, prefect_server, tiny_fasta) -> Path:
 
 
 def test_a_run_that_is_killed_gives_the_same_bytes(tmp_path, sabotage, tiny_fasta, whole):
-    """On one device at a time instead of two, too: the division into shards stays, and each child has one core."""
-    sabotage(KILLED_ON_THE_WAY)
+    """Even on one device instead of two: the shards stay, and each worker process has one core."""
+    sabotage(KILL_DURING_RUN)
     outcome = run_flow(tiny_fasta, tmp_path / "killed", devices="cpu")
     assert outcome.is_completed(), outcome.message
     manifest = CheckpointManifest(RunPaths(tmp_path / "killed").manifest)
@@ -62,7 +62,7 @@ def test_a_run_that_is_killed_gives_the_same_bytes(tmp_path, sabotage, tiny_fast
     assert digests(tmp_path / "killed") == digests(whole)
 
 
-def test_another_division_is_refused(tiny_fasta, whole):
+def test_another_number_of_shards_is_refused(tiny_fasta, whole):
     before = digests(whole)
     outcome = run_flow(tiny_fasta, whole, shards=3)
     error = asyncio.run(outcome.aresult(raise_on_failure=False))

@@ -1,4 +1,4 @@
-"""The documentation as a reader uses it: the commands of its pages, exactly as printed."""
+"""The commands of the documentation, run exactly as printed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ pytestmark = [
 
 QUICK = ("docs/explanation/precision.md",)
 TUTORIAL = "docs/tutorial.md"
-README = "README.md"  # its Python is run by test_readers.py
-GUIDE = "deployments/process-pool.md"  # run by test_process_pool.py
+# Its Python code is run by test_readers.py.
+README = "README.md"
+# Run by test_process_pool.py.
+GUIDE = "deployments/process-pool.md"
 OTHERS = sorted(set(runnable_pages()) - {*QUICK, TUTORIAL, README, GUIDE})
 
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory) -> dict[str, str]:
-    """What stands behind the commands, so that they can be printed as one would type them, and here are quick and offline."""
+    """Write replacements of the commands that make them quick and offline."""
     return environment_of_a_reader(
         tmp_path_factory.mktemp("prefect"),
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -53,14 +55,12 @@ def variables(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def begun(variables, tmp_path_factory, tiny_fasta) -> Path:
-    """A copy of the working tree with what pages take for granted: proteins, one with the id P12345, their run, a weights file."""
+    """Copy the working tree, with what the pages assume: proteins such as P12345, and a run."""
     checkout = copy_of_the_repository(tmp_path_factory.mktemp("begun"))
     proteins = tiny_fasta.read_text().replace(">protein_7 ", ">P12345 ")
     (checkout / "proteins.fasta").write_text(proteins)
     (checkout / "proteins.fasta.gz").write_bytes(gzip.compress(proteins.encode()))
-    contig = "".join(
-        random.Random(7).choices(["ATG", "GCT", "GGC", "AAA", "CGT"], k=400)
-    )  # without a stop in its first frame
+    contig = "".join(random.Random(7).choices(["ATG", "GCT", "GGC", "AAA", "CGT"], k=400))
     (checkout / "contigs.fna").write_text(f">contig_1\n{contig}\n")
     run = (
         "-m",
@@ -78,7 +78,7 @@ def begun(variables, tmp_path_factory, tiny_fasta) -> Path:
 
 @pytest.fixture
 def read(begun, variables, tmp_path) -> Callable[..., Path]:
-    """Do what a page says in a working copy of its own, and return that."""
+    """Run the commands of a page in a separate working copy, and return that."""
 
     def follow(page: str, languages: Collection[str] = LANGUAGES) -> Path:
         checkout = Path(shutil.copytree(begun, tmp_path / "checkout", symlinks=True))
@@ -89,12 +89,12 @@ def read(begun, variables, tmp_path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("page", QUICK)
-def test_a_page_about_a_dataset_does_what_it_says(read, page):
+def test_the_code_of_a_page_about_a_dataset_runs(read, page):
     read(page)
 
 
 @pytest.mark.soak
-def test_the_tutorial_ends_with_its_picture(read):
+def test_the_tutorial_draws_its_picture(read):
     from matplotlib.testing.compare import compare_images
 
     checkout = read(TUTORIAL)
@@ -108,12 +108,14 @@ def test_the_tutorial_ends_with_its_picture(read):
 
 
 def files_without_a_word(run_dir: Path) -> list[str]:
-    """Files of a run directory that the reference of files does not have."""
-    told = [path for row in table_in("docs/reference/files.md") for path in row[0].split("`, `")]
+    """Return files of a run directory that are missing in the reference of files."""
+    documented = [
+        path for row in table_in("docs/reference/files.md") for path in row[0].split("`, `")
+    ]
     pattern = re.compile(
         "|".join(
             re.escape(path).replace("N", r"\d+") + (".+" if path.endswith("/") else "")
-            for path in told
+            for path in documented
         )
     )
     files = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()]
@@ -122,10 +124,10 @@ def files_without_a_word(run_dir: Path) -> list[str]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("page", OTHERS)
-def test_the_commands_of_a_page_do_what_it_says(read, page):
+def test_the_commands_of_a_page_run(read, page):
     read(page)
 
 
 @pytest.mark.soak
-def test_the_commands_of_the_readme_do_what_it_says(read):
+def test_the_commands_of_the_readme_run(read):
     read(README, languages={"bash"})

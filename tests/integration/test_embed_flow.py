@@ -1,4 +1,4 @@
-"""The whole way, from FASTA to dataset, held against fair-esm itself."""
+"""From FASTA to dataset, compared with fair-esm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_flow(fasta, output_dir, **settings):
 
 
 def task_states(outcome) -> dict[str, str]:
-    """Name and state of every task run of a flow run, as the server has them once its events have arrived."""
+    """Return name and state of the task runs of a flow run, once the server has all events."""
 
     async def read():
         of_the_run = FlowRunFilter(id=FlowRunFilterId(any_=[outcome.state_details.flow_run_id]))
@@ -60,7 +60,7 @@ def task_states(outcome) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def example_run(tmp_path_factory, prefect_server):
-    """The example file, embedded once by three shards on one CPU."""
+    """Embed the example file once by three shards on one CPU."""
     run_dir = tmp_path_factory.mktemp("example") / "run"
     outcome = run_flow(EXAMPLE, run_dir, shards=3)
     assert outcome.is_completed(), outcome.message
@@ -69,7 +69,7 @@ def example_run(tmp_path_factory, prefect_server):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, prefect_server, tiny_fasta):
-    """The tiny input, embedded without anything going wrong."""
+    """Embed the tiny input without an interruption."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     assert run_flow(tiny_fasta, run_dir).is_completed()
     return run_dir
@@ -77,7 +77,7 @@ def whole(tmp_path_factory, prefect_server, tiny_fasta):
 
 @pytest.fixture
 def finished(whole, tmp_path):
-    """A copy of `whole`, to be damaged and gone on with."""
+    """Copy `whole`, so that the test can damage and resume it."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
@@ -89,7 +89,7 @@ def records():
 
 @pytest.fixture(scope="module")
 def fair_esm():
-    """fair-esm's own model with the same seeded weights."""
+    """Load fair-esm's model with the same seeded weights."""
     architecture = MODELS[MODEL]
     model = FairESM2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads)
     incompatible = model.load_state_dict(dict(random_tensors(architecture)), strict=False)
@@ -97,8 +97,8 @@ def fair_esm():
     return model.eval()
 
 
-def test_every_row_is_what_fair_esm_gives_for_that_sequence(example_run, records, fair_esm):
-    """Every row, held by its id and by its place against fair-esm's mean over that very sequence."""
+def test_every_row_equals_that_of_fair_esm(example_run, records, fair_esm):
+    """By its id and by its position."""
     dataset = open_dataset(example_run)
     assert list(dataset.ids) == [sequence_id for sequence_id, _ in records]
     to_tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()
@@ -115,13 +115,13 @@ def test_every_row_is_what_fair_esm_gives_for_that_sequence(example_run, records
         np.testing.assert_array_equal(dataset.row(ordinal), dataset[sequence_id])
 
 
-def test_success_file_counts_what_is_there(example_run, records):
+def test_the_success_file_has_the_counts(example_run, records):
     success = json.loads((example_run / "embeddings" / "_SUCCESS.json").read_text())
     assert success["num_sequences"] == len(records)
 
 
-def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch):
-    """Prefect knows the shards' results, and the disk bears them out; the metrics say so. A new port is no other run."""
+def test_a_finished_run_computes_nothing(example_run, monkeypatch):
+    """The persisted results agree with the checkpoints; another port is the same run."""
     before = (example_run / "embeddings" / "_SUCCESS.json").read_bytes()
     port, pages = free_port(), []
     monkeypatch.setattr(
@@ -145,7 +145,7 @@ def test_a_finished_run_started_again_computes_nothing(example_run, monkeypatch)
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path):
         self._path = path
@@ -155,7 +155,7 @@ class Touch:
 
 
 def pickled(record, canary):
-    """A result that says it is a pickle."""
+    """Return a result that names pickle as its serializer."""
     return {
         "metadata": record["metadata"] | {"serializer": {"type": "pickle"}},
         "result": PickleSerializer().dumps(Touch(canary)).decode(),
@@ -163,15 +163,15 @@ def pickled(record, canary):
 
 
 def importing(record, canary):
-    """A result in plain JSON with an object of a class, whose module Prefect imports."""
+    """Return a JSON result with an object of a class, whose module Prefect would import."""
     code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Thing: pass\n"
     Path(canary.parent, "forged_module.py").write_text(code)
     return record | {"result": json.dumps({"__class__": "forged_module.Thing", "data": {}})}
 
 
 @pytest.mark.parametrize("forge", [pickled, importing])
-def test_a_forged_result_is_not_let_read(finished, tiny_fasta, tmp_path, monkeypatch, forge):
-    """Prefect would run what is in it: it reads a result as the result itself says. The shard's checkpoints are asked instead."""
+def test_a_forged_result_is_not_read(finished, tiny_fasta, tmp_path, monkeypatch, forge):
+    """Prefect would execute code in it. The checkpoints of the shard are read instead."""
     monkeypatch.syspath_prepend(tmp_path)
     canary = tmp_path / "canary"
     path = min(RunPaths(finished).results_dir.iterdir())
@@ -190,8 +190,8 @@ def test_a_forged_result_is_not_let_read(finished, tiny_fasta, tmp_path, monkeyp
     assert canary.exists(), "a forgery that does nothing shows nothing"
 
 
-def test_the_flow_of_one_shard_serves_the_metrics_of_that_shard(example_run, monkeypatch):
-    """Also on a machine that has none of the others."""
+def test_the_flow_of_one_shard_serves_its_metrics(example_run, monkeypatch):
+    """On a machine that runs no other shard."""
     port, pages = free_port(), []
 
     async def scrape_and_embed(*arguments):
@@ -212,10 +212,8 @@ def test_the_flow_of_one_shard_serves_the_metrics_of_that_shard(example_run, mon
     }
 
 
-def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(
-    finished, tiny_fasta, whole
-):
-    """A persisted result counts for no more than the checkpoints on disk."""
+def test_a_lost_checkpoint_is_computed_again(finished, tiny_fasta, whole):
+    """Even if Prefect has a persisted result of the shard."""
     for path in RunPaths(finished).shard_dir(1).glob("batch_*"):
         path.unlink()
     outcome = run_flow(tiny_fasta, finished)
@@ -224,8 +222,8 @@ def test_a_lost_checkpoint_is_computed_again_whatever_prefect_remembers(
     assert_same_rows(finished, whole)
 
 
-def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(finished, tiny_fasta, whole):
-    """Markers and sizes still fit, so that assembly is the first to see it; the same flow run mends it."""
+def test_rows_with_a_flipped_bit_are_computed_again(finished, tiny_fasta, whole):
+    """Markers and sizes still match, so the assembly finds it; the same flow run repairs it."""
     paths = RunPaths(finished)
     paths.success.unlink()
     flip_bit(paths.checkpoint(0, 0))
@@ -235,10 +233,10 @@ def test_a_flipped_bit_is_found_and_its_rows_are_computed_again(finished, tiny_f
 
 
 @pytest.mark.parametrize("allow_partial", [False, True])
-def test_rows_that_are_not_seen_at_the_end_are_looked_for_again_and_then_embedded_again(
+def test_rows_that_disappear_are_embedded_again(
     finished, tiny_fasta, whole, monkeypatch, allow_partial
 ):
-    """As where another machine's files are not seen for a while, or went; a partial dataset is for shards that failed."""
+    """After another read: files of another machine may become visible late, or never."""
     paths = RunPaths(finished)
     paths.success.unlink()
     assemble = embed_module.assemble
@@ -266,8 +264,8 @@ def test_rows_that_are_not_seen_at_the_end_are_looked_for_again_and_then_embedde
 
 
 @pytest.mark.parametrize("settings", [{"shards": 5}, {"shards": 1, "token_budget": 100}])
-def test_another_division_keeps_what_is_done(finished, tiny_fasta, settings):
-    """More or fewer shards, another token budget: no sequence is computed a second time."""
+def test_other_shards_keep_what_is_done(finished, tiny_fasta, settings):
+    """With more or fewer shards, or another token budget, no sequence is computed twice."""
     paths = RunPaths(finished)
     paths.success.unlink()
     files = {path: path.stat().st_mtime_ns for path in paths.checkpoints_dir.glob("*/batch_*")}
@@ -278,8 +276,8 @@ def test_another_division_keeps_what_is_done(finished, tiny_fasta, settings):
     } == files
 
 
-def test_a_dataset_whose_checkpoints_were_deleted_ends_the_run_at_once(finished, tiny_fasta):
-    """As files.md lets people do: no child is started, and no file of the dataset is touched."""
+def test_a_dataset_without_checkpoints_is_complete(finished, tiny_fasta):
+    """As files.md allows: no worker process is started, and no file of the dataset changes."""
     paths = RunPaths(finished)
     shutil.rmtree(paths.checkpoints_dir)
     shutil.rmtree(paths.results_dir)
@@ -292,7 +290,7 @@ def test_a_dataset_whose_checkpoints_were_deleted_ends_the_run_at_once(finished,
     assert paths.report.exists()
 
 
-def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, tiny_fasta):
+def test_another_model_is_refused(finished, tmp_path, tiny_fasta):
     before = {
         path: path.read_bytes()
         for path in tmp_path.rglob("*")
@@ -316,14 +314,14 @@ def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, tin
     assert after == before
 
 
-def test_force_restart_moves_the_old_run_aside(finished, tiny_fasta):
+def test_force_restart_moves_the_old_run(finished, tiny_fasta):
     outcome = run_flow(tiny_fasta, finished, dtype="bfloat16", force_restart=True)
     assert outcome.is_completed(), outcome.message
     assert open_dataset(finished).metadata["identity"]["dtype"] == "bfloat16"
     assert open_dataset(finished / "superseded_1").metadata["identity"]["dtype"] == "float32"
 
 
-def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
+def test_a_directory_in_use_is_refused(tmp_path, tiny_fasta):
     (tmp_path / "run").mkdir()
     lock = FileLock(RunPaths(tmp_path / "run").run_lock, purpose="test")
     with lock.held(timeout_s=1):
@@ -337,8 +335,8 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path, tiny_fasta):
     assert "in use" in str(error)
 
 
-def test_failing_storage_stops_the_run_and_moves_nothing(tmp_path, tiny_fasta):
-    """Four checkpoints of five have rotted: no attempt is made again, and the evidence stays where it is."""
+def test_failing_storage_stops_the_run(tmp_path, tiny_fasta):
+    """With four damaged checkpoints of five, no attempt is repeated, and no file is moved."""
     settings = {"shards": 1, "token_budget": 250, "runtime": {"checkpoint_seq_threshold": 5}}
     assert run_flow(tiny_fasta, tmp_path / "run", **settings).is_completed()
     paths = RunPaths(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Each failure and its cure, with real children under a real Prefect: what is lost is what cannot be had, and it is named."""
+"""Each kind of failure, with real worker processes and Prefect, costs only what is named."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ MARKED = {
 
 @pytest.fixture(scope="module")
 def proteins(tmp_path_factory) -> Path:
-    """Twenty-four proteins, some of which a child suffers from that has been patched so."""
+    """Write twenty-four proteins, some of which crash a patched worker process."""
     path = tmp_path_factory.mktemp("proteins") / "in.fasta"
     write_proteins(path, 24, MARKED)
     return path
@@ -63,12 +63,12 @@ def proteins(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory, proteins) -> Path:
-    """The same proteins embedded by a model that none of them harms."""
+    """Embed the same proteins without a patch."""
     return embed_alone(proteins, tmp_path_factory.mktemp("oracle") / "run")
 
 
 def assert_all_but(run_dir: Path, oracle_dir: Path, bad: list[str]) -> None:
-    """Every row but those of the bad ones is there, under its id and in its place, and right."""
+    """Compare all rows except those of `bad` by id and position."""
     ours, whole = open_dataset(run_dir), open_dataset(oracle_dir)
     assert ours.ids == [sequence_id for sequence_id in whole.ids if sequence_id not in bad]
     for ordinal, sequence_id in enumerate(whole.ids):
@@ -77,8 +77,8 @@ def assert_all_but(run_dir: Path, oracle_dir: Path, bad: list[str]) -> None:
             assert (ours.row(ordinal) == ours[sequence_id]).all()
 
 
-def test_a_bad_protein_costs_itself_and_nothing_else(tmp_path, sabotage, proteins, oracle):
-    """One that ends the process and two without a finite row: exactly they are set aside, and it is said everywhere."""
+def test_bad_proteins_are_quarantined(tmp_path, sabotage, proteins, oracle):
+    """One crashes the process and two have no finite row: exactly these are quarantined."""
     sabotage(patch(Way.EXIT, Way.NAN))
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
     assert outcome.is_completed(), outcome.message
@@ -91,8 +91,8 @@ def test_a_bad_protein_costs_itself_and_nothing_else(tmp_path, sabotage, protein
     assert workers_of(tmp_path) == []
 
 
-def test_a_set_up_that_gives_few_a_finite_row_fails_and_says_what_it_may_be(tmp_path, sabotage):
-    """However small the input; a second run fails as well, for it is counted on disk."""
+def test_too_few_finite_rows_fail_the_run(tmp_path, sabotage):
+    """A second run fails as well, since the count is on disk."""
     write_proteins(tmp_path / "in.fasta", 12, dict.fromkeys(range(1, 12, 2), Way.NAN))
     sabotage(patch(Way.NAN))
     for _ in range(2):
@@ -106,10 +106,8 @@ def test_a_set_up_that_gives_few_a_finite_row_fails_and_says_what_it_may_be(tmp_
     assert {failure["cause"] for failure in failures(tmp_path / "run")} <= {"quarantine_full"}
 
 
-def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(
-    tmp_path, sabotage, proteins, oracle
-):
-    """No attempt is lost, no row is, and what was learned is remembered."""
+def test_out_of_memory_reduces_the_batches(tmp_path, sabotage, proteins, oracle):
+    """In the same worker process, and the smaller budget is recorded."""
     sabotage(patch(Way.MEMORY))
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
     assert outcome.is_completed(), outcome.message
@@ -119,9 +117,7 @@ def test_memory_that_runs_out_is_met_with_smaller_batches_in_the_same_child(
     assert manifest.token_budget(0, "cpu") < 80
 
 
-def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(
-    tmp_path, sabotage, proteins
-):
+def test_a_sequence_too_large_for_memory_is_named(tmp_path, sabotage, proteins):
     sabotage(patch(Way.TOO_LARGE))
     runtime = {"max_retries_oom": 1}
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, runtime=runtime, **ONE_SHARD)
@@ -132,10 +128,8 @@ def test_a_sequence_too_large_for_memory_is_named_and_all_others_are_kept(
     assert outcome.message.startswith("23 of 24 distinct sequences are embedded")
 
 
-def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(
-    tmp_path, sabotage, proteins, oracle
-):
-    """Then a partial dataset for whoever asks for it, and a later run that needs only what failed."""
+def test_on_poison_fail_ends_only_the_shard(tmp_path, sabotage, proteins, oracle):
+    """--allow-partial assembles the rest; a later run computes only what failed."""
     paths = RunPaths(tmp_path / "run")
     sabotage(patch(Way.EXCEPTION))
     outcome = run_flow(proteins, paths.run_dir, on_poison="fail")
@@ -162,8 +156,8 @@ def test_on_poison_fail_ends_the_shard_and_lets_the_others_complete(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_broken_device_is_set_aside_and_its_shard_goes_to_another(tmp_path, tiny_fasta, sabotage):
-    """Three shards on two devices, the first of which is lost: the other one does all of them."""
+def test_a_broken_device_is_excluded(tmp_path, tiny_fasta, sabotage):
+    """Of two devices the first one is lost: the other one computes all three shards."""
     sabotage(
         """
         if rank == 0 and attempt == 1:
@@ -180,17 +174,16 @@ def test_a_broken_device_is_set_aside_and_its_shard_goes_to_another(tmp_path, ti
     assert manifest.get_redistributed_shards() == {0: 1}
 
 
-def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifest_that_is_right(
-    tmp_path, sabotage, proteins, oracle
-):
-    """The next child finds the checkpoint; the manifest counts it, too."""
+def test_a_kill_between_checkpoint_and_manifest_loses_nothing(tmp_path, sabotage, proteins, oracle):
+    """The next worker process finds the checkpoint, and the manifest counts it."""
     sabotage(
         """
         if attempt == 1:
             import signal, vnp_lib.checkpoint.manifest
             def update_shard_checkpoint(*arguments, **options):
                 os.kill(os.getpid(), signal.SIGKILL)
-            vnp_lib.checkpoint.manifest.CheckpointManifest.update_shard_checkpoint = update_shard_checkpoint
+            manifest = vnp_lib.checkpoint.manifest.CheckpointManifest
+            manifest.update_shard_checkpoint = update_shard_checkpoint
         """
     )
     outcome = run_flow(proteins, tmp_path / "run", token_budget=300, **ONE_SHARD)
@@ -200,10 +193,10 @@ def test_a_child_killed_between_its_checkpoint_and_the_manifest_leaves_a_manifes
 
 
 @pytest.mark.soak
-def test_a_manifest_lock_that_nobody_gives_up_costs_no_row(
+def test_a_manifest_lock_that_is_never_released_costs_no_row(
     tmp_path, tiny_fasta, monkeypatch, caplog
 ):
-    """A process that hangs with it is named; no attempt fails, and what the manifest lacks is in it at the next run."""
+    """Its holder is named, no attempt fails, and the next run completes the manifest."""
     monkeypatch.setattr(record, "LOCK_TIMEOUT_S", 0.5)
     run_dir = tmp_path / "run"
     manifest = RunPaths(run_dir).manifest

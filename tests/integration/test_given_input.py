@@ -1,4 +1,4 @@
-"""From input of every kind to the dataset, through the real flow."""
+"""From every kind of input to the dataset, by the real flow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOST = 60  # residues
 
 @contextmanager
 def standard_input(text: bytes | None) -> Iterator[None]:
-    """What is piped to this process; None: nothing is."""
+    """Return what is piped to this process; None if nothing is."""
     if text is None:
         descriptor = os.open(os.devnull, os.O_RDONLY)
     else:
@@ -59,7 +59,7 @@ def run_flow(given: Path, run_dir: Path, **settings):
 
 
 def mean_rows(records: list[tuple[str, str]]) -> list[np.ndarray]:
-    """What extract.py gives for them with --truncation_seq_length 60: fair-esm's model, its tokens, its mean."""
+    """Compute the mean as extract.py does with --truncation_seq_length 60."""
     model = FairESM2(ARCHITECTURE.num_layers, ARCHITECTURE.embed_dim, ARCHITECTURE.attention_heads)
     assert not model.load_state_dict(
         dict(random_tensors(ARCHITECTURE)), strict=False
@@ -75,8 +75,8 @@ def mean_rows(records: list[tuple[str, str]]) -> list[np.ndarray]:
     return rows
 
 
-def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog) -> None:
-    """Each row of the table has its row in the dataset, by its place; each is what fair-esm gives for what is left of it."""
+def test_a_table_with_long_sequences_and_duplicate_ids(tmp_path: Path, caplog) -> None:
+    """Each row of the table has a row in the dataset, which equals that of fair-esm."""
     with dnaio.open(EXAMPLE) as file:
         records = [(record.id, record.sequence) for record, _ in zip(file, range(12), strict=False)]
     records[5] = (records[2][0], records[5][1])
@@ -109,17 +109,17 @@ def test_a_table_with_an_id_twice_and_long_sequences_cut(tmp_path: Path, caplog)
     num_cut = sum(len(aa) > MOST for _, aa in records)
     assert num_cut > 0
     assert dataset.metadata["input"]["num_cut"] == num_cut
-    told = f"{num_cut} sequences cut short, 1 duplicate not computed again"
-    assert outcome.message.startswith(f"12 sequences embedded, {told}, shards:")
-    assert f"input: {told}" in caplog.text
+    counts = f"{num_cut} sequences cut short, 1 duplicate not computed again"
+    assert outcome.message.startswith(f"12 sequences embedded, {counts}, shards:")
+    assert f"input: {counts}" in caplog.text
     status = open_status(tmp_path / "run")()
     assert status.input == InputCounts.from_json(dataset.metadata["input"])
-    assert status.input.describe() == told
-    assert f"Input: {told}." in RunPaths(tmp_path / "run").report.read_text()
+    assert status.input.describe() == counts
+    assert f"Input: {counts}." in RunPaths(tmp_path / "run").report.read_text()
 
 
-def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path) -> None:
-    """In the dataset under the new ids; what is read back equals what a dictionary of these ids gives."""
+def test_renamed_records_have_rows_and_short_ones_none(tmp_path: Path) -> None:
+    """They are in the dataset under the new ids."""
     records = [
         ("x one", "MKVLATTW"),
         ("x two", "MKLWWW"),
@@ -129,10 +129,10 @@ def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path)
     ]
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
-    told = "4 sequences embedded, 1 record skipped, 2 ids renamed, 1 duplicate not computed again"
+    counts = "4 sequences embedded, 1 record skipped, 2 ids renamed, 1 duplicate not computed again"
     for _ in range(2):
         outcome = run_flow(fasta, tmp_path / "run", duplicate_ids="rename", min_length=3)
-        assert outcome.message.startswith(told)
+        assert outcome.message.startswith(counts)
     dataset = open_dataset(tmp_path / "run")
     named = {"x": "MKVLATTW", "x_3": "MKLWWW", "x_2": "ACDEFGHIK", "x_4": "MKVLATTW"}
     assert dataset.ids == list(named)
@@ -143,7 +143,7 @@ def test_renamed_records_have_their_own_rows_and_short_ones_none(tmp_path: Path)
 
 
 def test_a_run_without_sequences_completes_without_a_worker(tmp_path: Path, capsys) -> None:
-    """And shows only what works of how to read it."""
+    """And prints only code that works without a row."""
     fasta = tmp_path / "in.fasta"
     fasta.touch()
     with pytest.raises(FastaError, match=r"there is no sequence in it; .* --allow-empty"):
@@ -158,10 +158,8 @@ def test_a_run_without_sequences_completes_without_a_worker(tmp_path: Path, caps
     assert "    print(len(dataset))\n" in capsys.readouterr().out
 
 
-def test_what_is_piped_goes_on_without_a_pipe_and_is_not_mixed_with_other_input(
-    tmp_path: Path, tiny_fasta: Path
-) -> None:
-    """The first run leaves out what it cannot take, and says so; the next one has nothing to do."""
+def test_piped_input_is_resumed_without_a_pipe(tmp_path: Path, tiny_fasta: Path) -> None:
+    """It is not mixed with other input; the next run has nothing to compute."""
     run_dir = tmp_path / "run"
     text = tiny_fasta.read_bytes() + b">bad\nMK1\n"
     with standard_input(None), pytest.raises(ConfigError, match="nothing is piped"):

@@ -1,4 +1,4 @@
-"""Runs that compute more than a mean, with real children under a real Prefect: each array is fair-esm's, under its own id."""
+"""Runs with several outputs, by real worker processes and Prefect, compared with fair-esm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def oracle() -> FairEsm:
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory: pytest.TempPathFactory, oracle: FairEsm) -> Path:
-    """fair-esm's network, as it was saved: with both heads."""
+    """Load fair-esm's network as it was saved, with both heads."""
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     save_weights(path, SMALLEST, oracle.state())
     return path
@@ -63,10 +63,8 @@ if attempt == 1:
 """
 
 
-def test_arrays_of_every_shape_outlive_a_killed_child(
-    tmp_path, sabotage, tiny_fasta, weights_file, oracle
-):
-    """What the killed child left and what the next one computes come to one dataset, each array with its id."""
+def test_arrays_of_every_shape_survive_a_kill(tmp_path, sabotage, tiny_fasta, weights_file, oracle):
+    """The rows of the killed worker process and of the next one form one dataset."""
     sabotage(KILLED_AT_THE_THIRD)
     outcome = run_flow(
         tiny_fasta,
@@ -95,9 +93,7 @@ def test_arrays_of_every_shape_outlive_a_killed_child(
     assert "belongs to another run" in again.message
 
 
-def test_contacts_without_their_regression_are_refused_before_anything_is_made(
-    tmp_path, tiny_fasta, oracle
-):
+def test_contacts_without_their_regression_are_refused(tmp_path, tiny_fasta, oracle):
     trunk = {
         name: tensor
         for name, tensor in oracle.state().items()
@@ -112,10 +108,8 @@ def test_contacts_without_their_regression_are_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_windows_and_half_precision_go_through_a_whole_run(
-    tmp_path, tiny_fasta, weights_file, oracle
-):
-    """The sample of the certificate is of windows too: it is close to the run's own rows. They are stored in float16."""
+def test_a_run_with_windows_in_half_precision(tmp_path, tiny_fasta, weights_file, oracle):
+    """The certificate includes windows; the rows are stored in float16."""
     outcome = run_flow(
         tiny_fasta,
         tmp_path / "run",
@@ -138,10 +132,8 @@ def test_windows_and_half_precision_go_through_a_whole_run(
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
 
 
-def test_a_value_beyond_float16_ends_the_run_in_a_sentence_and_the_next_one_computes_nothing(
-    tmp_path, tiny_fasta, oracle
-):
-    """A last norm of a million times the weights gives such values."""
+def test_a_value_beyond_float16_ends_the_run(tmp_path, tiny_fasta, oracle):
+    """With a last norm of a million times the weights; the next run computes nothing."""
     state = oracle.state()
     state["emb_layer_norm_after.weight"] = state["emb_layer_norm_after.weight"] * 1e6
     save_weights(tmp_path / "loud.pt", SMALLEST, state)

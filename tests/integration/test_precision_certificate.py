@@ -1,4 +1,4 @@
-"""A run in half precision says how far it is from float32: measured on its own rows, and held against a float32 run."""
+"""A run in half precision reports its difference from float32, compared with a float32 run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def forward_packed(self, *arguments):
     global passes
     passes += self.embed_tokens.weight.dtype == torch.bfloat16
     if attempt == 1 and passes == 3:
-        time.sleep(1.0)  # for the checkpoint of the first two batches
+        # For the checkpoint of the first two batches.
+        time.sleep(1.0)
         os.kill(os.getpid(), 9)
     return original(self, *arguments)
 
@@ -72,7 +73,7 @@ def exact(tmp_path_factory, tiny_fasta) -> Path:
 
 
 def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fasta, exact):
-    """Also when a child is killed in between: what it has compared is in its checkpoints."""
+    """Even after a kill: what the worker process has compared is in its checkpoints."""
     sabotage(KILLED_AFTER_A_CHECKPOINT)
     outcome = run_flow(tiny_fasta, tmp_path / "run")
     assert outcome.is_completed(), outcome.message
@@ -85,20 +86,20 @@ def test_the_certificate_is_what_a_float32_run_shows(tmp_path, sabotage, tiny_fa
     ours, theirs = open_dataset(tmp_path / "run"), open_dataset(exact)
     pairs = [(ours[each].astype(float), theirs[each].astype(float)) for each in theirs.ids]
     cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
-    told = precision(tmp_path / "run")
-    assert told["num_compared"] == len(theirs) == 40
-    assert told["lowest_cosine"] == pytest.approx(min(cosines), abs=1e-9)
-    assert told["max_abs_difference"] == pytest.approx(
+    certificate = precision(tmp_path / "run")
+    assert certificate["num_compared"] == len(theirs) == 40
+    assert certificate["lowest_cosine"] == pytest.approx(min(cosines), abs=1e-9)
+    assert certificate["max_abs_difference"] == pytest.approx(
         max(abs(a - b).max() for a, b in pairs), rel=1e-3
     )
-    assert 0.999 < told["lowest_cosine"] < 1.0
+    assert 0.999 < certificate["lowest_cosine"] < 1.0
     assert precision(exact) is None
-    said = f"cosine at least {told['lowest_cosine']:.6f}"
-    assert said in open_status(tmp_path / "run")().dataset
-    assert said in RunPaths(tmp_path / "run").report.read_text()
+    shown = f"cosine at least {certificate['lowest_cosine']:.6f}"
+    assert shown in open_status(tmp_path / "run")().dataset
+    assert shown in RunPaths(tmp_path / "run").report.read_text()
 
 
-def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
+def test_low_precision_is_reported(tmp_path, sabotage, tiny_fasta, caplog):
     sabotage(WORSE_THAN_HALF_PRECISION)
     assert run_flow(tiny_fasta, tmp_path / "run", devices="cpu", shards=1).is_completed()
     assert precision(tmp_path / "run")["lowest_cosine"] < 0.999
@@ -106,8 +107,8 @@ def test_poor_precision_is_said(tmp_path, sabotage, tiny_fasta, caplog):
 
 
 @pytest.mark.soak
-def test_measuring_harms_nothing(tmp_path, sabotage):
-    """A protein that the model cannot take in float32 either is set aside as ever; all others have their rows."""
+def test_the_comparison_changes_no_result(tmp_path, sabotage):
+    """A protein without a finite row in float32 is quarantined; all others have rows."""
     write_proteins(
         tmp_path / "in.fasta", 24, {4: Way.EXIT, 9: Way.EXCEPTION, 17: Way.NAN, 20: Way.TOO_LARGE}
     )

@@ -1,4 +1,4 @@
-"""Runs that are taken away and come back: signals, a rescheduled run, a cancelled one, with Prefect's real engine."""
+"""Preemption with Prefect's real engine: signals, rescheduled runs, cancelled runs."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from vnp_lib.worker.stop_signals import EXIT_NOW_AFTER_S
 
 pytestmark = pytest.mark.slow
 
-NUM_COMPUTED = 66  # of 69 sequences: three are there twice
+NUM_COMPUTED = 66  # of 69 sequences, of which three are duplicates
 ORPHANS_LIVE_S = 12.0
-AT_ONCE_S = 20.0  # two on an idle machine: Python and Prefect's server take their time to leave
-ON_TWO_CHILDREN = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu,cpu")
+AT_ONCE_S = 20.0  # two on an idle machine, for Python and Prefect's server to exit
+ON_TWO_WORKERS = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu,cpu")
 SMALL_CHECKPOINTS = ("--token-budget", 128, "--runtime.checkpoint-seq-threshold", 5)
 
 
 class AttemptError(Exception):
-    """An attempt of the task `fail` ended badly."""
+    """A failed attempt of the task `fail`."""
 
 
 @task(retries=1_000_000_000, retry_delay_seconds=[10.0])
@@ -58,7 +58,7 @@ async def fail(began_at: list[datetime]) -> None:
 
 
 def hook_that_waits(delays_s: Sequence[float]) -> RetryHook:
-    """Make a retry hook that asks for one delay after the other and then gives up."""
+    """Return a retry hook that requests one delay after the other, and then no retry."""
     left = iter(delays_s)
 
     async def hook(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -72,9 +72,9 @@ def hook_that_waits(delays_s: Sequence[float]) -> RetryHook:
 
 @pytest.mark.usefixtures("prefect_server")
 def test_the_engine_reads_the_delay_after_the_hook_has_set_it():
-    """What our retry hook relies on and Prefect does not document: each failure of each copy of a task has its own delay.
+    """Each failure of each copy of a task has its own delay, which Prefect does not document.
 
-    The task's own delay of 10 s is never used, and a hook that returns False ends the task without another attempt.
+    The delay of 10 s of the task is never used, and a hook that returns False ends the task.
     """
     delays_s = {"one": (0.2, 0.7, 0.01), "two": (0.5, 0.1)}
     began_at: dict[str, list[datetime]] = {name: [] for name in delays_s}
@@ -96,11 +96,11 @@ def test_the_engine_reads_the_delay_after_the_hook_has_set_it():
         states = histories[name]
         waits = [state for state in states if state.name == "AwaitingRetry"]
         due_at = [state.state_details.scheduled_time for state in waits]
-        asked_for_s = [
+        requested_s = [
             (due - state.timestamp).total_seconds()
             for due, state in zip(due_at, waits, strict=True)
         ]
-        assert asked_for_s == pytest.approx(delays, abs=0.05)
+        assert requested_s == pytest.approx(delays, abs=0.05)
         assert len(began_at[name]) == len(delays) + 1
         assert all(began >= due for began, due in zip(began_at[name][1:], due_at, strict=True))
         assert [state.name for state in states].count("Failed") == 1
@@ -108,7 +108,7 @@ def test_the_engine_reads_the_delay_after_the_hook_has_set_it():
 
 
 def task_run_histories(flow_run_id: UUID | None) -> dict[str, list[State[Any]]]:
-    """Every state that each task run of a flow run was in, once the server has heard of the last, which is final."""
+    """Return the states of each task run of a flow run, once the server has the final one."""
     assert flow_run_id is not None
     of_the_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
     with get_client(sync_client=True) as client:
@@ -146,7 +146,8 @@ async def follow(job):
         loop = asyncio.get_running_loop()
         {busy}
         limits = dict(startup_limit_s=600, silence_limit_s=600, grace_s=600)
-        await run_worker(job, device="cpu", log_path=job.with_name("log"), on_event=on_event, **limits)
+        log = job.with_name("log")
+        await run_worker(job, device="cpu", log_path=log, on_event=on_event, **limits)
 
 async def work_for_ever():
     while True:
@@ -160,9 +161,11 @@ def call_for_ever(loop):
 def terminate(*_):
     raise TerminationSignal(signal.SIGTERM)
 
-signal.signal(signal.SIGTERM, terminate)  # as Prefect does
+# As Prefect does.
+signal.signal(signal.SIGTERM, terminate)
 job = Path(sys.argv[1])
-sys.executable = str(job)  # the child is the job
+# The job is the program of the worker process.
+sys.executable = str(job)
 try:
     asyncio.run(follow(job))
 except (TerminationSignal, asyncio.CancelledError):
@@ -175,26 +178,25 @@ except (TerminationSignal, asyncio.CancelledError):
     ["pass", "call_for_ever(loop)", "working = loop.create_task(work_for_ever())"],
     ids=["out of the selector", "in a callback", "in a task"],
 )
-def test_sigterms_stop_the_flow_and_a_late_one_its_children_wherever_they_strike(tmp_path, busy):
-    """The child is deaf: the flow waits for it, however many follow the first; one that comes much later has it killed."""
-    child = tmp_path / "child"
-    child.write_text(f"""#!/bin/sh
-    trap 'touch {tmp_path}/told' TERM
+def test_a_late_sigterm_kills_the_workers(tmp_path, busy):
+    """The worker process ignores signals: the flow waits for it until the late signal."""
+    worker = tmp_path / "worker"
+    worker.write_text(f"""#!/bin/sh
+    trap 'touch {tmp_path}/terminated' TERM
     echo $$ > {tmp_path}/pid
     echo '{{"event": "started"}}'
     while :; do sleep 0.1; done
     """)
-    child.chmod(0o755)
+    worker.chmod(0o755)
     process = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN.format(busy=busy), child], cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", STUBBORN.format(busy=busy), worker], cwd=ROOT, start_new_session=True
     )
     wait_until((tmp_path / "followed").exists)
-    pid = int(
-        (tmp_path / "pid").read_text()
-    )  # not `workers_of`, which sees the shell's fork of a `sleep` too
+    # Not by `workers_of`, which would find the shell's fork of `sleep`, too.
+    pid = int((tmp_path / "pid").read_text())
     with nobody_left_of(process, tmp_path):
         process.send_signal(signal.SIGTERM)
-        wait_until((tmp_path / "told").exists, timeout_s=ORPHANS_LIVE_S)
+        wait_until((tmp_path / "terminated").exists, timeout_s=ORPHANS_LIVE_S)
         for _ in range(5):
             time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
@@ -209,7 +211,7 @@ def test_sigterms_stop_the_flow_and_a_late_one_its_children_wherever_they_strike
 
 @contextmanager
 def nobody_left_of(process: subprocess.Popen[Any], directory: Path) -> Iterator[None]:
-    """Kill what is left of a process, its group and its workers when a test that expects nothing to be left has failed."""
+    """Assert that a process, its group and its workers have exited; kill any that have not."""
     try:
         yield
     finally:
@@ -229,15 +231,18 @@ SEVERAL = {
 @pytest.mark.soak
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT], ids=str)
 @pytest.mark.parametrize("further", SEVERAL.values(), ids=SEVERAL)
-def test_several_signals_of_one_preemption_save_what_one_saves(
+def test_several_signals_of_one_preemption_are_one(
     served_command_line, sabotage, tmp_path, short_fasta, first, further
 ):
-    """Nothing is in a checkpoint before, and a child takes two seconds to save."""
+    """Nothing is in a checkpoint before, and a worker process takes two seconds to save."""
     sabotage("""
     import time
     from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
     wait_all = AsyncCheckpointWriter.wait_all
-    AsyncCheckpointWriter.wait_all = lambda self, *arguments: (time.sleep(2), wait_all(self, *arguments))[1]
+    def wait_slowly(self, *arguments):
+        time.sleep(2)
+        return wait_all(self, *arguments)
+    AsyncCheckpointWriter.wait_all = wait_slowly
     import vnp_lib.model.esm2
     original = vnp_lib.model.esm2.ESM2.forward_packed
     def slow(*arguments, **others):
@@ -247,7 +252,7 @@ def test_several_signals_of_one_preemption_save_what_one_saves(
     """)
     run_dir = tmp_path / "run"
     process = served_command_line.start(
-        *("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_CHILDREN, "--token-budget", 128),
+        *("--fasta", short_fasta, "--output-dir", run_dir, *ON_TWO_WORKERS, "--token-budget", 128),
         *("--runtime.checkpoint-seq-threshold", 1000),
     )
     with nobody_left_of(process, run_dir):
@@ -267,14 +272,15 @@ def test_several_signals_of_one_preemption_save_what_one_saves(
 
 
 @pytest.mark.soak
-def test_a_late_second_sigterm_waits_for_nobody(
+def test_a_late_second_sigterm_does_not_wait(
     command_line, served_command_line, sabotage, tmp_path, short_fasta, uninterrupted
 ):
-    """One child takes a minute to save and the other one is deaf: neither holds up the flow, or outlives it."""
+    """For a worker process that saves for a minute, or for one that ignores signals."""
     sabotage("""
     if attempt == 1:
         import signal, time
-        if rank == 1:  # before there are threads
+        # Before there are threads.
+        if rank == 1:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
         AsyncCheckpointWriter.wait_all = lambda self: time.sleep(60)
@@ -288,7 +294,7 @@ def test_a_late_second_sigterm_waits_for_nobody(
         short_fasta,
         "--output-dir",
         run_dir,
-        *ON_TWO_CHILDREN,
+        *ON_TWO_WORKERS,
         *SMALL_CHECKPOINTS,
     )
     process = command_line.start(*arguments)
@@ -316,7 +322,7 @@ def test_a_late_second_sigterm_waits_for_nobody(
 
 @pytest.fixture(scope="module")
 def deployment_id(served_command_line: CommandLine) -> UUID:
-    """The project's own deployment, made as deployments/README.md says."""
+    """Create the deployment of the project as deployments/README.md describes."""
     for arguments in (
         ("work-pool", "create", "vnp-local", "--type", "process", "--overwrite"),
         ("--no-prompt", "deploy", "--name", "local"),
@@ -328,10 +334,10 @@ def deployment_id(served_command_line: CommandLine) -> UUID:
         return client.read_deployment_by_name("vnp-embed/local").id
 
 
-def test_a_deployed_run_that_is_preempted_is_rescheduled_and_loses_nothing(
+def test_a_preempted_deployed_run_is_rescheduled(
     served_command_line, deployment_id, tmp_path, short_fasta, uninterrupted
 ):
-    """As in a pod: SIGTERM to `prefect flow-run execute`, and the same flow run is executed again."""
+    """As in a pod: SIGTERM to `prefect flow-run execute`, which then executes it again."""
     run_dir = tmp_path / "run"
     flow_run_id = schedule(deployment_id, short_fasta, run_dir)
     process = execute(served_command_line, flow_run_id)
@@ -356,7 +362,7 @@ def test_a_deployed_run_that_is_preempted_is_rescheduled_and_loses_nothing(
 def worker(
     served_command_line: CommandLine, deployment_id: UUID
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process worker that starts what is scheduled."""
+    """Start a process worker, which runs what is scheduled."""
     process = served_command_line.start_prefect(
         *("worker", "start", "--pool", "vnp-local", "--type", "process"),
         PREFECT_WORKER_QUERY_SECONDS="1",
@@ -367,10 +373,10 @@ def worker(
 
 
 @pytest.mark.soak
-def test_a_run_that_is_cancelled_from_outside_stays_cancelled_and_leaves_nobody_behind(
+def test_a_cancelled_run_stays_cancelled(
     worker, served_command_line, deployment_id, tmp_path, short_fasta, uninterrupted
 ):
-    """As the button in the UI does it: the run is set to Cancelling, and whoever started its process stops it."""
+    """As by the button in the UI: in state Cancelling, the process worker stops it."""
     run_dir = tmp_path / "run"
     flow_run_id = schedule(deployment_id, short_fasta, run_dir)
     wait_until(lambda: len(finished_checkpoints(run_dir)) >= 2)
@@ -398,7 +404,7 @@ def shards_with_checkpoints(run_dir: Path) -> set[int]:
 
 
 def schedule(deployment_id: UUID, fasta: Path, run_dir: Path) -> UUID:
-    """Create a flow run with some 60 small batches on two children, and return its id."""
+    """Create a flow run with some 60 small batches on two worker processes; return its id."""
     config = small_config(fasta, run_dir, token_budget=128, runtime={"checkpoint_seq_threshold": 5})
     with get_client(sync_client=True) as client:
         return client.create_flow_run_from_deployment(
@@ -413,7 +419,7 @@ def execute(command_line: CommandLine, flow_run_id: UUID) -> subprocess.Popen[st
 
 
 def state_names(flow_run_id: UUID) -> list[str | None]:
-    """The states that a flow run was in, one after the other."""
+    """Return the states of a flow run, oldest first."""
     with get_client(sync_client=True) as client:
         states = client.read_flow_run_states(flow_run_id)
     return [state.name for state in sorted(states, key=lambda state: state.timestamp)]

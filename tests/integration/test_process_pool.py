@@ -1,4 +1,4 @@
-"""`deployments/process-pool.md`: its commands, exactly as printed, from nothing to a finished run."""
+"""The commands of `deployments/process-pool.md`, run exactly as printed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ GUIDE = ROOT / "deployments" / "process-pool.md"
 @pytest.mark.skipif(
     not (ROOT / ".venv").is_dir(), reason="the guide starts with `make embed`, which makes .venv"
 )
-def test_the_guide_leads_from_nothing_to_a_finished_run(tmp_path):
-    """On a Prefect home and a port of its own, offline; the server and the worker are gone afterwards."""
+def test_the_guide_leads_to_a_finished_run(tmp_path):
+    """Offline, with a separate Prefect home and port; server and worker have exited afterwards."""
     checkout = copy_of_the_repository(tmp_path)
     environment = environment_of_a_reader(
         tmp_path / "home", PREFECT_SERVER_API_PORT=str(free_port())

@@ -1,4 +1,4 @@
-"""The flow runs of shards, by their tags: which are ended when a run begins, and which when it ends."""
+"""Flow runs of shards: which are ended at the start of a run, and which at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 @flow
 def a_shard() -> None:
-    """Never run: only its flow runs are of interest."""
+    """Never called: only its flow runs matter."""
 
 
 async def make_shard_run(state: State[Any], *tags: str) -> UUID:
@@ -38,10 +38,8 @@ def state_name(flow_run_id: UUID) -> str | None:
         return client.read_flow_run(flow_run_id).state_name
 
 
-def test_what_earlier_runs_on_the_same_directory_have_left_is_ended_and_nothing_else(
-    tmp_path, tiny_fasta
-):
-    """None of them has a machine that could end it: those at work are marked after the grace, not before."""
+def test_flow_runs_left_in_the_same_directory_are_ended(tmp_path, tiny_fasta):
+    """And no others. Without a machine, running ones are marked only after the grace."""
     config = small_config(tiny_fasta, tmp_path / "run", runtime={"grace_s": 1.0})
     elsewhere = small_config(tiny_fasta, tmp_path / "elsewhere")
     expected: dict[UUID, str] = {}
@@ -72,8 +70,8 @@ def test_what_earlier_runs_on_the_same_directory_have_left_is_ended_and_nothing_
     assert {flow_run_id: state_name(flow_run_id) for flow_run_id in expected} == expected
 
 
-def test_a_run_that_ends_badly_cancels_its_shards_and_no_others(tmp_path, tiny_fasta):
-    """What waits for a machine has ended with it; what is at work is told to save, by its worker."""
+def test_a_failed_run_cancels_its_shards(tmp_path, tiny_fasta):
+    """And no others. Scheduled ones end at once; running ones are cancelled by their worker."""
     expected: dict[UUID, str] = {}
 
     @flow(on_failure=[cancel_shards], on_crashed=[cancel_shards])

@@ -1,4 +1,4 @@
-"""A real child under its supervisor: followed to the end, stopped, killed, frozen, and left alone."""
+"""A real worker process under its supervisor: completed, stopped, killed, frozen, orphaned."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def job(tmp_path, short_fasta) -> Path:
 
 
 def make_job(fasta: Path, run_dir: Path, **settings) -> Path:
-    """The job of the only shard of a run."""
+    """Write the job of the only shard of a run."""
     with open_run(small_config(fasta, run_dir, devices="cpu", shards=1, **settings)) as run:
         make_directory(run.paths.shard_dir(0))
         write_file(run.paths.job(0), run.shard_job(0, "cpu").model_dump_json().encode())
@@ -67,7 +67,7 @@ async def follow(
 
 
 def at_batch(count: int, act):
-    """An event handler that does `act` once, when `count` batches have been computed."""
+    """Return an event handler that calls `act` when `count` batches have been computed."""
     seen = Counter()
 
     async def on_event(event):
@@ -102,7 +102,7 @@ def failure_of(job: Path, on_event, **limits):
     return caught.value.failure
 
 
-def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
+def test_a_worker_reports_its_events_and_saves_all_rows(job):
     events = []
 
     async def on_event(event):
@@ -123,29 +123,29 @@ def test_a_child_says_what_it_does_and_ends_with_everything_on_disk(job):
 
 
 @pytest.mark.parametrize("log", ["/dev/full", "missing/worker.log"])
-def test_a_log_that_cannot_be_written_ends_no_attempt(job, tmp_path, log, caplog):
-    """A full disk, and one on which no file can be made any more."""
+def test_an_unwritable_log_ends_no_attempt(job, tmp_path, log, caplog):
+    """On a full disk, or one on which no file can be created."""
     last = asyncio.run(follow(job, at_batch(1, lambda: None), log_path=tmp_path / log))
     assert (last.name, rows_on_disk(job)) == ("done", NUM_COMPUTED)
     assert ("has no log" in caplog.text) == (log != "/dev/full")
 
 
-def test_a_job_that_cannot_be_done_is_reported_in_words(job):
+def test_an_impossible_job_is_a_permanent_failure(job):
     write_file(job, job.read_bytes().replace(b"random:seed=0", b"another"), replace=True)
     failure = failure_of(job, at_batch(1, lambda: None))
     assert failure.is_permanent
     assert "weights of esm2_t6_8M_UR50D" in failure.message
 
 
-def test_a_child_imports_nothing_from_the_current_directory(job, tmp_path, monkeypatch):
-    """Not by an empty entry of PYTHONPATH either, as `PYTHONPATH=$PYTHONPATH:/some/where` makes it."""
+def test_a_worker_imports_nothing_from_the_current_directory(job, tmp_path, monkeypatch):
+    """Nor by an empty entry of PYTHONPATH, as in `PYTHONPATH=$PYTHONPATH:/some/where`."""
     monkeypatch.chdir(write_foreign_code(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}{tmp_path / 'nothing'}{os.pathsep}")
     assert asyncio.run(follow(job, at_batch(1, lambda: None))).name == "done"
 
 
-def test_a_child_refuses_to_be_other_code_than_its_parent(job, tmp_path, sabotage):
-    """Here it has imported a foreign `vnp_lib` before it could do anything about it."""
+def test_a_worker_refuses_other_code_than_its_parent(job, tmp_path, sabotage):
+    """Here it has imported another `vnp_lib` before its program starts."""
     foreign = write_foreign_code(tmp_path)
     sabotage(f"sys.path.insert(0, {str(foreign)!r}); import vnp_lib; sys.path.pop(0)")
     failure = failure_of(job, at_batch(1, lambda: None))
@@ -154,7 +154,7 @@ def test_a_child_refuses_to_be_other_code_than_its_parent(job, tmp_path, sabotag
     assert str(ROOT / "vnp_lib") in failure.message
 
 
-def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
+def test_sigterm_to_a_worker_is_a_preemption(job):
     computed = 12
     failure = failure_of(job, at_batch(computed, signal_the_worker(job, signal.SIGTERM)))
     assert (failure.kind, failure.exit_code) == (FailureKind.SPOT_PREEMPTION, 143)
@@ -162,8 +162,8 @@ def test_sigterm_to_the_child_is_a_preemption_with_its_rows_saved(job):
 
 
 @pytest.mark.soak
-def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, sabotage):
-    """Without what it has not committed, and without a word; its second batch would take an hour."""
+def test_a_late_second_sigterm_ends_a_worker_at_once(tmp_path, sabotage):
+    """In the middle of its second batch, which would take an hour; nothing more is saved."""
     fasta = tmp_path / "in.fasta"
     fasta.write_text(
         "".join(f">good_{i}\n{'ACDEFGHIKL' * 6}{'M' * i}\n" for i in range(10)) + ">bad\nWWWWHAC\n"
@@ -172,12 +172,12 @@ def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, s
     job = make_job(
         fasta, tmp_path / "run", token_budget=670, runtime={"checkpoint_seq_threshold": 1}
     )
-    heard = Counter()
+    events = Counter()
 
     async def on_event(event):
-        heard[event.name] += 1
-        if (heard["checkpoint"], heard["computing"]) == (1, 2):
-            heard["checkpoint"] = 0
+        events[event.name] += 1
+        if (events["checkpoint"], events["computing"]) == (1, 2):
+            events["checkpoint"] = 0
             os.kill(the_worker(job), signal.SIGTERM)
             await asyncio.sleep(EXIT_NOW_AFTER_S + 0.1)
             os.kill(the_worker(job), signal.SIGTERM)
@@ -185,18 +185,18 @@ def test_a_late_second_sigterm_ends_a_child_in_the_middle_of_a_batch(tmp_path, s
     failure = failure_of(job, on_event)
 
     assert failure.exit_code == 143
-    assert (heard["batch"], heard["stopped"]) == (1, 0)
+    assert (events["batch"], events["stopped"]) == (1, 0)
     assert rows_on_disk(job) == 10
 
 
-def test_a_killed_child_is_named_by_its_signal(job):
+def test_a_killed_worker_is_reported_with_its_signal(job):
     failure = failure_of(job, at_batch(12, signal_the_worker(job, signal.SIGKILL)))
     assert failure.kind == FailureKind.TRANSIENT
     assert "SIGKILL" in failure.message
     assert rows_on_disk(job) >= 0
 
 
-def test_a_child_that_stands_still_at_a_batch_is_noticed_and_killed(job, sabotage):
+def test_a_worker_that_hangs_at_a_batch_is_killed(job, sabotage):
     sabotage("""
     import time, vnp_lib.model.esm2
     vnp_lib.model.esm2.ESM2.forward_packed = lambda *arguments: time.sleep(3600)
@@ -207,8 +207,8 @@ def test_a_child_that_stands_still_at_a_batch_is_noticed_and_killed(job, sabotag
     assert "after 'computing' (--runtime.silence-limit-s)" in failure.message
 
 
-def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
-    """Longer than the limit, but layer after layer."""
+def test_a_slow_pass_is_not_silent(job, sabotage):
+    """It takes longer than the limit, but each layer is a sign of life."""
     sabotage("""
     import time, vnp_lib.model.esm2
     layer, left = vnp_lib.model.esm2._TransformerLayer.forward, list(range(6))
@@ -225,8 +225,8 @@ def test_a_pass_that_is_slow_is_not_silent(job, sabotage):
 
 
 @pytest.mark.soak
-def test_checks_that_take_longer_than_their_limit_go_on_while_they_read(job, sabotage):
-    """As a resume with many checkpoints on a slow disk: a limit is on silence, not on the work."""
+def test_slow_checks_are_not_silent_while_they_read(job, sabotage):
+    """As in a resume with many checkpoints on a slow disk: the limit applies to silence only."""
     asyncio.run(follow(job, at_batch(1, lambda: None)))
     sabotage("""
     import time, vnp_lib.checkpoint.survey as survey
@@ -242,8 +242,8 @@ def test_checks_that_take_longer_than_their_limit_go_on_while_they_read(job, sab
     assert time.monotonic() - before > 5.0
 
 
-def test_a_shard_whose_lock_is_never_given_up_is_given_up(job):
-    """Its holder hangs. That is said, with who it is, and costs the limit of a start, not for ever."""
+def test_a_worker_waits_for_the_lock_up_to_the_limit(job):
+    """Its holder hangs, and is named in the failure."""
     lock = FileLock(RunPaths(job.parents[2]).shard_lock(0), purpose="hang")
     with lock.held(timeout_s=0):
         failure = failure_of(job, at_batch(1, lambda: None), startup_limit_s=8.0)
@@ -254,15 +254,15 @@ def test_a_shard_whose_lock_is_never_given_up_is_given_up(job):
     assert "--runtime.startup-limit-s" in failure.message
 
 
-def test_a_child_that_is_stopped_and_continued_has_lost_nothing(job):
-    """SIGSTOP for longer than the limit, as a person or a gang scheduler sends it: that is not silence, and it is said."""
+def test_a_stopped_worker_is_not_silent(job):
+    """SIGSTOP for longer than the limit, as a gang scheduler sends it, is logged."""
     seen = Counter()
-    said = []
+    messages = []
 
     async def on_event(event):
         seen[event.name] += 1
         if isinstance(event, LogMessage):
-            said.append(event.message)
+            messages.append(event.message)
         if isinstance(event, BatchComputed) and seen["batch"] == 3:
             pid = the_worker(job)
             os.kill(pid, signal.SIGSTOP)
@@ -271,7 +271,7 @@ def test_a_child_that_is_stopped_and_continued_has_lost_nothing(job):
     last = asyncio.run(follow(job, on_event, silence_limit_s=5.0))
     assert last.name == "done"
     assert rows_on_disk(job) == NUM_COMPUTED
-    assert sum("is stopped by a signal" in message for message in said) == 1
+    assert sum("is stopped by a signal" in message for message in messages) == 1
 
 
 def _follow_to_its_end(job: Path) -> None:
@@ -279,8 +279,8 @@ def _follow_to_its_end(job: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
-    """As by Ctrl-Z, gang scheduling, a paused virtual machine: the clock went on, and nobody was there to speak or hear."""
+def test_time_while_the_supervisor_is_stopped_is_not_silence(job):
+    """As by Ctrl-Z, gang scheduling, or a paused virtual machine, with its worker process."""
     supervisor = multiprocessing.get_context("spawn").Process(
         target=_follow_to_its_end, args=(job,)
     )
@@ -297,8 +297,8 @@ def test_a_supervisor_that_is_stopped_with_its_child_has_not_heard_silence(job):
     assert rows_on_disk(job) == NUM_COMPUTED
 
 
-def test_a_child_that_hangs_on_its_way_out_has_failed_as_it_said(job, sabotage):
-    """A driver may hang at exit after what a device has done: no batch is to blame for that."""
+def test_a_worker_that_hangs_at_exit_failed_as_it_reported(job, sabotage):
+    """A driver may hang at exit after an error of the device: no batch is accused of that."""
     sabotage(
         """
         import atexit, time, vnp_lib.model.esm2
@@ -313,8 +313,8 @@ def test_a_child_that_hangs_on_its_way_out_has_failed_as_it_said(job, sabotage):
     assert not failure.accuses_batch
 
 
-def test_a_supervisor_that_is_cancelled_twice_still_waits_for_the_child(job):
-    """asyncio cancels more than once on the way out; the child has its rows on disk before it is left."""
+def test_a_supervisor_that_is_cancelled_twice_waits(job):
+    """asyncio cancels more than once at exit; the worker process saves its rows first."""
 
     async def cancel_twice():
         reached = asyncio.Event()
@@ -335,7 +335,7 @@ def _follow_until_killed(job: Path) -> None:
     asyncio.run(follow(job, at_batch(12, lambda: os.kill(os.getpid(), signal.SIGKILL))))
 
 
-def test_a_child_whose_supervisor_is_killed_saves_and_leaves(job):
+def test_a_worker_saves_and_exits_if_its_supervisor_is_killed(job):
     supervisor = multiprocessing.get_context("spawn").Process(
         target=_follow_until_killed, args=(job,)
     )
@@ -348,8 +348,8 @@ def test_a_child_whose_supervisor_is_killed_saves_and_leaves(job):
     assert 12 <= rows_on_disk(job) < NUM_COMPUTED
 
 
-def test_a_second_child_waits_for_the_first_one_to_leave_the_shard(job):
-    """Two attempts on one shard, as after a reschedule: no sequence is computed twice."""
+def test_a_second_worker_waits_for_the_first(job):
+    """Two attempts on one shard, as after a reschedule, compute no sequence twice."""
     waited = Counter()
 
     async def both():

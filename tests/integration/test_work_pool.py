@@ -1,4 +1,4 @@
-"""Shards as flow runs of their own: a server, a process pool, machines with a GPU each, and what becomes of them."""
+"""Shards as flow runs: a server, a process pool, and machines with a GPU each that fail."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from vnp_lib.plan.paths import RunPaths
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
 NUM_SHARDS = 4
-NUM_COMPUTED = 66  # of 69 sequences: three are there twice
+NUM_COMPUTED = 66  # of 69 sequences, of which three are duplicates
 GRACE_S = 10.0
 CANCELLED_WITHIN_S = (
     90.0  # 7 to 25 on two cores: Prefect's worker imports the flow, to look for hooks
 )
-A_GPU_THAT_CAN_BE_SLOW = """
+SLOW_GPU = """
 import fcntl, time
 from vnp_lib.model.esm2 import ESM2
 
@@ -66,7 +66,7 @@ ESM2.forward_packed = forward_in_time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpus:
-    """The machines' GPUs: who has used which, and how fast they are."""
+    """The GPUs of the machines: which shards used them, and how fast they are."""
 
     directory: Path
 
@@ -77,19 +77,19 @@ class Gpus:
         (self.directory / "slow").unlink()
 
     def shards_on(self, machine: str) -> list[int]:
-        """The shards of the children that a machine's GPU has had, in order."""
+        """Return the shards that a machine's GPU has computed, in order."""
         log = self.directory / machine
         return [int(rank) for rank in log.read_text().split()] if log.exists() else []
 
     @property
     def was_used_twice(self) -> bool:
-        """Whether two children were on one GPU at a time."""
+        """Whether two worker processes used one GPU at the same time."""
         return (self.directory / "used_twice").exists()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """A run in a work pool, and what is to be seen of it."""
+    """A run in a work pool, and its observable state."""
 
     cluster: Cluster
     config: EmbedConfig
@@ -101,7 +101,7 @@ class Story:
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[str]]:
-        """The command, which needs no GPU. It does not outlive the block."""
+        """Start the command, which needs no GPU; it ends with the block."""
         run = self.cluster.command_line.start(*self._options())
         try:
             yield run
@@ -110,14 +110,14 @@ class Story:
             run.communicate()
 
     def schedule(self) -> UUID:
-        """The same as a flow run of the deployment."""
+        """Start the same as a flow run of the deployment."""
         with self.cluster.client() as client:
             deployment = client.read_deployment_by_name("vnp-embed/local")
             parameters = {"config": self.config.model_dump(mode="json")}
             return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
 
     def wait_until_at_work(self, *machines: str) -> None:
-        """Until each of these machines has a checkpoint of its shard on disk."""
+        """Wait until each of these machines has a checkpoint of its shard on disk."""
         wait_until(
             lambda: all(
                 any(map(self.has_checkpoint, self.gpus.shards_on(machine))) for machine in machines
@@ -130,7 +130,7 @@ class Story:
         assert run.returncode == 0, out + err
 
     def shard_runs(self) -> list[FlowRun]:
-        """The flow runs of its shards, oldest first."""
+        """Return the flow runs of its shards, oldest first."""
         ours = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"vnp-dir:{self.run_dir}"]))
         with self.cluster.client() as client:
             return client.read_flow_runs(
@@ -138,7 +138,7 @@ class Story:
             )
 
     def give_up(self) -> None:
-        """After a test that has failed: what it has left at work must not keep the next one waiting for its places."""
+        """End what a failed test left running, so that it holds no slots of the next test."""
         with self.cluster.client() as client:
             for run in self.shard_runs():
                 if run.state and not run.state.is_final():
@@ -155,7 +155,10 @@ class Story:
         ]
 
     def assert_right(self, oracle_dir: Path, *, kept: dict[Path, bytes]) -> None:
-        """Every row is right and was computed once, no checkpoint of `kept` anew; nobody is left, or has shared a GPU."""
+        """Assert that every row is right and was computed once, and that no process is left.
+
+        The checkpoints in `kept` were not computed again, and no GPU was shared.
+        """
         after = finished_checkpoints(self.run_dir)
         assert {path: after[path] for path in kept} == kept
         ordinals = computed_ordinals(self.run_dir)
@@ -175,7 +178,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """A server of its own with the deployments of `prefect.yaml`, and no machine yet."""
+    """Start a server with the deployments of `prefect.yaml`, and no machine."""
     cluster = Cluster(directory=tmp_path_factory.mktemp("cluster"), port=free_port())
     try:
         cluster.start_server()
@@ -189,7 +192,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def gpus(tmp_path, sabotage) -> Gpus:
     directory = tmp_path / "gpus"
     directory.mkdir()
-    sabotage(A_GPU_THAT_CAN_BE_SLOW.format(gpus=str(directory)))
+    sabotage(SLOW_GPU.format(gpus=str(directory)))
     gpus = Gpus(directory=directory)
     gpus.make_slow()
     return gpus
@@ -197,7 +200,7 @@ def gpus(tmp_path, sabotage) -> Gpus:
 
 @pytest.fixture
 def start_machine(cluster):
-    """Start a machine with a GPU of its own; at the end all are switched off."""
+    """Return a function that starts a machine with a GPU; at the end all are killed."""
     started: list[subprocess.Popen[str]] = []
 
     def start(name: str) -> subprocess.Popen[str]:
@@ -218,7 +221,8 @@ def story(tmp_path, cluster, gpus, short_fasta) -> Iterator[Story]:
         token_budget=128,
         executor="work-pool",
         shard_deployment="vnp-embed-shard/local",
-        metrics_port=free_port(),  # which the shards' own runs want too, and do without
+        # The flow runs of the shards find it in use, and run without metrics.
+        metrics_port=free_port(),
         runtime={
             "checkpoint_seq_threshold": 2,
             "heartbeat_s": 0.5,
@@ -233,7 +237,7 @@ def story(tmp_path, cluster, gpus, short_fasta) -> Iterator[Story]:
 
 
 def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterrupted):
-    """Two machines, four shards; one is switched off in the middle of its shard, and the other one computes the rest."""
+    """One of two machines is killed during its shard; the other one computes the rest."""
     first = start_machine("first")
     start_machine("second")
     with story.running() as run:
@@ -258,10 +262,10 @@ def test_a_machine_that_vanishes_costs_time_only(story, start_machine, uninterru
     story.assert_right(uninterrupted, kept=before)
 
 
-def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(
+def test_the_same_command_resumes_after_a_power_failure(
     story, cluster, start_machine, uninterrupted
 ):
-    """What Prefect still takes for running holds every place that the deployment's concurrency limit has."""
+    """Flow runs that Prefect considers running hold every slot of the concurrency limit."""
     machines = [start_machine("first"), start_machine("second")]
     with story.running() as run:
         story.wait_until_at_work("first", "second")
@@ -287,10 +291,8 @@ def test_everything_is_killed_the_server_too_and_the_same_command_goes_on(
     story.assert_right(uninterrupted, kept=before)
 
 
-def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(
-    story, start_machine, uninterrupted
-):
-    """The run is killed, its machines are not: they go on, and take the shards that wait, until the run is there again."""
+def test_shards_of_a_killed_run_do_no_harm(story, start_machine, uninterrupted):
+    """Its machines are not killed: they compute further shards until the run is started again."""
     start_machine("first")
     start_machine("second")
     with story.running() as run:
@@ -316,10 +318,8 @@ def test_what_a_killed_run_has_left_at_work_and_waiting_does_no_harm(
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "the button in the UI"])
-def test_a_cancelled_run_takes_its_shards_with_it(
-    story, cluster, start_machine, uninterrupted, how
-):
-    """On other machines they would compute for hours. They save what they have, and the same command goes on from there."""
+def test_a_cancelled_run_cancels_its_shards(story, cluster, start_machine, uninterrupted, how):
+    """Otherwise other machines would compute for hours. They save, and the next run resumes."""
     if how == "the button in the UI":
         start_machine("head")
         flow_run_id = story.schedule()
@@ -354,10 +354,8 @@ def test_a_cancelled_run_takes_its_shards_with_it(
     story.assert_right(uninterrupted, kept=before)
 
 
-def test_the_shards_of_a_run_that_is_rescheduled_go_on(
-    story, cluster, start_machine, uninterrupted
-):
-    """As in a pod that is taken away: SIGTERM, and a worker executes the same flow run again, which finds its shards."""
+def test_the_shards_of_a_rescheduled_run_continue(story, cluster, start_machine, uninterrupted):
+    """As in a preempted pod: SIGTERM, and the same flow run is executed again and finds them."""
     flow_run_id = story.schedule()
     parent = cluster.command_line.start_prefect(
         "flow-run", "execute", flow_run_id, PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule"

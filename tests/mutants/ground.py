@@ -47,7 +47,7 @@ MUTANTS = (
         module="environment",
         before='filter(None, inherited.pop("PYTHONPATH", "").split(os.pathsep))',
         after='inherited.pop("PYTHONPATH", "").split(os.pathsep)',
-        caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
+        caught_by=(f"{_SUPERVISOR}::test_a_worker_imports_nothing_from_the_current_directory",),
     ),
     Mutant(
         name="a-comma-always-divides",

@@ -47,7 +47,7 @@ MUTANTS = (
         module="inference.runner",
         before="                unsaved.write(reason)\n",
         after='                if reason == "final":\n                    unsaved.write(reason)\n',
-        caught_by=(f"{_RUNNER}::test_what_was_computed_before_a_failure_is_kept",),
+        caught_by=(f"{_RUNNER}::test_rows_before_a_failure_are_kept",),
     ),
     Mutant(
         name="batch-split-over-two-checkpoints",
@@ -93,7 +93,7 @@ MUTANTS = (
         module="inference.callbacks",
         before="        raise NumericalInstabilityError(\n",
         after="        NumericalInstabilityError(\n",
-        caught_by=(f"{_RUNNER}::test_a_row_that_is_not_finite_is_an_error_that_names_it",),
+        caught_by=(f"{_RUNNER}::test_a_row_that_is_not_finite_is_named",),
     ),
     Mutant(
         name="stop-ignored-by-the-loop",

@@ -105,6 +105,6 @@ MUTANTS = (
         module="worker.supervisor",
         before='"-P", str(main)',
         after='"-m", "vnp_lib.worker"',
-        caught_by=(f"{_SUPERVISOR}::test_a_child_imports_nothing_from_the_current_directory",),
+        caught_by=(f"{_SUPERVISOR}::test_a_worker_imports_nothing_from_the_current_directory",),
     ),
 )

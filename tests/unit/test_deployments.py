@@ -1,4 +1,4 @@
-"""What `deployments/` and `prefect.yaml` promise: read, rendered and validated here; nothing is deployed."""
+"""Render and validate `deployments/` and `prefect.yaml`, without a deployment."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ A_CLUSTER_OF_OURS = {
 
 
 def render_job(**job_variables: Any) -> dict[str, Any]:
-    """Make the manifest that Prefect's Kubernetes worker sends to the cluster for a flow run."""
+    """Return the manifest that Prefect's Kubernetes worker sends to the cluster."""
     from prefect_kubernetes.worker import (
-        KubernetesWorkerJobConfiguration,  # seconds to import: for those who ask for it
+        KubernetesWorkerJobConfiguration,
     )
 
     with temporary_settings({PREFECT_API_URL: "http://prefect.test:4200/api"}):
@@ -79,7 +79,7 @@ def environment_of(job: dict[str, Any]) -> dict[str, str]:
 
 
 def volumes_of(job: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """What is mounted, and the volume behind it, by path."""
+    """Return the volumes of a container by mount path."""
     volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
     return {
         mount["mountPath"]: (mount, volumes[mount["name"]])
@@ -99,7 +99,7 @@ class TestJobTemplate:
         }
         assert used == set(VARIABLES["properties"]) | {"env"}
 
-    def test_prefect_takes_its_variables_and_their_defaults(self):
+    def test_prefect_accepts_its_variables_and_defaults(self):
         is_valid_schema(VARIABLES)
         defaults = {
             name: v["default"]
@@ -112,10 +112,10 @@ class TestJobTemplate:
     @pytest.mark.parametrize(
         "bad", [{"gpus": -1}, {"gpus": "two"}, {"run_as_user": 0}, {"backoff_limit": -1}]
     )
-    def test_prefect_refuses_what_is_out_of_bounds(self, bad):
+    def test_prefect_refuses_values_out_of_bounds(self, bad):
         assert validate_against_form(bad, VARIABLES, raise_on_error=False)
 
-    def test_every_variable_says_what_it_is(self):
+    def test_every_variable_has_a_description(self):
         assert [
             n
             for n, v in VARIABLES["properties"].items()
@@ -128,13 +128,13 @@ class TestJobTemplate:
         [{}, A_CLUSTER_OF_OURS, {"backoff_limit": 3}],
         ids=["bare", "ours", "retries"],
     )
-    def test_kubernetes_takes_the_job(self, job_variables):
+    def test_kubernetes_accepts_the_job(self, job_variables):
         jsonschema.Draft202012Validator.check_schema(JOB_SCHEMA)
         jsonschema.validate(
             render_job(**job_variables), JOB_SCHEMA, cls=jsonschema.Draft202012Validator
         )
 
-    def test_the_schema_would_notice_a_field_in_the_wrong_place(self, job):
+    def test_the_schema_detects_a_misplaced_field(self, job):
         broken = json.loads(json.dumps(job))
         pod_of(broken)["completions"] = 1
         with pytest.raises(jsonschema.ValidationError, match="completions"):
@@ -142,12 +142,12 @@ class TestJobTemplate:
 
 
 class TestJob:
-    def test_prefect_and_not_kubernetes_starts_it_again(self, job):
+    def test_prefect_restarts_it_and_not_kubernetes(self, job):
         assert job["spec"]["backoffLimit"] == 0
         assert pod_of(job)["restartPolicy"] == "Never"
         assert environment_of(job)["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
 
-    def test_with_retries_by_kubernetes_prefect_keeps_out_of_it(self):
+    def test_with_retries_by_kubernetes_prefect_does_not(self):
         retried = render_job(backoff_limit=3)
         assert environment_of(retried)["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "relinquish"
 
@@ -174,7 +174,7 @@ class TestJob:
         assert pod_of(job)["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod_of(job))
 
-    def test_what_it_writes_to_is_a_volume(self, job):
+    def test_it_writes_to_volumes(self, job):
         volumes = volumes_of(job)
         assert set(volumes) == {"/runs", "/weights", "/dev/shm", "/tmp"}
         assert volumes["/runs"][1]["persistentVolumeClaim"] == {"claimName": "vnp-runs"}
@@ -184,17 +184,17 @@ class TestJob:
         environment = environment_of(job)
         assert (environment["HOME"], environment["PREFECT_HOME"]) == ("/tmp", "/tmp/.prefect")
 
-    def test_it_goes_to_preemptible_gpu_nodes(self, job):
+    def test_it_is_scheduled_on_preemptible_gpu_nodes(self, job):
         keys = {toleration["key"]: toleration for toleration in pod_of(job)["tolerations"]}
         assert keys["nvidia.com/gpu"]["operator"] == "Exists"
         assert keys["cloud.google.com/gke-spot"]["value"] == "true"
         assert pod_of(job)["nodeSelector"] == {}
         assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == 1
 
-    def test_it_says_that_it_lives(self, job):
+    def test_it_sends_heartbeats(self, job):
         assert environment_of(job)["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
 
-    def test_every_variable_reaches_it(self):
+    def test_every_variable_is_used(self):
         ours = render_job(**A_CLUSTER_OF_OURS)
         pod, container, volumes = pod_of(ours), container_of(ours), volumes_of(ours)
         assert container["image"] == "registry.test/vnp@sha256:0123"
@@ -222,7 +222,7 @@ class TestJob:
 class TestWorker:
     SERVICE_ACCOUNT, ROLE, BINDING, DEPLOYMENT = WORKER
 
-    def test_kubernetes_takes_its_pod(self):
+    def test_kubernetes_accepts_its_pod(self):
         pod_schema = JOB_SCHEMA | {"$ref": "#/$defs/io.k8s.api.core.v1.PodSpec", "properties": {}}
         del pod_schema["additionalProperties"]
         pod = self.DEPLOYMENT["spec"]["template"]["spec"]
@@ -232,7 +232,7 @@ class TestWorker:
                 pod | {"completions": 1}, pod_schema, cls=jsonschema.Draft202012Validator
             )
 
-    def test_its_parts_belong_together(self):
+    def test_its_parts_refer_to_each_other(self):
         name = self.SERVICE_ACCOUNT["metadata"]["name"]
         assert self.DEPLOYMENT["spec"]["template"]["spec"]["serviceAccountName"] == name
         assert self.BINDING["subjects"] == [{"kind": "ServiceAccount", "name": name}]
@@ -240,7 +240,7 @@ class TestWorker:
         labels = self.DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
         assert self.DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
 
-    def test_it_runs_the_pool_s_image_and_may_only_make_jobs(self):
+    def test_it_runs_the_image_and_may_only_create_jobs(self):
         (container,) = self.DEPLOYMENT["spec"]["template"]["spec"]["containers"]
         assert container["image"] == VARIABLES["properties"]["image"]["default"]
         assert {
@@ -273,7 +273,7 @@ class TestPrefectYaml:
         problems = validate_against_form(given, form, raise_on_error=False, ignore_required=True)
         assert [problem.message for problem in problems] == []
 
-    def test_its_job_variables_are_the_template_s(self, deployment):
+    def test_its_job_variables_are_in_the_template(self, deployment):
         if deployment["work_pool"]["name"] == "vnp-gpu":
             validate_against_form(
                 deployment["work_pool"].get("job_variables", {}), VARIABLES, raise_on_error=True
@@ -281,7 +281,7 @@ class TestPrefectYaml:
 
 
 def test_the_form_of_a_run_has_a_title_and_a_description_for_every_field():
-    """What a person sees in Prefect's UI who starts a run there."""
+    """In Prefect's UI, where a run can be started."""
     flow: Flow[Any, Any] = load_flow_from_entrypoint(str(ROOT / "flows/embed.py:embed"))
     models = flow.parameters.model_dump_for_openapi()["definitions"]
     fields = {
@@ -295,12 +295,12 @@ def test_the_form_of_a_run_has_a_title_and_a_description_for_every_field():
 
 
 class TestAutomations:
-    def test_prefect_takes_them(self):
+    def test_prefect_accepts_them(self):
         for automation in AUTOMATIONS:
             AutomationCore.model_validate(automation)
         assert len({automation["name"] for automation in AUTOMATIONS}) == len(AUTOMATIONS)
 
-    def test_they_listen_to_the_events_that_the_flows_send(self):
+    def test_they_react_to_events_of_the_flows(self):
         expected = {
             event for automation in AUTOMATIONS for event in automation["trigger"]["expect"]
         }
@@ -326,7 +326,7 @@ class TestImage:
         ]
         assert not {"RUN", "COPY", "ADD"} & set(after_user)
 
-    def test_what_is_copied_exists_and_holds_no_weights(self):
+    def test_copied_files_exist_and_hold_no_weights(self):
         assert self.arguments_of("ADD") == []
         sources = [
             source
@@ -358,7 +358,7 @@ class TestImage:
         assert "${CUDA_IMAGE} AS python" in self.arguments_of("FROM")
 
     def test_the_lock_is_what_was_tested(self):
-        """The same versions as constraints.txt, and all that pyproject.toml asks for; `make lock` makes it so."""
+        """It has the versions of constraints.txt, and all of pyproject.toml (`make lock`)."""
         locked = dict(re.findall(r"^([\w.-]+)==(\S+) ", self.LOCK, flags=re.MULTILINE))
         constraints = dict(
             line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The coordinator: what a failure is taken for, whether it is tried again, and how a shard is stopped and resumed."""
+"""The coordinator: classify failures, decide about retries, stop and resume shards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def failure(cause: FailureCause, batch_idx: int | None = None) -> Failure:
 
 
 def after(cause: FailureCause, retry_count: int):
-    """What the policy says when the same failure has been retried so often already."""
+    """Return the decision after the same failure has been retried `retry_count` times."""
     return POLICY.decide(failure(cause), [failure(cause)] * retry_count)
 
 
@@ -89,7 +89,7 @@ def test_should_retry_spot_preemption_infinite():
 
 
 def test_should_retry_poison_input_circuit_breaker(tmp_path):
-    """The same batch twice: yes, then no; a process that comes later knows it from the manifest."""
+    """The same batch is retried once; a later process reads that from the manifest."""
     CheckpointManifest(tmp_path / "manifest.json").initialize(1, "", "")
     decisions = []
     for session in ("first process", "second process"):
@@ -119,7 +119,7 @@ def test_should_retry_transient_max_retries():
 
 @pytest.fixture
 def shard_dir(tmp_path):
-    """A shard with three checkpoints."""
+    """Write a shard with three checkpoints."""
     with AsyncCheckpointWriter() as writer:
         for number in range(3):
             metadata = {"fingerprint": "f", "ordinals": [2 * number, 2 * number + 1]}
@@ -131,7 +131,7 @@ def shard_dir(tmp_path):
 
 
 def test_validate_checkpoint_dir_removes_orphaned_tmp_files(shard_dir):
-    """What a writer left that is dead goes; checkpoints and what a living writer is at stay."""
+    """Those of dead writers are removed; checkpoints and files of running writers stay."""
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait()
     host = os.uname().nodename
@@ -145,7 +145,7 @@ def test_validate_checkpoint_dir_removes_orphaned_tmp_files(shard_dir):
 
 
 def test_validate_checkpoint_dir_done_marker_mismatch_warning(shard_dir, caplog):
-    """Three files and two markers: the attempt may go on, and the log says what was wrong."""
+    """With three files and two markers the attempt continues, with a warning."""
     marker_path(shard_dir / "batch_00001.pt").unlink()
     with caplog.at_level(logging.WARNING):
         assert heal_shard(shard_dir.parent, 0, "f") == 3
@@ -182,14 +182,14 @@ def test_retry_worker_oom_exponential_backoff():
 
 
 def settings(fasta, run_dir):
-    """Many small batches and checkpoints."""
+    """Return settings with many small batches and checkpoints."""
     return small_config(fasta, run_dir, token_budget=128, runtime={"checkpoint_seq_threshold": 5})
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_retry_worker_validates_checkpoint_before_respawn(tmp_path, tiny_fasta):
-    """A file stands where the shard's directory belongs: no child is started, and the shard fails with that reason."""
+    """A file is in place of the shard's directory: no worker process is started."""
     paths = RunPaths(tmp_path / "run")
     make_directory(paths.checkpoints_dir)
     paths.shard_dir(1).write_text("not a directory")
@@ -202,7 +202,7 @@ def test_retry_worker_validates_checkpoint_before_respawn(tmp_path, tiny_fasta):
 
 
 def test_sigterm_handler_sets_shutdown_flag():
-    """The handler does nothing but set the flag that the loop asks for between two batches."""
+    """The handler only sets the flag that the loop reads between two batches."""
     before = signal.getsignal(signal.SIGTERM)
     stop = StopFlag()
     stop.install()
@@ -215,7 +215,7 @@ def test_sigterm_handler_sets_shutdown_flag():
 
 
 async def stop_when_computing(config, rank, *, grace_s):
-    """Start a shard's child, cancel its supervisor at the first batch, and return the seconds until the child is gone."""
+    """Cancel the supervisor of a worker process at its first batch; return the seconds it took."""
     with open_run(config) as run:
         run.prepare_shard(rank)
         run.paths.job(rank).write_text(run.shard_job(rank, "cpu").model_dump_json())
@@ -225,7 +225,7 @@ async def stop_when_computing(config, rank, *, grace_s):
             if isinstance(event, BatchComputed):
                 computing.set()
 
-        child = asyncio.create_task(
+        supervisor = asyncio.create_task(
             run_worker(
                 run.paths.job(rank),
                 device="cpu",
@@ -238,14 +238,14 @@ async def stop_when_computing(config, rank, *, grace_s):
         )
         await computing.wait()
         started_at = asyncio.get_running_loop().time()
-        child.cancel()
-        await asyncio.gather(child, return_exceptions=True)
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
         return asyncio.get_running_loop().time() - started_at
 
 
 @pytest.mark.slow
 def test_sigterm_handler_waits_for_checkpoints(tmp_path, short_fasta):
-    """A child that is told to stop saves what it has, and is waited for no longer than that takes."""
+    """A stopped worker process saves its rows, and is awaited no longer than that takes."""
     config = settings(short_fasta, tmp_path / "run")
     waited_s = asyncio.run(stop_when_computing(config, 0, grace_s=60.0))
     assert waited_s < 30.0
@@ -254,13 +254,11 @@ def test_sigterm_handler_waits_for_checkpoints(tmp_path, short_fasta):
 
 
 @pytest.mark.slow
-def test_a_child_that_does_not_hear_sigterm_is_killed_after_the_grace(
-    tmp_path, short_fasta, sabotage
-):
+def test_a_worker_that_ignores_sigterm_is_killed(tmp_path, short_fasta, sabotage):
     sabotage("""
     import signal
     signal.signal = lambda *_: None
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     import vnp_lib.worker.attempt
     vnp_lib.worker.attempt.StopFlag.set = lambda self: None
     """)
