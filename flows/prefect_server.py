@@ -100,11 +100,14 @@ class TemporaryServer(PrefectServer):
             start_new_session=True,
             env=_server_environment(os.environ),
         )
-        threading.Thread(target=self._listen, args=[self._process.stderr], daemon=True).start()
+        stream = self._process.stderr
+        assert stream is not None
 
-    def _listen(self, stream: Any) -> None:
-        for line in stream:
-            self._last_lines.append(line.decode(errors="replace"))
+        def keep_last_lines() -> None:
+            for line in stream:
+                self._last_lines.append(line.decode(errors="replace"))
+
+        threading.Thread(target=keep_last_lines, daemon=True).start()
 
     def wait(self, limit_s: float) -> None:
         """Wait until the server answers.

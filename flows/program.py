@@ -47,26 +47,26 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "vnp-embed") 
     does not fail if its standard output and error cannot be written.
     """
     with standard_streams(patience_s=_OUTPUT_LIMIT_S):
+        started_at = time.monotonic()
         try:
-            return _main(sys.argv[1:] if arguments is None else arguments, program)
+            arguments = sys.argv[1:] if arguments is None else arguments
+            config = parse_command_line(arguments, program=program)
+            validate_config(config)
+            if config.metrics_port is not None:
+                from vnp_lib.report import validate_metrics_port
+
+                validate_metrics_port(config)
+            # `python flows/embed.py` puts `flows/` first on the import path, where `import signals`
+            # in another library would find our file.
+            here = Path(__file__).parent
+            sys.path[:] = [each for each in sys.path if not each or Path(each).absolute() != here]
+            try:
+                return _run(config, find_prefect(_tell), started_at)
+            except KeyboardInterrupt:
+                return _report_interrupt()
         except InputError as error:
             _tell(error)
             return ExitCode.UNUSABLE_INPUT
-
-
-def _main(arguments: Sequence[str], program: str) -> int:
-    started_at = time.monotonic()
-    config = parse_command_line(arguments, program=program)
-    validate_config(config)
-    if config.metrics_port is not None:
-        from vnp_lib.report import validate_metrics_port
-
-        validate_metrics_port(config)
-    _remove_flows_directory_from_path()
-    try:
-        return _run(config, find_prefect(_tell), started_at)
-    except KeyboardInterrupt:
-        return _report_interrupt()
 
 
 def _run(config: EmbedConfig, server: PrefectServer, started_at: float) -> int:
@@ -183,15 +183,6 @@ def quiet_prefect(*, verbose: bool) -> None:
     prefect.addHandler(logging.NullHandler())
     # Errors in logging itself are not printed either.
     logging.raiseExceptions = False
-
-
-def _remove_flows_directory_from_path() -> None:
-    """Remove `flows/`, which `python flows/embed.py` puts first on the import path.
-
-    Otherwise `import signals` or `import events` in another library would import a file of ours.
-    """
-    here = Path(__file__).parent
-    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).absolute() != here]
 
 
 def report_outcome(config: EmbedConfig, outcome: State[Any], elapsed_s: float) -> int:

@@ -24,7 +24,9 @@ _MAX_BYTES = 64 * 1024
 def is_plain_result(path: Path) -> bool:
     """Whether a result is a JSON object of integers, byte for byte as Prefect writes it."""
     try:
-        data = _read(path)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            data = file.read(_MAX_BYTES)
         record = json.loads(data)
         numbers = json.loads(record["result"])
         serializer = record["metadata"]["serializer"]
@@ -41,9 +43,3 @@ def is_plain_result(path: Path) -> bool:
         and isinstance(numbers, dict)
         and all(type(number) is int for number in numbers.values())
     )
-
-
-def _read(path: Path) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        return file.read(_MAX_BYTES)

@@ -94,35 +94,26 @@ async def embed_shard(
 async def _attempt_here(
     run: Run, rank: int, devices: DevicePool, progress: RunProgress, artifact: ShardArtifact
 ) -> None:
+    runtime = run.config.runtime
     must_move = devices.must_move(rank)
     async with devices.acquire(rank) as device:
         if must_move:
             run.manifest.record_redistribution(rank, device.index)
         attempt = run.manifest.start_attempt(rank, device=device.name)
-        await _attempt(run, rank, device.name, attempt, progress, artifact)
-
-
-async def _attempt(
-    run: Run, rank: int, device: str, attempt: int, progress: RunProgress, artifact: ShardArtifact
-) -> None:
-    runtime = run.config.runtime
-    run.prepare_shard(rank)
-    write_file(
-        run.paths.job(rank),
-        run.shard_job(rank, device).model_dump_json(indent=1).encode(),
-        replace=True,
-    )
-    reporter = _AttemptReporter(run, rank, attempt, device, progress, artifact)
-    run.metrics.attempt(rank)
-    await run_worker(
-        run.paths.job(rank),
-        device=device,
-        log_path=run.paths.worker_log(rank),
-        on_event=reporter.on_event,
-        startup_limit_s=runtime.startup_limit_s,
-        silence_limit_s=runtime.silence_limit_s,
-        grace_s=runtime.grace_s,
-    )
+        run.prepare_shard(rank)
+        job = run.shard_job(rank, device.name).model_dump_json(indent=1)
+        write_file(run.paths.job(rank), job.encode(), replace=True)
+        reporter = _AttemptReporter(run, rank, attempt, device.name, progress, artifact)
+        run.metrics.attempt(rank)
+        await run_worker(
+            run.paths.job(rank),
+            device=device.name,
+            log_path=run.paths.worker_log(rank),
+            on_event=reporter.on_event,
+            startup_limit_s=runtime.startup_limit_s,
+            silence_limit_s=runtime.silence_limit_s,
+            grace_s=runtime.grace_s,
+        )
     num_quarantined = run.num_quarantined(rank)
     quarantined = f", {num_quarantined:,} in quarantine" if num_quarantined else ""
     await artifact.show(100.0, f"complete after attempt {attempt}{quarantined}", now=True)

@@ -73,15 +73,16 @@ class _Requests:
             return False
         self._has_sigterm = True
         if _is_main_thread():
-            signal.signal(signal.SIGTERM, self._on_further_sigterm)
+
+            def on_further_sigterm(signum: int, frame: FrameType | None) -> None:
+                if self._requests.on_signal() == Request.EXIT_NOW:
+                    self._exit_now(signum, frame)
+
+            signal.signal(signal.SIGTERM, on_further_sigterm)
         # After an earlier Ctrl-C, even the first SIGTERM may be urgent.
         if self._requests.on_signal() == Request.EXIT_NOW:
             kill_workers()
         return True
-
-    def _on_further_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        if self._requests.on_signal() == Request.EXIT_NOW:
-            self._exit_now(signum, frame)
 
     def _exit_now(self, signum: int, frame: FrameType | None) -> None:
         kill_workers()

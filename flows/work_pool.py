@@ -92,7 +92,10 @@ async def delegate_shard(run: Run, rank: int, progress: RunProgress) -> None:
     # Its heartbeats are written there from the start.
     run.prepare_shard(rank)
     async with get_client() as client:
-        flow_run_id = await _find(rank, client) or await _start(run, rank, client)
+        # An earlier process of this flow run may have started it, before that process was lost.
+        started = await _unfinished(client, [run_tag(_flow_run_id())], name=_name(rank))
+        running = [each.id for each in started if each.state and not each.state.is_cancelling()]
+        flow_run_id = running[0] if running else await _start(run, rank, client)
         get_run_logger().info("flow run %s embeds shard %d", flow_run_id, rank)
         await _follow(run, rank, client, flow_run_id, progress)
 
@@ -105,14 +108,6 @@ def run_tag(flow_run_id: str) -> str:
 def directory_tag(run: Run) -> str:
     """Return the tag by which a later run in the same directory finds them."""
     return f"vnp-dir:{run.paths.run_dir.resolve()}"
-
-
-async def _find(rank: int, client: PrefectClient) -> UUID | None:
-    """Find the flow run that an earlier process of this flow run started, before it was lost."""
-    started = await _unfinished(client, [run_tag(_flow_run_id())], name=_name(rank))
-    return next(
-        (shard.id for shard in started if shard.state and not shard.state.is_cancelling()), None
-    )
 
 
 async def _start(run: Run, rank: int, client: PrefectClient) -> UUID:
