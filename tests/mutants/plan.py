@@ -35,10 +35,12 @@ MUTANTS = (
     Mutant(
         name="plan-of-another-policy-taken-for-input-that-is-gone",
         module="plan.planner",
-        before="    _require_same_identity(paths, stored, _settings_identity(model, policy) | input_fields)\n",
+        before="    _require_same_identity("
+        "paths, stored, _settings_identity(model, policy) | input_fields)\n",
         after="",
         caught_by=(
-            "tests/unit/run/test_run.py::test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for",
+            "tests/unit/run/test_run.py::"
+            "test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for",
         ),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Exports: read back by the library that each is for, every row is the dataset's under its own id; and never half of one."""
+"""Exports: complete or absent, and equal to the dataset when read by the library they are for."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ ODD_IDS = [
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """150 sequences in four parts, with copies among them and ids that readers could trip over."""
+    """150 sequences in four parts, with identical ones and ids that confuse readers."""
     records = fake_records()
     records.ids[: len(ODD_IDS)] = ODD_IDS
     run = finish_run(start_run_of(tmp_path, records))
@@ -83,14 +83,14 @@ def export(run: Run, to: str, output: Path, **options: Any) -> Export:
 
 
 def read_back(done: Export) -> dict[str, Any]:
-    """What the Python that the export hands out makes of it."""
+    """Run the code that the export prints, and return its variables."""
     names: dict[str, Any] = {}
     exec(done.read, names)
     return names
 
 
 def in_extract_file(file: dict[str, Any], output: str) -> torch.Tensor:
-    """An output where fair-esm's script puts it, or would, by our name: `file["mean_representations"][6]` is `mean_6`."""
+    """Return an output of a fair-esm file: `file["mean_representations"][6]` for `mean_6`."""
     kind, _, layer = output.rpartition("_")
     if not layer.isdigit():
         return file[output]
@@ -98,7 +98,7 @@ def in_extract_file(file: dict[str, Any], output: str) -> torch.Tensor:
 
 
 def rows_by_id(done: Export, run: Run, to: str, output: str = "mean_6") -> dict[str, NDArray[Any]]:
-    """The rows that were read back; formats that have an order are in input order."""
+    """Read an export and return its rows; check the order of formats that have one."""
     names = read_back(done)
     if to == "hdf5-uniprot":
         return {sequence_id: names["embeddings"][accession(sequence_id)] for sequence_id in run.ids}
@@ -118,7 +118,7 @@ def names_in(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_is_read_back_is_the_dataset_row_by_row(run: Run, to: str, tmp_path: Path) -> None:
-    """By the Python that the command prints, which knows nothing of us."""
+    """The code that reads it is the one that the command prints."""
     done = export(run, to, tmp_path / "out" / "it's {here}")
     rows = rows_by_id(done, run, to)
     assert len(rows) == 150
@@ -148,7 +148,7 @@ def test_csv_is_what_the_standard_library_reads_too(run: Run, tmp_path: Path) ->
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_nothing_is_overwritten_without_force(run: Run, to: str, tmp_path: Path) -> None:
-    """And with --force all of it is, the ids beside it too."""
+    """With it everything is, including a file of ids."""
     directory = tmp_path / "exports"
     for dtype in FORMATS[to].dtypes:
         export(run, to, directory / "x", dtype=dtype, replace=True)
@@ -196,7 +196,7 @@ main(sys.argv[1:])
 def test_a_killed_export_leaves_nothing_under_the_final_name(
     run: Run, to: str, tmp_path: Path
 ) -> None:
-    """And the next one removes what it left beside it."""
+    """The next export removes its temporary files."""
     directory = tmp_path / "exports"
     arguments = ["export", str(run.paths.run_dir), "--to", to, "--output", str(directory / "x")]
     killed = subprocess.run(
@@ -215,7 +215,7 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(
 def test_a_matrix_never_exists_with_the_ids_of_another(
     run: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Of the old pair the matrix is gone for good before the new ids take their name."""
+    """The previous matrix is removed, durably, before the new ids are published."""
     export(run, "npy", tmp_path / "x")
     steps: list[str] = []
 
@@ -237,13 +237,14 @@ def test_a_matrix_never_exists_with_the_ids_of_another(
     assert steps[-6:] == ["unlink x.npy", "sync", "place x.ids.txt", "sync", "place x.npy", "sync"]
 
 
-ON_A_DISK_THAT_TAKES_NO_MORE = """
+WITH_A_FILE_SIZE_LIMIT = """
 import resource, sys
 from vnp_lib.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 run_dir, directory, column, *formats = sys.argv[1:]
 for to in formats:
-    print(to, main(["export", run_dir, "--to", to, "--column", column, "--output", f"{directory}/{to}"]))
+    options = ["--to", to, "--column", column, "--output", f"{directory}/{to}"]
+    print(to, main(["export", run_dir, *options]))
 """
 
 
@@ -254,12 +255,12 @@ for to in formats:
 def test_a_full_disk_is_one_error_and_leaves_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, of: str, column: str, formats: dict[str, Format]
 ) -> None:
-    """A real failure of the system: no file of the process may have more than a thousand bytes."""
+    """The system limits the size of every file of the process to 1,000 bytes."""
     run_dir, directory = request.getfixturevalue(of).paths.run_dir, tmp_path / "exports"
     command = [
         sys.executable,
         "-c",
-        ON_A_DISK_THAT_TAKES_NO_MORE,
+        WITH_A_FILE_SIZE_LIMIT,
         run_dir,
         directory,
         column,
@@ -298,7 +299,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, to: str, monkeypa
 
 
 def peak_bytes_of(chosen: Format, run: Run, column: str, path: Path) -> int:
-    """The memory that an export takes."""
+    """Return the peak memory of an export."""
     rows = ExportRows(
         dataset=open_dataset(run.paths.run_dir), columns=(column,), dtype=StoreDtype.FLOAT32
     )
@@ -310,7 +311,7 @@ def peak_bytes_of(chosen: Format, run: Run, column: str, path: Path) -> int:
 
 
 def with_a_value_of(run: Run, value: float) -> Run:
-    """A run of which one row, not the first of its checkpoint, has a large value."""
+    """Return a run in which the fourth row of each checkpoint has a large value."""
     for rank in range(run.plan.num_shards):
         ordinals = run.plan.shard_ordinals(rank)
         rows = np.stack([embed(run.sequences[ordinal]) for ordinal in ordinals])
@@ -363,9 +364,9 @@ def test_the_command_reports_what_it_wrote_or_refused(
     arguments = ["export", str(run.paths.run_dir), "--to", "npy"]
     path = run.paths.run_dir / "exports" / "embeddings.npy"
     assert main(arguments) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[:3] == ["150 sequences exported", f"export: {path} (5.6 kB)", "read it back:"]
-    assert f'    embeddings = np.load({str(path)!r}, mmap_mode="r")' in told
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["150 sequences exported", f"export: {path} (5.6 kB)", "read it back:"]
+    assert f'    embeddings = np.load({str(path)!r}, mmap_mode="r")' in lines
     assert names_in(path.parent) == ["embeddings.ids.txt", "embeddings.npy"]
 
     assert main(arguments) == 2
@@ -379,22 +380,10 @@ def test_the_command_reports_what_it_wrote_or_refused(
 def test_a_damaged_dataset_is_not_exported(run: Run, tmp_path: Path, capsys: Any) -> None:
     part = run.paths.embeddings_dir / "part-00002.parquet"
     group = pq.ParquetFile(part).metadata.row_group(0)
-    flip_bit(
-        part, 8 * (group.column(group.num_columns - 1).data_page_offset + 100)
-    )  # among the embeddings
-    assert (
-        main(
-            [
-                "export",
-                str(run.paths.run_dir),
-                "--to",
-                "npy",
-                "--output",
-                str(tmp_path / "out" / "x"),
-            ]
-        )
-        == 1
-    )
+    # The last column has the embeddings.
+    flip_bit(part, 8 * (group.column(group.num_columns - 1).data_page_offset + 100))
+    output = ["--output", str(tmp_path / "out" / "x")]
+    assert main(["export", str(run.paths.run_dir), "--to", "npy", *output]) == 1
     assert "part-00002.parquet is damaged" in capsys.readouterr().err
     assert names_in(tmp_path / "out") == []
 
@@ -422,8 +411,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-class TestADatasetOfSeveralOutputs:
-    """Each column goes where it has a place, in its own shape, and what has none is told where it has one."""
+class TestSeveralOutputs:
+    """Every column is exported in its own shape, or refused with the formats that hold it."""
 
     def assert_read_back(
         self, done: Export, run: Run, to: str, column: str, dtype: str = "float32"
@@ -433,7 +422,7 @@ class TestADatasetOfSeveralOutputs:
         for sequence_id, sequence in zip(run.ids, run.sequences, strict=True):
             expected = outputs_of(EVERYTHING, sequence)[column].astype(dtype)
             assert found[sequence_id].dtype == expected.dtype
-            assert np.array_equal(found[sequence_id], expected), sequence_id  # the shape too
+            assert np.array_equal(found[sequence_id], expected), sequence_id
 
     @pytest.mark.parametrize("column", ["mean_5", "max_6"])
     @pytest.mark.parametrize("to", FORMATS)
@@ -475,28 +464,25 @@ class TestADatasetOfSeveralOutputs:
     def test_a_format_of_vectors_says_which_others_take_residues(
         self, everything: Run, to: str, tmp_path: Path
     ) -> None:
-        told = f"--to {to} holds one vector per sequence, and contacts has .* npz, hdf5-uniprot, safetensors, esm-extract"
-        with pytest.raises(ConfigError, match=told):
+        message = (
+            f"--to {to} holds one vector per sequence, and contacts has .* "
+            "npz, hdf5-uniprot, safetensors, esm-extract"
+        )
+        with pytest.raises(ConfigError, match=message):
             export(everything, to, tmp_path / "out" / "x", column="contacts")
         assert not (tmp_path / "out").exists()
 
     def test_a_column_has_to_be_chosen_and_to_be_there(
         self, everything: Run, tmp_path: Path, capsys: Any
     ) -> None:
-        arguments = [
-            "export",
-            str(everything.paths.run_dir),
-            "--to",
-            "npy",
-            "--output",
-            str(tmp_path / "x"),
-        ]
+        output = ["--output", str(tmp_path / "x")]
+        arguments = ["export", str(everything.paths.run_dir), "--to", "npy", *output]
         assert main(arguments) == 2
-        told = capsys.readouterr().err
-        assert (
+        message = (
             f"has the columns {', '.join(OUTPUTS)}, and --to npy holds one: "
-            "choose it, for example with --column mean_5" in told
+            "choose it, for example with --column mean_5"
         )
+        assert message in capsys.readouterr().err
         assert main([*arguments, "--column", "embedding"]) == 2
         assert "--column embedding: there is no such column; " in capsys.readouterr().err
         assert main([*arguments, "--column", "bos_6"]) == 0
@@ -547,7 +533,7 @@ def test_the_only_column_of_vectors_is_the_default(tmp_path: Path, names: list[s
 
 @pytest.mark.parametrize("to", sorted(RAGGED_FORMATS))
 def test_memory_is_for_the_longest_sequence_only(tmp_path: Path, to: str) -> None:
-    """Nearly all of 48 MB is in copies of a few sequences of up to 2,400 residues."""
+    """48 MB are repetitions of a few sequences of up to 2,400 residues."""
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
     lengths = [2_400 - number % 12 for number in range(600)]
     ids = [f"p{number}" for number in range(600)]
@@ -574,7 +560,8 @@ def test_float16_overflow_in_a_residue_names_the_sequence(
         tmp_path, Records(["a", "b"], ["", ""], ["MKV", "MKVA"]), identity_of(layout)
     )
     rows = np.ones(7 * DIM, dtype=np.float32)
-    rows[2] = 1e6  # of the longest: it is the first in the checkpoint
+    # The longest sequence, 'b', is the first in the checkpoint.
+    rows[2] = 1e6
     offsets = np.array([0, 4 * DIM, 7 * DIM])
     write_checkpoint(
         run.plan, run.paths.checkpoint(0, 0), run.plan.order, rows=rows, offsets=offsets
@@ -645,7 +632,8 @@ def small_run(tmp_path: Path, ids: list[str], descriptions: Sequence[str] = ()) 
 
 
 def test_anndata_reads_it_a_part_at_a_time_too(run: Run, tmp_path: Path) -> None:
-    import anndata  # seconds to import: for those who ask for it
+    # Imported here, because the import takes seconds.
+    import anndata
 
     export(run, "h5ad", tmp_path / "x.h5ad")
     table = anndata.read_h5ad(tmp_path / "x.h5ad", backed="r")
@@ -665,7 +653,7 @@ def test_safetensors_gives_slices_and_says_what_they_are(run: Run, tmp_path: Pat
 def merge_as_virnucpro(
     nucleotide_file: dict[str, Any], esm_file: Path
 ) -> tuple[list[str], torch.Tensor]:
-    """What VirNucPro's merge step does with a pair of files, and the ids that it does not find."""
+    """Merge a pair of files as VirNucPro does; return also the ids that it does not find."""
     of_esm = torch.load(esm_file)
     proteins = dict(zip(of_esm["proteins"], of_esm["data"], strict=True))
     missing, merged = [], []
@@ -683,15 +671,16 @@ def merge_as_virnucpro(
     return missing, torch.stack(merged)
 
 
-def test_virnucpros_merge_step_finds_every_protein(
-    tmp_path: Path,
-) -> None:
-    """It splits its input every 10,000 records and joins files by number, so a sequence in quarantine must not move others."""
+def test_virnucpros_merge_step_finds_every_protein(tmp_path: Path) -> None:
+    """A quarantined sequence must not move others to another file.
+
+    VirNucPro divides its input every 10,000 records, and joins files by number.
+    """
     count = 10_030
     ids = [f"contig{i // 6}_chunk_1{'FR'[i % 6 // 3]}{i % 3 + 1}" for i in range(count)]
-    letters = "LAGVSERTIDPKQNFYMHWC"
+    residues = "LAGVSERTIDPKQNFYMHWC"
     sequences = [
-        "MK" + "".join(letters[i // 20**place % 20] for place in range(4)) for i in range(count)
+        "MK" + "".join(residues[i // 20**place % 20] for place in range(4)) for i in range(count)
     ]
     run = start_run_of(tmp_path, Records(ids, [""] * count, sequences))
     finish_run(run, without=[5]).assemble(quarantined=[5])
@@ -729,7 +718,7 @@ def test_virnucpro_gets_a_tensor_of_its_own_for_each_protein(run: Run, tmp_path:
 def test_virnucpro_gets_a_file_for_quarantined_sequences_too(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Or the files after it would be joined with those of another number."""
+    """Without it, later files would be joined with those of another number."""
     monkeypatch.setattr(torch_files, "_VIRNUCPRO_FILE_SEQUENCES", 2)
     records = Records(list("abcde"), [""] * 5, ["MKV", "MKVA", "MKVL", "MKVS", "MKVT"])
     run = start_run_of(tmp_path, records)
@@ -742,7 +731,7 @@ def test_virnucpro_gets_a_file_for_quarantined_sequences_too(
 
 
 def test_esm_extract_has_the_files_that_fair_esm_would_write(tmp_path: Path) -> None:
-    """One for each label of fair-esm's own reader of FASTA, under that name, a slash making a directory."""
+    """The labels are those of fair-esm's FASTA reader; a slash in one makes a directory."""
     run = small_run(
         tmp_path,
         ["sp|P1|A", "plain", "50S/30S", "deep/er"],

@@ -1,4 +1,4 @@
-"""HDF5 on a disk that takes no more: an error, wherever it strikes, and the process lives on."""
+"""HDF5 on a full disk: an error, and the process continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_ones(path: Path) -> None:
 
 
 def test_a_failed_write_is_raised_on_close_at_the_latest(tmp_path: Path) -> None:
-    """Nobody asked before: HDF5 keeps small data to itself until then."""
+    """HDF5 buffers small data until the file is closed."""
     with no_file_larger_than(1000), pytest.raises(OSError, match="File too large"):
         write_ones(tmp_path / "x.h5")
 

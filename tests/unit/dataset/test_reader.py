@@ -1,4 +1,4 @@
-"""The dataset, read: a few rows or all, and never a row that is not the one that was written."""
+"""Reading the dataset: single rows or all, and never a row that was not written."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_rows_are_found_by_id_and_by_ordinal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the embeddings directory and by the run directory; in parts of several row groups."""
+    """The parts have several row groups."""
     monkeypatch.setattr(vnp_lib.run.assembly, "_ROW_GROUP_BYTES", 7 * DIM * 4)
     run.assemble()
     dataset = open_dataset(str(run.paths.embeddings_dir))
@@ -59,9 +59,8 @@ def test_all_rows_as_one_array_and_as_tensors(run: Run) -> None:
     )
 
 
-def test_positions_in_the_dataset_and_the_input_differ(
-    tmp_path: Path,
-) -> None:
+def test_positions_in_the_dataset_and_the_input_differ(tmp_path: Path) -> None:
+    """If a sequence has no row, `at` and `row` count differently."""
     run = start_run(tmp_path)
     left_out = int(run.plan.order[0])
     finish_run(run, without=[left_out]).assemble(quarantined=[left_out])
@@ -95,7 +94,10 @@ loader = DataLoader(
     multiprocessing_context=method,
     generator=torch.Generator().manual_seed(0),
 )
-torch.save({sequence_id: row for ids, rows in loader for sequence_id, row in zip(ids, rows, strict=True)}, seen)
+rows_by_id = {}
+for ids, rows in loader:
+    rows_by_id.update(zip(ids, rows, strict=True))
+torch.save(rows_by_id, seen)
 """
 
 
@@ -103,9 +105,10 @@ torch.save({sequence_id: row for ids, rows in loader for sequence_id, row in zip
 def test_a_data_loader_with_workers_gets_every_row_with_its_id(
     run: Run, tmp_path: Path, method: str, num_workers: int
 ) -> None:
-    """Forked from a process that has read already, with Arrow's threads; or started anew. In any order.
+    """Workers are forked from a process that has used Arrow's threads, or spawned.
 
-    In a process of its own: one in which Prefect has run cannot be forked, its threads are missed at the end.
+    The test runs in a process of its own: one in which Prefect has run cannot be forked, because
+    its threads are missing on exit.
     """
     run.assemble()
     arguments = (run.paths.run_dir, method, num_workers, tmp_path / "seen.pt")
@@ -136,9 +139,8 @@ def test_a_missing_id_or_ordinal_is_a_key_error(run: Run) -> None:
             dataset.row(ordinal)
 
 
-def test_an_incomplete_run_has_no_dataset(
-    run: Run,
-) -> None:
+def test_an_incomplete_run_has_no_dataset(run: Run) -> None:
+    """The error says how to resume the run."""
     with pytest.raises(StorageError, match=r"no complete dataset here .*start the run again"):
         open_dataset(run.paths.run_dir)
     with pytest.raises(StorageError, match="there is no such directory"):
@@ -176,7 +178,7 @@ def test_a_flipped_bit_is_found_and_never_changes_a_row(run: Run, seed: int) -> 
 
 
 def test_no_flipped_bit_of_a_footer_passes_a_reader(run: Run) -> None:
-    """It says what is where in a part, and Parquet has no checksum for it."""
+    """Parquet has no checksum for the footer."""
     run.assemble()
     path = run.paths.embeddings_dir / "part-00001.parquet"
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The dataset in the hands of other libraries: the documentation's own lines, run as they stand there."""
+"""Other libraries read the dataset, with the code of the documentation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from vnp_lib.dataset.formats.registry import FORMATS
 from vnp_lib.plan.outputs import StoreDtype
 
 README, GUIDE = "README.md", "docs/how-to/read-the-dataset.md"
-KEEP = "\nimport numpy\nnumpy.savez('seen.npz', ids=[str(id_) for id_ in ids], embeddings=numpy.asarray(embeddings))\n"
+KEEP = """
+import numpy
+numpy.savez("seen.npz", ids=[str(id_) for id_ in ids], embeddings=numpy.asarray(embeddings))
+"""
 
 
 @pytest.fixture(params=StoreDtype)
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
-    """Its directory is `runs/mine`, as in the documentation, and the sequence that the documentation asks for is in it."""
+    """A run in `runs/mine`, with the sequence that the documentation reads."""
     (tmp_path / "runs").mkdir()
     records = fake_records()
     records.ids[7] = "P12345"
@@ -34,7 +37,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
 
 
 def lines_with(library: str, page: str) -> str:
-    """Where a page reads all ids and embeddings with a library."""
+    """Return the code of a page that reads all ids and embeddings with a library."""
     programs = [
         block.code
         for block in blocks_of((ROOT / page).read_text())
@@ -70,10 +73,9 @@ def test_every_row_is_read_with_its_id(run: Run, library: str, page: str, tmp_pa
     )
     with np.load(tmp_path / "seen.npz") as seen:
         assert seen["ids"].tolist() == run.ids
-        is_float16 = run.plan.store_dtype == "float16" and library in (
-            "pandas",
-            "polars",
-        )  # the others give float32
+        # The others convert to float32.
+        keeps_float16 = library in ("pandas", "polars")
+        is_float16 = run.plan.store_dtype == "float16" and keeps_float16
         assert seen["embeddings"].dtype == (np.float16 if is_float16 else np.float32)
         assert np.array_equal(seen["embeddings"], run.expected_rows().astype(run.plan.store_dtype))
 

@@ -1,4 +1,4 @@
-"""Input without sequences: with `--allow-empty` a complete dataset of no rows, whoever reads it; otherwise a sentence."""
+"""Input without sequences: with `--allow-empty` a complete, empty dataset; otherwise an error."""
 
 from __future__ import annotations
 
@@ -205,8 +205,9 @@ def test_an_estimate_names_allow_empty(tmp_path, capsys):
     assert main(arguments) == 1
     assert "--allow-empty" in capsys.readouterr().out.replace("\n", " ")
     assert main([*arguments, "--allow-empty", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["num_sequences"], told["num_batches"], told["can_begin"]) == (0, 0, True)
+    estimate = json.loads(capsys.readouterr().out)
+    assert (estimate["num_sequences"], estimate["num_batches"]) == (0, 0)
+    assert estimate["can_begin"] is True
     path.write_text(">a\nMK\n")
     assert main([*arguments, "--min-length", "3"]) == 1
     assert "all 1 records are skipped" in capsys.readouterr().out.replace("\n", " ")
@@ -265,7 +266,7 @@ def test_exports_of_residues_are_read_too(run_of_residues, tmp_path, to, column)
     ],
 )
 def test_every_kind_of_run_can_be_empty(tmp_path, settings, outputs):
-    """The second assembly finds the first one's dataset whole. A byte order mark is no sequence either."""
+    """The second assembly finds the dataset intact. The input is a byte order mark alone."""
     path = tmp_path / "x.fasta"
     path.write_bytes(b"\xef\xbb\xbf")
     with open_run(small_config(path, tmp_path / "run", allow_empty=True, **settings)) as run:
@@ -294,7 +295,7 @@ def test_the_option_does_not_make_another_run_of_real_input(tmp_path):
 
 
 def test_empty_standard_input_is_an_empty_run_if_allowed(tmp_path, monkeypatch):
-    """And an empty pipe goes on with it."""
+    """A second empty pipe resumes the run."""
     for allow_empty in (False, True, True):
         config = small_config(Path("-"), tmp_path / "run", allow_empty=allow_empty)
         read_end, write_end = os.pipe()

@@ -1,4 +1,4 @@
-"""What can be asked for, under which names, and how wide it makes a row."""
+"""Outputs: the choice, the names, and the width of rows."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_widths_of_very_long_sequences_do_not_overflow():
 
 
 def test_one_mean_adds_nothing_to_the_identity():
-    """The identity of runs that were begun before there was a choice: it must stay what it was."""
+    """The identity of runs of earlier versions, which had no choice of outputs, must not change."""
     assert layout_of("mean_6").identity() == {}
     several = layout_of("mean_6", "bos_6")
     assert several.identity() == {"outputs": "mean_6,bos_6", "embed_dim": 4}

@@ -8,7 +8,7 @@ from vnp_lib.plan.packing import pack, packed_tokens
 
 
 def pack_one_by_one(token_lengths: list[int], token_budget: int) -> list[int]:
-    """The definition, a sequence at a time."""
+    """Return the boundaries by the definition, one sequence at a time."""
     boundaries, tokens = [0], 0
     for position, length in enumerate(token_lengths):
         if tokens and tokens + length > token_budget:
@@ -64,8 +64,8 @@ def test_a_budget_or_length_below_one_is_refused(
 
 
 def test_a_token_budget_halves_and_grows_back_to_its_limit():
-    told = []
-    budget = TokenBudget(1000, on_change=told.append)
+    changes = []
+    budget = TokenBudget(1000, on_change=changes.append)
     budget.shrink(800)
     assert budget.tokens == 400
     for _ in range(49):
@@ -76,7 +76,7 @@ def test_a_token_budget_halves_and_grows_back_to_its_limit():
     for _ in range(50 * 20):
         budget.grow()
     assert budget.tokens == 1000
-    assert told == [400, 500, 625, 781, 976, 1000]
+    assert changes == [400, 500, 625, 781, 976, 1000]
 
 
 def test_a_token_budget_stays_between_one_and_its_limit():

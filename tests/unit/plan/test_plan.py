@@ -1,4 +1,4 @@
-"""The plan: what is written, that it follows from the content alone, and that a damaged one is noticed."""
+"""The plan: its files, its dependence on content alone, and the detection of damage."""
 
 import gzip
 import hashlib
@@ -37,7 +37,7 @@ Record = tuple[str, str]  # header, sequence
 
 
 def random_records(seed: int, num_records: int) -> list[Record]:
-    """Distinct ids; about a third of the sequences repeat another's."""
+    """Return records with distinct ids; about a third of the sequences repeat another."""
     rng = np.random.default_rng(seed)
     pool = [
         "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), rng.integers(1, 300)))
@@ -131,7 +131,10 @@ def test_each_distinct_sequence_is_in_one_batch_of_one_shard(
 
 
 def test_fetch_returns_rows_in_the_requested_order(tmp_path: Path) -> None:
-    """Over several record batches too: a chunk of the input is 8,192 records, and ends with its file."""
+    """Rows are read from several record batches.
+
+    A chunk of the input has 8,192 records, and ends with its file.
+    """
     parts = [
         random_records(seed=seed, num_records=num_records)
         for seed, num_records in ((1, 9000), (2, 10))
@@ -151,7 +154,7 @@ def test_fetch_returns_rows_in_the_requested_order(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_loaded_without_pandas(tmp_path: Path) -> None:
-    """Where it is installed, Arrow imports it for what might be its own, and every child loads a plan."""
+    """Every worker process loads a plan, and Arrow's `to_numpy` would import pandas."""
     plan_of(
         tmp_path / "run", write_fasta(tmp_path / "x.fasta", random_records(seed=3, num_records=100))
     )
@@ -183,9 +186,8 @@ def test_a_loaded_plan_is_the_one_that_was_made(tmp_path: Path) -> None:
     assert loaded.order.tolist() == made.order.tolist()
 
 
-def test_the_fingerprint_is_the_sha256_of_the_identity(
-    tmp_path: Path,
-) -> None:
+def test_the_fingerprint_is_the_sha256_of_the_identity(tmp_path: Path) -> None:
+    """The identity contains the sha256 of the sequences."""
     plan = plan_of(
         tmp_path / "run", write_fasta(tmp_path / "x.fasta", [("a one", "mkv"), ("b", "MJ*")])
     )
@@ -250,7 +252,7 @@ def test_there_are_never_more_shards_than_sequences_to_compute(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {"model": "esm2_t12_35M_UR50D"},
@@ -264,20 +266,20 @@ def test_there_are_never_more_shards_than_sequences_to_compute(tmp_path: Path) -
     ],
 )
 def test_a_directory_of_another_model_is_refused_and_untouched(
-    tmp_path: Path, change: dict[str, str | int], told: str
+    tmp_path: Path, change: dict[str, str | int], message: str
 ) -> None:
     fasta = write_fasta(tmp_path / "x.fasta", random_records(seed=6, num_records=20))
     plan_of(tmp_path / "run", fasta)
     before = snapshot(tmp_path / "run")
     with pytest.raises(FingerprintMismatchError) as caught:
         plan_of(tmp_path / "run", fasta, model=replace(MODEL, **change))  # type: ignore[arg-type]
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "--force-restart" in str(caught.value)
     assert snapshot(tmp_path / "run") == before
 
 
 def test_a_directory_of_other_sequences_is_refused_and_untouched(tmp_path: Path) -> None:
-    """Under the same file name, too."""
+    """The file name is the same."""
     records = random_records(seed=7, num_records=20)
     fasta = write_fasta(tmp_path / "x.fasta", records)
     plan_of(tmp_path / "run", fasta)
@@ -306,7 +308,7 @@ def test_ten_ids_that_occur_twice_are_shown_and_the_rest_counted(tmp_path: Path)
 
 
 def test_duplicate_ids_are_kept_on_request(tmp_path: Path) -> None:
-    """And make the same content as any: the policy is no part of the run."""
+    """The policy is not part of the fingerprint."""
     fasta = write_fasta(
         tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKL"), ("a again", "MKW"), ("a", "MKV")]
     )
@@ -322,6 +324,7 @@ def test_duplicate_ids_are_kept_on_request(tmp_path: Path) -> None:
 
 
 def test_without_dedup_every_sequence_is_computed(tmp_path: Path) -> None:
+    """With and without dedup are different runs."""
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKVL"), ("c", "MKV")])
     plan = plan_of(tmp_path / "run", fasta, dedup=False)
     assert (plan.num_computed, plan.representatives.tolist(), plan.order.tolist()) == (
@@ -338,7 +341,7 @@ FAULTY = [("a", "MKV"), ("gap one", "M-V"), ("b", "MKVLA"), ("empty", ""), ("c",
 
 
 def test_records_that_are_skipped_are_listed_with_their_places(tmp_path: Path) -> None:
-    """Over several files, in the words of the error that they would have been."""
+    """The list covers several files, with the messages of the errors as reasons."""
     fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
     table = tmp_path / "x.csv"
     table.write_text("id,sequence\nd,MK\ne,M1\n")
@@ -365,7 +368,7 @@ def test_records_that_are_skipped_are_listed_with_their_places(tmp_path: Path) -
 
 
 def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
-    """Empty ones too. It is no part of the run: the same sequences from a file without the others go on with it."""
+    """The option is not part of the fingerprint: a file without the short ones is the same run."""
     records = [("a", "MKV"), ("b", "MK"), ("empty", ""), ("c", "mk*"), ("d", "MKVL")]
     fasta = write_fasta(tmp_path / "x.fasta", records)
     plan = plan_of(tmp_path / "run", fasta, min_length=3)
@@ -384,7 +387,7 @@ def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "lengths", "told"),
+    ("policy", "lengths", "message"),
     [
         ({"long": "skip", "max_length": 4}, [3, 4], "3 records skipped"),
         (
@@ -402,16 +405,16 @@ def test_short_sequences_are_skipped_and_listed(tmp_path: Path) -> None:
     ],
 )
 def test_short_sequences_are_skipped_under_every_policy(
-    tmp_path: Path, policy: dict[str, Any], lengths: list[int], told: str
+    tmp_path: Path, policy: dict[str, Any], lengths: list[int], message: str
 ) -> None:
-    """A length is that of the sequence as it was read, before it is cut."""
+    """The length counts before truncation."""
     odd = [("odd", "M1")] if "invalid_residues" in policy else []
     records = [("a", "MK"), ("b", "MKV"), *odd, ("c", "MKVL"), ("d", "M"), ("e", "MKWLA")]
     plan = plan_of(
         tmp_path / "run", write_fasta(tmp_path / "x.fasta", records), min_length=3, **policy
     )
     assert plan.lengths.tolist() == lengths
-    assert plan.counts.describe() == told
+    assert plan.counts.describe() == message
 
 
 def test_short_proteins_of_a_translation_are_skipped(tmp_path: Path) -> None:
@@ -423,6 +426,7 @@ def test_short_proteins_of_a_translation_are_skipped(tmp_path: Path) -> None:
 
 
 def test_a_damaged_list_of_skipped_records_is_rebuilt(tmp_path: Path) -> None:
+    """`load_plan` refuses it, and the next run with the input writes it again."""
     fasta = write_fasta(tmp_path / "x.fasta", FAULTY)
     plan_of(tmp_path / "run", fasta, invalid_residues="skip")
     skipped = RunPaths(tmp_path / "run").skipped
@@ -435,24 +439,23 @@ def test_a_damaged_list_of_skipped_records_is_rebuilt(tmp_path: Path) -> None:
 
 
 def test_same_sequences_from_other_records_are_the_same_run(tmp_path: Path) -> None:
-    """The plan then says what it was made from last: here nothing had to be skipped any more."""
+    """The plan counts the input of the last run, in which nothing is skipped."""
     faulty = write_fasta(tmp_path / "x.fasta", FAULTY)
-    mended = write_fasta(tmp_path / "y.fasta", [FAULTY[0], FAULTY[2], FAULTY[4]])
+    fixed = write_fasta(tmp_path / "y.fasta", [FAULTY[0], FAULTY[2], FAULTY[4]])
     first = plan_of(tmp_path / "run", faulty, invalid_residues="skip")
-    second = plan_of(tmp_path / "run", mended)
+    second = plan_of(tmp_path / "run", fixed)
     assert first.fingerprint == second.fingerprint
     assert (first.counts.num_skipped, second.counts.num_skipped) == (2, 0)
     assert not RunPaths(tmp_path / "run").skipped.exists()
 
 
-def test_a_plan_with_fewer_counts_is_the_same_run(
-    tmp_path: Path,
-) -> None:
+def test_a_plan_with_fewer_counts_is_the_same_run(tmp_path: Path) -> None:
+    """Plans of earlier versions lack the newer counts."""
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKV"), ("b", "MKV")])
     first, paths = plan_of(tmp_path / "run", fasta), RunPaths(tmp_path / "run")
-    told = read_sealed_json(paths.plan_json)
-    told["input"] = {"num_skipped": 0, "num_cut": 0, "letters": told["input"]["letters"]}
-    write_sealed_json(paths.plan_json, told, replace=True)
+    content = read_sealed_json(paths.plan_json)
+    kept_counts = {"num_skipped": 0, "num_cut": 0, "letters": content["input"]["letters"]}
+    write_sealed_json(paths.plan_json, content | {"input": kept_counts}, replace=True)
     assert load_plan(paths).counts.num_duplicates == 0
     second = plan_of(tmp_path / "run", fasta)
     assert (second.counts.num_duplicates, second.fingerprint) == (1, first.fingerprint)
@@ -473,7 +476,7 @@ def test_input_without_a_remaining_sequence_is_refused(tmp_path: Path) -> None:
 
 
 def test_truncated_sequences_keep_their_original_length(tmp_path: Path) -> None:
-    """Those that are equal then are computed once."""
+    """Sequences that are equal after truncation are computed once."""
     fasta = write_fasta(tmp_path / "x.fasta", [("a", "MKVLAW"), ("b", "MKVL"), ("c", "MKVLWWW")])
     plan = plan_of(tmp_path / "run", fasta, long="truncate", max_length=4)
     assert plan.fetch(np.arange(3))[1] == ["MKVL"] * 3
@@ -493,7 +496,7 @@ def test_truncated_sequences_keep_their_original_length(tmp_path: Path) -> None:
 
 
 def test_truncation_gives_the_tokens_of_fair_esm(tmp_path: Path) -> None:
-    """As `extract.py --truncation_seq_length 1022` has them: the first 1,022 residues between BOS and EOS."""
+    """The oracle is fair-esm's batch converter with a truncation length of 1,022 residues."""
     rng = np.random.default_rng(0)
     records = [
         (f"p{n}", "".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)))
@@ -580,7 +583,7 @@ def test_required_space_is_checkpoints_and_dataset(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_refused_with_both_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the run has written already counts as there: a resumed run needs room only for the rest."""
+    """Existing checkpoints count: a resumed run needs space only for the rest."""
     paths = RunPaths(tmp_path / "run")
     plan = plan_of(paths.run_dir, write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
     needed = required_bytes(plan, RowLayout(MEAN, 320))
@@ -599,7 +602,7 @@ def test_a_disk_without_room_is_refused_with_both_figures(
 def test_a_file_removed_during_the_space_check_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers of an earlier run save yet: they rename their temporary files."""
+    """Worker processes of an earlier run may still rename their temporary files."""
     paths = RunPaths(tmp_path / "run")
     plan = plan_of(paths.run_dir, write_fasta(tmp_path / "x.fasta", [("a", "MKV")]))
     paths.shard_dir(0).mkdir(parents=True)
