@@ -193,7 +193,7 @@ def test_every_command_takes_it(run_dir, capsys):
         assert main([command, str(run_dir)]) == 0
         assert main([command, str(run_dir), "--json"]) == 0 if command != "report" else True
     page = (run_dir / "report.html").read_text()
-    assert "There is no sequence." in page
+    assert "No sequences." in page
     assert "dataset.ids[0]" not in page
     assert "Traceback" not in capsys.readouterr().err
 
