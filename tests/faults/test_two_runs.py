@@ -69,16 +69,16 @@ def fail_beside_another(directory: Path, oracle: Outcome) -> None:
 
 def open_while_another_runs(run_dir: Path) -> None:
     bypass_locks()
-    plan_run = directory._plan
+    plan_run = directory.plan_run
 
     def plan_late(*arguments: Any) -> Any:
-        directory._plan = plan_run
+        directory.plan_run = plan_run
         write_fasta(run_dir.parent)
         assert call(run_to_the_end, run_dir).value
         (run_dir.parent / FASTA).write_text(">another\nMKV\n")
         return plan_run(*arguments)
 
-    directory._plan = plan_late
+    directory.plan_run = plan_late
     with open_run(config_for(run_dir)):
         pass
 

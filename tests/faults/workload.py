@@ -28,6 +28,7 @@ from vnp_lib.plan.plan import ROW_OVERHEAD_BYTES
 from vnp_lib.run import record
 from vnp_lib.run.assembly import assemble
 from vnp_lib.run.directory import open_run
+from vnp_lib.run.events import AttemptStarted, CheckpointSaved, WorkerEvent
 from vnp_lib.run.run import Run
 from vnp_lib.storage.durable import make_directory, read_marker, write_file
 from vnp_lib.worker.attempt import ShardAttempt, StopFlag
@@ -81,12 +82,12 @@ class Events:
         self._rank = rank
         self._acknowledge = acknowledge
 
-    def send(self, event: str, **fields: Any) -> None:
-        if event == "checkpoint":
-            self._acknowledge(
-                read_marker(self._paths.checkpoint(self._rank, fields["number"]))["ordinals"]
-            )
-        if event == "started":  # what it found is called done
+    def send(self, event: WorkerEvent) -> None:
+        if isinstance(event, CheckpointSaved):
+            path = self._paths.checkpoint(self._rank, event.number)
+            self._acknowledge(read_marker(path)["ordinals"])
+        # An attempt that starts counts what it found on disk as done.
+        if isinstance(event, AttemptStarted):
             for path in self._paths.shard_dir(self._rank).glob("batch_*.pt"):
                 self._acknowledge(read_marker(path)["ordinals"])
 
