@@ -93,7 +93,7 @@ def job() -> dict[str, Any]:
 
 
 class TestJobTemplate:
-    def test_every_placeholder_is_a_variable_and_every_variable_is_used(self):
+    def test_placeholders_and_variables_match(self):
         used = {
             placeholder.name for placeholder in find_placeholders(TEMPLATE["job_configuration"])
         }
@@ -280,7 +280,7 @@ class TestPrefectYaml:
             )
 
 
-def test_the_form_of_a_run_has_a_title_and_a_description_for_every_field():
+def test_every_field_of_a_run_has_a_title_and_description():
     """In Prefect's UI, where a run can be started."""
     flow: Flow[Any, Any] = load_flow_from_entrypoint(str(ROOT / "flows/embed.py:embed"))
     models = flow.parameters.model_dump_for_openapi()["definitions"]
