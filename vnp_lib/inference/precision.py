@@ -1,8 +1,8 @@
-"""The precision certificate: how far a run in half precision is from float32, measured on sequences of its own.
+"""The precision certificate: the deviation of a half-precision run from float32.
 
-Before a shard's child begins, it embeds the shard's part of the sample in float32. When the run's own rows of these sequences
-are computed, what lies between the two goes into the checkpoint that holds them, and from all checkpoints into
-`_SUCCESS.json`: the rows that were compared are those that are in the dataset.
+Each worker process first embeds the part of its shard in a sample of sequences in float32. Each
+checkpoint records the differences of its own rows of these sequences, and `_SUCCESS.json` the worst
+of all checkpoints: the compared rows are those in the dataset.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUM_SAMPLED = 64
-LONGEST_SAMPLED = 1022  # residues; in float32 a much longer one may not fit, and would take long
-LEAST_COSINE = 0.999  # below it, people are warned
 
-_BLOCK = 2**20  # numbers of two rows that are compared at a time
+# A much longer sequence may not fit into memory in float32, and would take long.
+LONGEST_SAMPLED = 1022  # residues
+
+# Users are warned below this.
+LEAST_COSINE = 0.999
+
+_BLOCK = 2**20  # values of two rows that are compared at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A row of the run beside the float32 row of the same sequence."""
+    """The difference between a row of the run and the float32 row of the same sequence."""
 
     ordinal: int
     max_abs_difference: float
@@ -56,19 +60,21 @@ class Comparison:
 
 
 class ExactRows(Mapping[int, NDArray[np.float32]]):
-    """Rows in float32, (W,), by ordinal, in a file that has no name and ends with the process: memory holds the one that is asked for.
+    """Rows in float32, (W,), by ordinal, in a temporary file without a name.
 
-    Rows with the states of all residues and with contacts would be a gigabyte, for the model with 3B parameters.
+    In memory, rows with per-residue states and contacts would take a gigabyte with the model of 3B
+    parameters.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # it is open as long as we are
+        # Open for the lifetime of this object.
+        self._file = TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._places: dict[int, tuple[int, int]] = {}  # first byte, numbers
         self._end = 0
 
     def keep(self, ordinal: int, row: NDArray[np.float32]) -> None:
-        """Write a row, (W,). OSError where the disk is full; then it is as if there were none."""
+        """Write a row, (W,). If the disk is full, raise OSError and keep no row of this ordinal."""
         self._file.seek(self._end)
         if self._file.write(row.data) != row.nbytes:
             raise OSError(f"{row.nbytes:,} bytes of a row do not fit on the disk")
@@ -88,7 +94,7 @@ class ExactRows(Mapping[int, NDArray[np.float32]]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """The worst of all comparisons of a run."""
+    """The worst comparisons of a run."""
 
     num_compared: int
     max_abs_difference: float
@@ -96,7 +102,7 @@ class Certificate:
 
     @classmethod
     def of(cls, comparisons: Iterable[Comparison]) -> Self | None:
-        """Sum comparisons up, each sequence once; None where there is none."""
+        """Summarise comparisons, each sequence once; return None if there are none."""
         by_ordinal = {each.ordinal: each for each in comparisons}
         if not by_ordinal:
             return None
@@ -108,19 +114,23 @@ class Certificate:
 
     @property
     def is_poor(self) -> bool:
-        """Whether a user of the embeddings should know before using them."""
+        """Whether users should be warned before they use the embeddings."""
         return self.lowest_cosine < LEAST_COSINE
 
     def describe(self) -> str:
-        """Say it in a line: `64 sequences compared with float32: cosine at least 0.999981, difference at most 0.031`."""
+        """Describe it in one line.
+
+        `64 sequences compared with float32: cosine at least 0.999981, difference at most 0.031`
+        """
         return (
-            f"{self.num_compared} sequences compared with float32: cosine at least {self.lowest_cosine:.6f}, "
+            f"{self.num_compared} sequences compared with float32: "
+            f"cosine at least {self.lowest_cosine:.6f}, "
             f"difference at most {self.max_abs_difference:.2g}"
         )
 
 
 def sampled_ordinals(plan: RunPlan) -> Ordinals:
-    """Choose the sequences to compare, at most 64, evenly over all lengths; the same for every division into shards."""
+    """Choose at most 64 sequences to compare, evenly over all lengths, whatever the shards are."""
     eligible = plan.order[plan.lengths[plan.order] <= LONGEST_SAMPLED]
     places = (
         np.linspace(0, eligible.size - 1, min(NUM_SAMPLED, eligible.size)).round().astype(np.int64)
@@ -133,7 +143,7 @@ def compare(
     rows: NDArray[np.float32] | Sequence[NDArray[np.float32]] | Sequence[Tensor],
     exact: Mapping[int, NDArray[np.float32]],
 ) -> list[Comparison]:
-    """Compare those of the B rows, each (W,), whose exact row is known and finite."""
+    """Compare those of the B rows, each (W,), whose float32 row is known and finite."""
     known = np.flatnonzero(np.isin(ordinals, list(exact)))
     return [
         Comparison.between(ordinal, np.asarray(rows[place]), own)
@@ -143,10 +153,10 @@ def compare(
 
 
 def to_metadata(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """What a checkpoint keeps of them; nothing where there are none."""
+    """Return the metadata of a checkpoint that records comparisons, if there are any."""
     return {"precision": [asdict(each) for each in comparisons]} if comparisons else {}
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> list[Comparison]:
-    """What a checkpoint has kept."""
+    """Return the comparisons in the metadata of a checkpoint."""
     return [Comparison(**each) for each in metadata.get("precision", ())]

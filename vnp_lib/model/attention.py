@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed batch, and the rotary positions it works with."""
+"""Attention within each sequence of a packed batch, and rotary positions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from vnp_lib.model.cpu_attention import attend_by_products, products_are_faster
 
-Run = tuple[int, int]  # neighbours of equal length: how many sequences, and how many tokens each
+# Neighbours of equal length: the number of sequences, and the tokens of each.
+Run = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLayout:
-    """Where the sequences of a packed batch lie. Made once per forward pass, used by every layer."""
+    """The positions of the sequences in a packed batch, made once per forward pass."""
 
     cu_seqlens: Tensor  # int32 (B + 1,), on the states' device
     max_seqlen: int  # tokens
@@ -34,7 +35,7 @@ class PackedLayout:
 
 
 def runs_of_equal_length(cu_seqlens: Tensor) -> tuple[Run, ...]:
-    """Find neighbours of equal length in a packed batch with these boundaries, int32 (B + 1,), on whatever device."""
+    """Find neighbours of equal length in a packed batch with boundaries `cu_seqlens`."""
     seqlens, counts = torch.unique_consecutive(cu_seqlens.cpu().diff(), return_counts=True)
     return tuple(zip(counts.tolist(), seqlens.tolist(), strict=True))
 
@@ -44,36 +45,41 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
 
     Args:
         q, k, v: Queries, keys and values, (T, H, D), each head contiguous.
-        layout: Where the sequences lie.
+        layout: The positions of the sequences.
 
     Returns:
         The attended values, (T, H, D).
     """
     if layout.runs:
-        return _attend_by_runs(q, k, v, layout.runs)
+        tokens = [count * seqlen for count, seqlen in layout.runs]
+        states_of_runs = zip(*(x.split_with_sizes(tokens) for x in (q, k, v)), strict=True)
+        attended = map(_attend_one_run, states_of_runs, layout.runs)
+        return torch.cat(list(attended))
     boundaries, longest = layout.cu_seqlens, layout.max_seqlen
     # In this form, by position, torch 2.10 to 2.13 and flash-attn 2 agree on the arguments.
     kernel = _varlen_kernel()
-    assert kernel is not None  # or the layout has runs
+    # Without a kernel the layout has runs.
+    assert kernel is not None
     return kernel(q, k, v, boundaries, boundaries, longest, longest)
 
 
 def pairs_adjacent(x: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of a query or key projection, (H * D, ...): fair-esm turns (i, i + D/2), `rotate` turns (2i, 2i + 1).
+    """Reorder the rows of a query or key projection, (H * D, ...), for `rotate`.
 
-    Scores do not notice, since queries and keys are reordered alike.
+    fair-esm rotates the pairs (i, i + D/2), `rotate` the pairs (2i, 2i + 1). The scores stay the
+    same, since queries and keys are reordered alike.
     """
     halves = x.view(-1, 2, head_dim // 2, *x.shape[1:])
     return halves.transpose(1, 2).reshape(x.shape)
 
 
 def rotary_factors(layout: PackedLayout, num_tokens: int, head_dim: int) -> Tensor:
-    """Look up the rotary factors of every token; positions count from 0 at each sequence's BOS.
+    """Look up the rotary factors of every token. Positions count from 0 at the BOS of a sequence.
 
-    They are float32 whatever the model is: bfloat16 counts exactly only to 256, float16 only to 2048.
+    They are float32 for all models: bfloat16 is exact for integers to 256, float16 to 2048.
 
     Returns:
-        What `rotate` takes: complex64 (T, 1, 1, D/2).
+        The factors for `rotate`: complex64 (T, 1, 1, D/2).
     """
     starts = layout.cu_seqlens[:-1]
     first_token = torch.repeat_interleave(starts, layout.cu_seqlens.diff(), output_size=num_tokens)
@@ -83,9 +89,10 @@ def rotary_factors(layout: PackedLayout, num_tokens: int, head_dim: int) -> Tens
 
 
 def rotate(x: Tensor, factors: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of queries and keys, (T, N, H, D), by their token's angles (RoFormer, arXiv:2104.09864).
+    """Rotate the pairs (2i, 2i + 1) of queries and keys, (T, N, H, D), in place.
 
-    In place, and in float32 whatever `x` is: one complex multiplication.
+    One complex multiplication in float32, whatever the dtype of `x`. The angles are those of
+    RoFormer (arXiv:2104.09864).
     """
     exact = x.float()
     torch.view_as_complex(exact.view(*x.shape[:-1], -1, 2)).mul_(factors)
@@ -97,21 +104,24 @@ def _has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and _varlen_kernel() is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention begins with Ampere
+        # Flash attention needs Ampere or later.
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
 @cache
 def _varlen_kernel() -> Callable[..., Tensor] | None:
-    """A kernel for packed sequences: torch's own, where this build has it, else flash-attn's, else None.
+    """Return the kernel for packed sequences of torch or of flash-attn, or None if both lack it.
 
-    By position, both take the same. The import takes half a second: for GPUs alone.
+    Both take the same arguments by position. The import takes half a second, so that it is done for
+    GPUs only.
     """
     if torch.backends.cuda.is_flash_attention_available():
         with suppress(ImportError):
             from torch.nn.attention.varlen import varlen_attn
 
-            return varlen_attn  # type: ignore[return-value]  # a tuple only where auxiliary outputs are asked for
+            # It returns a tuple only if auxiliary outputs are requested.
+            return varlen_attn  # type: ignore[return-value]
     with suppress(ImportError):
         from flash_attn import flash_attn_varlen_func
 
@@ -119,15 +129,8 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
     return None
 
 
-def _attend_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
-    tokens = [count * seqlen for count, seqlen in runs]
-    states_of_runs = zip(*(x.split_with_sizes(tokens) for x in (q, k, v)), strict=True)
-    return torch.cat(
-        [_attend_one_run(states, *run) for states, run in zip(states_of_runs, runs, strict=True)]
-    )
-
-
-def _attend_one_run(states: tuple[Tensor, ...], count: int, seqlen: int) -> Tensor:
+def _attend_one_run(states: tuple[Tensor, ...], run: Run) -> Tensor:
+    count, seqlen = run
     q, k, v = (x.view(count, seqlen, *x.shape[1:]).transpose(1, 2) for x in states)
     attended = attend_by_products(q, k, v) if products_are_faster(v) else None
     if attended is None:
@@ -137,7 +140,8 @@ def _attend_one_run(states: tuple[Tensor, ...], count: int, seqlen: int) -> Tens
 
 @lru_cache(maxsize=4)
 def _rotary_table(head_dim: int, rows: int, device: torch.device) -> Tensor:
-    # On the CPU, as fair-esm's are: powers differ in the last bits between devices, and the angles grow with the position.
+    # On the CPU, as in fair-esm: powers differ in their last bits between devices, and the
+    # differences grow with the position.
     frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
     return torch.complex(angles.cos(), angles.sin()).to(device)

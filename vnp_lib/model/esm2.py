@@ -23,13 +23,14 @@ from vnp_lib.model.attention import (
 from vnp_lib.model.linear import Linear
 from vnp_lib.model.tokens import ALPHABET_SIZE, PAD
 
-Watch = Callable[
-    [int, Tensor, Tensor], None
-]  # a layer's number and its queries and keys, (T, H, D), positions turned in
+# Takes the number of a layer and its rotated queries and keys, (T, H, D).
+Watch = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
+    """The shape of an ESM-2 model."""
+
     num_layers: int
     embed_dim: int
     attention_heads: int
@@ -40,9 +41,9 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Of the network without its heads."""
-        of_a_layer = 12 * self.embed_dim**2 + 13 * self.embed_dim
-        return self.num_layers * of_a_layer + (ALPHABET_SIZE + 2) * self.embed_dim
+        """Number of parameters without the heads."""
+        per_layer = 12 * self.embed_dim**2 + 13 * self.embed_dim
+        return self.num_layers * per_layer + (ALPHABET_SIZE + 2) * self.embed_dim
 
 
 MODELS = {
@@ -56,7 +57,7 @@ MODELS = {
 
 
 def architecture_of(model: str) -> Architecture:
-    """Look a model up by name; ConfigError where it is none of ESM-2's six."""
+    """Return the architecture of a model by name; ConfigError if it is none of ESM-2's six."""
     if model not in MODELS:
         raise ConfigError(f"there is no model {model!r}; choose one of {', '.join(MODELS)}")
     return MODELS[model]
@@ -65,13 +66,15 @@ def architecture_of(model: str) -> Architecture:
 class ESM2(nn.Module):
     """ESM-2 without its heads, for inference (Lin et al. 2023, doi:10.1126/science.ade2574).
 
-    Queries, keys and values come from one projection, in the order that `rotate` wants; else it is fair-esm's network.
+    It equals fair-esm's network, except that one projection computes queries, keys and values, in
+    the order that `rotate` expects.
     """
 
     def __init__(self, architecture: Architecture, *, by_convolution: bool = False) -> None:
         super().__init__()
         self.architecture = architecture
-        # Given a weight, it draws none: for that, on "meta", torch imports its compiler, which takes seconds.
+        # With a weight, the module draws none: to draw on "meta", torch imports its compiler, which
+        # takes seconds.
         weight = torch.empty(ALPHABET_SIZE, architecture.embed_dim)
         self.embed_tokens = nn.Embedding(
             ALPHABET_SIZE, architecture.embed_dim, padding_idx=PAD, _weight=weight
@@ -93,14 +96,15 @@ class ESM2(nn.Module):
         device: torch.device | None = None,
         by_convolution: bool = False,
     ) -> Self:
-        """Make room for a network, on the CPU by default, and copy fair-esm's parameters into it, cast on the way.
+        """Build a network from fair-esm's parameters, which are copied and cast.
 
         Args:
-            tensors: By fair-esm's names, one by one: none is kept.
+            tensors: Parameters by fair-esm's names. They are read one by one, and none is kept.
+            device: The CPU by default.
             by_convolution: How to multiply, see `Linear`; for float32 on a CPU only.
 
         Raises:
-            ValueError: A parameter is missing, too many, or of another shape.
+            ValueError: A parameter is missing, unknown, or of another shape.
         """
         with torch.device("meta"):
             network = cls(architecture, by_convolution=by_convolution)
@@ -108,19 +112,17 @@ class ESM2(nn.Module):
             name: torch.empty(parameter.shape, dtype=dtype, device=device or torch.device("cpu"))
             for name, parameter in network.named_parameters()
         }
-        network.load_state_dict(
-            empty, assign=True
-        )  # not `to_empty`: for that torch imports its compiler, too
-        rooms = dict(network._rooms())
+        # Not `to_empty`, for which torch imports its compiler too.
+        network.load_state_dict(empty, assign=True)
+        targets = dict(network._parameters_in_fair_esm())
         for name, tensor in tensors:
-            room = rooms.pop(name, None)
-            if room is None or room.shape != tensor.shape:
-                raise ValueError(f"{name}, {tuple(tensor.shape)}, has no room in {architecture}")
-            room.copy_(
-                pairs_adjacent(tensor, architecture.head_dim) if _IS_TURNED.search(name) else tensor
-            )
-        if rooms:
-            raise ValueError(f"there are no parameters {', '.join(rooms)}")
+            target = targets.pop(name, None)
+            if target is None or target.shape != tensor.shape:
+                raise ValueError(f"{name}, {tuple(tensor.shape)}, does not fit {architecture}")
+            is_rotated = _IS_ROTATED.search(name)
+            target.copy_(pairs_adjacent(tensor, architecture.head_dim) if is_rotated else tensor)
+        if targets:
+            raise ValueError(f"there are no parameters {', '.join(targets)}")
         return network.eval()
 
     def forward_packed(
@@ -138,9 +140,10 @@ class ESM2(nn.Module):
             input_ids: Tokens without PAD or MASK, int64, (T,).
             cu_seqlens: Sequence boundaries in tokens, int32, (B + 1,), first 0, last T.
             max_seqlen: The longest sequence, in tokens.
-            repr_layers: Which layers to return, in fair-esm's numbers: 0 is the embedding, `num_layers`, the default, is
-                the last one after the final layer norm. Layers above the highest are not computed.
-            watch: Shown each layer's number, from 0, and its queries and keys.
+            repr_layers: The layers to return, in fair-esm's numbering: 0 is the embedding,
+                `num_layers`, the default, is the last layer after the final layer norm. Layers
+                above the highest one are not computed.
+            watch: Called with the number of each layer, from 0, and its queries and keys.
 
         Returns:
             {"representations": {layer: states, (T, D), in the weights' dtype}}
@@ -160,8 +163,8 @@ class ESM2(nn.Module):
                 representations[number] = x if number < last else self.emb_layer_norm_after(x)
         return {"representations": representations}
 
-    def _rooms(self) -> Iterator[tuple[str, Tensor]]:
-        """Where fair-esm's parameters belong, by fair-esm's names: it has queries, keys and values apart."""
+    def _parameters_in_fair_esm(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield views of the parameters by fair-esm's names, which has three projections."""
         for name, parameter in self.named_parameters():
             if "qkv_proj" not in name:
                 yield name, parameter
@@ -170,7 +173,8 @@ class ESM2(nn.Module):
                 yield name.replace("qkv_proj", f"{which}_proj"), part
 
 
-# In training 12 % of the tokens (15 % chosen, 80 % of those masked) were zero; without masks the embeddings shrink likewise.
+# In training, 12 % of the tokens were zero (15 % chosen, 80 % of those masked). Without masks, the
+# embeddings are scaled likewise.
 _TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 
 
@@ -191,7 +195,7 @@ class _TransformerLayer(nn.Module):
         factors: Tensor,
         watch: Callable[[Tensor, Tensor], None] | None,
     ) -> Tensor:
-        # `add_` goes into the fresh tensor: x may be among the states that the caller asked for.
+        # `add_` changes the new tensor: x may be among the states that are returned.
         x = self.self_attn(self.self_attn_layer_norm(x), layout, factors, watch).add_(x)
         hidden: Tensor = self.fc2(F.gelu(self.fc1(self.final_layer_norm(x)))).add_(x)
         return hidden
@@ -221,4 +225,5 @@ class _SelfAttention(nn.Module):
         return out
 
 
-_IS_TURNED = re.compile(r"\.[qk]_proj\.")  # by rotary positions
+# Names of the parameters whose results are rotated.
+_IS_ROTATED = re.compile(r"\.[qk]_proj\.")

@@ -1,4 +1,4 @@
-"""Call a model that is not ours as VirNucPro does: packed or padded, and with the layers that it is to give."""
+"""Call a model of another project as VirNucPro does: packed or padded, with the layers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import Tensor, nn
 
 from vnp_lib.model.tokens import PAD, PackedBatch
 
-_LAYERS_OF_ESM2_3B = 36  # what VirNucPro asks for, whatever the model
+# VirNucPro requests this layer of every model.
+_LAYERS_OF_ESM2_3B = 36
 
 
 def representations_of(model: Any, batch: PackedBatch) -> Mapping[int, Tensor]:
-    """The states of every token that a model gives of a batch, (T, D), by layer.
+    """Compute the states of every token in a batch, (T, D), by layer. The last layer is requested.
 
-    A batch that came padded goes to `forward(input_ids, repr_layers)`, where the model has such a method, and any other to
-    `forward_packed(input_ids, cu_seqlens, max_seqlen, repr_layers)`. The layer that is asked for is the last one.
+    A batch that was padded is passed to `forward(input_ids, repr_layers)`, if the model has such a
+    method, and any other to `forward_packed(input_ids, cu_seqlens, max_seqlen, repr_layers)`.
     """
     layers = [_last_layer(model)]
     has_packed = callable(getattr(model, "forward_packed", None))
     if not has_packed or (batch.is_padded and _has_forward(model)):
         is_token, input_ids = _padded(batch)
-        given: Mapping[int, Tensor] = _called(model.forward, (input_ids,), layers)[
+        padded: Mapping[int, Tensor] = _call_with_layers(model.forward, (input_ids,), layers)[
             "representations"
         ]
-        return {layer: states[is_token] for layer, states in given.items()}
+        return {layer: states[is_token] for layer, states in padded.items()}
     arguments = (batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
-    packed: Mapping[int, Tensor] = _called(model.forward_packed, arguments, layers)[
+    packed: Mapping[int, Tensor] = _call_with_layers(model.forward_packed, arguments, layers)[
         "representations"
     ]
     return packed
@@ -44,18 +45,17 @@ def _last_layer(model: Any) -> int:
 
 
 def _has_forward(model: Any) -> bool:
-    """Whether it has a padded pass that takes the layers; `nn.Module` has one that only says that there is none."""
-    if (
-        not callable(getattr(model, "forward", None))
-        or getattr(type(model), "forward", None) is nn.Module.forward
-    ):
+    """Whether the model has a padded pass that takes the layers."""
+    # The method of `nn.Module` only raises an error.
+    is_inherited = getattr(type(model), "forward", None) is nn.Module.forward
+    if is_inherited or not callable(getattr(model, "forward", None)):
         return False
     signature = inspect.signature(model.forward)
     return _binds(signature, None, repr_layers=[]) or _binds(signature, None, [])
 
 
 def _padded(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Which places of the padded batch are tokens, bool (B, L), and the batch, (B, L)."""
+    """Return where the padded batch has tokens, bool (B, L), and the batch, (B, L)."""
     places = torch.arange(batch.max_seqlen, device=batch.input_ids.device)
     is_token = places < batch.cu_seqlens.diff()[:, None]
     input_ids = torch.full(
@@ -65,8 +65,10 @@ def _padded(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     return is_token, input_ids
 
 
-def _called(method: Callable[..., Any], arguments: tuple[Any, ...], layers: list[int]) -> Any:
-    """Call with `repr_layers` by name; by position where it has another name; without it where the method knows none."""
+def _call_with_layers(
+    method: Callable[..., Any], arguments: tuple[Any, ...], layers: list[int]
+) -> Any:
+    """Call a method with the layers as `repr_layers`, or else by position, or else without them."""
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):

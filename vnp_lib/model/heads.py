@@ -1,6 +1,6 @@
-"""ESM-2's two heads: the language model's logits at every token, and how probable it is that two residues touch.
+"""The two heads of ESM-2: logits of the language model, and contact probabilities.
 
-A network does without them until they are asked for; their parameters are read only then.
+The parameters of a head are read only if it is requested.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vnp_lib.model.weight_files import read_tensors
 from vnp_lib.model.weights import RANDOM_SEED, Weights, load_contact_regression, require_finite
 from vnp_lib.plan import NUM_LOGITS, NUM_SPECIAL_TOKENS, OutputKind
 
-MAP_VALUES = (
-    2**20
-)  # of each attention head that are in memory at a time; one sequence's are, however many
+# Values of the maps of one attention head that are in memory at once. The map of a single sequence
+# may be larger.
+MAP_VALUES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModelHead:
-    """Gives the logits of every letter at every token. Its last matrix is that of the network's embedding."""
+    """Computes logits of the alphabet at every token. Its last matrix is the token embedding."""
 
     dense_weight: Tensor  # (D, D)
     dense_bias: Tensor  # (D,)
@@ -37,7 +37,12 @@ class LanguageModelHead:
     bias: Tensor  # (33,)
 
     def __call__(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """The logits, (T, 33), of states of the last layer, (T, D), in a network with this embedding, (33, D)."""
+        """Compute the logits, (T, 33).
+
+        Args:
+            hidden: States of the last layer, (T, D).
+            embedding: Token embedding of the network, (33, D).
+        """
         x = F.gelu(F.linear(hidden, self.dense_weight, self.dense_bias))
         x = F.layer_norm(x, self.norm_bias.shape, self.norm_weight, self.norm_bias)
         return F.linear(x, embedding, self.bias)
@@ -45,18 +50,19 @@ class LanguageModelHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContactRegression:
-    """What each attention head's map counts for in the contacts, float32 however precise the network is."""
+    """Weights of the attention maps in the contacts, float32 for a network of any dtype."""
 
     weight: Tensor  # float32 (layers, heads)
     bias: Tensor  # float32 (1,)
 
 
 class ContactMaps:
-    """Sums up, layer by layer, what the attention within each sequence says of contacts (Rao et al. 2020, ICLR 2021).
+    """Computes contacts from attention maps, layer by layer (Rao et al. 2020, ICLR 2021).
 
-    fair-esm keeps the maps of all layers, cuts off BOS and EOS, makes each symmetric, corrects it for how much its residues
-    attend at all, and weighs them. The sum over the heads can be taken as soon as a layer's are known: what is kept is one
-    (L, L) for each sequence, and what a layer takes is the maps of a few short sequences or of a long one.
+    fair-esm keeps the maps of all layers, removes BOS and EOS, makes each map symmetric, subtracts
+    its average product, and weights it. This class adds up the weighted maps of each layer as soon
+    as they are known. It keeps one matrix (L, L) per sequence, and needs the maps of a few short
+    sequences, or of a long one, at a time.
     """
 
     def __init__(self, regression: ContactRegression, cu_seqlens: Tensor) -> None:
@@ -69,7 +75,7 @@ class ContactMaps:
         ]
 
     def add(self, layer: int, q: Tensor, k: Tensor) -> None:
-        """Take note of a layer, from 0, by its queries and keys, (T, H, D), positions turned in."""
+        """Add a layer, from 0, by its rotated queries and keys, (T, H, D)."""
         tokens_of_runs = [count * tokens for count, tokens in self._runs]
         weight = self._regression.weight[layer]
         pairs = zip(
@@ -84,13 +90,13 @@ class ContactMaps:
             )
             for start in range(0, count, at_a_time):
                 some = slice(start, start + at_a_time)
-                # without a name for the maps, under which they would last until there are the next ones
+                # The maps have no name, which would keep them alive until the next ones exist.
                 sums[some] += _evidence(
                     _attention(queries[some].float(), keys[some].float()), weight
                 )
 
     def probabilities(self) -> list[Tensor]:
-        """How probable contacts are, float32 (L, L) for each sequence."""
+        """Return the contact probabilities, float32 (L, L) for each sequence."""
         return [
             contacts
             for sums in self._sums
@@ -99,25 +105,26 @@ class ContactMaps:
 
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:
-    """The map of each head, (B, H, T, T), from (B, H, T, D)."""
+    """Compute the map of each head, (B, H, T, T), from (B, H, T, D)."""
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
 
 
 def _evidence(maps: Tensor, weight: Tensor) -> Tensor:
-    """The weighted sum over the heads, (B, L, L), of the residues' maps, made symmetric and corrected.
+    """Sum up the corrected, symmetric maps of the residues over the heads, weighted, (B, L, L).
 
-    Maps are (B, H, T, T), BOS and EOS included. The correction of a symmetric map S is r r^T / sum(S), with r the sums of its
-    rows: the average product (Dunn et al. 2008).
+    Maps are (B, H, T, T), BOS and EOS included. The correction of a symmetric map S is the average
+    product, r r^T / sum(S), with r the sums of its rows (Dunn et al. 2008).
     """
     maps = maps[..., 1:-1, 1:-1]
     summed = torch.einsum("h,bhij->bij", weight, maps)
-    row_sums = maps.sum(-1) + maps.sum(-2)  # of the symmetric maps, (B, H, L)
+    # The row sums of the symmetric maps, (B, H, L).
+    row_sums = maps.sum(-1) + maps.sum(-2)
     shares = (weight / row_sums.sum(-1)).unsqueeze(-1) * row_sums
     return summed + summed.transpose(-1, -2) - shares.transpose(-1, -2) @ row_sums
 
 
 class HeadedModel:
-    """ESM-2 with the heads that are asked for."""
+    """ESM-2 with the requested heads."""
 
     def __init__(
         self,
@@ -137,7 +144,12 @@ class HeadedModel:
         max_seqlen: int,
         repr_layers: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Compute what the network does, in its words, and `logits`, (T, 33), or `contacts`, float32 (L, L) a sequence."""
+        """Compute what the network does, and the heads.
+
+        Returns:
+            The result of the network, with `logits`, (T, 33), and `contacts`, float32 (L, L) per
+            sequence, if they are requested.
+        """
         last = self._network.architecture.num_layers
         maps = (
             ContactMaps(self._contact_regression, cu_seqlens)
@@ -232,15 +244,16 @@ def _language_model_tensors(weights: Weights) -> dict[str, Tensor]:
     found = {name: tensors[theirs] for name, theirs in _IN_FAIR_ESM.items() if theirs in tensors}
     if wrong := [name for name in shapes if name not in found or found[name].shape != shapes[name]]:
         raise WeightsError(
-            f"logits need the head of the language model, and {weights.path} does not hold that of {weights.model} "
-            f"({_IN_FAIR_ESM[wrong[0]]} is missing or of another shape): take fair-esm's file"
+            f"logits need the head of the language model, and {weights.path} does not hold that "
+            f"of {weights.model} ({_IN_FAIR_ESM[wrong[0]]} is missing or of another shape): "
+            "take fair-esm's file"
         )
     require_finite({_IN_FAIR_ESM[name]: tensor for name, tensor in found.items()}, weights.path)
     return found
 
 
 def _random_language_model(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Draw the head, from the seed of all random weights; it takes no numbers from theirs."""
+    """Draw a head from the seed of the random weights, without changing these."""
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     for name, shape in shapes.items():
         noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)

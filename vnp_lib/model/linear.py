@@ -1,4 +1,4 @@
-"""Linear layers over packed tokens: on a CPU by whichever of torch's two libraries is faster there."""
+"""Linear layers over packed tokens, on a CPU by the faster of two libraries of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOKENS, _WIDTH = 1024, 640
 
 
 class Linear(nn.Linear):
-    """Multiplies tokens, (T, in_features), with or without the detour by a convolution."""
+    """Multiplies tokens, (T, in_features), directly or by a convolution."""
 
     def __init__(self, in_features: int, out_features: int, *, by_convolution: bool) -> None:
         super().__init__(in_features, out_features)
@@ -28,11 +28,12 @@ class Linear(nn.Linear):
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Give `x @ weight.T + bias`, (T, out_features), as a 1 x 1 convolution over the tokens; all views are free of copies.
+    """Return `x @ weight.T + bias`, (T, out_features), as a 1 x 1 convolution over the tokens.
 
-    Convolutions go to oneDNN, which uses AVX-512 on every CPU that has it; matrix products go to MKL, which does so on
-    Intel's alone. The dilation changes nothing in a kernel of one pixel, but without it torch keeps a convolution with one
-    thread to itself, and computes it at MKL's speed.
+    No view copies. torch computes convolutions with oneDNN, which uses AVX-512 on every CPU that
+    has it, and matrix products with MKL, which uses it on Intel CPUs only. The dilation has no
+    effect on a kernel of one pixel, but without it torch computes a convolution with one thread
+    itself, at the speed of MKL.
     """
     pixels = x[None, None].permute(0, 3, 1, 2)
     return F.conv2d(pixels, weight[..., None, None], bias, dilation=2).permute(0, 2, 3, 1)[0, 0]
@@ -40,9 +41,9 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @cache
 def convolution_is_faster() -> bool:
-    """Try both on this machine, in float32, with as many threads as torch uses now.
+    """Measure both ways on this machine, in float32, with the present number of threads.
 
-    Takes 0.3 to 0.5 s at a child's start: with smaller products a busy machine decides wrongly.
+    This takes 0.3 to 0.5 s. With smaller products the result is often wrong on a busy machine.
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -58,7 +59,7 @@ def convolution_is_faster() -> bool:
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    """The quickest of some trials: whatever else the machine does only adds."""
+    """Return the shortest of several trials: other programs can only make one longer."""
     work()
     durations = []
     for _ in range(_TRIALS):

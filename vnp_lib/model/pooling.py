@@ -1,4 +1,4 @@
-"""Pooling: the rows of a batch, from what the network gives for its tokens."""
+"""Pool the states of tokens into the rows of a batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from vnp_lib.plan import NUM_SPECIAL_TOKENS, Output, OutputKind, RowLayout
 def rows_of(
     computed: Mapping[str, Any], cu_seqlens: Tensor, layout: RowLayout, shares: Tensor | None = None
 ) -> Tensor:
-    """Reduce what the network has computed to the rows of `layout`, float32.
+    """Reduce the results of a network to the rows of a layout, float32.
 
     Args:
-        computed: `representations`, {layer: states, (T, D)}, and where the layout has them `logits`, (T, 33), and `contacts`,
-            one (L, L) for each sequence.
+        computed: `representations`, {layer: states, (T, D)}, and if the layout has them `logits`,
+            (T, 33), and `contacts`, one (L, L) for each sequence.
         cu_seqlens: Sequence boundaries in tokens, int32, (B + 1,).
-        shares: What each token counts for in a mean, float32 (T,); None: all residues of a sequence alike.
+        layout: The outputs in a row.
+        shares: Weight of each token in a mean, float32 (T,); None weights the residues of a
+            sequence equally.
 
     Returns:
-        (B, W) where all rows are equally wide; else the rows laid end to end, (V,).
+        (B, W) if all rows have the same width; otherwise the rows end to end, (V,).
     """
     outputs = [_output(each, computed, cu_seqlens, shares) for each in layout.outputs]
     if layout.is_fixed:
@@ -35,10 +37,10 @@ def rows_of(
 
 
 def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Average each sequence's residue states, leaving out BOS and EOS.
+    """Average the residue states of each sequence, excluding BOS and EOS.
 
     Args:
-        hidden: States, (T, D), with T = cu_seqlens[-1].
+        hidden: States, (T, D), T = cu_seqlens[-1].
         cu_seqlens: Sequence boundaries in tokens, int32, (B + 1,), first 0.
 
     Returns:
@@ -59,7 +61,7 @@ def split_rows(rows: Tensor, layout: RowLayout, lengths: NDArray[np.int64]) -> S
 def _output(
     output: Output, computed: Mapping[str, Any], cu_seqlens: Tensor, shares: Tensor | None
 ) -> Tensor | Sequence[Tensor]:
-    """An output of each sequence, float32: (B, D), or B tensors where it is as long as its sequence."""
+    """Compute an output of each sequence, float32: (B, D), or B tensors if it is per residue."""
     if output.kind == OutputKind.CONTACTS:
         contacts: Sequence[Tensor] = computed["contacts"]
         return contacts
@@ -68,11 +70,9 @@ def _output(
     hidden: Tensor = computed["representations"][output.layer]
     match output.kind:
         case OutputKind.MEAN:
-            return (
-                mean_pool(hidden, cu_seqlens)
-                if shares is None
-                else _shared(hidden, shares, cu_seqlens)
-            )
+            if shares is None:
+                return mean_pool(hidden, cu_seqlens)
+            return _reduced(hidden.float() * shares.unsqueeze(-1), "sum", cu_seqlens)[1::3]
         case OutputKind.BOS:
             return hidden[cu_seqlens[:-1]].float()
         case OutputKind.MAX:
@@ -88,13 +88,11 @@ def _residues(of_tokens: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     return [tokens[1:-1] for tokens in of_tokens.float().split_with_sizes(seqlens)]
 
 
-def _shared(hidden: Tensor, shares: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The sum of each sequence's residue states by their shares, (B, D)."""
-    return _reduced(hidden.float() * shares.unsqueeze(-1), "sum", cu_seqlens)[1::3]
-
-
 def _std(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """In two passes: the mean of the squares less the square of the mean would lose what is small beside the mean."""
+    """Compute the standard deviation of each sequence's residue states, (B, D), in two passes.
+
+    The difference of two large numbers, as in a formula of one pass, would lose precision.
+    """
     means = _reduced(hidden, "mean", cu_seqlens)
     centred = hidden - means.repeat_interleave(
         _bos_residues_eos(cu_seqlens), dim=0, output_size=len(hidden)
@@ -103,7 +101,7 @@ def _std(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _reduced(hidden: Tensor, reduction: str, cu_seqlens: Tensor) -> Tensor:
-    """Reduce BOS, residues and EOS of each sequence by themselves, (3 * B, D)."""
+    """Reduce BOS, residues and EOS of each sequence separately, (3 * B, D)."""
     return torch.segment_reduce(
         hidden, reduction, lengths=_bos_residues_eos(cu_seqlens), axis=0, unsafe=True
     )

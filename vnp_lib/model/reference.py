@@ -1,4 +1,4 @@
-"""fair-esm's own network, which ours is held against."""
+"""fair-esm's own network, the reference for ours."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from vnp_lib.model.esm2 import Architecture
 
-# What networks have beyond the parameters of ESM-2's layers: heads, and what they work out by themselves.
+# Parameters that do not belong to the layers of ESM-2: heads, and constants.
 _NOT_OF_THE_LAYERS = ("lm_head.", "contact_head.", "inv_freq", "position_ids")
 
 
 def fair_esm_network(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Give fair-esm's own network, float32 on the CPU, with these parameters; without heads among them, those are arbitrary."""
+    """Build fair-esm's own network with these parameters, float32 on the CPU.
+
+    Heads that are not among the parameters are arbitrary.
+    """
     network = ESM2(
         architecture.num_layers,
         architecture.embed_dim,
@@ -26,7 +29,11 @@ def fair_esm_network(architecture: Architecture, tensors: Mapping[str, Tensor]) 
 
 
 def filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Put parameters into another's network; none may be left over, and only heads and constants left as they are."""
+    """Load parameters into a network of another project.
+
+    Raises:
+        ValueError: A parameter is unknown, or one is missing that is neither a head nor a constant.
+    """
     missing, unexpected = network.load_state_dict(state, strict=False)
     forgotten = [name for name in missing if not any(part in name for part in _NOT_OF_THE_LAYERS)]
     if forgotten or unexpected:

@@ -1,4 +1,4 @@
-"""ESM-2's alphabet, and batches of sequences laid end to end without padding."""
+"""The alphabet of ESM-2, and batches of sequences end to end without padding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALPHABET_SIZE = 33
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:
-    """Sequences laid end to end, without padding."""
+    """Sequences end to end, without padding."""
 
     batch_idx: int
     ordinals: NDArray[np.int64]  # (B,), positions in the input
@@ -34,25 +34,29 @@ class PackedBatch:
     input_ids: Tensor  # int64 (T,), BOS and EOS around every sequence
     cu_seqlens: Tensor  # int32 (B + 1,), first 0, last T
     max_seqlen: int  # tokens, BOS and EOS included
-    shares: Tensor | None = (
-        None  # float32 (T,), what each token counts for in a mean; None: all residues alike
-    )
-    is_padded: bool = False  # as it came
+
+    # The weight of each token in a mean, float32 (T,); None weights all residues equally.
+    shares: Tensor | None = None
+
+    # Whether the batch was padded in the loader.
+    is_padded: bool = False
 
     @classmethod
     def from_mapping(
         cls, mapping: Mapping[str, Any], *, batch_idx: int, first_ordinal: int
     ) -> PackedBatch:
-        """Take a batch from a loader's dictionary.
+        """Convert a batch from the dictionary of a loader.
 
         Args:
-            mapping: `input_ids` and `sequence_ids`. Packed `input_ids` come with `cu_seqlens`; without it, a row of 2-D
-                `input_ids` is one sequence, padded with `PAD` at the right. `ordinals` is optional.
-            batch_idx: The batch's number.
-            first_ordinal: The ordinals start here and count up, where the mapping has none.
+            mapping: `input_ids` and `sequence_ids`. Packed `input_ids` need `cu_seqlens`; without
+                it, each row of 2-D `input_ids` is one sequence, padded with `PAD` at the right.
+                `ordinals` is optional.
+            batch_idx: Number of the batch.
+            first_ordinal: First of consecutive ordinals, if the mapping has none.
 
         Raises:
-            ValueError: The ids, ordinals and sequences are not equally many, or a sequence has no residue.
+            ValueError: The numbers of ids, ordinals and sequences differ, or a sequence has no
+                residue.
         """
         sequence_ids = tuple(mapping["sequence_ids"])
         input_ids, cu_seqlens = _pack_ids(
@@ -74,11 +78,11 @@ class PackedBatch:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Residues of each sequence, (B,). Of a batch on the CPU."""
+        """Residues of each sequence, (B,). The batch has to be on the CPU."""
         return np.diff(self.cu_seqlens.numpy()).astype(np.int64) - NUM_SPECIAL_TOKENS
 
     def select(self, keep: NDArray[np.bool_]) -> PackedBatch:
-        """Leave out the sequences whose `keep`, bool (B,), is False; at least one stays."""
+        """Return the sequences for which `keep`, bool (B,), is True; at least one has to be."""
         seqlens = np.diff(self.cu_seqlens.numpy())
         is_kept = torch.from_numpy(np.repeat(keep, seqlens))
         selected = _checked_batch(
@@ -92,7 +96,7 @@ class PackedBatch:
         return replace(selected, shares=shares, is_padded=self.is_padded)
 
     def split(self, token_budget: int) -> list[PackedBatch]:
-        """Cut it into batches of at most `token_budget` tokens, in order; a longer sequence is one of its own."""
+        """Split into batches of at most `token_budget` tokens; a longer sequence is one alone."""
         boundaries = pack(np.diff(self.cu_seqlens.numpy()), token_budget)
         places = np.arange(self.num_sequences)
         return [
@@ -100,7 +104,7 @@ class PackedBatch:
         ]
 
     def pinned(self) -> PackedBatch:
-        """The same in page-locked memory. From other memory a GPU copies only while the CPU waits for all it has to do."""
+        """Return a copy in page-locked memory. Copies from pageable memory are synchronous."""
         return self._with(Tensor.pin_memory)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
@@ -121,12 +125,13 @@ def pack_batch(
     ordinals: Sequence[int] | NDArray[np.int64],
     batch_idx: int,
 ) -> PackedBatch:
-    """Turn sequences into tokens: BOS, one token a letter, EOS.
+    """Tokenise sequences: BOS, one token per residue, EOS.
 
-    A letter that ESM-2 does not know becomes `UNK`; so do lower-case letters: `fasta.py` normalises before.
+    Characters that ESM-2 does not know become `UNK`, lower-case ones included: the input is
+    normalised before.
 
     Raises:
-        ValueError: The ids, ordinals and sequences are not equally many, or a sequence has no residue.
+        ValueError: The numbers of ids, ordinals and sequences differ, or a sequence has no residue.
     """
     seqlens = (
         np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) + NUM_SPECIAL_TOKENS
@@ -135,11 +140,10 @@ def pack_batch(
     is_residue = np.ones(cu_seqlens[-1], dtype=np.bool_)
     is_residue[cu_seqlens[:-1]] = is_residue[cu_seqlens[1:] - 1] = False
 
-    letters = "".join(sequences).encode(
-        "latin-1", errors="replace"
-    )  # one byte a letter, whatever the letter
+    # One byte per character, whatever the character.
+    characters = "".join(sequences).encode("latin-1", errors="replace")
     input_ids = np.empty(cu_seqlens[-1], dtype=np.int64)
-    input_ids[is_residue] = _TOKEN_OF_BYTE[np.frombuffer(letters, dtype=np.uint8)]
+    input_ids[is_residue] = _TOKEN_OF_BYTE[np.frombuffer(characters, dtype=np.uint8)]
     input_ids[cu_seqlens[:-1]] = BOS
     input_ids[cu_seqlens[1:] - 1] = EOS
     return _checked_batch(
@@ -167,7 +171,8 @@ def _pack_ids(input_ids: Tensor, cu_seqlens: Any) -> tuple[Tensor, NDArray[np.in
         return input_ids.flatten(), np.asarray(cu_seqlens, dtype=np.int64)
     if input_ids.ndim != 2:
         raise ValueError(
-            f"input_ids has {input_ids.ndim} dimensions and comes without cu_seqlens; give it as (sequences, tokens), or give cu_seqlens"
+            f"input_ids has {input_ids.ndim} dimensions and no cu_seqlens; "
+            "give it as (sequences, tokens), or give cu_seqlens"
         )
     num_pads = (input_ids == PAD).flip(1).cumprod(dim=1).sum(dim=1)
     seqlens = input_ids.shape[1] - num_pads
@@ -185,16 +190,19 @@ def _checked_batch(
     seqlens = np.diff(cu_seqlens)
     if not 0 < len(sequence_ids) == len(ordinals) == len(seqlens):
         raise ValueError(
-            f"batch {batch_idx} has {len(sequence_ids)} ids, {len(ordinals)} ordinals and {len(seqlens)} sequences; each sequence needs one of both"
+            f"batch {batch_idx} has {len(sequence_ids)} ids, {len(ordinals)} ordinals and "
+            f"{len(seqlens)} sequences; each sequence needs one of both"
         )
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel():
         raise ValueError(
-            f"batch {batch_idx} has {input_ids.numel()} tokens, but cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}"
+            f"batch {batch_idx} has {input_ids.numel()} tokens, "
+            f"but cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]}"
         )
     shortest = int(seqlens.argmin())
     if seqlens[shortest] <= NUM_SPECIAL_TOKENS:
         raise ValueError(
-            f"sequence {sequence_ids[shortest]!r} of batch {batch_idx} has no residue: {seqlens[shortest]} tokens, BOS and EOS included"
+            f"sequence {sequence_ids[shortest]!r} of batch {batch_idx} has no residue: "
+            f"{seqlens[shortest]} tokens, BOS and EOS included"
         )
     return PackedBatch(
         batch_idx=batch_idx,

@@ -1,7 +1,7 @@
-"""Means over long sequences that are not simply those of all residues, each from one pass: windows, and VirNucPro's way.
+"""Means over long sequences: over windows, or over the first residues as in VirNucPro.
 
-How much each token counts for is decided before the pass: the row of a sequence is the sum of its states by these shares. A
-sequence that is divided into windows has the sum of its windows' rows.
+Each token has a share that is known before the pass: the row of a sequence is the sum of its states
+multiplied by their shares. The row of a sequence that is divided is the sum of its windows' rows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vnp_lib.plan import NUM_SPECIAL_TOKENS, VIRNUCPRO_RESIDUES, Windows
 
 
 class LongMean(ABC):
-    """How the mean of a long sequence is taken."""
+    """A way to compute the mean of a long sequence."""
 
     @abstractmethod
     def divide(self, batch: PackedBatch) -> PackedBatch:
-        """What is to be computed in the place of `batch`, with shares; itself where none of its sequences is long."""
+        """Return the batch to compute instead, with shares; itself if none of it is long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanOfTheFirst(LongMean):
-    """The whole sequence goes through the model, and the mean is that of its first residues: VirNucPro's, with 1,024."""
+    """Computes the mean over the first residues of an entire sequence: 1,024 in VirNucPro."""
 
     residues: int = VIRNUCPRO_RESIDUES
 
@@ -46,11 +46,11 @@ class MeanOfTheFirst(LongMean):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanOverWindows(LongMean):
-    """A long sequence goes through the model in windows, each with BOS and EOS, and of its residues' states the mean is taken.
+    """Divides a long sequence into windows, each with BOS and EOS, and averages their residues.
 
-    The state of a residue is the mean of its states in the windows that it is in, each counting alike; the row is
-    the mean over the residues, each counting alike. So a residue in n windows of a sequence of L residues has the share
-    1 / (n L) in each. The row of a sequence that is one window is what it is without windows.
+    The state of a residue is the mean of its states in all windows that contain it, and the row is
+    the mean over the residues. Thus a residue in n windows of a sequence of L residues has the
+    share 1 / (n L) in each. A sequence of one window has the same row as without windows.
     """
 
     windows: Windows
@@ -91,14 +91,14 @@ class MeanOverWindows(LongMean):
 
 
 def long_mean_of(policy: str) -> LongMean | None:
-    """Understand a plan's `long_policy`: `virnucpro`, `window:1022:255`; None for all that leave the mean as it is."""
+    """Parse a plan's `long_policy`, such as `window:1022:255`; None for a mean over all residues."""
     if windows := Windows.of_policy(policy):
         return MeanOverWindows(windows=windows)
     return MeanOfTheFirst() if policy == "virnucpro" else None
 
 
 def join_windows(rows: Tensor, ordinals: NDArray[np.int64]) -> Tensor:
-    """Sum up the rows of neighbours with the same ordinal: windows' rows, (W, D), to sequences', (B, D)."""
+    """Sum up rows of neighbours with the same ordinal: of windows, (W, D), to sequences, (B, D)."""
     is_first = np.diff(ordinals, prepend=ordinals[:1] - 1) != 0
     if is_first.all():
         return rows
@@ -107,7 +107,7 @@ def join_windows(rows: Tensor, ordinals: NDArray[np.int64]) -> Tensor:
 
 
 def _num_windows_over(spans: list[tuple[int, int]], length: int) -> NDArray[np.int64]:
-    """In how many windows each residue is, (L,)."""
+    """Count the windows that contain each residue, (L,)."""
     counts = np.zeros(length, dtype=np.int64)
     for start, stop in spans:
         counts[start:stop] += 1
@@ -115,7 +115,7 @@ def _num_windows_over(spans: list[tuple[int, int]], length: int) -> NDArray[np.i
 
 
 def _with_bos_and_eos(shares: list[NDArray[np.float64]]) -> Tensor:
-    """Shares of tokens, of those of residues."""
+    """Return the shares of all tokens from those of residues: BOS and EOS have none."""
     nothing = np.zeros(1)
     return torch.from_numpy(
         np.concatenate([part for share in shares for part in (nothing, share, nothing)])
