@@ -1,4 +1,4 @@
-"""ESM-2 from Python, in this process: `embed` takes proteins and gives their vectors."""
+"""Embed proteins with ESM-2 from Python, in this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -58,12 +58,15 @@ from vnp_lib.terminal import error_console
 from vnp_lib.user_paths import PathUse, user_path
 from vnp_lib.worker import ShardAttempt, StopFlag
 
-if TYPE_CHECKING:  # torch takes seconds to import: what is wrong with the arguments is said before
+# torch takes seconds to import, and invalid arguments are reported before.
+if TYPE_CHECKING:
     import torch
 
+# A run of this process has a single shard.
+_SHARD = 0
 
-_SHARD = 0  # the only one
-_ORPHAN_LIMIT_S = 60.0  # how long a child that has lost its flow may still be saving
+# A worker process that has lost its flow may still write checkpoints for this long.
+_ORPHAN_LIMIT_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -122,77 +125,91 @@ def embed(
     allow_empty: bool = False,
     progress: bool = True,
 ) -> Embeddings | Outputs:
-    """Embed proteins with ESM-2: the mean of the last layer over the residues of each, or whatever `include` names.
+    """Embed proteins with ESM-2: average the last layer over the residues, or compute `include`.
 
-    It works in this process, on one device, and in a notebook's running event loop too. A run (`python flows/embed.py`) uses
-    all devices, and goes on by itself after a preemption or a failure.
+    It works in this process, on one device, and also in the running event loop of a notebook. A run
+    (`python flows/embed.py`) uses all devices, and resumes after a preemption or a failure.
 
     Args:
-        sequences: A list of sequences, whose ids are then "0", "1" and so on; a dictionary of sequences by id; pairs of id and
-            sequence; Biopython's records, as `SeqIO.parse` gives them; a pandas Series, whose index has the ids; a DataFrame of
-            pandas or polars or a pyarrow Table, with columns for ids and sequences; or the path of a FASTA file, a table or
-            a directory, or a list of paths. A sequence is a text, bytes, or what has its letters as `str`, as Biopython's
-            `Seq`. Ids may be whole numbers, and come back as texts. Whatever is mended or refused in a FASTA file is so here:
-            lower case is raised, ids occur once. Identical sequences are computed once.
+        sequences: A list of sequences, with the ids "0", "1", ...; a dictionary of sequences by id;
+            pairs of id and sequence; records of Biopython, as returned by `SeqIO.parse`; a pandas
+            Series, with the ids in its index; a DataFrame of pandas or polars or a pyarrow Table,
+            with columns for ids and sequences; or the path of a FASTA file, a table or a directory,
+            or a list of paths. A sequence is text, bytes, or an object that is converted by `str`,
+            such as Biopython's `Seq`. Integer ids are returned as text. The rules for FASTA files
+            apply: lower case is converted to upper case, and ids have to be unique. Identical
+            sequences are computed once.
         model: One of fair-esm's six ESM-2 models.
-        weights: A fair-esm `.pt` file; "auto": fair-esm's cache or download; "random": seeded, for trying things out.
-        include: What to compute, as a run's `--include`: "mean", "bos", "max", "std", "per_tok", "contacts", "logits". With it
-            `Outputs` are returned, with each by its name, also where it is the mean alone.
-        repr_layers: Which layers to take it from, in fair-esm's numbers: 0 is the embedding, -1 the last, which is taken by default.
-            Without `include` it is one layer.
-        device: "cpu", "cuda", "cuda:1"; "auto" is a GPU where there is one.
-        dtype: Precision of the model; "auto" is bfloat16 on a GPU and float32 on the CPU. Rows are float32 in any case.
-        token_budget: Most tokens in one forward pass; by default what suits the device. What does not fit into memory is
-            computed in smaller pieces.
-        output_dir: A run directory. With it, checkpoints and the dataset are written there as a run writes them, and the
-            same call goes on where an earlier one, or a run, was stopped. Without it nothing is written.
-        id_column: Column of tables, in memory or in files, that holds the ids.
-        sequence_column: Column of these that holds the sequences.
-        allow_empty: Return no rows where there are no sequences; otherwise that is an error.
-        progress: Show a bar on a terminal or in a notebook.
+        weights: A fair-esm `.pt` file; "auto" for fair-esm's cache or a download; or "random" for
+            seeded random weights, to try the function.
+        include: The outputs to compute, as `--include` of a run: "mean", "bos", "max", "std",
+            "per_tok", "contacts", "logits". If it is given, `Outputs` are returned, also for the
+            mean alone.
+        repr_layers: The layers of the outputs, in fair-esm's numbering: 0 is the embedding, -1, the
+            default, the last layer. Without `include` it has to be one layer.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        dtype: Precision of the model; "auto" is bfloat16 on a GPU and float32 on the CPU. Rows are
+            always float32.
+        token_budget: Largest number of tokens in a forward pass; by default it suits the device. A
+            batch that does not fit into memory is computed in smaller pieces.
+        output_dir: A run directory, for checkpoints and the dataset, in which the same call
+            resumes an earlier one, or a run. By default nothing is written.
+        id_column: Column of the ids in a table, in memory or in a file.
+        sequence_column: Column of the sequences in a table.
+        allow_empty: Return no rows if there are no sequences, instead of an error.
+        progress: Show a progress bar on a terminal or in a notebook.
 
     Returns:
-        A row for each sequence, in the order given, all of it in memory. With `output_dir` it is read from the dataset there,
-        which `open_dataset` reads piece by piece where memory does not hold it. A sequence that an earlier run has put in
-        quarantine has no row there; that is logged.
+        A row for each sequence, in the order of the input, all in memory. With `output_dir` the
+        rows are read from the dataset there, which `open_dataset` reads in parts if it does not fit
+        into memory. A sequence that an earlier run has quarantined has no row there, which is
+        logged.
 
     Raises:
-        InputError: The sequences, a setting or the directory cannot be used; nothing has been computed.
-        NumericalInstabilityError: A row is not finite, computed alone in float32 too; names the id.
-        SequenceTooLargeError: Sequences do not fit into memory, each alone; names them.
+        InputError: The sequences, a setting or the directory cannot be used; nothing is computed.
+        NumericalInstabilityError: A row is not finite, even if its sequence is computed alone in
+            float32; the message has the id.
+        SequenceTooLargeError: Sequences do not fit into memory, each alone; the message has the
+            ids.
 
-    >>> embeddings = embed(["MKVLATTWQERS", "MKL"], model="esm2_t6_8M_UR50D", weights="random", progress=False)
+    >>> settings = {"model": "esm2_t6_8M_UR50D", "weights": "random", "progress": False}
+    >>> embeddings = embed(["MKVLATTWQERS", "MKL"], **settings)
     >>> embeddings.embeddings.shape
     (2, 320)
-    >>> named = embed({"short": "MKL"}, model="esm2_t6_8M_UR50D", weights="random", progress=False)
+    >>> named = embed({"short": "MKL"}, **settings)
     >>> bool(np.allclose(named["short"], embeddings["1"], atol=1e-5))
     True
-    >>> more = embed(["MKVLATTWQERS", "MKL"], include=["mean", "per_tok"], repr_layers=[3, -1],
-    ...              model="esm2_t6_8M_UR50D", weights="random", progress=False)
+    >>> more = embed(
+    ...     ["MKVLATTWQERS", "MKL"], include=["mean", "per_tok"], repr_layers=[3, -1], **settings
+    ... )
     >>> more
     Outputs(2 sequences: mean_3, mean_6, per_tok_3, per_tok_6)
     >>> more.arrays["mean_6"].shape, more["1"]["per_tok_6"].shape
     ((2, 320), (3, 320))
     """
-    layout = _layout(model, include, repr_layers)
-    settings = _checked_settings(
-        model,
-        layout,
-        weights_path(weights),
-        str(device),
-        dtype,
-        token_budget,
-        id_column,
-        sequence_column,
-        allow_empty,
-        progress,
+    layout = _requested_layout(model, include, repr_layers)
+    weights = weights_path(weights)
+    _require_one_of("dtype", dtype, DType)
+    if token_budget is not None and token_budget < 1:
+        raise ConfigError(f"token_budget is {token_budget}; it must be at least 1")
+    device_number = _device_number(str(device))
+    settings = _Settings(
+        model=model,
+        layout=layout,
+        weights=weights,
+        device=device_number,
+        dtype=cast(DType, resolve_dtype(dtype, device_number)),
+        token_budget=token_budget,
+        id_column=id_column,
+        sequence_column=sequence_column,
+        allow_empty=allow_empty,
+        progress=progress,
     )
     if settings.weights == RANDOM_WEIGHTS:
         logger.warning("weights='random': an untrained model, the vectors mean nothing")
-    given = files_or_records(sequences, id_column=id_column, sequence_column=sequence_column)
+    proteins = files_or_records(sequences, id_column=id_column, sequence_column=sequence_column)
     run_dir = None if output_dir is None else user_path(output_dir, PathUse.OUTPUT)
-    with _current(settings.device):
-        outputs = _embed(given, run_dir, settings)
+    outputs = _embed(proteins, run_dir, settings)
     if include is not None:
         return outputs
     (embeddings,) = outputs.arrays.values()
@@ -205,17 +222,17 @@ class _Settings:
     model: ModelName
     layout: RowLayout
     weights: str
-    device: str  # "cpu" or a GPU's number, as a run's
+    device: str  # "cpu" or the number of a GPU
     dtype: DType
     token_budget: int | None
-    id_column: str  # of files that are tables
+    id_column: str
     sequence_column: str
     allow_empty: bool
     progress: bool
 
     @property
     def outputs(self) -> dict[str, Output]:
-        """By their names."""
+        """The outputs by name."""
         return dict(zip(self.layout.names, self.layout.outputs, strict=True))
 
 
@@ -224,7 +241,7 @@ class _Records:
     ids: list[str]  # N, each once
     descriptions: list[str]
     sequences: list[str]
-    representatives: NDArray[np.int64]  # place of the first identical sequence, (N,)
+    representatives: NDArray[np.int64]  # position of the first identical sequence, (N,)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -237,10 +254,10 @@ class _Records:
         return [self.ids[each] for each in places], [self.sequences[each] for each in places]
 
 
-def _layout(
+def _requested_layout(
     model: str, include: Collection[str] | None, repr_layers: Collection[int] | None
 ) -> RowLayout:
-    """What is asked for of each sequence."""
+    """Return the layout of the requested outputs."""
     from vnp_lib.model import architecture_of
 
     _require_one_of("model", model, ModelName)
@@ -267,37 +284,8 @@ def _require_one_of(name: str, value: str, type_: Any) -> None:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(type_))}")
 
 
-def _checked_settings(
-    model: str,
-    layout: RowLayout,
-    weights: str,
-    device: str,
-    dtype: str,
-    token_budget: int | None,
-    id_column: str,
-    sequence_column: str,
-    allow_empty: bool,
-    progress: bool,
-) -> _Settings:
-    _require_one_of("dtype", dtype, DType)
-    if token_budget is not None and token_budget < 1:
-        raise ConfigError(f"token_budget is {token_budget}; it must be at least 1")
-    return _Settings(
-        model=cast(ModelName, model),
-        layout=layout,
-        weights=weights,
-        device=_device_number(device),
-        dtype=cast(DType, resolve_dtype(dtype, _device_number(device))),
-        token_budget=token_budget,
-        id_column=id_column,
-        sequence_column=sequence_column,
-        allow_empty=allow_empty,
-        progress=progress,
-    )
-
-
 def _device_number(device: str) -> str:
-    """Name a device as a run does: "cpu", or a GPU's number."""
+    """Return a device as it is named in a run: "cpu", or the number of a GPU."""
     import torch
 
     kind, _, number = device.partition(":")
@@ -309,16 +297,10 @@ def _device_number(device: str) -> str:
         raise ConfigError(f"device is {device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:1'")
     if int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device is {device!r}, and this machine shows {torch.cuda.device_count()} GPUs; choose 'auto' or 'cpu'"
+            f"device is {device!r}, and this machine shows {torch.cuda.device_count()} GPUs; "
+            "choose 'auto' or 'cpu'"
         )
     return number or str(torch.cuda.current_device())
-
-
-def _current(device: str) -> AbstractContextManager[None]:
-    """Make a GPU the one that torch's events and streams are of."""
-    import torch
-
-    return nullcontext() if device == "cpu" else torch.cuda.device(int(device))
 
 
 def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
@@ -346,7 +328,7 @@ def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
     )
 
 
-def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
+def _validate_records(records: RecordsInMemory, settings: _Settings) -> _Records:
     if not records.ids and settings.allow_empty:
         return _Records(
             ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64)
@@ -358,8 +340,8 @@ def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
     repeats, firsts = scan.repeated_ids()
     if repeats.size:
         raise FastaError(
-            f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and {repeats[0]}; give each sequence an id "
-            "of its own"
+            f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and "
+            f"{repeats[0]}; give each sequence an id of its own"
         )
     return _Records(
         ids=texts.ids,
@@ -370,19 +352,20 @@ def _checked(records: RecordsInMemory, settings: _Settings) -> _Records:
 
 
 def _embed(
-    given: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings
+    proteins: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings
 ) -> Outputs:
-    if run_dir is None:
-        records = (
-            _checked(given, settings)
-            if isinstance(given, RecordsInMemory)
-            else _read_files(given, settings)
-        )
-        return _embed_in_memory(records, settings)
-    if not isinstance(given, RecordsInMemory):
-        return _embed_into(run_dir, given, settings)
-    with _written_as_fasta(_checked(given, settings)) as path:
-        return _embed_into(run_dir, [path], settings)
+    import torch
+
+    with nullcontext() if settings.device == "cpu" else torch.cuda.device(int(settings.device)):
+        if not isinstance(proteins, RecordsInMemory):
+            if run_dir is None:
+                return _embed_in_memory(_read_files(proteins, settings), settings)
+            return _embed_into(run_dir, proteins, settings)
+        records = _validate_records(proteins, settings)
+        if run_dir is None:
+            return _embed_in_memory(records, settings)
+        with _written_as_fasta(records) as path:
+            return _embed_into(run_dir, [path], settings)
 
 
 def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
@@ -416,7 +399,7 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
             else ExactModel(weights, layout=settings.layout),
         ),
     )
-    gathered = _Gathered(settings.layout, records.lengths)
+    gathered = _OutputArrays(settings.layout, records.lengths)
     num_tokens = sum(model_tokens(records.lengths[batch], "whole") for batch in batches)
     with (
         _bar(settings, sum(map(len, batches)), num_tokens) as bar,
@@ -425,17 +408,16 @@ def _embed_in_memory(records: _Records, settings: _Settings) -> Outputs:
     ):
         for result in results:
             ordinals = batches[result.batch_idx]
-            if (
-                len(result.sequence_ids) == ordinals.size
-            ):  # else one is too large, and the loop ends by saying so
+            # If a sequence is too large, the loop ends with an error that names it.
+            if len(result.sequence_ids) == ordinals.size:
                 gathered.put(ordinals, result.embeddings.numpy())
             bar.advance(_SHARD, sequences=len(result.sequence_ids), tokens=result.num_tokens)
     gathered.fan_out(records.representatives)
     return Outputs(ids=records.ids, arrays=gathered.arrays)
 
 
-class _Gathered:
-    """The outputs of all sequences, which come in any order."""
+class _OutputArrays:
+    """The outputs of all sequences, which are added in any order."""
 
     def __init__(self, layout: RowLayout, lengths: NDArray[np.int64]) -> None:
         self._layout = layout
@@ -444,7 +426,7 @@ class _Gathered:
         self.arrays = _space_for(outputs, lengths.size, layout.embed_dim)
 
     def put(self, ordinals: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-        """Take rows, (n, W) or end to end."""
+        """Store the rows of some sequences, (n, W) or end to end."""
         if self._layout.is_fixed:
             for array, part in zip(
                 self.arrays.values(), np.split(rows, len(self.arrays), axis=1), strict=True
@@ -456,10 +438,11 @@ class _Gathered:
             ordinals.tolist(), np.split(rows, offsets_of(widths)[1:-1]), strict=True
         ):
             for name, values in self._layout.divide(row, int(self._lengths[ordinal])).items():
-                self.arrays[name][ordinal] = values.copy()  # or it would hold all of its batch
+                # A view would keep the rows of the entire batch in memory.
+                self.arrays[name][ordinal] = values.copy()
 
     def fan_out(self, representatives: NDArray[np.int64]) -> None:
-        """Give each copy of a sequence what that has."""
+        """Copy the outputs of each sequence to its duplicates."""
         copies = np.flatnonzero(representatives != np.arange(representatives.size))
         originals = representatives[copies]
         for array in self.arrays.values():
@@ -471,7 +454,7 @@ class _Gathered:
 
 
 def _space_for(outputs: Mapping[str, Output], num_sequences: int, embed_dim: int) -> dict[str, Any]:
-    """What takes the outputs of all sequences, by name: vectors (N, D), and a list where they are of different lengths."""
+    """Return empty arrays for outputs by name: (N, D), or a list if they have different lengths."""
     return {
         name: np.empty((num_sequences, embed_dim), dtype=np.float32)
         if output.is_fixed
@@ -503,19 +486,19 @@ def _embed_into(output_dir: Path, fasta: Sequence[Path], settings: _Settings) ->
         with _bar(settings, run.plan.num_computed, num_tokens) as bar, unwrap_batch_error():
             if not run.shard_progress(_SHARD).is_complete and run.complete_dataset() is None:
                 _embed_shard(run, settings, bar)
-        set_aside = run.quarantine.ordinals()
-        if set_aside:
+        quarantined = run.quarantine.ordinals()
+        if quarantined:
             logger.warning(
                 "%d sequences are in quarantine and have no row: see %s",
-                len(set_aside),
+                len(quarantined),
                 run.paths.quarantine,
             )
-        assemble(run.plan, run.paths, run.checkpoints().valid, quarantined=set_aside)
-    return _read_whole(output_dir)
+        assemble(run.plan, run.paths, run.checkpoints().valid, quarantined=quarantined)
+    return _read_dataset(output_dir)
 
 
 def _embed_shard(run: Run, settings: _Settings, bar: RunProgress) -> None:
-    """Do in this process what a child does, and record it as a run does."""
+    """Embed a shard in this process as a worker process does, and record it as a run does."""
     run.prepare_shard(_SHARD)
     run.manifest.start_attempt(_SHARD, device=settings.device)
     job = run.shard_job(_SHARD, settings.device).model_copy(
@@ -523,13 +506,13 @@ def _embed_shard(run: Run, settings: _Settings, bar: RunProgress) -> None:
     )
     lock = FileLock(run.paths.shard_lock(_SHARD), purpose=f"embed shard {_SHARD}")
     with lock.held(timeout_s=_ORPHAN_LIMIT_S):
-        ShardAttempt(job, _Shown(bar), _NoSignals()).run_in_lock()
+        ShardAttempt(job, _ProgressEvents(bar), _NoSignals()).run_in_lock()
     run.manifest.reconcile(run.checkpoints(rank=_SHARD).valid, rank=_SHARD)
     run.manifest.mark_shard_complete(_SHARD)
 
 
-class _Shown:
-    """Shows what an attempt says of its progress."""
+class _ProgressEvents:
+    """Shows the progress of an attempt in a bar."""
 
     def __init__(self, bar: RunProgress) -> None:
         self._bar = bar
@@ -543,7 +526,10 @@ class _Shown:
 
 
 class _NoSignals(StopFlag):
-    """Leaves SIGTERM to whoever owns this process. Ctrl-C is an exception, and what was computed is kept at any."""
+    """Does not handle SIGTERM, which belongs to the user's program.
+
+    Ctrl-C raises an exception, and computed rows are saved on any exception.
+    """
 
     def install(self) -> None:
         pass
@@ -551,7 +537,7 @@ class _NoSignals(StopFlag):
 
 @contextmanager
 def _written_as_fasta(records: _Records) -> Iterator[Path]:
-    """Put records where a plan can read them; it keeps them itself."""
+    """Write records to a temporary file for the planner, which copies them."""
     with tempfile.TemporaryDirectory(prefix="vnp-") as directory:
         path = Path(directory) / "sequences.fasta"
         with path.open("w", encoding="utf-8") as file:
@@ -562,7 +548,7 @@ def _written_as_fasta(records: _Records) -> Iterator[Path]:
         yield path
 
 
-def _read_whole(run_dir: Path) -> Outputs:
+def _read_dataset(run_dir: Path) -> Outputs:
     dataset = open_dataset(run_dir)
     arrays = _space_for(dataset.columns, len(dataset), dataset.dim)
     start = 0
@@ -577,7 +563,7 @@ def _read_whole(run_dir: Path) -> Outputs:
 
 
 def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgress:
-    """A bar on standard error or in a notebook; elsewhere nothing, not even a line now and then."""
+    """Return a bar on a terminal or in a notebook, which shows nothing elsewhere."""
     console = error_console(quiet=not settings.progress)
     return RunProgress(
         total_sequences=num_sequences,
@@ -589,7 +575,7 @@ def _bar(settings: _Settings, num_sequences: int, num_tokens: int) -> RunProgres
 
 @contextmanager
 def unwrap_batch_error() -> Iterator[None]:
-    """Raise what is wrong with a sequence by itself, not as the cause of a batch's failure."""
+    """Raise the NumericalInstabilityError that caused a BatchFailedError instead of that."""
     try:
         yield
     except BatchFailedError as error:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # torch takes seconds to import, and pandas is the user's
+# torch takes seconds to import, and pandas is optional.
+if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _ById:
-    """Something for each of some ids."""
+    """Values by id."""
 
     ids: list[str]  # N, each once
 
@@ -39,9 +40,10 @@ class _ById:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Embeddings(_ById):
-    """One vector a protein, by place and by id.
+    """One vector per protein, by position and by id.
 
-    >>> embeddings = Embeddings(ids=["a", "b"], embeddings=np.array([[1, 2, 3], [4, 5, 6]], dtype=np.float32))
+    >>> matrix = np.array([[1, 2, 3], [4, 5, 6]], dtype=np.float32)
+    >>> embeddings = Embeddings(ids=["a", "b"], embeddings=matrix)
     >>> embeddings
     Embeddings(2 sequences, 3 wide)
     >>> embeddings["b"]
@@ -53,11 +55,11 @@ class Embeddings(_ById):
     embeddings: NDArray[np.float32]  # (N, D); row i belongs to ids[i]
 
     def __iter__(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Ids with their vectors, (D,), in order: `dict(embeddings)` works."""
+        """Yield ids and vectors, (D,), in order, so that `dict(embeddings)` works."""
         return zip(self.ids, self.embeddings, strict=True)
 
     def __getitem__(self, sequence_id: str) -> NDArray[np.float32]:
-        """The vector of a sequence, (D,), a view of its row. KeyError if there is no such id."""
+        """Return the vector of a sequence, (D,), a view; KeyError if there is no such id."""
         vector: NDArray[np.float32] = self.embeddings[self._place_of(sequence_id)]
         return vector
 
@@ -65,13 +67,13 @@ class Embeddings(_ById):
         return f"Embeddings({len(self):,} sequences, {self.embeddings.shape[1]:,} wide)"
 
     def to_torch(self) -> Tensor:
-        """The matrix as a tensor, float32 (N, D), on the CPU. The two share their memory."""
+        """Return a tensor, float32 (N, D), on the CPU, that shares memory with the matrix."""
         import torch
 
         return torch.from_numpy(self.embeddings)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The matrix as a pandas DataFrame with the ids as its index. ImportError where pandas is not installed."""
+        """Return a pandas DataFrame with the ids as index; ImportError without pandas."""
         import pandas as pd
 
         return pd.DataFrame(self.embeddings, index=pd.Index(self.ids, name="id"))
@@ -79,13 +81,15 @@ class Embeddings(_ById):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Outputs(_ById):
-    """All that was asked for of each protein, by name, by place and by id.
+    """The requested outputs of each protein, by name, by position and by id.
 
-    Names and shapes are those of a dataset's `outputs`: `mean_33`, `bos_33`, `max_33` and `std_33`, (D,), `per_tok_33`, (L, D),
-    `contacts`, (L, L), and `logits`, (L, 33), with L the sequence's residues and 33 the layer.
+    Names and shapes are those of the `outputs` of a dataset: `mean_33`, `bos_33`, `max_33` and
+    `std_33`, (D,), `per_tok_33`, (L, D), `contacts`, (L, L), and `logits`, (L, 33), with L the
+    residues of the sequence and 33 the layer.
 
+    >>> means = np.ones((2, 3), dtype=np.float32)
     >>> residues = [np.ones((4, 3), dtype=np.float32), np.ones((2, 3), dtype=np.float32)]
-    >>> outputs = Outputs(ids=["a", "b"], arrays={"mean_6": np.ones((2, 3), dtype=np.float32), "per_tok_6": residues})
+    >>> outputs = Outputs(ids=["a", "b"], arrays={"mean_6": means, "per_tok_6": residues})
     >>> outputs
     Outputs(2 sequences: mean_6, per_tok_6)
     >>> outputs.arrays["mean_6"].shape
@@ -94,16 +98,15 @@ class Outputs(_ById):
     {'mean_6': (3,), 'per_tok_6': (2, 3)}
     """
 
-    arrays: dict[
-        str, NDArray[np.float32] | list[NDArray[np.float32]]
-    ]  # vectors (N, D); what is as long as its sequence, N arrays
+    # Vectors are one array, (N, D); per-residue outputs are N arrays.
+    arrays: dict[str, NDArray[np.float32] | list[NDArray[np.float32]]]
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
-        """Ids with what there is of them, in order."""
+        """Yield ids and their outputs by name, in order."""
         return ((sequence_id, self._at(place)) for place, sequence_id in enumerate(self.ids))
 
     def __getitem__(self, sequence_id: str) -> dict[str, NDArray[np.float32]]:
-        """What there is of a sequence, by name: views. KeyError if there is no such id."""
+        """Return the outputs of a sequence by name, as views; KeyError if there is no such id."""
         return self._at(self._place_of(sequence_id))
 
     def __repr__(self) -> str:

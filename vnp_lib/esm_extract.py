@@ -1,7 +1,7 @@
-"""`vnp esm-extract`: what fair-esm's `esm-extract` does, with its arguments and its files, over packed batches.
+"""`vnp esm-extract`: fair-esm's `esm-extract`, with its arguments and files, over packed batches.
 
-It writes what fair-esm's scripts/extract.py does: `{label}.pt` for each sequence, the label being the whole header line. What is
-there under such a name is replaced, never trusted; each file is whole at any moment.
+It writes the same files as fair-esm's scripts/extract.py: `{label}.pt` for each sequence, with the
+entire header line as label. Existing files are replaced, atomically.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -59,8 +59,10 @@ from vnp_lib.storage import path_below, remove_orphaned_temporaries, replace_uns
 Kind = Literal["mean", "per_tok", "bos", "contacts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_SAMPLE = 1000  # sequences
-# fair-esm's alphabet has tokens for gaps, which some write for a residue that is not known.
+# Sequences that are inspected for nucleotides.
+_SAMPLE = 1000
+
+# fair-esm's alphabet has tokens for gaps, which some files have for unknown residues.
 _FAIR_ESM = replace(PROTEINS, characters=PROTEINS.characters + "-.")
 
 logger = logging.getLogger(__name__)
@@ -68,29 +70,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractSettings:
-    """The arguments of `esm-extract`, by its names."""
+    """The arguments of `esm-extract`, under its names."""
 
-    model_location: str  # a model's name, or the path of its parameters
+    model_location: str  # name of a model, or path of its parameters
     fasta_file: Path
     output_dir: Path
     toks_per_batch: int = 4096
-    repr_layers: tuple[int, ...] = (
-        -1,
-    )  # 0, the embedding, to the number of layers; -1 is the last
+
+    # From 0, the embedding, to the number of layers; -1 is the last.
+    repr_layers: tuple[int, ...] = (-1,)
+
     include: frozenset[Kind]
     truncation_seq_length: int = 1022  # residues
     nogpu: bool = False
 
 
 def extract(settings: ExtractSettings) -> int:
-    """Write a file for each sequence, computed in float32, and return their number.
+    """Write a file for each sequence, computed in float32, and return the number of files.
 
     Raises:
-        InputError: An argument, the FASTA file or a label cannot be used. Nothing has been written.
+        InputError: An argument, the FASTA file or a label is invalid. Nothing is written.
         SequenceTooLargeError: A batch does not fit into memory.
-        OSError: The disk takes no more.
+        OSError: A file cannot be written.
     """
-    _require_sensible(settings)
+    if settings.output_dir.exists() and not settings.output_dir.is_dir():
+        raise ConfigError(f"{settings.output_dir}: this is a file; give a directory for the files")
+    for option in ("toks_per_batch", "truncation_seq_length"):
+        if getattr(settings, option) < 1:
+            raise ConfigError(f"--{option} is {getattr(settings, option)}; it must be at least 1")
     weights_file = settings.model_location if _is_path(settings.model_location) else None
     model = model_of(Path(weights_file)) if weights_file else settings.model_location
     architecture = architecture_of(model)
@@ -99,7 +106,7 @@ def extract(settings: ExtractSettings) -> int:
     layout = RowLayout(outputs, architecture.embed_dim)
     labels, sequences = _read(settings.fasta_file)
     paths = [_path_of(label, settings.output_dir) for label in labels]
-    sequences = _truncated(sequences, settings.truncation_seq_length)
+    sequences = _truncate(sequences, settings.truncation_seq_length)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.nogpu else "cpu")
     weights = resolve_weights(model, weights_file or "auto")
@@ -123,21 +130,17 @@ def extract(settings: ExtractSettings) -> int:
             for ordinal, label, result in zip(
                 batch.ordinals.tolist(), batch.sequence_ids, results, strict=True
             ):
-                _save(extract_file(label, result), paths[ordinal], settings.output_dir)
+                path = paths[ordinal]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                data = io.BytesIO()
+                torch.save(extract_file(label, result), data)
+                replace_unsynced(path, data.getbuffer(), temporary_dir=settings.output_dir)
             progress.advance(0, sequences=batch.num_sequences, tokens=batch.num_tokens)
     return len(labels)
 
 
-def _require_sensible(settings: ExtractSettings) -> None:
-    if settings.output_dir.exists() and not settings.output_dir.is_dir():
-        raise ConfigError(f"{settings.output_dir}: this is a file; give a directory for the files")
-    for option in ("toks_per_batch", "truncation_seq_length"):
-        if getattr(settings, option) < 1:
-            raise ConfigError(f"--{option} is {getattr(settings, option)}; it must be at least 1")
-
-
 def _is_path(model_location: str) -> bool:
-    """fair-esm takes what ends in .pt for a path, and all else for a name. We read other files and directories too."""
+    """Whether it is a path. fair-esm requires the suffix .pt; other files work here."""
     if model_location in MODELS:
         return False
     return (
@@ -148,7 +151,7 @@ def _is_path(model_location: str) -> bool:
 
 
 def _read(path: Path) -> tuple[list[str], list[str]]:
-    """Labels, which are whole header lines, and sequences."""
+    """Return labels, which are entire header lines, and sequences."""
     labels: list[str] = []
     sequences: list[str] = []
     with _readable_twice(path) as file:
@@ -175,18 +178,20 @@ def _require_distinct_proteins(path: Path, labels: list[str], sequences: list[st
         )
     if nucleotide_share(sequences[:_SAMPLE]) >= MAX_NUCLEOTIDE_SHARE_OF_PROTEINS:
         raise FastaError(
-            f"{path}: this looks like nucleotides; ESM-2 takes proteins: translate it first, for example with `seqkit translate`"
+            f"{path}: this looks like nucleotides; ESM-2 takes proteins: translate it first, "
+            "for example with `seqkit translate`"
         )
     label, count = Counter(labels).most_common(1)[0]
     if count > 1:
         raise FastaError(
-            f"{path}: {count} sequences have the header {label!r}, and each would have the same file"
+            f"{path}: {count} sequences have the header {label!r}, "
+            "and each would have the same file"
         )
 
 
 @contextmanager
 def _readable_twice(path: Path) -> Iterator[Path]:
-    """Give the file itself; or of a pipe, as `<(zcat x.fasta.gz)` is one, what comes out of it, in a file for as long as it is read."""
+    """Yield the file, or a temporary copy of the contents of a pipe, such as `<(zcat x.gz)`."""
     pipe = Path("/dev/stdin") if path == STDIN and not path.exists() else path
     if pipe.exists() and stat.S_ISCHR(pipe.stat().st_mode):
         raise FastaError(f"{path}: this is a device; give a file or a pipe")
@@ -206,24 +211,27 @@ def _path_of(label: str, directory: Path) -> Path:
         raise FastaError(f"the header {label!r} {error}: give it another one") from None
 
 
-def _truncated(sequences: list[str], most_residues: int) -> list[str]:
-    num_longer = sum(len(sequence) > most_residues for sequence in sequences)
+def _truncate(sequences: list[str], max_residues: int) -> list[str]:
+    num_longer = sum(len(sequence) > max_residues for sequence in sequences)
     if num_longer:
         logger.warning(
-            "%d of %d sequences are longer than %d residues: what comes after these is left out, as by esm-extract "
-            "(--truncation_seq_length)",
+            "%d of %d sequences are longer than %d residues: the rest of each is omitted, "
+            "as by esm-extract (--truncation_seq_length)",
             num_longer,
             len(sequences),
-            most_residues,
+            max_residues,
         )
-    return [sequence[:most_residues] for sequence in sequences]
+    return [sequence[:max_residues] for sequence in sequences]
 
 
 @torch.inference_mode()
 def _results(
     network: PackedModel, batch: PackedBatch, layout: RowLayout
 ) -> Iterator[dict[Output, Tensor]]:
-    """What goes into the file of each sequence. No tensor is a view: a file would hold all that it is of."""
+    """Yield the outputs in the file of each sequence.
+
+    They are copies: torch would write the entire tensor of a view.
+    """
     lengths = batch.lengths
     rows = split_rows(_rows(network, batch, layout), layout, lengths)
     for row, length in zip(rows, lengths.tolist(), strict=True):
@@ -242,13 +250,7 @@ def _rows(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Tensor
         if classify_exception(error).kind != FailureKind.OOM:
             raise
         raise SequenceTooLargeError(
-            f"a batch of {batch.num_tokens:,} tokens does not fit into memory: give a smaller --toks_per_batch, or, where "
-            f"that is one sequence, a smaller --truncation_seq_length"
+            f"a batch of {batch.num_tokens:,} tokens does not fit into memory: "
+            "give a smaller --toks_per_batch, or, if it is one sequence, "
+            "a smaller --truncation_seq_length"
         ) from error
-
-
-def _save(result: dict[str, Any], path: Path, output_dir: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    torch.save(result, data)
-    replace_unsynced(path, data.getbuffer(), temporary_dir=output_dir)

@@ -174,7 +174,7 @@ def test_what_is_cut_is_counted_on_standard_error(tmp_path, weights, fasta):
         timeout=120,
     )
     assert ended.stderr.startswith(
-        "1 of 6 sequences are longer than 1022 residues: what comes after these is left out"
+        "1 of 6 sequences are longer than 1022 residues: the rest of each is omitted"
     )
     assert ended.stdout == f"6 files are in {tmp_path}/out\n"
 

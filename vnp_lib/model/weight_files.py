@@ -1,6 +1,6 @@
-"""Files of ESM-2's parameters, as fair-esm and as Hugging Face lay them out: all are read by fair-esm's names.
+"""Read files of ESM-2 parameters in the formats of fair-esm and Hugging Face, by fair-esm's names.
 
-What is read stays in the file, mapped into memory, until it is used.
+Files are mapped into memory, so that numbers are read when they are used.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from vnp_lib.user_paths import PathUse, user_path
 
 _SAFETENSORS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_WANTED = (
+_EXPECTED = (
     "give the path of fair-esm's .pt file, or of Hugging Face's model.safetensors or its directory"
 )
 
-# Pieces of names, fair-esm's and those of transformers' EsmModel; a piece comes before those that are part of it.
+# Parts of names in fair-esm, and in transformers' EsmModel. A part comes before shorter ones that
+# it contains.
 _IN_TRANSFORMERS = {
     "embed_tokens.": "embeddings.word_embeddings.",
     "emb_layer_norm_after.": "encoder.emb_layer_norm_after.",
@@ -42,10 +43,11 @@ _IN_TRANSFORMERS = {
     "fc1.": "intermediate.dense.",
     "fc2.": "output.dense.",
 }
-_OF_OLD = {
+# transformers still writes the names on the left.
+_OLD_NAMES = {
     "LayerNorm.gamma": "LayerNorm.weight",
     "LayerNorm.beta": "LayerNorm.bias",
-}  # transformers writes them still
+}
 _FAIR_ESM_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 _DAMAGE = (
     EOFError,
@@ -58,9 +60,9 @@ _DAMAGE = (
 )
 
 _START_BYTES = 4096
-_OF_OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")
+_START_OF_OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f920")
 _LFS_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/")
-_STAND_INS = {
+_SUBSTITUTES = {
     "a web page, of an error or a log-in": re.compile(
         rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error|!--)", re.IGNORECASE
     ),
@@ -78,55 +80,58 @@ def locate_weights(path: Path) -> Path:
     """Find the file that holds the parameters, or the index of those that do.
 
     Args:
-        path: Such a file already; a directory as `hf download --local-dir` makes it; or a model's directory in the cache of
-            Hugging Face's hub, `models--facebook--esm2_.../` with or without `snapshots/REVISION`.
+        path: Such a file; a directory made by `hf download --local-dir`; or the directory of a
+            model in the cache of Hugging Face's hub, `models--facebook--esm2_.../`, with or without
+            `snapshots/REVISION`.
 
     Returns:
-        An absolute path. Links stay as they are: in the hub's cache they lead to files whose names tell nothing.
+        An absolute path. Links are not resolved: in the cache of the hub they point to files whose
+        names have no meaning.
 
     Raises:
         ConfigError: As `user_path`.
-        WeightsError: There is nothing; or it is a directory where there is none, or one of several revisions would have to be
-            guessed.
+        WeightsError: There is no such file, the directory holds no parameters, or it holds several
+            revisions.
     """
     given, path = path, user_path(path, PathUse.WEIGHTS).absolute()
     with _reading(path):
         if not os.path.lexists(path):
             raise WeightsError(
-                f"cannot read the weights at {path} (No such file or directory): {_instead_of_absent(given)}"
+                f"cannot read the weights at {path} (No such file or directory): "
+                f"{_advice_for_absent(given)}"
             )
         return _file_in(path) if path.is_dir() else path
 
 
 def files_of(located: Path) -> tuple[Path, ...]:
-    """The files that hold the parameters: one, or those that an index names.
+    """Return the files that hold the parameters: one, or all in an index.
 
     Raises:
-        WeightsError: The index is damaged, or files that it names are missing.
+        WeightsError: The index is damaged, or files in it are missing.
     """
     if not located.name.endswith(".index.json"):
         return (located,)
     with _reading(located):
-        _require_no_stand_in(located)
+        _require_no_substitute(located)
         files = tuple(located.parent / name for name in _names_in_index(located))
     if missing := [file.name for file in files if not file.exists()]:
         raise WeightsError(
-            f"{located} names {len(files)} files, and {len(missing)} are not beside it ({', '.join(missing[:3])}): "
-            "download them again"
+            f"{located} names {len(files)} files, and {len(missing)} are not in its directory "
+            f"({', '.join(missing[:3])}): download them again"
         )
     return files
 
 
 def read_tensors(located: Path) -> dict[str, Tensor]:
-    """Read parameters by fair-esm's names, those of heads among them; the numbers stay in the file until they are used.
+    """Read parameters by fair-esm's names, including those of heads. Numbers are read when used.
 
     Raises:
-        WeightsError: A file is missing, damaged, or of no known layout.
+        WeightsError: A file is missing, damaged, or of an unknown format.
     """
     tensors: dict[str, Tensor] = {}
     for file in files_of(located):
         with _reading(file):
-            _require_no_stand_in(file)
+            _require_no_substitute(file)
             if file.suffix == ".bin":
                 raise _cannot_read_pickles(file)
             tensors |= _read_safetensors(file) if _is_safetensors(file) else _read_fair_esm(file)
@@ -134,29 +139,30 @@ def read_tensors(located: Path) -> dict[str, Tensor]:
 
 
 def is_read_whole(located: Path) -> bool:
-    """Whether `read_tensors` reads all of its numbers at once: they are in a file as torch wrote it before version 1.6."""
+    """Whether `read_tensors` reads all numbers at once: torch before 1.6 wrote the file."""
     (file, *others) = files_of(located)
     with _reading(file), file.open("rb") as opened:
-        return not others and opened.read(len(_OF_OLD_TORCH)) == _OF_OLD_TORCH
+        return not others and opened.read(len(_START_OF_OLD_TORCH)) == _START_OF_OLD_TORCH
 
 
 def save_fair_esm(path: Path, settings: Namespace, state: Mapping[str, Tensor]) -> None:
-    """Write parameters as fair-esm writes ESM-2's."""
+    """Write parameters in fair-esm's format."""
     prefixed = {f"encoder.sentence_encoder.{name}": tensor for name, tensor in state.items()}
     torch.save({"cfg": {"model": settings}, "model": prefixed}, path)
 
 
 def name_in_transformers(name: str) -> str:
-    """Give the name that a parameter of fair-esm's has in transformers' EsmModel."""
+    """Return the name of a parameter of fair-esm in transformers' EsmModel."""
     for ours, theirs in _IN_TRANSFORMERS.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def _name_in_fair_esm(name: str) -> str:
-    name = name.removeprefix("esm.")  # EsmForMaskedLM has it, EsmModel has not
+    # EsmForMaskedLM has the prefix, EsmModel does not.
+    name = name.removeprefix("esm.")
     for old, new in (
-        *_OF_OLD.items(),
+        *_OLD_NAMES.items(),
         *((theirs, ours) for ours, theirs in _IN_TRANSFORMERS.items()),
     ):
         name = name.replace(old, new)
@@ -171,21 +177,25 @@ def _file_in(path: Path) -> Path:
     if pickled := sorted(directory.glob("*.bin")):
         raise _cannot_read_pickles(pickled[0])
     raise WeightsError(
-        f"cannot read the weights at {path} (it is a directory without {_SAFETENSORS}): {_instead_of_directory(directory)}"
+        f"cannot read the weights at {path} (it is a directory without {_SAFETENSORS}): "
+        f"{_advice_for_directory(directory)}"
     )
 
 
-def _instead_of_absent(given: Path) -> str:
+def _advice_for_absent(given: Path) -> str:
     name = str(given)
     if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not given.parent.exists():
-        return f"a model on Hugging Face is fetched with `hf download {name} --local-dir weights`; then give `weights`"
+        return (
+            f"download a model from Hugging Face with `hf download {name} --local-dir weights`; "
+            "then give `weights`"
+        )
     if re.fullmatch(r"esm2_\w+", name):
-        return f"the name of a model is given with --model; {_WANTED}"
-    return _WANTED
+        return f"the name of a model is given with --model; {_EXPECTED}"
+    return _EXPECTED
 
 
-def _instead_of_directory(directory: Path) -> str:
-    """What to do about a directory that has no safetensors under the name that they have."""
+def _advice_for_directory(directory: Path) -> str:
+    """Return what to do with a directory that has no safetensors file of the usual name."""
     names = sorted(path.name for path in directory.iterdir())
     models = sorted(
         (name for name in names if name.startswith("models--")), key=lambda name: "esm2" not in name
@@ -196,16 +206,19 @@ def _instead_of_directory(directory: Path) -> str:
         if name.endswith((".pt", ".pth", ".safetensors")) and "contact-regression" not in name
     ]
     if found := models or files:
-        return f"it holds {listed(found, 5)}: give the path of the one that is meant"
+        return f"it holds {listed(found, 5)}: give the path of one of them"
     if any(name.endswith((".h5", ".msgpack", ".onnx", ".gguf")) for name in names):
-        return f"parameters of other frameworks are not read; {_WANTED}"
+        return f"parameters of other frameworks are not read; {_EXPECTED}"
     if "config.json" in names or any("token" in name or name == "vocab.txt" for name in names):
-        return "the tokenizer and settings alone are there, and no parameters: download the model again, with `hf download`"
-    return _WANTED
+        return (
+            "it holds only the tokenizer and settings, no parameters: "
+            "download the model again, with `hf download`"
+        )
+    return _EXPECTED
 
 
 def _snapshot(cached: Path) -> Path:
-    """The revision that is to be taken of a model in the hub's cache: `main`, or the only one."""
+    """Return the revision `main` of a model in the hub's cache, or else the only revision."""
     snapshots = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
     main = cached / "refs/main"
     if (
@@ -215,26 +228,26 @@ def _snapshot(cached: Path) -> Path:
         return named
     if len(snapshots) != 1:
         raise WeightsError(
-            f"{cached} holds {len(snapshots)} revisions, and none is main: give the path of one of them"
+            f"{cached} holds {len(snapshots)} revisions, and none is main: "
+            "give the path of one of them"
         )
     return snapshots[0]
 
 
 def _names_in_index(index: Path) -> list[str]:
     names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    if not names or any(
-        Path(name).name != name for name in names
-    ):  # nothing outside of the index's directory
+    # Files outside of the directory of the index are refused.
+    if not names or any(Path(name).name != name for name in names):
         raise ValueError("it names no files, or files elsewhere")
     return names
 
 
-def _require_no_stand_in(path: Path) -> None:
-    """Raise an error where a file holds what others put in the place of one: by its size and its first bytes.
+def _require_no_substitute(path: Path) -> None:
+    """Check by size and first bytes that a file is not a substitute for the real one.
 
     Raises:
-        WeightsError: It is a pointer of Git LFS.
-        ValueError: It is something else; what it is, as the end of a sentence.
+        WeightsError: The file is a pointer of Git LFS.
+        ValueError: The file is something else; the message is the end of a sentence.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -243,13 +256,13 @@ def _require_no_stand_in(path: Path) -> None:
         stands_for = re.search(rb"\nsize (\d+)", start)
         of_size = f" of {int(stands_for[1]):,} bytes" if stands_for else ""
         raise WeightsError(
-            f"{path} is a pointer of Git LFS, not the file{of_size} that it stands for: run `git lfs pull` where it was cloned, "
-            "or download the file itself"
+            f"{path} is a pointer of Git LFS, not the file{of_size} that it stands for: "
+            "run `git lfs pull` in the clone, or download the file itself"
         )
     if not size:
         raise ValueError("it is empty")
     is_json = path.suffix == ".json"
-    kind = next((kind for kind, pattern in _STAND_INS.items() if pattern.match(start)), None)
+    kind = next((kind for kind, pattern in _SUBSTITUTES.items() if pattern.match(start)), None)
     if kind and not (is_json and start.lstrip().startswith(b"{")):
         raise ValueError(f"it is {kind}")
     if (
@@ -259,33 +272,32 @@ def _require_no_stand_in(path: Path) -> None:
         and start.decode().replace("\n", "").isprintable()
     ):
         line = start.decode().strip().partition("\n")[0]
-        raise ValueError(f"it is text, {line[:60]!r}, which a server may have sent in its place")
+        raise ValueError(f"it is text, {line[:60]!r}, which a server may have sent instead")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise ValueError(f"it is cut short, at {size:,} bytes")
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its content, for a file in the hub's cache has no suffix; one that is damaged by its suffix."""
+    """Decide by the content, since files in the hub's cache have no suffix, or by the suffix."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import (
-        SafetensorError,
-        safe_open,
-    )  # a machine that measures random weights does without
+    # Machines that run benchmarks with random weights do not have it.
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+            # The file is not a dictionary: it cannot be iterated.
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     is_rotary = any("rotary_embeddings" in name for name in found)
     return {
         _name_in_fair_esm(name): tensor
         for name, tensor in found.items()
-        # Older versions of transformers wrote a table of absolute positions for models that use none.
+        # Older versions of transformers wrote a table of absolute positions for models without one.
         if not (is_rotary and "position_embeddings" in name)
     }
 
@@ -296,7 +308,7 @@ def _read_fair_esm(path: Path) -> dict[str, Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError("it has no 'model', which fair-esm's have")
+        raise ValueError("it has no 'model', which files of fair-esm have")
     named = {_FAIR_ESM_PREFIX.sub("", name): tensor for name, tensor in content["model"].items()}
     return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
@@ -307,18 +319,19 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WeightsError(
-            f"cannot read the weights at {path} ({error.strerror or error}): {_WANTED}"
+            f"cannot read the weights at {path} ({error.strerror or error}): {_EXPECTED}"
         ) from error
     except _DAMAGE as error:
-        whose = "Hugging Face's" if path.suffix in (".safetensors", ".json") else "fair-esm's"
+        whose = "Hugging Face" if path.suffix in (".safetensors", ".json") else "fair-esm"
         what = str(error) if isinstance(error, ValueError) else type(error).__name__
         raise WeightsError(
-            f"{path} is damaged or no file of {whose} ({what}): remove it and get it again"
+            f"{path} is damaged or not a file of {whose} ({what}): remove it and get it again"
         ) from error
 
 
 def _cannot_read_pickles(path: Path) -> WeightsError:
     return WeightsError(
-        f"{path} is a pickle of Hugging Face's, and only their safetensors are read: take fair-esm's .pt file, or write "
-        "safetensors with `transformers.EsmModel.from_pretrained(...).save_pretrained(...)`"
+        f"{path} is a pickle of Hugging Face, of which only safetensors are read: use fair-esm's "
+        ".pt file, or write safetensors with "
+        "`transformers.EsmModel.from_pretrained(...).save_pretrained(...)`"
     )

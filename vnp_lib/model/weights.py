@@ -1,4 +1,4 @@
-"""ESM-2's weights: from a file or a seed, seen to be the model's, and put into the network."""
+"""Load ESM-2 weights from a file or a seed, and check that they match the model."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from vnp_lib.storage import digest_file
 
 RANDOM_SEED = 0
 
-# sha256 of the published files: fair-esm's .pt, and Hugging Face's model.safetensors where there is one. Their publishers list
-# none of them. Each is what at least three projects that have nothing to do with each other say that they downloaded, and no two
-# differ; 15B's are not known. No published file was at hand to compare with.
+# sha256 of the published files: fair-esm's .pt, and Hugging Face's model.safetensors if it exists.
+# Their publishers list none of them. At least three unrelated projects report each of these for the
+# file that they downloaded, and none reports another; those of 15B are unknown. No published file
+# was available for a comparison.
 OFFICIAL_DIGESTS = {
     "esm2_t6_8M_UR50D": frozenset(
         {
@@ -65,7 +66,7 @@ OFFICIAL_DIGESTS = {
         {"7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500"}
     ),
 }
-# The same of fair-esm's contact regressions.
+# The same for fair-esm's contact regressions.
 OFFICIAL_REGRESSION_DIGESTS = {
     "esm2_t6_8M_UR50D": "8f7a4557d57713b97ba0e484303007efb7230d25299c0ac47a0a1b12a87bbb9d",
     "esm2_t33_650M_UR50D": "8ffe6edbd4173dc8d45c2cd5cb27d43aad77ec26b4c768200c58ae1f96693575",
@@ -158,13 +159,13 @@ def is_official(weights: Weights) -> bool | None:
 
 
 def model_of(path: Path) -> str:
-    """Name the model that a file holds the parameters of, by its layers and their width.
+    """Return the name of the model in a file, by the number of its layers and their width.
 
     Args:
         path: As `locate_weights` takes it.
 
     Raises:
-        WeightsError: There is no such file, it is damaged, or it is none of ESM-2's six.
+        WeightsError: There is no such file, it is damaged, or its model is none of ESM-2's six.
     """
     found = _architecture_in(read_tensors(locate_weights(path)))
     for model, architecture in MODELS.items():
@@ -224,39 +225,40 @@ def parameters_of(weights: Weights) -> Iterable[tuple[str, Tensor]]:
 def require_finite(
     tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Raise WeightsError where a parameter is not finite in `dtype`: no embedding that it has part in would be.
+    """Raise WeightsError if a parameter is not finite in `dtype`: embeddings would not be either.
 
-    A pass over the numbers, at 8 GB/s for float32 on one processor; NaN comes through `aminmax`.
+    This reads all numbers, at 8 GB/s for float32 on one processor. `aminmax` propagates NaN.
     """
     largest = torch.finfo(dtype).max
     for name, tensor in tensors.items():
         low, high = (float(value) for value in tensor.aminmax())
         if not (isfinite(low) and isfinite(high)):
             raise WeightsError(
-                f"{path}: the parameter {name} holds NaN or infinity, so that embeddings would, too: these weights are damaged "
-                f"or of a training that failed; get them again"
+                f"{path}: the parameter {name} holds NaN or infinity, so that embeddings would, "
+                "too: these weights are damaged or of a training that failed; get them again"
             )
         if max(-low, high) > largest:
             kind = str(dtype).removeprefix("torch.")
             raise WeightsError(
-                f"{path}: the parameter {name} holds {max(-low, high):g}, and {kind} ends at {largest:g}; choose --dtype float32"
+                f"{path}: the parameter {name} holds {max(-low, high):g}, "
+                f"and {kind} ends at {largest:g}; choose --dtype float32"
             )
 
 
 def _each_finite(
     tensors: Iterable[tuple[str, Tensor]], path: Path, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass parameters on one by one, each while its numbers are in memory."""
+    """Check and yield parameters one by one, each while its numbers are in memory."""
     for name, tensor in tensors:
         require_finite({name: tensor}, path, dtype)
         yield name, tensor
 
 
 def load_contact_regression(weights: Weights) -> tuple[Tensor, Tensor]:
-    """Read what contacts are predicted with: a weight for each attention head, layer by layer, and a bias.
+    """Read the contact regression: a weight per attention head, layer by layer, and a bias.
 
-    fair-esm has them in a small file beside the model's, which is downloaded where the model's was; Hugging Face has them among
-    the model's own parameters. They are random where the model is.
+    fair-esm has it in a small file next to the model's, which is downloaded if the model's was.
+    Hugging Face has it among the parameters of the model. It is random if the model is.
 
     Returns:
         float32 (1, layers * heads) and float32 (1,), on the CPU.
@@ -278,18 +280,23 @@ def load_contact_regression(weights: Weights) -> tuple[Tensor, Tensor]:
             torch.rand(shape, generator=generator).mul_(2).sub_(1) for shape in shapes.values()
         )
         return weight, bias
-    beside = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
+    own_file = weights.path.with_name(f"{weights.path.stem}-contact-regression.pt")
+    url = f"https://dl.fbaipublicfiles.com/fair-esm/regression/{model}-contact-regression.pt"
     if weights.path == published_path(model):
-        _require_published_regression(model, beside)
-    tensors = read_tensors(beside if beside.exists() else weights.path)
+        if not own_file.exists():
+            _download(url, own_file, what=f"parameters of the contact regression of {model}")
+        digest = digest_file(own_file).sha256
+        if digest != OFFICIAL_REGRESSION_DIGESTS.get(model, digest):
+            raise _not_published(own_file, digest)
+    path = own_file if own_file.exists() else weights.path
+    tensors = read_tensors(path)
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        found = "belongs to another model" if path == own_file else "does not exist"
         raise WeightsError(
-            f"contacts of {model} need its contact regression, and {beside} {'is another' if beside.exists() else 'is not there'}: "
-            f"get it from {_contact_regression_url(model)}"
+            f"contacts of {model} need its contact regression, and {own_file} {found}: "
+            f"get it from {url}"
         )
-    require_finite(
-        {name: tensors[name] for name in shapes}, beside if beside.exists() else weights.path
-    )
+    require_finite({name: tensors[name] for name in shapes}, path)
     weight, bias = (tensors[name].to(torch.float32, copy=True) for name in shapes)
     return weight, bias
 
@@ -299,7 +306,8 @@ def random_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Draw float32 parameters, name by name, the same on every machine.
 
-    Layer norms and biases are not neutral, so that a forgotten one shows; states keep their size through all layers.
+    Layer norms and biases are not neutral, so that a test shows if one is omitted. The states keep
+    their size through all layers.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, shape in _fair_esm_shapes(architecture).items():
@@ -309,7 +317,7 @@ def random_tensors(
 
 
 def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
-    """Write parameters as fair-esm writes ESM-2's: a `.pt` that fair-esm and `load_model` read."""
+    """Write parameters in fair-esm's format: a `.pt` that fair-esm and `load_model` read."""
     architecture = architecture_of(model)
     settings = Namespace(
         encoder_layers=architecture.num_layers,
@@ -321,7 +329,10 @@ def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
 
 
 def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """fair-esm's parameters that this network needs, in fair-esm's order but for queries, which come first."""
+    """Return the shapes of the parameters of the network by fair-esm's names.
+
+    They are in the order of fair-esm, except that queries come first.
+    """
     dim = architecture.embed_dim
     norm: dict[str, tuple[int, ...]] = {"weight": (dim,), "bias": (dim,)}
     square: dict[str, tuple[int, ...]] = {"weight": (dim, dim), "bias": (dim,)}
@@ -345,25 +356,26 @@ def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> Tensor:
-    """Scale noise from [-1, 1) to what suits the parameter."""
+    """Scale noise from [-1, 1) to a suitable range for the parameter."""
     if "layer_norm" in name:
         return noise.mul_(0.2).add_(1) if name.endswith("weight") else noise.mul_(0.2)
     if name.endswith("bias"):
         return noise.mul_(0.1)
     if name.startswith("embed_tokens"):
-        return noise.mul_(sqrt(3))  # variance 1
+        # The variance is 1.
+        return noise.mul_(sqrt(3))
     ends_a_branch = name.endswith(("out_proj.weight", "fc2.weight"))
     variance = 1 / (2 * architecture.num_layers) if ends_a_branch else 1
     return noise.mul_(sqrt(3 * variance / noise.shape[1]))
 
 
 def published_path(model: str) -> Path:
-    """Where fair-esm's own file of a model is looked for, and put when it is downloaded: torch.hub's cache, as by fair-esm."""
+    """Return where fair-esm's own file of a model is found or downloaded: torch.hub's cache."""
     return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
 
 
 def _digest(path: Path) -> str:
-    """The sha256 of a file, or where `path` is an index that of its files' digests, in the order of their names."""
+    """Return the sha256 of a file; for an index, that of the digests of its files, by name."""
     digests = [_checked_digest(file) for file in files_of(path)]
     return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
@@ -378,36 +390,21 @@ def _checked_digest(file: Path) -> str:
         and target.name != found
     ):
         raise WeightsError(
-            f"{file} is damaged: its sha256 is {found}, not what {target} is named by; download it again"
+            f"{file} is damaged: its sha256 is {found}, not the one in the name of {target}; "
+            "download it again"
         )
     return found
 
 
 def _not_published(path: Path, digest: str) -> WeightsError:
     return WeightsError(
-        f"{path} is not the file that fair-esm publishes (its sha256 is {digest}): remove it, and it is downloaded again; or move "
-        f"it elsewhere and give the weights' path, to use it as it is"
+        f"{path} is not the file that fair-esm publishes (its sha256 is {digest}): remove it, and "
+        "it is downloaded again; or move it elsewhere and give the path of the weights, to use it"
     )
 
 
 def _url(model: str) -> str:
     return f"https://dl.fbaipublicfiles.com/fair-esm/models/{model}.pt"
-
-
-def _contact_regression_url(model: str) -> str:
-    return f"https://dl.fbaipublicfiles.com/fair-esm/regression/{model}-contact-regression.pt"
-
-
-def _require_published_regression(model: str, path: Path) -> None:
-    if not path.exists():
-        _download(
-            _contact_regression_url(model),
-            path,
-            what=f"parameters of the contact regression of {model}",
-        )
-    found = digest_file(path).sha256
-    if found != OFFICIAL_REGRESSION_DIGESTS.get(model, found):
-        raise _not_published(path, found)
 
 
 def _download(url: str, path: Path, *, what: str) -> None:
@@ -417,14 +414,14 @@ def _download(url: str, path: Path, *, what: str) -> None:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:
         raise WeightsError(
-            f"the {what} are not at {path} and could not be downloaded from {url} ({error}): put the file there, or say where "
-            "the weights are"
+            f"the {what} are not at {path} and could not be downloaded from {url} ({error}): "
+            "put the file there, or give the path of the weights"
         ) from error
 
 
 @contextmanager
 def _socket_timeout(timeout_s: float) -> Iterator[None]:
-    # torch.hub opens its connection without a timeout, and would wait for ever on a silent network.
+    # torch.hub opens its connection without a timeout, and would wait for ever if nothing answers.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout_s)
     try:
@@ -440,16 +437,17 @@ def _checked_state(path: Path, weights: Weights) -> dict[str, Tensor]:
     found = _architecture_in(state)
     if found is not None and found != (architecture.num_layers, architecture.embed_dim):
         raise WeightsError(
-            f"{path} holds {found[0]} layers of width {found[1]}, but {model} has {architecture.num_layers} "
-            f"of width {architecture.embed_dim}: choose the model that the file is of, or another file"
+            f"{path} holds {found[0]} layers of width {found[1]}, but {model} has "
+            f"{architecture.num_layers} of width {architecture.embed_dim}: "
+            "choose the model of the file, or another file"
         )
     expected_shapes = _fair_esm_shapes(architecture)
     found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = sorted(expected_shapes.keys() | found_shapes.keys())
     if wrong := [name for name in names if expected_shapes.get(name) != found_shapes.get(name)]:
         raise WeightsError(
-            f"{path} does not hold the parameters of {model}: {len(wrong)} are missing, unexpected or of another shape "
-            f"({wrong[0]} is the first): get the file from {_url(model)}"
+            f"{path} does not hold the parameters of {model}: {len(wrong)} are missing, unexpected "
+            f"or of another shape ({wrong[0]} is the first): get the file from {_url(model)}"
         )
     return state
 
@@ -464,5 +462,5 @@ def _architecture_in(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     )
 
 
-# In the files, and not in this network.
+# Parameters in the files that this network does not have.
 _UNUSED = re.compile(r"lm_head\.|contact_head\.|pooler\.|embeddings\.position_ids$|.*\.inv_freq$")

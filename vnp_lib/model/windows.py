@@ -91,7 +91,7 @@ class MeanOverWindows(LongMean):
 
 
 def long_mean_of(policy: str) -> LongMean | None:
-    """Parse a plan's `long_policy`, such as `window:1022:255`; None for a mean over all residues."""
+    """Parse a plan's `long_policy`: `window:1022:255`; None for a mean over all residues."""
     if windows := Windows.of_policy(policy):
         return MeanOverWindows(windows=windows)
     return MeanOfTheFirst() if policy == "virnucpro" else None

@@ -307,6 +307,6 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures(
 ) -> None:
     a_machine_with(monkeypatch, number_0=80 * GB, number_1=24 * GB)
     with pytest.raises(
-        ConfigError, match=r"15B.* 28\.1 GiB .* GPU 1, which has 22\.4 GiB free; take .*--model"
+        ConfigError, match=r"15B.* 28\.1 GiB .* GPU 1, which has 22\.4 GiB free; choose .*--model"
     ):
         choose_token_budget(B15, BFLOAT16, ["0", "1"], layout_of(MODELS[B15], ["mean"]))

@@ -221,7 +221,7 @@ def test_a_file_that_is_missing_beside_its_index_is_named(tmp_path, in_several_f
     shutil.copytree(in_several_files, tmp_path / "copy")
     sorted((tmp_path / "copy").glob("*.safetensors"))[1].unlink()
     with pytest.raises(
-        WeightsError, match=r"1 are not beside it \(model-00002-of-.*: download them again"
+        WeightsError, match=r"1 are not in its directory \(model-00002-of-.*: download them again"
     ):
         resolve_weights(MODEL, str(tmp_path / "copy"))
 
@@ -240,7 +240,7 @@ def test_an_index_that_names_nothing_or_files_elsewhere_is_refused(tmp_path, con
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(
         WeightsError,
-        match=r"index.json is damaged or no file of Hugging Face's .*: remove it and get",
+        match=r"index.json is damaged or not a file of Hugging Face .*: remove it and get",
     ):
         resolve_weights(MODEL, str(tmp_path))
 
@@ -251,7 +251,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, in_one_file, kept):
     path.write_bytes((in_one_file / "model.safetensors").read_bytes()[:kept])
     with pytest.raises(
         WeightsError,
-        match=r"model.safetensors is damaged or no file of Hugging Face's .*: remove it",
+        match=r"model.safetensors is damaged or not a file of Hugging Face .*: remove it",
     ):
         resolve_weights(MODEL, str(path))
 
@@ -263,6 +263,6 @@ def test_pickles_of_hugging_faces_are_not_read(tmp_path, name, is_named):
     path.write_bytes(np.zeros(10).tobytes())
     with pytest.raises(
         WeightsError,
-        match=rf"{path} is a pickle of Hugging Face's, .* take fair-esm's .pt file, or",
+        match=rf"{path} is a pickle of Hugging Face, .* use fair-esm's .pt file, or",
     ):
         resolve_weights(MODEL, str(path if is_named else tmp_path))

@@ -185,7 +185,7 @@ def test_damaged_file_is_refused(weights_file, damage):
     damage(weights_file)
     with pytest.raises(
         WeightsError,
-        match=r"weights.pt is damaged or no file of fair-esm's .*: remove it and get it",
+        match=r"weights.pt is damaged or not a file of fair-esm .*: remove it and get it",
     ):
         resolve_weights(SMALLEST, str(weights_file))
 
@@ -385,10 +385,10 @@ def test_contact_regression_that_is_not_there_or_another_models_is_refused(tmp_p
     found = resolve_weights(SMALLEST, str(path))
     beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
     url = f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
-    with pytest.raises(WeightsError, match=f"{beside} is not there: get it from {url}"):
+    with pytest.raises(WeightsError, match=f"{beside} does not exist: get it from {url}"):
         load_contact_regression(found)
     write_contact_regression(beside, num_heads=240)
-    with pytest.raises(WeightsError, match=f"{beside} is another: get it from {url}"):
+    with pytest.raises(WeightsError, match=f"{beside} belongs to another model: get it from {url}"):
         load_contact_regression(found)
 
 

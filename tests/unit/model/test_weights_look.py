@@ -218,7 +218,7 @@ REFUSED = {
         text(LFS_POINTER, "model.safetensors.index.json"),
         "is a pointer of Git LFS",
     ),
-    "index without shards": (index_alone, "names 1 files, and 1 are not beside it"),
+    "index without shards": (index_alone, "names 1 files, and 1 are not in its directory"),
     "web page": (
         text(WEB_PAGE),
         "(it is a web page, of an error or a log-in): remove it and get it again",
@@ -235,16 +235,16 @@ REFUSED = {
     ),
     "text": (
         text("Entry not found"),
-        "it is text, 'Entry not found', which a server may have sent in its place",
+        "it is text, 'Entry not found', which a server may have sent instead",
     ),
     "empty": (text(""), "it is empty"),
     "empty, safetensors": (text("", "model.safetensors"), "it is empty"),
     "gzip": (text(gzip.compress(b"x" * 100)), "it is compressed with gzip"),
     "HDF5": (text(b"\x89HDF\r\n\x1a\n" + bytes(99)), "it is an HDF5 file"),
-    "zeros": (text(bytes(9999)), "is damaged or no file of fair-esm's"),
+    "zeros": (text(bytes(9999)), "is damaged or not a file of fair-esm"),
     "cut fair-esm": (cut(10_000, "w.pt"), "it is cut short, at 10,000 bytes"),
-    "cut safetensors": (cut(10_000, "w.safetensors"), "is damaged or no file of Hugging Face's"),
-    "cut header": (cut(20, "w.safetensors"), "is damaged or no file of Hugging Face's"),
+    "cut safetensors": (cut(10_000, "w.safetensors"), "is damaged or not a file of Hugging Face"),
+    "cut header": (cut(20, "w.safetensors"), "is damaged or not a file of Hugging Face"),
     "another model": (
         of_another_model,
         "holds 33 layers of width 1280, but esm2_t6_8M_UR50D has 6 of width 320",
@@ -252,10 +252,10 @@ REFUSED = {
     "no parameters": (fair_esm(), "does not hold the parameters of esm2_t6_8M_UR50D"),
     "no model": (fair_esm(model=[1]), "it has no 'model'"),
     "pickle, renamed": (of_a_pickle, "it has no 'model'"),
-    "pickle": (holding("pytorch_model.bin", "config.json"), "is a pickle of Hugging Face's"),
+    "pickle": (holding("pytorch_model.bin", "config.json"), "is a pickle of Hugging Face"),
     "tokenizer alone": (
         holding("config.json", "vocab.txt", "tokenizer_config.json"),
-        "the tokenizer and settings alone are there",
+        "it holds only the tokenizer and settings",
     ),
     "empty directory": (holding(), "it is a directory without model.safetensors"),
     "fair-esm's directory": (
