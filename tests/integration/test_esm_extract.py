@@ -1,4 +1,4 @@
-"""`vnp esm-extract` writes what fair-esm's script writes, for the same arguments, and nothing anywhere else."""
+"""`vnp esm-extract` writes the files of fair-esm's script for the same arguments, and no others."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
     ],
 )
 def test_every_file_is_fair_esms(tmp_path, weights, fasta, options):
-    """Names, keys, shapes, dtypes and values; and as large on disk: no tensor drags its batch along."""
+    """Names, keys, shapes, dtypes, values and sizes: no file holds the tensor of a batch."""
     run_fair_esm(weights, fasta, tmp_path / "theirs", *options, "--nogpu")
     assert extract(weights, fasta, tmp_path / "ours", *options, "--nogpu") == ExitCode.DONE
     theirs = files_in(tmp_path / "theirs")
@@ -179,9 +179,7 @@ def test_what_is_cut_is_counted_on_standard_error(tmp_path, weights, fasta):
     assert ended.stdout == f"6 files are in {tmp_path}/out\n"
 
 
-def test_contacts_without_their_parameters_are_refused_before_anything_is_written(
-    tmp_path, weights, fasta, capsys
-):
+def test_contacts_without_parameters_are_refused_up_front(tmp_path, weights, fasta, capsys):
     alone = tmp_path / "alone" / weights.name
     alone.parent.mkdir()
     alone.symlink_to(weights)
@@ -214,7 +212,7 @@ def test_a_file_of_an_earlier_input_is_not_trusted(tmp_path, weights, fasta):
 
 
 @pytest.mark.parametrize(
-    ("header", "told"),
+    ("header", "reason"),
     [
         ("../../evil", "leads out of"),
         ("/etc/evil", "leads out of"),
@@ -224,20 +222,20 @@ def test_a_file_of_an_earlier_input_is_not_trusted(tmp_path, weights, fasta):
         ("P4", "2 sequences have the header 'P4'"),
     ],
 )
-def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_written(
-    tmp_path, weights, fasta, capsys, header, told
+def test_a_header_without_a_file_name_of_its_own_is_refused(
+    tmp_path, weights, fasta, capsys, header, reason
 ):
     fasta.write_text(fasta.read_text() + f">{header}\nMKV\n")
     assert (
         extract(weights, fasta, tmp_path / "deep/out", "--include", "mean")
         == ExitCode.UNUSABLE_INPUT
     )
-    assert told in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         (
             ["--include", "mean", "--repr_layers", "7"],
@@ -251,9 +249,11 @@ def test_a_header_that_gives_no_file_of_its_own_is_refused_before_anything_is_wr
         (["--include", "mean", "--truncation_seq_length", "0"], "--truncation_seq_length is 0"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_a_sentence(tmp_path, weights, fasta, capsys, options, told):
+def test_invalid_options_are_reported_in_one_sentence(
+    tmp_path, weights, fasta, capsys, options, reason
+):
     assert extract(weights, fasta, tmp_path / "out", *options) == ExitCode.UNUSABLE_INPUT
-    assert told in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -262,9 +262,9 @@ def test_a_model_that_is_none_of_the_six_is_refused(tmp_path, fasta, capsys):
         assert (
             extract(model, fasta, tmp_path / "out", "--include", "mean") == ExitCode.UNUSABLE_INPUT
         )
-    told = capsys.readouterr().err
-    assert "there is no model 'esm1b_t33_650M_UR50S'; choose one of esm2_t6_8M_UR50D" in told
-    assert "absent.pt" in told
+    stderr = capsys.readouterr().err
+    assert "there is no model 'esm1b_t33_650M_UR50S'; choose one of esm2_t6_8M_UR50D" in stderr
+    assert "absent.pt" in stderr
 
 
 def test_a_full_disk_ends_it_with_a_sentence_and_whole_files(tmp_path, weights, fasta, capsys):

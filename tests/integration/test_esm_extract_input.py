@@ -1,4 +1,4 @@
-"""What `vnp esm-extract` takes: fair-esm's own loop over odd files, and whatever is a file in a shell."""
+"""Input of `vnp esm-extract`: unusual files as in fair-esm's own loop, pipes and devices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = ROOT / "tests/data/cases"
 # What both take, with the same files and values.
 TAKEN_BY_BOTH = {
     "gaps": b">a\nMK-V\n>b\nM.K.V\n>c\n-\n>d\n...MKV---\n",
-    "rare letters": b">a\nBZXUO\n>b\nXXXX\n",
+    "rare residues": b">a\nBZXUO\n>b\nXXXX\n",
     "blank lines": b"\n\n>a\n\nMK\n\n\nVL\n\n>b\nMKV\n\n",
     "ends of lines as on Windows": b">a one\r\nMK\r\nVL\r\n>b\r\nMKV\r\n",
     "ends of lines as on an old Macintosh": b">a one\rMK\rVL\r>b\rMKV\r",
@@ -40,8 +40,12 @@ TAKEN_BY_BOTH = {
     "descriptions": b">a with  two blanks and\ta tab \nMKVL\n>b|c=1 OS=Homo sapiens\nMKV\n",
     "a blank before the name": b"> a one\nMKVL\n>\tb\nMKV\n",
     "the same id under other headers": b">a one\nMKVL\n>a two\nMKV\n>a\nMKV\n",
-    "names that are not ASCII": ">β-lactamase é\nMKVL\n>Ångström\nMKV\n>蛋白\nMK\n>e\u0301\nMK\n".encode(),
-    "odd characters in headers": b">sp|P1|A_B\nMKVL\n>a;b,c\nMKV\n>'q\" [x] {y} $Z *\nMK\n>a>b\nMKV\n>.hidden\nMK\n",
+    "names that are not ASCII": (
+        ">β-lactamase é\nMKVL\n>Ångström\nMKV\n>蛋白\nMK\n>e\u0301\nMK\n".encode()
+    ),
+    "odd characters in headers": (
+        b">sp|P1|A_B\nMKVL\n>a;b,c\nMKV\n>'q\" [x] {y} $Z *\nMK\n>a>b\nMKV\n>.hidden\nMK\n"
+    ),
     "a slash in the header": b">a/b c\nMKVL\n",
     "identical sequences": b">a\nMKVL\n>b\nMKVL\n",
     "longer than what is kept": b">a\n" + b"MK-VLATTWQERS" * 80 + b"\n>b\nMKV\n",
@@ -140,7 +144,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_both(tmp_path: Path, weights: Path, capsys) -> Callable[[bytes], tuple[Any, Any, str]]:
-    """Give what each writes for such a file, None if it ends by an error, and what ours says then."""
+    """Return the files of each program, None on an error, and the messages of ours."""
     options = ["--include", "mean", "per_tok", "bos", "--repr_layers", "0", "6", "--nogpu"]
 
     def run(content: bytes) -> tuple[Any, Any, str]:
@@ -159,8 +163,8 @@ def run_both(tmp_path: Path, weights: Path, capsys) -> Callable[[bytes], tuple[A
                 theirs = None
         ended = main(["esm-extract", str(weights), str(fasta), str(tmp_path / "ours/x"), *options])
         assert ended in (ExitCode.DONE, ExitCode.UNUSABLE_INPUT)
-        told = capsys.readouterr().err
-        return written(tmp_path / "ours") if ended == ExitCode.DONE else None, theirs, told
+        stderr = capsys.readouterr().err
+        return written(tmp_path / "ours") if ended == ExitCode.DONE else None, theirs, stderr
 
     return run
 
@@ -196,8 +200,8 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", TAKEN_BY_BOTH)
 def test_what_both_take_gives_the_same_files(run_both, name: str) -> None:
     """Labels, names of files, shapes and values."""
-    ours, theirs, told = run_both(TAKEN_BY_BOTH[name])
-    assert ours is not None, told
+    ours, theirs, stderr = run_both(TAKEN_BY_BOTH[name])
+    assert ours is not None, stderr
     assert theirs
     assert_same(ours, theirs)
 
@@ -205,31 +209,31 @@ def test_what_both_take_gives_the_same_files(run_both, name: str) -> None:
 @pytest.mark.parametrize("name", TAKEN_BY_FAIR_ESM)
 def test_what_fair_esm_alone_takes_is_refused_with_the_reason(run_both, name: str) -> None:
     content, reason, _ = TAKEN_BY_FAIR_ESM[name]
-    ours, theirs, told = run_both(content)
+    ours, theirs, stderr = run_both(content)
     assert (ours, theirs is None) == (None, False)
-    assert reason in told
-    assert "--fasta" not in told
-    assert "--translate" not in told
+    assert reason in stderr
+    assert "--fasta" not in stderr
+    assert "--translate" not in stderr
 
 
 @pytest.mark.parametrize("name", TAKEN_BY_US)
 def test_what_fair_esm_cannot_read_is_read(run_both, name: str) -> None:
-    ours, theirs, told = run_both(TAKEN_BY_US[name])
-    assert ours, told
+    ours, theirs, stderr = run_both(TAKEN_BY_US[name])
+    assert ours, stderr
     assert not theirs
 
 
 @pytest.mark.parametrize("name", TAKEN_BY_NEITHER)
 def test_what_neither_takes_is_refused_with_the_reason(run_both, name: str) -> None:
     content, reason = TAKEN_BY_NEITHER[name]
-    ours, theirs, told = run_both(content)
+    ours, theirs, stderr = run_both(content)
     assert (ours, theirs) == (None, None)
-    assert reason in told
+    assert reason in stderr
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\u00a0"])
 def test_white_space_in_a_line_is_no_residue(run_both, blank: str) -> None:
-    """fair-esm counts it: EOS and padding are part of its mean. What it gives without it is given here."""
+    """fair-esm averages EOS and padding too. Ours equals its result for the sequence without them."""
     with_blank, theirs_with_blank, _ = run_both(f">a\nMK{blank}VL\n".encode())
     _, theirs_without, _ = run_both(b">a\nMKVL\n")
     assert_same(with_blank, theirs_without)
@@ -244,7 +248,7 @@ def test_a_byte_order_mark_does_not_cost_the_first_protein(run_both) -> None:
     assert theirs == {}
 
 
-def test_every_difference_is_told() -> None:
+def test_every_difference_is_documented() -> None:
     """The guide has a row for each, under the name that it has here."""
     guide = (ROOT / "docs/how-to/from-esm-extract.md").read_text()
     for name, (_, _, given) in TAKEN_BY_FAIR_ESM.items():
@@ -291,7 +295,7 @@ class TestWhatIsAFile:
             assert written(tmp_path / "out").keys() == {"a.pt", "b.pt"}
         os.close(read_end)
 
-    def test_what_is_wrong_in_a_pipe_is_told_by_its_name(
+    def test_a_fault_in_a_pipe_is_reported_with_its_name(
         self, tmp_path: Path, weights: Path, capsys
     ) -> None:
         read_end, write_end = os.pipe()
@@ -329,7 +333,7 @@ class TestWhatIsAFile:
         assert written(tmp_path / "out").keys() == {"a.pt"}
 
     @pytest.mark.parametrize(
-        ("fasta", "told"),
+        ("fasta", "message"),
         [
             ("/dev/null", "/dev/null: this is a device; give a file or a pipe"),
             ("absent.fasta", "absent.fasta: there is no such file"),
@@ -342,12 +346,12 @@ class TestWhatIsAFile:
         ],
     )
     def test_what_is_none_is_refused_with_advice_that_fits(
-        self, tmp_path, weights, capsys, monkeypatch, fasta, told
+        self, tmp_path, weights, capsys, monkeypatch, fasta, message
     ) -> None:
         monkeypatch.delenv("ABSENT", raising=False)
         assert self.extract(weights, fasta, tmp_path / "out") == ExitCode.UNUSABLE_INPUT
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(told)
+        assert line.startswith(message)
         assert "--" not in line
         assert not (tmp_path / "out").exists()
 
@@ -357,7 +361,7 @@ class TestWhatIsAFile:
         assert self.extract(weights, "~/in.fasta", Path("~/out")) == ExitCode.DONE
         assert written(tmp_path / "out").keys() == {"a.pt"}
 
-    def test_an_output_directory_that_is_a_file_is_refused_before_anything_is_computed(
+    def test_an_output_directory_that_is_a_file_is_refused_up_front(
         self, tmp_path, weights, capsys
     ) -> None:
         (tmp_path / "in.fasta").write_text(">a\nMKV\n")

@@ -13,7 +13,10 @@ MUTANTS = (
     Mutant(
         name="unread-ids-counted-as-done",
         module="inference.runner",
-        before="batch_idx=RESUMED\n                )\n        batches = without_done(numbered_batches(dataloader), resumed_ids)\n",
+        before=(
+            "batch_idx=RESUMED\n                )\n"
+            "        batches = without_done(numbered_batches(dataloader), resumed_ids)\n"
+        ),
         after=(
             "batch_idx=RESUMED\n                )\n"
             "            resumed_ids = resumed_ids + _\n"
@@ -31,8 +34,8 @@ MUTANTS = (
     Mutant(
         name="ids-through-a-set",
         module="inference.runner",
-        before="            [sequence_id for batch in batches for sequence_id in batch.sequence_ids],\n",
-        after="            list({sequence_id for batch in batches for sequence_id in batch.sequence_ids}),\n",
+        before="[sequence_id for batch in batches for sequence_id in batch.sequence_ids],\n",
+        after="list({sequence_id for batch in batches for sequence_id in batch.sequence_ids}),\n",
         caught_by=(f"{_RUNNER}::test_runner_final_checkpoint_captures_remaining",),
     ),
     Mutant(
@@ -71,22 +74,22 @@ MUTANTS = (
     Mutant(
         name="checkpoint-announced-before-it-is-durable",
         module="inference.runner",
-        before="        written.add_done_callback(lambda future: self._announce(future, number, ordinals.size))\n",
+        before=(
+            "        written.add_done_callback("
+            "lambda future: self._announce(future, number, ordinals.size))\n"
+        ),
         after=(
-            "        if self._on_checkpoint is not None:\n            self._on_checkpoint(number, ordinals.size, 0.0)\n"
+            "        if self._on_checkpoint is not None:\n"
+            "            self._on_checkpoint(number, ordinals.size, 0.0)\n"
         ),
-        caught_by=(
-            f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",
-        ),
+        caught_by=(f"{_INFERENCE}::test_only_a_durable_checkpoint_is_announced",),
     ),
     Mutant(
         name="failed-checkpoint-announced",
         module="inference.runner",
         before="        if not written.cancelled() and written.exception() is None:\n",
         after="        if True:\n",
-        caught_by=(
-            f"{_INFERENCE}::test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed",
-        ),
+        caught_by=(f"{_INFERENCE}::test_only_a_durable_checkpoint_is_announced",),
     ),
     Mutant(
         name="rows-that-are-not-finite-accepted",
@@ -116,18 +119,14 @@ MUTANTS = (
         module="inference.runner",
         before="        _require_none_too_large(too_large)\n",
         after="",
-        caught_by=(
-            f"{_INFERENCE}::test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept",
-        ),
+        caught_by=(f"{_INFERENCE}::test_a_too_large_sequence_is_named_and_all_others_are_kept",),
     ),
     Mutant(
         name="masks-of-unlike-length-mixed-up",
         module="inference.executor",
         before="not_finite=_select_or_none(batch, _nested_mask(fits, ~is_finite)),",
         after="not_finite=_select_or_none(batch, ~_nested_mask(fits, is_finite)),",
-        caught_by=(
-            f"{_EXECUTOR}::test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch",
-        ),
+        caught_by=(f"{_EXECUTOR}::test_too_large_and_non_finite_rows_in_one_batch",),
     ),
     Mutant(
         name="recomputed-row-in-another-place",
@@ -143,7 +142,7 @@ MUTANTS = (
         module="inference.executor",
         before="            is_finite[row] = torch.isfinite(views[row]).all()\n",
         after="            is_finite[row] = True\n",
-        caught_by=(f"{_EXECUTOR}::test_a_row_that_stays_not_finite_is_told_apart",),
+        caught_by=(f"{_EXECUTOR}::test_a_row_that_stays_non_finite_is_reported_apart",),
     ),
     Mutant(
         name="activations-reckoned-too-small",

@@ -30,9 +30,7 @@ MUTANTS = (
         module="model.weights",
         before="        tensors = _each_finite(tensors, weights.path, dtype)\n",
         after="        pass\n",
-        caught_by=(
-            f"{_WEIGHTS}::test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter",
-        ),
+        caught_by=(f"{_WEIGHTS}::test_non_finite_weights_are_refused_with_the_parameter",),
     ),
     Mutant(
         name="last-piece-of-a-split-batch-lost",

@@ -1,4 +1,4 @@
-"""`vnp_lib.embed`: the vectors are fair-esm's, each under its own id, whatever form the proteins come in; else it says why."""
+"""`vnp_lib.embed` returns fair-esm's vectors under their ids for all forms of input."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def records_of(fasta: Path) -> dict[str, str]:
 
 @contextmanager
 def model_that(monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any]) -> Iterator[list[int]]:
-    """Have `spoil(forward, input_ids, cu_seqlens, max_seqlen)` in the model's place, and count the tokens of each pass."""
+    """Replace the forward pass of the model by `spoil(forward, ...)`, and count its tokens."""
     forward, passes = ESM2.forward_packed, []
 
     def forward_packed(self: ESM2, input_ids: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -120,7 +120,7 @@ def as_fasta(tmp_path: Path) -> Path:
         pytest.param(
             lambda _: [f" {s.lower()}\n*" for s in NAMED.values()],
             ["0", "1", "2", "3"],
-            id="to be mended",
+            id="to be normalised",
         ),
         pytest.param(lambda _: NAMED, list(NAMED), id="a dictionary"),
         pytest.param(lambda _: NAMED.items(), list(NAMED), id="pairs"),
@@ -129,9 +129,7 @@ def as_fasta(tmp_path: Path) -> Path:
         pytest.param(lambda directory: [as_fasta(directory)], list(NAMED), id="a list of Paths"),
     ],
 )
-def test_every_form_of_input_gives_fair_esms_vectors_in_the_order_given(
-    tmp_path, oracle, given, ids
-):
+def test_every_form_of_input_gives_fair_esms_vectors_in_order(tmp_path, oracle, given, ids):
     embeddings = embed(given(tmp_path), **SMALL)
     assert embeddings.ids == ids
     assert_close(embeddings.embeddings, oracle)
@@ -165,10 +163,10 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory, both_heads: FairEsm) 
 
 @pytest.mark.parametrize("include", [list(OutputKind), ["std", "mean"], {"per_tok"}, ("contacts",)])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_whatever_is_asked_for_is_fair_esms_by_name_and_id(
+def test_every_output_is_fair_esms_by_name_and_id(
     tmp_path, weights_file, both_heads, include, in_memory
 ):
-    """Under the names, and in the order, that a dataset has them; with a run directory it is one. Copies have it too."""
+    """With the names and the order of a dataset, also in a run directory, and for duplicates."""
     given = NAMED | {"a_again": NAMED["a"]}
     outputs = embed(
         given,
@@ -210,7 +208,7 @@ def test_another_layer_alone_is_a_matrix_like_the_last(both_heads, weights_file,
     assert open_dataset(tmp_path / "run").outputs == ("mean_3",)
 
 
-def test_a_single_mean_that_is_asked_for_by_name_has_it(oracle, tmp_path):
+def test_a_single_mean_requested_by_name_has_its_name(oracle, tmp_path):
     for output_dir in (None, tmp_path / "run"):
         outputs = embed(NAMED, **SMALL, include=["mean"], output_dir=output_dir)
         assert list(outputs.arrays) == ["mean_6"]
@@ -283,7 +281,7 @@ def without_a_finite_row_for_d(
 def test_a_row_that_is_not_finite_is_an_error_that_names_the_id(
     monkeypatch, tmp_path, oracle, in_memory
 ):
-    """With a run directory the batches before it are kept there, and a later call computes the rest."""
+    """A run directory keeps the batches before it, and a later call computes the rest."""
     settings = SMALL | {"token_budget": 19, "output_dir": None if in_memory else tmp_path / "run"}
     with (
         model_that(monkeypatch, without_a_finite_row_for_d),
@@ -315,7 +313,7 @@ def test_what_a_run_has_in_quarantine_has_no_row_and_that_is_said(tmp_path, orac
 def test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted(
     monkeypatch, tmp_path, oracle, gone
 ):
-    """Nothing goes through the model again; a damaged dataset is computed anew."""
+    """Nothing goes through the model again; a damaged dataset is computed again."""
     paths = RunPaths(tmp_path / "run")
     embed(NAMED, **SMALL, output_dir=paths.run_dir)
     before = {path: path.stat().st_ino for path in paths.embeddings_dir.iterdir()}
@@ -332,10 +330,10 @@ def test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted(
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_ctrl_c_leaves_nothing_running_and_the_next_call_goes_on(
+def test_ctrl_c_stops_everything_and_the_next_call_resumes(
     monkeypatch, tmp_path, tiny_fasta, in_memory
 ):
-    """A signal while the third batch is in the model; with a run directory nothing is computed twice."""
+    """A signal in the pass of the third batch; in a run directory nothing is computed twice."""
     passes = 0
 
     def interrupted(forward: Callable[..., Any], *arguments: Any) -> Any:
@@ -387,7 +385,7 @@ def test_it_works_within_a_running_event_loop(oracle):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "told"),
+    ("sequences", "reason"),
     [
         ([], "there is no sequence to embed; give at least one"),
         (["MKV", ""], r"record 1: sequence '1' has no residues"),
@@ -407,29 +405,29 @@ def test_it_works_within_a_running_event_loop(oracle):
         ("M" * 5000, "there is no such file; a single sequence goes into a list"),
     ],
 )
-def test_sequences_that_cannot_be_used_are_told_apart(sequences, told):
-    with pytest.raises(FastaError, match=told):
+def test_invalid_sequences_are_refused_with_the_reason(sequences, reason):
+    with pytest.raises(FastaError, match=reason):
         embed(sequences, **SMALL)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         (">a\nMKV\n>b\nMK1\n", r"in.fasta, line 3: sequence 'b' has '1' at position 3"),
         (">a\nMKV\n>b\nMKV\n>a\nMKL\n", r"'a': .*in.fasta, line 1 and .*in.fasta, line 5"),
     ],
 )
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_fault_in_a_file_is_told_with_its_place(tmp_path, text, told, in_memory):
+def test_a_fault_in_a_file_is_reported_with_its_line(tmp_path, text, reason, in_memory):
     path = tmp_path / "in.fasta"
     path.write_text(text)
-    with pytest.raises(FastaError, match=told):
+    with pytest.raises(FastaError, match=reason):
         embed(path, **SMALL, output_dir=None if in_memory else tmp_path / "run")
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reason"),
     [
         ({"model": "esm2"}, "model is 'esm2'; choose one of esm2_t6_8M_UR50D"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; choose one of auto, float32"),
@@ -448,10 +446,10 @@ def test_a_fault_in_a_file_is_told_with_its_place(tmp_path, text, told, in_memor
     ],
 )
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_settings_that_cannot_be_used_are_told_before_anything_is_made(
-    tmp_path, settings, told, in_memory
+def test_invalid_settings_are_refused_before_anything_is_written(
+    tmp_path, settings, reason, in_memory
 ):
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=reason):
         embed(NAMED, **SMALL | settings, output_dir=None if in_memory else tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

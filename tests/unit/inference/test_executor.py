@@ -1,4 +1,4 @@
-"""The rows of a batch when memory runs out and when numbers do: each row is its own sequence's, and none is lost in silence."""
+"""Rows are never mixed up or silently lost on out-of-memory or non-finite values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_pieces_row_for_row(memory: int
     )
 
 
-def test_what_was_learned_about_memory_spares_the_next_batch_the_attempt() -> None:
+def test_the_next_batch_keeps_to_the_lowered_budget() -> None:
     model, budget = StubModel(memory=20), TokenBudget(100)
     rows_of(model, SEQUENCES, budget=budget)
     assert model.passes[0] > 20
@@ -114,7 +114,7 @@ def spoil_where(token_sum: float) -> Callable[[Tensor], None]:
     return spoil
 
 
-def test_a_row_that_is_not_finite_in_its_batch_is_computed_once_more_alone() -> None:
+def test_a_non_finite_row_is_recomputed_alone() -> None:
     """Here by the same model, which does better with a single sequence."""
     torch.testing.assert_close(
         rows_of(StubModel(spoil=spoil_where(10)), SEQUENCES), expected_rows(SEQUENCES)
@@ -134,7 +134,7 @@ def test_the_row_of_a_more_exact_model_takes_its_place_and_no_others() -> None:
     torch.testing.assert_close(rows[1:], expected_rows(SEQUENCES)[1:])
 
 
-def test_a_row_that_stays_not_finite_is_told_apart() -> None:
+def test_a_row_that_stays_non_finite_is_reported_apart() -> None:
     model = StubModel(spoil=spoil_where(1))
     embedded = embed(model, SEQUENCES, recompute=lambda alone: torch.full((1, 4), NAN))
     assert embedded.not_finite.sequence_ids == ("id_MKV",)
@@ -143,7 +143,7 @@ def test_a_row_that_stays_not_finite_is_told_apart() -> None:
     torch.testing.assert_close(embedded.rows, expected_rows(SEQUENCES)[1:])
 
 
-def test_rows_that_do_not_fit_and_rows_that_are_not_finite_in_one_batch() -> None:
+def test_too_large_and_non_finite_rows_in_one_batch() -> None:
     """All three fates at once: the masks of one must not shift the others'."""
     model = StubModel(
         memory=8, spoil=lambda states: states.__setitem__(1, NAN) if states[1, 0] == 15 else None

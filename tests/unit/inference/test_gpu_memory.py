@@ -45,7 +45,7 @@ class NVMLError(Exception):
 
 
 class StandInNVML(ModuleType):
-    """`pynvml` on a machine whose GPUs have so many bytes free, by number or UUID; None where it does not tell."""
+    """Patch `pynvml` to report free bytes of GPUs, by number or UUID; None reports nothing."""
 
     NVMLError = NVMLError
 
@@ -107,7 +107,7 @@ def a_machine_with(
         (M650, torch.float32, 24 * GB, 315_392),
     ],
 )
-def test_memory_beside_the_weights_holds_so_many_tokens(
+def test_memory_next_to_the_weights_holds_the_tokens(
     model: str, dtype: torch.dtype, free_bytes: int, tokens: int
 ) -> None:
     assert (
@@ -117,16 +117,16 @@ def test_memory_beside_the_weights_holds_so_many_tokens(
 
 
 def test_contacts_take_the_more_the_longer_a_sequence_may_be() -> None:
-    """What fits is so for one sequence of them all: its maps of one layer, twice, and the sum of all layers'.
+    """One sequence of all tokens fits: its maps of one layer, twice, and the sums of all layers.
 
-    324 T**2 + (5 * 2560 * 2 + 2 * 2560 * 4 + 8 + 4 * 64) T = 58.6e9 bytes that can be used, T = 13,379.
+    324 T**2 + (5 * 2560 * 2 + 2 * 2560 * 4 + 8 + 4 * 64) T = 58.6e9 usable bytes, T = 13,379.
     """
     layout = layout_of(MODELS[B3], ["contacts"])
     assert tokens_that_fit(MODELS[B3], BFLOAT16, 80 * GB, layout) == 13_312
 
 
 def test_residues_of_every_layer_are_there_twice_in_float32() -> None:
-    """And once as they were computed: 37 * (2 + 4 + 4) * 2560 + 8 + 4 * 64 bytes a token, T = 61,859."""
+    """States and rows coexist: 37 * (2 + 4 + 4) * 2560 + 8 + 4 * 64 bytes per token, T = 61,859."""
     layout = layout_of(MODELS[B3], ["per_tok"], range(37))
     assert tokens_that_fit(MODELS[B3], BFLOAT16, 80 * GB, layout) == 61_440
 
@@ -194,7 +194,7 @@ def headed(dtype: torch.dtype, kinds: tuple[OutputKind, ...]) -> ESM2 | HeadedMo
 def test_a_forward_pass_holds_what_is_reckoned(
     dtype: torch.dtype, lengths: list[int], include: list[str], layers: Collection[int] | None
 ) -> None:
-    """Counted: the bytes of all tensors that are alive at once, beside the weights, at their most.
+    """Count the peak bytes of all tensors that exist at once, without the weights.
 
     Of several outputs it is reckoned as if the largest of all stages came last.
     """

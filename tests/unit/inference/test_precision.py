@@ -113,7 +113,7 @@ def test_exact_rows_are_compared_in_the_memory_of_one(tmp_path):
         assert compared[ordinal].cosine == pytest.approx(cosine, abs=1e-12)
 
 
-def test_a_row_that_does_not_fit_on_the_disk_is_as_if_it_were_not_there(tmp_path):
+def test_a_row_that_does_not_fit_on_the_disk_is_absent(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = ExactRows(tmp_path)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -140,7 +140,7 @@ def test_a_certificate_is_the_worst_of_all():
 
 
 def test_a_checkpoint_gives_back_what_it_was_given():
-    told = [comparison(1, 0.5, 0.9999), comparison(2, 0.1, 0.9)]
-    assert from_metadata(to_metadata(told)) == told
+    comparisons = [comparison(1, 0.5, 0.9999), comparison(2, 0.1, 0.9)]
+    assert from_metadata(to_metadata(comparisons)) == comparisons
     assert to_metadata([]) == {}
     assert from_metadata({"ordinals": [1]}) == []

@@ -61,10 +61,10 @@ def test_a_stop_is_heeded_after_the_batch_and_its_rows_are_kept(tmp_path: Path) 
     assert kept.sequence_ids == ["0a", "0b", "1a", "1b"]
 
 
-def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
+def test_only_a_durable_checkpoint_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the time that writing took. The second one gets no marker, since the disk is read-only by then."""
+    """With its writing time. The second one gets no marker, since the disk is read-only by then."""
     announced: list[tuple[int, int, bool]] = []
     took: list[float] = []
     write_marker = writer.write_marker
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_announced_once_it_is_durable_and_never_if_it_failed(
 
 
 def test_a_result_says_how_many_batches_wait_for_the_model(tmp_path: Path) -> None:
-    """Those that are read: not the one that has just been computed, and not the end of the input."""
+    """Batches that are read count; the one just computed and the end of the input do not."""
     all_are_read = threading.Event()
 
     def read() -> Iterator[PackedBatch]:
@@ -134,7 +134,7 @@ def test_an_error_of_the_reader_waits_for_its_turn_and_is_no_batch() -> None:
         next(items)
 
 
-def test_a_sequence_that_does_not_fit_is_named_at_the_end_and_all_others_are_kept(
+def test_a_too_large_sequence_is_named_and_all_others_are_kept(
     tmp_path: Path,
 ) -> None:
     class Small(StubModel):
@@ -167,7 +167,7 @@ def test_a_checkpoint_says_what_computed_it(tmp_path: Path) -> None:
     )
 
 
-def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(
+def test_a_non_finite_row_is_omitted_if_the_callback_returns(
     tmp_path: Path,
 ) -> None:
     """In the loop's own order: its batch-mates are kept under their own ids."""
@@ -181,17 +181,17 @@ def test_a_row_that_is_not_finite_is_told_and_left_out_where_that_is_forgiven(
             return {"representations": {6: states}}
 
     class Forgiving(Callbacks):
-        told: list[str] = []
+        omitted: list[str] = []
 
         def on_not_finite(self, batch: PackedBatch) -> None:
-            self.told.extend(batch.sequence_ids)
+            self.omitted.extend(batch.sequence_ids)
 
     bad = pack_batch(
         ["MWV", "MKV", "W"], sequence_ids=["b1", "good", "b2"], ordinals=[10, 11, 12], batch_idx=5
     )
     runner = AsyncInferenceRunner(Spoilt(), "cpu", checkpoint_dir=tmp_path)
     results = list(runner.embed([bad, *batches(1)], callbacks=Forgiving()))
-    assert Forgiving.told == ["b1", "b2"]
+    assert Forgiving.omitted == ["b1", "b2"]
     assert [result.sequence_ids for result in results] == [("good",), ("0a", "0b")]
     kept = load_checkpoint(checkpoint_path(tmp_path, 0, 0), fingerprint=None)
     assert (kept.sequence_ids, kept.metadata["ordinals"]) == (["good", "0a", "0b"], [11, 0, 1])

@@ -60,7 +60,7 @@ def test_missing_varlen_module_leaves_the_runs(monkeypatch):
 
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, /):
-    """A stand-in with the parameters that torch 2.10 and 2.13 have in common; the kernel itself needs a GPU."""
+    """A double with the parameters of both torch 2.10 and 2.13; the kernel itself needs a GPU."""
     assert cu_seq_q is cu_seq_k
     assert cu_seq_q.tolist() == [0, 5, 7]
     assert (max_q, max_k) == (5, 5)
@@ -86,7 +86,7 @@ def flash_attn_varlen_func(
 
 @pytest.fixture
 def varlen_kernel(monkeypatch):
-    """Which kernel is found, by whether this build of torch has its own and whether flash-attn is installed."""
+    """The kernel depends on whether this build of torch has one and flash-attn is installed."""
 
     def found(*, in_torch: bool, flash_attn: bool):
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: in_torch)
@@ -100,7 +100,7 @@ def varlen_kernel(monkeypatch):
 
 
 def test_torchs_kernel_goes_before_flash_attns(varlen_kernel):
-    """The torch that is tested here has it, under the name that is asked for."""
+    """The torch that is tested here has it, under the requested name."""
     for flash_attn in (False, True):
         assert (
             varlen_kernel(in_torch=True, flash_attn=flash_attn).__module__
@@ -125,7 +125,7 @@ def reordered(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seqlens", [[6, 4, 4, 1], [3000, 2]])
-def test_rotation_is_fair_esms_and_starts_anew_at_each_sequence(seqlens):
+def test_rotation_is_fair_esms_and_restarts_at_each_sequence(seqlens):
     q, k, _ = random_states(sum(seqlens))
     factors = rotary_factors(layout_of(seqlens), sum(seqlens), HEAD_DIM)
     ours = rotate(torch.stack([reordered(q), reordered(k)], dim=1), factors)

@@ -24,7 +24,7 @@ def _one_thread():
 def random_states(
     count: int, seqlen: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values, (B, H, L, D), as one projection of packed tokens has them in memory."""
+    """Queries, keys and values, (B, H, L, D), with the strides of a projection of packed tokens."""
     generator = torch.Generator().manual_seed(seqlen)
     states = torch.randn(count, seqlen, 3, HEADS, HEAD_DIM, generator=generator).to(dtype)
     return states.permute(2, 0, 3, 1, 4).unbind()
@@ -44,7 +44,7 @@ def test_two_products_and_powers_of_two_are_attention(count, seqlen):
 
 
 def test_half_precision_rounds_weights_and_values_alone():
-    """A score of 20, were it rounded to bfloat16, would be off by up to 0.06, and its weight by as large a part."""
+    """In bfloat16, a score of 20 would be off by up to 0.06, and its weight by the same share."""
     q, k, v = random_states(1, 102, torch.bfloat16)
     q = 8 * q
     attended = attend_by_products(q, k, v)
@@ -76,7 +76,7 @@ def test_scores_up_to_some_tens_are_not_too_large():
         )
 
 
-def test_products_are_for_single_threads_and_sequences_of_middling_length():
+def test_products_are_for_one_thread_and_medium_lengths():
     def is_chosen(seqlen: int, dtype: torch.dtype) -> bool:
         return products_are_faster(torch.empty(1, HEADS, seqlen, HEAD_DIM, dtype=dtype))
 

@@ -24,8 +24,8 @@ def our_model(architecture: Architecture, state: dict[str, torch.Tensor]) -> ESM
 
 
 def random_batch(lengths: list[int]) -> PackedBatch:
-    letters = np.random.default_rng(5).choice(list(RESIDUES), size=sum(lengths))
-    sequences = ["".join(part) for part in np.split(letters, np.cumsum(lengths)[:-1])]
+    residues = np.random.default_rng(5).choice(list(RESIDUES), size=sum(lengths))
+    sequences = ["".join(part) for part in np.split(residues, np.cumsum(lengths)[:-1])]
     return pack_batch(
         sequences, [f"s{i}" for i in range(len(lengths))], range(len(lengths)), batch_idx=0
     )
@@ -73,7 +73,7 @@ def test_every_layer_equals_fair_esm_one_sequence_at_a_time(architecture, length
         assert cosines.min() >= 0.999999, f"layer {layer}"
 
 
-def test_a_child_of_one_thread_equals_fair_esm_too():
+def test_one_thread_equals_fair_esm_too():
     """Its attention is another: `cpu_attention`."""
     state = dict(random_tensors(MODELS[SMALLEST], seed=7))
     batch = random_batch([400, 256, 102, 102, 48, 20])
@@ -88,7 +88,7 @@ def test_a_child_of_one_thread_equals_fair_esm_too():
     assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-def test_last_layer_is_the_default_and_layers_do_not_depend_on_each_other():
+def test_the_last_layer_is_the_default_and_layers_are_independent():
     network = our_model(TINY, dict(random_tensors(TINY)))
     batch = random_batch([9, 4])
     every = packed_states(network, batch, [0, 1, 2, 3])
@@ -122,7 +122,7 @@ def test_half_precision_stays_close_at_length_1022(dtype):
 
 
 def test_mean_leaves_out_bos_and_eos_and_is_taken_in_float32():
-    """Ones among huge BOS and EOS states; 300 ones sum to 256 in bfloat16, float32 counts them all."""
+    """Ones among huge BOS and EOS states: 300 ones sum to 256 in bfloat16, to 300 in float32."""
     seqlens = torch.tensor([302, 3, 7])
     cu_seqlens = F.pad(seqlens.cumsum(0), (1, 0)).int()
     hidden = torch.ones(312, 4, dtype=torch.bfloat16)
@@ -143,10 +143,10 @@ def test_random_weights_keep_deep_networks_sane():
     ("change", "said"),
     [
         ({"layers.1.fc1.bias": None}, "there are no parameters layers.1.fc1.bias"),
-        ({"layers.1.fc3.bias": torch.zeros(48)}, r"layers.1.fc3.bias, \(48,\), has no room"),
+        ({"layers.1.fc3.bias": torch.zeros(48)}, r"layers.1.fc3.bias, \(48,\), does not fit"),
         (
             {"layers.1.fc1.bias": torch.zeros(1)},
-            r"layers.1.fc1.bias, \(1,\), has no room",
+            r"layers.1.fc1.bias, \(1,\), does not fit",
         ),  # it would be copied to all 192
     ],
 )
@@ -181,7 +181,7 @@ def test_architectures_are_the_published_ones():
 
 
 def test_all_layers_are_one_graph_whatever_the_batch(monkeypatch):
-    """Where a kernel takes the boundaries as they are: else torch's compiler would begin anew at each batch."""
+    """If a kernel takes the boundaries; otherwise torch would compile again for each batch."""
 
     def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
         heads_first = (x.transpose(0, 1) for x in (q, k, v))

@@ -38,7 +38,7 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @cache
 def state() -> dict[str, Tensor]:
-    """Parameters of everything that fair-esm has; contacts from 0 to 1, not all near a half as with small weights."""
+    """All parameters of fair-esm, such that contacts are not all near a half."""
     dim, maps = ARCHITECTURE.embed_dim, ARCHITECTURE.num_layers * ARCHITECTURE.attention_heads
     return dict(random_tensors(ARCHITECTURE, seed=7)) | {
         "lm_head.dense.weight": draw((dim, dim), 1) / 10,
@@ -64,8 +64,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 
 def proteins(lengths: list[int]) -> list[str]:
-    letters = np.random.default_rng(5)
-    return ["".join(letters.choice(list(RESIDUES), size=length)) for length in lengths]
+    generator = np.random.default_rng(5)
+    return ["".join(generator.choice(list(RESIDUES), size=length)) for length in lengths]
 
 
 def batch_of(sequences: list[str]) -> PackedBatch:
@@ -105,9 +105,7 @@ def shapes(lengths: list[int], layout: RowLayout) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     "map_values", [2**20, 2 * 62**2, 1], ids=["all-maps", "two-maps", "one-map"]
 )
-def test_contacts_and_logits_are_what_fair_esm_gives_for_each_sequence_alone(
-    weights, monkeypatch, tokens, map_values
-):
+def test_contacts_and_logits_equal_fair_esms_per_sequence(weights, monkeypatch, tokens, map_values):
     monkeypatch.setattr(vnp_lib.model.heads, "MAP_VALUES", map_values)
     sequences = proteins(LENGTHS)
     executor = BatchExecutor(
@@ -144,7 +142,7 @@ def test_half_precision_stays_close():
     )
 
 
-def test_a_network_that_is_asked_for_neither_stays_as_it_is(weights):
+def test_a_network_without_heads_stays_as_it_is(weights):
     network = load_model(weights, dtype=torch.float32, device=CPU)
     assert with_heads(network, weights, ()) is network
     assert check_heads(weights, ()) is None
@@ -170,7 +168,7 @@ def without(*prefixes: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state().items() if not name.startswith(prefixes)}
 
 
-def test_the_contact_regression_is_read_from_fair_esms_file_beside_the_model(tmp_path: Path):
+def test_the_contact_regression_is_read_next_to_the_model(tmp_path: Path):
     """It has a digest of its own, since the model's file does not know it."""
     path = tmp_path / "mine.pt"
     save_weights(path, SMALLEST, without("contact_head."))

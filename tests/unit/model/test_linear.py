@@ -24,7 +24,7 @@ def test_a_convolution_over_tokens_is_a_linear_layer(num_tokens, num_threads):
         torch.set_num_threads(before)
 
 
-def test_a_layer_multiplies_as_it_is_told(monkeypatch):
+def test_a_layer_multiplies_in_the_requested_way(monkeypatch):
     monkeypatch.setattr(linear, "convolved", lambda x, weight, bias: "convolved")
     assert Linear(3, 2, by_convolution=True)(torch.ones(4, 3)) == "convolved"
     assert Linear(3, 2, by_convolution=False)(torch.ones(4, 3)).shape == (4, 2)

@@ -1,4 +1,4 @@
-"""Every output is fair-esm's, each row its own sequence's, however a batch is packed, split, mended or spoilt."""
+"""Every output equals fair-esm's, however a batch is packed, split, recomputed or spoilt."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_each_row_is_what_fair_esm_gives_for_its_sequence_alone(names, tokens):
 
 
 class Spoilt:
-    """Our network, but the states of one token in one layer are not finite where it is among other tokens."""
+    """Our network, with non-finite states of one token in one layer, unless it is alone."""
 
     def __init__(self, *, layer: int, token: int, always: bool = False) -> None:
         self._network = network()
@@ -123,7 +123,7 @@ class Spoilt:
 
 
 @pytest.mark.parametrize("names", [FIXED, RAGGED], ids=",".join)
-def test_a_row_of_which_any_value_is_not_finite_is_computed_again_alone(names):
+def test_a_row_with_a_non_finite_value_is_recomputed_alone(names):
     """Token 146 is of s4, whose five residues are seven tokens."""
     layout, batch = layout_of(names), batch_of(SEQUENCES)
     assert batch.cu_seqlens[4] <= 146 < batch.cu_seqlens[5] - 1
@@ -135,7 +135,7 @@ def test_a_row_of_which_any_value_is_not_finite_is_computed_again_alone(names):
 
 
 @pytest.mark.parametrize("names", [FIXED, RAGGED], ids=",".join)
-def test_a_row_that_is_never_finite_is_left_out_and_the_others_keep_theirs(names):
+def test_a_row_that_is_never_finite_is_omitted(names):
     """Also those of another width: what is left out takes its own numbers with it."""
     layout, batch = layout_of(names), batch_of(SEQUENCES)
 
@@ -154,10 +154,8 @@ def test_a_row_that_is_never_finite_is_left_out_and_the_others_keep_theirs(names
 
 
 @pytest.mark.parametrize("names", [FIXED, RAGGED], ids=",".join)
-def test_a_checkpoint_holds_what_fair_esm_gives_and_says_how_far_it_is_from_exact_rows(
-    names, tmp_path: Path
-):
-    """The exact row of s3 is off by 0.5 in its last number, which only a comparison of the whole row sees."""
+def test_a_checkpoint_holds_fair_esms_rows_and_the_comparison(names, tmp_path: Path):
+    """The exact row of s3 differs by 0.5 in its last value, which only a full comparison finds."""
     layout = layout_of(names)
     batches = [batch_of(SEQUENCES[:4]), batch_of(SEQUENCES[4:], first=4)]
     [own] = [

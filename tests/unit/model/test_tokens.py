@@ -1,4 +1,4 @@
-"""Letters become fair-esm's tokens, and a batch is either whole or refused."""
+"""Residues become fair-esm's tokens, and incomplete batches are refused."""
 
 import numpy as np
 import pytest
@@ -125,7 +125,7 @@ def test_only_padding_at_the_right_is_taken_away():
         ({"cu_seqlens": [1, 5, 8]}, "8 tokens, but cu_seqlens goes from 1 to 8"),
         ({"cu_seqlens": [0, 6, 8]}, "sequence 'y' of batch 4 has no residue: 2 tokens"),
         ({"cu_seqlens": [0, 9, 8]}, "sequence 'y' of batch 4 has no residue: -1 tokens"),
-        ({"cu_seqlens": None}, "1 dimensions and comes without cu_seqlens"),
+        ({"cu_seqlens": None}, "1 dimensions and no cu_seqlens"),
         (
             {"input_ids": torch.full((2, 4), PAD), "cu_seqlens": None},
             "sequence 'x' of batch 4 has no residue: 0 tokens",

@@ -1,4 +1,4 @@
-"""Hugging Face's files of ESM-2 give the same parameters as fair-esm's, or are refused with a word on what to do."""
+"""Hugging Face's files of ESM-2 equal fair-esm's, or are refused with advice."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def assert_are_the_random_ones(parameters: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters.items())
 
 
-def test_a_directory_or_its_file_gives_the_same_bits_as_fair_esms_layout(tmp_path, in_one_file):
+def test_a_directory_or_its_file_equals_fair_esms_format(tmp_path, in_one_file):
     save_weights(tmp_path / "weights.pt", MODEL, dict(random_tensors(MODELS[MODEL])))
     assert_are_the_random_ones(parameters_at(tmp_path / "weights.pt"))
     assert_are_the_random_ones(parameters_at(in_one_file))
@@ -156,7 +156,7 @@ def hugging_face_config() -> Any:
 
 
 def as_older_versions_wrote_it(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With the names of transformers 4: a table of positions that ESM-2 does not use, and frequencies in every layer."""
+    """As in transformers 4: with an unused table of positions, and frequencies in every layer."""
     old = {
         f"esm.{name}": tensor for name, tensor in tensors.items() if "encoder.layer.*" not in name
     }
@@ -212,12 +212,13 @@ def test_a_file_that_is_not_what_the_hub_named_it_by_is_refused(cached):
     blob = next((cached / "blobs").iterdir())
     flip_bit(blob)
     with pytest.raises(
-        WeightsError, match=rf"is damaged: its sha256 is .*, not what {blob} is named by; download"
+        WeightsError,
+        match=rf"is damaged: its sha256 is .*, not the one in the name of {blob}; download",
     ):
         resolve_weights(MODEL, str(cached))
 
 
-def test_a_file_that_is_missing_beside_its_index_is_named(tmp_path, in_several_files):
+def test_a_file_that_is_missing_next_to_its_index_is_named(tmp_path, in_several_files):
     shutil.copytree(in_several_files, tmp_path / "copy")
     sorted((tmp_path / "copy").glob("*.safetensors"))[1].unlink()
     with pytest.raises(

@@ -107,10 +107,8 @@ def test_weights_are_cast_on_the_way(weights_file):
 @pytest.mark.parametrize(
     "name", ["embed_tokens.weight", "layers.3.self_attn.q_proj.weight", "layers.5.fc2.bias"]
 )
-def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter(
-    tmp_path, name, value
-):
-    """One number suffices, as a single letter's row: most proteins would have no finite embedding."""
+def test_non_finite_weights_are_refused_with_the_parameter(tmp_path, name, value):
+    """One value suffices, in the row of one residue: most embeddings would not be finite."""
     state = dict(random_tensors(MODELS[SMALLEST]))
     state[name].view(-1)[-3] = value
     save_weights(tmp_path / "weights.pt", SMALLEST, state)
@@ -121,7 +119,7 @@ def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_parameter(
         load_model(weights, dtype=torch.bfloat16, device=CPU)
 
 
-def test_weights_beyond_half_precision_are_refused_in_that_and_no_other(tmp_path):
+def test_weights_beyond_half_precision_are_refused_only_in_it(tmp_path):
     state = dict(random_tensors(MODELS[SMALLEST]))
     state["layers.0.fc1.bias"][7] = -70_000
     save_weights(tmp_path / "weights.pt", SMALLEST, state)
@@ -207,7 +205,7 @@ def test_path_without_a_file_is_refused(tmp_path, name, reason):
 
 
 def test_a_model_is_loaded_without_torchs_compiler(tmp_path):
-    """To import that takes seconds, and every child loads a model."""
+    """To import that takes seconds, and every worker process loads a model."""
     paths = [str(tmp_path / f"weights{suffix}") for suffix in (".pt", ".safetensors")]
     for path in paths:
         save_random(Path(path), SMALLEST)
@@ -228,7 +226,8 @@ from pathlib import Path
 from vnp_lib.model.weights import load_model, resolve_weights
 
 def anonymous_bytes():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 def sample():
@@ -251,7 +250,7 @@ print((max(samples) - before) / size)
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_model_takes_its_size_in_memory_once_when_it_is_loaded(tmp_path, suffix):
-    """In half precision, from a file in float32: what is mapped of the file is the page cache's, and can go at any time."""
+    """In half precision, from a float32 file, whose mapped pages the system can release."""
     model, path = "esm2_t30_150M_UR50D", tmp_path / f"weights{suffix}"
     save_random(path, model)
     command = [sys.executable, "-c", _PEAK_OF_A_LOAD, model, str(path)]
@@ -322,7 +321,7 @@ def test_weights_are_official_where_their_digest_is_known(monkeypatch, weights_f
     assert is_official(found) is False
 
 
-def test_a_file_in_the_cache_that_is_known_not_to_be_official_is_refused(in_hub_cache, monkeypatch):
+def test_a_file_in_the_cache_that_is_not_official_is_refused(in_hub_cache, monkeypatch):
     monkeypatch.setitem(OFFICIAL_DIGESTS, SMALLEST, frozenset({"0" * 64}))
     with pytest.raises(
         WeightsError, match=f"{in_hub_cache} is not the file that fair-esm publishes .*: remove it"
@@ -343,15 +342,15 @@ def write_contact_regression(path: Path, *, num_heads: int) -> tuple[torch.Tenso
     return weight, bias
 
 
-def test_contact_regression_is_read_from_beside_the_model_as_fair_esm_reads_it(tmp_path):
+def test_contact_regression_is_read_as_fair_esm_reads_it(tmp_path):
     path = tmp_path / f"{SMALLEST}.pt"
     without_contact_head(path)
-    beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
-    write_contact_regression(beside, num_heads=120)
+    own_file = tmp_path / f"{SMALLEST}-contact-regression.pt"
+    write_contact_regression(own_file, num_heads=120)
     weight, bias = load_contact_regression(resolve_weights(SMALLEST, str(path)))
 
     with torch.serialization.safe_globals([Namespace]):
-        content, regression = (torch.load(file, weights_only=True) for file in (path, beside))
+        content, regression = (torch.load(file, weights_only=True) for file in (path, own_file))
     rest = {
         name: tensor
         for name, tensor in fair_esm_state().items()
@@ -379,22 +378,22 @@ def test_contact_regression_is_found_among_hugging_faces_parameters(tmp_path):
     assert torch.equal(bias, state["contact_head.regression.bias"])
 
 
-def test_contact_regression_that_is_not_there_or_another_models_is_refused(tmp_path):
+def test_an_absent_or_other_contact_regression_is_refused(tmp_path):
     path = tmp_path / f"{SMALLEST}.pt"
     without_contact_head(path)
     found = resolve_weights(SMALLEST, str(path))
-    beside = tmp_path / f"{SMALLEST}-contact-regression.pt"
+    own_file = tmp_path / f"{SMALLEST}-contact-regression.pt"
     url = f"https://dl.fbaipublicfiles.com/fair-esm/regression/{SMALLEST}-contact-regression.pt"
-    with pytest.raises(WeightsError, match=f"{beside} does not exist: get it from {url}"):
+    with pytest.raises(WeightsError, match=f"{own_file} does not exist: get it from {url}"):
         load_contact_regression(found)
-    write_contact_regression(beside, num_heads=240)
-    with pytest.raises(WeightsError, match=f"{beside} belongs to another model: get it from {url}"):
+    write_contact_regression(own_file, num_heads=240)
+    with pytest.raises(
+        WeightsError, match=f"{own_file} belongs to another model: get it from {url}"
+    ):
         load_contact_regression(found)
 
 
-def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked_for(
-    in_hub_cache, monkeypatch
-):
+def test_contact_regression_of_a_downloaded_model_is_downloaded(in_hub_cache, monkeypatch):
     without_contact_head(in_hub_cache)
     written = []
 
@@ -414,15 +413,13 @@ def test_contact_regression_of_a_downloaded_model_is_downloaded_when_it_is_asked
     assert len(written) == 2
 
 
-def test_a_contact_regression_in_the_cache_that_is_not_the_published_one_is_refused(
-    in_hub_cache, monkeypatch
-):
+def test_an_unpublished_contact_regression_in_the_cache_is_refused(in_hub_cache, monkeypatch):
     without_contact_head(in_hub_cache)
-    beside = in_hub_cache.with_name(f"{SMALLEST}-contact-regression.pt")
-    write_contact_regression(beside, num_heads=120)
+    own_file = in_hub_cache.with_name(f"{SMALLEST}-contact-regression.pt")
+    write_contact_regression(own_file, num_heads=120)
     monkeypatch.setitem(OFFICIAL_REGRESSION_DIGESTS, SMALLEST, "0" * 64)
     with pytest.raises(
-        WeightsError, match=f"{beside} is not the file that fair-esm publishes .*: remove it"
+        WeightsError, match=f"{own_file} is not the file that fair-esm publishes .*: remove it"
     ):
         load_contact_regression(resolve_weights(SMALLEST, "auto"))
 

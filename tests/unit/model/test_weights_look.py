@@ -1,4 +1,4 @@
-"""Weights are looked at in one way by a run, `vnp plan`, `vnp verify-model` and Python, and refused before anything starts."""
+"""A run, `vnp plan`, `vnp verify-model` and Python check weights alike, and up front."""
 
 from __future__ import annotations
 
@@ -273,12 +273,12 @@ REFUSED = {
 def test_what_are_no_weights_is_refused_by_all_in_the_same_sentence(tmp_path, capsys, name) -> None:
     """Before a run makes anything or a server starts."""
     (tmp_path / "weights").mkdir()
-    make, told = REFUSED[name]
+    make, reason = REFUSED[name]
     given = make(tmp_path / "weights")
     with pytest.raises(WeightsError) as by_run:
         validate_config(config_with(given, tmp_path))
     (sentence,) = str(by_run.value).splitlines()
-    assert told in sentence
+    assert reason in sentence
     assert not (tmp_path / "run").exists()
     for look in (
         lambda: estimate_run(config_with(given, tmp_path, EstimateConfig)),
@@ -306,7 +306,7 @@ def test_a_directory_of_the_hub_with_several_models_names_them(tmp_path) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reason"),
     [
         (
             "facebook/esm2_t6_8M_UR50D",
@@ -318,11 +318,11 @@ def test_a_directory_of_the_hub_with_several_models_names_them(tmp_path) -> None
         ("$ABSENT/w.pt", "the environment variable ABSENT is not set"),
     ],
 )
-def test_what_is_no_path_is_refused_with_what_to_do(given, told, monkeypatch) -> None:
+def test_an_invalid_path_is_refused_with_advice(given, reason, monkeypatch) -> None:
     monkeypatch.delenv("ABSENT", raising=False)
     with pytest.raises(InputError) as caught:
         look_at_weights(SMALLEST, given)
-    assert told in str(caught.value)
+    assert reason in str(caught.value)
 
 
 def test_home_is_expanded_in_python_too(fair_esm_file, monkeypatch) -> None:
@@ -347,13 +347,12 @@ def test_a_look_at_random_weights_gives_them() -> None:
     assert look_at_weights(SMALLEST, "random") == RANDOM
 
 
-def test_weights_that_a_run_would_download_are_none_yet_and_vnp_plan_says_where_to(
-    tmp_path, monkeypatch
-) -> None:
+def test_vnp_plan_reports_where_weights_would_be_downloaded(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert look_at_weights(SMALLEST, "auto") is None
-    told = estimate_run(config_with("auto", tmp_path, EstimateConfig)).weights
-    assert told == f"not here yet: a run downloads them to {tmp_path}/hub/checkpoints/{SMALLEST}.pt"
+    weights = estimate_run(config_with("auto", tmp_path, EstimateConfig)).weights
+    path = f"{tmp_path}/hub/checkpoints/{SMALLEST}.pt"
+    assert weights == f"not here yet: a run downloads them to {path}"
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / f"hub/checkpoints/{SMALLEST}.pt").write_text(WEB_PAGE)
     with pytest.raises(WeightsError, match="it is a web page"):

@@ -1,4 +1,4 @@
-"""Long sequences in windows, and as VirNucPro takes them: each row is what fair-esm and a few lines of NumPy come to."""
+"""Rows of long sequences, in windows and as in VirNucPro, equal fair-esm's with NumPy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def collected(executor: BatchExecutor, batch: PackedBatch) -> Any:
 
 
 def windowed_by_hand(sequence: str, layer: int, length: int, overlap: int) -> NDArray[np.float32]:
-    """Window by window: sum up each residue's states, divide by how many there are, and take the mean."""
+    """Sum up the states of each residue over the windows, divide by their number, and average."""
     if len(sequence) <= length:
         return residues(sequence, layer).mean(axis=0)
     sums = np.zeros((len(sequence), TINY.embed_dim))
@@ -123,7 +123,7 @@ def test_without_a_long_sequence_a_batch_is_computed_as_ever():
     )
 
 
-def test_virnucpros_mean_is_that_of_the_first_1024_residues_of_the_whole_sequence():
+def test_virnucpros_mean_is_that_of_the_first_1024_residues():
     """Each state has seen the whole sequence: the mean over a cut sequence is another."""
     sequences = proteins([1300, 1024, 30])
     found = collected(executor("virnucpro"), batch_of(sequences))
@@ -137,7 +137,7 @@ def test_virnucpros_mean_is_that_of_the_first_1024_residues_of_the_whole_sequenc
 
 
 class Limited:
-    """Our network on a device that holds so many tokens, and is never done with the letter Z at the first place."""
+    """Our network on a device with memory for some tokens, which fails on a first residue Z."""
 
     def __init__(self, *, memory: int = 10**9, is_spoilt: bool = False) -> None:
         self._network = ESM2.from_fair_esm(TINY, state().items())
@@ -165,7 +165,7 @@ def test_a_long_sequence_needs_memory_for_a_window_only():
         assert_close(row[TINY.embed_dim :], windowed_by_hand(sequence, 3, 20, 5), what="layer 3")
 
 
-def test_a_sequence_of_which_a_window_does_not_fit_is_too_large_and_others_keep_their_rows():
+def test_a_sequence_with_a_window_that_does_not_fit_is_too_large():
     sequences = proteins([95, 12, 61, 9])
     found = collected(executor("window:20:5", Limited(memory=21)), batch_of(sequences))
     assert found.too_large.sequence_ids == ("s0", "s2")
@@ -177,8 +177,8 @@ def test_a_sequence_of_which_a_window_does_not_fit_is_too_large_and_others_keep_
     )
 
 
-def test_a_sequence_with_a_window_that_is_not_finite_is_mended_as_a_whole():
-    """By what is asked for a more exact row, which gets the sequence, not the window."""
+def test_a_sequence_with_a_non_finite_window_is_recomputed():
+    """The more exact model computes the sequence, not the window."""
     sequences = without_z([95, 61, 12])
     sequences[1] = sequences[1][:50] + "Z" + sequences[1][51:]
     asked: list[PackedBatch] = []
