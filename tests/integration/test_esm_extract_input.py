@@ -233,7 +233,7 @@ def test_what_neither_takes_is_refused_with_the_reason(run_both, name: str) -> N
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\u00a0"])
 def test_white_space_in_a_line_is_no_residue(run_both, blank: str) -> None:
-    """fair-esm averages EOS and padding too. Ours equals its result for the sequence without them."""
+    """fair-esm counts it, so that EOS and padding are part of its mean. Ours omits it."""
     with_blank, theirs_with_blank, _ = run_both(f">a\nMK{blank}VL\n".encode())
     _, theirs_without, _ = run_both(b">a\nMKVL\n")
     assert_same(with_blank, theirs_without)
