@@ -105,7 +105,12 @@ def extract(settings: ExtractSettings) -> int:
     outputs = choose_outputs(kinds, settings.repr_layers, num_layers=architecture.num_layers)
     layout = RowLayout(outputs, architecture.embed_dim)
     labels, sequences = _read(settings.fasta_file)
-    paths = [_path_of(label, settings.output_dir) for label in labels]
+    paths = []
+    for label in labels:
+        try:
+            paths.append(path_below(settings.output_dir, f"{label}.pt"))
+        except ValueError as error:
+            raise FastaError(f"the header {label!r} {error}: give it another one") from None
     sequences = _truncate(sequences, settings.truncation_seq_length)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.nogpu else "cpu")
@@ -204,13 +209,6 @@ def _readable_twice(path: Path) -> Iterator[Path]:
         yield Path(copy.name)
 
 
-def _path_of(label: str, directory: Path) -> Path:
-    try:
-        return path_below(directory, f"{label}.pt")
-    except ValueError as error:
-        raise FastaError(f"the header {label!r} {error}: give it another one") from None
-
-
 def _truncate(sequences: list[str], max_residues: int) -> list[str]:
     num_longer = sum(len(sequence) > max_residues for sequence in sequences)
     if num_longer:
@@ -232,20 +230,8 @@ def _results(
 
     They are copies: torch would write the entire tensor of a view.
     """
-    lengths = batch.lengths
-    rows = split_rows(_rows(network, batch, layout), layout, lengths)
-    for row, length in zip(rows, lengths.tolist(), strict=True):
-        shapes = [output.shape(length, layout.embed_dim) for output in layout.outputs]
-        parts = row.split_with_sizes([prod(shape) for shape in shapes])
-        yield {
-            output: part.view(shape).clone()
-            for output, part, shape in zip(layout.outputs, parts, shapes, strict=True)
-        }
-
-
-def _rows(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Tensor:
     try:
-        return embed_batch(network, batch, layout).cpu()
+        rows = embed_batch(network, batch, layout).cpu()
     except (RuntimeError, MemoryError) as error:
         if classify_exception(error).kind != FailureKind.OOM:
             raise
@@ -254,3 +240,11 @@ def _rows(network: PackedModel, batch: PackedBatch, layout: RowLayout) -> Tensor
             "give a smaller --toks_per_batch, or, if it is one sequence, "
             "a smaller --truncation_seq_length"
         ) from error
+    lengths = batch.lengths
+    for row, length in zip(split_rows(rows, layout, lengths), lengths.tolist(), strict=True):
+        shapes = [output.shape(length, layout.embed_dim) for output in layout.outputs]
+        parts = row.split_with_sizes([prod(shape) for shape in shapes])
+        yield {
+            output: part.view(shape).clone()
+            for output, part, shape in zip(layout.outputs, parts, shapes, strict=True)
+        }

@@ -19,7 +19,7 @@ MUTANTS = (
     Mutant(
         name="windows-counted-once-for-each-residue",
         module="model.windows",
-        before="            share = 1 / (_num_windows_over(spans, length) * length)\n",
+        before="            share = 1 / (num_windows * length)\n",
         after="            share = np.full(length, 1 / length)\n",
         caught_by=(
             "tests/unit/model/test_windows.py::test_windows_come_to_what_is_reckoned_by_hand",

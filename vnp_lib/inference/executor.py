@@ -223,7 +223,8 @@ class BatchExecutor:
             is_finite = np.ones(0, dtype=bool)
             if fitting is not None:
                 is_finite = self._recompute_non_finite(fitting, rows)
-                rows = self._select_rows(fitting, rows, is_finite)
+                if not is_finite.all():
+                    rows = self._select_rows(fitting, rows, is_finite)
             return EmbeddedBatch(
                 batch_idx=batch.batch_idx,
                 batch=_select_or_none(batch, _nested_mask(fits, is_finite)),
@@ -254,7 +255,11 @@ class BatchExecutor:
 
     def _recompute_non_finite(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
         """Compute rows that are not finite again, in place; return which are finite now, (B,)."""
-        is_finite = self._are_finite(batch, rows)
+        if self._layout.is_fixed:
+            is_finite = torch.isfinite(rows).all(dim=1).numpy()
+        else:
+            starts = offsets_of(self._layout.widths(batch.lengths))[:-1]
+            is_finite = np.logical_and.reduceat(torch.isfinite(rows).numpy(), starts)
         bad = np.flatnonzero(~is_finite).tolist()
         if not bad:
             return is_finite
@@ -268,15 +273,7 @@ class BatchExecutor:
             is_finite[row] = torch.isfinite(views[row]).all()
         return is_finite
 
-    def _are_finite(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
-        if self._layout.is_fixed:
-            return torch.isfinite(rows).all(dim=1).numpy()
-        starts = offsets_of(self._layout.widths(batch.lengths))[:-1]
-        return np.logical_and.reduceat(torch.isfinite(rows).numpy(), starts)
-
     def _select_rows(self, batch: PackedBatch, rows: Tensor, keep: NDArray[np.bool_]) -> Tensor:
-        if keep.all():
-            return rows
         if not self._layout.is_fixed:
             keep = np.repeat(keep, self._layout.widths(batch.lengths))
         return rows[torch.from_numpy(keep)]

@@ -78,7 +78,13 @@ def _output(
         case OutputKind.MAX:
             return _reduced(hidden.float(), "max", cu_seqlens)[1::3]
         case OutputKind.STD:
-            return _std(hidden.float(), cu_seqlens)
+            # In two passes: the difference of two large numbers, as in a formula of one pass, would
+            # lose precision.
+            hidden = hidden.float()
+            means = _reduced(hidden, "mean", cu_seqlens)
+            lengths = _bos_residues_eos(cu_seqlens)
+            centred = hidden - means.repeat_interleave(lengths, dim=0, output_size=len(hidden))
+            return _reduced(centred.square_(), "mean", cu_seqlens)[1::3].sqrt()
         case _:
             return _residues(hidden, cu_seqlens)
 
@@ -86,18 +92,6 @@ def _output(
 def _residues(of_tokens: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     seqlens = cu_seqlens.diff().tolist()
     return [tokens[1:-1] for tokens in of_tokens.float().split_with_sizes(seqlens)]
-
-
-def _std(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Compute the standard deviation of each sequence's residue states, (B, D), in two passes.
-
-    The difference of two large numbers, as in a formula of one pass, would lose precision.
-    """
-    means = _reduced(hidden, "mean", cu_seqlens)
-    centred = hidden - means.repeat_interleave(
-        _bos_residues_eos(cu_seqlens), dim=0, output_size=len(hidden)
-    )
-    return _reduced(centred.square_(), "mean", cu_seqlens)[1::3].sqrt()
 
 
 def _reduced(hidden: Tensor, reduction: str, cu_seqlens: Tensor) -> Tensor:

@@ -151,15 +151,10 @@ def pack_batch(
     )
 
 
-def _token_of_byte() -> NDArray[np.int64]:
-    table = np.full(256, UNK, dtype=np.int64)
-    table[np.frombuffer(RESIDUES.encode(), dtype=np.uint8)] = np.arange(
-        FIRST_RESIDUE, FIRST_RESIDUE + len(RESIDUES)
-    )
-    return table
-
-
-_TOKEN_OF_BYTE = _token_of_byte()
+_TOKEN_OF_BYTE = np.full(256, UNK, dtype=np.int64)
+_TOKEN_OF_BYTE[np.frombuffer(RESIDUES.encode(), dtype=np.uint8)] = np.arange(
+    FIRST_RESIDUE, FIRST_RESIDUE + len(RESIDUES)
+)
 
 
 def _boundaries(seqlens: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

@@ -113,7 +113,11 @@ def files_of(located: Path) -> tuple[Path, ...]:
         return (located,)
     with _reading(located):
         _require_no_substitute(located)
-        files = tuple(located.parent / name for name in _names_in_index(located))
+        names = sorted(set(json.loads(located.read_bytes())["weight_map"].values()))
+        # Files outside of the directory of the index are refused.
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no files, or files elsewhere")
+        files = tuple(located.parent / name for name in names)
     if missing := [file.name for file in files if not file.exists()]:
         raise WeightsError(
             f"{located} names {len(files)} files, and {len(missing)} are not in its directory "
@@ -232,14 +236,6 @@ def _snapshot(cached: Path) -> Path:
             "give the path of one of them"
         )
     return snapshots[0]
-
-
-def _names_in_index(index: Path) -> list[str]:
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    # Files outside of the directory of the index are refused.
-    if not names or any(Path(name).name != name for name in names):
-        raise ValueError("it names no files, or files elsewhere")
-    return names
 
 
 def _require_no_substitute(path: Path) -> None:

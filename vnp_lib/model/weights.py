@@ -376,24 +376,20 @@ def published_path(model: str) -> Path:
 
 def _digest(path: Path) -> str:
     """Return the sha256 of a file; for an index, that of the digests of its files, by name."""
-    digests = [_checked_digest(file) for file in files_of(path)]
-    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
-
-
-def _checked_digest(file: Path) -> str:
-    found = digest_file(file).sha256
-    target = file.resolve()
-    # The cache of Hugging Face's hub names large files by their sha256.
-    if (
-        target.parent.name == "blobs"
-        and re.fullmatch(r"[0-9a-f]{64}", target.name)
-        and target.name != found
-    ):
-        raise WeightsError(
-            f"{file} is damaged: its sha256 is {found}, not the one in the name of {target}; "
-            "download it again"
+    digests = []
+    for file in files_of(path):
+        digest, target = digest_file(file).sha256, file.resolve()
+        # The cache of Hugging Face's hub names large files by their sha256.
+        is_named_by_digest = target.parent.name == "blobs" and re.fullmatch(
+            r"[0-9a-f]{64}", target.name
         )
-    return found
+        if is_named_by_digest and target.name != digest:
+            raise WeightsError(
+                f"{file} is damaged: its sha256 is {digest}, not the one in the name of {target}; "
+                "download it again"
+            )
+        digests.append(digest)
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
 
 def _not_published(path: Path, digest: str) -> WeightsError:

@@ -69,7 +69,10 @@ class MeanOverWindows(LongMean):
         ):
             tokens = batch.input_ids[begin:end]
             spans = [(start, min(start + self.windows.length, length)) for start in own]
-            share = 1 / (_num_windows_over(spans, length) * length)
+            num_windows = np.zeros(length, dtype=np.int64)
+            for start, stop in spans:
+                num_windows[start:stop] += 1
+            share = 1 / (num_windows * length)
             for start, stop in spans:
                 pieces += [tokens[:1], tokens[1 + start : 1 + stop], tokens[-1:]]
                 shares.append(share[start:stop])
@@ -104,14 +107,6 @@ def join_windows(rows: Tensor, ordinals: NDArray[np.int64]) -> Tensor:
         return rows
     sequences = torch.from_numpy(np.cumsum(is_first) - 1)
     return rows.new_zeros(int(is_first.sum()), rows.shape[1]).index_add_(0, sequences, rows)
-
-
-def _num_windows_over(spans: list[tuple[int, int]], length: int) -> NDArray[np.int64]:
-    """Count the windows that contain each residue, (L,)."""
-    counts = np.zeros(length, dtype=np.int64)
-    for start, stop in spans:
-        counts[start:stop] += 1
-    return counts
 
 
 def _with_bos_and_eos(shares: list[NDArray[np.float64]]) -> Tensor:

@@ -24,6 +24,7 @@ from vnp_lib.inference.gpu_memory import (
     pass_bytes,
     tokens_that_fit,
 )
+from vnp_lib.inference.token_budget import CPU_TOKEN_BUDGET
 from vnp_lib.model.esm2 import ESM2, MODELS, Architecture
 from vnp_lib.model.heads import ContactRegression, HeadedModel, LanguageModelHead
 from vnp_lib.model.tokens import pack_batch
@@ -310,3 +311,8 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures(
         ConfigError, match=r"15B.* 28\.1 GiB .* GPU 1, which has 22\.4 GiB free; choose .*--model"
     ):
         choose_token_budget(B15, BFLOAT16, ["0", "1"], layout_of(MODELS[B15], ["mean"]))
+
+
+def test_a_cpu_has_a_fixed_budget() -> None:
+    layout = layout_of(MODELS[M8], ["mean"])
+    assert choose_token_budget(M8, torch.float32, ["cpu"], layout) == CPU_TOKEN_BUDGET
