@@ -161,7 +161,7 @@ def _exit_now(report: Callable[[], int], server: PrefectServer) -> NoReturn:
 
 def _lost(server: PrefectServer) -> str:
     whose = (
-        "its own Prefect server"
+        "the run's own Prefect server"
         if isinstance(server, TemporaryServer)
         else f"Prefect's server at {server.api_url}"
     )
