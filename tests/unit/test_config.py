@@ -37,7 +37,7 @@ def test_the_defaults_are_those_of_a_real_run():
     assert (config.model, config.weights, config.devices) == ("esm2_t36_3B_UR50D", "auto", "auto")
 
 
-def test_options_variables_and_flow_parameters_give_the_same_settings(monkeypatch):
+def test_options_variables_and_parameters_are_equivalent(monkeypatch):
     by_options = parse_command_line(
         [
             *NEEDED,
@@ -116,7 +116,7 @@ def test_the_flows_parameter_does_not_read_the_environment(monkeypatch):
     assert EmbedConfig(fasta=(Path("a"),), output_dir=Path("b")).shards is None
 
 
-def test_several_fasta_files_by_comma_or_by_repeating_the_option():
+def test_several_fasta_files_by_comma_or_repeated_option():
     expected = (Path("a.fa"), Path("b.fa.gz"))
     assert parse_command_line(["--fasta", "a.fa,b.fa.gz", "--output-dir", "out"]).fasta == expected
     assert (

@@ -139,7 +139,7 @@ class TestOnePath:
                 rf"{tmp_path}/prot\xe9ines/run: this name is not UTF-8 text; rename it"
             )
 
-    def test_a_relative_path_in_a_directory_that_is_not_utf8_is_refused(self, monkeypatch) -> None:
+    def test_a_relative_path_below_a_name_not_utf8_is_refused(self, monkeypatch) -> None:
         Path(NOT_UTF8).mkdir()
         monkeypatch.chdir(NOT_UTF8)
         assert r"prot\xe9ines/out: this name is not UTF-8" in refusal(
