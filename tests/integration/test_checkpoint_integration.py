@@ -212,9 +212,8 @@ def test_a_row_that_is_not_finite_is_named(tmp_path):
         def forward_packed(self, input_ids, cu_seqlens, max_seqlen):
             output = super().forward_packed(input_ids, cu_seqlens, max_seqlen)
             states = output["representations"][36]
-            states[(LENGTH + 1) % len(states), 0] = (
-                torch.nan
-            )  # of the second sequence, in its batch and alone
+            # A token of the second sequence, in its batch and alone.
+            states[(LENGTH + 1) % len(states), 0] = torch.nan
             return output
 
     with pytest.raises(BatchFailedError) as caught:

@@ -38,9 +38,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 NUM_SHARDS = 4
 NUM_COMPUTED = 66  # of 69 sequences, of which three are duplicates
 GRACE_S = 10.0
-CANCELLED_WITHIN_S = (
-    90.0  # 7 to 25 on two cores: Prefect's worker imports the flow, to look for hooks
-)
+# It takes 7 to 25 s on two cores: Prefect's worker imports the flow to find its hooks.
+CANCELLED_WITHIN_S = 90.0
 SLOW_GPU = """
 import fcntl, time
 from vnp_lib.model.esm2 import ESM2
