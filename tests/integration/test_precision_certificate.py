@@ -103,7 +103,7 @@ def test_low_precision_is_reported(tmp_path, sabotage, tiny_fasta, caplog):
     sabotage(WORSE_THAN_HALF_PRECISION)
     assert run_flow(tiny_fasta, tmp_path / "run", devices="cpu", shards=1).is_completed()
     assert precision(tmp_path / "run")["lowest_cosine"] < 0.999
-    assert "that is poor for half precision; --dtype float32 is exact" in caplog.text
+    assert "that is low for half precision; use --dtype float32 for exact embeddings" in caplog.text
 
 
 @pytest.mark.soak
