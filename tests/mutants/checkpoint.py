@@ -17,7 +17,10 @@ MUTANTS = (
     Mutant(
         name="manifest-changed-without-its-lock",
         module="checkpoint.manifest",
-        before="        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n            state = self._read()\n",
+        before=(
+            "        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n"
+            "            state = self._read()\n"
+        ),
         after="        if True:\n            state = self._read()\n",
         caught_by=(f"{_MANIFEST}::test_a_lock_that_is_not_given_up_names_its_holder",),
     ),
@@ -26,7 +29,8 @@ MUTANTS = (
         module="checkpoint.writer",
         before=(
             "        digest = self._persist(path, lambda: save_content(path, content))\n"
-            "        self._persist(path, lambda: write_marker(path, digest, **content.marker_fields()))\n"
+            "        self._persist(path, lambda: write_marker(path, digest, "
+            "**content.marker_fields()))\n"
         ),
         after=(
             "        import io\n\n"
@@ -36,7 +40,8 @@ MUTANTS = (
             "        torch.save(_canonical(content._asdict(), {}), data)\n"
             "        data.seek(0)\n"
             "        digest = digest_stream(data)\n"
-            "        self._persist(path, lambda: write_marker(path, digest, **content.marker_fields()))\n"
+            "        self._persist(path, lambda: write_marker(path, digest, "
+            "**content.marker_fields()))\n"
             "        self._persist(path, lambda: save_content(path, content))\n"
         ),
         caught_by=(f"{_CHECKPOINT}::test_the_marker_is_written_after_the_file_is_durable",),
@@ -71,20 +76,21 @@ MUTANTS = (
         caught_by=(f"{_CHECKPOINT}::test_writer_async_failure_propagates",),
     ),
     Mutant(
-        name="writer-error-not-told-at-the-next-checkpoint",
+        name="writer-error-not-raised-at-the-next-checkpoint",
         module="checkpoint.writer",
-        before="            self._raise_failures()\n            return self._executor.submit(self._write_pieces",
+        before=(
+            "            self._raise_failures()\n"
+            "            return self._executor.submit(self._write_pieces"
+        ),
         after="            return self._executor.submit(self._write_pieces",
         caught_by=(f"{_CHECKPOINT}::test_an_error_surfaces_at_the_next_checkpoint_and_stays",),
     ),
     Mutant(
-        name="writer-error-not-told-at-the-end",
+        name="writer-error-not-raised-at-the-end",
         module="checkpoint.writer",
         before="        if not self._are_failures_raised:\n            self._raise_failures()\n",
         after="",
-        caught_by=(
-            f"{_CHECKPOINT}::test_leaving_the_block_raises_an_error_that_nobody_has_heard_of",
-        ),
+        caught_by=(f"{_CHECKPOINT}::test_leaving_the_block_raises_an_unseen_error",),
     ),
     Mutant(
         name="full-disk-not-waited-for",
@@ -131,7 +137,10 @@ MUTANTS = (
     Mutant(
         name="valid-checkpoint-moved-out-of-the-way",
         module="checkpoint.writer",
-        before='        raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", str(path))\n',
+        before=(
+            '        raise FileExistsError(errno.EEXIST, "a valid checkpoint is there", '
+            "str(path))\n"
+        ),
         after="        move_to_damaged(path)\n",
         caught_by=(f"{_CHECKPOINT}::test_another_writers_checkpoint_is_never_overwritten",),
     ),
@@ -140,7 +149,7 @@ MUTANTS = (
         module="checkpoint.file",
         before="    if _is_finite(content.embeddings):\n        return\n",
         after="    return\n",
-        caught_by=(f"{_CHECKPOINT}::test_what_no_reader_would_take_is_refused_at_the_door",),
+        caught_by=(f"{_CHECKPOINT}::test_invalid_content_is_refused_up_front",),
     ),
     Mutant(
         name="digest-not-compared",
@@ -160,7 +169,8 @@ MUTANTS = (
         name="content-read-before-its-digest",
         module="checkpoint.file",
         before=(
-            "            require_digest(file, marker)\n        content = _parse(file, may_be_integers=marker is None)\n"
+            "            require_digest(file, marker)\n"
+            "        content = _parse(file, may_be_integers=marker is None)\n"
         ),
         after=(
             "            pass\n"
@@ -194,30 +204,31 @@ MUTANTS = (
         module="checkpoint.archive",
         before="        require_plain_arrays(data)\n",
         after="        pass\n",
-        caught_by=(
-            f"{_CONTRACT}::test_numpys_reconstructors_build_arrays_of_numbers_and_nothing_else",
-        ),
+        caught_by=(f"{_CONTRACT}::test_reconstructors_build_arrays_of_numbers_only",),
     ),
     Mutant(
         name="array-of-another-size-than-its-bytes",
         module="checkpoint.array_pickle",
         before="if math.prod(shape) * itemsize == size:",
         after="if math.prod(shape) * itemsize >= 0 <= size:",
-        caught_by=(
-            f"{_CONTRACT}::test_an_array_that_claims_more_values_than_its_bytes_hold_is_not_built",
-        ),
+        caught_by=(f"{_CONTRACT}::test_an_array_larger_than_its_bytes_is_not_built",),
     ),
     Mutant(
         name="compressed-members-unpacked",
         module="checkpoint.archive",
-        before="        if any(member.compress_type != zipfile.ZIP_STORED for member in members):\n",
+        before=(
+            "        if any(member.compress_type != zipfile.ZIP_STORED for member in members):\n"
+        ),
         after="        if False:\n",
         caught_by=(f"{_CHECKPOINT_FILE}::test_an_archive_with_compressed_members_is_refused",),
     ),
     Mutant(
         name="strides-that-claim-more-than-the-file-believed",
         module="checkpoint.file",
-        before="    if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):\n",
+        before=(
+            "    if not embeddings.is_contiguous() or (max_bytes is not None and "
+            "embeddings.nbytes > max_bytes):\n"
+        ),
         after="    if False:\n",
         caught_by=(
             f"{_CHECKPOINT_FILE}::test_content_that_is_no_checkpoint_is_refused_with_the_reason",
@@ -228,9 +239,7 @@ MUTANTS = (
         module="checkpoint.file",
         before='    elif "fingerprint" in content.metadata:\n',
         after="    elif False:\n",
-        caught_by=(
-            f"{_CHECKPOINT_FILE}::test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch",
-        ),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_an_emptied_marker_is_not_a_bare_one",),
     ),
     Mutant(
         name="empty-marker-believed-in-the-flow",
@@ -259,7 +268,9 @@ MUTANTS = (
         name="temporary-manifest-trusted",
         module="checkpoint.manifest",
         before="        state = read_sealed_json(self.path)\n",
-        after='        state = read_sealed_json(next(self.path.parent.glob(".tmp-*"), self.path))\n',
+        after=(
+            '        state = read_sealed_json(next(self.path.parent.glob(".tmp-*"), self.path))\n'
+        ),
         caught_by=(f"{_MANIFEST}::test_a_writer_killed_at_any_operation_leaves_a_valid_manifest",),
     ),
     Mutant(
@@ -280,7 +291,11 @@ MUTANTS = (
         name="survey-stops-at-the-first-damage",
         module="checkpoint.survey",
         before="            damaged.append(Damage.of(path, error))\n    return Survey(",
-        after="            damaged.append(Damage.of(path, error))\n            break\n    return Survey(",
+        after=(
+            "            damaged.append(Damage.of(path, error))\n"
+            "            break\n"
+            "    return Survey("
+        ),
         caught_by=(
             f"{_CHECKPOINT_SURVEY}::test_a_damaged_checkpoint_in_the_middle_costs_that_one",
         ),
@@ -288,7 +303,10 @@ MUTANTS = (
     Mutant(
         name="changed-checkpoint-taken-for-what-it-was",
         module="checkpoint.survey",
-        before="            if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):\n",
+        before=(
+            "            if any(stamps.get(path) != stamp for path, stamp in "
+            "self._stamps.items()):\n"
+        ),
         after="            if False:\n",
         caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_second_look_sees_what_a_first_one_would",),
     ),
@@ -297,9 +315,7 @@ MUTANTS = (
         module="checkpoint.survey",
         before="    wait_for_listed_files(checkpoints_dir, rank=rank, sleep=sleep)\n",
         after="",
-        caught_by=(
-            f"{_CHECKPOINT_SURVEY}::test_a_checkpoint_that_is_listed_and_not_found_yet_is_waited_for",
-        ),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_a_listed_but_hidden_checkpoint_is_awaited",),
     ),
     Mutant(
         name="shard-healed-without-reading-it",
@@ -315,18 +331,14 @@ MUTANTS = (
         module="checkpoint.survey",
         before="        _sync_names(shard_dir)\n",
         after="        pass\n",
-        caught_by=(
-            f"{_CHECKPOINT_SURVEY}::test_a_name_that_no_writer_synced_is_synced_before_it_is_believed",
-        ),
+        caught_by=(f"{_CHECKPOINT_SURVEY}::test_an_unsynced_name_is_synced_first",),
     ),
     Mutant(
         name="file-moved-before-its-marker",
         module="checkpoint.markers",
         before="((marker_path(path), marker_path(target)), (path, target))",
         after="((path, target), (marker_path(path), marker_path(target)))",
-        caught_by=(
-            f"{_CHECKPOINT_FILE}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",
-        ),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_the_marker_is_moved_before_its_file",),
     ),
     Mutant(
         name="failing-storage-worked-on",
@@ -360,10 +372,11 @@ MUTANTS = (
         name="damaged-manifest-fatal",
         module="checkpoint.manifest",
         before=(
-            '            logger.warning("%s; it is rebuilt from the checkpoints", error)\n            return None\n'
+            '            logger.warning("%s; it is rebuilt from the checkpoints", error)\n'
+            "            return None\n"
         ),
         after="            raise\n",
-        caught_by=(f"{_MANIFEST}::test_a_damaged_manifest_is_made_anew_from_the_checkpoints",),
+        caught_by=(f"{_MANIFEST}::test_a_damaged_manifest_is_rebuilt",),
     ),
     Mutant(
         name="offsets-that-do-not-ascend-accepted",
@@ -373,7 +386,7 @@ MUTANTS = (
         caught_by=(f"{_RAGGED}::test_offsets_that_do_not_fit_the_values_are_damage",),
     ),
     Mutant(
-        name="set-aside-twice",
+        name="quarantined-twice",
         module="checkpoint.quarantine",
         before="added = [sequence for sequence in sequences if sequence.ordinal not in present]",
         after="added = [sequence for sequence in sequences if sequence not in held]",
@@ -387,9 +400,13 @@ MUTANTS = (
         caught_by=(f"{_QUARANTINE}::test_one_more_than_may_be_is_refused_and_nothing_is_written",),
     ),
     Mutant(
-        name="set-aside-without-the-lock",
+        name="quarantined-without-the-lock",
         module="checkpoint.quarantine",
-        before="        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n            held, others = self._read()\n            present",
+        before=(
+            "        with self._lock.held(timeout_s=LOCK_TIMEOUT_S):\n"
+            "            held, others = self._read()\n"
+            "            present"
+        ),
         after="        if True:\n            held, others = self._read()\n            present",
         caught_by=(f"{_QUARANTINE}::test_nothing_changes_while_another_holds_the_lock",),
     ),
@@ -405,7 +422,7 @@ MUTANTS = (
         module="checkpoint.quarantine",
         before="if sequence.fingerprint != self._fingerprint:\n                others",
         after="if False:\n                others",
-        caught_by=(f"{_QUARANTINE}::test_what_another_run_has_set_aside_counts_for_nothing",),
+        caught_by=(f"{_QUARANTINE}::test_lines_of_another_run_are_ignored",),
     ),
     Mutant(
         name="strikes-pushed-out-by-preemptions",

@@ -30,7 +30,7 @@ MUTANTS = (
         module="plan.planner",
         before="    if not is_input_gone(paths, fasta):\n        return None\n",
         after="    return None\n",
-        caught_by=("tests/unit/run/test_run.py::test_a_run_goes_on_where_its_input_is_gone",),
+        caught_by=("tests/unit/run/test_run.py::test_a_run_resumes_without_its_input",),
     ),
     Mutant(
         name="plan-of-another-policy-taken-for-input-that-is-gone",
@@ -38,10 +38,7 @@ MUTANTS = (
         before="    _require_same_identity("
         "paths, stored, _settings_identity(model, policy) | input_fields)\n",
         after="",
-        caught_by=(
-            "tests/unit/run/test_run.py::"
-            "test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for",
-        ),
+        caught_by=("tests/unit/run/test_run.py::test_missing_input_is_an_error_for_another_plan",),
     ),
     Mutant(
         name="original-lengths-ignored",

@@ -16,7 +16,7 @@ MUTANTS = (
         before="            if change.number > num_applied:\n",
         after="            if True:\n",
         caught_by=(
-            "tests/unit/run/test_record.py::test_a_change_that_was_written_and_then_called_failed_counts_once",
+            "tests/unit/run/test_record.py::test_a_written_change_reported_as_failed_counts_once",
         ),
     ),
     Mutant(
@@ -24,9 +24,7 @@ MUTANTS = (
         module="run.directory",
         before="        _take(lock)\n",
         after="        lock.release = lambda: None\n",
-        caught_by=(
-            f"{_RUN}::test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder",
-        ),
+        caught_by=(f"{_RUN}::test_a_second_run_is_refused_with_the_holder",),
     ),
     Mutant(
         name="resumed-rows-computed-again-by-the-worker",
@@ -61,7 +59,10 @@ MUTANTS = (
     Mutant(
         name="widths-of-rows-not-compared-with-the-plan",
         module="run.validation",
-        before='    if not layout.is_fixed and checkpoint.metadata.get("offsets") != offsets.tolist():\n',
+        before=(
+            '    if not layout.is_fixed and checkpoint.metadata.get("offsets") != '
+            "offsets.tolist():\n"
+        ),
         after="    if False:\n",
         caught_by=(f"{_LAYOUTS}::test_rows_of_other_widths_than_the_sequences_are_damage",),
     ),
@@ -88,9 +89,7 @@ MUTANTS = (
         module="run.assembly",
         before="rows = np.flatnonzero(~is_placed[record.ordinals])",
         after="rows = np.arange(record.ordinals.size)",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts",
-        ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_the_first_checkpoint_of_an_ordinal_counts",),
     ),
     Mutant(
         name="missing-ordinals-accepted",
@@ -104,9 +103,7 @@ MUTANTS = (
         module="run.assembly",
         before="    if not np.array_equal(ordinals, expected):\n",
         after="    if False:\n",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset",
-        ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_an_ordinal_twice_instead_of_another_is_refused",),
     ),
     Mutant(
         name="ids-of-a-checkpoint-not-compared-with-the-plan",
@@ -139,7 +136,10 @@ MUTANTS = (
         name="dataset-removed-before-the-new-one-is-written",
         module="run.assembly",
         before="                require_own_parts(paths)\n",
-        after="                require_own_parts(paths)\n                shutil.rmtree(paths.embeddings_dir, ignore_errors=True)\n",
+        after=(
+            "                require_own_parts(paths)\n"
+            "                shutil.rmtree(paths.embeddings_dir, ignore_errors=True)\n"
+        ),
         caught_by=(
             f"{_ASSEMBLY_TESTS}::test_what_float16_cannot_hold_leaves_the_old_dataset_as_it_was",
         ),
@@ -147,7 +147,11 @@ MUTANTS = (
     Mutant(
         name="dataset-without-checkpoints-not-looked-at",
         module="run.run",
-        before="        if self.checkpoints().valid:\n            return None\n        return find_complete_dataset(",
+        before=(
+            "        if self.checkpoints().valid:\n"
+            "            return None\n"
+            "        return find_complete_dataset("
+        ),
         after="        return None\n        return find_complete_dataset(",
         caught_by=(
             "tests/unit/test_api.py::test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted",
@@ -176,18 +180,14 @@ MUTANTS = (
         module="run.assembly",
         before="                require_own_parts(paths)\n",
         after="",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_a_parquet_file_of_somebody_else_is_never_removed_and_never_mixed_in",
-        ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_foreign_parquet_file_is_refused_and_kept",),
     ),
     Mutant(
         name="replaced-dataset-forgotten",
         module="run.assembly",
-        before="            _give_back(paths)\n    shutil",
+        before="            _remove_replaced(paths)\n    shutil",
         after="            pass\n    shutil",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_killed_at_any_operation_the_old_dataset_or_the_new_one_is_there_whole",
-        ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_kill_leaves_the_old_or_the_new_dataset_intact",),
     ),
     Mutant(
         name="bucket-not-compared-with-what-was-written",
@@ -201,29 +201,28 @@ MUTANTS = (
     Mutant(
         name="dataset-of-a-dead-writer-not-synced",
         module="run.assembly",
-        before="        _sync_names(paths)  # whoever",
-        after="        # whoever",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole",
-        ),
+        before="        fsync_directory(paths.embeddings_dir)\n    except OSError",
+        after="    except OSError",
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_an_existing_dataset_is_synced_before_it_is_accepted",),
     ),
     Mutant(
-        name="missing-rows-not-told-apart",
+        name="missing-rows-not-distinguished",
         module="run.assembly",
         before='"missing_sha256": _ordinals_sha256(is_missing),',
         after='"missing_sha256": _ordinals_sha256(np.zeros_like(is_missing)),',
         caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing",
+            f"{_ASSEMBLY_TESTS}::test_a_partial_dataset_stays_until_other_rows_are_missing",
         ),
     ),
     Mutant(
         name="partial-dataset-taken-for-complete",
         module="run.assembly",
         before="        is_same = content.items() <= read_success(paths.embeddings_dir).items()\n",
-        after='        is_same = content["fingerprint"] == read_success(paths.embeddings_dir)["fingerprint"]\n',
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made",
+        after=(
+            '        is_same = content["fingerprint"] == '
+            'read_success(paths.embeddings_dir)["fingerprint"]\n'
         ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_complete_run_replaces_a_partial_dataset",),
     ),
     Mutant(
         name="complete-dataset-replaced-by-a-partial-one",
@@ -237,9 +236,12 @@ MUTANTS = (
     Mutant(
         name="batches-by-the-memory-of-the-day",
         module="run.resolve",
-        before="    if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:\n        return kept\n",
+        before=(
+            "    if (kept := kept_token_budget(RunPaths(config.output_dir))) is not None:\n"
+            "        return kept\n"
+        ),
         after="",
-        caught_by=(f"{_RUN}::test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free",),
+        caught_by=(f"{_RUN}::test_a_gpu_run_keeps_its_batches",),
     ),
     Mutant(
         name="suspects-not-alone",
@@ -260,27 +262,21 @@ MUTANTS = (
         module="run.assembly",
         before="    bad = _not_finite(plan, layout, ordinals, values)\n",
         after="    bad = ordinals[:0]\n",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there",
-        ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_values_beyond_float16_are_named",),
     ),
     Mutant(
         name="dataset-of-another-precision-taken-for-the-one-that-is-wanted",
         module="run.assembly",
         before='        "store_dtype": plan.store_dtype,\n',
         after="",
-        caught_by=(
-            f"{_ASSEMBLY_TESTS}::test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left_as_it_is",
-        ),
+        caught_by=(f"{_ASSEMBLY_TESTS}::test_a_float16_dataset_replaces_a_float32_one",),
     ),
     Mutant(
         name="numbers-of-two-versions-mixed",
         module="run.resolve",
         before="numerics=None if NUMERICS_VERSION == 1 else NUMERICS_VERSION,",
         after="numerics=None,",
-        caught_by=(
-            f"{_RUN}::test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_same",
-        ),
+        caught_by=(f"{_RUN}::test_an_upgrade_with_the_same_numerics_resumes",),
     ),
     Mutant(
         name="nothing-is-said-of-what-is-left-out",

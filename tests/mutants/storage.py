@@ -258,9 +258,7 @@ MUTANTS = (
         module="storage.durable",
         before="    fsync_directory(target.parent)\n    fsync_directory(source.parent)\n",
         after="    fsync_directory(target.parent)\n",
-        caught_by=(
-            f"{_CHECKPOINT_FILE}::test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved",
-        ),
+        caught_by=(f"{_CHECKPOINT_FILE}::test_the_marker_is_moved_before_its_file",),
     ),
     Mutant(
         name="exported-directory-not-synced",

@@ -1,4 +1,4 @@
-"""The manifest: its states, its lock between real processes, and how it is made anew."""
+"""Tests of the manifest: its states, its lock between real processes, its rebuilding."""
 
 from __future__ import annotations
 
@@ -321,7 +321,8 @@ def test_a_failure_that_is_no_json_changes_nothing(four_shards: CheckpointManife
     assert sorted(os.listdir(four_shards.path.parent)) == ["manifest.json", "manifest.lock"]
 
 
-def test_a_shard_is_stale_when_it_has_recorded_nothing_for_too_long(path: Path) -> None:
+def test_a_silent_shard_is_stale(path: Path) -> None:
+    """A shard is stale when it has recorded nothing for too long."""
     now_s = 1e9
     watched = CheckpointManifest(path, staleness_threshold_sec=600, clock=lambda: now_s)
     watched.initialize(3, "", "")
@@ -407,7 +408,7 @@ def test_a_damaged_manifest_is_never_believed(
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, Path.unlink])
-def test_a_damaged_manifest_is_made_anew_from_the_checkpoints(
+def test_a_damaged_manifest_is_rebuilt(
     path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = CheckpointManifest(path)
@@ -423,7 +424,7 @@ def test_a_damaged_manifest_is_made_anew_from_the_checkpoints(
     assert ("rebuilt from the checkpoints" in caplog.text) is (damage is not Path.unlink)
 
 
-def test_another_runs_manifest_is_made_anew(
+def test_another_runs_manifest_is_rebuilt(
     four_shards: CheckpointManifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     four_shards.record_failure(0, {"kind": "poison_input"})
@@ -432,7 +433,8 @@ def test_another_runs_manifest_is_made_anew(
     assert four_shards.failures(0) == []
 
 
-def test_a_good_manifest_keeps_its_history_and_gets_its_counts_from_the_disk(path: Path) -> None:
+def test_a_manifest_keeps_history_and_counts_the_disk(path: Path) -> None:
+    """A good manifest keeps its history and gets its counts from the disk."""
     kept = CheckpointManifest(path)
     kept.open_or_rebuild(2, "run", "model", [])
     for batch_idx in range(3):
@@ -616,7 +618,7 @@ def test_the_operations_of_an_update_are_the_ones_that_are_killed(
 
 
 def test_a_thousand_shards_stay_readable_and_cheap(path: Path) -> None:
-    """With 256 checkpoints of each of 1,280 it had 34 MiB, which were written and never read again."""
+    """With 256 checkpoints of each of 1,280 shards it had 34 MiB, too many to be read."""
     of_many = CheckpointManifest(path)
     records = [
         Committed(rank=rank, batch_idx=number, rows=10)

@@ -1,4 +1,4 @@
-"""Checkpoints: when they are due, how they are written, what is believed of them, and what a resume makes of them."""
+"""Tests of checkpoints: when they are due, how they are written, validated and resumed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Clock:
 
 
 class HeldWriter(AsyncCheckpointWriter):
-    """Holds every write until it is told to go on."""
+    """Holds every write until it is released."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -106,7 +106,7 @@ class UnsyncedOps(DurableOps):
 
 
 class DyingOps(UnsyncedOps):
-    """Ends the process, as far as the disk can tell, before its n-th operation: nothing happens any more."""
+    """Ends the process before its n-th operation: the disk sees no later one."""
 
     def __init__(self, kill_at: int) -> None:
         self._operations_left = kill_at
@@ -351,7 +351,7 @@ def test_writer_has_pending_returns_true_before_completion(tmp_path: Path) -> No
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Whoever made the strings, in whatever order the keys came: a second writer's file is the first's."""
+    """Whatever the string objects and the order of keys: a second writer's file is the same."""
     ids = ["cpu", "storage", "embeddings", "a", "a", "seq0"]
     made = [bytes(id_, "ascii").decode() for id_ in ids]
     first = {"ordinals": list(range(6)), "fingerprint": RUN, "reason": "final"}
@@ -445,7 +445,7 @@ def test_every_memory_layout_of_numpy_is_taken(tmp_path: Path, rows: Any) -> Non
         ),
     ],
 )
-def test_what_no_reader_would_take_is_refused_at_the_door(
+def test_invalid_content_is_refused_up_front(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
     given: dict[str, Any] = {
@@ -468,7 +468,8 @@ def test_rows_whose_sum_is_too_large_are_finite_all_the_same(tmp_path: Path) -> 
     ).all()
 
 
-def test_what_is_handed_over_in_pieces_is_written_as_if_it_were_whole(tmp_path: Path) -> None:
+def test_pieces_are_written_as_one_checkpoint(tmp_path: Path) -> None:
+    """What is handed over in pieces is written as if it were whole."""
     rows, ids, metadata = (
         rows_of([0, 1, 2, 3, 4]),
         ids_of([0, 1, 2, 3, 4]),
@@ -548,9 +549,8 @@ def test_an_error_surfaces_at_the_next_checkpoint_and_stays(tmp_path: Path, deny
     assert os.listdir(tmp_path) == []
 
 
-def test_leaving_the_block_raises_an_error_that_nobody_has_heard_of(
-    tmp_path: Path, deny: Any
-) -> None:
+def test_leaving_the_block_raises_an_unseen_error(tmp_path: Path, deny: Any) -> None:
+    """Leaving the block raises an error that nobody has heard of."""
     deny("link", [errno.EROFS])
     with pytest.raises(CheckpointWriteError), AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(tmp_path / "batch_00000.pt", torch.ones(1, 2), ["a"], {})
@@ -607,9 +607,8 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, deny: Any, operation: str, co
     assert sorted(os.listdir(tmp_path / "shard_0")) == ["batch_00000.pt", "batch_00000.pt.done"]
 
 
-def test_a_disk_that_stays_full_ends_in_a_clear_error_and_spoils_nothing(
-    tmp_path: Path, deny: Any
-) -> None:
+def test_a_full_disk_is_a_clear_error(tmp_path: Path, deny: Any) -> None:
+    """A disk that stays full ends in a clear error and spoils nothing."""
     committed = write_shard(tmp_path, 2)
     slept: list[float] = []
     deny("write", [errno.ENOSPC] * 1000)
@@ -629,9 +628,8 @@ def test_a_disk_that_stays_full_ends_in_a_clear_error_and_spoils_nothing(
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync", "link", "fsync_directory"])
-def test_after_an_io_error_the_rows_are_written_once_more_to_a_new_file(
-    tmp_path: Path, deny: Any, operation: str
-) -> None:
+def test_an_io_error_is_retried_on_a_new_file(tmp_path: Path, deny: Any, operation: str) -> None:
+    """After an io error the rows are written once more to a new file."""
     (tmp_path / "shard_0").mkdir()
     deny(operation, [errno.EIO])
     write_checkpoint(checkpoint_path(tmp_path, 0, 0), [0, 1])
@@ -751,7 +749,7 @@ def test_what_a_crash_left_under_the_name_is_moved_aside(tmp_path: Path, remaind
 
 
 @pytest.mark.parametrize("remainder", [None, "file", "marker"])
-def test_killed_at_any_operation_no_row_is_lost_doubled_or_mislabelled(
+def test_a_kill_loses_doubles_and_mislabels_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remainder: str | None
 ) -> None:
     """Also where an earlier crash has left half a checkpoint under the name."""
@@ -930,8 +928,8 @@ def test_resume_data_integrity_no_corruption(tmp_path: Path, dtype: torch.dtype)
     assert np.array_equal(resumed.embeddings, np.arange(30).reshape(10, 3))
 
 
-def test_after_a_stop_every_number_from_there_on_is_free_to_be_written(tmp_path: Path) -> None:
-    """The good one after the damaged one is computed again; left in place, its rows would be there twice."""
+def test_numbers_after_a_stop_are_free(tmp_path: Path) -> None:
+    """The good one after the damaged one is computed again; otherwise its rows would be double."""
     paths = write_shard(tmp_path, 3)
     os.truncate(paths[1], 10)
     resumed = resume_from_checkpoints(tmp_path, 0)

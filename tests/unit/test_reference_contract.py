@@ -1,4 +1,4 @@
-"""Code that was written for VirNucPro's checkpoints runs on ours: its signatures, its words, its files and its models."""
+"""Tests that code for VirNucPro's checkpoints runs on ours: signatures, files, models."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_manifest_is_initialized_by_its_number_of_shards_alone(tmp_path: Path)
 def test_viral_mode_is_for_who_gives_no_threshold(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], expected: tuple[int, float]
 ) -> None:
-    """An explicit one stands, the default's own number too, and leaves the other at its ordinary default."""
+    """An explicit one stands, even the default's number; the other keeps its usual default."""
     monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "true")
     trigger = CheckpointTrigger(**given)
     assert (trigger.seq_threshold, trigger.time_threshold_sec) == expected
@@ -178,12 +178,13 @@ def test_viral_mode_is_for_who_gives_no_threshold(
     ("seq_threshold", "time_threshold", "expected"),
     [(10_000, 300.0, (5000, 180.0)), (10, 300.0, (10, 300.0)), (10_000, 20.0, (10_000, 20.0))],
 )
-def test_viral_mode_reaches_a_run_that_is_configured_with_the_defaults(
+def test_viral_mode_reaches_a_run_with_defaults(
     monkeypatch: pytest.MonkeyPatch,
     seq_threshold: int,
     time_threshold: float,
     expected: tuple[int, float],
 ) -> None:
+    """Viral mode reaches a run that is configured with the defaults."""
     monkeypatch.setenv("VIRNUCPRO_VIRAL_CHECKPOINT_MODE", "true")
     job = ShardJob.model_construct(
         checkpoint_seq_threshold=seq_threshold, checkpoint_time_threshold=time_threshold
@@ -220,7 +221,7 @@ def test_a_tensor_comes_to_the_cpu_once_and_by_the_caller(tmp_path: Path) -> Non
 
 
 def test_a_method_put_on_the_tensor_itself_is_what_is_called(tmp_path: Path) -> None:
-    """As tests without a GPU stand in for one: `to` takes a device and nothing else, `numpy` follows."""
+    """A stand-in for a GPU tensor: `to` accepts a device only, and `numpy` follows."""
     tensor, steps = torch.zeros(2, 3), []
     arrived = torch.ones(2, 3)
 
@@ -248,8 +249,8 @@ def test_a_mock_of_a_tensor_is_taken_as_one(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "a.pt", fingerprint=None).embeddings.shape == (2, 3)
 
 
-def test_one_failing_save_is_one_failure_and_is_told_when_waiting(tmp_path: Path) -> None:
-    """Not by the next checkpoint, which is written; and closing the writer afterwards tells it to nobody a second time."""
+def test_a_failing_save_is_raised_once_when_waiting(tmp_path: Path) -> None:
+    """Not by the next checkpoint, which is written; closing the writer does not raise it again."""
     save, calls = torch.save, []
 
     def fail_first(content: Any, file: Any) -> None:
@@ -277,7 +278,10 @@ def test_one_failing_save_is_one_failure_and_is_told_when_waiting(tmp_path: Path
 
 
 def test_a_save_that_calls_itself_ends_as_a_failure(tmp_path: Path) -> None:
-    """A stand-in that calls the name it was put under recurses: that is its error, and the writer's thread survives it."""
+    """A stand-in that calls the name that it replaces recurses.
+
+    That is the error of its write, and the writer's thread survives it.
+    """
 
     def call_again(content: Any, file: Any) -> None:
         torch.save(content, file)
@@ -295,7 +299,8 @@ def test_a_save_that_calls_itself_ends_as_a_failure(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.glob("*.done"))] == ["c.pt.done"]
 
 
-def test_a_manifest_that_a_name_says_nothing_to_costs_no_checkpoint(tmp_path: Path) -> None:
+def test_a_name_unknown_to_the_manifest_costs_nothing(tmp_path: Path) -> None:
+    """A manifest that a name says nothing to costs no checkpoint."""
     manifest = CheckpointManifest(tmp_path / "manifest.json")
     manifest.initialize(1)
     with AsyncCheckpointWriter(manifest=manifest, rank=0) as writer:
@@ -344,7 +349,8 @@ def test_a_vouched_for_checkpoint_with_a_numpy_array_loads(tmp_path: Path) -> No
     )
 
 
-def test_the_ids_of_an_unused_checkpoint_with_a_numpy_array_come_back(tmp_path: Path) -> None:
+def test_ids_of_an_unused_numpy_checkpoint_are_returned(tmp_path: Path) -> None:
+    """The ids of an unused checkpoint with a NumPy array come back."""
     path = checkpoint_path(tmp_path, 0, 0)
     write_by_hand(path, content_by_hand(embeddings=ARRAYS["float64"]))
     marker_path(path).unlink()
@@ -390,9 +396,10 @@ def rewrite_pickle(path: Path, change: Callable[[bytes], bytes]) -> None:
     ],
     ids=lambda value: "",
 )
-def test_what_is_no_checkpoint_of_numbers_is_refused_in_the_known_words(
+def test_numpy_content_that_is_no_checkpoint_is_refused(
     tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
+    """What is no checkpoint of numbers is refused in the known words."""
     path = checkpoint_path(tmp_path, 0, 0)
     write_by_hand(path, content_by_hand(**changes))
     is_valid, reason = validate_checkpoint_pt(path)
@@ -410,7 +417,7 @@ def test_a_pickle_of_another_protocol_is_refused_with_what_to_do(tmp_path: Path)
     assert reason.startswith("failed to load: its pickle has protocol 4")
 
 
-def test_missing_keys_beside_a_numpy_array_are_named(tmp_path: Path) -> None:
+def test_missing_keys_with_a_numpy_array_are_named(tmp_path: Path) -> None:
     write_by_hand(tmp_path / "missing_keys.pt", {"embeddings": np.ones((5, 32))})
     is_valid, reason = validate_checkpoint_pt(tmp_path / "missing_keys.pt")
     assert (is_valid, reason) == (False, "missing required keys: sequence_ids, metadata")
@@ -440,10 +447,8 @@ _reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     ],
     ids=["huge", "subclass", "ndarray", "object", "void", "subarray", "np.load"],
 )
-def test_numpys_reconstructors_build_arrays_of_numbers_and_nothing_else(
-    tmp_path: Path, trap: Calls
-) -> None:
-    """Beside a good array too, which makes them known."""
+def test_reconstructors_build_arrays_of_numbers_only(tmp_path: Path, trap: Calls) -> None:
+    """With a good array too, which makes them known."""
     path = checkpoint_path(tmp_path, 0, 0)
     for content in (
         content_by_hand(embeddings=trap),
@@ -467,7 +472,8 @@ def test_bytes_come_from_latin_1_only(codec: str) -> None:
         require_plain_arrays(data)
 
 
-def test_an_array_that_claims_more_values_than_its_bytes_hold_is_not_built() -> None:
+def test_an_array_larger_than_its_bytes_is_not_built() -> None:
+    """An array that claims more values than its bytes hold is not built."""
     data = pickle.dumps(np.arange(6, dtype=np.float32).reshape(2, 3), protocol=2)
     claims_more = data.replace(b"K\x02K\x03\x86", b"K\x02K\xff\x86")
     assert claims_more != data
@@ -475,8 +481,8 @@ def test_an_array_that_claims_more_values_than_its_bytes_hold_is_not_built() -> 
         require_plain_arrays(claims_more)
 
 
-def test_no_damage_to_a_pickled_array_makes_more_of_it_than_its_bytes() -> None:
-    """The walk over the pickle ends in a ValueError, or what is built is no larger than the pickle."""
+def test_damage_makes_no_array_larger_than_its_bytes() -> None:
+    """The check of the pickle raises ValueError, or the result is no larger than the pickle."""
     whole = pickle.dumps(np.arange(6, dtype=np.float32).reshape(2, 3), protocol=2)
     random = np.random.default_rng(3)
     refused = 0
@@ -552,7 +558,7 @@ class TakesAny(RequiresLayers):
 
 
 class SeveralLayers(RequiresLayers):
-    """Gives more layers than it is asked for: the highest counts."""
+    """Returns more layers than requested: the highest counts."""
 
     def forward_packed(self, *arguments, **named):  # type: ignore[no-untyped-def, override]
         given = super().forward_packed(*arguments, **named)
@@ -659,9 +665,7 @@ def test_a_model_by_another_hand_is_served_packed_and_padded(
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_a_run_that_is_resumed_in_the_midst_of_a_batch_serves_it_too(
-    tmp_path: Path, packed: bool
-) -> None:
+def test_a_run_resumed_within_a_batch_serves_it(tmp_path: Path, packed: bool) -> None:
     """What is left of a padded batch is padded again."""
     done = ["seq5", "seq7", "seq8"]
     write_by_hand(

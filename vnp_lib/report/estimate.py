@@ -50,7 +50,13 @@ from vnp_lib.plan import (
     required_bytes,
 )
 from vnp_lib.report.status import load_plan_of
-from vnp_lib.run import check_model, layout_from_config, planned_token_budget, read_attempts
+from vnp_lib.run import (
+    check_model,
+    layout_from_config,
+    nearest_existing,
+    planned_token_budget,
+    read_attempts,
+)
 from vnp_lib.terminal import bar, plain
 
 _MOST_REFUSALS_SHOWN = 5
@@ -156,8 +162,7 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
     batch_tokens = np.concatenate(
         [packed_tokens(token_lengths[r::num_shards], token_budget) for r in range(num_shards)]
     )
-    parents = (config.output_dir, *config.output_dir.absolute().parents)
-    parent = next(path for path in parents if path.exists())
+    parent = nearest_existing(config.output_dir)
     return RunEstimate(
         fasta=tuple(map(str, config.fasta)),
         left_out=found.left_out,

@@ -1,9 +1,15 @@
-"""A run directory: open it, resolve its settings, find the work left, record attempts, assemble the dataset."""
+"""A run directory: open it, resolve settings, find the work left, record and assemble."""
 
 from __future__ import annotations
 
 from vnp_lib.run.assembly import DatasetSummary, assemble
-from vnp_lib.run.directory import attach_run, check_model, open_run, validate_config
+from vnp_lib.run.directory import (
+    attach_run,
+    check_model,
+    nearest_existing,
+    open_run,
+    validate_config,
+)
 from vnp_lib.run.events import (
     AttemptDone,
     AttemptFailed,
@@ -80,6 +86,7 @@ __all__ = [
     "failure_reason",
     "find_pending_work",
     "layout_from_config",
+    "nearest_existing",
     "open_run",
     "planned_token_budget",
     "read_attempts",

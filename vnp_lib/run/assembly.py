@@ -1,9 +1,9 @@
-"""Assembly: the dataset, put together from checkpoints.
+"""Assemble the dataset from checkpoints.
 
-It takes two passes over the rows, two threads, and memory for three checkpoints and four parts: rows are first distributed over
-one temporary bucket for each part, copies of identical sequences included; then each bucket is put in order, checked against
-the plan, and written. All of that is done beside the dataset that may be there, and the two are exchanged at the end.
-`dataset.py` reads what comes of it.
+This takes two passes over the rows, two threads, and memory for three checkpoints and four parts.
+Rows, including copies of identical sequences, are first distributed over one temporary bucket per
+part. Then each bucket is sorted, checked against the plan, and written. All of that happens next to
+an existing dataset, and the two are exchanged at the end. `vnp_lib.dataset` reads the result.
 """
 
 from __future__ import annotations
@@ -80,22 +80,23 @@ from vnp_lib.storage import (
     write_sealed_json,
 )
 
-if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
+if TYPE_CHECKING:
     from vnp_lib.checkpoint import Checkpoint, CheckpointRecord
 
-_PART_BYTES = (
-    64 * 1024**2
-)  # of embeddings, or more where there are very many; as many are in memory as there are threads
-_ROW_GROUP_BYTES = 4 * 1024**2  # what is read to get at one row
+# Embeddings per part, or more if there are very many rows. Each thread holds a part in memory.
+_PART_BYTES = 64 * 1024**2
+# The least that is read to get one row.
+_ROW_GROUP_BYTES = 4 * 1024**2
 _NUM_SHOWN = 10
-_ABOUT = ("model", "layer", "pooling", "dtype")  # of the identity, in every part
+# The keys of the identity that are in the metadata of every part.
+_ABOUT = ("model", "layer", "pooling", "dtype")
 _PARTS = "part-*.parquet"
 _TEMPORARY_PREFIX = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
-    """What an assembly left on disk."""
+    """The dataset that an assembly wrote or found."""
 
     path: Path
     num_rows: int
@@ -104,12 +105,12 @@ class DatasetSummary:
     num_parts: int
     dim: int
     size_bytes: int
-    precision: Certificate | None  # of what went through the model in half precision
-    counts: InputCounts  # of the input
-    software: tuple[SoftwareShare, ...]  # that computed it
+    precision: Certificate | None  # of rows computed in half precision
+    counts: InputCounts
+    software: tuple[SoftwareShare, ...]
 
     def describe(self) -> str:
-        """Say what the dataset holds, and what it lacks: `997 sequences embedded, 3 in quarantine`."""
+        """Describe the rows, as in `997 sequences embedded, 3 in quarantine`."""
         rows = describe_rows(
             self.num_rows, num_quarantined=self.num_quarantined, num_missing=self.num_missing
         )
@@ -126,57 +127,61 @@ def assemble(
     clock: Callable[[], datetime] = utc_now,
     part_bytes: int = _PART_BYTES,
 ) -> DatasetSummary:
-    """Put the dataset together from checkpoints; each is read once, and its digest checked.
+    """Assemble the dataset from checkpoints; each is read once, and its digest checked.
 
-    Afterwards `paths.embeddings_dir` holds `part-*.parquet` and `_SUCCESS.json`; all is durable. A dataset that was there
-    stays, whole, until the new one is, and the two are exchanged at one stroke; where the file system knows no such thing,
-    there is no dataset for the time of two renames. An assembly that is interrupted changes nothing, and the next one starts
-    over. A whole dataset of the same content is left as it is; so is one from which nothing is missing, though by now a
-    checkpoint is gone. What somebody else has put into `paths.embeddings_dir` stays there.
+    Afterwards `paths.embeddings_dir` holds `part-*.parquet` and `_SUCCESS.json`, all durable. An
+    existing dataset stays intact until the new one is complete; then the two are exchanged
+    atomically. On a file system without an atomic exchange, there is no dataset for the time of two
+    renames. An interrupted assembly changes nothing, and the next one starts over.
+
+    A valid dataset of the same content is left as it is, and so is a complete one of which a
+    checkpoint has since been deleted. Other files in `paths.embeddings_dir` stay there.
 
     Args:
         plan: The plan that the checkpoints follow.
-        paths: Of the run.
-        records: Checkpoints. Where two hold the same ordinal, the first by rank and batch_idx counts.
-        quarantined: Ordinals that have no embedding; a sequence's copies share its fate.
-        allow_missing: Leave out the rows of ordinals that are in no checkpoint and not in quarantine; they are counted in
-            `_SUCCESS.json`. A later assembly that finds other ordinals missing, or none, starts over.
-        clock: Gives the time that goes into `_SUCCESS.json`.
+        paths: The paths of the run.
+        records: Checkpoints. If two hold the same ordinal, the first by rank and batch_idx counts.
+        quarantined: Ordinals that have no embedding; the same holds for their copies.
+        allow_missing: Leave out the rows of ordinals that are in no checkpoint and not in
+            quarantine; they are counted in `_SUCCESS.json`. A later assembly that finds other
+            ordinals missing, or none, starts over.
+        clock: Gives the time in `_SUCCESS.json`.
         part_bytes: Bytes of rows in a part, their ids and descriptions included.
 
     Raises:
-        IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, and may not be missing; or it is in
-            both; or nothing at all is computed.
+        IncompleteDatasetError: An ordinal is in no checkpoint and not in quarantine, and may not be
+            missing; or it is in both; or nothing at all is computed.
         NumericalInstabilityError: A row is not finite.
-        ConfigError: The plan has values stored in float16, and one is beyond that; or a Parquet file that is not ours lies among
-            the parts. Checkpoints and dataset are as they were.
-        CheckpointError: A checkpoint does not prove itself or does not fit the plan.
+        ConfigError: The plan stores values in float16, and one is out of its range; or a Parquet
+            file that is not ours lies among the parts. Checkpoints and dataset are unchanged.
+        CheckpointError: A checkpoint fails validation or does not fit the plan.
         StorageError: The dataset cannot be written.
     """
     is_quarantined = with_copies(plan, quarantined)
     try:
-        _settle(paths)
+        _finish_exchange(paths)
         if not _is_complete(plan, paths, is_quarantined):
             records = sorted(records, key=lambda record: (record.rank, record.batch_idx))
             is_missing = _find_missing(plan, records, is_quarantined, allow_missing=allow_missing)
             content = _content(plan, is_quarantined, is_missing)
-            if not (is_missing.any() and _is_whole(paths, content)):
+            if not (is_missing.any() and _is_valid(paths, content)):
                 require_own_parts(paths)
                 has_row = ~is_quarantined & ~is_missing
                 _write_dataset(
                     plan, paths, records, has_row, content, clock().isoformat(), part_bytes
                 )
-                _put_in_place(paths)
-        _sync_names(paths)  # whoever put it together may have died before doing so
+                _exchange(paths)
+        # The process that wrote the dataset may have been killed before it did so.
+        make_directory(paths.embeddings_dir)
+        fsync_directory(paths.embeddings_dir)
     except OSError as error:
         raise StorageError(
-            f"{paths.embeddings_dir}: the dataset cannot be written ({error}); mend that and start the run again: "
-            f"nothing is computed twice"
+            f"{paths.embeddings_dir}: the dataset cannot be written ({error}); fix that and start "
+            f"the run again: nothing is computed twice"
         ) from error
     finally:
-        if (
-            not paths.replaced_dataset.is_dir()
-        ):  # else the next assembly ends what this one was stopped at
+        # Otherwise the next assembly finishes the exchange that this one did not.
+        if not paths.replaced_dataset.is_dir():
             shutil.rmtree(paths.assembly_dir, ignore_errors=True)
     return _summary(paths)
 
@@ -184,12 +189,15 @@ def assemble(
 def find_complete_dataset(
     plan: RunPlan, paths: RunPaths, *, quarantined: frozenset[int] = frozenset()
 ) -> DatasetSummary | None:
-    """Say what the dataset holds that is there, every byte of which is read; None where it is not what `assemble` would make."""
+    """Summarise the existing dataset; None unless it is what `assemble` would write.
+
+    Every byte of it is read.
+    """
     return _summary(paths) if _is_complete(plan, paths, with_copies(plan, quarantined)) else None
 
 
 def require_own_parts(paths: RunPaths) -> None:
-    """Raise ConfigError where a Parquet file that no run of ours has written lies among the parts of the dataset."""
+    """Raise ConfigError if a Parquet file that no run has written lies among the parts."""
     if not paths.embeddings_dir.is_dir():
         return
     own = _own_names(paths.embeddings_dir)
@@ -198,20 +206,21 @@ def require_own_parts(paths: RunPaths) -> None:
     )
     if foreign:
         raise ConfigError(
-            f"{foreign[0]} is not of this run, or damaged, and whoever reads {paths.embeddings_dir}/*.parquet would take its rows "
-            f"for the dataset's: move it to another directory"
+            f"{foreign[0]} is not of this run, or damaged, and readers of "
+            f"{paths.embeddings_dir}/*.parquet would take its rows for the dataset's: move it to "
+            f"another directory"
         )
 
 
 def is_of_a_dataset(path: Path) -> bool:
-    """Whether a file is one that an assembly has written, by its name and by what it says of itself."""
+    """Return True if an assembly has written a file, by its name and its metadata."""
     return path.name == SUCCESS_NAME or (fnmatchcase(path.name, _PARTS) and _is_marked(path))
 
 
 def _content(
     plan: RunPlan, is_quarantined: NDArray[np.bool_], is_missing: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """What tells one run's datasets apart, as it stands in `_SUCCESS.json`."""
+    """Return the fields of `_SUCCESS.json` by which datasets of one run differ."""
     return {
         "fingerprint": plan.fingerprint,
         "store_dtype": plan.store_dtype,
@@ -228,22 +237,17 @@ def _ordinals_sha256(mask: NDArray[np.bool_]) -> str:
 
 
 def _is_complete(plan: RunPlan, paths: RunPaths, is_quarantined: NDArray[np.bool_]) -> bool:
-    """Whether the dataset of a run is there, with nothing missing. Every byte of it is read."""
-    return _is_whole(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined)))
+    """Return True if the dataset of a run is valid and complete. Every byte of it is read."""
+    return _is_valid(paths, _content(plan, is_quarantined, np.zeros_like(is_quarantined)))
 
 
-def _is_whole(paths: RunPaths, content: dict[str, Any]) -> bool:
-    """Whether there is a dataset of this content. Every byte of it is read, but not of one of another content."""
+def _is_valid(paths: RunPaths, content: dict[str, Any]) -> bool:
+    """Return True if a valid dataset of this content exists; if so, every byte of it is read."""
     try:
         is_same = content.items() <= read_success(paths.embeddings_dir).items()
     except StorageError:
         return False
     return is_same and not verify_dataset(paths.embeddings_dir)
-
-
-def _sync_names(paths: RunPaths) -> None:
-    make_directory(paths.embeddings_dir)
-    fsync_directory(paths.embeddings_dir)
 
 
 def _find_missing(
@@ -284,25 +288,27 @@ def _refuse_ordinals(plan: RunPlan, mask: NDArray[np.bool_], what: str) -> None:
             f"{ordinal} ({id_!r})" for ordinal, id_ in zip(shown, plan.ids(shown), strict=True)
         ]
         raise IncompleteDatasetError(
-            f"{ordinals.size:,} of {mask.size:,} sequences {what}: ordinals {listed(named, _NUM_SHOWN, total=ordinals.size)}"
+            f"{ordinals.size:,} of {mask.size:,} sequences {what}: "
+            f"ordinals {listed(named, _NUM_SHOWN, total=ordinals.size)}"
         )
 
 
-def _settle(paths: RunPaths) -> None:
-    """Bring what an earlier assembly was stopped at to an end, and remove what else it left."""
+def _finish_exchange(paths: RunPaths) -> None:
+    """Finish the exchange of an interrupted assembly, and remove its other files."""
     if paths.replaced_dataset.is_dir():
-        if not os.path.lexists(paths.embeddings_dir):  # stopped between two renames
+        # It was stopped between two renames.
+        if not os.path.lexists(paths.embeddings_dir):
             is_written = (paths.new_dataset / paths.success.name).exists()
             move_file(
                 paths.new_dataset if is_written else paths.replaced_dataset, paths.embeddings_dir
             )
         if paths.replaced_dataset.is_dir():
-            _give_back(paths)
+            _remove_replaced(paths)
     shutil.rmtree(paths.assembly_dir, ignore_errors=True)
 
 
-def _put_in_place(paths: RunPaths) -> None:
-    """Exchange the new dataset for what is in its place."""
+def _exchange(paths: RunPaths) -> None:
+    """Exchange the new dataset for the existing one."""
     if not os.path.lexists(paths.embeddings_dir):
         move_file(paths.new_dataset, paths.embeddings_dir)
         return
@@ -311,11 +317,11 @@ def _put_in_place(paths: RunPaths) -> None:
         move_file(paths.replaced_dataset, paths.new_dataset)
         move_file(paths.embeddings_dir, paths.replaced_dataset)
         move_file(paths.new_dataset, paths.embeddings_dir)
-    _give_back(paths)
+    _remove_replaced(paths)
 
 
-def _give_back(paths: RunPaths) -> None:
-    """Remove the dataset that was replaced, `_SUCCESS.json` last, and give what else lay beside it its place again."""
+def _remove_replaced(paths: RunPaths) -> None:
+    """Remove the replaced dataset, `_SUCCESS.json` last, and move other files back."""
     own = _own_names(paths.replaced_dataset)
     for path in sorted(
         paths.replaced_dataset.iterdir(), key=lambda path: path.name == paths.success.name
@@ -328,7 +334,7 @@ def _give_back(paths: RunPaths) -> None:
 
 
 def _own_names(directory: Path) -> set[str]:
-    """The names in a directory that are of a dataset of ours: those that `_SUCCESS.json` lists, itself, and what else is marked so."""
+    """Return the names of `_SUCCESS.json`, of the parts it lists, and of other marked parts."""
     listed: set[str] = set()
     success = directory / SUCCESS_NAME
     if success.exists():
@@ -341,7 +347,7 @@ def _own_names(directory: Path) -> set[str]:
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether a Parquet file says of itself that it is a part of a dataset of ours."""
+    """Return True if the metadata of a Parquet file says that it is a part of a dataset."""
     try:
         marks = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowException):
@@ -390,7 +396,7 @@ def _write_dataset(
 def _distribute(
     plan: RunPlan, records: Sequence[CheckpointRecord], buckets: Buckets
 ) -> tuple[list[Comparison], tuple[SoftwareShare, ...]]:
-    """Give every row to its bucket, and return what the checkpoints say of how exact their rows are, and what computed them."""
+    """Put every row in its bucket; return comparisons with float32, and the software used."""
     comparisons: list[Comparison] = []
     software: Counter[Software] = Counter()
     copies = Copies(plan.representatives)
@@ -423,7 +429,7 @@ def _write_part(
     taken: tuple[NDArray[np.int64], NDArray[np.float32]],
     has_row: NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Check and write a part, and return what `_SUCCESS.json` says of it."""
+    """Check and write a part, and return its entry of `_SUCCESS.json`."""
     start, stop = division.span(part)
     expected = start + np.flatnonzero(has_row[start:stop])
     ordinals, rows = taken
@@ -446,7 +452,7 @@ def _write_part(
 
 
 def _write_table(file: DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
-    """Write a part in groups of rows that take 4 MB together; a larger row is a group of its own."""
+    """Write a part in row groups of 4 MB; a larger row is a group of its own."""
     with pq.ParquetWriter(
         file,
         table.schema,
@@ -478,8 +484,9 @@ def _as_stored(
     bad = _not_finite(plan, layout, ordinals, values)
     if bad.size:
         raise ConfigError(
-            f"--store-dtype float16: {bad.size:,} embeddings have values beyond 65,504, where float16 ends, the first of "
-            f"{_named(plan, bad[0])}; start the run again with --store-dtype float32: nothing is computed twice"
+            f"--store-dtype float16: {bad.size:,} embeddings have values beyond 65,504, where "
+            f"float16 ends, the first of {_named(plan, bad[0])}; start the run again with "
+            f"--store-dtype float32: nothing is computed twice"
         )
     return values
 
@@ -487,7 +494,7 @@ def _as_stored(
 def _not_finite(
     plan: RunPlan, layout: RowLayout, ordinals: NDArray[np.int64], rows: Values
 ) -> NDArray[np.int64]:
-    """Those of `ordinals` in whose rows there is a value that is not finite."""
+    """Return those of `ordinals` whose rows have a value that is not finite."""
     is_finite = np.isfinite(rows)
     if is_finite.all():
         return ordinals[:0]

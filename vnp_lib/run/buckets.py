@@ -19,42 +19,42 @@ from numpy.typing import NDArray
 from vnp_lib.errors import StorageError
 from vnp_lib.plan import ROW_OVERHEAD_BYTES, Ordinals, RowLayout, RunPlan, offsets_of, pack
 
-if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before a checkpoint is read
+if TYPE_CHECKING:
     from vnp_lib.checkpoint import Checkpoint
 
-_MOST_PARTS = (
-    16_384  # `_SUCCESS.json` takes 250 bytes for each, and readers take no more than 32 MiB of it
-)
-_BUFFER_BYTES = 256 * 1024**2  # of rows that wait for their buckets, or four parts, if that is less
-_BLOCK_BYTES = 512 * 1024  # of rows
+# `_SUCCESS.json` takes 250 bytes for each, and readers accept 32 MiB of it at most.
+_MOST_PARTS = 16_384
+# Rows that wait for their buckets; four parts if that is less.
+_BUFFER_BYTES = 256 * 1024**2
+_BLOCK_BYTES = 512 * 1024
 THREADS = 2
 VALUE_BYTES = np.dtype(np.float32).itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """The rows of a dataset in parts."""
+    """The division of a dataset's rows into parts."""
 
     layout: RowLayout
     starts: NDArray[np.int64]  # the first ordinal of each part, (P,)
     num_sequences: int
     most_values: int  # of a part
-    described: dict[str, Any]  # what `_SUCCESS.json` says of it
-    software: str = ""  # that computed them, for every part
+    described: dict[str, Any]  # its fields in `_SUCCESS.json`
+    software: str = ""  # that computed the rows, in the metadata of every part
 
     @property
     def is_large(self) -> bool:
-        """Whether a part has more values than a list's offsets in 32 bits can count."""
+        """Return True if a part has more values than 32-bit list offsets can count."""
         return self.most_values >= 2**31
 
     def span(self, part: int) -> tuple[int, int]:
-        """The first ordinal of a part, and the first that is not in it any more."""
+        """Return the first ordinal of a part, and the first one after it."""
         stop = self.starts[part + 1] if part + 1 < self.starts.size else self.num_sequences
         return int(self.starts[part]), int(stop)
 
 
 def divide_rows(plan: RunPlan, layout: RowLayout, part_bytes: int) -> Division:
-    """Divide the rows into parts. Without any there is one part all the same, so that readers find the columns."""
+    """Divide the rows into parts. Without rows there is one empty part, which has the columns."""
     if layout.is_fixed:
         row_bytes = layout.fixed_width * VALUE_BYTES + ROW_OVERHEAD_BYTES
         ordinals_per_part = max(1, part_bytes // row_bytes, -(-plan.num_sequences // _MOST_PARTS))
@@ -64,7 +64,8 @@ def divide_rows(plan: RunPlan, layout: RowLayout, part_bytes: int) -> Division:
     else:
         widths = layout.widths(plan.lengths)
         sizes = widths * VALUE_BYTES + ROW_OVERHEAD_BYTES
-        # Two neighbours together are larger than a part, so that there are at most twice as many as would be full.
+        # Two neighbouring parts together exceed the limit, so that there are at most twice as many
+        # as full parts.
         most_bytes = max(part_bytes, -(-2 * int(sizes.sum()) // _MOST_PARTS))
         starts = pack(sizes, most_bytes)[:-1] if widths.size else np.zeros(1, dtype=np.int64)
         most_values = int(np.add.reduceat(widths, starts).max()) if widths.size else 0
@@ -81,7 +82,7 @@ def divide_rows(plan: RunPlan, layout: RowLayout, part_bytes: int) -> Division:
 
 
 class Copies:
-    """Which sequences repeat a computed one."""
+    """The sequences that are copies of a computed one."""
 
     def __init__(self, representatives: Ordinals) -> None:
         copies = np.flatnonzero(representatives != np.arange(representatives.size))
@@ -89,7 +90,10 @@ class Copies:
         self._originals = representatives[self._copies]
 
     def fan_out(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """All sequences that share an embedding with one of `ordinals`, ascending, and the position in it of that one."""
+        """Return all sequences with the embedding of one of `ordinals`, and that one's position.
+
+        The sequences ascend.
+        """
         starts = np.searchsorted(self._originals, ordinals, side="left")
         counts = np.searchsorted(self._originals, ordinals, side="right") - starts
         sources = np.repeat(np.arange(ordinals.size), counts)
@@ -101,10 +105,10 @@ class Copies:
 
 
 class Buckets:
-    """Temporary files, one for each part, that take its rows in whatever order they come.
+    """Temporary files, one per part, that take its rows in any order.
 
-    Their names are ours alone: where locks do not work, two assemblies may be at it, and the later one removes the
-    buckets of the earlier, which then fails. They never write to the same file.
+    Their names are unique: if locks do not work, two assemblies may run at once. The later one
+    removes the buckets of the earlier one, which then fails; they never write to the same file.
     """
 
     def __init__(self, directory: Path, plan: RunPlan, division: Division) -> None:
@@ -112,12 +116,11 @@ class Buckets:
         self._starts = division.starts
         self._lengths = plan.lengths
         self._most_values = division.most_values
-        self._of_this_thread = threading.local()
+        self._thread_local = threading.local()
         self._directory = directory
         self._name = uuid.uuid4().hex[:8]
-        self._places: defaultdict[int, list[NDArray[np.int32]]] = defaultdict(
-            list
-        )  # in a part, in the rows' order
+        # Places in the part, in the order of its rows in the bucket.
+        self._places: defaultdict[int, list[NDArray[np.int32]]] = defaultdict(list)
         self._crc32: defaultdict[int, int] = defaultdict(int)
         self._waiting: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
         self._num_waiting_bytes = 0
@@ -126,23 +129,26 @@ class Buckets:
     def append(
         self, ordinals: NDArray[np.int64], checkpoint: Checkpoint, rows: NDArray[np.int64]
     ) -> None:
-        """Give each of the ascending `ordinals` the row of a checkpoint that stands at its place in `rows`."""
+        """Append rows of a checkpoint: for each of the ascending `ordinals`, the one in `rows`."""
         parts, starts = np.unique(
             np.searchsorted(self._starts, ordinals, side="right") - 1, return_index=True
         )
         stops = np.append(starts, ordinals.size)[1:]
         for part, start, stop in zip(parts.tolist(), starts, stops, strict=True):
-            for block in self._taken(checkpoint, rows[start:stop]):
-                self._waiting[part].append(
-                    block.astype("<f4")
-                )  # a copy: the checkpoint is to be forgotten
+            for block in self._row_blocks(checkpoint, rows[start:stop]):
+                # A copy, so that the checkpoint can be freed.
+                self._waiting[part].append(block.astype("<f4"))
                 self._num_waiting_bytes += self._waiting[part][-1].nbytes
                 if self._num_waiting_bytes > self._most_waiting_bytes:
                     self.flush()
             self._places[part].append((ordinals[start:stop] - self._starts[part]).astype(np.int32))
 
     def flush(self) -> None:
-        """Write what waits: a checkpoint has rows for nearly every bucket, and on a network file system opening one takes longer."""
+        """Write the waiting rows to their buckets.
+
+        A checkpoint has rows for nearly every bucket, and on a network file system opening a file
+        takes longer than writing them.
+        """
         for part, blocks in self._waiting.items():
             with self._path(part).open("ab") as file:
                 for block in blocks:
@@ -152,9 +158,9 @@ class Buckets:
         self._num_waiting_bytes = 0
 
     def take(self, part: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ordinals, ascending, and rows of a part, (n, W) or end to end, which last until this thread takes another.
+        """Return the ascending ordinals and the rows of a part, and delete its bucket.
 
-        Its bucket is gone then.
+        The rows are (n, W) or end to end, and valid until this thread takes another part.
         """
         if part not in self._places:
             return np.empty(0, dtype=np.int64), self._rows_of(np.empty(0, dtype=np.int64))
@@ -166,25 +172,27 @@ class Buckets:
             path.stat().st_size != rows.nbytes
             or self._read(path, rows, ordinals, ascending) != self._crc32[part]
         ):
-            raise StorageError(f"{path} does not give back what was written to it; check the disk")
+            raise StorageError(f"{path} does not hold what was written to it; check the disk")
         path.unlink()
-        self._announce(part + THREADS)
+        self._read_ahead(part + THREADS)
         return ordinals[ascending], rows
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Space for the rows of so many sequences."""
+        """Return memory for the rows of these sequences."""
         width = self.layout.fixed_width
         return self._space()[: ordinals.size * width].reshape(-1, width)
 
     def _space(self) -> NDArray[np.float32]:
-        """The memory of all parts that this thread takes: new memory costs more than filling it."""
-        if not hasattr(self._of_this_thread, "space"):
-            self._of_this_thread.space = np.empty(self._most_values, dtype="<f4")
-        space: NDArray[np.float32] = self._of_this_thread.space
+        """Return the memory of this thread for a part: allocating it costs more than filling it."""
+        if not hasattr(self._thread_local, "space"):
+            self._thread_local.space = np.empty(self._most_values, dtype="<f4")
+        space: NDArray[np.float32] = self._thread_local.space
         return space
 
-    def _taken(self, checkpoint: Checkpoint, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        """The rows of a checkpoint that stand at `rows`, some at a time."""
+    def _row_blocks(
+        self, checkpoint: Checkpoint, rows: NDArray[np.int64]
+    ) -> Iterator[NDArray[Any]]:
+        """Yield rows of a checkpoint in blocks."""
         return (checkpoint.embeddings[block] for block in self._blocks(rows))
 
     def _read(
@@ -194,7 +202,7 @@ class Buckets:
         ordinals: NDArray[np.int64],
         ascending: NDArray[np.int64],
     ) -> int:
-        """Put the rows of a bucket, which are in the order of `ordinals`, into ascending order, and return its crc32."""
+        """Read a bucket into `rows` in ascending order of the ordinals, and return its crc32."""
         crc32 = 0
         values = np.empty((self._rows_per_block, self.layout.fixed_width), dtype="<f4")
         with path.open("rb") as file:
@@ -205,13 +213,11 @@ class Buckets:
                 rows[block] = read
         return crc32
 
-    def _announce(self, part: int) -> None:
-        """Have the system read a bucket, should it not hold it in memory any more, while those before are written."""
+    def _read_ahead(self, part: int) -> None:
+        """Let the system read a bucket into its cache while the parts before it are written."""
         if part in self._places:
-            with (
-                suppress(FileNotFoundError),
-                self._path(part).open("rb") as file,
-            ):  # another thread may be taking it
+            # Another thread may be taking it.
+            with suppress(FileNotFoundError), self._path(part).open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     @property
@@ -219,7 +225,7 @@ class Buckets:
         return max(1, _BLOCK_BYTES // (self.layout.fixed_width * VALUE_BYTES))
 
     def _blocks(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """`rows`, as many at a time as the processor's cache holds: what is copied there is summed and written from there."""
+        """Split `rows` into blocks that fit into the processor's cache."""
         starts = range(0, rows.size, self._rows_per_block)
         return (rows[start : start + self._rows_per_block] for start in starts)
 
@@ -228,12 +234,14 @@ class Buckets:
 
 
 class RaggedBuckets(Buckets):
-    """The same for rows of different widths, which are moved one by one."""
+    """Buckets of rows of different widths, which are moved one by one."""
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._space()[: self._widths(ordinals).sum()]
 
-    def _taken(self, checkpoint: Checkpoint, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    def _row_blocks(
+        self, checkpoint: Checkpoint, rows: NDArray[np.int64]
+    ) -> Iterator[NDArray[Any]]:
         offsets = checkpoint.metadata["offsets"]
         return (checkpoint.embeddings[offsets[row] : offsets[row + 1]] for row in rows.tolist())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vnp_lib import __version__
-from vnp_lib.checkpoint import sequence_digest
+from vnp_lib.checkpoint import Survey, sequence_digest
 from vnp_lib.config import EmbedConfig
 from vnp_lib.devices import planned_devices, resolve_devices
 from vnp_lib.errors import ConfigError, InputError, LockTimeoutError, RunDirectoryBusyError
@@ -33,22 +33,21 @@ from vnp_lib.software import NUMERICS_VERSION, package_in_use
 from vnp_lib.storage import FileLock, make_directory, remove_orphaned_temporaries, try_file_system
 from vnp_lib.user_paths import shown
 
-if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
-    from vnp_lib.checkpoint import Survey
+if TYPE_CHECKING:
     from vnp_lib.model import Weights
 
 logger = logging.getLogger(__name__)
 
 
 def validate_config(config: EmbedConfig) -> None:
-    """Look at what a run is given, before anything is started or made: what can be seen quickly, that is.
+    """Validate the settings of a run up front, as far as that is quick; create nothing.
 
     Raises:
-        InputError: A file, a device or a directory that cannot be used.
+        InputError: A file, a device or a directory cannot be used.
     """
-    _look_at_input(config)
+    _validate_input(config)
     planned_devices(config)
-    _look_at_output(config)
+    _validate_output(config)
     paths = RunPaths(config.output_dir)
     require_no_others(paths)
     if not config.force_restart:
@@ -57,10 +56,12 @@ def validate_config(config: EmbedConfig) -> None:
 
 
 def check_model(config: EmbedConfig) -> Weights | None:
-    """See that the weights are there and are the model's, and have what the outputs need; their numbers are not read.
+    """Check that the weights exist, fit the model and have what the outputs need.
+
+    Their values are not read.
 
     Returns:
-        The weights, without their digest; None where a run would download them.
+        The weights, without their digest; None if a run would download them.
 
     Raises:
         InputError: They cannot be used, or the model has no such layer.
@@ -69,15 +70,14 @@ def check_model(config: EmbedConfig) -> Weights | None:
 
     layout = layout_from_config(config)
     weights = look_at_weights(config.model, config.weights)
-    if (
-        weights is not None and config.weights != "auto"
-    ):  # else what is missing of them is downloaded
+    # What is missing of "auto" weights is downloaded.
+    if weights is not None and config.weights != "auto":
         check_heads(weights, layout.heads)
     return weights
 
 
-def _look_at_input(config: EmbedConfig) -> None:
-    """Look at the beginning of each file, and that something is piped where that is asked for."""
+def _validate_input(config: EmbedConfig) -> None:
+    """Read the beginning of each file, and check that standard input is piped if it is an input."""
     stdin = RunPaths(config.output_dir).stdin
     if STDIN in config.fasta:
         require_piped_stdin(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
@@ -91,16 +91,15 @@ def _look_at_input(config: EmbedConfig) -> None:
         logger.warning(description)
 
 
-def _look_at_output(config: EmbedConfig) -> None:
-    """See that the run directory is there or can be made, and that it is not one of the input's."""
+def _validate_output(config: EmbedConfig) -> None:
+    """Check that the run directory exists or can be created, and is not an input directory."""
     output_dir = config.output_dir
     if os.path.islink(output_dir) and not os.path.exists(output_dir):
         raise ConfigError(
-            f"--output-dir {output_dir}: this is a link to {shown(os.readlink(output_dir))}, and there is no such directory; "
-            "make it, or give another one"
+            f"--output-dir {output_dir}: this is a link to {shown(os.readlink(output_dir))}, and "
+            "there is no such directory; make it, or give another one"
         )
-    above = output_dir.absolute()
-    existing = next(path for path in (output_dir, *above.parents) if os.path.exists(path))
+    existing = nearest_existing(output_dir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
             f"--output-dir {output_dir}: {existing} is not a directory that can be written"
@@ -113,18 +112,24 @@ def _look_at_output(config: EmbedConfig) -> None:
             and given.samefile(output_dir)
         ):
             raise ConfigError(
-                f"--output-dir {output_dir}: this is the directory of the input too, and a run fills its own with many files; give "
-                f"another one, for example {output_dir / 'run'}, or name the files, as in --fasta '{given / '*.fasta'}'"
+                f"--output-dir {output_dir}: this is the directory of the input too, and a run "
+                f"fills its own with many files; give another one, for example "
+                f"{output_dir / 'run'}, or name the files, as in --fasta '{given / '*.fasta'}'"
             )
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that exists."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
 
 
 @contextmanager
 def open_run(config: EmbedConfig) -> Iterator[Run]:
-    """Take the run directory, plan the run or find the plan that is there, and give the directory back at the end.
+    """Lock the run directory, and plan the run or load the plan that exists.
 
     Raises:
-        InputError: The input, a setting or the directory cannot be used. A directory that was not there is not there
-            afterwards either; one that was is untouched.
+        InputError: The input, a setting or the directory cannot be used. A directory that did not
+            exist is removed again; one that did is left as it was.
     """
     from vnp_lib.model import resolve_weights
 
@@ -141,10 +146,10 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
             require_own_parts(paths)
             for directory in (paths.run_dir, *_directories(paths)):
                 remove_orphaned_temporaries(directory)
-            with _stdin_kept(config, paths):
+            with _saved_stdin(config, paths):
                 plan = plan_run(config, paths, devices, weights)
         except BaseException:
-            # Where there are checkpoints another run is in it: locks do not work here.
+            # If there are checkpoints, another run is in it: locks do not work here.
             if is_new and not paths.checkpoints_dir.exists() and not paths.stdin.exists():
                 shutil.rmtree(paths.run_dir)
             raise
@@ -165,16 +170,16 @@ def open_run(config: EmbedConfig) -> Iterator[Run]:
 
 
 def _clean_quarantine(run: Run, survey: Survey) -> None:
-    """Take out of quarantine what is of another run, whose ordinals are other sequences, and what has been computed."""
+    """Remove from the quarantine sequences of another run, and those that have been computed."""
     if num_others := run.quarantine.remove_other_runs(run.paths.superseded_quarantine):
         logger.warning(
-            "%d sequences were set aside by another run on this directory, or by one that did not say of which run they were: "
-            "they count no more, and what was said of them is in %s",
+            "%d sequences were quarantined by another run on this directory, or by one that did "
+            "not record its fingerprint: they no longer count, and their lines are in %s",
             num_others,
             run.paths.superseded_quarantine,
         )
     if held := run.quarantine.read():
-        # Where locks do not work, two runs may have come to different ends.
+        # If locks do not work, two runs may have come to different results.
         is_done = survey.done_mask(run.plan.num_sequences)
         run.quarantine.release(
             each.ordinal
@@ -185,10 +190,10 @@ def _clean_quarantine(run: Run, survey: Survey) -> None:
 
 
 def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
-    """Join a run that another machine has opened, and holds, to embed a shard of it with this machine's devices.
+    """Join a run that another machine holds open, to embed a shard of it on this machine.
 
     Raises:
-        InputError: The directory holds another run by now, or this machine's weights are others.
+        InputError: The directory now holds another run, or this machine's weights differ.
     """
     from vnp_lib.model import resolve_weights
 
@@ -196,33 +201,36 @@ def attach_run(config: EmbedConfig, fingerprint: str) -> Run:
     weights = resolve_weights(config.model, config.weights)
     if plan.fingerprint != fingerprint:
         raise InputError(
-            f"{config.output_dir} holds another run by now ({plan.fingerprint}, not {fingerprint})"
+            f"{config.output_dir} now holds another run ({plan.fingerprint}, not {fingerprint})"
         )
     if plan.vnp not in ("", __version__) or plan.identity.get("numerics", 1) != NUMERICS_VERSION:
         raise InputError(
-            f"{config.output_dir} was opened by vnp {plan.vnp} (numbers of version {plan.identity.get('numerics', 1)}), and this "
-            f"machine has vnp {__version__} (version {NUMERICS_VERSION}) in {package_in_use().directory}; install the same on both"
+            f"{config.output_dir} was opened by vnp {plan.vnp} (numbers of version "
+            f"{plan.identity.get('numerics', 1)}), and this machine has vnp {__version__} (version "
+            f"{NUMERICS_VERSION}) in {package_in_use().directory}; install the same on both"
         )
     if plan.identity["weights_digest"] != weights.digest:
         raise InputError(
-            f"the weights of {config.model} on this machine are not those that the run was begun with"
+            f"the weights of {config.model} on this machine are not those that the run was begun "
+            f"with"
         )
-    _try_file_system(config.output_dir, is_new=False)  # which may be mounted otherwise here
-    devices = tuple(
-        dict.fromkeys(resolve_devices(config.devices, config.model))
-    )  # one child has all cores of the CPU
+    # It may be mounted with other options on this machine.
+    _try_file_system(config.output_dir, is_new=False)
+    # One worker process has all cores of the CPU.
+    devices = tuple(dict.fromkeys(resolve_devices(config.devices, config.model)))
     own = exact_software_of(devices, executor="work-pool")
     if not plan.identity.get("division", own).endswith(own):
         raise InputError(
-            f"{config.output_dir} is to have the same bytes whatever is killed when (--deterministic), and its rows are computed with "
-            f"{plan.identity['division']}, but this machine has {own}; use machines of one kind"
+            f"{config.output_dir} is to have the same bytes whatever is killed when "
+            f"(--deterministic), and its rows are computed with {plan.identity['division']}, but "
+            f"this machine has {own}; use machines of one kind"
         )
     return Run(config=config, devices=devices, weights=weights, plan=plan)
 
 
 @contextmanager
-def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
-    """Keep standard input where it is asked for; what turns out to be unusable is not kept, and whatever else happens it is."""
+def _saved_stdin(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
+    """Save standard input if it is an input; delete it again if it turns out unusable."""
     is_new = STDIN in config.fasta and save_stdin(sys.stdin.buffer, paths.stdin)
     try:
         yield
@@ -233,10 +241,10 @@ def _stdin_kept(config: EmbedConfig, paths: RunPaths) -> Iterator[None]:
 
 
 def _directories(paths: RunPaths) -> list[Path]:
-    """All directories that a run writes to; those of an earlier division into shards too.
+    """Return all directories that a run writes to, including shards of an earlier division.
 
     Raises:
-        ConfigError: One is a link: through it we would write outside of the run directory.
+        ConfigError: One is a link, through which the run would write outside of its directory.
     """
     shard_dirs = sorted(paths.checkpoints_dir.glob("shard_*"))
     directories = [
@@ -249,7 +257,8 @@ def _directories(paths: RunPaths) -> list[Path]:
     for directory in directories:
         if directory.is_symlink():
             raise ConfigError(
-                f"{directory} is a link, and a run writes to its own directory only: put what it leads to there"
+                f"{directory} is a link, and a run writes to its own directory only: "
+                f"replace it by the directory that it points to"
             )
     return directories
 
@@ -282,7 +291,7 @@ def _take(lock: FileLock) -> None:
     except LockTimeoutError:
         if lock.presumed_holder() is not None:
             raise
-        # Who only looks whether a run is going on holds the lock for a moment, and leaves no name.
+        # A process that only checks for a run holds the lock for a moment, and leaves no name.
         lock.acquire(timeout_s=1.0)
 
 

@@ -1,8 +1,8 @@
-"""The history of a shard's attempts: when each began, what it brought to disk, and how it ended. For people.
+"""The history of a shard's attempts: when each began, what it saved and how it ended.
 
-`history.jsonl` in the shard's directory has a line for each of these. It is a record, never the truth: nothing is decided by
-it, no line is synced, and a line that cannot be written is left out. A child that was killed leaves no last line; the
-manifest's failures then tell what became of it.
+`history.jsonl` in the shard's directory has one line for each of these. It is a record for people:
+nothing is decided by it, no line is synced, and a line that cannot be written is dropped. A worker
+process that was killed writes no last line; the manifest's failures then say how it ended.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from pydantic import (
 
 from vnp_lib.checkpoint import CheckpointManifest
 from vnp_lib.errors import StorageError
-from vnp_lib.failures import Failure, classify_exception
+from vnp_lib.failures import classify_exception
 from vnp_lib.formatting import utc_now
 from vnp_lib.plan import RunPaths, RunPlan
-from vnp_lib.storage import FileLock, LockHolder, read_marker
+from vnp_lib.storage import FileLock, read_marker
 
 MAX_HISTORY_BYTES = 32 * 1024**2
 
-_LONGEST_MESSAGE = 300
+_MAX_MESSAGE_CHARS = 300
 
 
 class Ending(StrEnum):
     """How an attempt ended."""
 
-    DONE = "done"  # nothing of the shard is left
-    STOPPED = "stopped"  # it was told to stop, and saved what it had
+    DONE = "done"  # no work of the shard is left
+    STOPPED = "stopped"  # on request, with its work saved
     FAILED = "failed"
-    LOST = "lost"  # it was killed, or lost its machine: it left no word
+    LOST = "lost"  # killed, or its machine was lost: there is no last line
     RUNNING = "running"  # it has not ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointEntry:
-    """A checkpoint that an attempt brought to disk."""
+    """A checkpoint that an attempt wrote."""
 
     at: datetime
     number: int
@@ -71,7 +71,7 @@ class CheckpointEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One child process on one shard, as far as is known."""
+    """One worker process on one shard, as far as is known."""
 
     rank: int
     number: int | None  # from 1, over all runs on the directory
@@ -79,11 +79,11 @@ class Attempt:
     host: str
     pid: int
     started_at: datetime
-    pending: int  # sequences that were left when it began
+    pending: int  # sequences left when it began
     checkpoints: tuple[CheckpointEntry, ...] = ()
-    ended_at: datetime  # of its last line, where it left no word
+    ended_at: datetime  # of its last line, if it was lost
     ending: Ending
-    kind: str | None = None  # FailureKind, where something went wrong
+    kind: str | None = None  # FailureKind, if it failed
     cause: str | None = None  # FailureCause
     message: str = ""
 
@@ -93,9 +93,9 @@ class Attempt:
 
 
 class AttemptHistory:
-    """Writes what one attempt does to its shard's history. Nothing that fails in here harms the attempt.
+    """Writes the history of one attempt. An error in here never harms the attempt.
 
-    Leaving its context by an exception records that as the attempt's end.
+    An exception that leaves the context is recorded as the attempt's end.
     """
 
     def __init__(
@@ -129,11 +129,12 @@ class AttemptHistory:
                 ending=Ending.FAILED,
                 kind=failure.kind,
                 cause=failure.cause,
-                message=_short(failure),
+                # JSON holds Unicode only, and the names of files may be anything.
+                message=failure.message[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode(),
             )
 
     def started(self, *, device: str, pending: int) -> None:
-        """Begin. The manifest, where it can be read, has the attempt's number and its device among those of its kind."""
+        """Record the start, with the number and device that the manifest has, if readable."""
         recorded: dict[str, Any] = {}
         with suppress(StorageError, OSError):
             recorded = CheckpointManifest(self._paths.manifest).get_shard_status(self._rank) or {}
@@ -143,11 +144,11 @@ class AttemptHistory:
         self.loaded()
 
     def loaded(self) -> None:
-        """Count the seconds of the first checkpoint from now: loading a model is no measure of speed."""
+        """Count the seconds of the first checkpoint from now: loading a model is not computing."""
         self._since_s = self._monotonic()
 
     def checkpoint(self, plan: RunPlan, number: int, rows: int) -> None:
-        """Record a durable checkpoint of this run, with the tokens of the sequences that its marker lists."""
+        """Record a durable checkpoint, with the tokens of the sequences in its marker."""
         now_s = self._monotonic()
         seconds, self._since_s = now_s - self._since_s, now_s
         with suppress(StorageError, OSError, LookupError):
@@ -167,23 +168,23 @@ class AttemptHistory:
 
     def _append(self, line: type[_Line], **fields: Any) -> None:
         with suppress(OSError, ValueError):
-            told = line(at=self._clock(), host=socket.gethostname(), pid=os.getpid(), **fields)
+            record = line(at=self._clock(), host=socket.gethostname(), pid=os.getpid(), **fields)
             _append_line(
-                self._paths.history(self._rank), told.model_dump_json(exclude_none=True).encode()
+                self._paths.history(self._rank), record.model_dump_json(exclude_none=True).encode()
             )
 
 
 def read_attempts(
     paths: RunPaths, rank: int, failures: Sequence[dict[str, Any]] = ()
 ) -> list[Attempt]:
-    """Read a shard's attempts, in the order in which they began; none where there is no history.
+    """Read a shard's attempts in the order in which they began; none if there is no history.
 
-    Lines that are torn or not ours are passed over, and so is what stands before the last 32 MiB.
+    Torn and unknown lines are skipped, and so is all before the last 32 MiB.
 
     Args:
-        paths: Of the run.
-        rank: Of the shard.
-        failures: Its failures as the manifest has them: the parent's judgement tells how an attempt ended that left no word.
+        paths: The paths of the run.
+        rank: The shard.
+        failures: Its failures in the manifest, which say how an attempt without a last line ended.
     """
     begun: list[_Begun] = []
     for line in _lines(paths.history(rank)):
@@ -193,10 +194,12 @@ def read_attempts(
             owner.add(line)
     attempts = [each.attempt(rank) for each in begun]
     if attempts:
-        attempts[-1] = _perhaps_running(
-            attempts[-1], FileLock(paths.shard_lock(rank), purpose="").presumed_holder()
-        )
-    return _judged(attempts, failures)
+        last = attempts[-1]
+        holder = FileLock(paths.shard_lock(rank), purpose="").presumed_holder()
+        is_held = holder is not None and (holder.host, holder.pid) == (last.host, last.pid)
+        if last.ending == Ending.LOST and is_held:
+            attempts[-1] = replace(last, ending=Ending.RUNNING)
+    return _with_failures(attempts, failures)
 
 
 class _Line(BaseModel):
@@ -284,26 +287,18 @@ class _Begun:
         )
 
 
-def _perhaps_running(last: Attempt, holder: LockHolder | None) -> Attempt:
-    if (
-        last.ending != Ending.LOST
-        or holder is None
-        or (holder.host, holder.pid) != (last.host, last.pid)
-    ):
-        return last
-    return replace(last, ending=Ending.RUNNING)
-
-
-def _judged(attempts: Sequence[Attempt], failures: Sequence[dict[str, Any]]) -> list[Attempt]:
-    """Give each attempt the failure that was recorded after its last line and before the next attempt began."""
+def _with_failures(
+    attempts: Sequence[Attempt], failures: Sequence[dict[str, Any]]
+) -> list[Attempt]:
+    """Add to each attempt the failure recorded between its last line and the next attempt."""
     timed = [(time_, failure) for failure in failures if (time_ := _time_of(failure)) is not None]
-    judged = []
+    completed = []
     for attempt, following in pairwise([*attempts, None]):
         assert attempt is not None
         until = following.started_at if following else datetime.max.replace(tzinfo=UTC)
         own = [failure for time_, failure in timed if attempt.ended_at <= time_ < until]
-        judged.append(_with_failure(attempt, own[0]) if own else attempt)
-    return judged
+        completed.append(_with_failure(attempt, own[0]) if own else attempt)
+    return completed
 
 
 def _with_failure(attempt: Attempt, failure: dict[str, Any]) -> Attempt:
@@ -324,27 +319,19 @@ def _time_of(failure: dict[str, Any]) -> datetime | None:
     return time_ if time_.tzinfo else None
 
 
-def _short(failure: Failure) -> str:
-    """What JSON can hold of a message: names of files may be no Unicode."""
-    return failure.message[:_LONGEST_MESSAGE].encode("utf-8", "replace").decode()
-
-
 def _lines(path: Path) -> Iterator[_Started | _Checkpoint | _Ended]:
     with suppress(OSError):
-        for line in _read_end(path).split(b"\n"):
+        with open(_open_plain(path, os.O_RDONLY), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_HISTORY_BYTES))
+            data = file.read(MAX_HISTORY_BYTES)
+        for line in data.split(b"\n"):
             with suppress(ValueError):
                 yield _ANY_LINE.validate_json(line)
 
 
-def _read_end(path: Path) -> bytes:
-    with open(_opened(path, os.O_RDONLY), "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_HISTORY_BYTES))
-        return file.read(MAX_HISTORY_BYTES)
-
-
 def _append_line(path: Path, line: bytes) -> None:
-    """One write for a line, so that those of two processes do not mix; a torn line before it is ended first."""
-    fd = _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    """Append a line in one write, so that those of two processes do not mix; end a torn one."""
+    fd = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
         size_bytes = os.fstat(fd).st_size
         is_torn = size_bytes > 0 and os.pread(fd, 1, size_bytes - 1) != b"\n"
@@ -353,10 +340,10 @@ def _append_line(path: Path, line: bytes) -> None:
         os.close(fd)
 
 
-def _opened(path: Path, flags: int) -> int:
-    """Open a plain file, through no link, and never wait, as one would for the other end of a pipe. OSError else."""
+def _open_plain(path: Path, flags: int) -> int:
+    """Open a regular file, through no link and without blocking on a pipe; OSError otherwise."""
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(f"{path} is no plain file")
+        raise OSError(f"{path} is not a regular file")
     return fd

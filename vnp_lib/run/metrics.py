@@ -1,6 +1,6 @@
-"""What is counted of a run for whoever measures it: plain numbers that begin at 0 with this process.
+"""Counters of a run, from 0 at the start of this process.
 
-The flow's one thread adds to them. Whoever reads them, from whatever thread, takes copies: nobody waits for anybody.
+The flow's one thread adds to them. Readers, in any thread, take copies: nobody waits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _WRITE_BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 @dataclass(slots=True, kw_only=True)
 class ShardCounts:
-    """How a shard stands, and what this process's children have done for it."""
+    """The progress of a shard, and the work of this process's workers on it."""
 
     num_sequences: int = 0  # to compute
-    num_done: int = 0  # of them, computed or set aside, by whomever
-    sequences_embedded: int = 0  # once more where an attempt was lost before its checkpoint
+    num_done: int = 0  # of these, computed or quarantined, by any process
+    sequences_embedded: int = 0  # twice if an attempt was lost before its checkpoint
     tokens_embedded: int = 0
     sequences_in_checkpoints: int = 0
     batches_queued: int = 0
@@ -35,12 +35,11 @@ class ShardCounts:
 
 @dataclass(slots=True, kw_only=True)
 class Histogram:
-    """How many values there were up to each bound."""
+    """Counts of values by upper bound."""
 
     bounds: tuple[float, ...]  # ascending
-    counts: list[int] = field(
-        init=False
-    )  # between two bounds, the upper one included; last, those above all
+    # Values between two bounds, the upper one included; the last counts those above all bounds.
+    counts: list[int] = field(init=False)
     sum: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,7 +51,7 @@ class Histogram:
 
 
 class RunMetrics:
-    """The numbers of a run."""
+    """The counters of a run."""
 
     def __init__(self) -> None:
         self.shards: dict[int, ShardCounts] = {}
@@ -60,16 +59,16 @@ class RunMetrics:
         self.checkpoint_write_s = Histogram(bounds=_WRITE_BOUNDS_S)
 
     def set_progress(self, rank: int, *, num_sequences: int, num_done: int) -> None:
-        """Take note of how a shard stands, as somebody has just seen it."""
+        """Set the progress of a shard."""
         shard = self._shard(rank)
         shard.num_sequences, shard.num_done = num_sequences, num_done
 
     def attempt(self, rank: int) -> None:
-        """Count a child that is started for a shard."""
+        """Count a worker process that is started for a shard."""
         self._shard(rank).attempts += 1
 
     def failed(self, rank: int, kind: FailureKind) -> None:
-        """Count a failed attempt. Nothing waits for its model any more."""
+        """Count a failed attempt; its queue is empty then."""
         self.failures[kind] += 1
         self._shard(rank).batches_queued = 0
 

@@ -1,4 +1,4 @@
-"""Tell a run's files in its directory from what else lies there, and move them aside."""
+"""Distinguish a run's own files in its directory from others, and move them away."""
 
 from __future__ import annotations
 
@@ -21,32 +21,35 @@ logger = logging.getLogger(__name__)
 
 
 def require_no_others(paths: RunPaths) -> None:
-    """See that a new run would not put its files among somebody else's.
+    """Check that a new run would not mix its files with those of others.
 
     Raises:
-        ConfigError: What a run calls its own is there, and is not of a run.
+        ConfigError: A file or directory with a name that a run uses exists, and is not of a run.
     """
     if _holds_run(paths):
         return
     for directory, is_own in _directories(paths).items():
-        # A link is refused for what it is, wherever it leads to.
+        # A link is refused elsewhere, whatever it points to.
         if not directory.is_dir() or directory.is_symlink():
             continue
         held = sorted(directory.iterdir())
         if held and not any(map(is_own, held)):
             raise ConfigError(
-                f"{directory} is not of a run (it holds {held[0].name!r}), and a run keeps files of its own under that name: "
-                f"choose another output directory, or give that one another name"
+                f"{directory} is not of a run (it holds {held[0].name!r}), and a run keeps files "
+                f"of its own under that name: choose another output directory, or give that one "
+                f"another name"
             )
     if paths.report.exists() and not _is_page(paths.report):
         raise ConfigError(
-            f"{paths.report} is not of a run, and a run writes a page of that name: choose another output directory, or give "
-            f"that file another name"
+            f"{paths.report} is not of a run, and a run writes a page of that name: choose another "
+            f"output directory, or give that file another name"
         )
 
 
 def supersede_run(paths: RunPaths) -> None:
-    """Keep what a run has left under `superseded_N`; locks stay, for whoever waits for them, and so does all that is not a run's.
+    """Move the files of a run to `superseded_N`.
+
+    Locks stay, for processes that wait for them, and so do files that are not of a run.
 
     Raises:
         ConfigError: Something could not be moved.
@@ -59,16 +62,16 @@ def supersede_run(paths: RunPaths) -> None:
         for path in paths.run_dir.iterdir()
         if (match := _SUPERSEDED.fullmatch(path.name))
     ]
-    aside = paths.run_dir / f"superseded_{max(earlier, default=0) + 1}"
+    target = paths.run_dir / f"superseded_{max(earlier, default=0) + 1}"
     try:
-        make_directory(aside)
+        make_directory(target)
         for path in own:
-            move_file(path, aside / path.name)
+            move_file(path, target / path.name)
     except OSError as error:
         raise ConfigError(
-            f"--force-restart: {error.filename or aside} cannot be moved aside: {error.strerror}"
+            f"--force-restart: {error.filename or target} cannot be moved: {error.strerror}"
         ) from error
-    logger.warning("--force-restart: what a run has left in %s is in %s now", paths.run_dir, aside)
+    logger.warning("--force-restart: the files of a run in %s are now in %s", paths.run_dir, target)
 
 
 def _own_entries(paths: RunPaths) -> list[Path]:
@@ -92,7 +95,7 @@ def _holds_run(paths: RunPaths) -> bool:
 
 
 def _directories(paths: RunPaths) -> dict[Path, Callable[[Path], bool]]:
-    """What a run calls its own, and how its entries there are known."""
+    """Return the directories of a run, each with a function that recognises its entries."""
     in_plan = {
         path.name
         for path in (
@@ -118,7 +121,7 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _is_page(path: Path) -> bool:
-    """Whether it is a page that `report` has written."""
+    """Return True if a file is a page that `report` has written."""
     try:
         with path.open("rb") as file:
             return b"vnp" in file.read(_PAGE_START_BYTES)

@@ -1,4 +1,4 @@
-"""Keep a run's manifest, with the state in memory too: trouble with the file neither ends a run nor holds it up."""
+"""Keep a run's manifest in memory too: trouble with the file neither ends nor delays a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 from vnp_lib.checkpoint import CheckpointManifest, CommittedCheckpoint, is_of_run
 from vnp_lib.errors import StorageError
 
-PATIENCE_S = (
-    0.25  # for the file to be up to date, which takes milliseconds; the caller may be an event loop
-)
+# For the file to be up to date, which takes milliseconds. The caller may be an event loop.
+PATIENCE_S = 0.25
 LOCK_TIMEOUT_S = 5.0
 RETRY_S = 2.0
 
@@ -28,16 +27,16 @@ T = TypeVar("T")
 
 
 class _Change(NamedTuple):
-    number: int  # from 1, of one writer
+    number: int  # from 1, per writer
     apply: Callable[[dict[str, Any]], Any]
 
 
 class RunRecord(CheckpointManifest):
-    """A manifest whose changes are made in memory at once, and in the file as soon as that can be done.
+    """A manifest whose changes are made in memory at once, and in the file as soon as possible.
 
-    A lock that another process does not give up, a full disk, a read-only or failing one, and a damaged file are logged
-    once; the changes wait in memory, and all readers of this object see them. They are written by a thread, in their
-    order and each exactly once: the file names the last change of each writer that it has.
+    A lock that another process holds, a full, read-only or failing disk, and a damaged file are
+    logged once. The changes wait in memory, and all readers of this object see them. A thread
+    writes them in order and each exactly once: the file names the last change of each writer.
     """
 
     def __init__(
@@ -58,7 +57,8 @@ class RunRecord(CheckpointManifest):
         self._num_changes = 0
         self._thread: threading.Thread | None = None
         self._trouble: Exception | None = None
-        self._is_behind = False  # then nobody waits for the file
+        # If the file is behind, no caller waits for it.
+        self._is_behind = False
         self._is_closing = False
 
     def open_or_rebuild(
@@ -68,7 +68,7 @@ class RunRecord(CheckpointManifest):
         model_config_hash: str,
         records: Iterable[CommittedCheckpoint],
     ) -> None:
-        """As the manifest's, and from now on the file is made anew from memory where it is missing or damaged."""
+        """As the manifest's. From now on a missing or damaged file is rebuilt from memory."""
         listed = list(records)
         found = self._state_to_keep(input_fingerprint, model_config_hash)
         with self._changed:
@@ -88,7 +88,7 @@ class RunRecord(CheckpointManifest):
         self._change(change)
 
     def close(self) -> None:
-        """Wait until all changes are in the file, as long as there is no trouble with it; say so where they are not."""
+        """Wait until all changes are in the file, unless writing fails; log those that are not."""
         with self._changed:
             self._is_closing = True
             self._begin_to_write()
@@ -99,7 +99,8 @@ class RunRecord(CheckpointManifest):
                 level = logging.WARNING if self._is_opened else logging.INFO
                 logger.log(
                     level,
-                    "%s lacks the last %d changes (%s): the next run makes its counts anew from the checkpoints",
+                    "%s lacks the last %d changes (%s): "
+                    "the next run sets its counts from the checkpoints",
                     self.path,
                     len(self._waiting),
                     self._trouble or "writing them takes too long",
@@ -122,8 +123,9 @@ class RunRecord(CheckpointManifest):
         return result
 
     def _read(self) -> dict[str, Any]:
-        """The file's state, or the last that is known of it, with the changes that it lacks."""
-        # Before the file is read: a change that is written meanwhile is in both, and recognised by its number.
+        """Return the state of the file, or its last known state, with the changes it lacks."""
+        # Read before the file: a change that is written meanwhile is in both, and recognised by its
+        # number.
         with self._changed:
             waiting, known = list(self._waiting), self._known
         try:
@@ -149,7 +151,8 @@ class RunRecord(CheckpointManifest):
                 is_last_try = self._is_closing
             try:
                 self._write_waiting()
-            except Exception as error:  # a thread's loop: whatever it was, the run goes on
+            # The loop of a thread: the run continues, whatever it was.
+            except Exception as error:
                 self._note_trouble(error)
             with self._changed:
                 is_given_up = is_last_try and self._trouble is not None
@@ -194,9 +197,8 @@ class RunRecord(CheckpointManifest):
             if change.number > num_applied:
                 try:
                     change.apply(state)
-                except (
-                    ValueError
-                ) as error:  # another run's manifest by now, which has no such shard
+                # The file is another run's by now, and has no such shard.
+                except ValueError as error:
                     logger.debug("%s: %s", self.path, error)
 
     def _note_trouble(self, error: Exception) -> None:
@@ -207,8 +209,8 @@ class RunRecord(CheckpointManifest):
             self._changed.notify_all()
         if is_new:
             logger.warning(
-                "%s cannot be brought up to date: %s. The run goes on; what the file lacks is kept in memory, and written as "
-                "soon as it can be",
+                "%s cannot be brought up to date: %s. The run continues; the changes are kept in "
+                "memory, and written as soon as possible",
                 self.path,
                 error,
             )

@@ -25,7 +25,7 @@ from vnp_lib.plan import (
 )
 from vnp_lib.software import NUMERICS_VERSION, exact_software
 
-if TYPE_CHECKING:  # torch takes seconds to import: what a command line gets wrong is said before
+if TYPE_CHECKING:
     from vnp_lib.model import Weights
 
 
@@ -37,6 +37,10 @@ def plan_run(
     layout = layout_from_config(config)
     num_shards = config.shards or len(devices)
     token_budget = planned_token_budget(config, devices)
+    division = None
+    if config.deterministic:
+        software = exact_software_of(devices, executor=config.executor)
+        division = f"{num_shards} shards, {token_budget} tokens a batch, {software}"
     plan = make_plan(
         paths,
         config.fasta,
@@ -49,9 +53,7 @@ def plan_run(
             **layout.identity(),
             contact_regression=check_heads(weights, layout.heads),
             dtype=resolve_dtype(config.dtype, devices[0]),
-            division=f"{num_shards} shards, {token_budget} tokens a batch, {exact_software_of(devices, executor=config.executor)}"
-            if config.deterministic
-            else None,
+            division=division,
             numerics=None if NUMERICS_VERSION == 1 else NUMERICS_VERSION,
         ),
         num_shards=num_shards,
@@ -64,7 +66,10 @@ def plan_run(
 
 
 def exact_software_of(devices: Sequence[str], *, executor: str) -> str:
-    """Name what decides the last bits. A work pool's GPUs are not among it: the machine that opens the run does not see them."""
+    """Name the software and devices that decide the last bits of an embedding.
+
+    The GPUs of a work pool are left out: the machine that opens the run does not see them.
+    """
     import torch
 
     seen = [device for device in devices if device == "cpu" or executor == "local"]
@@ -72,12 +77,13 @@ def exact_software_of(devices: Sequence[str], *, executor: str) -> str:
 
 
 def layout_from_config(config: EmbedConfig) -> RowLayout:
-    """Say what a row of a run is.
+    """Return the layout of a run's rows.
 
     Raises:
-        ConfigError: The model has no such layer, or what is asked for of long sequences cannot be.
+        ConfigError: The model has no such layer, or the policy for long sequences does not fit.
     """
-    from vnp_lib.model import architecture_of  # imports torch, which takes seconds
+    # The face of `model` imports torch, which takes seconds.
+    from vnp_lib.model import architecture_of
 
     architecture = architecture_of(config.model)
     outputs = choose_outputs(
@@ -88,7 +94,8 @@ def layout_from_config(config: EmbedConfig) -> RowLayout:
 
 def _long_policy(config: EmbedConfig) -> str:
     if config.long not in ("window", "virnucpro"):
-        return "whole"  # or the input's affair
+        # Other policies are applied to the input.
+        return "whole"
     if set(config.include) != {"mean"}:
         raise ConfigError(
             f"--long {config.long} says how a mean is taken: it goes with --include mean alone"
@@ -99,38 +106,41 @@ def _long_policy(config: EmbedConfig) -> str:
     overlap = config.max_length // 4 if config.window_overlap is None else config.window_overlap
     if overlap >= config.max_length:
         raise ConfigError(
-            f"--window-overlap {overlap}: windows of {config.max_length} residues overlap by less than that"
+            f"--window-overlap {overlap}: "
+            f"windows of {config.max_length} residues overlap by less than that"
         )
     return f"window:{config.max_length}:{overlap}"
 
 
 def _planned_store_dtype(config: EmbedConfig, paths: RunPaths) -> StoreDtype:
-    """Say how the dataset's values are stored; if the user says nothing, as they were to be when the run was begun.
+    """Return the dtype of the dataset; by default, the one with which the run was begun.
 
     Raises:
-        ConfigError: The dataset is there in another precision, and the checkpoints to make it anew are not.
+        ConfigError: The dataset has another dtype, and the checkpoints to rebuild it are gone.
     """
     kept = kept_store_dtype(paths)
-    asked = (
+    requested = (
         StoreDtype(config.store_dtype)
         if config.store_dtype is not None
         else kept or StoreDtype.FLOAT32
     )
     stored = stored_dtype(paths.embeddings_dir)
-    if stored not in (None, asked) and not any(paths.checkpoints_dir.glob("shard_*/batch_*.pt")):
+    if stored not in (None, requested) and not any(
+        paths.checkpoints_dir.glob("shard_*/batch_*.pt")
+    ):
         raise ConfigError(
-            f"--store-dtype {asked}: the dataset in {paths.embeddings_dir} is in {stored}, and the checkpoints to put it together "
-            f"anew are gone; start the run with --store-dtype {stored}, or compute all of it again, in another output directory or "
-            f"with --force-restart"
+            f"--store-dtype {requested}: the dataset in {paths.embeddings_dir} is in {stored}, and "
+            f"the checkpoints to rebuild it are gone; start the run with --store-dtype {stored}, "
+            f"or compute all of it again, in another output directory or with --force-restart"
         )
-    return asked
+    return requested
 
 
 def planned_token_budget(config: EmbedConfig, devices: tuple[str, ...]) -> int:
-    """Say how many tokens a forward pass of a run has at most.
+    """Return the most tokens of a forward pass.
 
-    On GPUs, and if the user says nothing, it stays what the run was begun with: memory that is free differs from one day to
-    the next, and its batches, which `--deterministic` holds a run to, are not to. Else it is what suits the devices.
+    On GPUs it stays by default what the run was begun with: free memory differs from day to day,
+    but the batches, which `--deterministic` depends on, must not. Otherwise it suits the devices.
 
     Raises:
         ConfigError: The model does not fit into a GPU.

@@ -1,4 +1,4 @@
-"""Find the work that is left of a run: the plan minus the valid checkpoints minus the quarantine."""
+"""Find the work left of a run: the plan minus the valid checkpoints minus the quarantine."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def find_pending_work(
     suspects: Sequence[int] = (),
     deferred: Sequence[int] = (),
 ) -> PendingWork:
-    """Subtract from a shard what valid checkpoints, in the folder of any shard, or the quarantine hold.
+    """Subtract from a shard what valid checkpoints of any shard, or the quarantine, hold.
 
     The shard's own checkpoints are read completely. A damaged one is moved to `damaged/`, and only
     its own rows are computed again.

@@ -18,7 +18,7 @@ P = ParamSpec("P")
 
 
 def read_checkpoints(plan: RunPlan, paths: RunPaths) -> Survey:
-    """Read all checkpoints completely, and compare their content with their markers and the plan."""
+    """Read all checkpoints completely, and compare their content with markers and plan."""
     survey = survey_checkpoints(paths.checkpoints_dir, plan.fingerprint, verify_digests=False)
     layout = layout_from_plan(plan, survey.valid) if survey.valid else None
     valid: list[CheckpointRecord] = []
@@ -91,7 +91,7 @@ def load_planned(plan: RunPlan, record: CheckpointRecord, layout: RowLayout) -> 
 
 
 def require_planned(plan: RunPlan, record: CheckpointRecord) -> None:
-    """Raise CheckpointError if a record has ordinals that the plan does not compute, or one twice."""
+    """Raise CheckpointError if a record has an ordinal twice, or one not in the plan."""
     ordinals = record.ordinals
     is_known = (ordinals >= 0) & (ordinals < plan.num_sequences)
     if not is_known.all() or (plan.representatives[ordinals] != ordinals).any():

@@ -78,7 +78,8 @@ def test_no_flipped_bit_of_a_marker_passes(tmp_path: Path) -> None:
         flip_bit(marker_path(path), position)
 
 
-def test_a_marker_cut_to_nothing_does_not_pass_for_one_made_by_touch(tmp_path: Path) -> None:
+def test_an_emptied_marker_is_not_a_bare_one(tmp_path: Path) -> None:
+    """A marker cut to nothing does not pass for one made by touch."""
     path = checkpoint_path(tmp_path, 0, 0)
     write_checkpoint(path, [0, 1, 2])
     marker_path(path).write_bytes(b"")
@@ -259,7 +260,8 @@ def test_an_archive_with_compressed_members_is_refused(tmp_path: Path, member: s
     )
 
 
-def test_an_archive_whose_members_claim_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+def test_members_larger_than_the_archive_are_refused(tmp_path: Path) -> None:
+    """An archive whose members claim more than it holds is refused."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand())
     data = path.read_bytes()
@@ -284,8 +286,8 @@ def test_a_tensor_larger_than_its_file_is_refused(
     assert validate_checkpoint_pt(path) == (False, "embeddings claims more than the file holds")
 
 
-def test_random_damage_to_an_unproven_file_is_always_a_reason_never_a_crash(tmp_path: Path) -> None:
-    """An empty marker leaves the content to speak for itself: whatever it holds, the answer is a pair."""
+def test_random_damage_gives_a_reason_and_no_crash(tmp_path: Path) -> None:
+    """With an empty marker only the content is validated; the answer is always a pair."""
     path = tmp_path / "batch_00000.pt"
     write_by_hand(path, content_by_hand())
     whole = path.read_bytes()
@@ -302,7 +304,7 @@ def test_random_damage_to_an_unproven_file_is_always_a_reason_never_a_crash(tmp_
         assert is_valid is (reason == "")
 
 
-def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_kept_as_evidence(tmp_path: Path) -> None:
     path = checkpoint_path(tmp_path, 0, 0)
     targets = []
     for ordinal in range(2):
@@ -316,10 +318,13 @@ def test_what_is_set_aside_is_kept_as_evidence(tmp_path: Path) -> None:
     assert survey_checkpoints(tmp_path, RUN, verify_digests=True) == Survey(valid=(), damaged=())
 
 
-def test_the_marker_goes_before_its_file_when_a_checkpoint_is_moved(
+def test_the_marker_is_moved_before_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in between, a file without a marker is left, which is no damage; and both names are synced each time."""
+    """A kill in between leaves a file without a marker, which is no damage.
+
+    Both names are synced each time.
+    """
     path = checkpoint_path(tmp_path, 0, 0)
     write_checkpoint(path, [0])
     steps: list[str] = []

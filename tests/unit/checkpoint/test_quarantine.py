@@ -1,4 +1,4 @@
-"""The quarantine: each sequence once, never too many, and never another one because of a flipped bit."""
+"""Tests of the quarantine: one line per sequence, a limit, and no effect of flipped bits."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ def test_one_more_than_may_be_is_refused_and_nothing_is_written(
     before = path.stat().st_ino, path.read_bytes()
     with pytest.raises(
         QuarantineFullError,
-        match=rf"^{limit + 1} of {num_sequences:,} sequences fail \({limit + 1} device_assert\).* broken set-up, not to bad",
+        match=rf"^{limit + 1} of {num_sequences:,} sequences fail "
+        rf"\({limit + 1} device_assert\).* broken set-up, not to bad",
     ):
         opened.add(sequence(limit))
     assert not opened.add(sequence(limit - 1))
@@ -126,7 +127,7 @@ def test_one_more_than_may_be_is_refused_and_nothing_is_written(
     assert opened.add(sequence(limit))
 
 
-def test_without_a_finite_row_fewer_may_be_and_the_likely_causes_are_named(path: Path) -> None:
+def test_fewer_non_finite_rows_are_allowed(path: Path) -> None:
     """All that come together are refused together, and others may be added yet."""
     opened = open_of(path, 53)
     not_finite = [
@@ -176,7 +177,7 @@ def test_releasing_where_there_is_no_file_makes_none(opened: Quarantine, path: P
     assert not path.exists()
 
 
-def test_an_entry_is_durable_when_add_returns_also_where_another_has_added_it(
+def test_an_entry_is_durable_when_add_returns(
     opened: Quarantine, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever added it may have died between the rename and the sync of the directory."""
@@ -228,8 +229,10 @@ from vnp_lib.checkpoint.quarantine import Quarantine, QuarantinedSequence
 path, (first, count, num_sequences) = Path(sys.argv[1]), map(int, sys.argv[2:])
 opened = Quarantine(path, num_sequences=num_sequences, num_computed=num_sequences, fingerprint="")
 added = [
-    opened.add(QuarantinedSequence(ordinal=ordinal, id=f"p{ordinal}", length=9, kind="k", cause="c", message="m",
-                                   attempts=3, at="2026-11-22T12:00:00+00:00", fingerprint="", sequence_sha256=""))
+    opened.add(QuarantinedSequence(
+        ordinal=ordinal, id=f"p{ordinal}", length=9, kind="k", cause="c", message="m", attempts=3,
+        at="2026-11-22T12:00:00+00:00", fingerprint="", sequence_sha256="",
+    ))
     for ordinal in range(first, first + count)
 ]
 print(sum(added))
@@ -238,7 +241,7 @@ print(sum(added))
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
-def test_four_processes_that_add_at_the_same_time_lose_nothing_and_double_nothing(
+def test_concurrent_adds_lose_and_double_nothing(
     path: Path,
 ) -> None:
     """Fifty each; half of them overlap with the next process's."""
@@ -323,9 +326,8 @@ def test_a_line_of_another_kind_is_damage(opened: Quarantine, path: Path, line: 
         opened.read()
 
 
-def test_lines_that_are_sealed_but_doubled_out_of_order_or_of_another_input_are_damage(
-    opened: Quarantine, path: Path
-) -> None:
+def test_sealed_lines_out_of_place_are_damage(opened: Quarantine, path: Path) -> None:
+    """Lines that are sealed but doubled out of order or of another input are damage."""
     for ordinal in (3, 999):
         opened.add(sequence(ordinal))
     first, second = path.read_bytes().splitlines(keepends=True)
@@ -386,7 +388,7 @@ def test_ids_that_the_fasta_reader_lets_through_come_back(
     assert [each.id for each in opened.read()] == ids
 
 
-def test_a_link_in_the_place_of_the_file_is_replaced_and_not_written_through(
+def test_a_link_is_replaced_and_not_followed(
     opened: Quarantine, path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "precious").write_bytes(b"")
@@ -404,7 +406,7 @@ def line_of_0_1_0(ordinal: int) -> bytes:
     return canonical_json(fields | {"sha256": hashlib.sha256(canonical_json(fields)).hexdigest()})
 
 
-def test_what_another_run_has_set_aside_counts_for_nothing(opened: Quarantine, path: Path) -> None:
+def test_lines_of_another_run_are_ignored(opened: Quarantine, path: Path) -> None:
     """Its ordinals are other sequences, and may be more than this input has."""
     another = open_of(path, fingerprint="another")
     another.add(*(replace(sequence(ordinal), fingerprint="another") for ordinal in (1, 999)))

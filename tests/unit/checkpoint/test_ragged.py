@@ -1,4 +1,4 @@
-"""Checkpoints whose rows differ in width: they prove themselves like all others, and their offsets are part of the proof."""
+"""Tests of checkpoints with rows of different widths: their offsets are validated too."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_offsets_that_do_not_fit_the_values_are_damage(
     assert reason in found
 
 
-def test_what_is_forged_in_the_tests_above_is_refused_for_its_offsets_alone(path: Path) -> None:
+def test_forged_offsets_alone_are_the_reason(path: Path) -> None:
+    """What is forged in the tests above is refused for its offsets alone."""
     forge(path)
     assert validate_checkpoint_pt(path) == (True, "")
 
@@ -104,7 +105,8 @@ def test_values_without_offsets_are_no_checkpoint(path: Path) -> None:
         writer.write_checkpoint_async(path, VALUES, IDS, {"fingerprint": "f"})
 
 
-def test_every_flipped_byte_of_a_ragged_checkpoint_is_noticed_and_moved_aside(path: Path) -> None:
+def test_a_flipped_byte_of_a_ragged_checkpoint_is_damage(path: Path) -> None:
+    """Every flipped byte of a ragged checkpoint is noticed and moved aside."""
     write(path)
     whole, marker = path.read_bytes(), marker_path(path).read_bytes()
     for place in range(0, len(whole), 37):
@@ -135,9 +137,10 @@ def test_resumed_rows_lie_end_to_end_in_the_order_of_their_ids(path: Path) -> No
     assert resumed.embeddings.tolist() == [*range(9), 100, 101]
 
 
-def test_a_checkpoint_of_equal_widths_is_not_resumed_together_with_one_of_different_widths(
+def test_fixed_and_ragged_checkpoints_are_not_mixed(
     path: Path,
 ) -> None:
+    """A checkpoint of equal widths is not resumed together with one of different widths."""
     write(path)
     write(path.with_name("batch_00001.pt"), VALUES.reshape(3, 3), ["d", "e", "f"])
     assert resume_from_checkpoints(path.parents[1], 0).ids == IDS

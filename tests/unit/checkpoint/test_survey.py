@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_in_the_middle_costs_that_one(tmp_path: Path) -> No
     assert len(survey_checkpoints(tmp_path, RUN, verify_digests=False).valid) == 4
 
 
-def test_what_a_stopped_writer_left_is_told_from_damage(tmp_path: Path) -> None:
+def test_unfinished_checkpoints_are_not_damage(tmp_path: Path) -> None:
     paths = write_shard(tmp_path, 3)
     marker_path(paths[0]).unlink()
     paths[1].unlink()
@@ -99,9 +99,8 @@ def test_what_a_stopped_writer_left_is_told_from_damage(tmp_path: Path) -> None:
     ]
 
 
-def test_a_name_that_no_writer_synced_is_synced_before_it_is_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsynced_name_is_synced_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that no writer synced is synced before it is believed."""
     write_shard(tmp_path, 1)
     synced: list[Path] = []
     monkeypatch.setattr(durable.ops, "fsync_directory", synced.append)
@@ -187,10 +186,10 @@ def test_a_shard_on_failing_storage_is_left_as_it_is(tmp_path: Path) -> None:
     assert all(path.exists() for path in paths)
 
 
-def test_a_checkpoint_that_is_listed_and_not_found_yet_is_waited_for(
+def test_a_listed_but_hidden_checkpoint_is_awaited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As over NFS, where a machine remembers for a while that a name was not there: nothing good is moved aside."""
+    """As over NFS, where a machine caches that a name is missing: no good file is moved."""
     _, late = write_shard(tmp_path, 2)
     waited_s = 0.0
     lstat, open_ = os.lstat, Path.open
@@ -232,7 +231,7 @@ def settled_ns() -> int:
 
 
 def change_marker(path: Path) -> None:
-    """Write other bytes into the same file, of the same size, once the clock of the file system has moved on."""
+    """Write other bytes of the same size into a file, at a later time of the file system."""
     time.sleep(0.02)
     flip_bit(marker_path(path))
 

@@ -1,4 +1,4 @@
-"""Assembly: every sequence's own row, once, in input order; and nothing that only looks like a dataset."""
+"""Tests of assembly: each sequence's own row, once, in input order, and no partial results."""
 
 import errno
 import json
@@ -76,7 +76,7 @@ def some_with_copies_and_without(plan: RunPlan) -> list[int]:
 
 
 def assert_rows(run: Run, *, without: Sequence[int]) -> None:
-    """Every sequence has its own row under its id and its ordinal, but for those of `without` and their copies."""
+    """Check the row of every sequence but those of `without` and their copies."""
     dataset = open_dataset(run.paths.run_dir)
     is_left_out = np.isin(run.plan.representatives, without)
     assert dataset.ids == [run.ids[ordinal] for ordinal in np.flatnonzero(~is_left_out)]
@@ -166,7 +166,7 @@ def test_success_json_counts_and_vouches_for_every_part(run: Run) -> None:
 
 
 def test_a_dataset_says_what_computed_its_rows(tmp_path: Path) -> None:
-    """Each sequence once, by the checkpoint that its row is taken from; copies of it are not computed."""
+    """Each sequence counts once, for the checkpoint of its row; copies are not computed."""
     run = start_run(tmp_path)
     ordinals = run.plan.order.astype(np.int64)
     ours, theirs = (
@@ -180,14 +180,14 @@ def test_a_dataset_says_what_computed_its_rows(tmp_path: Path) -> None:
         SoftwareShare(software=theirs, sequences=ordinals.size - 10),
         SoftwareShare(software=ours, sequences=10),
     )
-    told = (
+    described = (
         pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet")
         .metadata[b"software"]
         .decode()
     )
     assert (
-        told
-        == f"vnp 0.9, torch 2.10.0, CPU (AVX2): {ordinals.size - 10} sequences; vnp 1.0, torch 2.10.0, CPU (AVX2): 10 sequences"
+        described == f"vnp 0.9, torch 2.10.0, CPU (AVX2): {ordinals.size - 10} sequences; "
+        "vnp 1.0, torch 2.10.0, CPU (AVX2): 10 sequences"
     )
 
 
@@ -228,8 +228,8 @@ def test_a_part_whose_sequences_are_all_in_quarantine_is_empty(tmp_path: Path) -
     assert next(dataset.batches(1000))[0] == dataset.ids[: dataset.metadata["parts"][1]["rows"]]
 
 
-def test_of_two_checkpoints_of_one_ordinal_the_first_by_shard_and_number_counts(run: Run) -> None:
-    """Two writers that computed the same differ in the last bits; the order in which they are listed says nothing."""
+def test_the_first_checkpoint_of_an_ordinal_counts(run: Run) -> None:
+    """Two writers of the same rows differ in the last bits; the order of the list is irrelevant."""
     ordinals = run.plan.shard_ordinals(0)[:5]
     write_checkpoint(
         run.plan, run.paths.checkpoint(2, 9), ordinals, rows=np.zeros((5, DIM), np.float32)
@@ -273,9 +273,10 @@ def test_a_run_with_every_sequence_in_quarantine_has_no_dataset(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part_bytes", [1, FORTY_ROWS, 10**9])
-def test_a_partial_dataset_lacks_what_is_missing_with_its_copies_and_nothing_else(
+def test_a_partial_dataset_lacks_missing_rows_and_copies_only(
     tmp_path: Path, part_bytes: int
 ) -> None:
+    """A partial dataset lacks what is missing with its copies and nothing else."""
     run = start_run(tmp_path)
     missing = some_with_copies_and_without(run.plan)
     summary = finish_run(run, without=missing).assemble(allow_missing=True, part_bytes=part_bytes)
@@ -293,7 +294,7 @@ def test_a_partial_dataset_lacks_what_is_missing_with_its_copies_and_nothing_els
         open_dataset(run.paths.run_dir).row(missing[0])
 
 
-def test_missing_and_quarantined_rows_are_told_apart(tmp_path: Path) -> None:
+def test_missing_and_quarantined_rows_are_distinguished(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     *quarantined, missing = some_with_copies_and_without(run.plan)
     finish_run(run, without=[*quarantined, missing])
@@ -316,7 +317,7 @@ def test_a_part_of_which_nothing_is_computed_is_empty(tmp_path: Path) -> None:
     assert_rows(run, without=missing)
 
 
-def test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have_made(
+def test_a_complete_run_replaces_a_partial_dataset(
     tmp_path: Path,
 ) -> None:
     """Row by row, and byte by byte: nothing of the partial one is left."""
@@ -336,7 +337,8 @@ def test_after_a_partial_dataset_a_complete_run_makes_the_one_that_it_would_have
     assert files_of(run.paths.embeddings_dir) == files_of(tmp_path / "whole/run/embeddings")
 
 
-def test_a_dataset_is_complete_where_rows_may_be_missing_and_none_is(run: Run) -> None:
+def test_a_dataset_without_missing_rows_is_complete(run: Run) -> None:
+    """A dataset is complete where rows may be missing and none is."""
     run.assemble()
     complete = files_of(run.paths.embeddings_dir)
     shutil.rmtree(run.paths.embeddings_dir)
@@ -344,7 +346,7 @@ def test_a_dataset_is_complete_where_rows_may_be_missing_and_none_is(run: Run) -
     assert files_of(run.paths.embeddings_dir) == complete
 
 
-def test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing(tmp_path: Path) -> None:
+def test_a_partial_dataset_stays_until_other_rows_are_missing(tmp_path: Path) -> None:
     """Also where they are as many as before."""
     run = start_run(tmp_path)
     _, missing, other = some_with_copies_and_without(run.plan)
@@ -360,7 +362,7 @@ def test_a_partial_dataset_is_left_as_it_is_until_other_rows_are_missing(tmp_pat
     assert_rows(run, without=[other])
 
 
-def test_a_partial_dataset_that_is_damaged_is_put_together_anew(tmp_path: Path) -> None:
+def test_a_damaged_partial_dataset_is_rebuilt(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     missing = some_with_copies_and_without(run.plan)
     finish_run(run, without=missing).assemble(allow_missing=True)
@@ -388,12 +390,14 @@ def test_where_nothing_is_computed_there_is_no_partial_dataset(tmp_path: Path) -
     assert not run.paths.embeddings_dir.exists()
 
 
-def test_a_partial_dataset_too_has_no_sequence_both_computed_and_in_quarantine(run: Run) -> None:
+def test_a_partial_dataset_refuses_quarantined_rows(run: Run) -> None:
+    """A partial dataset too has no sequence both computed and in quarantine."""
     with pytest.raises(IncompleteDatasetError, match="in quarantine and yet in a checkpoint"):
         run.assemble(quarantined=[int(run.plan.order[0])], allow_missing=True)
 
 
-def test_a_dataset_from_before_there_were_partial_ones_is_complete_and_stays(run: Run) -> None:
+def test_a_dataset_of_an_older_version_is_complete(run: Run) -> None:
+    """A dataset from before there were partial ones is complete and stays."""
     run.assemble()
     success = json.loads(run.paths.success.read_bytes())
     for name in ("seal", "num_missing", "missing_sha256"):
@@ -497,10 +501,10 @@ def test_a_whole_dataset_is_left_as_it_is(run: Run) -> None:
     assert {path: path.stat().st_ino for path in run.paths.embeddings_dir.iterdir()} == before
 
 
-def test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left_as_it_is(
+def test_a_float16_dataset_replaces_a_float32_one(
     run: Run,
 ) -> None:
-    """Of the same checkpoints, and never a part of the one beside a part of the other."""
+    """From the same checkpoints, and never with parts of both."""
     run.assemble()
     halved = run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16))
     halved.assemble()
@@ -520,10 +524,8 @@ def test_a_dataset_in_float16_takes_the_place_of_one_in_float32_and_is_then_left
 
 
 @pytest.mark.parametrize("value", [65_520.0, -1e6])
-def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(
-    run: Run, value: float
-) -> None:
-    """It is rounded to infinity from 65,520, half-way to the number that would come after 65,504."""
+def test_values_beyond_float16_are_named(run: Run, value: float) -> None:
+    """Rounding to infinity begins at 65,520, half-way to the number after 65,504."""
     ordinals = run.plan.shard_ordinals(0)
     rows = np.stack([embed(sequence) for sequence in run.plan.fetch(ordinals)[1]])
     rows[4, 5] = value
@@ -532,9 +534,12 @@ def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(
     first, *others = np.flatnonzero(run.plan.representatives == ordinals[4]).tolist()
     halved = run._replace(plan=replace(run.plan, store_dtype=StoreDtype.FLOAT16))
     checkpoints = halved.records()
-    told = rf"{1 + len(others)} embeddings have values beyond 65,504, .* the first of '{run.ids[first]}' \(ordinal {first}\)"
+    message = (
+        rf"{1 + len(others)} embeddings have values beyond 65,504, .* the first of "
+        rf"'{run.ids[first]}' \(ordinal {first}\)"
+    )
     with pytest.raises(
-        ConfigError, match=told + "; start the run again with --store-dtype float32"
+        ConfigError, match=message + "; start the run again with --store-dtype float32"
     ):
         halved.assemble(part_bytes=10**9)
     assert not run.paths.success.exists()
@@ -543,7 +548,8 @@ def test_what_float16_cannot_hold_is_named_and_what_was_computed_is_there(
     assert open_dataset(run.paths.run_dir).row(first)[5] == np.float32(value)
 
 
-def test_float16_holds_what_is_nearer_to_its_largest_number_than_to_the_next(run: Run) -> None:
+def test_float16_rounds_to_its_largest_number(run: Run) -> None:
+    """Float16 holds what is nearer to its largest number than to the next."""
     ordinals = run.plan.order
     rows = np.stack([embed(sequence) for sequence in run.plan.fetch(ordinals)[1]])
     rows[0, 0] = np.nextafter(np.float32(65_520), np.float32(0))
@@ -553,7 +559,7 @@ def test_float16_holds_what_is_nearer_to_its_largest_number_than_to_the_next(run
     assert open_dataset(run.paths.run_dir).row(int(ordinals[0]))[0] == 65_504
 
 
-def test_a_damaged_dataset_is_put_together_anew(run: Run) -> None:
+def test_a_damaged_dataset_is_rebuilt(run: Run) -> None:
     run.assemble()
     whole = files_of(run.paths.embeddings_dir)
     part = run.paths.embeddings_dir / "part-00001.parquet"
@@ -588,7 +594,7 @@ def test_an_interrupted_assembly_is_invisible_and_starts_over(
     assert not run.paths.assembly_dir.exists()
 
 
-def test_parts_that_an_older_version_left_without_a_dataset_make_way(run: Run) -> None:
+def test_parts_without_a_dataset_are_removed(run: Run) -> None:
     """It wrote them in place: they are known by what they say of themselves."""
     run.assemble(part_bytes=1)
     run.paths.success.unlink()
@@ -605,7 +611,7 @@ class Killed(BaseException):
 
 
 class DyingOps(DurableOps):
-    """Ends the process before the n-th operation on a directory, as far as the disk can tell: nothing happens any more."""
+    """Ends the process before its n-th directory operation: the disk sees no later one."""
 
     def __init__(self, kill_at: int, *, can_exchange: bool) -> None:
         self.kill_at = kill_at
@@ -633,10 +639,13 @@ class DyingOps(DurableOps):
 
 
 @pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two renames"])
-def test_killed_at_any_operation_the_old_dataset_or_the_new_one_is_there_whole(
+def test_a_kill_leaves_the_old_or_the_new_dataset_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
-    """And what lies beside it. Where directories cannot be exchanged, there is nothing under its name for two renames."""
+    """Other files next to it are kept.
+
+    If directories cannot be exchanged, there is no dataset for the time of two renames.
+    """
     made = finish_run(start_run(tmp_path, num_sequences=12))
     made.assemble(part_bytes=10**9)
     for name in ("notes.txt", "mine/x.csv"):
@@ -696,9 +705,8 @@ def test_what_float16_cannot_hold_leaves_the_old_dataset_as_it_was(run: Run) -> 
     ids=["Spark's", "ours", "any"],
 )
 @pytest.mark.parametrize("has_dataset", [True, False])
-def test_a_parquet_file_of_somebody_else_is_never_removed_and_never_mixed_in(
-    run: Run, name: str, has_dataset: bool
-) -> None:
+def test_a_foreign_parquet_file_is_refused_and_kept(run: Run, name: str, has_dataset: bool) -> None:
+    """A parquet file of somebody else is never removed and never mixed in."""
     if has_dataset:
         run.assemble()
         (run.paths.embeddings_dir / "part-00001.parquet").unlink()
@@ -716,10 +724,10 @@ def test_a_parquet_file_of_somebody_else_is_never_removed_and_never_mixed_in(
     assert_rows(run, without=[])
 
 
-def test_a_dataset_that_is_there_is_made_durable_before_it_is_called_whole(
+def test_an_existing_dataset_is_synced_before_it_is_accepted(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever put it together may have been killed between naming `_SUCCESS.json` and syncing that name."""
+    """Its writer may have been killed between naming `_SUCCESS.json` and syncing that name."""
     run.assemble()
     synced: list[Path] = []
 
@@ -755,10 +763,10 @@ def test_a_bucket_is_opened_for_many_checkpoints_at_once(
 
 
 @pytest.mark.parametrize("layout", ["mean", "per_tok"])
-def test_there_are_no_more_parts_than_success_json_has_room_for(
+def test_there_are_no_more_parts_than_success_json_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    """They are larger instead. What is written can be read, whatever the size of a part that is asked for."""
+    """They are larger instead: what is written can be read, whatever size is requested."""
     monkeypatch.setattr(vnp_lib.run.buckets, "_MOST_PARTS", 7)
     outputs = (
         (Output(kind=OutputKind.MEAN, layer=6),)
@@ -780,19 +788,20 @@ def test_there_are_no_more_parts_than_success_json_has_room_for(
     assert len(open_dataset(run.paths.run_dir)) == 150
 
 
-def test_as_many_parts_as_there_may_be_leave_success_json_well_below_what_is_read() -> None:
+def test_success_json_of_the_most_parts_is_readable() -> None:
+    """As many parts as there may be leave success JSON well below what is read."""
     part = {"name": "part-16384.parquet", "rows": 10**9, "size_bytes": 10**12, "sha256": "f" * 64}
     part |= {"footer_bytes": 10**9, "footer_sha256": "f" * 64}
-    told = vnp_lib.storage.durable.canonical_json(
+    data = vnp_lib.storage.durable.canonical_json(
         {"parts": [part] * 2 * vnp_lib.run.buckets._MOST_PARTS}
     )
-    assert len(told) < vnp_lib.storage.durable.MAX_JSON_BYTES / 3
+    assert len(data) < vnp_lib.storage.durable.MAX_JSON_BYTES / 3
 
 
 def test_the_same_cut_sequences_of_longer_ones_are_another_input(tmp_path: Path) -> None:
-    """No row differs, but how long the sequences were does: it is put down anew, from the same checkpoints."""
+    """No row differs, but the original lengths do: it is rewritten from the same checkpoints."""
     paths, cut = RunPaths(tmp_path / "run"), "MKVLAGEW" * 2
-    told = []
+    written = []
     for tail in ("AG", "AGLSDE", "AGLSDE", ""):
         fasta = tmp_path / "x.fasta"
         fasta.write_text(f">a\n{cut}{tail}\n>b\nMKV\n")
@@ -808,11 +817,11 @@ def test_the_same_cut_sequences_of_longer_ones_are_another_input(tmp_path: Path)
             ).valid
         assemble(plan, paths, records)
         table = pq.read_table(paths.embeddings_dir / "part-00000.parquet")
-        told.append(table.column("original_length").to_pylist()[0])
-    assert told == [18, 22, 22, 16]
+        written.append(table.column("original_length").to_pylist()[0])
+    assert written == [18, 22, 22, 16]
 
 
-def test_a_dataset_that_stays_needs_no_room_and_one_that_is_replaced_gives_none(
+def test_free_space_counts_neither_old_nor_kept_datasets(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its checkpoints were deleted to make room."""
@@ -838,14 +847,12 @@ def test_a_bucket_that_does_not_give_back_its_bytes_is_noticed(
         return comparisons
 
     monkeypatch.setattr(vnp_lib.run.assembly, "_distribute", distribute_and_damage)
-    with pytest.raises(
-        StorageError, match=r"bucket-00002-.* does not give back what was written to it"
-    ):
+    with pytest.raises(StorageError, match=r"bucket-00002-.* does not hold what was written to it"):
         run.assemble()
     assert not run.paths.success.exists()
 
 
-def test_an_ordinal_that_comes_back_twice_in_the_place_of_another_makes_no_dataset(
+def test_an_ordinal_twice_instead_of_another_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = vnp_lib.run.buckets.Buckets.take

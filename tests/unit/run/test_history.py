@@ -1,4 +1,4 @@
-"""The history of attempts: what a child writes down, what is read back of it, and that it harms nobody."""
+"""Tests of the history of attempts: what a worker writes, what is read, and harmless errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def failure_at(at: datetime, cause: FailureCause = FailureCause.KILLED) -> dict[
 
 
 def test_an_attempt_is_read_back_as_it_was(plan: RunPlan, paths: RunPaths) -> None:
-    """Tokens are those of the sequences in the checkpoint; seconds count from when the model was loaded."""
+    """Tokens are those of the checkpoint; seconds count from when the model was loaded."""
     manifest = CheckpointManifest(paths.manifest)
     manifest.initialize(1, plan.fingerprint, "w")
     manifest.start_attempt(0)
@@ -104,7 +104,8 @@ def test_an_attempt_is_read_back_as_it_was(plan: RunPlan, paths: RunPaths) -> No
     assert read.checkpoints[1].tokens_per_s == tokens[1] / 2.5
 
 
-def test_without_a_manifest_the_kind_of_the_device_is_what_is_known(paths: RunPaths) -> None:
+def test_without_a_manifest_the_device_is_its_kind(paths: RunPaths) -> None:
+    """Without a manifest the kind of the device is what is known."""
     begin(paths)
     (read,) = read_attempts(paths, 0)
     assert (read.number, read.device) == (None, "cpu")
@@ -226,9 +227,8 @@ def test_a_checkpoint_without_its_marker_is_no_reason_to_fail(
     assert read_attempts(paths, 0)[0].checkpoints == ()
 
 
-def test_nothing_is_written_through_a_link_and_nobody_waits_at_a_pipe(
-    paths: RunPaths, tmp_path: Path
-) -> None:
+def test_links_and_pipes_are_not_written_to(paths: RunPaths, tmp_path: Path) -> None:
+    """Nothing is written through a link and nobody waits at a pipe."""
     target = tmp_path / "target"
     target.write_text("mine")
     paths.history(0).symlink_to(target)

@@ -1,4 +1,4 @@
-"""Datasets of several outputs: every array under its sequence's id and its own name, whatever its shape."""
+"""Tests of datasets with several outputs: every array under its id and name."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_all_rows(dataset: EmbeddingDataset, run: Run, layout: RowLayout) -> N
 def test_every_array_is_found_under_its_id_its_place_and_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: RowLayout, part_bytes: int
 ) -> None:
-    """Copies of identical sequences included; in parts of one row, of some, and of all, with several row groups."""
+    """Copies included; in parts of one row, of some and of all, with several row groups."""
     monkeypatch.setattr(vnp_lib.run.assembly, "_ROW_GROUP_BYTES", 20_000)
     run = finished_run_of(tmp_path, layout)
     summary = run.assemble(part_bytes=part_bytes)
@@ -126,7 +126,7 @@ def test_a_part_has_a_column_for_each_output_that_others_can_read(tmp_path: Path
 def test_a_dataset_in_float16_holds_the_nearest_of_each_value(
     tmp_path: Path, layout: RowLayout
 ) -> None:
-    """Two bytes for each in Parquet, whatever its shape; and float32 for whoever reads it with us."""
+    """Two bytes per value in Parquet, whatever its shape; float32 for our readers."""
     run = finished_run_of(tmp_path, layout, StoreDtype.FLOAT16)
     run.assemble(part_bytes=50_000)
     schema = pq.read_schema(run.paths.embeddings_dir / "part-00000.parquet")
@@ -147,7 +147,8 @@ def test_a_dataset_in_float16_holds_the_nearest_of_each_value(
     assert place == 150
 
 
-def test_success_json_names_the_outputs_and_the_first_ordinal_of_each_part(tmp_path: Path) -> None:
+def test_success_json_names_outputs_and_first_ordinals(tmp_path: Path) -> None:
+    """Success JSON names the outputs and the first ordinal of each part."""
     run = finished_run_of(tmp_path, RAGGED)
     run.assemble(part_bytes=50_000)
     success = json.loads(run.paths.success.read_bytes())
@@ -170,9 +171,8 @@ def test_the_mean_of_another_layer_is_an_embedding_like_any_other(tmp_path: Path
 
 
 @pytest.mark.parametrize("part_bytes", [1, 50_000])
-def test_sequences_in_quarantine_have_no_row_in_a_ragged_dataset_either(
-    tmp_path: Path, part_bytes: int
-) -> None:
+def test_quarantined_sequences_have_no_ragged_row(tmp_path: Path, part_bytes: int) -> None:
+    """Sequences in quarantine have no row in a ragged dataset either."""
     run = start_run(tmp_path, model=identity_of(RAGGED))
     left_out = run.plan.order[:3].tolist()
     write_planned(run, RAGGED, run.paths.checkpoint(0, 0), run.plan.order[3:])
@@ -187,9 +187,8 @@ def test_sequences_in_quarantine_have_no_row_in_a_ragged_dataset_either(
 
 
 @all_layouts
-def test_a_run_of_other_outputs_is_refused_and_its_checkpoints_are_not_taken(
-    tmp_path: Path, layout: RowLayout
-) -> None:
+def test_a_run_of_other_outputs_is_refused(tmp_path: Path, layout: RowLayout) -> None:
+    """A run of other outputs is refused and its checkpoints are not taken."""
     run = finished_run_of(tmp_path, layout)
     other = RowLayout.of_names(["mean_6", "bos_5"], embed_dim=DIM)
     with pytest.raises(
@@ -221,7 +220,7 @@ def moved_by_one(offsets: list[int]) -> list[int]:
 
 
 def test_rows_of_other_widths_than_the_sequences_are_damage(tmp_path: Path) -> None:
-    """The checkpoint proves itself, and its digest is right; only the plan knows that its rows cannot be."""
+    """The checkpoint passes validation by its marker; only the plan shows the fault."""
     run = start_run(tmp_path, model=identity_of(RAGGED))
     ordinals = run.plan.order
     rows = [row_of(RAGGED, sequence) for sequence in run.plan.fetch(ordinals)[1]]
@@ -236,10 +235,8 @@ def test_rows_of_other_widths_than_the_sequences_are_damage(tmp_path: Path) -> N
     assert "other widths" in damage.reason
 
 
-def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which no checkpoint holds that proves itself: it comes from the disk that the buckets are on."""
+def test_a_non_finite_ragged_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No valid checkpoint holds one: it comes from the disk of the buckets."""
     run = finished_run_of(tmp_path, RAGGED)
     take = vnp_lib.run.buckets.Buckets.take
 
@@ -257,10 +254,13 @@ def test_a_row_that_is_not_finite_is_named_among_rows_of_other_widths(
         run.assemble(part_bytes=10**9)
 
 
-def test_ragged_assembly_needs_memory_for_a_checkpoint_and_a_part_only(tmp_path: Path) -> None:
-    """Peak memory stays below a third of the rows: four checkpoints, four waiting parts and two being written at most.
+def test_ragged_assembly_needs_little_memory(tmp_path: Path) -> None:
+    """Peak memory stays below a third of the rows.
 
-    All but a few hundred sequences are copies, about 300 MB of rows. Threads decide how many are held at once.
+    That is four checkpoints, four waiting parts and two that are being written at most.
+
+    All but a few hundred sequences are copies, about 300 MB of rows. Threads decide how many are
+    held at once.
     """
     layout = RowLayout.of_names(["per_tok_6"], embed_dim=DIM)
     sequences = ["MKVLW" * 20 if i % 2 else "AGL" * (i % 800 + 1) for i in range(15_000)]

@@ -1,4 +1,4 @@
-"""What is counted of a run, and the page on which it is read, with Prometheus's own parser as the reader."""
+"""Tests of the counters of a run and their page, read by Prometheus's own parser."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def batch(*, sequences: int = 3, tokens: int = 90, queued: int = 4) -> BatchComp
     return BatchComputed(batch_idx=0, sequences=sequences, tokens=tokens, queued=queued)
 
 
-def test_what_children_say_is_on_the_page_by_shard(quarantine: Quarantine) -> None:
+def test_worker_events_are_on_the_page_by_shard(quarantine: Quarantine) -> None:
     metrics = RunMetrics()
     metrics.set_progress(0, num_sequences=20, num_done=5)
     metrics.set_progress(11, num_sequences=19, num_done=19)
@@ -98,7 +98,7 @@ def test_what_children_say_is_on_the_page_by_shard(quarantine: Quarantine) -> No
 
 
 def test_what_an_attempt_lost_is_done_no_more_and_embedded_twice(quarantine: Quarantine) -> None:
-    """The child dies with two batches in no checkpoint, and with batches that waited for its model."""
+    """The worker exits with two batches in no checkpoint, and with queued batches."""
     metrics = RunMetrics()
     for _ in range(2):
         metrics.attempt(0)
@@ -113,7 +113,7 @@ def test_what_an_attempt_lost_is_done_no_more_and_embedded_twice(quarantine: Qua
     assert page["vnp_batches_queued{shard=0}"] == 0
 
 
-def test_failures_are_counted_by_kind_and_every_kind_has_its_series(quarantine: Quarantine) -> None:
+def test_failures_are_counted_by_kind(quarantine: Quarantine) -> None:
     """From the first scrape on: Prometheus cannot tell the rise of what was not there before."""
     metrics = RunMetrics()
     for kind in (FailureKind.OOM, FailureKind.SPOT_PREEMPTION, FailureKind.OOM):
@@ -172,7 +172,7 @@ def test_the_quarantine_is_counted_as_it_is_on_disk(quarantine: Quarantine) -> N
     assert page["vnp_failures_total{kind=oom}"] == 0
 
 
-def test_of_shards_on_other_machines_the_manifest_tells_how_far_they_are(
+def test_progress_on_other_machines_is_from_the_manifest(
     tmp_path: Path, tiny_fasta: Path, quarantine: Quarantine
 ) -> None:
     """What they embed is counted where they are."""
@@ -204,7 +204,7 @@ class NVMLError(Exception):
 
 
 class FakeNVML(ModuleType):
-    """`pynvml` on a machine with two GPUs, of which the first, being divided, has no utilisation."""
+    """`pynvml` on a machine with two GPUs; the first is divided and has no utilisation."""
 
     NVMLError = NVMLError
 
@@ -237,7 +237,7 @@ def gpu_series(page: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in page.items() if "gpu" in name}
 
 
-def test_gpus_are_looked_at_when_the_page_is_asked_for(
+def test_gpus_are_read_when_the_page_is_requested(
     quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And only then. What NVML cannot tell of one GPU is left out."""
@@ -282,12 +282,12 @@ def test_nobody_waits_for_a_scrape_that_hangs(
     quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the counting, nor the end of the run."""
-    hangs, goes_on = threading.Event(), threading.Event()
+    hangs, may_continue = threading.Event(), threading.Event()
 
     class Hanging(FakeNVML):
         def nvmlInit(self) -> None:
             hangs.set()
-            assert goes_on.wait(timeout=120)
+            assert may_continue.wait(timeout=120)
 
     monkeypatch.setitem(sys.modules, "pynvml", Hanging())
     metrics = RunMetrics()
@@ -300,7 +300,7 @@ def test_nobody_waits_for_a_scrape_that_hangs(
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     assert metrics.shards[0].sequences_embedded == 3
-    goes_on.set()
+    may_continue.set()
     scraper.join()
 
 
@@ -344,7 +344,7 @@ def test_without_a_port_nothing_listens(
     assert listening_ports() == before
 
 
-def test_a_run_goes_on_without_metrics_where_the_port_is_taken(
+def test_a_run_continues_without_metrics_if_the_port_is_taken(
     tmp_path: Path, quarantine: Quarantine, flow_log: pytest.LogCaptureFixture
 ) -> None:
     """As by another shard's flow run on the same machine."""
@@ -357,7 +357,7 @@ def test_a_run_goes_on_without_metrics_where_the_port_is_taken(
     assert (record.levelno, str(port) in record.getMessage()) == (logging.WARNING, True)
 
 
-def test_a_taken_port_is_said_at_the_door(
+def test_a_taken_port_is_refused_up_front(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the command line: exit code 2, one sentence, and nothing on disk."""
@@ -381,7 +381,7 @@ def test_a_taken_port_is_said_at_the_door(
 
 
 def test_a_taken_port_keeps_no_run_in_a_work_pool_out(tmp_path: Path) -> None:
-    """A shard of the last run may have it, on this machine: that is ended once the run has begun."""
+    """A shard of the last run may have it on this machine; that ends once the run has begun."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         config = small_config(EXAMPLE, tmp_path / "run", metrics_port=port, executor="work-pool")
@@ -408,5 +408,6 @@ def test_a_port_that_the_last_run_has_just_left_is_free(quarantine: Quarantine) 
 
 def test_who_serves_no_metrics_does_without_the_library() -> None:
     modules = "vnp_lib.cli, vnp_lib.run.directory, vnp_lib.worker.attempt, vnp_lib.run.metrics"
-    code = f"import sys, {modules}; sys.exit(bool({{'prometheus_client', 'pynvml'}} & set(sys.modules)))"
+    loaded = "bool({'prometheus_client', 'pynvml'} & set(sys.modules))"
+    code = f"import sys, {modules}; sys.exit({loaded})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""A directory that is not a run's alone: what is somebody else's is neither moved, removed nor mixed with the run's."""
+"""Tests of directories with foreign files: these are not moved, removed or mixed in."""
 
 from __future__ import annotations
 
@@ -82,9 +82,8 @@ def test_a_forced_restart_counts_from_the_highest(project: Path) -> None:
     }
 
 
-def test_a_forced_restart_where_there_was_no_run_is_an_ordinary_start(
-    tmp_path: Path, tiny_fasta: Path
-) -> None:
+def test_a_forced_restart_without_a_run_is_a_start(tmp_path: Path, tiny_fasta: Path) -> None:
+    """A forced restart where there was no run is an ordinary start."""
     write(tmp_path, "thesis.tex", "data/x.csv")
     open_briefly(tiny_fasta, tmp_path, force_restart=True)
     assert not list(tmp_path.glob("superseded_*"))
@@ -115,7 +114,7 @@ def test_what_was_moved_aside_is_a_run_still(tmp_path: Path) -> None:
 def test_a_new_run_keeps_out_of_what_is_somebody_elses(
     tmp_path: Path, tiny_fasta: Path, name: str, force_restart: bool
 ) -> None:
-    """At the door, and with every byte left as it was."""
+    """Up front, and with every byte left as it was."""
     run_dir = tmp_path / "project"
     write(run_dir, name, "thesis.tex")
     before = bytes_in(run_dir)
@@ -130,9 +129,8 @@ def test_a_new_run_keeps_out_of_what_is_somebody_elses(
 
 
 @pytest.mark.parametrize("name", ["part-00000-c000.snappy.parquet", "part-00000.parquet"])
-def test_a_table_of_somebody_else_among_the_parts_is_refused_before_anything_is_computed(
-    project: Path, name: str
-) -> None:
+def test_a_foreign_table_is_refused_before_computing(project: Path, name: str) -> None:
+    """A table of somebody else among the parts is refused before anything is computed."""
     (project / "embeddings").mkdir()
     pq.write_table(pa.table({"id": ["theirs"]}), project / "embeddings" / name)
     with pytest.raises(ConfigError, match=f"{name} is not of this run"):

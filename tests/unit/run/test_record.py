@@ -1,4 +1,4 @@
-"""The record of a run: whatever is wrong with the manifest's file, changes count at once and are written when they can be."""
+"""Tests of the record of a run: changes count at once, and are written when possible."""
 
 from __future__ import annotations
 
@@ -82,9 +82,8 @@ def test_a_change_is_in_the_file_when_it_returns(record: RunRecord) -> None:
     assert (on_disk(record)["attempts"], on_disk(record)["device"]) == (1, "1")
 
 
-def test_a_lock_that_is_not_given_up_holds_nothing_up_and_its_holder_is_named(
-    record: RunRecord, caplog
-) -> None:
+def test_a_held_lock_delays_nothing_and_names_its_holder(record: RunRecord, caplog) -> None:
+    """A lock that is not given up holds nothing up and its holder is named."""
     with held(record):
         began_s = time.monotonic()
         attempts = [record.start_attempt(0) for _ in range(20)]
@@ -103,9 +102,10 @@ def test_a_lock_that_is_not_given_up_holds_nothing_up_and_its_holder_is_named(
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("operation", ["open", "write", "fsync", "replace"])
-def test_a_disk_that_takes_nothing_is_no_error_and_what_it_lacks_is_written_later(
+def test_changes_on_a_failing_disk_are_written_later(
     record: RunRecord, monkeypatch: pytest.MonkeyPatch, operation: str, code: int
 ) -> None:
+    """A disk that takes nothing is no error and what it lacks is written later."""
     ops = FailingOps(operation, code)
     monkeypatch.setattr(durable, "ops", ops)
     assert [record.start_attempt(0) for _ in range(3)] == [1, 2, 3]
@@ -118,7 +118,7 @@ def test_a_disk_that_takes_nothing_is_no_error_and_what_it_lacks_is_written_late
     assert on_disk(record, 1)["error"] == "why"
 
 
-def test_a_change_that_was_written_and_then_called_failed_counts_once(
+def test_a_written_change_reported_as_failed_counts_once(
     record: RunRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new file is in its place, and the sync of the directory fails."""
@@ -133,7 +133,7 @@ def test_a_change_that_was_written_and_then_called_failed_counts_once(
 
 
 @pytest.mark.parametrize("damage", [b"", b"torn", None])
-def test_a_file_that_is_damaged_or_gone_is_made_anew_from_memory(
+def test_a_damaged_or_lost_file_is_rebuilt_from_memory(
     record: RunRecord, damage: bytes | None
 ) -> None:
     record.start_attempt(0)
@@ -144,7 +144,7 @@ def test_a_file_that_is_damaged_or_gone_is_made_anew_from_memory(
     assert on_disk(record)["attempts"] == 2
 
 
-def test_who_has_not_opened_the_run_makes_no_file_anew(tmp_path: Path) -> None:
+def test_an_unopened_record_rebuilds_no_file(tmp_path: Path) -> None:
     """It does not know what was in it."""
     (tmp_path / "manifest.json").write_bytes(b"torn")
     record = new_record(tmp_path, is_opened=False)
@@ -173,7 +173,8 @@ def test_what_others_write_is_seen_and_kept(record: RunRecord) -> None:
     assert (shard["attempts"], shard["total_sequences"]) == (1, 10)
 
 
-def test_a_manifest_whose_lock_hangs_is_opened_all_the_same(tmp_path: Path) -> None:
+def test_a_manifest_with_a_hanging_lock_is_opened(tmp_path: Path) -> None:
+    """A manifest whose lock hangs is opened all the same."""
     record = new_record(tmp_path)
     record.start_attempt(0)
     with held(record):

@@ -35,9 +35,7 @@ from vnp_lib.storage import durable
 from vnp_lib.storage.durable import read_sealed_json, write_sealed_json
 
 
-def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(
-    tmp_path: Path, tiny_fasta: Path
-) -> None:
+def test_checking_for_a_running_run_blocks_none(tmp_path: Path, tiny_fasta: Path) -> None:
     """`vnp status` tries the lock for a moment."""
     config = small_config(tiny_fasta, tmp_path / "run")
     config.output_dir.mkdir()
@@ -50,9 +48,7 @@ def test_who_only_looks_whether_a_run_is_going_on_keeps_none_out(
         looking.join()
 
 
-def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(
-    tmp_path: Path, tiny_fasta: Path
-) -> None:
+def test_a_second_run_is_refused_with_the_holder(tmp_path: Path, tiny_fasta: Path) -> None:
     """And the directory is free again when the first run ends."""
     config = small_config(tiny_fasta, tmp_path / "run")
     holder = f"process {os.getpid()} on .*, to run on this directory; waited 0 s"
@@ -72,7 +68,7 @@ def test_a_second_run_on_the_directory_is_refused_at_once_with_the_holder(
         ("cpu,cpu,cpu", 7, 2),
     ],
 )
-def test_children_that_run_at_once_share_the_cores(
+def test_concurrent_workers_share_the_cores(
     tmp_path, tiny_fasta, monkeypatch, devices, shards, num_threads
 ):
     monkeypatch.setattr("vnp_lib.run.run.num_cores", lambda: 8)
@@ -108,10 +104,8 @@ PLENTY, LITTLE, TOO_LITTLE = 80 * 10**9, 12 * 10**8, 10**9
 
 
 @pytest.mark.parametrize("settings", [{}, {"deterministic": True}])
-def test_a_run_on_a_gpu_keeps_its_batches_when_other_memory_is_free(
-    tmp_path, tiny_fasta, monkeypatch, settings
-):
-    """Also when there is so little that a new run would not begin: an earlier child may have it yet."""
+def test_a_gpu_run_keeps_its_batches(tmp_path, tiny_fasta, monkeypatch, settings):
+    """Also with too little memory for a new run: an earlier worker may still hold it."""
     run = (tiny_fasta, tmp_path / "run")
     assert plan_on_a_gpu(monkeypatch, LITTLE, *run, **settings) == 13_312
     for free_bytes in (PLENTY, LITTLE, TOO_LITTLE):
@@ -126,9 +120,8 @@ def test_what_the_user_says_goes_before_what_memory_says(tmp_path, tiny_fasta, m
     assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 900
 
 
-def test_a_model_without_room_on_the_gpu_is_refused_and_leaves_no_directory(
-    tmp_path, tiny_fasta, monkeypatch
-):
+def test_a_model_too_large_for_the_gpu_is_refused(tmp_path, tiny_fasta, monkeypatch):
+    """A model without room on the GPU is refused and leaves no directory."""
     with pytest.raises(ConfigError, match="does not fit into GPU 0"):
         plan_on_a_gpu(monkeypatch, TOO_LITTLE, tiny_fasta, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -149,9 +142,7 @@ def test_a_damaged_plan_does_not_say_how_many_tokens(tmp_path, tiny_fasta, monke
     assert plan_on_a_gpu(monkeypatch, PLENTY, *run) == 65_536
 
 
-def test_how_the_dataset_is_stored_stays_as_the_run_was_begun_unless_the_user_says_otherwise(
-    tmp_path, tiny_fasta
-):
+def test_the_store_dtype_stays_unless_the_user_changes_it(tmp_path, tiny_fasta):
     """The run is the same one: what is computed does not depend on it."""
 
     def planned(**settings: Any) -> tuple[str, str]:
@@ -167,8 +158,8 @@ def test_how_the_dataset_is_stored_stays_as_the_run_was_begun_unless_the_user_sa
     assert planned(force_restart=True) == ("float32", begun[1])
 
 
-def test_a_dataset_without_its_checkpoints_is_not_stored_in_another_way(tmp_path: Path) -> None:
-    """Everything would be computed again; nothing is changed, so that the old command goes on as before."""
+def test_a_dataset_without_checkpoints_keeps_its_dtype(tmp_path: Path) -> None:
+    """Everything would be computed again. Nothing is changed, so that the old command resumes."""
     run = finish_run(start_run(tmp_path, num_sequences=12))
     run.assemble()
 
@@ -179,17 +170,18 @@ def test_a_dataset_without_its_checkpoints_is_not_stored_in_another_way(tmp_path
     assert planned(store_dtype="float16") == "float16"
     assert planned(store_dtype="float32") == "float32"
     shutil.rmtree(run.paths.checkpoints_dir)
-    told = r"--store-dtype float16: the dataset in .*embeddings is in float32, and the checkpoints .* are gone"
-    with pytest.raises(ConfigError, match=told):
+    message = (
+        r"--store-dtype float16: the dataset in .*embeddings is in float32, "
+        r"and the checkpoints .* are gone"
+    )
+    with pytest.raises(ConfigError, match=message):
         planned(store_dtype="float16")
     assert planned() == "float32"
     assert planned(store_dtype="float32") == "float32"
     assert planned(store_dtype="float16", force_restart=True) == "float16"
 
 
-def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32(
-    tmp_path, tiny_fasta
-):
+def test_a_plan_without_a_store_dtype_is_float32(tmp_path, tiny_fasta):
     """It is of an earlier version."""
     config = small_config(tiny_fasta, tmp_path / "run")
     with open_run(config) as run:
@@ -202,10 +194,8 @@ def test_a_plan_that_says_nothing_of_how_the_dataset_is_stored_is_one_in_float32
         assert run.plan.store_dtype == "float32"
 
 
-def test_a_run_that_asks_for_no_more_than_ever_is_the_same_run_as_ever(
-    tmp_path: Path, tiny_fasta: Path
-) -> None:
-    """Its identity has not a word more than before there was anything to ask for: runs begun then go on."""
+def test_default_outputs_keep_the_fingerprint(tmp_path: Path, tiny_fasta: Path) -> None:
+    """Its identity is the same as before there were other outputs, so that old runs resume."""
     with open_run(small_config(tiny_fasta, tmp_path / "run")) as run:
         identity = dict(run.plan.identity)
     assert identity.pop("sequences_sha256")
@@ -261,9 +251,10 @@ def test_what_is_computed_is_part_of_what_a_run_is(
         ({"long": "virnucpro", "include": ("per_tok",)}, "it goes with --include mean alone"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_and_leaves_no_directory(
+def test_impossible_outputs_leave_no_directory(
     tmp_path: Path, tiny_fasta: Path, settings: dict[str, Any], reason: str
 ) -> None:
+    """What cannot be computed is refused and leaves no directory."""
     with (
         pytest.raises(ConfigError, match=reason),
         open_run(small_config(tiny_fasta, tmp_path / "run", **settings)),
@@ -275,7 +266,7 @@ def test_what_cannot_be_computed_is_refused_and_leaves_no_directory(
 FAILED_ALONE = Failure(cause=FailureCause.NATIVE_CRASH, message="SIGSEGV")
 
 
-def plan_and_set_aside(fasta: Path, run_dir: Path, ordinal: int) -> None:
+def plan_and_quarantine(fasta: Path, run_dir: Path, ordinal: int) -> None:
     """Begin a run, and put a sequence of it in quarantine."""
     with open_run(small_config(fasta, run_dir)) as run:
         run.quarantine.add(
@@ -284,7 +275,7 @@ def plan_and_set_aside(fasta: Path, run_dir: Path, ordinal: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "begin_anew",
+    "rewrite_plan",
     [
         lambda paths: [
             shutil.rmtree(directory) for directory in (paths.plan_dir, paths.checkpoints_dir)
@@ -293,27 +284,25 @@ def plan_and_set_aside(fasta: Path, run_dir: Path, ordinal: int) -> None:
     ],
     ids=["plan and checkpoints removed", "a damaged plan"],
 )
-def test_what_another_input_has_in_quarantine_keeps_no_sequence_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, begin_anew: Callable[[RunPaths], object]
+def test_the_quarantine_of_another_input_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rewrite_plan: Callable[[RunPaths], object]
 ) -> None:
-    """Neither one of the same place nor one of the same id; what was said of the old one is kept, and that is said."""
+    """Neither of the same ordinal nor of the same id; the old lines are kept, with a warning."""
     paths, fasta = RunPaths(tmp_path / "run"), tmp_path / "in.fasta"
     fasta.write_text(">a\nMKV\n>b\nMKVL\n>c\nMKVLA\n")
-    plan_and_set_aside(fasta, paths.run_dir, 1)
-    begin_anew(paths)
+    plan_and_quarantine(fasta, paths.run_dir, 1)
+    rewrite_plan(paths)
     fasta.write_text(">a\nMKV\n>b\nMKVW\n>c\nMKVLA\n")
     with open_run(small_config(fasta, paths.run_dir)) as run:
         assert run.quarantine.read() == []
         assert sum(state.num_done for state in run.all_shard_progress()) == 0
     assert '"id":"b"' in paths.superseded_quarantine.read_text()
-    assert f"what was said of them is in {paths.superseded_quarantine}" in caplog.text
+    assert f"their lines are in {paths.superseded_quarantine}" in caplog.text
 
 
-def test_what_a_run_has_set_aside_stays_so_while_its_plan_is_written_anew(
-    tmp_path: Path, tiny_fasta: Path
-) -> None:
+def test_the_quarantine_survives_a_rewritten_plan(tmp_path: Path, tiny_fasta: Path) -> None:
     paths = RunPaths(tmp_path / "run")
-    plan_and_set_aside(tiny_fasta, paths.run_dir, 7)
+    plan_and_quarantine(tiny_fasta, paths.run_dir, 7)
     paths.plan_json.write_text("damaged")
     with open_run(small_config(tiny_fasta, paths.run_dir, token_budget=90, shards=1)) as run:
         assert run.quarantine.ordinals() == {7}
@@ -335,7 +324,7 @@ def test_a_line_whose_sequence_is_another_sets_nothing_aside(
 
 
 @pytest.mark.parametrize("given", ["x.fasta", "*.fasta", "."])
-def test_a_run_goes_on_where_its_input_is_gone(
+def test_a_run_resumes_without_its_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str
 ) -> None:
     """Its plan holds every sequence: a spot machine's own disk need not come back. It is said."""
@@ -360,7 +349,7 @@ def test_a_run_goes_on_where_its_input_is_gone(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"fasta": (Path("y.fasta"),)}, "there is no such file"),
         ({"fasta": (Path("x.fasta"), Path("y.fasta"))}, "there is no such file"),
@@ -382,8 +371,8 @@ def test_a_run_goes_on_where_its_input_is_gone(
         "another policy",
     ],
 )
-def test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+def test_missing_input_is_an_error_for_another_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.fasta").write_text(">a\nMKV\n>b\nMKL\n")
@@ -392,7 +381,7 @@ def test_input_that_is_gone_is_missed_where_the_plan_is_not_what_is_asked_for(
         pass
     Path("x.fasta").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "plan").iterdir()}
-    with pytest.raises(InputError, match=told), open_run(config.model_copy(update=settings)):
+    with pytest.raises(InputError, match=message), open_run(config.model_copy(update=settings)):
         pass
     assert {path: path.read_bytes() for path in (tmp_path / "run" / "plan").iterdir()} == before
 
@@ -431,10 +420,8 @@ def test_input_that_is_there_is_read_whatever_the_plan_remembers(tmp_path: Path)
         pass
 
 
-def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_same(
-    tmp_path, tiny_fasta, monkeypatch
-):
-    """Version 1 is no part of what a run is, so that runs which were begun before it had a name go on; any other is."""
+def test_an_upgrade_with_the_same_numerics_resumes(tmp_path, tiny_fasta, monkeypatch):
+    """Version 1 is not in the identity, so that runs from before it had a name resume."""
     config = small_config(tiny_fasta, tmp_path / "run")
     with open_run(config) as run:
         assert "numerics" not in run.plan.identity
@@ -453,9 +440,8 @@ def test_an_upgrade_in_the_middle_of_a_run_is_allowed_while_the_numbers_are_the_
         assert run.plan.identity["numerics"] == 2
 
 
-def test_a_deterministic_run_is_refused_with_another_torch_or_processor(
-    tmp_path, tiny_fasta, monkeypatch
-):
+def test_a_deterministic_run_refuses_another_torch(tmp_path, tiny_fasta, monkeypatch):
+    """A deterministic run is refused with another torch or processor."""
     config = small_config(tiny_fasta, tmp_path / "run", deterministic=True)
     with open_run(config):
         pass
@@ -515,7 +501,7 @@ def test_a_full_disk_is_no_wrong_set_up(
     code: int,
     error: type[Exception],
 ) -> None:
-    """An attempt that finds no room for its directory is made again; one that may not make it is not."""
+    """An attempt without space for its directory is retried; one without permission is not."""
 
     def refuse(*arguments: Any) -> None:
         raise OSError(code, os.strerror(code))
