@@ -1,4 +1,4 @@
-"""What has to hold of a run directory, whatever has happened to it."""
+"""Assertions about a run directory after a fault."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.dataset.reader import open_dataset, verify_dataset
 from vnp_lib.plan.paths import RunPaths
 
-_MOST_ROUNDS = 3  # like the flow's
+_MOST_ROUNDS = 3  # as in the flow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run leaves, as far as it may depend on nothing but the input."""
+    """The results of a run that depend only on the input."""
 
     fingerprint: str
     rows: list[tuple[str, bytes]]  # id and embedding, in input order
@@ -44,14 +44,14 @@ def outcome_of(directory: Path) -> Outcome:
 
 
 def uninterrupted_run(directory: Path) -> Outcome:
-    """Make a run in `directory` and say what it leaves."""
+    """Make a run in `directory` and return its outcome."""
     write_fasta(directory)
     assert run_to_the_end(directory / "run")
     return outcome_of(directory / "run")
 
 
 def assert_as_uninterrupted(directory: Path, oracle: Outcome) -> None:
-    """The dataset is the oracle's, no ordinal is in two checkpoints, and no temporary file is left."""
+    """Assert the oracle's dataset, no ordinal in two checkpoints, and no temporary file."""
     outcome = outcome_of(directory)
     assert outcome.rows == oracle.rows
     assert outcome == oracle
@@ -65,7 +65,7 @@ def assert_as_uninterrupted(directory: Path, oracle: Outcome) -> None:
 
 
 def assert_recovers(directory: Path, oracle: Outcome, *, shards: int = 2) -> None:
-    """The next run ends as if nothing had happened, and leaves alone what was committed before it."""
+    """Assert that the next run completes, and does not change committed checkpoints."""
     committed = committed_files(directory, oracle)
     for _ in range(_MOST_ROUNDS):
         ended = call(_run_and_compare, directory, shards, oracle)
@@ -77,7 +77,7 @@ def assert_recovers(directory: Path, oracle: Outcome, *, shards: int = 2) -> Non
 
 
 def committed_files(directory: Path, oracle: Outcome) -> dict[Path, str]:
-    """The sha256 of every checkpoint that proves itself, and of its marker."""
+    """Return the sha256 of every valid checkpoint, and of its marker."""
     checkpoints = [record.path for record in _valid_records(directory, oracle)]
     return {
         path: _sha256(path) for pt in checkpoints for path in (pt, pt.with_name(pt.name + ".done"))
@@ -85,7 +85,7 @@ def committed_files(directory: Path, oracle: Outcome) -> dict[Path, str]:
 
 
 def committed_ordinals(directory: Path, oracle: Outcome) -> set[int]:
-    """What is in checkpoints that prove themselves."""
+    """Return the ordinals in valid checkpoints."""
     return {
         ordinal
         for record in _valid_records(directory, oracle)
@@ -94,7 +94,7 @@ def committed_ordinals(directory: Path, oracle: Outcome) -> set[int]:
 
 
 def assert_rows_are_right(directory: Path, oracle: Outcome) -> None:
-    """Every row of every checkpoint that proves itself is the oracle's for its ordinal, under the oracle's id."""
+    """Assert that each row of each valid checkpoint is the oracle's for its ordinal and id."""
     for record in _valid_records(directory, oracle):
         checkpoint = load_checkpoint(record.path, fingerprint=oracle.fingerprint)
         rows = [row.tobytes() for row in checkpoint.embeddings]
@@ -103,7 +103,7 @@ def assert_rows_are_right(directory: Path, oracle: Outcome) -> None:
 
 
 def assert_untouched(committed: dict[Path, str]) -> None:
-    """Every one of `committed_files` is where it was, with the bytes that it had."""
+    """Assert that every one of `committed_files` is unchanged."""
     assert {path: _sha256(path) for path in committed if path.exists()} == committed
 
 

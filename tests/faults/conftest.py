@@ -1,6 +1,7 @@
-"""How many trials the fault tests run, with which seed, and the table of what they found.
+"""Options and fixtures of the fault tests: number of trials, seeds, processes, the oracle.
 
-`pytest` runs a small number of each; `make faults`, which is `pytest tests/faults --faults=full`, runs all of them.
+`pytest` runs a small number of trials; `make faults`, which is `pytest tests/faults --faults=full`,
+runs all of them.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ def pytest_addoption(parser):
         "--fault-seed",
         type=int,
         default=None,
-        help="Run again the one trial that failed with this seed.",
+        help="Run only the trial with this seed.",
     )
 
 
 @pytest.fixture(scope="session")
 def scale(request) -> Callable[[int, int], int]:
-    """`scale(50, 2_000)` is how many trials to run: 50 in the default suite, 2,000 under `--faults=full`."""
+    """Return a function of two numbers of trials: the default, and that of `--faults=full`."""
     is_full = request.config.getoption("--faults", default="small") == "full"
     return lambda small, full: full if is_full else small
 
 
 @pytest.fixture(scope="session")
 def seeds() -> Callable[[int], list[int]]:
-    """`seeds(50)` is a seed for each of 50 trials, the same at every session."""
+    """Return a function that gives so many seeds, the same in every session."""
     draw = random.Random(20_260_101)
     return lambda count: [draw.getrandbits(32) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
 def trials(request) -> Iterator[Trials]:
-    """Runs trials, each in a process and a directory of its own."""
+    """Return a runner of trials, each in its own process and directory."""
     scratch = scratch_directory()
     trials = Trials(scratch, only_seed=request.config.getoption("--fault-seed", default=None))
     yield trials
@@ -58,7 +59,7 @@ def trials(request) -> Iterator[Trials]:
 
 @pytest.fixture(scope="session")
 def oracle(trials) -> Outcome:
-    """What a run leaves that nobody interrupts. Its rows are those that can be worked out by hand."""
+    """Return the outcome of an uninterrupted run, whose rows equal an independent computation."""
     outcome = trials.once(uninterrupted_run)
     assert outcome.rows == expected_rows()
     return outcome

@@ -1,4 +1,4 @@
-"""A run directory in which one file is not what was written, and what has to come of it."""
+"""Run directories with one damaged file, and assertions about them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = (
 
 
 def whole_run(directory: Path, template: Path) -> None:
-    """Make a run in `template`, to be copied."""
+    """Make a complete run in `template`, to be copied."""
     template.parent.mkdir(exist_ok=True)
     write_fasta(template.parent)
     ended = call(run_to_the_end, template)
@@ -40,7 +40,7 @@ def whole_run(directory: Path, template: Path) -> None:
 
 
 def copy_of(template: Path, directory: Path, *, with_dataset: bool) -> Path:
-    """The template's run in a directory of its own."""
+    """Copy the run of the template into a new directory."""
     run_dir = directory / "run"
     write_fasta(directory)
     shutil.copytree(template, run_dir)
@@ -50,7 +50,7 @@ def copy_of(template: Path, directory: Path, *, with_dataset: bool) -> Path:
 
 
 def file_of(kind: str, run_dir: Path, draw: random.Random) -> Path:
-    """A file of a kind."""
+    """Return a random file of a kind."""
     paths = RunPaths(run_dir)
     checkpoint = draw.choice(sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt")))
     return {
@@ -65,8 +65,8 @@ def file_of(kind: str, run_dir: Path, draw: random.Random) -> Path:
     }[kind]
 
 
-def assert_mended(run_dir: Path, kind: str, template: Path, oracle: Outcome) -> None:
-    """The next run computes what the damaged file held, and nothing else."""
+def assert_repaired(run_dir: Path, kind: str, template: Path, oracle: Outcome) -> None:
+    """Assert that the next run computes what the damaged file held, and nothing else."""
     before = committed_files(run_dir, oracle)
     lost = committed_ordinals(template, oracle) - committed_ordinals(run_dir, oracle)
     assert (lost == set()) == (kind not in ("checkpoint", "marker")), (
@@ -81,7 +81,10 @@ def assert_mended(run_dir: Path, kind: str, template: Path, oracle: Outcome) -> 
 
 
 def assert_refused(run_dir: Path, kind: str, path: Path, oracle: Outcome) -> None:
-    """What reads `path` says that it is damaged. For a process of its own: it may start threads, or crash."""
+    """Assert that the readers of `path` report the damage.
+
+    Call it in a separate process: it may start threads, or crash.
+    """
     paths = RunPaths(run_dir)
     if kind in ("checkpoint", "marker"):
         checkpoint = path.with_name(path.name.removesuffix(".done"))
@@ -101,7 +104,7 @@ def assert_refused(run_dir: Path, kind: str, path: Path, oracle: Outcome) -> Non
 
 
 def assert_no_wrong_row(run_dir: Path, oracle: Outcome) -> None:
-    """A reader that does not verify the dataset gets the rows as they were, or an error."""
+    """Assert that a reader that does not verify the dataset gets the right rows, or an error."""
     try:
         dataset = open_dataset(run_dir)
         rows = [

@@ -1,8 +1,9 @@
-"""What a power cut may leave of a directory: a model of a disk that keeps only what it was told to keep.
+"""A model of a disk at a power loss: only synced data is certain to survive.
 
-A file's bytes are safe once the file is synced, a name once its directory is. Of everything else any part may have
-reached the disk, in any order: of the writes some, in full, in sectors or as a length without content; of the changes to
-a directory some, though each of them whole. A rename between two directories is a change to either.
+The bytes of a file are safe once the file is synced, a name once its directory is synced. Of
+everything else any part may have reached the disk, in any order: some writes, complete, in sectors
+or as a length without content; some changes to a directory, each of them complete. A rename between
+two directories is a change to each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _SECTOR_BYTES = 512
 
 
 class File:
-    """A file's content, as a base that is safe and the writes since."""
+    """The content of a file: the synced bytes, and the writes since."""
 
     def __init__(self) -> None:
         self._safe = b""
@@ -32,7 +33,7 @@ class File:
         self._safe, self._unsynced = self._whole(), []
 
     def after_power_loss(self, draw: random.Random) -> bytes:
-        """Its bytes, one of the ways that are possible."""
+        """Return possible bytes of the file."""
         if not self._unsynced:
             return self._safe
         whole = self._whole()
@@ -57,17 +58,16 @@ class File:
 
 
 class Directory:
-    """The names in a directory, as they are safe, and the changes since."""
+    """The names in a directory: the synced ones, and the changes since."""
 
     def __init__(self) -> None:
         self.names: dict[str, File | Directory] = {}  # what a process sees
         self._safe: dict[str, File | Directory] = {}
-        self._unsynced: list[
-            dict[str, File | Directory | None]
-        ] = []  # each makes some names and takes some away
+        # Each change adds some names and removes those that are None.
+        self._unsynced: list[dict[str, File | Directory | None]] = []
 
     def change(self, **names: File | Directory | None) -> None:
-        """Make names and, where there is None for one, take it away; all at once."""
+        """Add names, and remove those that are None, in one change."""
         self._unsynced.append(names)
         self.names = _applied(self.names, names)
 
@@ -84,7 +84,7 @@ class Directory:
 
 
 class Disk:
-    """A disk below `root`, brought by a record of operations to any point of it."""
+    """A disk below `root`, in the state after some operations of a record."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -92,12 +92,12 @@ class Disk:
         self._open_files: dict[int, File] = {}
 
     def apply(self, event: Event) -> None:
-        """Do one operation of a record, as `RecordingOps` writes it: its name, its arguments and its result."""
+        """Apply one operation of `RecordingOps`: its name, its arguments and its result."""
         name, *arguments, result = event
         getattr(self, f"_{name}", self._do_nothing)(*arguments, result)
 
     def write_after_power_loss(self, target: Path, draw: random.Random) -> None:
-        """Make `target` what the root may be afterwards."""
+        """Write to `target` a possible state of the root after a power loss."""
         _write_directory(self._top, target, draw, contents={})
 
     def _open(self, path: Path, flags: int, fd: int) -> None:
@@ -145,7 +145,7 @@ class Disk:
         self._find(path).sync()
 
     def _do_nothing(self, *_: Any) -> None:
-        """A flock, a close, or an event that is no operation."""
+        """Ignore a flock, a close, or an event that is no operation."""
 
     def _place(self, path: Path) -> tuple[Directory, str]:
         return self._find(path.parent), path.name
@@ -158,7 +158,7 @@ class Disk:
 
 
 def read_record(path: Path) -> Iterator[Event]:
-    """The events of a record, up to where its writer was killed."""
+    """Yield the events of a record, up to the point where its writer was killed."""
     with path.open("rb") as file:
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What the fault tests found, for the one table at the end of a run."""
+"""Collect the results of the fault tests, for a table at the end of the session."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _figures: list[Figure] = []
 
 
 def record_figure(fault: str, trials: int, result: str) -> None:
-    """Put a row into the table. Called once all trials have passed: `result` says what held in all of them."""
+    """Add a row to the table. Call it after all trials have passed; `result` holds for all."""
     _figures.append(Figure(fault, trials, result))
 
 
 def table() -> list[str]:
-    """The rows recorded so far as aligned lines, in the order of their recording; none if there are none."""
+    """Return the rows as aligned lines, in the order of recording; no line without a row."""
     if not _figures:
         return []
     rows = [

@@ -1,4 +1,4 @@
-"""Checkpoints as somebody would forge them who can write to the run directory, and knows how torch reads."""
+"""Forged checkpoints, by an attacker who can write to the run directory and knows torch."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _polyglots(command: str) -> Iterator[Forgery]:
     yield Forgery("two directories, zipfile's and torch's", _two_directories())
     yield Forgery("a member twice", _zip_with_twins(good_content(), _pickled(command)))
     yield Forgery(
-        "a member in other letters", _zip_with_twins(good_content(), _pickled(command), "DATA.PKL")
+        "a member in upper case", _zip_with_twins(good_content(), _pickled(command), "DATA.PKL")
     )
 
 
@@ -303,7 +303,7 @@ def _checkpoint_with(command: str) -> dict[str, Any]:
 
 
 def _legacy(pickled: bytes) -> bytes:
-    """torch's format before the zip archive: magic number, protocol, system, object, keys of the storages."""
+    """Return torch's old format: magic number, protocol, system, object, keys of the storages."""
     magic = 0x1950A86A20F9469CFC6C
     system = {
         "protocol_version": 1001,
@@ -331,7 +331,7 @@ def _zip_with_twins(first: bytes, second: bytes, second_name: str = "data.pkX") 
 
 
 def _two_directories() -> bytes:
-    """zipfile looks for the directory right before the end record, torch where the end record says."""
+    """Hide a directory: zipfile reads the one before the end record, torch the recorded one."""
     bomb = archive(good_content(), (bytes(1 << 24),), zipfile.ZIP_DEFLATED)
     good = archive(good_content())
     bomb_start = struct.unpack("<I", bomb[-6:-2])[0]

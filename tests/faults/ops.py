@@ -1,4 +1,4 @@
-"""Replacements of `vnp_lib.storage.durable.ops`: they count the durable operations, and kill, deny or record at any of them."""
+"""Replacements of `vnp_lib.storage.durable.ops` that count, kill at, deny or record operations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vnp_lib.storage.durable import DurableOps
 
 
 class WatchedOps(DurableOps):
-    """Passes every operation through `perform`, one at a time."""
+    """Pass every operation through `perform`, one at a time."""
 
     def __init__(self) -> None:
         self._one_at_a_time = threading.RLock()
 
     def perform(self, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Do the operation `name`, which is `act(*arguments)`, or something else."""
+        """Perform the operation `name`, which is `act(*arguments)`, or something else."""
         return act(*arguments)
 
 
@@ -40,7 +40,7 @@ for _name in (name for name in vars(DurableOps) if not name.startswith("_")):
 
 
 class CountingOps(WatchedOps):
-    """Counts the operations, from 1. `names` lists them."""
+    """Count the operations, from 1. `names` lists them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class CountingOps(WatchedOps):
     def at(
         self, number: int, name: str, act: Callable[..., Any], arguments: tuple[Any, ...]
     ) -> Any:
-        """Do the operation with this number."""
+        """Perform the operation with this number."""
         return act(*arguments)
 
 
 class KillingOps(CountingOps):
-    """SIGKILL in the place of operation `kill_at`, after half of the bytes if that is a write."""
+    """Send SIGKILL instead of operation `kill_at`, after half of the bytes if it is a write."""
 
     def __init__(self, kill_at: int) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ class KillingOps(CountingOps):
 
 
 class DenyingOps(CountingOps):
-    """Fails operation `deny_at` with an errno, and, if it is `for_good`, everything after it.
+    """Fail operation `deny_at` with an errno, and, if `for_good`, everything after it.
 
-    `close` gives its descriptor back before it fails, as Linux does. `synced_again` tells of a descriptor that was
-    synced after a sync of it had failed.
+    `close` releases its descriptor before it fails, as in Linux. `synced_again` is true if a
+    descriptor was synced after a failed sync.
     """
 
     def __init__(self, deny_at: int, code: int, *, for_good: bool) -> None:
@@ -108,7 +108,7 @@ class DenyingOps(CountingOps):
 
 
 class ShortWritingOps(CountingOps):
-    """Takes one byte only at operation `cut_at`, if that is a write, and, if it is `for_good`, half at each one after it."""
+    """Write one byte only at operation `cut_at`, and, if `for_good`, half at each later write."""
 
     def __init__(self, cut_at: int, *, for_good: bool) -> None:
         super().__init__()
@@ -129,9 +129,9 @@ class ShortWritingOps(CountingOps):
 
 
 class RecordingOps(WatchedOps):
-    """Appends every operation that succeeded to a file, with its data and result.
+    """Append every successful operation to a file, with its data and result.
 
-    SIGKILL in the place of operation `kill_at` of those called `kill_name`, or of all, where that is None.
+    Sends SIGKILL instead of operation `kill_at` of those named `kill_name`, or of all without it.
     """
 
     def __init__(
@@ -162,5 +162,5 @@ class RecordingOps(WatchedOps):
 
 
 def install(ops: DurableOps) -> None:
-    """Make `ops` what the library uses, for the rest of this process's life."""
+    """Make the library use `ops` for the rest of this process."""
     durable.ops = ops

@@ -1,4 +1,4 @@
-"""The states that a run can find its directory in."""
+"""States of a run directory at the start of a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vnp_lib.plan.paths import RunPaths
 
 
 def new_directory(run_dir: Path) -> None:
-    """Nothing."""
+    """Make an empty directory."""
     run_dir.mkdir()
 
 
 def half_a_run(run_dir: Path) -> None:
-    """What a run of one shard leaves that was killed when it had called its third checkpoint durable."""
+    """Make a run of one shard that was killed after it had reported its third checkpoint."""
     acknowledged: list[list[int]] = []
 
     def acknowledge(ordinals: list[int]) -> None:
@@ -34,38 +34,38 @@ def half_a_run(run_dir: Path) -> None:
 
 
 def damage_in_the_middle(run_dir: Path) -> None:
-    """Half a run with a bit flipped in its middle checkpoint."""
+    """Make half a run with a flipped bit in its middle checkpoint."""
     half_a_run(run_dir)
     _damage_a_row(RunPaths(run_dir).checkpoint(0, 1))
 
 
 def damage_in_the_end(run_dir: Path) -> None:
-    """A run that lacks only its dataset, with a bit flipped in a checkpoint."""
+    """Make a run without its dataset, with a flipped bit in a checkpoint."""
     all_but_the_dataset(run_dir)
     _damage_a_row(RunPaths(run_dir).checkpoint(0, 1))
 
 
 def no_manifest(run_dir: Path) -> None:
-    """Half a run without its manifest."""
+    """Make half a run without its manifest."""
     half_a_run(run_dir)
     RunPaths(run_dir).manifest.unlink()
 
 
 def torn_manifest(run_dir: Path) -> None:
-    """Half a run with half of its manifest."""
+    """Make half a run with half of its manifest."""
     half_a_run(run_dir)
     manifest = RunPaths(run_dir).manifest
     os.truncate(manifest, manifest.stat().st_size // 2)
 
 
 def all_but_the_dataset(run_dir: Path) -> None:
-    """A run that has only its dataset left to put together."""
+    """Make a run that only has to assemble its dataset."""
     _whole_run(run_dir)
     shutil.rmtree(RunPaths(run_dir).embeddings_dir)
 
 
 def damaged_dataset(run_dir: Path) -> None:
-    """A whole run with a bit flipped in a part of its dataset."""
+    """Make a complete run with a flipped bit in a part of its dataset."""
     _whole_run(run_dir)
     part = RunPaths(run_dir).embeddings_dir / "part-00001.parquet"
     flip_bit(part)
@@ -84,7 +84,7 @@ SCENARIOS = (
 
 
 def prepare(directory: Path, scenario: Callable[[Path], None], template: Path) -> list[str]:
-    """Bring about `scenario` in `template`, and name the operations of a run that finds a directory like it."""
+    """Make `scenario` in `template`, and return the names of the operations of the next run."""
     write_fasta(directory)
     write_fasta(template.parent)
     scenario(template)
@@ -102,7 +102,7 @@ def _operations(run_dir: Path) -> list[str]:
 
 
 def copy_of(template: Path, directory: Path) -> Path:
-    """A run directory in `directory` that is like `template`, with its input beside it."""
+    """Copy `template` into `directory`, with the input next to it."""
     write_fasta(directory)
     shutil.copytree(template, directory / "run")
     return directory / "run"
@@ -114,6 +114,6 @@ def _whole_run(run_dir: Path) -> None:
 
 
 def _damage_a_row(checkpoint: Path) -> None:
-    """Where only the digest can tell: the file still loads, and all of its values are finite."""
+    """Flip a bit that only the digest reveals: the file still loads, with finite values."""
     rows = load_checkpoint(checkpoint, fingerprint=None).embeddings.tobytes()
     flip_bit(checkpoint, 8 * checkpoint.read_bytes().index(rows))

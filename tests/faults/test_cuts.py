@@ -1,4 +1,4 @@
-"""Files that are shorter or longer than they were, or are not where they were: none is believed, and no good one is lost."""
+"""Cut, grown and misplaced files are refused, and no valid file is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.faults.compare import (
     committed_ordinals,
     outcome_of,
 )
-from tests.faults.damage import KINDS, assert_mended, assert_refused, copy_of, file_of, whole_run
+from tests.faults.damage import KINDS, assert_refused, assert_repaired, copy_of, file_of, whole_run
 from tests.faults.figures import record_figure
 from tests.faults.trials import call
 from tests.faults.workload import run_to_the_end
@@ -44,7 +44,7 @@ GROWTHS = sorted(
 
 
 def lengths(path: Path) -> list[int]:
-    """Every class of length that a file can be cut or grown to."""
+    """Return the lengths, of every class, to which a file is cut or grown."""
     size = path.stat().st_size
     cuts = {0, 1, size - 1, *range(512, size, 512)}
     if path.suffix == ".pt":
@@ -55,7 +55,7 @@ def lengths(path: Path) -> list[int]:
 
 
 def zip_boundaries(path: Path) -> Iterator[int]:
-    """Where each member's header, data and end are, and the directory, and the end record."""
+    """Yield the offsets of each member's header, data and end, the directory and the end record."""
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         yield from (archive.start_dir, len(data) - 22, len(data) - 42, len(data) - 98)
@@ -68,7 +68,7 @@ def zip_boundaries(path: Path) -> Iterator[int]:
 
 
 def test_no_file_of_another_length_is_believed(trials, oracle, scale) -> None:
-    """All lengths are refused; every so many are followed by another run, which has to make up for the file."""
+    """All lengths are refused; after some, another run recomputes the file."""
     template = trials.scratch / "lengths" / "run"
     trials.once(whole_run, template)
     num_lengths = sum(trials.run(cut_and_grow, range(len(KINDS) * scale(1, 8)), template, oracle))
@@ -80,7 +80,7 @@ def test_no_file_of_another_length_is_believed(trials, oracle, scale) -> None:
 
 
 def cut_and_grow(directory: Path, seed: int, template: Path, oracle: Outcome) -> int:
-    """Try all lengths of one file, leave it at one of them, and say how many there were."""
+    """Try all lengths of one file, keep one of them, and return how many there were."""
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
     run_dir = copy_of(template, directory, with_dataset=kind in ("part", "_SUCCESS.json"))
@@ -88,7 +88,7 @@ def cut_and_grow(directory: Path, seed: int, template: Path, oracle: Outcome) ->
     chosen = draw.sample(lengths(path), len(lengths(path)))
     ended = call(refuse_lengths, run_dir, kind, path, chosen, seed, oracle)
     assert not ended.error, ended.error
-    assert_mended(run_dir, kind, template, oracle)
+    assert_repaired(run_dir, kind, template, oracle)
     return len(chosen)
 
 
@@ -120,7 +120,7 @@ def swap_files(ours: Path, theirs: Path) -> None:
 
 
 def swap_with_markers(ours: Path, theirs: Path) -> None:
-    """Both still prove themselves: a row is known by its ordinal, not by the number of its checkpoint."""
+    """Both stay valid: a row is known by its ordinal, not by the number of its checkpoint."""
     swap_files(ours, theirs)
     swap_files(marker_path(ours), marker_path(theirs))
 
@@ -134,7 +134,7 @@ def copy_over(ours: Path, theirs: Path) -> None:
 
 
 def copy_over_with_marker(ours: Path, theirs: Path) -> None:
-    """The other's rows are there twice, and its own are gone."""
+    """Duplicate the rows of the other checkpoint, and lose those of this one."""
     copy_over(ours, theirs)
     marker_path(ours).write_bytes(marker_path(theirs).read_bytes())
 
@@ -153,12 +153,12 @@ def lose_both(ours: Path, theirs: Path) -> None:
 
 
 def empty_marker(ours: Path, theirs: Path) -> None:
-    """As `touch` makes it."""
+    """Write an empty marker, as by `touch`."""
     marker_path(ours).write_bytes(b"")
 
 
 def of_another_run(ours: Path, theirs: Path) -> None:
-    """The file of a run with the same sequences and other weights, beside our marker."""
+    """Write the file of a run with the same sequences and other weights, with our marker."""
     marker = marker_path(ours).read_bytes()
     of_another_run_with_marker(ours, theirs)
     marker_path(ours).write_bytes(marker)
@@ -184,7 +184,8 @@ def a_directory(ours: Path, theirs: Path) -> None:
     ours.mkdir()
 
 
-CHANGES: dict[Callable[[Path, Path], None], int] = {  # how many checkpoints each costs
+# The number of checkpoints that each change costs.
+CHANGES: dict[Callable[[Path, Path], None], int] = {
     swap_files: 2,
     swap_with_markers: 0,
     swap_markers: 2,
@@ -213,7 +214,7 @@ def test_no_checkpoint_in_the_wrong_place_is_believed(trials, oracle, scale) -> 
 
 
 def misplace(directory: Path, seed: int, template: Path, oracle: Outcome) -> None:
-    """Do one of the changes to two checkpoints of a run, of one shard or of two."""
+    """Apply one of the changes to two checkpoints of a run, of one shard or of two."""
     change, num_lost = list(CHANGES.items())[seed % len(CHANGES)]
     run_dir = copy_of(template, directory, with_dataset=False)
     checkpoints_dir = RunPaths(run_dir).checkpoints_dir
@@ -241,6 +242,6 @@ def misplace(directory: Path, seed: int, template: Path, oracle: Outcome) -> Non
 
 
 def run_to_the_dataset(run_dir: Path) -> Outcome:
-    """Where the same ordinals are in two checkpoints, one of them counts."""
+    """Run with the same ordinals in two checkpoints, of which one counts."""
     assert run_to_the_end(run_dir)
     return outcome_of(run_dir)

@@ -1,4 +1,4 @@
-"""The system refuses an operation, once or from then on: a clear error, nothing lost, and the next run finishes."""
+"""Refused operations give a clear error, lose nothing, and the next run completes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno
 
 
 class Refusal(NamedTuple):
-    """What fails, from which operation on."""
+    """An errno, and the operation from which it occurs."""
 
     operation: int  # from 1
     code: int
@@ -44,14 +44,14 @@ class Refusal(NamedTuple):
 
 @pytest.mark.parametrize("scenario", [new_directory, damage_in_the_middle])
 def test_a_refused_operation_is_a_clear_error_at_worst(trials, oracle, scale, scenario) -> None:
-    """Each errno at each operation; at writes, of which a file takes dozens, they take turns."""
+    """Each errno occurs at each operation; at writes, which are many, they alternate."""
     template = trials.scratch / f"refused-{scenario.__name__}"
     refusals = list(all_refusals(trials.once(prepare, scenario, template)))
     chosen = random.Random(2).sample(
         range(len(refusals)), min(len(refusals), scale(35, len(refusals)))
     )
     ended_well = trials.run(refuse, chosen, refusals, template, oracle)
-    assert any(ended_well) or len(ended_well) == 1, "no run ever got over an error"
+    assert any(ended_well) or len(ended_well) == 1, "no run survived an error"
     names = ", ".join(errno.errorcode[code] for code in CODES)
     record_figure(
         f"{names}, once and for good ({scenario.__name__})",
@@ -61,7 +61,7 @@ def test_a_refused_operation_is_a_clear_error_at_worst(trials, oracle, scale, sc
 
 
 def test_short_writes_are_completed(trials, oracle, scale) -> None:
-    """One byte of a write, and half of each write from then on."""
+    """One byte of one write is written, or half of each write from then on."""
     operations = trials.once(prepare, new_directory, trials.scratch / "short")
     writes = [number for number, name in enumerate(operations, start=1) if name == "write"]
     chosen = random.Random(3).sample(writes, min(len(writes), scale(15, len(writes))))
@@ -72,13 +72,13 @@ def test_short_writes_are_completed(trials, oracle, scale) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 def test_a_manifest_that_takes_nothing_costs_nothing(trials, oracle, code) -> None:
-    """It is a record: no attempt fails for want of it, and the next run makes it anew."""
+    """It is only a record: no attempt fails without it, and the next run rebuilds it."""
     trials.run(run_without_manifest, [code], oracle)
     record_figure(f"manifest: {errno.errorcode[code]} at every write of it", 1, "100 % identical")
 
 
 def test_a_manifest_lock_held_by_another_costs_nothing(trials, oracle) -> None:
-    trials.run(run_beside_a_hung_process, [0], oracle)
+    trials.run(run_with_a_held_lock, [0], oracle)
     record_figure("manifest: its lock held by another process", 1, "100 % identical")
 
 
@@ -102,7 +102,7 @@ def run_denied_the_manifest(run_dir: Path, code: int, oracle: Outcome) -> None:
     assert_as_uninterrupted(run_dir, oracle)
 
 
-def run_beside_a_hung_process(directory: Path, seed: int, oracle: Outcome) -> None:
+def run_with_a_held_lock(directory: Path, seed: int, oracle: Outcome) -> None:
     write_fasta(directory)
     lock = RunPaths(directory / "run").manifest.with_suffix(".lock")
     lock.parent.mkdir(parents=True)
@@ -122,7 +122,7 @@ def all_refusals(operations: list[str]) -> Iterator[Refusal]:
 def refuse(
     directory: Path, seed: int, refusals: list[Refusal], template: Path, oracle: Outcome
 ) -> bool:
-    """Refuse `refusals[seed]`. Say whether the run ended well all the same."""
+    """Refuse `refusals[seed]`. Return whether the run completed nevertheless."""
     run_dir = copy_of(template, directory)
     committed = committed_files(run_dir, oracle)
     ended = call(run_refused, run_dir, refusals[seed], oracle)
@@ -135,7 +135,7 @@ def refuse(
 
 
 def run_refused(run_dir: Path, refusal: Refusal, oracle: Outcome) -> tuple[bool, set[int]]:
-    """Whether the run ended well, and what it has called durable."""
+    """Return whether the run completed, and which ordinals it reported as durable."""
     ops = DenyingOps(refusal.operation, refusal.code, for_good=refusal.for_good)
     install(ops)
     acknowledged: set[int] = set()

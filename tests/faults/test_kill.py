@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the next run ends as if nothing had happened."""
+"""SIGKILL at any moment: the next run completes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.compare import Outcome, assert_recovers, assert_untouched, com
 from tests.faults.figures import record_figure
 from tests.faults.ops import CountingOps, KillingOps, install
 from tests.faults.scenarios import SCENARIOS, copy_of, prepare
-from tests.faults.trials import Child, call
+from tests.faults.trials import Fork, call
 from tests.faults.workload import run_to_the_end, write_fasta
 
 pytestmark = pytest.mark.slow
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 LONGEST_RUN_S = 0.1
 
 
-def test_a_run_killed_at_any_operation_is_finished_by_the_next(trials, oracle, scale) -> None:
-    """Before each operation of each kind of run, and half way through each write."""
+def test_a_run_killed_at_any_operation_is_resumed(trials, oracle, scale) -> None:
+    """Kill before each operation of each scenario, and halfway through each write."""
     num_trials = 0
     for scenario in SCENARIOS:
         template = trials.scratch / scenario.__name__
@@ -34,8 +34,8 @@ def test_a_run_killed_at_any_operation_is_finished_by_the_next(trials, oracle, s
     record_figure("SIGKILL at every durable operation", num_trials, "100 % identical")
 
 
-def test_a_run_killed_again_and_again_is_finished_by_the_last(trials, oracle, seeds, scale) -> None:
-    """At up to twenty operations and moments in a row, with another number of shards each time."""
+def test_a_run_killed_many_times_is_resumed(trials, oracle, seeds, scale) -> None:
+    """Kill up to twenty times in a row, with another number of shards each time."""
     num_kills = trials.run(kill_again_and_again, seeds(scale(20, 2_000)), oracle)
     record_figure(
         "random multi-kill, 1 to 20 kills a run",
@@ -67,16 +67,16 @@ def kill_again_and_again(directory: Path, seed: int, oracle: Outcome) -> int:
 
 
 def kill_at_an_operation(run_dir: Path, draw: random.Random) -> bool:
-    """Soon, as a rule: there is to be something left for the next one. Say whether it was still running."""
+    """Kill early, so that work is left. Return whether it was still running."""
     kill_at = 1 + int(draw.expovariate(1 / 80))
     return call(run_with, KillingOps(kill_at), run_dir, shards=draw.randint(1, 3)).was_killed
 
 
 def kill_at_a_moment(run_dir: Path, draw: random.Random) -> bool:
-    child = Child(run_to_the_end, run_dir, shards=draw.randint(1, 3))
+    fork = Fork(run_to_the_end, run_dir, shards=draw.randint(1, 3))
     time.sleep(draw.uniform(0, LONGEST_RUN_S))
-    os.kill(child.pid, signal.SIGKILL)
-    return child.wait().was_killed
+    os.kill(fork.pid, signal.SIGKILL)
+    return fork.wait().was_killed
 
 
 def run_with(ops: CountingOps, run_dir: Path, *, shards: int = 2) -> None:

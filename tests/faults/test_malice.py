@@ -42,7 +42,8 @@ from vnp_lib.storage.durable import marker_path
 from vnp_lib.storage.locks import FileLock
 from vnp_lib.worker.supervisor import run_worker
 
-GOOD_FIELDS = {"rows": 1, "ordinals": [0], "fingerprint": RUN}  # of a marker beside `good_content`
+# The fields of a marker that matches `good_content`.
+GOOD_FIELDS = {"rows": 1, "ordinals": [0], "fingerprint": RUN}
 ALPHABET = "ACDEFGHIKLMNPQRSTVWY"
 MEMORY_BYTES = 64 * 1024**2
 MEMORY_PER_BYTE = 128  # `]` is a list of 56 bytes, and a place in the list around it
@@ -58,8 +59,9 @@ def scratch() -> Iterator[Path]:
 
 
 def peak_growth_bytes(act) -> int:
-    """How much more memory the process has had while `act` ran."""
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    """Return how much the peak memory of the process grew while `act` ran."""
+    # Reset the peak.
+    Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     act()
     return _memory("VmHWM") - before
@@ -71,7 +73,7 @@ def _memory(name: str) -> int:
 
 
 def test_the_forger_can_forge(tmp_path):
-    """A forged file whose content is right is believed: what refuses the others is what is in them."""
+    """A forged file with the right content is accepted: others are refused by their content."""
     path = tmp_path / "batch_00000.pt"
     path.write_bytes(archive(good_content()))
     vouch_for(path, **GOOD_FIELDS)
@@ -79,8 +81,8 @@ def test_the_forger_can_forge(tmp_path):
 
 
 @pytest.mark.parametrize("has_marker", [True, False])
-def test_no_forged_checkpoint_is_believed_and_none_runs_code(scratch, has_marker):
-    """Neither by its marker, which the forger writes as well, nor in the memory it takes to find out."""
+def test_no_forged_checkpoint_is_accepted_or_runs_code(scratch, has_marker):
+    """The forger writes a matching marker too; the memory for the check is bounded."""
     canary = scratch / "canary"
     for number, (name, data) in enumerate(forgeries(canary)):
         run = scratch / f"{number}"
@@ -107,14 +109,13 @@ def test_no_forged_checkpoint_is_believed_and_none_runs_code(scratch, has_marker
 
 def _require_refusal(run: Path, path: Path, name: str) -> None:
     has_marker = marker_path(path).exists()
-    assert not _is_believed(path), name
+    assert not _is_accepted(path), name
     is_valid, reason = validate_checkpoint_pt(path)
     assert not is_valid, name
     assert reason, name
     survey = survey_checkpoints(run, RUN, verify_digests=True)
-    assert len(survey.damaged) == (not has_marker), (
-        name
-    )  # a survey reads markers and digests, and no content
+    # A survey reads markers and digests, but no content.
+    assert len(survey.damaged) == (not has_marker), name
     heal_shard(run, 0, RUN)
     assert path.exists() == has_marker, name
     resumed = resume_from_checkpoints(run, 0)
@@ -122,7 +123,7 @@ def _require_refusal(run: Path, path: Path, name: str) -> None:
     assert not path.exists(), name
 
 
-def _is_believed(path: Path) -> bool:
+def _is_accepted(path: Path) -> bool:
     try:
         load_checkpoint(path, fingerprint=RUN)
     except CheckpointError:
@@ -142,8 +143,8 @@ FORGED_INTO_A_RUN = [
 @pytest.mark.parametrize(
     "name", [*FORGED_INTO_A_RUN, "other ids", "ordinals of nobody", "ordinals in another order"]
 )
-def test_a_run_gets_rid_of_a_forged_checkpoint_and_computes_its_rows(trials, oracle, name):
-    """Though its marker fits, and a resume, which reads digests only, takes it for good."""
+def test_a_run_replaces_a_forged_checkpoint(trials, oracle, name):
+    """Its marker matches, so that a resume, which reads digests only, accepts it at first."""
     template = trials.scratch / "forged" / "run"
     if not template.exists():
         trials.once(whole_run, template)
@@ -171,7 +172,7 @@ def recover_from_forgery(directory: Path, template: Path, name: str, oracle: Out
 
 
 def forge(path: Path, name: str, canary: Path) -> None:
-    """Put something else in the place of a checkpoint, with a marker that fits it."""
+    """Replace a checkpoint by a forged file with a matching marker."""
     held = load_checkpoint(path, fingerprint=None)
     ordinals = held.metadata["ordinals"]
     path.unlink()
@@ -205,19 +206,123 @@ def test_there_are_enough_forgeries():
 
 
 def hostile_ids(seed: int) -> list[str]:
-    """Ids that are trouble where an id becomes a path, a line, a command, a number or a pickle."""
-    named = [
-        "../../escape", "..", ".", "...", "/etc/passwd", "/tmp/escape", "~", "~root/x", "$HOME", "${HOME}", "`id`", "$(id)",
-        ";rm -rf .", "|touch x", "&", "&&true", ">out", "<in", "*", "?", "[a-z]", "{a,b}", "!", "#", "%s%n", "%00", "\\", "\\\\host\\x",
-        "C:\\x", "CON", "NUL", "PRN", "AUX", "COM1", "LPT1", "con.txt", "'", '"', "'; DROP TABLE x;--", '"""', "a,b", "a=b", "a:b",
-        "-", "--help", "-rf", "+1", "=1+1", "@x", "x" * 300, "é" * 300, "\u202egpj.exe", "\u200b", "\u00a0x", "\ufeffx", "\u2028x",
-        "e\u0301", "\u00e9", "\U0001f9ec", "\u4e2d\u6587", "\u0000", "a\0b", "a\nb", "a\r\nb", "a\tb", "\x1b[31m", "\x7f", "\b", "",
-        " ", " x", "x ", "None", "null", "true", "NaN", "Infinity", "0", "-1", "1e999", "0x10", "1_000", "{}", "[]", '{"a":1}', "<a>",
-        "&lt;", "http://x/?a=b", "file:///etc/passwd", "batch_00000.pt", "batch_00000.pt.done", "manifest.json", "_SUCCESS.json",
-        "part-00000.parquet", ".tmp-x-host-1-00000000", "shard_0/batch_00001.pt", "cos\nsystem\n(S'true'\ntR.", "\x80\x02}q\x00.",
-        "gASVHwAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOU", "ordinal", "id", "embedding", "sequence_ids", "storage", "cpu", "little", "archive",
-        "sp|P12345|NAME_HUMAN", "gi|1|ref|x|", "a" * 10_000, "\ud800"[:0] + "A\u030a", "İ", "ß", "ǅ",
-    ]  # fmt: skip
+    """Return ids that cause trouble as a path, a line, a command, a number or a pickle."""
+    hostile = [
+        "../../escape",
+        "..",
+        ".",
+        "...",
+        "/etc/passwd",
+        "/tmp/escape",
+        "~",
+        "~root/x",
+        "$HOME",
+        "${HOME}",
+        "`id`",
+        "$(id)",
+        ";rm -rf .",
+        "|touch x",
+        "&",
+        "&&true",
+        ">out",
+        "<in",
+        "*",
+        "?",
+        "[a-z]",
+        "{a,b}",
+        "!",
+        "#",
+        "%s%n",
+        "%00",
+        "\\",
+        "\\\\host\\x",
+        "C:\\x",
+        "CON",
+        "NUL",
+        "PRN",
+        "AUX",
+        "COM1",
+        "LPT1",
+        "con.txt",
+        "'",
+        '"',
+        "'; DROP TABLE x;--",
+        '"""',
+        "a,b",
+        "a=b",
+        "a:b",
+        "-",
+        "--help",
+        "-rf",
+        "+1",
+        "=1+1",
+        "@x",
+        "x" * 300,
+        "é" * 300,
+        "\u202egpj.exe",
+        "\u200b",
+        "\u00a0x",
+        "\ufeffx",
+        "\u2028x",
+        "e\u0301",
+        "\u00e9",
+        "\U0001f9ec",
+        "\u4e2d\u6587",
+        "\u0000",
+        "a\0b",
+        "a\nb",
+        "a\r\nb",
+        "a\tb",
+        "\x1b[31m",
+        "\x7f",
+        "\b",
+        "",
+        " ",
+        " x",
+        "x ",
+        "None",
+        "null",
+        "true",
+        "NaN",
+        "Infinity",
+        "0",
+        "-1",
+        "1e999",
+        "0x10",
+        "1_000",
+        "{}",
+        "[]",
+        '{"a":1}',
+        "<a>",
+        "&lt;",
+        "http://x/?a=b",
+        "file:///etc/passwd",
+        "batch_00000.pt",
+        "batch_00000.pt.done",
+        "manifest.json",
+        "_SUCCESS.json",
+        "part-00000.parquet",
+        ".tmp-x-host-1-00000000",
+        "shard_0/batch_00001.pt",
+        "cos\nsystem\n(S'true'\ntR.",
+        "\x80\x02}q\x00.",
+        "gASVHwAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOU",
+        "ordinal",
+        "id",
+        "embedding",
+        "sequence_ids",
+        "storage",
+        "cpu",
+        "little",
+        "archive",
+        "sp|P12345|NAME_HUMAN",
+        "gi|1|ref|x|",
+        "a" * 10_000,
+        "\ud800"[:0] + "A\u030a",
+        "İ",
+        "ß",
+        "ǅ",
+    ]
     draw = random.Random(seed)
     planes = (
         range(0x20, 0x7F),
@@ -227,15 +332,15 @@ def hostile_ids(seed: int) -> list[str]:
         range(0x4E00, 0x4F00),
         range(0x1F300, 0x1F600),
     )
-    while len(named) < 260:
+    while len(hostile) < 260:
         plane = draw.choice(planes)
-        named.append("".join(chr(draw.choice(plane)) for _ in range(draw.randint(1, 40))))
-    return list(dict.fromkeys(named))
+        hostile.append("".join(chr(draw.choice(plane)) for _ in range(draw.randint(1, 40))))
+    return list(dict.fromkeys(hostile))
 
 
 @pytest.fixture
 def walled_in(tmp_path) -> Iterator[Path]:
-    """A run directory whose surroundings must not change."""
+    """Yield a run directory whose surroundings must not change."""
     outside = tmp_path / "outside"
     (outside / "a" / "run").mkdir(parents=True)
     before = _tree(tmp_path, but=outside / "a" / "run")
@@ -246,11 +351,8 @@ def walled_in(tmp_path) -> Iterator[Path]:
 
 def test_hostile_ids_given_to_the_writer_come_back_exactly(walled_in, seeds):
     (seed,) = seeds(1)
-    ids = [
-        *hostile_ids(seed),
-        "\udc80",
-        "\ud800",
-    ]  # no text that a file could hold, but Python strings nevertheless
+    # No file can hold the surrogates as text, but they are Python strings.
+    ids = [*hostile_ids(seed), "\udc80", "\ud800"]
     path = RunPaths(walled_in).checkpoint(0, 0)
     with AsyncCheckpointWriter() as writer:
         writer.write_checkpoint_async(
@@ -269,10 +371,8 @@ def test_hostile_ids_given_to_the_writer_come_back_exactly(walled_in, seeds):
     record_figure("hostile ids, given to the writer", len(ids), "0 written outside, all come back")
 
 
-def test_hostile_ids_in_a_fasta_come_back_exactly_from_the_dataset(
-    walled_in, seeds, tmp_path_factory
-):
-    """All that the reader takes: the id ends at the first white space, shows something, and has no control characters."""
+def test_hostile_ids_of_a_fasta_come_back_exactly(walled_in, seeds, tmp_path_factory):
+    """An id ends at the first white space, is visible, and has no control characters."""
     (seed,) = seeds(1)
     margin = re.compile(f"^[{INVISIBLE}]|[{INVISIBLE}]$")
     ids = [
@@ -345,7 +445,7 @@ def _tree(directory: Path, *, but: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def elsewhere(walled_in) -> Path:
-    """A file and a directory outside of the run directory, where links lead."""
+    """Yield a directory with a file outside of the run directory, as the target of links."""
     outside = walled_in.parent.parent / "linked"
     outside.mkdir()
     (outside / "file").write_text("precious")
@@ -366,7 +466,7 @@ def write_row(path: Path) -> None:
 def test_a_link_under_the_temporary_name_is_not_followed(
     walled_in, elsewhere, monkeypatch, leads_to
 ):
-    """However well its name was guessed."""
+    """Even if its name was guessed."""
     monkeypatch.setattr(durable.uuid, "uuid4", lambda: uuid.UUID(int=7))
     path = RunPaths(walled_in).checkpoint(0, 0)
     path.parent.mkdir(parents=True)
@@ -378,9 +478,7 @@ def test_a_link_under_the_temporary_name_is_not_followed(
 
 @pytest.mark.parametrize("leads_to", ["file", "nowhere"])
 @pytest.mark.parametrize("link", ["checkpoint", "marker"])
-def test_a_link_in_the_place_of_a_checkpoint_is_moved_aside_and_not_followed(
-    walled_in, elsewhere, link, leads_to
-):
+def test_a_link_instead_of_a_checkpoint_is_not_followed(walled_in, elsewhere, link, leads_to):
     path = RunPaths(walled_in).checkpoint(0, 0)
     path.parent.mkdir(parents=True)
     (path if link == "checkpoint" else marker_path(path)).symlink_to(elsewhere / leads_to)
@@ -392,9 +490,7 @@ def test_a_link_in_the_place_of_a_checkpoint_is_moved_aside_and_not_followed(
 
 
 @pytest.mark.parametrize("leads_to", ["file", "nowhere"])
-def test_a_link_in_the_place_of_a_lock_the_manifest_or_the_plan_is_not_followed(
-    walled_in, elsewhere, leads_to
-):
+def test_a_link_instead_of_lock_manifest_or_plan_is_not_followed(walled_in, elsewhere, leads_to):
     paths = RunPaths(walled_in)
     paths.plan_dir.mkdir()
     paths.checkpoints_dir.mkdir()
@@ -429,7 +525,7 @@ def test_a_run_does_not_write_through_a_link_to_a_directory(walled_in, elsewhere
         pass
 
 
-def test_a_child_does_not_log_through_a_link(walled_in, elsewhere):
+def test_a_worker_does_not_log_through_a_link(walled_in, elsewhere):
     log = walled_in / "worker.log"
     log.symlink_to(elsewhere / "file")
     limits = {"startup_limit_s": 1.0, "silence_limit_s": 1.0, "grace_s": 1.0}

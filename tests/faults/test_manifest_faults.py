@@ -1,4 +1,4 @@
-"""The manifest under eight processes at once, and under SIGKILL at each of its operations."""
+"""The manifest under eight concurrent processes, and under SIGKILL at each operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.figures import record_figure
 from tests.faults.ops import CountingOps, KillingOps, install
-from tests.faults.trials import Child, call
+from tests.faults.trials import Fork, call
 from vnp_lib.checkpoint.manifest import CheckpointManifest
 
 pytestmark = pytest.mark.slow
@@ -42,10 +42,8 @@ def test_no_update_of_eight_processes_is_lost(trials, scale) -> None:
     )
 
 
-def test_a_manifest_is_whole_and_knows_what_was_acknowledged_wherever_a_writer_is_killed(
-    trials, scale
-) -> None:
-    """Each kind of change, killed at each operation, while another process goes on with its own."""
+def test_a_manifest_survives_a_killed_writer(trials, scale) -> None:
+    """Each kind of change is killed at each operation, while another process continues."""
     num_operations = {change: trials.once(count_operations, change) for change in CHANGES}
     every = [
         (change, number) for change in CHANGES for number in range(1, num_operations[change] + 1)
@@ -59,7 +57,7 @@ def test_a_manifest_is_whole_and_knows_what_was_acknowledged_wherever_a_writer_i
 
 
 def test_no_update_is_lost_among_processes_that_are_killed(trials, seeds, scale) -> None:
-    """Eight processes that update and are killed at any moment, and started again."""
+    """Eight processes update the manifest, are killed at any moment, and start again."""
     counts = trials.run(kill_updaters, seeds(scale(2, 20)))
     record_figure(
         "manifest: 8 processes killed at random",
@@ -70,11 +68,11 @@ def test_no_update_is_lost_among_processes_that_are_killed(trials, seeds, scale)
 
 def eight_processes(directory: Path, num_updates: int) -> int:
     manifest = new_manifest(directory)
-    children = [
-        Child(update, manifest.path, number // 2, number * num_updates, num_updates)
+    forks = [
+        Fork(update, manifest.path, number // 2, number * num_updates, num_updates)
         for number in range(8)
     ]
-    ended = [child.wait() for child in children]
+    ended = [fork.wait() for fork in forks]
     assert not any(each.error for each in ended), [each.error for each in ended]
     shards = [manifest.get_shard_status(rank) for rank in range(NUM_PROCESSES)]
     assert (
@@ -96,25 +94,24 @@ def kill_a_change(directory: Path, seed: int, every: list[tuple[str, int]]) -> N
     change, kill_at = every[seed % len(every)]
     manifest = new_manifest(directory)
     manifest.record_failure(1, {"kind": "before"})
-    other = Child(update, manifest.path, 2, 0, 10)
-    assert call(do_and_die, change, kill_at, directory).was_killed
+    other = Fork(update, manifest.path, 2, 0, 10)
+    assert call(do_and_crash, change, kill_at, directory).was_killed
     ended = other.wait()
     assert not ended.error, f"{change} killed at {kill_at}: {ended.error}"
 
     json.loads(manifest.path.read_bytes())
     assert manifest.get_shard_status(2)["num_checkpoints"] == 10
     assert manifest.failures(1)[0] == {"kind": "before"}
-    assert not call(
-        do, change, directory
-    ).error  # the lock is free, and the same change can be made again
+    # The lock is free, and the same change can be made again.
+    assert not call(do, change, directory).error
 
 
 def kill_updaters(directory: Path, seed: int) -> int:
-    """Say how many updates were acknowledged."""
+    """Return how many updates were acknowledged."""
     draw = random.Random(seed)
     manifest = new_manifest(directory)
     running = {
-        rank: Child(update_and_acknowledge, manifest.path, rank, 0) for rank in range(NUM_PROCESSES)
+        rank: Fork(update_and_acknowledge, manifest.path, rank, 0) for rank in range(NUM_PROCESSES)
     }
     for _ in range(24):
         rank = draw.randrange(NUM_PROCESSES)
@@ -123,18 +120,18 @@ def kill_updaters(directory: Path, seed: int) -> int:
         )
         kill(running[rank])
         json.loads(manifest.path.read_bytes())
-        running[rank] = Child(
+        running[rank] = Fork(
             update_and_acknowledge, manifest.path, rank, 100_000 * (1 + _round(manifest.path, rank))
         )
-    for child in running.values():
-        kill(child)
+    for fork in running.values():
+        kill(fork)
     total = 0
     for rank in range(NUM_PROCESSES):
         acknowledged = _acknowledged(manifest.path, rank)
         recorded = manifest.get_shard_status(rank)["num_checkpoints"]
-        deaths = _round(manifest.path, rank) + 1
-        assert acknowledged <= recorded <= acknowledged + deaths, (
-            f"shard {rank}: {acknowledged} said, {recorded} there"
+        kills = _round(manifest.path, rank) + 1
+        assert acknowledged <= recorded <= acknowledged + kills, (
+            f"shard {rank}: {acknowledged} acknowledged, {recorded} recorded"
         )
         total += acknowledged
     return total
@@ -166,7 +163,7 @@ def do(change: str, directory: Path) -> None:
             manifest.reconcile([], rank=0)
 
 
-def do_and_die(change: str, kill_at: int, directory: Path) -> None:
+def do_and_crash(change: str, kill_at: int, directory: Path) -> None:
     install(KillingOps(kill_at))
     do(change, directory)
 
@@ -178,23 +175,23 @@ def update(path: Path, rank: int, first: int, count: int) -> None:
 
 
 def update_and_acknowledge(path: Path, rank: int, first: int) -> None:
-    """For ever; each update that has returned is told by one more byte of a file."""
-    told = os.open(path.with_name(f"told_{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """Update forever; each update that has returned adds one byte to a file."""
+    log = os.open(path.with_name(f"acknowledged_{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.close(os.open(path.with_name(f"round_{rank}_{first}"), os.O_CREAT))
     for number in range(first, first + 100_000):
         update(path, rank, number, 1)
-        os.write(told, b".")
+        os.write(log, b".")
 
 
-def kill(child: Child) -> None:
-    os.kill(child.pid, signal.SIGKILL)
-    ended = child.wait()
+def kill(fork: Fork) -> None:
+    os.kill(fork.pid, signal.SIGKILL)
+    ended = fork.wait()
     assert ended.was_killed, ended.error
 
 
 def _acknowledged(path: Path, rank: int) -> int:
-    told = path.with_name(f"told_{rank}")
-    return told.stat().st_size if told.exists() else 0
+    log = path.with_name(f"acknowledged_{rank}")
+    return log.stat().st_size if log.exists() else 0
 
 
 def _round(path: Path, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""The power fails: what was called durable is there, and what is there is believed only where it is right."""
+"""Power loss: what was reported as durable survives, and nothing wrong is accepted."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ ASSEMBLED = "assembled"
 
 
 def test_a_power_cut_loses_nothing_that_was_called_durable(trials, oracle, seeds, scale) -> None:
-    """At any operation of runs in a row, each killed before the next.
+    """Cut the power at any operation of consecutive runs, each killed before the next.
 
-    Every state is read as a run would read it; all of them, in the long run one in ten, are then run to the end.
+    Every state is read as by a run; all of them, or one in ten with `--faults=full`, are then run
+    to the end.
     """
     run_every = scale(1, 10)
     num_states = sum(trials.run(cut_the_power, seeds(scale(5, 1_000)), run_every, oracle))
     record_figure(
         "power loss",
         num_states,
-        f"0 acknowledged rows lost, 0 wrong accepted; {num_states // run_every:,} run to the end, 100 % identical",
+        f"0 acknowledged rows lost, 0 wrong accepted; {num_states // run_every:,} run to the end, "
+        "100 % identical",
     )
 
 
 def cut_the_power(directory: Path, seed: int, run_every: int, oracle: Outcome) -> int:
-    """Make up a history of runs, and cut the power at several points of it, in several ways. Count the states."""
+    """Cut the power at several points of a random history, and count the states."""
     draw = random.Random(seed)
-    history = record_history(directory / "lived", draw)
+    history = record_history(directory / "original", draw)
     for state in range(STATES_PER_HISTORY):
         after = directory / f"state-{state}"
         events = history[: draw.randint(1, len(history))]
-        disk = Disk(directory / "lived")
+        disk = Disk(directory / "original")
         for event in events:
             disk.apply(event)
         disk.write_after_power_loss(after, draw)
@@ -58,7 +60,7 @@ def cut_the_power(directory: Path, seed: int, run_every: int, oracle: Outcome) -
 
 
 def record_history(directory: Path, draw: random.Random) -> list[Event]:
-    """Up to two runs that are killed, and one that is not."""
+    """Record up to two runs that are killed, and one that is not."""
     directory.mkdir()
     write_fasta(directory)
     record = directory.parent / "record"
@@ -70,7 +72,7 @@ def record_history(directory: Path, draw: random.Random) -> list[Event]:
 
 
 def draw_kill(draw: random.Random) -> dict[str, Any]:
-    """At any operation, or, since much hangs on what it does not do, in the place of a directory's sync."""
+    """Draw any operation, or, because much depends on it, the sync of a directory."""
     if draw.random() < 0.5:
         return {"kill_at": draw.randint(1, 600)}
     return {"kill_at": draw.randint(1, 60), "kill_name": "fsync_directory"}

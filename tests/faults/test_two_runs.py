@@ -1,4 +1,4 @@
-"""Two runs on one directory: the lock keeps the second out; and where locks do not work, the dataset is right all the same."""
+"""Two runs on one directory: a lock refuses the second; without locks the dataset is right too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.faults.compare import Outcome, assert_recovers, committed_files, outcome_of
 from tests.faults.figures import record_figure
 from tests.faults.ops import WatchedOps, install
-from tests.faults.trials import Child, call
+from tests.faults.trials import Fork, call
 from tests.faults.workload import FASTA, config_for, run_to_the_end, write_fasta
 from vnp_lib.checkpoint.resume import validate_checkpoint_pt
 from vnp_lib.errors import RunDirectoryBusyError, VnpError
@@ -33,7 +33,7 @@ MOST_ATTEMPTS = 25
 
 
 def test_two_runs_without_working_locks_make_the_one_dataset(trials, oracle, seeds, scale) -> None:
-    """As on a network file system that lets two have a lock: of the run, of a shard, of the manifest."""
+    """A network file system may grant two processes the lock of a run, a shard or the manifest."""
     counts = sum(trials.run(run_twice_without_locks, seeds(scale(16, 200)), oracle), Counter())
     num_trials = counts.pop("trials")
     assert counts["committed files replaced"] == 0
@@ -44,8 +44,8 @@ def test_two_runs_without_working_locks_make_the_one_dataset(trials, oracle, see
     )
 
 
-def test_a_second_run_is_refused_at_once_and_told_by_whom(trials, oracle, scale) -> None:
-    """And the lock is free the moment its holder is killed."""
+def test_a_second_run_is_refused_with_the_holder(trials, oracle, scale) -> None:
+    """The lock is free as soon as its holder is killed."""
     waited_s = trials.run(refuse_the_second, range(scale(3, 30)), oracle)
     record_figure(
         "a second run while the first holds the lock",
@@ -54,12 +54,12 @@ def test_a_second_run_is_refused_at_once_and_told_by_whom(trials, oracle, scale)
     )
 
 
-def test_a_run_that_fails_at_once_removes_nothing_of_another_run(trials, oracle) -> None:
-    """Both found no directory, neither was kept out by a lock, and one has other input."""
-    trials.once(fail_beside_another, oracle)
+def test_a_failed_run_removes_nothing_of_another_run(trials, oracle) -> None:
+    """Both found no directory, no lock refused either, and one has other input."""
+    trials.once(fail_during_another, oracle)
 
 
-def fail_beside_another(directory: Path, oracle: Outcome) -> None:
+def fail_during_another(directory: Path, oracle: Outcome) -> None:
     run_dir = directory / "run"
     ended = call(open_while_another_runs, run_dir)
     assert "FingerprintMismatchError" in ended.error
@@ -87,11 +87,11 @@ def run_twice_without_locks(directory: Path, seed: int, oracle: Outcome) -> Coun
     draw = random.Random(seed)
     run_dir = directory / "run"
     write_fasta(directory)
-    told = directory / "told"
-    children = [Child(run_until_done, run_dir, draw.getrandbits(32), told) for _ in range(2)]
+    log = directory / "events"
+    forks = [Fork(run_until_done, run_dir, draw.getrandbits(32), log) for _ in range(2)]
     failures: Counter[str] = Counter()
-    for child in children:
-        ended = child.wait()
+    for fork in forks:
+        ended = fork.wait()
         assert not ended.error, ended.error
         failures += Counter(ended.value)
     ended = call(outcome_of, run_dir)
@@ -100,13 +100,13 @@ def run_twice_without_locks(directory: Path, seed: int, oracle: Outcome) -> Coun
     before = committed_files(run_dir, oracle)
     assert_finishes(run_dir, oracle)
     assert {path for path in before if path.exists()} == set(before)
-    events = Counter(told.read_text().splitlines() if told.exists() else ())
+    events = Counter(log.read_text().splitlines() if log.exists() else ())
     return (
         Counter(
             {
                 "trials": 1,
                 "committed files replaced": 0,
-                "attempts that failed and were made again": failures.total(),
+                "failed attempts that were repeated": failures.total(),
             }
         )
         + events
@@ -114,17 +114,17 @@ def run_twice_without_locks(directory: Path, seed: int, oracle: Outcome) -> Coun
 
 
 def assert_finishes(run_dir: Path, oracle: Outcome) -> None:
-    """A run that comes after the two ends as if there had been one; rows may have been computed twice."""
+    """Assert that a later run completes normally; rows may have been computed twice."""
     ended = call(run_to_the_end, run_dir)
     assert not ended.error, ended.error
     ended = call(outcome_of, run_dir)
     assert ended.value == oracle, ended.error
 
 
-def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
-    """Do what the flow does, and begin again when it fails; say by what errors it did."""
+def run_until_done(run_dir: Path, seed: int, log: Path) -> list[str]:
+    """Do what the flow does, start again on failure, and return the errors."""
     bypass_locks()
-    install(CommitWatchingOps(told))
+    install(CommitWatchingOps(log))
     draw = random.Random(seed)
     shards = draw.randint(1, 3)
     time.sleep(draw.uniform(0, LONGEST_OFFSET_S))
@@ -134,9 +134,8 @@ def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
             if run_to_the_end(run_dir, shards=shards):
                 return errors
         except (VnpError, OSError, ValueError) as error:
-            if isinstance(error, ValueError) and "there is no shard" not in str(
-                error
-            ):  # in the other's manifest
+            # The manifest of the other run may have fewer shards.
+            if isinstance(error, ValueError) and "there is no shard" not in str(error):
                 raise
             errors.append(f"{type(error).__name__}: {error}")
             time.sleep(draw.uniform(0, LONGEST_OFFSET_S))
@@ -144,31 +143,31 @@ def run_until_done(run_dir: Path, seed: int, told: Path) -> list[str]:
 
 
 def bypass_locks() -> None:
-    """For the rest of this process's life everybody has every lock."""
+    """Grant every lock, for the rest of this process."""
     FileLock.acquire = lambda self, timeout_s: None
     FileLock.release = lambda self: None
 
 
 class CommitWatchingOps(WatchedOps):
-    """Tells, in a file, of every operation that would put something in the place of a committed checkpoint."""
+    """Log every operation that would replace or remove a committed checkpoint."""
 
-    def __init__(self, told: Path) -> None:
+    def __init__(self, log: Path) -> None:
         super().__init__()
-        self._told = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def perform(self, name: str, act: Any, arguments: tuple[Any, ...]) -> Any:
         if name == "replace":
             source, target = arguments
             if _is_committed(target):
-                self._tell("committed files replaced")
+                self._record("committed files replaced")
             if _is_committed(source):
-                self._tell("committed checkpoints moved aside")
+                self._record("committed checkpoints moved aside")
         if name == "unlink" and _is_committed(arguments[0]):
-            self._tell("committed files removed")
+            self._record("committed files removed")
         return act(*arguments)
 
-    def _tell(self, event: str) -> None:
-        os.write(self._told, f"{event}\n".encode())
+    def _record(self, event: str) -> None:
+        os.write(self._log, f"{event}\n".encode())
 
 
 def _is_committed(path: Path) -> bool:
@@ -183,7 +182,7 @@ def _is_committed(path: Path) -> bool:
 def refuse_the_second(directory: Path, seed: int, oracle: Outcome) -> float:
     run_dir = directory / "run"
     write_fasta(directory)
-    holder = Child(hold, run_dir)
+    holder = Fork(hold, run_dir)
     while not (directory / "held").exists():
         time.sleep(0.005)
     ended = call(try_to_open, run_dir)
@@ -204,9 +203,9 @@ def hold(run_dir: Path) -> None:
 
 
 def try_to_open(run_dir: Path) -> tuple[float, str]:
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     try:
         with open_run(config_for(run_dir)):
             raise AssertionError("two runs are in one directory")
     except RunDirectoryBusyError as error:
-        return time.monotonic() - begun_s, str(error)
+        return time.monotonic() - started_s, str(error)

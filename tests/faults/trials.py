@@ -1,6 +1,6 @@
-"""Trials by the thousand: a process that has loaded torch, has one thread and forks for every trial.
+"""Run thousands of trials: a process of one thread that has loaded torch forks for every trial.
 
-`Trials` is the side of the tests, `serve` the other one.
+`Trials` is used by the tests, `serve` runs in that process.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "VIRNUCPRO_VIRAL_CHECKPOINT_MODE": "",
 }
-_MOST_FAILURES = 2  # of a process
-_NOT_RUN = "not run, since others failed"
+_MOST_FAILURES = 2  # per process
+_NOT_RUN = "not run, because others failed"
 
 
 class Ended(NamedTuple):
@@ -42,10 +42,10 @@ class Ended(NamedTuple):
 
 
 class Trials:
-    """Runs functions of modules in processes of their own, several at a time."""
+    """Run functions of modules in separate processes, several at a time."""
 
     def __init__(self, scratch: Path, *, only_seed: int | None = None) -> None:
-        """`only_seed` takes the place of all seeds that trials are run with."""
+        """Start the server; `only_seed` replaces all seeds."""
         self.scratch = scratch
         self._only_seed = only_seed
         self._server = subprocess.Popen(
@@ -58,18 +58,19 @@ class Trials:
         )
 
     def run(self, trial: Callable[..., Any], seeds: Sequence[int], *common: Any) -> list[Any]:
-        """Call `trial(directory, seed, *common)` for each seed, with an empty directory, and return what they return.
+        """Call `trial(directory, seed, *common)` for each seed, and return the results.
 
-        It is called in a process that other trials share, and so starts no threads and does its work in `call`.
+        Each call gets an empty directory. Several trials share a process, so that a trial must
+        start no threads, and do its work in `call`.
 
         Raises:
-            AssertionError: Some trials failed: the first few, and how to run one alone.
+            AssertionError: If trials failed: the first few, and how to run one alone.
         """
         seeds = list(seeds) if self._only_seed is None else [self._only_seed]
         return self._run(trial, seeds, common)
 
     def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `function(directory, *arguments)` in a process of its own, and return what it returns."""
+        """Call `function(directory, *arguments)` in a separate process, and return the result."""
         return self._run(_without_seed, [0], (function, *arguments))[0]
 
     def _run(
@@ -84,14 +85,16 @@ class Trials:
             if each.error not in ("", _NOT_RUN)
         ]
         if failed:
-            told = "\n".join(
+            errors = "\n".join(
                 f"--fault-seed={seed} runs this one alone:\n{error}" for seed, error in failed
             )
-            raise AssertionError(f"trials of {trial.__name__} failed, and no more were run\n{told}")
+            raise AssertionError(
+                f"trials of {trial.__name__} failed, and no more were run\n{errors}"
+            )
         return [each.value for each in ended]
 
     def close(self) -> None:
-        """End all processes, also those of a trial that hangs."""
+        """Kill all processes, also those of a trial that hangs."""
         self._server.stdin.close()
         self._server.stdout.close()
         os.killpg(self._server.pid, signal.SIGKILL)
@@ -99,10 +102,9 @@ class Trials:
 
 
 def serve() -> None:
-    """Run the trials that are asked for on standard input, until it ends."""
-    sys.modules["torch.nn.attention.varlen"] = (
-        None  # with its imports, forking would take twice as long
-    )
+    """Run the trials that are requested on standard input, until it ends."""
+    # With the imports of this module, forking would take twice as long.
+    sys.modules["torch.nn.attention.varlen"] = None
 
     import numpy as np
     import pyarrow as pa
@@ -110,14 +112,18 @@ def serve() -> None:
 
     from tests.faults import workload
 
-    logging.disable()  # thousands of warnings about damage that was done on purpose
+    # There would be thousands of warnings about intended damage.
+    logging.disable()
     torch.set_num_threads(1)
     workload.put_doubles_in_place()
     for module in call(workload.modules_of_a_run).value:
-        importlib.import_module(module)  # once, and not in every trial
-    pa.array(np.zeros(1))  # it looks for pandas once, and not in every trial
+        # Once, and not in every trial.
+        importlib.import_module(module)
+    # PyArrow looks for pandas at its first array.
+    pa.array(np.zeros(1))
     gc.collect()
-    gc.freeze()  # a collection would touch, and so copy, every page that a child shares with us
+    # A collection would touch, and so copy, every page that a fork shares with this process.
+    gc.freeze()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
@@ -131,14 +137,14 @@ def serve() -> None:
 
 
 def scratch_directory() -> Path:
-    """A new directory, in memory where the system has room for files there."""
+    """Make a directory, in memory if the system has room for files there."""
     shared_memory = Path("/dev/shm")
     is_roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 2 * 1024**3
     return Path(tempfile.mkdtemp(prefix="vnp-faults-", dir=shared_memory if is_roomy else None))
 
 
-class Child:
-    """A forked process that calls a function. Only for a process of one thread."""
+class Fork:
+    """A forked process that calls a function. The parent must have one thread."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         reading, writing = os.pipe()
@@ -150,24 +156,24 @@ class Child:
         self._reading = reading
 
     def wait(self) -> Ended:
-        """Wait for its end."""
+        """Wait until it exits."""
         with open(self._reading, "rb") as pipe:
-            said = pipe.read()
+            result = pipe.read()
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if status < 0:
             return Ended(None, f"killed by signal {-status}")
-        return Ended(*pickle.loads(said))
+        return Ended(*pickle.loads(result))
 
 
 def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ended:
-    """Call a function in a forked process, and wait for its end."""
-    return Child(function, *arguments, **options).wait()
+    """Call a function in a forked process, and wait until it exits."""
+    return Fork(function, *arguments, **options).wait()
 
 
 def _call(
     pipe: int, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> NoReturn:
-    """Ends the process at once, without the clean-up that belongs to its parent."""
+    """Call a function and exit at once, without the clean-up that belongs to the parent."""
     try:
         ended = Ended(function(*arguments, **options), "")
     except BaseException:
@@ -186,13 +192,13 @@ def _without_seed(directory: Path, seed: int, function: Callable[..., Any], *arg
 def _run_all(
     trial: Callable[..., Any], seeds: list[int], common: tuple[Any, ...], scratch: Path
 ) -> list[Ended]:
-    """Divide the trials among as many processes as there are processors; the results are in the order of the seeds."""
+    """Divide the trials among as many processes as cores; results are in the order of seeds."""
     num_processes = len(os.sched_getaffinity(0))
     shares = [seeds[first::num_processes] for first in range(num_processes)]
-    children = [Child(_run_share, trial, share, common, scratch) for share in shares]
+    forks = [Fork(_run_share, trial, share, common, scratch) for share in shares]
     ended: list[Ended] = [Ended(None, _NOT_RUN)] * len(seeds)
-    for first, child in enumerate(children):
-        share = child.wait()
+    for first, fork in enumerate(forks):
+        share = fork.wait()
         assert not share.error, share.error
         ended[first::num_processes] = share.value
     return ended
@@ -215,6 +221,7 @@ def _run_one(trial: Callable[..., Any], seed: int, common: tuple[Any, ...], scra
     try:
         value = trial(directory, seed, *common)
     except Exception:
-        return Ended(None, traceback.format_exc())  # its directory stays until the session ends
+        # Its directory is kept until the session ends.
+        return Ended(None, traceback.format_exc())
     shutil.rmtree(directory)
     return Ended(value, "")

@@ -1,6 +1,7 @@
-"""The mini run: all that a run does to its directory, with the cheapest model there is, in one process.
+"""A mini run: everything that a run does to its directory, with a stub model, in one process.
 
-Everything but the model is the real thing. A run takes some 30 ms, and writes several checkpoints for each shard.
+Everything but the model is the real code. A run takes some 30 ms, and writes several checkpoints
+per shard.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from vnp_lib.storage.durable import make_directory, read_marker, write_file
 from vnp_lib.worker.attempt import ShardAttempt, StopFlag
 
 WIDTH = 8
-PART_BYTES = 10 * (WIDTH * 4 + ROW_OVERHEAD_BYTES)  # ten rows: the dataset has several parts
+# Ten rows, so that the dataset has several parts.
+PART_BYTES = 10 * (WIDTH * 4 + ROW_OVERHEAD_BYTES)
 FASTA = Path("proteins.fasta")
 
 _NUM_PROTEINS = 28
@@ -43,7 +45,7 @@ _WEIGHTS = torch.randint(1, 200, (33, WIDTH), generator=torch.Generator().manual
 
 
 def proteins() -> dict[str, str]:
-    """Twenty-eight proteins by id; every seventh repeats the sequence of the third before it."""
+    """Return 28 proteins by id; every seventh repeats the sequence of the third before it."""
     draw = random.Random(3)
     sequences: list[str] = []
     for number in range(_NUM_PROTEINS):
@@ -57,7 +59,7 @@ def proteins() -> dict[str, str]:
 
 
 def expected_rows() -> list[tuple[str, bytes]]:
-    """Id and row of every protein in input order, without any code of the library's but its alphabet."""
+    """Compute id and row of every protein in input order, only with the library's alphabet."""
     return [
         (sequence_id, _expected_row(sequence).tobytes())
         for sequence_id, sequence in proteins().items()
@@ -73,7 +75,7 @@ def write_fasta(directory: Path) -> None:
 
 
 class Events:
-    """Takes what a shard's attempt says, and tells `acknowledge` which ordinals it has called safe."""
+    """Receive the events of an attempt, and pass the ordinals reported as durable on."""
 
     def __init__(
         self, paths: RunPaths, rank: int, acknowledge: Callable[[list[int]], None]
@@ -93,9 +95,10 @@ class Events:
 
 
 class StubModel:
-    """States that are whole numbers, so that their sums are exact: a row does not depend on its batch."""
+    """A model whose states are integers, so that sums are exact and independent of the batch."""
 
-    layers = ()  # that could give a sign of life
+    # Layers send heartbeats.
+    layers = ()
 
     def forward_packed(
         self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
@@ -106,7 +109,7 @@ class StubModel:
 
 
 def config_for(directory: Path, *, shards: int = 2) -> EmbedConfig:
-    """The run whose directory is `directory`; the input lies beside it."""
+    """Return the settings of the run in `directory`; the input is next to it."""
     return EmbedConfig(
         fasta=(directory.parent / FASTA,),
         output_dir=directory,
@@ -125,18 +128,20 @@ def run_to_the_end(
     shards: int = 2,
     acknowledge: Callable[[list[int]], None] = lambda ordinals: None,
 ) -> bool:
-    """Do what the flow does: plan, embed the shards one after the other, put the dataset together.
+    """Do what the flow does: plan, embed the shards one after the other, assemble the dataset.
 
-    Called once in the life of a process: like a child of the flow, an attempt holds its shard's lock until that ends.
+    Call it once per process: like in a worker process, an attempt holds its shard's lock until the
+    process exits.
 
     Args:
         directory: The run's.
         shards: How many; another number than the last run's is allowed.
-        acknowledge: Called with the ordinals of every checkpoint, and then of every shard, that is called durable, from
-            any thread.
+        acknowledge: Called with the ordinals of every checkpoint, and then of every shard, that is
+            reported as durable, from any thread.
 
     Returns:
-        Whether the dataset is complete. If not, damaged checkpoints have been moved aside, and another run is needed.
+        Whether the dataset is complete. If not, damaged checkpoints have been moved to `damaged/`,
+        and another run is needed.
     """
     with open_run(config_for(directory, shards=shards)) as run:
         for rank in range(run.plan.num_shards):
@@ -153,14 +158,14 @@ def run_to_the_end(
 
 
 def modules_of_a_run() -> list[str]:
-    """Make a run and say what it has imported. For a process of its own."""
+    """Make a run and return the modules it has imported. Call it in a separate process."""
     from tests.faults.compare import outcome_of
 
     with tempfile.TemporaryDirectory() as directory:
         write_fasta(Path(directory))
         run_to_the_end(Path(directory) / "run")
         outcome_of(Path(directory) / "run")
-    # Those without a specification are in no file: Cython makes one for what its modules share.
+    # A module without a specification has no file, such as the one that Cython's modules share.
     return sorted(
         name
         for name, module in sys.modules.items()
@@ -169,10 +174,14 @@ def modules_of_a_run() -> list[str]:
 
 
 def put_doubles_in_place() -> None:
-    """Replace the model by the stub, and the writer's patience with a full disk by none. For processes of trials only."""
+    """Replace the model by the stub, and the writer's waits for a full disk by none.
+
+    For processes of trials only.
+    """
     vnp_lib.model.load_model = lambda *args, **kwargs: StubModel()
     runner.AsyncCheckpointWriter = partial(AsyncCheckpointWriter, sleep=lambda delay_s: None)
-    record.LOCK_TIMEOUT_S = 1.0  # as long as eight processes may want it
+    # Long enough for eight processes.
+    record.LOCK_TIMEOUT_S = 1.0
 
 
 def _attempt(run: Run, rank: int, acknowledge: Callable[[list[int]], None]) -> None:
