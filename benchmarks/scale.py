@@ -51,7 +51,8 @@ is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in 
 if is_child or is_flow:
     import json
     import torch
-    import vnp_lib.run.assembly, vnp_lib.checkpoint.survey, vnp_lib.inference.executor, vnp_lib.plan.plan, vnp_lib.model.weights
+    import vnp_lib.inference.executor, vnp_lib.model.weights
+    import vnp_lib.run, vnp_lib.run.resolve, vnp_lib.run.resume, vnp_lib.run.run
 
     def noted(module, name):
         function = getattr(module, name)
@@ -68,10 +69,11 @@ if is_child or is_flow:
         os.write(descriptor, line.encode() + b"\\n")
         os.close(descriptor)
 
-    noted(vnp_lib.plan.plan, "make_plan")
-    noted(vnp_lib.run.assembly, "assemble")
-    noted(vnp_lib.checkpoint.survey, "heal_shard")
-    noted(vnp_lib.checkpoint.survey, "survey_checkpoints")
+    # In the modules that call them: names are bound at import.
+    noted(vnp_lib.run.resolve, "make_plan")
+    noted(vnp_lib.run, "assemble")
+    noted(vnp_lib.run.resume, "heal_shard")
+    noted(vnp_lib.run.run, "survey_checkpoints")
 
 if is_child:
     def embed_batch(model, batch, layout=None):

@@ -117,7 +117,10 @@ class RunRecord(CheckpointManifest):
             self._changed.notify_all()
             if not self._is_behind:
                 is_decided = self._changed.wait_for(
-                    lambda: self._is_written(number) or self._is_behind, PATIENCE_S
+                    lambda: (
+                        not self._waiting or self._waiting[0].number > number or self._is_behind
+                    ),
+                    PATIENCE_S,
                 )
                 self._is_behind = self._is_behind or not is_decided
         return result
@@ -134,9 +137,6 @@ class RunRecord(CheckpointManifest):
             state = copy.deepcopy(known)
         self._apply(waiting, state)
         return state
-
-    def _is_written(self, number: int) -> bool:
-        return not self._waiting or self._waiting[0].number > number
 
     def _begin_to_write(self) -> None:
         if self._waiting and self._thread is None:

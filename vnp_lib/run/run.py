@@ -142,6 +142,9 @@ class Run:
         """Return the job of the next attempt on a shard, for its worker process."""
         identity, runtime = self.plan.identity, self.config.runtime
         failures = [Failure.from_json(record) for record in self.manifest.failures(rank)]
+        # Sequences on which an attempt fell silent while they were alone in their batch.
+        silent = [failure.ordinal for failure in failures if failure.is_silence]
+        deferred = tuple(dict.fromkeys(ordinal for ordinal in silent if ordinal is not None))
         return ShardJob(
             run_dir=self.paths.run_dir.resolve(),
             rank=rank,
@@ -157,7 +160,7 @@ class Run:
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
             token_budget=self.manifest.token_budget(rank, device) or self.plan.token_budget,
             suspects=self._suspects(failures),
-            deferred=_silent_at(failures),
+            deferred=deferred,
             is_careful=bool(failures) and failures[-1].accuses_batch,
             quarantines=self.config.on_poison == "quarantine",
             package=self._package,
@@ -197,9 +200,3 @@ class Run:
         return CommittedRows(
             self.paths.checkpoints_dir, self.plan.fingerprint, self.plan.num_sequences
         )
-
-
-def _silent_at(failures: list[Failure]) -> tuple[int, ...]:
-    """Return the sequences, each alone in its batch, on which an attempt fell silent."""
-    ordinals = [failure.ordinal for failure in failures if failure.is_silence]
-    return tuple(dict.fromkeys(ordinal for ordinal in ordinals if ordinal is not None))
