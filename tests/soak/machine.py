@@ -1,4 +1,4 @@
-"""How long things take on this machine."""
+"""Measure the load of this machine."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def slowness() -> float:
-    """How many times longer a computation takes now than on idle processors; 1 where some are idle."""
+    """Return how many times longer a computation takes than on idle cores; 1 if some are idle."""
     return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))

@@ -1,4 +1,4 @@
-"""A run that is struck again and again, and started again until it is complete."""
+"""Strike a run with random faults, and start it again until it is complete."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from enum import StrEnum
 from pathlib import Path
 
 from tests.helpers import CommandLine, is_alive, workers_of
-from tests.soak.children import read_journal
 from tests.soak.machine import slowness
+from tests.soak.workers import read_journal
 
-ORPHANS_LEAVE_WITHIN_S = 12.0
+ORPHANS_EXIT_WITHIN_S = 12.0
 
 _MOST_STARTS = 30
-_QUIET_LIMIT_S = 300.0  # for a run that is left alone to come to its end
+_QUIET_LIMIT_S = 300.0  # for a run to complete without faults
 _POLL_S = 0.02
 _FAILED = 1
 _OWN_ENDS = (0, _FAILED)
@@ -28,11 +28,11 @@ _STRUCK_ENDS = (0, _FAILED, 130, 143, -signal.SIGINT, -signal.SIGTERM, -signal.S
 
 
 class Fault(StrEnum):
-    """What strikes."""
+    """A fault."""
 
-    CHILD_TERM = "SIGTERM to a child"
-    CHILD_KILL = "SIGKILL to a child"
-    CHILD_STOP = "SIGSTOP to a child"
+    WORKER_TERM = "SIGTERM to a worker"
+    WORKER_KILL = "SIGKILL to a worker"
+    WORKER_STOP = "SIGSTOP to a worker"
     FLOW_TERM = "SIGTERM to the flow"
     FLOW_INT = "SIGINT to the flow"
     FLOW_KILL = "SIGKILL to the flow"
@@ -41,39 +41,39 @@ class Fault(StrEnum):
 
 
 _SIGNALS = {
-    Fault.CHILD_TERM: signal.SIGTERM,
-    Fault.CHILD_KILL: signal.SIGKILL,
-    Fault.CHILD_STOP: signal.SIGSTOP,
+    Fault.WORKER_TERM: signal.SIGTERM,
+    Fault.WORKER_KILL: signal.SIGKILL,
+    Fault.WORKER_STOP: signal.SIGSTOP,
     Fault.FLOW_TERM: signal.SIGTERM,
     Fault.FLOW_INT: signal.SIGINT,
     Fault.FLOW_KILL: signal.SIGKILL,
 }
-_OF_CHILDREN = (Fault.CHILD_TERM, Fault.CHILD_KILL, Fault.CHILD_STOP)
+_OF_WORKERS = (Fault.WORKER_TERM, Fault.WORKER_KILL, Fault.WORKER_STOP)
 _OF_THE_FLOW = (Fault.FLOW_TERM, Fault.FLOW_INT, Fault.FLOW_KILL)
 _OF_THE_DISK = {
     Fault.DISK_FULL: ("disk_full", (0.2, 1.5)),
     Fault.DISK_SLOW: ("slow_disk", (2.0, 6.0)),
 }
-FROZEN_AT_MOST_S = 15.0  # longer than the silence limit of a soak
+# Longer than the silence limit of a soak.
+FROZEN_AT_MOST_S = 15.0
 _STOPPING = (Fault.FLOW_TERM, Fault.FLOW_INT)
 
 
 @dataclass(slots=True)
 class Struck:
-    """What has struck a run, and how those took it who were asked to stop."""
+    """The faults of a run, and how long processes took to stop."""
 
     faults: Counter[Fault] = field(default_factory=Counter)
     starts: int = 0
-    lost_children: set[int] = field(default_factory=set)  # process ids of those that could not save
-    child_stops_s: list[float] = field(default_factory=list)  # from SIGTERM to the end
+    lost_workers: set[int] = field(default_factory=set)  # process ids that could not save
+    worker_stops_s: list[float] = field(default_factory=list)  # from SIGTERM to exit
     flow_stops_s: list[float] = field(default_factory=list)
-    orphans_s: list[float] = field(
-        default_factory=list
-    )  # from the flow's SIGKILL to the end of a child
+    # From the flow's SIGKILL to the exit of a worker.
+    orphans_s: list[float] = field(default_factory=list)
 
 
 class Storm:
-    """Starts a run, strikes it at random times, and starts it again until it is complete."""
+    """Start a run, strike it at random times, and start it again until it is complete."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Storm:
         self._draw = random.Random(seed)
         self._struck = Struck()
         self._flow: subprocess.Popen[str] | None = None
-        self._told: dict[int, float] = {}  # children that have been asked to stop, and when
+        self._stopping: dict[int, float] = {}  # workers with SIGTERM, and when
         self._frozen: set[int] = set()
         self._thaw_at = 0.0
         self._stopping_since: float | None = None  # the flow
@@ -99,10 +99,10 @@ class Storm:
         self._disk_faults: dict[str, float] = {}  # until when
 
     def rage(self, faults: Sequence[Fault]) -> Struck:
-        """Strike with each of `faults` in turn, and let the run come to its end after that. Nobody is left then.
+        """Strike with each of `faults` in turn, then let the run complete. No process is left.
 
         Raises:
-            AssertionError: It ended in a way that it must not, or did not end.
+            AssertionError: If it exited in a wrong way, or did not complete.
         """
         left = list(faults)
         try:
@@ -121,7 +121,7 @@ class Storm:
         self._stopping_since = None
 
     def _follow(self, left: list[Fault]) -> bool:
-        """Strike while the flow is alive; say whether it was struck itself."""
+        """Strike while the flow is alive; return whether the flow itself was struck."""
         assert self._flow is not None
         is_struck = False
         rows_before = read_journal(self._journal_dir).rows_computed
@@ -131,7 +131,7 @@ class Storm:
             time.sleep(_POLL_S)
             self._look_after()
             assert time.monotonic() - quiet_since < _QUIET_LIMIT_S * slowness(), (
-                "it does not come to an end"
+                "it does not complete"
             )
             if left and not is_struck and self._is_due(*due) and self._strike(left[0]):
                 is_struck = left.pop(0) in _OF_THE_FLOW
@@ -140,7 +140,7 @@ class Storm:
         return is_struck
 
     def _next_due(self, rows: int) -> tuple[float, int]:
-        """A time, and a number of rows computed: mostly work is struck, and now and then whatever there is before it."""
+        """Draw a time and a number of rows: mostly during the work, sometimes before it."""
         if self._draw.random() < 0.7:
             return time.monotonic() + 0.2, rows + self._draw.randint(1, 60)
         return time.monotonic() + self._draw.uniform(0.2, 8.0), 0
@@ -149,14 +149,14 @@ class Storm:
         return time.monotonic() >= at and read_journal(self._journal_dir).rows_computed >= rows
 
     def _strike(self, fault: Fault) -> bool:
-        """False where there is nobody to strike yet."""
+        """Strike, or return False if there is no process to strike yet."""
         assert self._flow is not None
-        if fault in _OF_CHILDREN:
-            struck = self._frozen | self._orphans | set(self._told)
-            children = sorted(set(workers_of(self._run_dir)) - struck)
-            if not children:
+        if fault in _OF_WORKERS:
+            struck = self._frozen | self._orphans | set(self._stopping)
+            workers = sorted(set(workers_of(self._run_dir)) - struck)
+            if not workers:
                 return False
-            self._strike_child(self._draw.choice(children), fault)
+            self._strike_worker(self._draw.choice(workers), fault)
         elif fault in _OF_THE_FLOW:
             self._strike_flow(fault)
         else:
@@ -166,33 +166,33 @@ class Storm:
         self._struck.faults[fault] += 1
         return True
 
-    def _strike_child(self, pid: int, fault: Fault) -> None:
+    def _strike_worker(self, pid: int, fault: Fault) -> None:
         try:
             os.kill(pid, _SIGNALS[fault])
         except ProcessLookupError:
             return
-        if fault == Fault.CHILD_TERM:
-            self._told[pid] = time.monotonic()
+        if fault == Fault.WORKER_TERM:
+            self._stopping[pid] = time.monotonic()
         else:
-            self._struck.lost_children.add(pid)
-        if fault == Fault.CHILD_STOP:
+            self._struck.lost_workers.add(pid)
+        if fault == Fault.WORKER_STOP:
             self._frozen.add(pid)
             self._thaw_at = time.monotonic() + self._draw.uniform(2.0, FROZEN_AT_MOST_S)
 
     def _strike_flow(self, fault: Fault) -> None:
         assert self._flow is not None
-        children = workers_of(self._run_dir)
+        workers = workers_of(self._run_dir)
         self._flow.send_signal(_SIGNALS[fault])
         if fault in _STOPPING:
             self._stopping_since = time.monotonic()
             return
         self._flow.wait()
         self._killed_at = time.monotonic()
-        self._orphans |= set(children)
+        self._orphans |= set(workers)
         self._thaw()
 
     def _thaw(self) -> None:
-        """Let them go on. Nobody else does: a worker that is stopped is waited for, and an orphan cannot leave."""
+        """Continue stopped workers: the flow waits for them, and an orphan cannot exit."""
         for pid in self._frozen:
             if is_alive(pid):
                 os.kill(pid, signal.SIGCONT)
@@ -202,12 +202,12 @@ class Storm:
         now = time.monotonic()
         if self._frozen and now >= self._thaw_at:
             self._thaw()
-        for pid in [pid for pid in self._told if not is_alive(pid)]:
-            self._struck.child_stops_s.append(now - self._told.pop(pid))
+        for pid in [pid for pid in self._stopping if not is_alive(pid)]:
+            self._struck.worker_stops_s.append(now - self._stopping.pop(pid))
         for pid in [pid for pid in self._orphans if not is_alive(pid)]:
             self._orphans.remove(pid)
             self._struck.orphans_s.append(now - self._killed_at)
-        limit_s = ORPHANS_LEAVE_WITHIN_S * slowness()
+        limit_s = ORPHANS_EXIT_WITHIN_S * slowness()
         assert not self._orphans or now - self._killed_at < limit_s, (
             f"orphans after {limit_s} s: {self._orphans}"
         )
@@ -216,7 +216,7 @@ class Storm:
             (self._journal_dir / name).unlink()
 
     def _ended(self, is_struck: bool) -> int:
-        """How the flow ended. Unless it was killed, its children have gone before it."""
+        """Return the flow's exit code. Unless it was killed, its workers exited before it."""
         assert self._flow is not None
         _, err = self._flow.communicate()
         code = self._flow.returncode
@@ -226,9 +226,7 @@ class Storm:
             self._struck.flow_stops_s.append(time.monotonic() - self._stopping_since)
         if code != -signal.SIGKILL:
             left_behind = set(workers_of(self._run_dir)) - self._orphans
-            assert not left_behind, (
-                f"left with exit code {code}, but not its children {left_behind}"
-            )
+            assert not left_behind, f"exited with code {code} before its workers {left_behind}"
         return code
 
     def _clear_up(self) -> None:

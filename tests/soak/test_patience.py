@@ -1,4 +1,4 @@
-"""The whole program where things are slow, stopped or awaited: nothing is lost, and nobody is accused."""
+"""Slow, stopped and waiting processes lose nothing, and no sequence is accused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vnp_lib.storage.locks import FileLock
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
-ONE_CHILD = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
+ONE_WORKER = ("--model", "esm2_t6_8M_UR50D", "--weights", "random", "--devices", "cpu")
 
 
 def write_proteins(path: Path, lengths: list[int]) -> Path:
@@ -35,7 +35,8 @@ def write_proteins(path: Path, lengths: list[int]) -> Path:
 
 
 def assert_whole_at_the_first_attempt(run_dir: Path, count: int) -> None:
-    assert len(open_dataset(run_dir)) == count  # so none is in quarantine
+    # All rows, so that none is in quarantine.
+    assert len(open_dataset(run_dir)) == count
     shard = CheckpointManifest(RunPaths(run_dir).manifest).shards()[0]
     assert (shard.attempts, shard.failures) == (1, ())
 
@@ -50,7 +51,7 @@ def test_a_very_long_protein_takes_the_time_it_takes(
         fasta,
         "--output-dir",
         tmp_path / "run",
-        *ONE_CHILD,
+        *ONE_WORKER,
         "--runtime.silence-limit-s",
         8,
     )
@@ -60,14 +61,14 @@ def test_a_very_long_protein_takes_the_time_it_takes(
 
 
 @pytest.mark.parametrize("who", ["both", "flow", "worker"])
-def test_what_was_stopped_and_continued_has_not_been_silent(
+def test_a_stopped_and_continued_process_is_not_silent(
     served_command_line: CommandLine, tmp_path: Path, who: str
 ) -> None:
-    """For 20 s, with a limit of 15 s; both in the order in which the worker goes on last."""
+    """Processes are stopped for 20 s, with a limit of 15 s; the worker continues last."""
     fasta = write_proteins(tmp_path / "in.fasta", [200] * 300)
     run_dir = tmp_path / "run"
     process = served_command_line.start(
-        *("--fasta", fasta, "--output-dir", run_dir, *ONE_CHILD, "--token-budget", 128),
+        *("--fasta", fasta, "--output-dir", run_dir, *ONE_WORKER, "--token-budget", 128),
         *(
             "--runtime.checkpoint-seq-threshold",
             10,
@@ -91,7 +92,7 @@ def test_what_was_stopped_and_continued_has_not_been_silent(
     assert_whole_at_the_first_attempt(run_dir, 300)
 
 
-def test_who_holds_a_shard_is_said_and_waited_for(
+def test_the_holder_of_a_shard_is_reported(
     served_command_line: CommandLine, tmp_path: Path
 ) -> None:
     fasta = write_proteins(tmp_path / "in.fasta", [60] * 20)
@@ -100,7 +101,7 @@ def test_who_holds_a_shard_is_said_and_waited_for(
     lock = FileLock(paths.shard_lock(0), purpose="hang")
     with lock.held(timeout_s=0):
         process = served_command_line.start(
-            "--fasta", fasta, "--output-dir", paths.run_dir, *ONE_CHILD
+            "--fasta", fasta, "--output-dir", paths.run_dir, *ONE_WORKER
         )
         time.sleep(40)
         assert process.poll() is None

@@ -1,9 +1,10 @@
-"""Bad proteins in every place and of every kind: exactly they are set aside, and few children die of them.
+"""Exactly the bad proteins are quarantined, wherever they are, and few workers crash on them.
 
-Those at which a child hangs are not set aside, since a slow machine looks the same: their shard fails, all else is saved.
+Those at which a worker hangs are not quarantined, because a slow machine looks the same: their
+shard fails, everything else is saved.
 
-No Prefect: a loop of attempt, failure, judgement and next attempt is what the flow's task and hook come to. Children,
-judgement, manifest and dataset are the real ones; the network is ESM-2 with one layer.
+Without Prefect: a loop of attempt, failure and recovery does what the flow's task and hook do.
+Workers, recovery, manifest and dataset are the real ones; the network is ESM-2 with one layer.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from tests.faults.figures import record_figure
 from tests.helpers import small_config, workers_of
 from tests.poison import Way, draw_protein, marked_as, patch
-from tests.soak.children import SMALL_NETWORK, sabotaged
 from tests.soak.machine import slowness
+from tests.soak.workers import SMALL_NETWORK, sabotaged
 from vnp_lib.dataset import open_dataset
 from vnp_lib.failures import FailureCause, ShardFailedError
 from vnp_lib.run.assembly import assemble
@@ -51,7 +52,7 @@ CAUSES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Which of 48 proteins are bad, and how."""
+    """Which of 48 proteins are bad, and in which way."""
 
     story: str
     marked: Mapping[int, Way]  # by ordinal
@@ -63,11 +64,11 @@ class Case:
         return f"{self.story.replace(' ', '-')}-{places}-in-{self.shards}x{self.batch_size}"
 
     @property
-    def most_children(self) -> int:
-        """Two strikes for each batch that holds one, two for each that is alone then, and one child a shard to end with.
+    def most_workers(self) -> int:
+        """Two strikes per bad batch, two per bad protein alone, and a last worker per shard.
 
-        A search by halves would need up to ceil(log2 n) + 2 for each: they are computed alone one after the other, by one
-        child, and that child's death names the culprit.
+        A bisection would need up to ceil(log2 n) + 2 for each. One worker computes the suspects
+        alone, one after the other, and its crash names the culprit.
         """
         lethal = [ordinal for ordinal, way in self.marked.items() if way in LETHAL]
         batches = {
@@ -119,29 +120,32 @@ CASES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What became of a case."""
+    """The result of a case."""
 
     run_dir: Path
     quarantined: dict[int, tuple[str, str, int]]  # by ordinal: id, cause, attempts
-    accused: list[bool]  # for every failed attempt, whether it was blamed on what was in the model
-    num_children: int
+    accused: list[bool]  # per failed attempt: whether it accuses a batch
+    num_workers: int
     reasons: list[str]  # of shards that have failed
 
 
 @dataclass(slots=True)
 class Tally:
-    """What held, for the table."""
+    """The results, for the table."""
 
     endings: dict[str, list[tuple[Case, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def record(self) -> None:
         for story, held in self.endings.items():
             culprits = sum(len(case.marked) for case, _ in held)
-            children, most = (
+            workers, most = (
                 sum(count for _, count in held),
-                sum(case.most_children for case, _ in held),
+                sum(case.most_workers for case, _ in held),
             )
-            result = f"{culprits} set aside or named, no other; {children} children, at most {most} allowed"
+            result = (
+                f"{culprits} quarantined or named, no other; {workers} workers, at most {most} "
+                "allowed"
+            )
             record_figure(f"poison: {story}", len(held), result)
 
 
@@ -154,7 +158,7 @@ def tally() -> Iterator[Tally]:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Iterator[Path]:
-    """Where children suffer from bad proteins."""
+    """Make a directory in which workers fail on bad proteins."""
     directory = tmp_path_factory.mktemp("matrix")
     with sabotaged(directory / "sabotage", SMALL_NETWORK + patch(*CAUSES)):
         yield directory
@@ -162,7 +166,7 @@ def directory(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def oracle(directory) -> dict[str, NDArray[np.float32]]:
-    """The rows of the same proteins, none of which is bad, by id; each computed alone, where none can be taken for another."""
+    """Compute the rows of the same proteins without marks, each alone, by id."""
     dataset = open_dataset(
         embed_all(Case(story="oracle", marked={}, batch_size=1), directory / "oracle").run_dir
     )
@@ -172,20 +176,20 @@ def oracle(directory) -> dict[str, NDArray[np.float32]]:
 
 @pytest.fixture(scope="module")
 def endings(request, directory, oracle) -> Iterator[dict[str, Future[Ending]]]:
-    """All cases that have been asked for, each as soon as a processor is free."""
-    asked_for = {item.callspec.id for item in request.session.items if item.path == request.path}
+    """Run all requested cases, each as soon as a core is free."""
+    requested = {item.callspec.id for item in request.session.items if item.path == request.path}
     pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
     yield {
         str(case): pool.submit(embed_all, case, directory / str(number))
         for number, case in enumerate(CASES)
-        if str(case) in asked_for
+        if str(case) in requested
     }
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_exactly_the_bad_ones_are_set_aside(case, endings, oracle, tally):
-    """By their ids and for their causes; every other row is there and right, and no child was started in vain."""
+def test_exactly_the_bad_ones_are_quarantined(case, endings, oracle, tally):
+    """Ids and causes are right, every other row is right, and no worker starts in vain."""
     ending = endings[str(case)].result()
     assert ending.quarantined == {
         ordinal: (f"protein_{ordinal}", CAUSES[way], 2)
@@ -203,9 +207,9 @@ def test_exactly_the_bad_ones_are_set_aside(case, endings, oracle, tally):
     assert all(ending.accused), (
         "a failure that no protein is blamed for: is the machine too busy for the silence limit?"
     )
-    assert ending.num_children <= case.most_children
+    assert ending.num_workers <= case.most_workers
     assert workers_of(ending.run_dir) == []
-    tally.endings[case.story].append((case, ending.num_children))
+    tally.endings[case.story].append((case, ending.num_workers))
 
 
 def assert_all_other_rows(
@@ -233,7 +237,7 @@ def write_input(path: Path, marked: Mapping[int, Way]) -> None:
 
 
 def embed_all(case: Case, directory: Path) -> Ending:
-    """Embed a case's proteins until all shards are complete, and put the dataset together."""
+    """Embed a case's proteins until all shards are complete, and assemble the dataset."""
     directory.mkdir()
     write_input(directory / "in.fasta", case.marked)
     hangs = Way.HANG in case.marked.values()
@@ -249,8 +253,8 @@ def embed_all(case: Case, directory: Path) -> Ending:
         },
     )
     with open_run(config) as run:
-        children: Counter[int] = Counter()
-        reasons = asyncio.run(embed_shards(run, children, most=case.most_children))
+        workers: Counter[int] = Counter()
+        reasons = asyncio.run(embed_shards(run, workers, most=case.most_workers))
         paths, ordinals = run.paths, run.quarantine.ordinals()
         assemble(
             run.plan,
@@ -269,31 +273,34 @@ def embed_all(case: Case, directory: Path) -> Ending:
                 for rank in range(case.shards)
                 for record in run.manifest.failures(rank)
             ],
-            num_children=children.total(),
+            num_workers=workers.total(),
             reasons=reasons,
         )
 
 
-async def embed_shards(run: Run, children: Counter[int], *, most: int) -> list[str]:
+async def embed_shards(run: Run, workers: Counter[int], *, most: int) -> list[str]:
     """Embed all shards, and return why some have failed."""
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(embed_shard(run, rank, children, most=most))
+            group.create_task(embed_shard(run, rank, workers, most=most))
             for rank in range(run.plan.num_shards)
         ]
     return [reason for task in tasks if (reason := task.result())]
 
 
-async def embed_shard(run: Run, rank: int, children: Counter[int], *, most: int) -> str:
-    """Make attempt after attempt, each judged. `children` are counted; AssertionError after more than `most`.
+async def embed_shard(run: Run, rank: int, workers: Counter[int], *, most: int) -> str:
+    """Attempt a shard until it completes or fails, and count the workers.
 
     Returns:
-        Why the shard has failed, if a child was silent; else nothing.
+        Why the shard has failed, if a worker was silent; else nothing.
+
+    Raises:
+        AssertionError: After more than `most` workers.
     """
     while True:
-        children[rank] += 1
-        assert children[rank] <= most, (
-            f"{most} children were not enough: {run.manifest.failures(rank)}"
+        workers[rank] += 1
+        assert workers[rank] <= most, (
+            f"{most} workers were not enough: {run.manifest.failures(rank)}"
         )
         run.prepare_shard(rank)
         run.manifest.start_attempt(rank, device="cpu")

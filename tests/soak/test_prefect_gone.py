@@ -1,4 +1,4 @@
-"""Prefect's server struck in the middle of a run, and a run that is started from elsewhere: the whole program."""
+"""A run whose Prefect server is killed or frozen, and a run from another directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL_CHECKPOINTS = ("--shards", 4, "--token-budget", 128, "--runtime.checkpoint
 
 
 def server_of(pid: int) -> list[int]:
-    """The Prefect server that a run has started."""
+    """Return the process id of the Prefect server that a run has started."""
     return [
         each
         for each in descendants_of(pid)
@@ -75,8 +75,8 @@ def test_a_killed_run_takes_its_server_along(command_line, tmp_path, short_fasta
     wait_until(lambda: not is_alive(server), timeout_s=15)
 
 
-def test_sigterm_to_everything_is_told_in_a_line(command_line, tmp_path, short_fasta):
-    """As Slurm and systemd send it: to flow, server and workers at once."""
+def test_sigterm_to_everything_is_reported_in_a_line(command_line, tmp_path, short_fasta):
+    """Slurm and systemd send SIGTERM to flow, server and workers at once."""
     run_dir = tmp_path / "run"
     process = command_line.start(
         "--fasta", short_fasta, "--output-dir", run_dir, *SMALL_MODEL, *SMALL_CHECKPOINTS
@@ -93,7 +93,7 @@ def test_sigterm_to_everything_is_told_in_a_line(command_line, tmp_path, short_f
 
 
 def test_an_installed_wheel_runs_from_a_hostile_directory(tmp_path, short_fasta, uninterrupted):
-    """With its own server and workers, past files named like modules, and with what a team has set for other flows."""
+    """Files named like modules, and settings for other flows, do not matter."""
     subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,4 @@
-"""The whole program in a storm: round after round of random faults, each until the run is complete."""
+"""The whole program under random faults, in rounds, each until the run is complete."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from tests.faults.figures import record_figure
 from tests.helpers import ROOT, CommandLine, wait_until, workers_of
 from tests.poison import Way, draw_protein, marked_as, patch
-from tests.soak.children import Journal, journalling, read_journal, sabotaged
 from tests.soak.machine import slowness
-from tests.soak.storm import ORPHANS_LEAVE_WITHIN_S, Fault, Storm, Struck
+from tests.soak.storm import ORPHANS_EXIT_WITHIN_S, Fault, Storm, Struck
+from tests.soak.workers import Journal, journalling, read_journal, sabotaged
 from vnp_lib.checkpoint.quarantine import Quarantine
 from vnp_lib.checkpoint.survey import survey_checkpoints
 from vnp_lib.checkpoint.writer import MAX_IN_FLIGHT
@@ -34,10 +34,9 @@ COUNT = 400
 SHORTEST = 20  # residues
 TOKEN_BUDGET = 256
 CHECKPOINT_ROWS = 16
-PAUSE_S = 0.1  # of each forward pass: long enough to be struck in
-OUT_OF_MEMORY = range(
-    25, COUNT, 100
-)  # they fit alone, and run out of memory together with others in most rounds
+PAUSE_S = 0.1  # per forward pass: long enough to be struck
+# These fit alone, and run out of memory in a batch in most rounds.
+OUT_OF_MEMORY = range(25, COUNT, 100)
 MODEL = (
     "--model",
     "esm2_t6_8M_UR50D",
@@ -53,7 +52,8 @@ RUNTIME = {
     "spot-retry-poll-interval": 0.1,
     "backoff-base-s": 0.1,
     "backoff-max-s": 0.5,
-    "startup-limit-s": 90,  # a child may be frozen before its first batch, too
+    # A worker may be frozen before its first batch, too.
+    "startup-limit-s": 90,
     "silence-limit-s": 10,
     "grace-s": 10,
 }
@@ -61,7 +61,7 @@ RUNTIME = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What a round is to suffer, all of it drawn from its seed."""
+    """The faults and bad proteins of a round, drawn from its seed."""
 
     seed: int
     poison: Mapping[int, Way]  # by ordinal
@@ -76,27 +76,27 @@ class Round:
         )
         ways = (Way.EXCEPTION, Way.EXIT, Way.SEGFAULT, Way.NAN, Way.NAN)
         faults = draw.choices(list(Fault), k=draw.randint(3, 6))
-        first_stop = faults.index(Fault.CHILD_STOP) if Fault.CHILD_STOP in faults else 0
+        first_stop = faults.index(Fault.WORKER_STOP) if Fault.WORKER_STOP in faults else 0
         return cls(
             seed=seed,
             poison={place: draw.choice(ways) for place in places},
             runs_out_of_memory=draw.random() < 0.7,
-            # A frozen child accuses what is in the model: two in a round could meet the same innocent.
+            # A frozen worker accuses the sequences in the model: two could accuse the same one.
             faults=tuple(
-                f for i, f in enumerate(faults) if f != Fault.CHILD_STOP or i == first_stop
+                f for i, f in enumerate(faults) if f != Fault.WORKER_STOP or i == first_stop
             ),
         )
 
 
 @dataclass(slots=True)
 class Totals:
-    """What all rounds have come to."""
+    """The totals of all rounds."""
 
     rounds: int = 0
     faults: Counter[Fault] = field(default_factory=Counter)
     poison: Counter[Way] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
-    child_stops_s: list[float] = field(default_factory=list)
+    worker_stops_s: list[float] = field(default_factory=list)
     flow_stops_s: list[float] = field(default_factory=list)
     orphans_s: list[float] = field(default_factory=list)
 
@@ -107,13 +107,13 @@ class Totals:
         num_good = COUNT - len(round_.poison)
         self.counts.update(
             starts=struck.starts,
-            children=journal.num_children,
+            workers=journal.num_workers,
             good=num_good,
             again=journal.rows_computed - num_good,
             allowed=most_rework(round_, struck, journal),
             out_of_memory=journal.out_of_memory,
         )
-        self.child_stops_s += struck.child_stops_s
+        self.worker_stops_s += struck.worker_stops_s
         self.flow_stops_s += struck.flow_stops_s
         self.orphans_s += struck.orphans_s
 
@@ -122,8 +122,9 @@ class Totals:
         whole = "every row right, only the bad in quarantine, none twice, no orphan, verified"
         record_figure("soak: rounds", self.rounds, whole)
         notes = {
-            Fault.CHILD_TERM: f"slowest end {max(self.child_stops_s, default=0):.1f} s after it",
-            Fault.FLOW_TERM: f"slowest end, of SIGINT too, {max(self.flow_stops_s, default=0):.1f} s after it",
+            Fault.WORKER_TERM: f"slowest exit after {max(self.worker_stops_s, default=0):.1f} s",
+            Fault.FLOW_TERM: f"slowest exit, also of SIGINT, after "
+            f"{max(self.flow_stops_s, default=0):.1f} s",
             Fault.FLOW_KILL: f"slowest orphan left {max(self.orphans_s, default=0):.1f} s after it",
         }
         for fault in Fault:
@@ -131,15 +132,13 @@ class Totals:
         record_figure("soak: out of memory", counts["out_of_memory"], "met with smaller batches")
         for way in (Way.EXCEPTION, Way.EXIT, Way.SEGFAULT, Way.NAN):
             record_figure(f"soak: poison, {way.name.lower()}", self.poison[way], "in quarantine")
-        record_figure(
-            "soak: starts of the flow", counts["starts"], f"{counts['children']} children"
-        )
+        record_figure("soak: starts of the flow", counts["starts"], f"{counts['workers']} workers")
         again = f"of {counts['good']:,} embedded; at most {counts['allowed']:,} allowed"
         record_figure("soak: rows computed again", counts["again"], again)
 
 
 def test_whatever_strikes_when_nothing_is_lost(request, served_command_line, tmp_path):
-    """A failed round says its seed: `--soak-seed` with it and few `--soak-minutes` tries that round again, first."""
+    """A failed round prints its seed: `--soak-seed` with it repeats that round first."""
     seed = request.config.getoption("--soak-seed", default=1)
     until = time.monotonic() + 60 * request.config.getoption("--soak-minutes", default=10.0)
     oracle = rows_of(run_unharmed(served_command_line, tmp_path / "oracle"))
@@ -200,7 +199,7 @@ def assert_nothing_is_lost(
     directory: Path, round_: Round, struck: Struck, oracle: Mapping[str, NDArray[np.float32]]
 ) -> None:
     run_dir = directory / "run"
-    wait_until(lambda: not workers_of(run_dir), timeout_s=ORPHANS_LEAVE_WITHIN_S * slowness())
+    wait_until(lambda: not workers_of(run_dir), timeout_s=ORPHANS_EXIT_WITHIN_S * slowness())
     plan = load_plan(RunPaths(run_dir))
     assert quarantined(run_dir, plan) == set(round_.poison)
     assert_rows(run_dir, round_, oracle)
@@ -230,7 +229,7 @@ def rows_of(run_dir: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def assert_rows(run_dir: Path, round_: Round, oracle: Mapping[str, NDArray[np.float32]]) -> None:
-    """All rows but those of the bad ones, each under its id and in its place, as in the unharmed run."""
+    """Assert all rows but those of bad proteins, by id and position, as in a normal run."""
     dataset = open_dataset(run_dir)
     good = [ordinal for ordinal in range(COUNT) if ordinal not in round_.poison]
     assert dataset.ids == [f"protein_{ordinal}" for ordinal in good]
@@ -258,19 +257,20 @@ def assert_verified(run_dir: Path) -> None:
 
 
 def most_rework(round_: Round, struck: Struck, journal: Journal) -> int:
-    """Rows that may be computed twice: for each child that could not save, what it had in memory.
+    """Return how many rows may be computed twice: what workers that could not save had in memory.
 
-    That is what it had collected for the next checkpoint, what the writer had in hand, and the batch in the model. A child
-    that is told to stop once, or whose supervisor is gone, saves, and costs nothing. One that raises at a bad protein costs
-    nothing either, unless memory is short: then the batch goes in pieces, and those before the bad one are lost with it.
+    These are the rows for the next checkpoint, those of the writer, and the batch in the model. A
+    worker that is stopped, or whose supervisor is gone, saves its rows. One that raises at a bad
+    protein loses none either, unless memory is short: then the batch is split, and the pieces
+    before the bad one are lost.
     """
     batch = most_rows_of_a_batch()
     checkpoint = CHECKPOINT_ROWS - 1 + batch
-    lost_children = len(struck.lost_children | journal.met_a_full_disk) + journal.lethal_passes
+    lost_workers = len(struck.lost_workers | journal.met_a_full_disk) + journal.lethal_passes
     strikes = (
         2 * list(round_.poison.values()).count(Way.EXCEPTION) if round_.runs_out_of_memory else 0
     )
-    return lost_children * ((1 + MAX_IN_FLIGHT) * checkpoint + batch) + strikes * (batch - 1)
+    return lost_workers * ((1 + MAX_IN_FLIGHT) * checkpoint + batch) + strikes * (batch - 1)
 
 
 def most_rows_of_a_batch() -> int:

@@ -1,4 +1,4 @@
-"""What the children of a soak are made to run as they start: patches, and a journal of what they compute and suffer."""
+"""Code for the workers of a soak: patches, and a journal of computed rows and faults."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import pytest
 from tests.helpers import ROOT
 from tests.poison import Way
 
-# Everything else than the model is as it always is.
+# Everything but the model is the real code.
 SMALL_NETWORK = """
 import vnp_lib.model.esm2, vnp_lib.model.weights
-vnp_lib.model.weights.architecture_of = lambda model: vnp_lib.model.esm2.Architecture(num_layers=1, embed_dim=64, attention_heads=1)
+vnp_lib.model.weights.architecture_of = lambda model: vnp_lib.model.esm2.Architecture(
+    num_layers=1, embed_dim=64, attention_heads=1
+)
 """
 
-# Goes behind the patch of the poison, whose `ways` and `ACTIVE` it uses.
+# Follows the patch of the poison, whose `ways` and `ACTIVE` it uses.
 _JOURNAL = """
 import errno, json, os, time
 from vnp_lib.storage import durable
@@ -30,7 +32,8 @@ from vnp_lib.checkpoint.writer import AsyncCheckpointWriter
 descriptor = os.open(os.path.join(DIRECTORY, "journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 def note(what, count=1):
-    os.write(descriptor, json.dumps({"pid": os.getpid(), "what": what, "count": count}).encode() + b"\\n")
+    line = json.dumps({"pid": os.getpid(), "what": what, "count": count})
+    os.write(descriptor, line.encode() + b"\\n")
 
 def is_there(name):
     return os.path.exists(os.path.join(DIRECTORY, name))
@@ -45,7 +48,8 @@ def noted_forward(self, input_ids, cu_seqlens, *others):
         note("orphaned")
     time.sleep(PAUSE_S)
     output = poisoned_forward(self, input_ids, cu_seqlens, *others)
-    is_harmless = len(marks) == 1 and "".join(RESIDUES[t - FIRST_RESIDUE] for t in input_ids[1:-1].tolist()) == RESIDUES[:20]
+    residues = "".join(RESIDUES[t - FIRST_RESIDUE] for t in input_ids[1:-1].tolist())
+    is_harmless = len(marks) == 1 and residues == RESIDUES[:20]
     if rows := sum(mark not in BAD for mark in marks) - is_harmless:
         note("rows", rows)
     return output
@@ -72,8 +76,11 @@ note("started")
 
 @contextmanager
 def sabotaged(directory: Path, code: str) -> Iterator[None]:
-    """Have every child that is started within the block run `code` first, as a `sitecustomize` that Python imports."""
-    guarded = f"import sys\nif sys.orig_argv[-1].endswith('job.json'):\n    exec(compile({code!r}, 'sabotage', 'exec'))\n"
+    """Make every worker that starts within the block run `code` first, as a `sitecustomize`."""
+    guarded = (
+        "import sys\nif sys.orig_argv[-1].endswith('job.json'):\n"
+        f"    exec(compile({code!r}, 'sabotage', 'exec'))\n"
+    )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "sitecustomize.py").write_text(guarded)
     with pytest.MonkeyPatch.context() as patch:
@@ -82,9 +89,10 @@ def sabotaged(directory: Path, code: str) -> Iterator[None]:
 
 
 def journalling(directory: Path, *, pause_s: float) -> str:
-    """Code that keeps a journal in `directory`, where `disk_full` and `slow_disk` take effect for as long as they exist.
+    """Return code that keeps a journal in `directory`, and follows `poison.patch`.
 
-    It goes behind `poison.patch`. Each forward pass takes `pause_s` longer.
+    The files `disk_full` and `slow_disk` in it take effect as long as they exist. Each forward pass
+    takes `pause_s` longer.
     """
     settings = {
         "DIRECTORY": str(directory),
@@ -97,13 +105,13 @@ def journalling(directory: Path, *, pause_s: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journal:
-    """What the children of one run have noted."""
+    """What the workers of one run recorded."""
 
-    num_children: int
+    num_workers: int
     rows_computed: int  # of proteins that are not bad
-    lethal_passes: int  # forward passes that the process dies of
+    lethal_passes: int  # forward passes that crash the process
     out_of_memory: int
-    orphaned_passes: int  # the most forward passes that a child has begun after its parent's end
+    orphaned_passes: int  # most per worker, after its parent exited
     met_a_full_disk: frozenset[int]  # process ids
 
 
@@ -116,7 +124,7 @@ def read_journal(directory: Path) -> Journal:
         counts[each["what"]] += each["count"]
     orphaned = Counter(each["pid"] for each in notes if each["what"] == "orphaned")
     return Journal(
-        num_children=counts["started"],
+        num_workers=counts["started"],
         rows_computed=counts["rows"],
         lethal_passes=counts["lethal"],
         out_of_memory=counts["out_of_memory"],
