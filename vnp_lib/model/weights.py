@@ -97,7 +97,7 @@ class Weights:
         )
 
 
-def look_at_weights(model: str, weights: str) -> Weights | None:
+def inspect_weights(model: str, weights: str) -> Weights | None:
     """Find the weights of a model and check their names and shapes, without reading their numbers.
 
     Args:

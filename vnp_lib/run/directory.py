@@ -66,10 +66,10 @@ def check_model(config: EmbedConfig) -> Weights | None:
     Raises:
         InputError: They cannot be used, or the model has no such layer.
     """
-    from vnp_lib.model import check_heads, look_at_weights
+    from vnp_lib.model import check_heads, inspect_weights
 
     layout = layout_from_config(config)
-    weights = look_at_weights(config.model, config.weights)
+    weights = inspect_weights(config.model, config.weights)
     # What is missing of "auto" weights is downloaded.
     if weights is not None and config.weights != "auto":
         check_heads(weights, layout.heads)

@@ -20,7 +20,7 @@ from vnp_lib.embeddings import Embeddings
 from vnp_lib.errors import ExitCode, InputError, WeightsError
 from vnp_lib.model.esm2 import MODELS
 from vnp_lib.model.weight_files import name_in_transformers
-from vnp_lib.model.weights import look_at_weights, random_tensors, resolve_weights, save_weights
+from vnp_lib.model.weights import inspect_weights, random_tensors, resolve_weights, save_weights
 from vnp_lib.options import EstimateConfig
 from vnp_lib.report.estimate import estimate_run
 from vnp_lib.run.directory import open_run, validate_config
@@ -112,7 +112,7 @@ def test_every_layout_of_hugging_faces_is_taken_by_all(tmp_path, safetensors_fil
     with open_run(config) as run:
         assert run.plan.identity["weights_digest"] == resolve_weights(SMALLEST, str(given)).digest
     assert estimate_run(config_with(given, tmp_path, EstimateConfig)).weights == str(
-        look_at_weights(SMALLEST, str(given)).path
+        inspect_weights(SMALLEST, str(given)).path
     )
     ours = embed(["MKV"], model=SMALLEST, weights=given, device="cpu", progress=False)
     theirs = embed(["MKV"], model=SMALLEST, weights="random", device="cpu", progress=False)
@@ -302,7 +302,7 @@ def test_a_directory_of_the_hub_with_several_models_names_them(tmp_path) -> None
         WeightsError,
         match=r"it holds models--facebook--esm2_t6_8M_UR50D, models--bert: give the path",
     ):
-        look_at_weights(SMALLEST, str(tmp_path))
+        inspect_weights(SMALLEST, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -321,13 +321,13 @@ def test_a_directory_of_the_hub_with_several_models_names_them(tmp_path) -> None
 def test_an_invalid_path_is_refused_with_advice(given, reason, monkeypatch) -> None:
     monkeypatch.delenv("ABSENT", raising=False)
     with pytest.raises(InputError) as caught:
-        look_at_weights(SMALLEST, given)
+        inspect_weights(SMALLEST, given)
     assert reason in str(caught.value)
 
 
 def test_home_is_expanded_in_python_too(fair_esm_file, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(fair_esm_file.parent))
-    found = look_at_weights(SMALLEST, "~/model.pt")
+    found = inspect_weights(SMALLEST, "~/model.pt")
     assert found is not None
     assert found.path == fair_esm_file
 
@@ -338,18 +338,18 @@ def test_the_numbers_are_not_read_for_a_look(fair_esm_file, monkeypatch) -> None
     monkeypatch.setattr("vnp_lib.model.weight_files.torch.load", pytest.fail)
     old = fair_esm_file.with_name("old.pt")
     torch.save({"model": {}}, old, _use_new_zipfile_serialization=False)
-    found = look_at_weights(SMALLEST, str(old))
+    found = inspect_weights(SMALLEST, str(old))
     assert found is not None
     assert found.digest == ""
 
 
 def test_a_look_at_random_weights_gives_them() -> None:
-    assert look_at_weights(SMALLEST, "random") == RANDOM
+    assert inspect_weights(SMALLEST, "random") == RANDOM
 
 
 def test_vnp_plan_reports_where_weights_would_be_downloaded(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert look_at_weights(SMALLEST, "auto") is None
+    assert inspect_weights(SMALLEST, "auto") is None
     weights = estimate_run(config_with("auto", tmp_path, EstimateConfig)).weights
     path = f"{tmp_path}/hub/checkpoints/{SMALLEST}.pt"
     assert weights == f"not here yet: a run downloads them to {path}"
