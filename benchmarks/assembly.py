@@ -1,6 +1,7 @@
-"""How much memory and time assembly takes: `python -m benchmarks.assembly --sequences 10000000 --dim 8`.
+"""Measure memory and time of assembly: `python -m benchmarks.assembly --sequences 1000000`.
 
-Writes a plan and checkpoints of made-up rows, without a model, and puts the dataset together in a process of its own,
+Writes a plan and checkpoints of fake rows, without a model, and assembles the dataset in a process
+of its own,
 whose peak memory is printed.
 """
 
@@ -34,10 +35,10 @@ def write_fasta(
     with path.open("wb") as file:
         for start in range(0, num_sequences, 100_000):
             lengths = draw.integers(shortest, longest + 1, size=min(100_000, num_sequences - start))
-            letters = RESIDUES[draw.integers(0, 20, size=lengths.sum())].tobytes()
+            residues = RESIDUES[draw.integers(0, 20, size=lengths.sum())].tobytes()
             ends = np.cumsum(lengths)
             records = (
-                b">p%d\n%b\n" % (start + i, letters[end - length : end])
+                b">p%d\n%b\n" % (start + i, residues[end - length : end])
                 for i, (end, length) in enumerate(zip(ends.tolist(), lengths.tolist(), strict=True))
             )
             file.write(b"".join(records))
@@ -57,7 +58,7 @@ def write_checkpoints(paths: RunPaths, rows_per_checkpoint: int, dim: int) -> No
 
 
 class MemoryWatch:
-    """Samples what this process holds: `anonymous` is its own, `mapped` are file pages that the kernel may take back."""
+    """Sample this process's memory: `anonymous`, and `mapped` file pages, which are reclaimable."""
 
     def __init__(self) -> None:
         self.peak_mib = {"RssAnon": 0.0, "RssFile": 0.0}

@@ -1,4 +1,4 @@
-"""How fast we are on this CPU beside fair-esm and transformers: `make bench`, or `python -m benchmarks.bench --quick`.
+"""Compare the speed on this CPU with fair-esm and transformers: `make bench`, or with `--quick`.
 
 Everybody computes the same proteins with the same parameters on the same cores, in turn; a result counts only if its embeddings
 are ours. benchmarks/README.md says what is compared.
@@ -46,7 +46,7 @@ LEAST_COSINE = 0.999  # in bfloat16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """An engine, and whether it has all cores as threads of one process or as processes of one thread."""
+    """An engine with all cores, as threads of one process or as processes of one thread."""
 
     name: str
     engine: str
@@ -76,7 +76,7 @@ class Teams:
     def embed(
         self, variant: Variant, model: str, weights: Path, sequences: Sequence[str]
     ) -> tuple[float, np.ndarray]:
-        """Seconds from letters to rows, as the parent sees it, and the rows in order."""
+        """Return the seconds from residues to rows, as the parent sees it, and the rows in order."""
         spec = EngineSpec(name=variant.engine, model=model, weights=weights, dtype=variant.dtype)
         team = self._split if variant.is_split else self._whole
         parts = [(spec, sequences[place :: team.size]) for place in range(team.size)]
@@ -131,7 +131,7 @@ def measure_chunks(
     chosen: Sequence[Sequence[str]],
     rounds: int,
 ) -> Iterator[Record]:
-    """Run all variants on each chunk in turn, beginning with another one each time; one record a chunk and round."""
+    """Run all variants on each chunk in turn, in rotation; one record per chunk and round."""
     _compare(
         teams, model, weights, chosen[len(chosen) // 2]
     )  # which also loads the models and warms them up
@@ -204,7 +204,7 @@ def measure_programs(
 
 
 def warm_up_programs(scratch: Path, model: str, sequences: Sequence[str]) -> None:
-    """Run the programs once without a clock: Prefect makes its database at its first start, once a machine."""
+    """Run the programs once untimed: Prefect creates its database at its first start."""
     for _ in measure_programs(scratch, model, sequences, rounds=1, extract_script=None):
         pass
 

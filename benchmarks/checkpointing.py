@@ -1,6 +1,7 @@
-"""What checkpoints cost the loop at the rate of ESM-2 3B on an H100: the real runner and writer, a stub in the model's place.
+"""Measure the cost of checkpoints at the rate of ESM-2 3B on an H100, with a stub model.
 
-The stub gives made-up rows of 2,560 floats, and sleeps until a GPU with 83,000 tokens/s would have had them.
+The runner and the writer are real. The stub returns fake rows of 2,560 floats, and sleeps until a
+GPU with 83,000 tokens/s would have computed them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LoopFigures:
     """A run of the loop."""
 
     elapsed_s: float
-    beside_model_s: (
+    overhead_s: (
         float  # all that was not in the stub, the wait for the last checkpoint's writing included
     )
     last_write_s: float  # that wait
@@ -47,7 +48,7 @@ class _Clock:
 
 
 def run_loop(num_batches: int, checkpoint_dir: Path | None) -> LoopFigures:
-    """Embed made-up sequences at 3B's rate, with checkpoints or, where there is no directory for them, without."""
+    """Embed fake sequences at 3B's rate, with checkpoints if there is a directory for them."""
     clock = _Clock()
     torch.set_num_threads(1)
     with _patched(clock):
@@ -59,7 +60,7 @@ def run_loop(num_batches: int, checkpoint_dir: Path | None) -> LoopFigures:
         ended_at = time.perf_counter()
     return LoopFigures(
         elapsed_s=ended_at - started_at,
-        beside_model_s=ended_at - started_at - clock.in_model_s,
+        overhead_s=ended_at - started_at - clock.in_model_s,
         last_write_s=ended_at - clock.ended_at_s,
         handovers_s=tuple(clock.handovers_s),
     )

@@ -1,4 +1,4 @@
-"""Ways to embed proteins: fair-esm's, transformers', and ours. Each tokenises (`prepare`) and computes (`embed`)."""
+"""Engines that embed proteins: fair-esm's, transformers' and ours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vnp_lib.model.tokens import PackedBatch, pack_batch
 from vnp_lib.model.weights import load_model, resolve_weights
 from vnp_lib.plan.packing import NUM_SPECIAL_TOKENS, pack
 
-CPU_TOKEN_BUDGET = 2048  # what a run takes on a CPU if it is not told otherwise
+CPU_TOKEN_BUDGET = 2048  # default of a run on a CPU
 
 
 class Engine(Protocol):
@@ -33,11 +33,11 @@ class Engine(Protocol):
         """Tokenise, on the CPU."""
 
     def embed(self, prepared: Any) -> Tensor:
-        """The mean over each protein's residues of the last layer, float32 (B, D), on the CPU, in the order of the input."""
+        """Return the mean of each protein's last layer, float32 (B, D), on the CPU, in input order."""
 
 
 class FairEsm:
-    """What fair-esm's extract.py does with one batch: a padded batch, logits too, a mean for each row."""
+    """Do what fair-esm's extract.py does: a padded batch, logits too, a mean per row."""
 
     def __init__(
         self, network: nn.Module, *, device: torch.device = CPU, autocast: torch.dtype | None = None
@@ -96,7 +96,7 @@ class Transformers:
 
 
 class InBatches:
-    """Another engine over extract.py's batches, sorted by length; a budget of 1 takes one protein at a time."""
+    """Another engine over extract.py's batches, sorted by length; budget 1 means one protein."""
 
     def __init__(self, engine: Engine, token_budget: int) -> None:
         self._engine = engine
@@ -115,7 +115,7 @@ class InBatches:
 
 
 class Ours:
-    """What a child of a run does: longest first, packed, one batch ahead of its rows on a GPU."""
+    """What a worker process does: longest first, packed, one batch ahead of its rows on a GPU."""
 
     def __init__(
         self, network: ESM2, *, token_budget: int = CPU_TOKEN_BUDGET, device: torch.device = CPU
@@ -153,7 +153,7 @@ class Ours:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """An engine on the CPU, as another process can be told it."""
+    """An engine on the CPU, in a form that can be sent to another process."""
 
     name: str  # extract, transformers, one_at_a_time or ours
     model: str
@@ -162,7 +162,7 @@ class EngineSpec:
 
 
 def embed_with(spec: EngineSpec, sequences: Sequence[str]) -> np.ndarray:
-    """Embed from letters to rows; the network is read when it is first asked for."""
+    """Embed from residues to rows; the network is read at its first use."""
     if not sequences:  # more processes than proteins in a chunk
         return np.empty((0, architecture_of(spec.model).embed_dim), dtype=np.float32)
     engine = _engine(spec)

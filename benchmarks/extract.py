@@ -1,7 +1,11 @@
-"""What fair-esm's `esm-extract` does on a CPU, as a program: `python -m benchmarks.extract weights.pt in.fasta out_dir --include mean --nogpu`.
+"""Do what fair-esm's `esm-extract` does on a CPU, with its arguments.
 
-PyPI's fair-esm has the classes but not the script. This is its loop, with its arguments: its loader, its batches of 4,096 tokens,
-one file a protein. `python -m benchmarks.bench --extract-script scripts/extract.py` runs the original in its place.
+    python -m benchmarks.extract weights.pt in.fasta out_dir --include mean --nogpu
+
+PyPI's fair-esm has the classes but not the script. This is its loop: its loader, its batches of
+4,096 tokens,
+one file per protein. `python -m benchmarks.bench --extract-script scripts/extract.py` runs the
+original instead.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ def main() -> None:
 
 
 def _results(states: dict[int, Tensor], include: list[str]) -> dict[str, dict[int, Tensor]]:
-    """What is asked for of a protein's states, which are those of BOS and of the residues."""
+    """Return the requested outputs of a protein's states, those of BOS and of the residues."""
     results = {}
     if "per_tok" in include:
         results["representations"] = {layer: own[1:].clone() for layer, own in states.items()}

@@ -42,7 +42,7 @@ class Figure:
 
 
 def report(name: str, figures: Iterable[Figure]) -> None:
-    """Print the figures as they come, as a table, and keep them in `results/<date>-<machine>-<name>.json`."""
+    """Print the figures as a table, and save them in `results/<date>-<machine>-<name>.json`."""
     from benchmarks.hardware import (
         cpu_name,
         describe_machine,
@@ -67,7 +67,7 @@ def report(name: str, figures: Iterable[Figure]) -> None:
 
 
 def peak_mb() -> float:
-    """This process's peak memory, mapped files included; what `getrusage` says begins at that of the process before exec."""
+    """Return this process's peak memory with mapped files; `getrusage` includes that before exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 

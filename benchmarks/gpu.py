@@ -1,7 +1,8 @@
-"""How fast we are on one GPU, beside what it can do and beside fair-esm and transformers: `python -m benchmarks.gpu`.
+"""Compare the speed on one GPU with its peak, fair-esm and transformers.
 
-For a bare machine: it needs torch, numpy, fair-esm and this directory with vnp_lib, and transformers for that peer. Parameters
-are random, proteins drawn. Tokens are on the CPU when the clock starts, and rows are when it stops. `--device cpu
+Run it with `python -m benchmarks.gpu`. It needs torch, numpy, fair-esm and this directory with
+vnp_lib, and transformers for that comparison. Parameters are random, proteins drawn. Tokens are on
+the CPU when the clock starts, and rows are when it stops. `--device cpu
 --models esm2_t6_8M_UR50D --smoke` shows that it works.
 """
 
@@ -27,15 +28,15 @@ from vnp_lib.model.weights import random_tensors
 
 State = Mapping[str, Tensor]
 
-LEAST_COSINE = 0.99  # beside our float32
-PROFILED_BUDGET = 16_384  # what a run takes for 3B if it is not told otherwise
+LEAST_COSINE = 0.99  # compared with our float32
+PROFILED_BUDGET = 16_384  # default of a run for 3B
 FAIR_ESM = "fair-esm float32"
 _MOST_PROFILED = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A network on the device, and the engines that it is tried with: a padded or packed batch's tokens, and the engine."""
+    """A network on the device, and its engines by the tokens of a padded or packed batch."""
 
     name: str
     gemm_dtype: torch.dtype  # whose matrix products are the ceiling
@@ -45,13 +46,13 @@ class Variant:
 
 
 def variants(dtypes: Sequence[torch.dtype], budgets: tuple[int, ...]) -> Iterator[Variant]:
-    """fair-esm and transformers with extract.py's batches and with larger ones; ours with all budgets, compiled last."""
+    """Return fair-esm and transformers with small and large batches; ours with all budgets."""
     yield from _peers(dtypes, (STOCK_TOKENS, *budgets[:2]))
     yield from _ours(dtypes, budgets)
 
 
 def gemm_tflops(dtype: torch.dtype, device: torch.device, *, size: int, repeats: int) -> float:
-    """Dense square matrix products of normal numbers, kept up long enough for the card's power limit to show."""
+    """Measure dense square matrix products, long enough to reach the card's power limit."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def multiply() -> None:
@@ -71,7 +72,7 @@ def measure_variant(
     exact: Tensor,
     given: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    """One record for each token budget. What cannot be done is a record too, and the others go on."""
+    """Measure one record per token budget. A failure is a record too, and the others continue."""
     architecture, device = MODELS[model], torch.device(given.device)
     about = {"model": model, "variant": variant.name}
     try:
@@ -195,7 +196,7 @@ def _measure(
 
 
 def measure_model(model: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All variants of a model, one network on the device at a time; the first proteins are compared with our float32."""
+    """Measure all variants of a model, one network at a time, compared with our float32."""
     device = torch.device(given.device)
     state = dict(random_tensors(MODELS[model]))
     sequences = _drawn(given.tokens)
@@ -211,7 +212,7 @@ def measure_model(model: str, given: argparse.Namespace) -> Iterator[dict[str, A
 
 
 def profile_ours(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Where the device's time goes in our forward passes in the first of the dtypes: the longest kernels, in ms."""
+    """Profile our forward passes in the first of the dtypes: the longest kernels, in ms."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtypes[0])
     network = our_network(
         MODELS[model], dict(random_tensors(MODELS[model])), dtype=dtype, device=device
@@ -319,14 +320,14 @@ def _drawn(tokens: int) -> list[str]:
 
 
 def _with_parameters_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast parameters, not buffers: rotary frequencies stay float32, as they do where transformers loads a file."""
+    """Cast parameters, not buffers: rotary frequencies stay float32, as in transformers."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     return network
 
 
 def _compiled(network: nn.Module) -> nn.Module:
-    """Have each layer compiled when it is first used; since they are all alike, that is once, for batches of any shape."""
+    """Compile each layer at its first use: once for all, since they are alike, for any shape."""
     for layer in network.layers:
         layer.compile(dynamic=True)
     return network

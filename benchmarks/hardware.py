@@ -25,7 +25,7 @@ _GEMM_TOKENS, _GEMM_DIM = 4096, 1024
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a reader must know to compare: hardware, software, and what else was going on."""
+    """What a reader must know to compare: hardware, software, and the load."""
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
@@ -44,7 +44,7 @@ def cpu_name() -> str:
 
 
 def results_path(machine_name: str) -> Path:
-    """`results/2026-11-22-amd-epyc.json`: a second run on the same day takes the place of the first."""
+    """Return `results/2026-11-22-amd-epyc.json`; a second run on a day replaces the first."""
     name = re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
     return RESULTS / f"{datetime.now(UTC).date()}-{name}.json"
 
@@ -59,7 +59,8 @@ def gemm_gflops() -> dict[str, float]:
     half_x, half_w = x.bfloat16(), w.bfloat16()
     products: dict[str, Callable[[], object]] = {
         "fp32_mm": lambda: F.linear(x, w),
-        # The dilation changes nothing in a 1 x 1 kernel, but without it torch keeps away from oneDNN on a single thread.
+        # The dilation has no effect on a 1 x 1 kernel, but without it torch does not use oneDNN on
+        # a single thread.
         "fp32_conv": lambda: F.conv2d(pixels, w[..., None, None], dilation=2),
         "bf16_mm": lambda: F.linear(half_x, half_w),
     }

@@ -15,14 +15,14 @@ from vnp_lib.model.esm2 import ESM2, Architecture, architecture_of
 from vnp_lib.model.weight_files import name_in_transformers
 from vnp_lib.model.weights import random_tensors, save_weights
 
-# fair-esm's loader is older than torch's refusal to unpickle a Namespace; this variable has torch load as it did then.
+# fair-esm's loader unpickles a Namespace, which torch refuses without this variable.
 FAIR_ESM_ENVIRONMENT = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 
 CPU = torch.device("cpu")
 
 
 def write_weights(directory: Path, model: str) -> Path:
-    """Write random parameters as the two files that fair-esm wants, the contact regression beside the model."""
+    """Write random parameters as the two files of fair-esm: model and contact regression."""
     torch.manual_seed(0)
     state = fair_esm_network(
         architecture_of(model), dict(random_tensors(architecture_of(model)))

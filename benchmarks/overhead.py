@@ -1,7 +1,7 @@
-"""Everything beside the model is free: `python -m benchmarks.overhead` measures it, and says which goals are met.
+"""Measure the overhead of everything but the model: `python -m benchmarks.overhead`.
 
 Checkpoints at the rate of ESM-2 3B on an H100, planning, tokenising, assembly, imports, and the time from
-`python flows/embed.py` to the first forward pass, beside that of an empty flow. Rates are per second of processor time, which
+`python flows/embed.py` to the first forward pass, compared with an empty flow. Rates are per second of processor time, which
 other work on the machine disturbs less; what people wait for is wall time.
 """
 
@@ -36,7 +36,7 @@ MODEL = ModelIdentity(model="none", weights_digest="none", layer=0, dtype="float
 TOKEN_BUDGET = 16_384
 SHORTEST, LONGEST = 60, 240  # residues; 150 in the mean
 
-# Run by the children and by the empty flow as they start, in Python's `sitecustomize`.
+# Run by the workers and by the empty flow as they start, in Python's `sitecustomize`.
 _HOOK = """
 import sys, time
 if sys.orig_argv[-1].endswith("job.json"):
@@ -71,7 +71,7 @@ def checkpointing(num_batches: int) -> list[Figure]:
 
     kept, free = measure_checkpointing(num_batches)
     share = 100 * sum(kept.handovers_s[:-1]) / kept.elapsed_s
-    slower = 100 * (kept.beside_model_s - kept.last_write_s - free.beside_model_s) / kept.elapsed_s
+    slower = 100 * (kept.overhead_s - kept.last_write_s - free.overhead_s) / kept.elapsed_s
     p99_ms = 1000 * float(np.percentile(kept.handovers_s[:-1], 99))
     return [
         Figure.at_most(
@@ -84,7 +84,7 @@ def checkpointing(num_batches: int) -> list[Figure]:
             "ms",
         ),
         Figure(
-            what="the loop beside the model, more than without checkpoints",
+            what="the loop without the model, more than without checkpoints",
             value=slower,
             unit="% of the time",
         ),
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", type=int, default=700, help="of 107 sequences, with and without checkpoints"
     )
-    parser.add_argument("--rows", type=int, default=50_000, help="of --dim floats, to put together")
+    parser.add_argument("--rows", type=int, default=50_000, help="of --dim floats, to assemble")
     parser.add_argument("--dim", type=int, default=2560)
     parser.add_argument("--trials", type=int, default=5, help="starts of each kind")
     parser.add_argument(
@@ -328,7 +328,7 @@ def main() -> None:
         "starts": lambda: starts(given.trials),
     }
     wanted = [given.only] if given.only else list(parts)
-    name = f"beside-{given.only}" if given.only else "beside"
+    name = f"overhead-{given.only}" if given.only else "overhead"
     report(name, (figure for part in wanted for figure in parts[part]()))
 
 

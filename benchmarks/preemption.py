@@ -1,7 +1,8 @@
-"""How long a preempted run takes to save and leave: `python -m benchmarks.preemption --trials 10`.
+"""Measure how long a preempted run takes to save and exit.
 
-Embeds made-up proteins with the 8M model and random weights on two CPU children, and sends SIGTERM at a random moment:
-first to a child alone, then to `python flows/embed.py`. Counts what was lost and what the next run computes again.
+Run it with `python -m benchmarks.preemption --trials 10`. It embeds fake proteins with the 8M model
+and random weights on two CPU workers, and sends SIGTERM at a random moment: first to a worker alone,
+then to `python flows/embed.py`. It counts lost rows and those that the next run computes again.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ ROWS_PER_CHECKPOINT = 50
 class Trial:
     """One preemption."""
 
-    children_s: float  # from the signal until all children have left
-    all_s: float  # until the flow and its server have left as well
+    workers_s: float  # from the signal until all workers have exited
+    all_s: float  # until the flow and its server have exited too
     rows_lost: int  # that were in finished checkpoints at the signal and are in none afterwards
     rows_repeated: int  # that had been through the model and are to go through it again
 
@@ -58,8 +59,8 @@ def write_fasta(path: Path, draw: random.Random) -> None:
     )
 
 
-def preempt_child(fasta: Path, run_dir: Path, delay_s: float) -> Trial:
-    """SIGTERM to the child of a shard, `delay_s` after its first batch."""
+def preempt_worker(fasta: Path, run_dir: Path, delay_s: float) -> Trial:
+    """SIGTERM to the worker of a shard, `delay_s` after its first batch."""
     config = EmbedConfig(
         fasta=(fasta,),
         output_dir=run_dir,
@@ -72,26 +73,29 @@ def preempt_child(fasta: Path, run_dir: Path, delay_s: float) -> Trial:
     with open_run(config) as run:
         make_directory(run.paths.shard_dir(0))
         write_file(run.paths.job(0), run.shard_job(0, "cpu").model_dump_json().encode())
-        return asyncio.run(_preempt_child(run.paths, delay_s))
+        return asyncio.run(_preempt_worker(run.paths, delay_s))
 
 
-async def _preempt_child(paths: RunPaths, delay_s: float) -> Trial:
+async def _preempt_worker(paths: RunPaths, delay_s: float) -> Trial:
     plan = load_plan(paths)
     batches = dict(enumerate(plan.shard_batches(0)))
     computed: list[int] = []
     acknowledged = np.empty(0, dtype=np.int64)
-    told_at = 0.0
+    signalled_at = 0.0
 
-    def tell() -> None:
-        nonlocal told_at, acknowledged
-        acknowledged, told_at = committed_ordinals(paths, verify_digests=False), time.monotonic()
+    def send_sigterm() -> None:
+        nonlocal signalled_at, acknowledged
+        acknowledged, signalled_at = (
+            committed_ordinals(paths, verify_digests=False),
+            time.monotonic(),
+        )
         for pid in workers_of(paths.run_dir):
             os.kill(pid, signal.SIGTERM)
 
     async def on_event(event: Event) -> None:
         if isinstance(event, BatchComputed):
             if not computed:
-                asyncio.get_running_loop().call_later(delay_s, tell)
+                asyncio.get_running_loop().call_later(delay_s, send_sigterm)
             computed.extend(batches[event.batch_idx].tolist())
 
     with suppress(ShardFailedError):
@@ -104,14 +108,14 @@ async def _preempt_child(paths: RunPaths, delay_s: float) -> Trial:
             silence_limit_s=300.0,
             grace_s=60.0,
         )
-    left_s = time.monotonic() - told_at
+    left_s = time.monotonic() - signalled_at
     pending = [
         ordinal
         for _, ordinals in find_pending_work(plan, paths, 0).batches
         for ordinal in ordinals.tolist()
     ]
     return Trial(
-        children_s=left_s,
+        workers_s=left_s,
         all_s=left_s,
         rows_lost=len(np.setdiff1d(acknowledged, committed_ordinals(paths, verify_digests=True))),
         rows_repeated=len(set(computed) & set(pending)),
@@ -119,7 +123,7 @@ async def _preempt_child(paths: RunPaths, delay_s: float) -> Trial:
 
 
 def preempt_flow(fasta: Path, run_dir: Path, delay_s: float, home: Path) -> Trial:
-    """SIGTERM to `python flows/embed.py`, with Prefect's embedded server, `delay_s` after its first checkpoint."""
+    """Send SIGTERM to `python flows/embed.py` `delay_s` after its first checkpoint."""
     arguments = {
         "fasta": fasta,
         "output-dir": run_dir,
@@ -144,15 +148,15 @@ def preempt_flow(fasta: Path, run_dir: Path, delay_s: float, home: Path) -> Tria
     time.sleep(delay_s)
     acknowledged = committed_ordinals(paths, verify_digests=False)
     process.send_signal(signal.SIGTERM)
-    told_at = time.monotonic()
+    signalled_at = time.monotonic()
     wait_until(lambda: not workers_of(run_dir))
-    children_s = time.monotonic() - told_at
+    workers_s = time.monotonic() - signalled_at
     wait_until(lambda: process.poll() is not None and not group_of(process.pid))
     return Trial(
-        children_s=children_s,
-        all_s=time.monotonic() - told_at,
+        workers_s=workers_s,
+        all_s=time.monotonic() - signalled_at,
         rows_lost=len(np.setdiff1d(acknowledged, committed_ordinals(paths, verify_digests=True))),
-        rows_repeated=0,  # not to be seen from outside; the trials with a child alone count them
+        rows_repeated=0,  # only counted by the trials with a worker alone
     )
 
 
@@ -185,21 +189,21 @@ def main() -> None:
         fasta = scratch / "in.fasta"
         write_fasta(fasta, draw)
         alone = [
-            preempt_child(fasta, scratch / f"child_{i}", delay_s)
+            preempt_worker(fasta, scratch / f"worker_{i}", delay_s)
             for i, delay_s in enumerate(delays_s)
         ]
         flows = [
             preempt_flow(fasta, scratch / f"flow_{i}", delay_s, scratch / "prefect")
             for i, delay_s in enumerate(delays_s)
         ]
-    report("SIGTERM to a child: it has left", [trial.children_s for trial in alone], 8.0)
+    report("SIGTERM to a worker: it has exited", [trial.workers_s for trial in alone], 8.0)
     report(
-        "SIGTERM to the flow: its children have left", [trial.children_s for trial in flows], 8.0
+        "SIGTERM to the flow: its workers have exited", [trial.workers_s for trial in flows], 8.0
     )
     report("SIGTERM to the flow: everything has left", [trial.all_s for trial in flows], 10.0)
     print(f"rows lost: {sum(trial.rows_lost for trial in alone + flows)}")
     print(
-        f"rows computed again: {sum(trial.rows_repeated for trial in alone)} of {len(alone)} children alone"
+        f"rows computed again: {sum(trial.rows_repeated for trial in alone)} of {len(alone)} workers alone"
     )
 
 

@@ -1,4 +1,4 @@
-"""Whole programs: from a FASTA file and a weights file to embeddings on disk, start and imports included."""
+"""Complete programs, from FASTA and weights to embeddings on disk, imports included."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ProgramFiles:
 def run_program(
     name: ProgramName, files: ProgramFiles, *, prefect_home: Path, extract_script: Path | None
 ) -> float:
-    """Run one from start to end, with as many threads or children as there are cores; seconds.
+    """Run one from start to end, with as many threads or workers as there are cores; seconds.
 
     Raises:
         subprocess.CalledProcessError: It failed; its output is on standard error.

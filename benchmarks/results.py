@@ -1,6 +1,6 @@
-"""Results: written as JSON, read back, and shown as tables: `python -m benchmarks.results FILE.json` prints them.
+"""Write results as JSON, and print them as tables: `python -m benchmarks.results FILE.json`.
 
-With `--readme`, the tables of a file go into benchmarks/README.md, between the marks that are there for them.
+With `--readme`, the tables of a file are inserted into benchmarks/README.md, between their marks.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ Variants = list[tuple[tuple[str, ...], str, list[Record]]]
 
 
 def _variants(records: Sequence[Record]) -> Variants:
-    """What belongs together: (model and input, variant, its records). Records of one model and input are neighbours."""
+    """Group the records: (model and input, variant, records), in order of model and input."""
 
     def about(record: Record) -> tuple[str, ...]:
         return tuple(record[key] for key in ("model", "input") if key in record)
@@ -148,7 +148,7 @@ def _variants(records: Sequence[Record]) -> Variants:
 
 
 def _ratios(name: str, records: Sequence[Record]) -> np.ndarray:
-    """How many times as fast as extract.py, chunk by chunk, each beside extract.py on the same chunk at the same time."""
+    """Return the speed relative to extract.py on the same chunk at the same time, by chunk."""
     return np.array([record["seconds"][BASELINE] / record["seconds"][name] for record in records])
 
 
@@ -188,7 +188,7 @@ def _ceiling(gemm_gflops: Mapping[str, float], name: str) -> float:
 
 
 def _speed_of_fair_esm(model: str, records: Sequence[Record]) -> float | None:
-    """Tokens/s of the first measurement of a model, which is fair-esm's in float32 with extract.py's batches."""
+    """Return the tokens/s of a model's first record, fair-esm's in float32 on small batches."""
     first = next(record for record in records if record["model"] == model)
     return None if "failed" in first else first["tokens"] / float(np.median(first["seconds"]))
 
@@ -207,8 +207,8 @@ def _gpu_cells(record: Record, speed_of_fair_esm: float | None) -> tuple[str, ..
 
 def _describe_cpu(results: Record) -> str:
     layers = ", ".join(f"{team}: {way}" for team, way in results["linear_layers"].items())
-    told = f"{gemm_line(results['chunks'])}. Our linear layers in float32: {layers}."
-    parts = [machine_lines(results), told, chunk_table(results["chunks"])]
+    summary = f"{gemm_line(results['chunks'])}. Our linear layers in float32: {layers}."
+    parts = [machine_lines(results), summary, chunk_table(results["chunks"])]
     if results["programs"]:
         parts.append(program_table(results["programs"]))
     return "\n\n".join(parts)

@@ -1,8 +1,9 @@
-"""A million sequences through the whole program: `python -m benchmarks.scale`, or `--sequences 10000000`.
+"""Run a million sequences through the complete program: `python -m benchmarks.scale`.
 
-`python flows/embed.py` with Prefect's embedded server and children as they always are, on two CPU devices; in the model's
-place stands a stub that costs next to nothing. At half of the checkpoints everything is killed with SIGKILL, and the same
-command goes on. The same is done with a tenth of the sequences, to see what grows with them. Every row is compared with what
+`python flows/embed.py` runs with Prefect's embedded server and normal workers, on two CPU devices,
+with a stub model that costs next to nothing. At half of the checkpoints everything is killed with
+SIGKILL, and the same command resumes. The same is done with a tenth of the sequences, to see what
+grows with them. Every row is compared with what
 its sequence should have.
 """
 
@@ -44,11 +45,12 @@ MOST_SCAN_S = 60.0
 MOST_DATABASE_GROWTH = 1.1
 CHECKPOINTS_OF_THE_SCAN = 1_000
 
-# Run by the flow and its children as they start, in Python's `sitecustomize`: both note times, and the children get the stub.
+# Run by the flow and its workers as they start, in Python's `sitecustomize`: both record times, and
+# the workers get the stub.
 _HOOK = """
 import os, sys, time
-is_child, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in sys.orig_argv
-if is_child or is_flow:
+is_worker, is_flow = sys.orig_argv[-1].endswith("job.json"), "flows/embed.py" in sys.orig_argv
+if is_worker or is_flow:
     import json
     import torch
     import vnp_lib.inference.executor, vnp_lib.model.weights
@@ -64,7 +66,7 @@ if is_child or is_flow:
         setattr(module, name, wrapped)
 
     def note(name, **seconds):
-        line = json.dumps({"name": name, "is_child": is_child, "seconds": seconds})
+        line = json.dumps({"name": name, "is_worker": is_worker, "seconds": seconds})
         descriptor = os.open(JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, line.encode() + b"\\n")
         os.close(descriptor)
@@ -75,7 +77,7 @@ if is_child or is_flow:
     noted(vnp_lib.run.resume, "heal_shard")
     noted(vnp_lib.run.run, "survey_checkpoints")
 
-if is_child:
+if is_worker:
     def embed_batch(model, batch, layout=None):
         rows = torch.repeat_interleave(torch.arange(batch.num_sequences), batch.cu_seqlens.diff())
         sums = torch.zeros(batch.num_sequences, dtype=torch.int64).index_add_(0, rows, batch.input_ids)
@@ -91,7 +93,7 @@ class RunFigures:
     """A run that was killed once, and ended well."""
 
     num_sequences: int
-    phases_s: dict[str, float]  # without the start of any process; those of children are summed up
+    phases_s: dict[str, float]  # without the start of any process; those of workers are summed up
     cpu_s: dict[str, float]  # of the phases whose processor time is noted
     first_run_s: float  # until SIGKILL
     second_run_s: float
@@ -104,7 +106,7 @@ class RunFigures:
 
 
 class MemoryWatch:
-    """The peak memory of a process and of all that it starts, as the kernel keeps it, mapped files included."""
+    """The peak memory of a process and its descendants, by the kernel, mapped files included."""
 
     def __init__(self) -> None:
         self.peak_mb: dict[str, float] = {}
@@ -123,7 +125,7 @@ class MemoryWatch:
 
 def _kind_of_process(command: str) -> str:
     kinds = {
-        "vnp_lib/worker/__main__.py": "a child",
+        "vnp_lib/worker/__main__.py": "a worker",
         "flows/embed.py": "the flow",
         "uvicorn": "Prefect's server",
     }
@@ -132,7 +134,7 @@ def _kind_of_process(command: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """`python flows/embed.py` on made-up proteins, with the stub, and with all of its files in one directory."""
+    """`python flows/embed.py` on fake proteins with the stub, with all files in one directory."""
 
     directory: Path
     num_sequences: int
@@ -147,13 +149,13 @@ class Program:
         return min(10_000, self.num_sequences // (10 * SHARDS))
 
     def prepare(self) -> None:
-        """Write the proteins, and what puts the stub into the children."""
+        """Write the proteins, and the code that installs the stub in the workers."""
         write_fasta(self.directory / "in.fasta", self.num_sequences, np.random.default_rng(0))
         settings = f"JOURNAL = {str(self._journal)!r}\nWIDTH = {WIDTH}\n"
         (self.directory / "sitecustomize.py").write_text(settings + _HOOK)
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> float:
-        """Run it to its end, or switch it off as if by a power cut; returns after how many seconds."""
+        """Run until it exits, or kill it like a power failure; return the seconds."""
         begun_at = time.time()
         flow = self._start()
         while flow.poll() is None and not until():
@@ -232,20 +234,20 @@ def run_and_kill_once(directory: Path, num_sequences: int) -> RunFigures:
 def _phases(
     first: list[dict[str, Any]], second: list[dict[str, Any]], kind: str
 ) -> dict[str, float]:
-    """How long each phase took, by the notes of the two runs: `took` is by the clock, `cpu` is processor time."""
+    """Return the duration of each phase of two runs: `took` is wall time, `cpu` processor time."""
 
-    def seconds(notes: list[dict[str, Any]], *names: str, is_child: bool) -> float:
+    def seconds(notes: list[dict[str, Any]], *names: str, is_worker: bool) -> float:
         return sum(
-            n["seconds"][kind] for n in notes if n["name"] in names and n["is_child"] == is_child
+            n["seconds"][kind] for n in notes if n["name"] in names and n["is_worker"] == is_worker
         )
 
     return {
-        "plan": seconds(first, "make_plan", is_child=False),
-        "plan again, after SIGKILL": seconds(second, "make_plan", is_child=False),
+        "plan": seconds(first, "make_plan", is_worker=False),
+        "plan again, after SIGKILL": seconds(second, "make_plan", is_worker=False),
         "resume scans, all shards": seconds(
-            second, "heal_shard", "survey_checkpoints", is_child=True
+            second, "heal_shard", "survey_checkpoints", is_worker=True
         ),
-        "assembly": seconds(second, "assemble", is_child=False),
+        "assembly": seconds(second, "assemble", is_worker=False),
     }
 
 
@@ -279,7 +281,7 @@ def _sum_of_tokens(sequence: str) -> int:
 
 
 def scan(paths: RunPaths) -> dict[str, float]:
-    """What a child and the flow do before they go on: read a shard's checkpoints whole, and all of the run's markers."""
+    """Time the scan before a resume: a shard's checkpoints, and all markers of the run."""
     plan = load_plan(paths)
     begun_at = time.perf_counter()
     work = find_pending_work(plan, paths, 0)

@@ -1,4 +1,4 @@
-"""Processes that stay, to be asked for the same thing again and again: imports and models are loaded once."""
+"""Processes that stay between calls, so that imports and models are loaded once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 # glibc gives large blocks back to the kernel at once and has every page zeroed again for the next one. That costs extract.py
 # a quarter of its time and us nothing, so all processes that are compared keep their memory.
 _KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
-_IN_HUGE_PAGES = ":glibc.malloc.hugetlb=1"  # as our children are
+_IN_HUGE_PAGES = ":glibc.malloc.hugetlb=1"  # as in our workers
 
 
 class Team:
-    """As many processes as asked for, with so many threads each."""
+    """A number of processes, with a number of threads each."""
 
     def __init__(self, *, processes: int, threads: int, huge_pages: bool = False) -> None:
         self.size = processes
@@ -37,7 +37,7 @@ class Team:
             theirs.close()  # else the death of a member would go unnoticed
 
     def call(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """Call a function of some module in every member, each with arguments of its own; what they return, in order.
+        """Call a function in every member, each with its own arguments; return the results in order.
 
         Raises:
             EOFError: A member has died; it has said why on standard error.

@@ -1,6 +1,7 @@
 """A run without Prefect: `python -m benchmarks.without_prefect model weights.pt in.fasta run_dir`.
 
-Plan, a child of one thread for each core, checkpoints, the dataset: what `python flows/embed.py` does, less the flow, its server
+Plan, one single-threaded worker per core, checkpoints, the dataset: what `python flows/embed.py`
+does, without the flow, its server
 and its report. Nothing is tried again.
 """
 

@@ -1,7 +1,8 @@
 """What is computed: proteins, real or drawn, and what they cost.
 
-Forward FLOPs of ESM-2 with n layers of width D, a protein of L tokens: L (24 D^2 n + 4 D n L). The first part are the
-six matrix products of a layer (query, key, value, output, and two of 4 D), the second is attention within the protein.
+Forward FLOPs of ESM-2 with n layers of width D, a protein of L tokens: L (24 D^2 n + 4 D n L). The
+first part is the six matrix products of a layer (query, key, value, output, and two of 4 D), the
+second is attention within the protein.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def viral_proteins() -> list[str]:
 
 
 def log_normal_mix(count: int, *, seed: int = 0) -> list[str]:
-    """Proteins with the lengths of a proteome: log-normal, median 200, sigma 0.75, clipped to 20..1,022."""
+    """Draw proteins with the lengths of a proteome: log-normal, median 200, clipped to 20..1,022."""
     draw = np.random.default_rng(seed)
     lengths = np.exp(draw.normal(np.log(200), 0.75, size=count)).astype(int)
     return _drawn(np.clip(lengths, 20, MOST_RESIDUES), draw)
@@ -80,6 +81,8 @@ def forward_flops(architecture: Architecture, sequences: Iterable[str]) -> float
 
 
 def _drawn(lengths: np.ndarray, draw: np.random.Generator) -> list[str]:
-    letters = _RESIDUES[draw.integers(0, 20, size=lengths.sum())].tobytes().decode()
+    residues = _RESIDUES[draw.integers(0, 20, size=lengths.sum())].tobytes().decode()
     ends = np.cumsum(lengths).tolist()
-    return [letters[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+    return [
+        residues[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)
+    ]
