@@ -80,8 +80,8 @@ MUTANTS = (
     Mutant(
         name="column-names-for-proteins",
         module="inputs.in_memory",
-        before="    if names is not None:\n        return _rows_with_ids",
-        after="    if False:\n        return _rows_with_ids",
+        before="id_column, sequence_column)) is not None:\n        return _rows_with_ids",
+        after="id_column, sequence_column)) is False:\n        return _rows_with_ids",
         caught_by=(
             "tests/unit/inputs/test_in_memory.py::test_each_row_is_that_of_the_sequence_with_its_id",
         ),

@@ -33,6 +33,8 @@ DAMAGE: tuple[type[Exception], ...] = (
 )
 
 _logger = logging.getLogger(__name__)
+# Files are read more than once.
+_warn_once = cache(_logger.warning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ def decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
             data += file.read(BLOCK_BYTES)
         if data and not kind.start.match(data):
             _require_no_records(data, file, kind)
-            _warn(f"{name}: bytes follow the end of the compressed data, and are ignored")
+            _warn_once(f"{name}: bytes follow the end of the compressed data, and are ignored")
             return
 
 
@@ -148,9 +150,3 @@ def _require_no_records(data: bytes, file: BinaryIO, kind: _Format) -> None:
             raise EOFError("there are other bytes between its parts")
         more = file.read(BLOCK_BYTES)
         data = data[-_LONGEST_START:] + more if more else b""
-
-
-@cache
-def _warn(message: str) -> None:
-    """Log a warning once, although files are read more than once."""
-    _logger.warning("%s", message)

@@ -165,15 +165,16 @@ def _plain_text(file: BinaryIO) -> Iterator[str]:
         ):
             yield lines.decode()
         else:
-            yield "".join(map(_plain_line, lines.decode().split("\n")))
-
-
-def _plain_line(line: str) -> str:
-    margin = _margin_of(line)
-    if line.startswith((">", "#", ";"), margin):
-        # The margin of a header moves behind it, so that its characters are counted as removed.
-        return f"{line[margin:]}\n{line[:margin]}\n" if line[margin] == ">" else ""
-    return f"{line}\n" if line else ""
+            plain: list[str] = []
+            for line in filter(None, lines.decode().split("\n")):
+                margin = _margin_of(line)
+                if not line.startswith((">", "#", ";"), margin):
+                    plain.append(f"{line}\n")
+                elif line[margin] == ">":
+                    # The margin moves behind the header, so that its characters are counted as
+                    # removed.
+                    plain.append(f"{line[margin:]}\n{line[:margin]}\n")
+            yield "".join(plain)
 
 
 def _line_blocks(file: BinaryIO) -> Iterator[bytes]:

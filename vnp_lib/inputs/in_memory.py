@@ -112,9 +112,8 @@ def files_or_records(
     _refuse_objects_without_records(given)
     if hasattr(given, "as_py"):  # a pyarrow scalar
         return files_or_records(given.as_py(), id_column=id_column, sequence_column=sequence_column)
-    names = _column_names(given)
-    if names is not None:
-        return _rows_with_ids(_rows_of_table(given, names, id_column, sequence_column))
+    if (rows := _rows_of_table(given, id_column, sequence_column)) is not None:
+        return _rows_with_ids(rows)
     if (mapping := _as_mapping(given)) is not None:
         return _rows_with_ids(_rows_of_mapping(mapping))
     is_record = hasattr(given, "id") and any(
@@ -167,22 +166,22 @@ def _refuse_objects_without_records(given: Any) -> None:
         )
 
 
-def _column_names(given: Any) -> list[Any] | None:
-    """Return the names of a table's columns; None if it is no table."""
-    if isinstance(given, Mapping):
+def _rows_of_table(
+    table: Any, id_column: str, sequence_column: str
+) -> Iterable[tuple[Any, Any]] | None:
+    """Return ids and sequences; None if it is no table.
+
+    The ids may be the named index of a pandas DataFrame.
+    """
+    if isinstance(table, Mapping):
         return None
     # A structured NumPy array has its columns in its dtype.
-    of_fields = getattr(getattr(given, "dtype", None), "names", None)
-    for names in (of_fields, getattr(given, "column_names", None), getattr(given, "columns", None)):
-        if names is not None and not callable(names):
-            return list(names)
-    return None
-
-
-def _rows_of_table(
-    table: Any, names: Sequence[Any], id_column: str, sequence_column: str
-) -> Iterable[tuple[Any, Any]]:
-    """Return ids and sequences; the ids may be the named index of a pandas DataFrame."""
+    of_fields = getattr(getattr(table, "dtype", None), "names", None)
+    found = (of_fields, getattr(table, "column_names", None), getattr(table, "columns", None))
+    columns = next((each for each in found if each is not None and not callable(each)), None)
+    if columns is None:
+        return None
+    names = list(columns)
     index = getattr(table, "index", None)
     index_is_id = getattr(index, "name", None) == id_column and id_column not in names
     wanted = [sequence_column] if index_is_id else [id_column, sequence_column]
@@ -192,9 +191,9 @@ def _rows_of_table(
     )
     for name in wanted:
         if (count := names.count(name)) != 1:
-            found = "there is no column" if count == 0 else f"{count} columns are called"
+            problem = "there is no column" if count == 0 else f"{count} columns are called"
             raise FastaError(
-                f"{found} {name!r} in this {type(table).__name__}, which has the columns "
+                f"{problem} {name!r} in this {type(table).__name__}, which has the columns "
                 f"{_quoted(names)}; name them with id_column and sequence_column{or_series}"
             )
     ids = _to_list(index) if index_is_id else _to_list(table[id_column])

@@ -105,27 +105,25 @@ def _require_same(stream: BinaryIO, path: Path) -> None:
 def _blocks(
     stream: BinaryIO, *, first_within_s: float = float("inf"), next_within_s: float = float("inf")
 ) -> Iterator[bytes]:
-    """Yield piped input, to its end. Raise TimeoutError if no byte comes in time."""
+    """Yield piped input, to its end; print a notice if it has to be waited for.
+
+    Raises:
+        TimeoutError: No byte comes in time.
+    """
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
     within_s = first_within_s
     while True:
-        _wait_for_byte(stream, within_s)
+        notice_after_s = min(_NOTICE_AFTER_S, within_s)
+        if not poll.poll(notice_after_s * 1000):
+            _notify("--fasta -: waiting for FASTA on standard input")
+            left_ms = None if within_s == float("inf") else (within_s - notice_after_s) * 1000
+            if not poll.poll(left_ms):
+                raise TimeoutError
         if not (block := os.read(stream.fileno(), _BLOCK_BYTES)):
             return
         yield block
         within_s = next_within_s
-
-
-def _wait_for_byte(stream: BinaryIO, within_s: float) -> None:
-    """Wait until there is a byte, or the end. Print a notice after some seconds."""
-    poll = select.poll()
-    poll.register(stream, select.POLLIN)
-    notice_after_s = min(_NOTICE_AFTER_S, within_s)
-    if poll.poll(notice_after_s * 1000):
-        return
-    _notify("--fasta -: waiting for FASTA on standard input")
-    left_ms = None if within_s == float("inf") else (within_s - notice_after_s) * 1000
-    if not poll.poll(left_ms):
-        raise TimeoutError
 
 
 def _notify(text: str) -> None:
