@@ -37,8 +37,8 @@ MUTANTS = (
     Mutant(
         name="new-directory-not-synced",
         module="storage.durable",
-        before="    fsync_directory(path.parent)\n\n\ndef fsync_directory",
-        after="\n\ndef fsync_directory",
+        before="        fsync_directory(path.parent)\n\n\ndef fsync_directory",
+        after="        pass\n\n\ndef fsync_directory",
         caught_by=(f"{_FILES}::TestDirectories::test_missing_parents_are_created_and_synced",),
     ),
     Mutant(
