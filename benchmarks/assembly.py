@@ -124,12 +124,14 @@ def measure_assembly(paths: RunPaths) -> None:
     seen = assembly_figures(paths)
     summary = seen.summary
     print(
-        f"{summary.num_rows:,} rows of {summary.dim}: {seen.num_checkpoints:,} checkpoints of {seen.read_mb:,.0f} MB in all"
+        f"{summary.num_rows:,} rows of {summary.dim}: {seen.num_checkpoints:,} checkpoints "
+        f"of {seen.read_mb:,.0f} MB in all"
     )
     print(f"survey of the markers {seen.survey_s:.1f} s")
     print(f"assembly {seen.assembly_s:.1f} s, {seen.mb_per_s:,.0f} MB/s")
     print(
-        f"peak memory {seen.peak_mb:,.0f} MB: {seen.own_mib:,.0f} MiB its own, {seen.mapped_mib:,.0f} MiB mapped files"
+        f"peak memory {seen.peak_mb:,.0f} MB: {seen.own_mib:,.0f} MiB its own, "
+        f"{seen.mapped_mib:,.0f} MiB mapped files"
     )
 
 

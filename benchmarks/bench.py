@@ -1,7 +1,7 @@
 """Compare the speed on this CPU with fair-esm and transformers: `make bench`, or with `--quick`.
 
-Everybody computes the same proteins with the same parameters on the same cores, in turn; a result counts only if its embeddings
-are ours. benchmarks/README.md says what is compared.
+All compute the same proteins with the same parameters on the same cores, in turn. A result counts
+only if its embeddings are equal to ours. benchmarks/README.md says what is compared.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Teams:
     def embed(
         self, variant: Variant, model: str, weights: Path, sequences: Sequence[str]
     ) -> tuple[float, np.ndarray]:
-        """Return the seconds from residues to rows, as the parent sees it, and the rows in order."""
+        """Return the seconds from residues to rows, as the parent sees it, and the rows."""
         spec = EngineSpec(name=variant.engine, model=model, weights=weights, dtype=variant.dtype)
         team = self._split if variant.is_split else self._whole
         parts = [(spec, sequences[place :: team.size]) for place in range(team.size)]

@@ -33,7 +33,7 @@ class Engine(Protocol):
         """Tokenise, on the CPU."""
 
     def embed(self, prepared: Any) -> Tensor:
-        """Return the mean of each protein's last layer, float32 (B, D), on the CPU, in input order."""
+        """Return the means of the last layer, float32 (B, D), on the CPU, in input order."""
 
 
 class FairEsm:

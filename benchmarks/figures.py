@@ -67,7 +67,7 @@ def report(name: str, figures: Iterable[Figure]) -> None:
 
 
 def peak_mb() -> float:
-    """Return this process's peak memory with mapped files; `getrusage` includes that before exec."""
+    """Return this process's peak memory; `getrusage` would include that before exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 

@@ -52,7 +52,8 @@ def results_path(machine_name: str) -> Path:
 def gemm_gflops() -> dict[str, float]:
     """Measure matrix products on this process's threads, GFLOP/s, the best of three.
 
-    `fp32_mm` is what `nn.Linear` gets (MKL), `fp32_conv` the same product as a 1 x 1 convolution (oneDNN).
+    `fp32_mm` is what `nn.Linear` gets (MKL), `fp32_conv` the same product as a 1 x 1 convolution
+    (oneDNN).
     """
     x, w = torch.randn(_GEMM_TOKENS, _GEMM_DIM), torch.randn(_GEMM_DIM, _GEMM_DIM)
     pixels = x[None, None].permute(0, 3, 1, 2)

@@ -351,7 +351,8 @@ def as_text(figures: dict[str, Any], *, with_list: bool) -> str:
         ("code lines", figures["code_lines"]),
         (
             "own-line comments",
-            f"{figures['own_line_comments']} ({figures['comments_per_100_code_lines']} per 100 code lines)",
+            f"{figures['own_line_comments']} "
+            f"({figures['comments_per_100_code_lines']} per 100 code lines)",
         ),
         (
             f"lines over {LINE_LENGTH} characters",

@@ -1,8 +1,8 @@
 """Measure the overhead of everything but the model: `python -m benchmarks.overhead`.
 
-Checkpoints at the rate of ESM-2 3B on an H100, planning, tokenising, assembly, imports, and the time from
-`python flows/embed.py` to the first forward pass, compared with an empty flow. Rates are per second of processor time, which
-other work on the machine disturbs less; what people wait for is wall time.
+Checkpoints at the rate of ESM-2 3B on an H100, planning, tokenising, assembly, imports, and the
+time from `python flows/embed.py` to the first forward pass, compared with an empty flow. Rates are per
+second of processor time, which other load disturbs less; durations are wall time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ empty()
 """
 
 
-# What imports torch is imported where it is used: planning has a process whose peak memory must be its own.
+# Torch is imported late: the peak memory of planning is measured in a process without it.
 
 
 def checkpointing(num_batches: int) -> list[Figure]:

@@ -1,7 +1,7 @@
 """Measure how long a preempted run takes to save and exit.
 
 Run it with `python -m benchmarks.preemption --trials 10`. It embeds fake proteins with the 8M model
-and random weights on two CPU workers, and sends SIGTERM at a random moment: first to a worker alone,
+and random weights on two CPU workers, and sends SIGTERM at a random moment: first to a worker,
 then to `python flows/embed.py`. It counts lost rows and those that the next run computes again.
 """
 
@@ -172,7 +172,8 @@ def committed_ordinals(paths: RunPaths, *, verify_digests: bool) -> NDArray[np.i
 
 def report(what: str, seconds: list[float], goal_s: float) -> None:
     print(
-        f"{what}: median {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s (goal {goal_s:g} s)"
+        f"{what}: median {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s "
+        f"(goal {goal_s:g} s)"
     )
 
 
@@ -203,7 +204,8 @@ def main() -> None:
     report("SIGTERM to the flow: everything has left", [trial.all_s for trial in flows], 10.0)
     print(f"rows lost: {sum(trial.rows_lost for trial in alone + flows)}")
     print(
-        f"rows computed again: {sum(trial.rows_repeated for trial in alone)} of {len(alone)} workers alone"
+        f"rows computed again: {sum(trial.rows_repeated for trial in alone)} of {len(alone)} "
+        "workers alone"
     )
 
 

@@ -107,7 +107,8 @@ def machine_lines(results: Record) -> str:
     load = ", ".join(f"{load:.2f}" for load in machine["load_average"])
     device = f"{machine['gpu']}, " if machine.get("gpu") else ""
     return (
-        f"{machine['started_at']}, commit {machine['commit']}: {device}{machine['cpu']}, {machine['cores']} cores, load {load} "
+        f"{machine['started_at']}, commit {machine['commit']}: {device}{machine['cpu']}, "
+        f"{machine['cores']} cores, load {load} "
         f"at the start; {packages}; Python {machine['python']}."
     )
 

@@ -80,7 +80,8 @@ if is_worker or is_flow:
 if is_worker:
     def embed_batch(model, batch, layout=None):
         rows = torch.repeat_interleave(torch.arange(batch.num_sequences), batch.cu_seqlens.diff())
-        sums = torch.zeros(batch.num_sequences, dtype=torch.int64).index_add_(0, rows, batch.input_ids)
+        zeros = torch.zeros(batch.num_sequences, dtype=torch.int64)
+        sums = zeros.index_add_(0, rows, batch.input_ids)
         return (sums[:, None] + torch.arange(WIDTH)).float()
 
     vnp_lib.inference.executor.embed_batch = embed_batch
@@ -321,7 +322,8 @@ def print_runs(small: RunFigures, large: RunFigures) -> None:
         before, after = small.phases_s[phase], large.phases_s[phase]
         print(f"{phase:30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}")
     print(
-        f"{'all phases':30}{small.total_s:>12.2f} s{large.total_s:>12.2f} s{large.total_s / small.total_s:>8.1f}"
+        f"{'all phases':30}{small.total_s:>12.2f} s{large.total_s:>12.2f} s"
+        f"{large.total_s / small.total_s:>8.1f}"
     )
     for phase in large.cpu_s:
         before, after = small.cpu_s[phase], large.cpu_s[phase]
@@ -329,7 +331,8 @@ def print_runs(small: RunFigures, large: RunFigures) -> None:
     for name in ("first_run_s", "second_run_s"):
         before, after = getattr(small, name), getattr(large, name)
         print(
-            f"{name.replace('_', ' ')[:-2] + ', start included':30}{before:>12.2f} s{after:>12.2f} s{after / before:>8.1f}"
+            f"{name.replace('_', ' ')[:-2] + ', start included':30}{before:>12.2f} s"
+            f"{after:>12.2f} s{after / before:>8.1f}"
         )
     for kind in sorted(large.peak_mb):
         before, after = small.peak_mb.get(kind, 0.0), large.peak_mb[kind]
@@ -345,7 +348,8 @@ def figures_of(small: RunFigures, large: RunFigures, scanned: dict[str, float]) 
         Figure.at_most("time for ten times the input", growth, MOST_GROWTH, "times"),
         Figure.at_most(f"peak memory of any process ({kind})", peak_mb, MOST_MEMORY_MB, "MB"),
         Figure.at_most(
-            f"resume scan of {scanned['checkpoints']:,.0f} checkpoints, {scanned['size_mb']:,.0f} MB",
+            f"resume scan of {scanned['checkpoints']:,.0f} checkpoints, "
+            f"{scanned['size_mb']:,.0f} MB",
             scanned["whole_s"],
             MOST_SCAN_S,
             "s",

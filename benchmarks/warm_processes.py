@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-# glibc gives large blocks back to the kernel at once and has every page zeroed again for the next one. That costs extract.py
-# a quarter of its time and us nothing, so all processes that are compared keep their memory.
+# glibc returns large blocks to the kernel at once, which zeroes every page again for the next one.
+# That costs extract.py a quarter of its time and us nothing, so all compared processes keep memory.
 _KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 _IN_HUGE_PAGES = ":glibc.malloc.hugetlb=1"  # as in our workers
 
@@ -37,7 +37,7 @@ class Team:
             theirs.close()  # else the death of a member would go unnoticed
 
     def call(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """Call a function in every member, each with its own arguments; return the results in order.
+        """Call a function in every member, each with its own arguments; return results in order.
 
         Raises:
             EOFError: A member has died; it has said why on standard error.

@@ -30,7 +30,7 @@ def viral_proteins() -> list[str]:
 
 
 def log_normal_mix(count: int, *, seed: int = 0) -> list[str]:
-    """Draw proteins with the lengths of a proteome: log-normal, median 200, clipped to 20..1,022."""
+    """Draw proteins with lengths as in a proteome: log-normal, median 200, within 20..1,022."""
     draw = np.random.default_rng(seed)
     lengths = np.exp(draw.normal(np.log(200), 0.75, size=count)).astype(int)
     return _drawn(np.clip(lengths, 20, MOST_RESIDUES), draw)

@@ -1,4 +1,4 @@
-"""On a GPU the rows are fair-esm's, within what each precision can hold. `pytest -m gpu tests/gpu` runs this on one.
+"""Rows on a GPU equal fair-esm's within each precision. Run with `pytest -m gpu tests/gpu`.
 
 Needed there: torch, numpy, pyarrow, pytest and fair-esm. Weights are random and seeded.
 """
@@ -46,7 +46,7 @@ def batch() -> PackedBatch:
 
 @pytest.fixture(scope="module", params=MODEL_NAMES)
 def model_and_oracle(request, batch) -> tuple[str, torch.Tensor]:
-    """A model's name, and fair-esm's own means in float32, one sequence at a time, on the same GPU."""
+    """Return a model's name, and fair-esm's means in float32 on the same GPU."""
     architecture = MODELS[request.param]
     oracle = (
         FairEsm2(architecture.num_layers, architecture.embed_dim, architecture.attention_heads)

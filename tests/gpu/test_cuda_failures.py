@@ -1,4 +1,4 @@
-"""What a GPU really says when something goes wrong, and what we make of it. `pytest -m gpu tests/gpu` runs this on one.
+"""Real errors of a GPU, and their classification. Run with `pytest -m gpu tests/gpu`.
 
 Each in a process of its own: an error of the device is the end of the process's context. What arrived is printed (`-rP`), as
 a case for the classification table.
@@ -95,8 +95,8 @@ def test_what_a_gpu_says_is_understood(tmp_path, code, kind, cause, batch_idx):
         timeout=300,
     )
     assert ended.stdout.strip(), ended.stderr
-    told = json.loads(ended.stdout.strip().splitlines()[-1])
-    print(json.dumps(told["arrived"]))
-    assert (told["failure"]["cause"], told["failure"]["batch_idx"]) == (cause, batch_idx)
+    outcome = json.loads(ended.stdout.strip().splitlines()[-1])
+    print(json.dumps(outcome["arrived"]))
+    assert (outcome["failure"]["cause"], outcome["failure"]["batch_idx"]) == (cause, batch_idx)
     if kind is not None:
-        assert told["failure"]["kind"] == kind
+        assert outcome["failure"]["kind"] == kind

@@ -1,4 +1,4 @@
-"""To launch a batch waits for nothing that the GPU has to do. `pytest -m gpu tests/gpu` runs this on one."""
+"""Launching a batch does not wait for the GPU. Run with `pytest -m gpu tests/gpu`."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def batch_of(num_tokens: int, seqlen: int) -> PackedBatch:
 
 
 def embed_whole(model_name: str, dtype: torch.dtype) -> BatchExecutor:
-    """One that splits no batch: what does not fit is an error. It has had a batch, for what CUDA's libraries take."""
+    """Return an executor that splits no batch, after one batch for CUDA's libraries."""
     model = load_model(Weights.random(model_name), dtype=dtype, device=CUDA)
     executor = BatchExecutor(model, CUDA, budget=TokenBudget(is_pinned=True))
     executor.collect(executor.launch(batch_of(128, 64)))
@@ -87,7 +87,7 @@ def test_a_token_takes_what_is_reckoned(model_name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_as_many_tokens_as_are_said_to_fit_do(dtype):
-    """Whole, batch after batch of other shapes, in a GiB beside the weights and what CUDA's libraries have taken."""
+    """Batches of many shapes fit in a GiB next to the weights and CUDA's libraries."""
     architecture, spare_bytes = MODELS[M650], 2**30
     executor = embed_whole(M650, dtype)
     weight_bytes = architecture.num_parameters * dtype.itemsize
