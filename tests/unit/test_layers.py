@@ -36,22 +36,6 @@ GROUND = (
 )
 """Modules directly under `vnp_lib` that every room may import; each imports only earlier sets."""
 
-NEEDS_TORCH = {
-    "model.": "the network and its tensors",
-    "checkpoint.archive": "loads tensors safely",
-    "checkpoint.array_pickle": "loads tensors safely",
-    "checkpoint.file": "reads and writes tensors",
-    "checkpoint.resume": "reads checkpoints",
-    "checkpoint.writer": "copies tensors from a device",
-    "dataset.torch_dataset": "is a torch Dataset",
-    "inference.executor": "runs the network",
-    "inference.gpu_memory": "measures memory on a device",
-    "inference.runner": "runs the network",
-    "report.verify_model": "runs the network",
-    "esm_extract": "runs the network",
-}
-"""Modules, or with a dot at the end rooms, that import torch; all others must not."""
-
 FRONT_DOORS = {"api", "cli", "esm_extract", "embeddings", "manifest", "__main__", "__init__"}
 """Modules that no room imports."""
 
@@ -159,25 +143,6 @@ def test_vnp_lib_imports_without_prefect() -> None:
         f"import {module}" for module in modules
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_only_listed_modules_import_torch() -> None:
-    """It takes seconds, so that `vnp --help`, `vnp status` and a waiting worker do without it."""
-    modules = [".".join(file.with_suffix("").parts) for file in FILES]
-    code = "import sys\nfrom importlib import import_module\n" + "\n".join(
-        f"import_module('vnp_lib.{module}'); 'torch' in sys.modules and sys.exit('{module}')"
-        for module in modules
-        if not module.startswith(tuple(NEEDS_TORCH)) and "__" not in module
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr.strip()) == (0, "")
-    assert "vnp_lib.model." not in code
-    assert "vnp_lib.run.run'" in code
-
-
-def test_the_list_of_modules_that_import_torch_is_current() -> None:
-    names = [".".join(file.with_suffix("").parts) for file in FILES]
-    assert [each for each in NEEDS_TORCH if not any(n.startswith(each) for n in names)] == []
 
 
 def test_one_module_reads_the_environment() -> None:
