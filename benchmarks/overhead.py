@@ -1,8 +1,8 @@
 """Measure the overhead of everything but the model: `python -m benchmarks.overhead`.
 
 Checkpoints at the rate of ESM-2 3B on an H100, planning, tokenising, assembly, imports, and the
-time from `python flows/embed.py` to the first forward pass, compared with an empty flow. Rates are per
-second of processor time, which other load disturbs less; durations are wall time.
+time from `python flows/embed.py` to the first forward pass, compared with an empty flow. Rates are
+per second of processor time, which other load disturbs less; durations are wall time.
 """
 
 from __future__ import annotations

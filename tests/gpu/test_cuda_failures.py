@@ -1,7 +1,7 @@
 """Real errors of a GPU, and their classification. Run with `pytest -m gpu tests/gpu`.
 
-Each in a process of its own: an error of the device is the end of the process's context. What arrived is printed (`-rP`), as
-a case for the classification table.
+Each runs in its own process, because an error of the device ends the process's context. The error
+is printed (`-rP`), as a case for the classification table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 OUT_OF_MEMORY = "torch.empty(2**50, dtype=torch.uint8, device='cuda')"
 DEVICE_ASSERT = """
-torch.nn.functional.embedding(torch.tensor([10**6], device='cuda'), torch.ones(33, 4, device='cuda'))
+weights = torch.ones(33, 4, device='cuda')
+torch.nn.functional.embedding(torch.tensor([10**6], device='cuda'), weights)
 torch.cuda.synchronize()
 """
 TOKEN_BEYOND_THE_ALPHABET = """
@@ -64,7 +65,11 @@ import json
 try:
     runpy.run_path(sys.argv[1])
 except Exception as error:
-    arrived = {"type": type(error).__name__, "code": getattr(error, "error_code", None), "message": str(error)[:300]}
+    arrived = {
+        "type": type(error).__name__,
+        "code": getattr(error, "error_code", None),
+        "message": str(error)[:300],
+    }
     print(json.dumps({"arrived": arrived, "failure": classify_exception(error).to_json()}))
 """
 

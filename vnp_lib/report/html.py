@@ -103,7 +103,11 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
         ((record, rank) for rank, records in failures_by_rank.items() for record in records),
         key=lambda each: str(each[0].get("at")),
     )
-    sizes_bytes = list(_checkpoint_sizes(paths))
+    sizes_bytes = []
+    for marker in sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt.done")):
+        # A running worker process may move a damaged checkpoint away in the meantime.
+        with suppress(FileNotFoundError):
+            sizes_bytes.append(marker.with_suffix("").stat().st_size)
     batch_tokens = np.concatenate(
         [
             packed_tokens(
@@ -150,13 +154,6 @@ def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) ->
         dataset=f"The dataset is {status.dataset}.",
         snippet=_snippet(paths, has_rows=plan.num_sequences > 0),
     )
-
-
-def _checkpoint_sizes(paths: RunPaths) -> Iterator[int]:
-    for marker in sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt.done")):
-        # A running worker process may move a damaged checkpoint away in the meantime.
-        with suppress(FileNotFoundError):
-            yield marker.with_name(marker.name.removesuffix(".done")).stat().st_size
 
 
 def _tiles(
