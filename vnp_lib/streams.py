@@ -32,7 +32,11 @@ class BestEffortStream:
         self._stream = stream
         self._patience_s = patience_s
         self._was_writable = True
-        self._fd = _fd_of(stream)
+        self._fd: int | None = None
+        # The streams of notebooks and pytest may have descriptors that lead elsewhere.
+        if type(stream) is io.TextIOWrapper:
+            with suppress(OSError, ValueError):
+                self._fd = stream.fileno()
         self._encoder = codecs.getincrementalencoder(stream.encoding or "utf-8")("backslashreplace")
         with suppress(OSError, ValueError):
             stream.flush()
@@ -77,16 +81,6 @@ class BestEffortStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _fd_of(stream: TextIO) -> int | None:
-    """Return the descriptor of a plain Python stream; None for streams of notebooks and pytest."""
-    if type(stream) is not io.TextIOWrapper:
-        return None
-    try:
-        return stream.fileno()
-    except (OSError, ValueError):
-        return None
 
 
 class _NullStream(io.StringIO):

@@ -152,7 +152,13 @@ def _expand(text: str, use: PathUse) -> str:
         text = f"{collapsed[1]}://{text[collapsed.end() :].lstrip('/')}"
         text = text.replace("file://", "file:///", 1)
     if _SCHEME.match(text):
-        return _path_in_address(text, use)
+        # `urlsplit` raises ValueError on brackets that do not enclose an IPv6 address.
+        with suppress(ValueError):
+            address = urlsplit(text)
+            is_local = address.scheme.lower() == "file" and address.netloc in ("", "localhost")
+            if is_local and address.path:
+                return unquote(address.path, errors="surrogateescape")
+        raise _refusal(text, _advice_on_address(text, use))
     if _QUOTES.get(text[0]) == text[-1] and len(text) > 1:
         raise _refusal(
             text,
@@ -188,17 +194,6 @@ def _value(variable: re.Match[str], text: str) -> str:
             text, f"the environment variable {name} is not set; set it, or write the path in full"
         )
     return value
-
-
-def _path_in_address(text: str, use: PathUse) -> str:
-    """Return the path in a `file:` address of this machine, and refuse all other addresses."""
-    # `urlsplit` raises ValueError on brackets that do not enclose an IPv6 address.
-    with suppress(ValueError):
-        address = urlsplit(text)
-        is_local = address.scheme.lower() == "file" and address.netloc in ("", "localhost")
-        if is_local and address.path:
-            return unquote(address.path, errors="surrogateescape")
-    raise _refusal(text, _advice_on_address(text, use))
 
 
 def _advice_on_address(text: str, use: PathUse) -> str:

@@ -78,11 +78,10 @@ def export_dataset(
             from, the format does not support it, a library is missing, or the output exists.
         StorageError: The dataset is damaged, or the disk is full.
     """
-    dataset = _open_dataset(run, allow_partial=allow_partial)
-    rows = ExportRows(dataset=dataset, columns=_choose_columns(dataset, to, column), dtype=dtype)
+    dataset, columns = _open_columns(run, to, column, allow_partial=allow_partial)
+    rows = ExportRows(dataset=dataset, columns=columns, dtype=dtype)
     chosen = _choose_format(to, rows)
-    path = _choose_path(rows, to, chosen, output)
-    _require_free_path(path, chosen, replace=replace)
+    path = _choose_path(rows, to, chosen, output, replace=replace)
     size_bytes = chosen.size_bytes(rows)
     if chosen.num_rows_advised is not None and len(rows) > chosen.num_rows_advised:
         logger.warning(
@@ -117,7 +116,10 @@ def export_dataset(
     )
 
 
-def _open_dataset(run: Path, *, allow_partial: bool) -> EmbeddingDataset:
+def _open_columns(
+    run: Path, to: str, column: str | None, *, allow_partial: bool
+) -> tuple[EmbeddingDataset, tuple[str, ...]]:
+    """Open a dataset and choose the columns to export."""
     try:
         dataset = open_dataset(run)
     except StorageError as error:
@@ -127,17 +129,13 @@ def _open_dataset(run: Path, *, allow_partial: bool) -> EmbeddingDataset:
             f"{run}: {num_missing:,} sequences are missing from the dataset; start the run again "
             f"to complete it, or export it as it is with --allow-partial"
         )
-    return dataset
-
-
-def _choose_columns(dataset: EmbeddingDataset, to: str, column: str | None) -> tuple[str, ...]:
     available = f"{dataset.directory} has the columns {', '.join(dataset.columns)}"
     if column is not None:
         if column not in dataset.columns:
             raise ConfigError(f"--column {column}: there is no such column; {available}")
-        return (column,)
+        return dataset, (column,)
     if FORMATS[to].holds_several:
-        return tuple(dataset.columns)
+        return dataset, tuple(dataset.columns)
     vectors = [name for name, output in dataset.columns.items() if output.is_fixed]
     columns = vectors or list(dataset.columns)
     if len(columns) > 1:
@@ -145,7 +143,7 @@ def _choose_columns(dataset: EmbeddingDataset, to: str, column: str | None) -> t
             f"{available}, and --to {to} holds one: choose it, for example with "
             f"--column {columns[0]}"
         )
-    return tuple(columns)
+    return dataset, tuple(columns)
 
 
 def _choose_format(to: str, rows: ExportRows) -> Format:
@@ -168,21 +166,21 @@ def _choose_format(to: str, rows: ExportRows) -> Format:
     return chosen
 
 
-def _choose_path(rows: ExportRows, to: str, chosen: Format, output: Path | None) -> Path:
+def _choose_path(
+    rows: ExportRows, to: str, chosen: Format, output: Path | None, *, replace: bool
+) -> Path:
+    """Return the path of the export; raise ConfigError if nothing there may be replaced."""
     if output is None:
         chosen_columns = () if rows.columns == tuple(rows.dataset.columns) else rows.columns
         name = "-".join(["embeddings" if chosen.suffixes else to, *chosen_columns])
-        return rows.dataset.directory.parent / "exports" / (name + "".join(chosen.suffixes[:1]))
-    if chosen.suffixes and not output.name.endswith(chosen.suffixes):
-        return output.with_name(output.name + chosen.suffixes[0])
-    return output
-
-
-def _require_free_path(path: Path, chosen: Format, *, replace: bool) -> None:
-    """Raise ConfigError if something exists that must not be replaced."""
+        path = rows.dataset.directory.parent / "exports" / (name + "".join(chosen.suffixes[:1]))
+    elif chosen.suffixes and not output.name.endswith(chosen.suffixes):
+        path = output.with_name(output.name + chosen.suffixes[0])
+    else:
+        path = output
     existing = [each for each in chosen.files(path) if os.path.lexists(each)]
     if not existing:
-        return
+        return path
     if not replace:
         raise ConfigError(
             f"{existing[0]} exists already: use --force to replace it, or another --output"
@@ -192,7 +190,7 @@ def _require_free_path(path: Path, chosen: Format, *, replace: bool) -> None:
             raise ConfigError(
                 f"{path} is a directory, and the export is a file: choose another --output"
             )
-        return
+        return path
     # Replacing removes the whole directory, which may be a user's own.
     is_export = (
         path.is_dir()
@@ -204,3 +202,4 @@ def _require_free_path(path: Path, chosen: Format, *, replace: bool) -> None:
             f"{path} holds more than an export, or something else: --force would remove all of it; "
             f"choose another --output"
         )
+    return path

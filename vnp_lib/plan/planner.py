@@ -137,10 +137,14 @@ def check_free_space(paths: RunPaths, plan: RunPlan, layout: RowLayout) -> None:
     with suppress(StorageError, OSError):
         if wanted.items() <= read_sealed_json(paths.success).items():
             return
+    saved_bytes = 0
+    for parent, _, names in os.walk(paths.checkpoints_dir):
+        for name in names:
+            # Worker processes of an earlier run may still rename or remove files.
+            with suppress(FileNotFoundError):
+                saved_bytes += os.lstat(os.path.join(parent, name)).st_size
     try:
-        require_free_space(
-            paths.run_dir, required_bytes(plan, layout) - _tree_bytes(paths.checkpoints_dir)
-        )
+        require_free_space(paths.run_dir, required_bytes(plan, layout) - saved_bytes)
     except StorageError as error:
         raise ConfigError(str(error)) from error
 
@@ -310,14 +314,3 @@ def _require_same_identity(paths: RunPaths, stored: dict[str, Any], wanted: dict
             f"{paths.run_dir} belongs to another run ({listed}); choose another output directory, "
             f"or --force-restart, which moves its content away"
         )
-
-
-def _tree_bytes(directory: Path) -> int:
-    """Return the size of all files below a directory."""
-    size_bytes = 0
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            # Worker processes of an earlier run may still rename or remove files.
-            with suppress(FileNotFoundError):
-                size_bytes += os.lstat(os.path.join(parent, name)).st_size
-    return size_bytes

@@ -500,30 +500,26 @@ def main(arguments: Sequence[str]) -> int:
     Standard error is the log of the shard: an attempt does not fail because its disk is full.
     """
     with standard_streams():
-        return _run(arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
-    stop = StopFlag()
-    events = EventStream(is_stopping=stop.is_set)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("vnp_lib").addHandler(_EventLogHandler(events))
-    threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
-    try:
-        text = Path(arguments[0]).read_text(encoding="utf-8")
-        # Checked first, since the other fields may be those of another version.
-        require_same_package(json.loads(text).get("package"))
-        job = ShardJob.model_validate_json(text)
-        return ShardAttempt(job, events, stop).run()
-    except Exception as error:
-        # The outermost frame: any error is reported to the parent.
-        logger.exception("the attempt failed")
-        events.send(AttemptFailed(failure=classify_exception(error)))
-        return ExitCode.FAILED
+        stop = StopFlag()
+        events = EventStream(is_stopping=stop.is_set)
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=logging.INFO,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        logging.getLogger("vnp_lib").addHandler(_EventLogHandler(events))
+        threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
+        try:
+            text = Path(arguments[0]).read_text(encoding="utf-8")
+            # Checked first, since the other fields may be those of another version.
+            require_same_package(json.loads(text).get("package"))
+            job = ShardJob.model_validate_json(text)
+            return ShardAttempt(job, events, stop).run()
+        except Exception as error:
+            # The outermost frame: any error is reported to the parent.
+            logger.exception("the attempt failed")
+            events.send(AttemptFailed(failure=classify_exception(error)))
+            return ExitCode.FAILED
 
 
 def _watch_parent(stop: StopFlag) -> None:

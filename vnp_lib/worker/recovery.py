@@ -32,7 +32,12 @@ def handle_failure(run: Run, rank: int, failure: Failure, *, session: str) -> Re
             may have fixed the cause in between.
     """
     recorded = run.manifest.shard(rank) or ShardRecord.new(rank)
-    failure = _with_batch(run, rank, failure)
+    if failure.accuses_batch and failure.ordinal is None:
+        # An accused batch is identified by its content.
+        assert failure.batch_idx is not None
+        ordinals = run.plan.shard_batches(rank)[failure.batch_idx]
+        digest = hashlib.sha256(ordinals.astype("<i8").tobytes())
+        failure = replace(failure, batch_sha256=digest.hexdigest())
     history = counted_failures(recorded.failures, session, num_done=recorded.total_sequences)
     policy = RetryPolicy.from_config(run.config.runtime)
     decision, failures = policy.decide(failure, history), [failure]
@@ -83,17 +88,6 @@ def counted_failures(
         or failure.kind == FailureKind.SPOT_PREEMPTION
         or (record["session"] == session and record.get("num_done", num_done) == num_done)
     ]
-
-
-def _with_batch(run: Run, rank: int, failure: Failure) -> Failure:
-    """Identify an accused batch by its content."""
-    if not failure.accuses_batch or failure.ordinal is not None:
-        return failure
-    assert failure.batch_idx is not None
-    ordinals = run.plan.shard_batches(rank)[failure.batch_idx]
-    return replace(
-        failure, batch_sha256=hashlib.sha256(ordinals.astype("<i8").tobytes()).hexdigest()
-    )
 
 
 def _silence_reason(run: Run, ordinal: int, failure: Failure) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +53,20 @@ def _write_tensors(
 ) -> None:
     # Tensors of the widest type come first, so that all are aligned.
     aligned = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    with durable_file(path, replace=replace) as file:
-        file.write(_header(aligned, about))
-        for tensor in aligned:
-            for piece in tensor.pieces:
-                file.write(piece.data)
-
-
-def _header(tensors: Sequence[StreamedArray], about: dict[str, str]) -> bytes:
-    """Return the header of contiguous tensors: its length, then JSON padded to a multiple of 8."""
-    ends = list(accumulate(tensor.size_bytes for tensor in tensors))
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"} | about}
-    for tensor, start, end in zip(tensors, chain([0], ends), ends, strict=False):
+    end = 0
+    for tensor in aligned:
+        start, end = end, end + tensor.size_bytes
         fields[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype.name],
             "shape": tensor.shape,
             "data_offsets": [start, end],
         }
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    # The header is its length, then JSON padded to a multiple of 8.
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with durable_file(path, replace=replace) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in aligned:
+            for piece in tensor.pieces:
+                file.write(piece.data)
