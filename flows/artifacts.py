@@ -72,9 +72,7 @@ class _FlowRunTags:
             self._added.add(tag)
 
 
-@lru_cache(maxsize=8)
-def _tags_of(flow_run_id: UUID) -> _FlowRunTags:
-    return _FlowRunTags(flow_run_id)
+_tags_of = lru_cache(maxsize=8)(_FlowRunTags)
 
 
 class ShardArtifact:
@@ -131,21 +129,20 @@ class _ShardTable:
             await asyncio.sleep(max(interval_s, _PAUSE_FACTOR * (time.monotonic() - started_at)))
 
     async def show(self) -> None:
-        await _harmless("vnp-shards", self._read_and_send(), limit_s=None)
+        await _harmless("vnp-shards", self._send(), limit_s=None)
 
-    async def _read_and_send(self) -> None:
+    async def _send(self) -> None:
         status = await asyncio.to_thread(read_status, self._run.plan, self._run.paths)
-        async with asyncio.timeout(_REQUEST_LIMIT_S):
-            await self._send(status)
-
-    async def _send(self, status: RunStatus) -> None:
         rows = [_row(shard) for shard in status.shards]
-        if self._id is None:
-            self._id = await acreate_table_artifact(
-                rows, key="vnp-shards", description=_headline(status)
-            )
-        else:
-            update = ArtifactUpdate(data=json.dumps(rows), description=_headline(status))
+        description = _headline(status)
+        # The limit is for the requests only: a slow disk may take longer.
+        async with asyncio.timeout(_REQUEST_LIMIT_S):
+            if self._id is None:
+                self._id = await acreate_table_artifact(
+                    rows, key="vnp-shards", description=description
+                )
+                return
+            update = ArtifactUpdate(data=json.dumps(rows), description=description)
             async with get_client() as client:
                 await client.update_artifact(artifact_id=self._id, artifact=update)
 

@@ -10,6 +10,7 @@ import os
 import tempfile
 import tomllib
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,28 +158,24 @@ def choose_home(
         )
     home = PrefectHome(path=path)
     if fault:
-        home = _temporary_home(path, fault)
-        environ["PREFECT_HOME"] = str(home.path)
+        try:
+            made = Path(tempfile.mkdtemp(prefix="vnp-prefect-"))
+        except OSError as error:
+            raise ConfigError(
+                f"no writable directory for Prefect's database: {path}: {fault}; {error}. "
+                "Set PREFECT_HOME or TMPDIR to a writable one"
+            ) from None
+        notice = (
+            f"note: {path} cannot be used ({fault}): Prefect's record of this run is in {made}, "
+            "and removed at the end"
+        )
+        home = PrefectHome(path=made, is_temporary=True, notice=notice)
+        environ["PREFECT_HOME"] = str(made)
     try:
         Path.home()
     except RuntimeError:
         environ["HOME"] = str(home.path)
     return home
-
-
-def _temporary_home(path: Path, fault: str) -> PrefectHome:
-    try:
-        made = Path(tempfile.mkdtemp(prefix="vnp-prefect-"))
-    except OSError as error:
-        raise ConfigError(
-            f"no writable directory for Prefect's database: {path}: {fault}; {error}. "
-            "Set PREFECT_HOME or TMPDIR to a writable one"
-        ) from None
-    notice = (
-        f"note: {path} cannot be used ({fault}): Prefect's record of this run is in {made}, "
-        "and removed at the end"
-    )
-    return PrefectHome(path=made, is_temporary=True, notice=notice)
 
 
 def _fault_of(path: Path) -> str:
@@ -200,7 +197,15 @@ def _fault_of(path: Path) -> str:
 
 
 def _profile(settings: UserSettings, cwd: Path) -> tuple[str, Mapping[str, str]]:
-    path = _profiles_path(settings, cwd)
+    path: Path | None = None
+    home = settings.find("PREFECT_HOME")
+    if own := settings.find("PREFECT_PROFILES_PATH"):
+        path = cwd / own.value
+    else:
+        # There is none if the user has no home directory.
+        with suppress(RuntimeError):
+            path = Path(home.value).expanduser() if home else Path.home() / ".prefect"
+            path /= "profiles.toml"
     profiles = _read_toml(path) if path is not None else {}
     chosen = settings.find("PREFECT_PROFILE")
     name = chosen.value if chosen else profiles.get("active")
@@ -216,18 +221,6 @@ def _profile(settings: UserSettings, cwd: Path) -> tuple[str, Mapping[str, str]]
         )
     values = {key.upper(): str(value) for key, value in _table(known, (name,)).items()}
     return f"{{name}} in the profile {name!r} of {path}", values
-
-
-def _profiles_path(settings: UserSettings, cwd: Path) -> Path | None:
-    if chosen := settings.find("PREFECT_PROFILES_PATH"):
-        return cwd / chosen.value
-    home = settings.find("PREFECT_HOME")
-    try:
-        return (
-            Path(home.value).expanduser() if home else Path.home() / ".prefect"
-        ) / "profiles.toml"
-    except RuntimeError:
-        return None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

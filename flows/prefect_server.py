@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack, redirect_stderr, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from flows.prefect_environment import Setting, UserSettings, choose_home, read_user_settings
@@ -279,22 +278,19 @@ def _import_prefect(settings: UserSettings) -> None:
             import prefect
         import prefect.main  # noqa: F401
     except Exception as error:
+        faults = []
         errors = getattr(error, "errors", None)
-        faults = (
-            [_fault_of(each, settings) for each in errors()]
-            if callable(errors)
-            else [" ".join(str(error).split())]
-        )
+        # Only pydantic's ValidationError describes its errors one by one.
+        for detail in errors() if callable(errors) else ():
+            field = "_".join(part for part in detail["loc"] if isinstance(part, str)).upper()
+            found = settings.find_like(field, detail["input"])
+            name, where = (found[0], f", set by {found[1].where}") if found else (field.lower(), "")
+            faults.append(f"{name}={detail['input']!r}{where}: {detail['msg']}")
+        if not callable(errors):
+            faults.append(" ".join(str(error).split()))
         raise ConfigError(
             f"Prefect cannot be used with these settings: {'; '.join(faults)}"
         ) from error
-
-
-def _fault_of(detail: Mapping[str, Any], settings: UserSettings) -> str:
-    field = "_".join(str(part) for part in detail["loc"] if isinstance(part, str)).upper()
-    found = settings.find_like(field, detail["input"])
-    name, where = (found[0], f", set by {found[1].where}") if found else (field.lower(), "")
-    return f"{name}={detail['input']!r}{where}: {detail['msg']}"
 
 
 def require_certificates(settings: UserSettings) -> None:

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flows.prefect_server import PrefectServer, TemporaryServer, find_prefect
 from vnp_lib.config import EmbedConfig
@@ -136,7 +136,7 @@ async def _exit_without_prefect(
 ) -> None:
     """Exit if the flow has ended and Prefect's server is gone.
 
-    Prefect would try for minutes to record the end.
+    Prefect would try for minutes to record the end, and its exit handlers wait for its server.
     """
     state = await ending.wait()
     recording_s = 0.0 if server.is_gone else _RECORDING_S
@@ -145,17 +145,13 @@ async def _exit_without_prefect(
         await asyncio.sleep(_RECORDING_S)
     _tell(_lost(server))
     elapsed_s = time.monotonic() - started_at - recording_s
-    _exit_now(lambda: report_outcome(config, state, elapsed_s), server)
-
-
-def _exit_now(report: Callable[[], int], server: PrefectServer) -> NoReturn:
-    """Report, clean up and exit without Python's exit handlers: Prefect's wait for its server."""
     code: int = ExitCode.FAILED
     try:
-        code = report()
+        code = report_outcome(config, state, elapsed_s)
         kill_workers()
         server.cleanup.close()
     finally:
+        # Without Python's exit handlers.
         os._exit(code)
 
 

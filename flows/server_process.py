@@ -33,7 +33,11 @@ def main(fd: int) -> int:
     )
     serving.start()
     is_ready = False
-    while serving.is_alive() and not _has_ended(sys.stdin.fileno()):
+    while serving.is_alive():
+        readable, _, _ = select.select([sys.stdin], [], [], _POLL_S)
+        # Nothing is written to the pipe: it ends with the run.
+        if readable and not os.read(sys.stdin.fileno(), 1):
+            break
         if server.started and not is_ready:
             is_ready = True
             print("ready", flush=True)
@@ -42,11 +46,6 @@ def main(fd: int) -> int:
     sys.stderr.flush()
     # Without waiting for any other thread of the server.
     os._exit(0 if is_ready else 1)
-
-
-def _has_ended(stream: int) -> bool:
-    readable, _, _ = select.select([stream], [], [], _POLL_S)
-    return bool(readable) and not os.read(stream, 1)
 
 
 if __name__ == "__main__":
