@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages from outside docs/, generated parts, links, and a check for remote content.
+"""Hooks of mkdocs: pages from outside docs/, generated parts, links, no remote content.
 
 Links in a page work in the repository; `links.py` rewrites them for the site. A comment
 `<!-- generated: NAME -->` is replaced by the output of `from_code.GENERATED[NAME]`. A page that

@@ -20,7 +20,8 @@ BORROWED = (
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 _FETCHED = re.compile(
-    r"<(?:script|img|iframe|source|link(?! rel=.canonical))\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+    r"<(?:script|img|iframe|source|link(?! rel=.canonical))\b"
+    r"[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
 )
 
 

@@ -55,7 +55,8 @@ MUTANTS = (
         before="range(most, 1, -1)",
         after="range(1, 1, -1)",
         caught_by=(
-            "tests/unit/test_user_paths.py::TestSeveralPaths::test_a_name_with_a_comma_is_preferred",
+            "tests/unit/test_user_paths.py::"
+            "TestSeveralPaths::test_a_name_with_a_comma_is_preferred",
         ),
     ),
     Mutant(

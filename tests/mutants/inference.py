@@ -111,7 +111,8 @@ MUTANTS = (
         before="        self._set(max(1, num_tokens // 2))\n",
         after="        self._set(max(1, num_tokens - 1))\n",
         caught_by=(
-            "tests/unit/plan/test_packing.py::test_a_token_budget_halves_and_grows_back_to_its_limit",
+            "tests/unit/plan/test_packing.py::"
+            "test_a_token_budget_halves_and_grows_back_to_its_limit",
         ),
     ),
     Mutant(

@@ -22,7 +22,8 @@ MUTANTS = (
         before="            _require_no_records(data, file, kind)\n",
         after="",
         caught_by=(
-            "tests/unit/inputs/test_files.py::TestCompression::test_records_after_compressed_data_are_never_dropped",
+            "tests/unit/inputs/test_files.py::"
+            "TestCompression::test_records_after_compressed_data_are_never_dropped",
         ),
     ),
     Mutant(
@@ -31,7 +32,8 @@ MUTANTS = (
         before="        pieces = [block[stop:]]\n",
         after="        pieces = []\n",
         caught_by=(
-            "tests/unit/inputs/test_files.py::TestEncodings::test_line_ends_are_found_at_ends_of_blocks",
+            "tests/unit/inputs/test_files.py::"
+            "TestEncodings::test_line_ends_are_found_at_ends_of_blocks",
         ),
     ),
     Mutant(
@@ -74,7 +76,8 @@ MUTANTS = (
         before="is_free = place == self._taken.size or self._taken[place] != half\n",
         after="is_free = True\n",
         caught_by=(
-            "tests/unit/inputs/test_duplicates.py::test_no_two_ids_are_equal_and_those_that_occur_once_stay",
+            "tests/unit/inputs/test_duplicates.py::"
+            "test_no_two_ids_are_equal_and_those_that_occur_once_stay",
         ),
     ),
     Mutant(
@@ -83,7 +86,8 @@ MUTANTS = (
         before="id_column, sequence_column)) is not None:\n        return _rows_with_ids",
         after="id_column, sequence_column)) is False:\n        return _rows_with_ids",
         caught_by=(
-            "tests/unit/inputs/test_in_memory.py::test_each_row_is_that_of_the_sequence_with_its_id",
+            "tests/unit/inputs/test_in_memory.py::"
+            "test_each_row_is_that_of_the_sequence_with_its_id",
         ),
     ),
     Mutant(
@@ -92,7 +96,8 @@ MUTANTS = (
         before="zip(_to_list(given.index), values, strict=True)",
         after="enumerate(values)",
         caught_by=(
-            "tests/unit/inputs/test_in_memory.py::test_a_filtered_series_keeps_the_ids_of_its_index",
+            "tests/unit/inputs/test_in_memory.py::"
+            "test_a_filtered_series_keeps_the_ids_of_its_index",
         ),
     ),
     Mutant(
@@ -108,7 +113,8 @@ MUTANTS = (
         before="        if before is source:\n",
         after="        if True:\n",
         caught_by=(
-            "tests/unit/inputs/test_sources.py::TestTwice::test_another_name_of_the_same_file_is_refused",
+            "tests/unit/inputs/test_sources.py::"
+            "TestTwice::test_another_name_of_the_same_file_is_refused",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""A mutant: the library with one thing left out or done wrong, and the tests that have to notice."""
+"""A mutant: the library with one fault, and the tests that must fail because of it."""
 
 from __future__ import annotations
 

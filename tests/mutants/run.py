@@ -154,7 +154,8 @@ MUTANTS = (
         ),
         after="        return None\n        return find_complete_dataset(",
         caught_by=(
-            "tests/unit/test_api.py::test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted",
+            "tests/unit/test_api.py::"
+            "test_a_whole_dataset_is_enough_where_its_checkpoints_are_deleted",
         ),
     ),
     Mutant(
@@ -163,7 +164,8 @@ MUTANTS = (
         before="    own = _own_entries(paths)\n",
         after="    own = sorted({*paths.run_dir.iterdir()} - {paths.run_lock})\n",
         caught_by=(
-            "tests/unit/run/test_ownership.py::test_a_forced_restart_moves_what_is_a_runs_and_nothing_else",
+            "tests/unit/run/test_ownership.py::"
+            "test_a_forced_restart_moves_what_is_a_runs_and_nothing_else",
         ),
     ),
     Mutant(
@@ -284,7 +286,8 @@ MUTANTS = (
         before="    for description in left_out:\n",
         after="    for description in []:\n",
         caught_by=(
-            "tests/unit/inputs/test_sources.py::TestReported::test_a_run_warns_before_anything_is_made",
+            "tests/unit/inputs/test_sources.py::"
+            "TestReported::test_a_run_warns_before_anything_is_made",
         ),
     ),
     Mutant(
@@ -293,7 +296,8 @@ MUTANTS = (
         before="        require_own_parts(paths)\n    check_model(config)\n",
         after="        require_own_parts(paths)\n",
         caught_by=(
-            "tests/unit/model/test_weights_look.py::test_what_are_no_weights_is_refused_by_all_in_the_same_sentence",
+            "tests/unit/model/test_weights_look.py::"
+            "test_what_are_no_weights_is_refused_by_all_in_the_same_sentence",
         ),
     ),
 )

@@ -146,7 +146,8 @@ MUTANTS = (
         before='            (self.link, "has no hard links',
         after='            (None, "has no hard links',
         caught_by=(
-            "tests/unit/storage/test_file_system.py::test_a_run_is_refused_before_anything_is_created",
+            "tests/unit/storage/test_file_system.py::"
+            "test_a_run_is_refused_before_anything_is_created",
         ),
     ),
     Mutant(

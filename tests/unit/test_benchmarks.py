@@ -34,7 +34,7 @@ def test_the_cost_of_a_token_is_that_of_the_matrix_products_and_of_attention():
 
 
 def test_a_ratio_is_taken_within_each_chunk():
-    """Three chunks on which extract.py took 1, 2 and 6 times as long: median 2, whatever the sums say."""
+    """Extract.py took 1, 2 and 6 times as long on three chunks: the median is 2."""
     line = chunk_table(RECORDS).splitlines()[3].split("|")
     assert [cell.strip() for cell in line[3:9]] == [
         "ours fp32",

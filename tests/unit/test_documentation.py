@@ -1,4 +1,4 @@
-"""What the documentation says of the code is so, and every command in it is run by a test, or says why not."""
+"""The documentation agrees with the code, and its commands are run or say why not."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_every_kind_of_failure_and_every_exit_code_is_told():
 
 
 def test_every_variable_of_the_environment_that_is_read_is_told():
-    """`environment.py` reads the environment, and nothing else in the library does (`test_layers.py`)."""
+    """Only `environment.py` reads the environment (`test_layers.py`)."""
     read = set(
         re.findall(r"os\.environ\.get\(\s*\"(\w+)\"", (ROOT / "vnp_lib/environment.py").read_text())
     )

@@ -1,4 +1,4 @@
-"""The catalogue of mutants fits the library and the tests as they are now. `make mutants` judges the mutants themselves."""
+"""The catalogue of mutants matches the library and the tests; `make mutants` runs it."""
 
 from __future__ import annotations
 

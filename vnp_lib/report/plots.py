@@ -88,7 +88,8 @@ def attempts_over_time(attempts: Sequence[Attempt], ranks: Sequence[int]) -> str
         start, end = _span(attempts)
         by_colour: dict[str, list[Attempt]] = {}
         for attempt in attempts:
-            by_colour.setdefault(COLOURS[_outcome(attempt)], []).append(attempt)  # type: ignore[index]
+            colour = COLOURS[_outcome(attempt)]  # type: ignore[index]
+            by_colour.setdefault(colour, []).append(attempt)
         for colour, own in by_colour.items():
             starts = _days([attempt.started_at for attempt in own])
             days = np.array([attempt.duration.total_seconds() / 86_400 for attempt in own])
@@ -300,7 +301,8 @@ def _dates(axes: Axes, attempts: Sequence[Attempt]) -> None:
     locator = AutoDateLocator(tz=UTC, minticks=3, maxticks=9)  # type: ignore[no-untyped-call]
     axes.xaxis_date(tz=UTC)
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))  # type: ignore[no-untyped-call]
+    formatter = ConciseDateFormatter(locator, tz=UTC)  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_formatter(formatter)
     axes.set_xlabel("UTC", loc="left")
 
 

@@ -154,7 +154,8 @@ def test_much_damage_means_that_the_storage_is_failing(
             for _ in range(count)
         )
 
-    survey = Survey(valid=(None,) * valid, damaged=lost(damaged, False) + lost(unfinished, True))  # type: ignore[arg-type]
+    lost_files = lost(damaged, False) + lost(unfinished, True)
+    survey = Survey(valid=(None,) * valid, damaged=lost_files)  # type: ignore[arg-type]
     if is_failing:
         with pytest.raises(
             StorageError,

@@ -66,7 +66,8 @@ def test_a_file_joined_without_a_line_break_is_refused(policy: str) -> None:
         FastaError,
         match="line 1: sequence 'a' has '>' at position 41; a line break is missing before",
     ):
-        list(read_records(Source(path=path, name=path.name), InputPolicy(invalid_residues=policy)))  # type: ignore[arg-type]
+        input_policy = InputPolicy(invalid_residues=policy)  # type: ignore[arg-type]
+        list(read_records(Source(path=path, name=path.name), input_policy))
 
 
 def test_a_joined_file_loses_no_record_unlisted() -> None:

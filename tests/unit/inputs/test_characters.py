@@ -66,7 +66,8 @@ def in_parquet(directory: Path, sequence: str) -> Path:
 
 
 def chunk_of(path: Path, policy: str = "error") -> InputChunk:
-    (chunk,) = read_records(Source(path=path, name=str(path)), InputPolicy(invalid_residues=policy))  # type: ignore[arg-type]
+    input_policy = InputPolicy(invalid_residues=policy)  # type: ignore[arg-type]
+    (chunk,) = read_records(Source(path=path, name=str(path)), input_policy)
     return chunk
 
 

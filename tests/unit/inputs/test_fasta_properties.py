@@ -181,7 +181,8 @@ def planned(data: bytes, policy: InputPolicy) -> list[tuple[str, str]] | None:
 def test_each_record_has_its_row_or_the_file_is_refused(
     text: str, wrapping: str, policy: str
 ) -> None:
-    rows = planned(wrapped(text, wrapping), InputPolicy(invalid_residues=policy))  # type: ignore[arg-type]
+    input_policy = InputPolicy(invalid_residues=policy)  # type: ignore[arg-type]
+    rows = planned(wrapped(text, wrapping), input_policy)
     if rows is None:
         return
     expected = plainly_read(text)
