@@ -69,7 +69,6 @@ from vnp_lib.run.resume import Coverage, with_copies
 from vnp_lib.run.validation import layout_from_plan, load_planned, require_planned
 from vnp_lib.software import Software, SoftwareShare, describe_software
 from vnp_lib.storage import (
-    DurableFile,
     durable_file,
     exchange_directories,
     fsync_directory,
@@ -445,24 +444,24 @@ def _write_part(
     )
     table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
     path = paths.new_dataset / f"part-{part:05d}.parquet"
-    with durable_file(path) as file:
-        _write_table(file, table, division.layout.widths(plan.lengths[ordinals]) * VALUE_BYTES)
+    row_bytes = division.layout.widths(plan.lengths[ordinals]) * VALUE_BYTES
+    # Row groups of 4 MB; a larger row is a group of its own.
+    groups = pairwise(pack(row_bytes, _ROW_GROUP_BYTES).tolist())
+    with (
+        durable_file(path) as file,
+        pq.ParquetWriter(
+            file,
+            table.schema,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=["ordinal", "id"],
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        for first, end in groups:
+            writer.write_table(table.slice(first, end - first), row_group_size=end - first)
     plan.release_pages()
     return {"name": path.name, "rows": ordinals.size} | asdict(file.digest) | footer_of(path)
-
-
-def _write_table(file: DurableFile, table: pa.Table, row_bytes: NDArray[np.int64]) -> None:
-    """Write a part in row groups of 4 MB; a larger row is a group of its own."""
-    with pq.ParquetWriter(
-        file,
-        table.schema,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=["ordinal", "id"],
-        write_page_checksum=True,
-    ) as writer:
-        for start, stop in pairwise(pack(row_bytes, _ROW_GROUP_BYTES).tolist()):
-            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
 
 
 def _require_finite(

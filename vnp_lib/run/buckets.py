@@ -174,7 +174,12 @@ class Buckets:
         ):
             raise StorageError(f"{path} does not hold what was written to it; check the disk")
         path.unlink()
-        self._read_ahead(part + THREADS)
+        later = part + THREADS
+        if later in self._places:
+            # Let the system read a later bucket into its cache while the parts before it are
+            # written. Another thread may be taking it.
+            with suppress(FileNotFoundError), self._path(later).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return ordinals[ascending], rows
 
     def _rows_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -212,13 +217,6 @@ class Buckets:
                 crc32 = zlib.crc32(read.data, crc32)
                 rows[block] = read
         return crc32
-
-    def _read_ahead(self, part: int) -> None:
-        """Let the system read a bucket into its cache while the parts before it are written."""
-        if part in self._places:
-            # Another thread may be taking it.
-            with suppress(FileNotFoundError), self._path(part).open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     @property
     def _rows_per_block(self) -> int:

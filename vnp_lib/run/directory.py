@@ -45,10 +45,19 @@ def validate_config(config: EmbedConfig) -> None:
     Raises:
         InputError: A file, a device or a directory cannot be used.
     """
-    _validate_input(config)
+    paths = RunPaths(config.output_dir)
+    if STDIN in config.fasta:
+        require_piped_stdin(sys.stdin.buffer, paths.stdin, is_kept=not config.force_restart)
+    if config.force_restart or not is_input_gone(paths, config.fasta):
+        files = [given for given in config.fasta if given != STDIN]
+        left_out: list[str] = []
+        for source in find_sources(files, stdin=paths.stdin, left_out=left_out):
+            # The beginning of each file shows whether it is usable.
+            next(read_records(source, InputPolicy.of(config)), None)
+        for description in left_out:
+            logger.warning(description)
     planned_devices(config)
     _validate_output(config)
-    paths = RunPaths(config.output_dir)
     require_no_others(paths)
     if not config.force_restart:
         require_own_parts(paths)
@@ -74,21 +83,6 @@ def check_model(config: EmbedConfig) -> Weights | None:
     if weights is not None and config.weights != "auto":
         check_heads(weights, layout.heads)
     return weights
-
-
-def _validate_input(config: EmbedConfig) -> None:
-    """Read the beginning of each file, and check that standard input is piped if it is an input."""
-    stdin = RunPaths(config.output_dir).stdin
-    if STDIN in config.fasta:
-        require_piped_stdin(sys.stdin.buffer, stdin, is_kept=not config.force_restart)
-    if not config.force_restart and is_input_gone(RunPaths(config.output_dir), config.fasta):
-        return
-    files = [given for given in config.fasta if given != STDIN]
-    left_out: list[str] = []
-    for source in find_sources(files, stdin=stdin, left_out=left_out):
-        next(read_records(source, InputPolicy.of(config)), None)
-    for description in left_out:
-        logger.warning(description)
 
 
 def _validate_output(config: EmbedConfig) -> None:

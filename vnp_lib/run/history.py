@@ -167,11 +167,18 @@ class AttemptHistory:
         self._append(_Ended, ending=ending)
 
     def _append(self, line: type[_Line], **fields: Any) -> None:
+        """Append a line; end a torn one first."""
         with suppress(OSError, ValueError):
             record = line(at=self._clock(), host=socket.gethostname(), pid=os.getpid(), **fields)
-            _append_line(
-                self._paths.history(self._rank), record.model_dump_json(exclude_none=True).encode()
-            )
+            data = record.model_dump_json(exclude_none=True).encode()
+            fd = _open_plain(self._paths.history(self._rank), os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            try:
+                size_bytes = os.fstat(fd).st_size
+                is_torn = size_bytes > 0 and os.pread(fd, 1, size_bytes - 1) != b"\n"
+                # One write, so that the lines of two processes do not mix.
+                os.write(fd, b"\n" * is_torn + data + b"\n")
+            finally:
+                os.close(fd)
 
 
 def read_attempts(
@@ -291,32 +298,27 @@ def _with_failures(
     attempts: Sequence[Attempt], failures: Sequence[dict[str, Any]]
 ) -> list[Attempt]:
     """Add to each attempt the failure recorded between its last line and the next attempt."""
-    timed = [(time_, failure) for failure in failures if (time_ := _time_of(failure)) is not None]
+    timed: list[tuple[datetime, dict[str, Any]]] = []
+    for failure in failures:
+        with suppress(LookupError, TypeError, ValueError):
+            time_ = datetime.fromisoformat(failure["at"])
+            if time_.tzinfo:
+                timed.append((time_, failure))
     completed = []
     for attempt, following in pairwise([*attempts, None]):
         assert attempt is not None
         until = following.started_at if following else datetime.max.replace(tzinfo=UTC)
         own = [failure for time_, failure in timed if attempt.ended_at <= time_ < until]
-        completed.append(_with_failure(attempt, own[0]) if own else attempt)
+        if own:
+            kind, cause, message = (own[0].get(name) for name in ("kind", "cause", "message"))
+            attempt = replace(
+                attempt,
+                kind=str(kind or attempt.kind),
+                cause=str(cause or attempt.cause),
+                message=str(message or attempt.message),
+            )
+        completed.append(attempt)
     return completed
-
-
-def _with_failure(attempt: Attempt, failure: dict[str, Any]) -> Attempt:
-    kind, cause, message = (failure.get(name) for name in ("kind", "cause", "message"))
-    return replace(
-        attempt,
-        kind=str(kind or attempt.kind),
-        cause=str(cause or attempt.cause),
-        message=str(message or attempt.message),
-    )
-
-
-def _time_of(failure: dict[str, Any]) -> datetime | None:
-    try:
-        time_ = datetime.fromisoformat(failure["at"])
-    except (LookupError, TypeError, ValueError):
-        return None
-    return time_ if time_.tzinfo else None
 
 
 def _lines(path: Path) -> Iterator[_Started | _Checkpoint | _Ended]:
@@ -327,17 +329,6 @@ def _lines(path: Path) -> Iterator[_Started | _Checkpoint | _Ended]:
         for line in data.split(b"\n"):
             with suppress(ValueError):
                 yield _ANY_LINE.validate_json(line)
-
-
-def _append_line(path: Path, line: bytes) -> None:
-    """Append a line in one write, so that those of two processes do not mix; end a torn one."""
-    fd = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-    try:
-        size_bytes = os.fstat(fd).st_size
-        is_torn = size_bytes > 0 and os.pread(fd, 1, size_bytes - 1) != b"\n"
-        os.write(fd, b"\n" * is_torn + line + b"\n")
-    finally:
-        os.close(fd)
 
 
 def _open_plain(path: Path, flags: int) -> int:

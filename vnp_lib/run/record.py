@@ -153,7 +153,18 @@ class RunRecord(CheckpointManifest):
                 self._write_waiting()
             # The loop of a thread: the run continues, whatever it was.
             except Exception as error:
-                self._note_trouble(error)
+                with self._changed:
+                    is_new = type(error) is not type(self._trouble)
+                    self._trouble = error
+                    self._is_behind = True
+                    self._changed.notify_all()
+                if is_new:
+                    logger.warning(
+                        "%s cannot be brought up to date: %s. The run continues; the changes are "
+                        "kept in memory, and written as soon as possible",
+                        self.path,
+                        error,
+                    )
             with self._changed:
                 is_given_up = is_last_try and self._trouble is not None
                 if is_given_up or not self._waiting:
@@ -200,17 +211,3 @@ class RunRecord(CheckpointManifest):
                 # The file is another run's by now, and has no such shard.
                 except ValueError as error:
                     logger.debug("%s: %s", self.path, error)
-
-    def _note_trouble(self, error: Exception) -> None:
-        with self._changed:
-            is_new = type(error) is not type(self._trouble)
-            self._trouble = error
-            self._is_behind = True
-            self._changed.notify_all()
-        if is_new:
-            logger.warning(
-                "%s cannot be brought up to date: %s. The run continues; the changes are kept in "
-                "memory, and written as soon as possible",
-                self.path,
-                error,
-            )

@@ -145,6 +145,11 @@ class Run:
         # Sequences on which an attempt fell silent while they were alone in their batch.
         silent = [failure.ordinal for failure in failures if failure.is_silence]
         deferred = tuple(dict.fromkeys(ordinal for ordinal in silent if ordinal is not None))
+        # None leaves the choice to torch.
+        num_threads: int | None = 1 if self.config.deterministic else None
+        num_workers = min(sum(each == "cpu" for each in self.devices), self.plan.num_shards)
+        if num_threads is None and num_workers > 1:
+            num_threads = max(1, num_cores() // num_workers)
         return ShardJob(
             run_dir=self.paths.run_dir.resolve(),
             rank=rank,
@@ -154,7 +159,7 @@ class Run:
             weights_digest=self._weights.digest,
             dtype=identity["dtype"],
             device=device_type(device),
-            num_threads=self._num_threads(),
+            num_threads=num_threads,
             is_deterministic=self.config.deterministic,
             checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
@@ -170,13 +175,6 @@ class Run:
         """Scale the token budget of later attempts on a shard on a device."""
         tokens = self.manifest.token_budget(rank, device) or self.plan.token_budget
         self.manifest.remember_token_budget(rank, device, max(1, int(tokens * scale)))
-
-    def _num_threads(self) -> int | None:
-        """Return the threads of a worker process; None leaves the choice to torch."""
-        if self.config.deterministic:
-            return 1
-        num_workers = min(sum(device == "cpu" for device in self.devices), self.plan.num_shards)
-        return max(1, num_cores() // num_workers) if num_workers > 1 else None
 
     def _suspects(self, failures: list[Failure]) -> tuple[int, ...]:
         """Return the ordinals to compute one by one: those that a worker crashed on come first.
