@@ -62,11 +62,11 @@ def test_a_joined_file_gives_its_rows_once_corrected(
 def test_a_file_joined_without_a_line_break_is_refused(policy: str) -> None:
     """The error says what is missing."""
     path = CASES / "cat_no_newline.fasta"
+    input_policy = InputPolicy(invalid_residues=policy)  # type: ignore[arg-type]
     with pytest.raises(
         FastaError,
         match="line 1: sequence 'a' has '>' at position 41; a line break is missing before",
     ):
-        input_policy = InputPolicy(invalid_residues=policy)  # type: ignore[arg-type]
         list(read_records(Source(path=path, name=path.name), input_policy))
 
 
