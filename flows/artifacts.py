@@ -27,7 +27,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from vnp_lib.formatting import format_bytes, format_duration, printable
-from vnp_lib.report import RunStatus, ShardRow, read_status
+from vnp_lib.report import RunStatus, read_status
 from vnp_lib.run import DatasetSummary, Run
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,21 @@ class _ShardTable:
 
     async def _send(self) -> None:
         status = await asyncio.to_thread(read_status, self._run.plan, self._run.paths)
-        rows = [_row(shard) for shard in status.shards]
+        rows = [
+            {
+                "shard": f"{shard.rank:03d}",
+                "state": str(shard.state),
+                "attempt": shard.attempts,
+                "sequences": f"{shard.num_done:,} of {shard.num_sequences:,} "
+                f"({int(shard.percent)} %)",
+                "tokens/s": f"{shard.tokens_per_s:,.0f}" if shard.tokens_per_s else "",
+                "device": shard.device or "",
+                "last failure": _cell(f"{shard.failure.kind}: {shard.failure.explanation}")
+                if shard.failure
+                else "",
+            }
+            for shard in status.shards
+        ]
         description = _headline(status)
         # The limit is for the requests only: a slow disk may take longer.
         async with asyncio.timeout(_REQUEST_LIMIT_S):
@@ -238,19 +252,6 @@ def _headline(status: RunStatus) -> str:
     if status.num_quarantined:
         parts.append(f"{status.num_quarantined:,} in quarantine")
     return ", ".join(parts)
-
-
-def _row(shard: ShardRow) -> dict[str, Any]:
-    failure = shard.failure
-    return {
-        "shard": f"{shard.rank:03d}",
-        "state": str(shard.state),
-        "attempt": shard.attempts,
-        "sequences": f"{shard.num_done:,} of {shard.num_sequences:,} ({int(shard.percent)} %)",
-        "tokens/s": f"{shard.tokens_per_s:,.0f}" if shard.tokens_per_s else "",
-        "device": shard.device or "",
-        "last failure": _cell(f"{failure.kind}: {failure.explanation}") if failure else "",
-    }
 
 
 async def _harmless(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack, redirect_stderr, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,6 +89,15 @@ class TemporaryServer(PrefectServer):
     def start(self) -> None:
         """Start the server without waiting for it."""
         self._last_lines.clear()
+        environment = dict(os.environ) | {
+            "PREFECT_API_URL": "",
+            "PREFECT_UI_ENABLED": "false",
+            "PYTHONSAFEPATH": "1",
+        }
+        if "PYTHONPATH" in environment:
+            # An empty entry would mean the current directory.
+            paths = environment["PYTHONPATH"].split(os.pathsep)
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), str(self._listener.fileno())],
             # Never written to: its end shows the server that the run is gone.
@@ -97,7 +106,7 @@ class TemporaryServer(PrefectServer):
             stderr=subprocess.PIPE,
             pass_fds=[self._listener.fileno()],
             start_new_session=True,
-            env=_server_environment(os.environ),
+            env=environment,
         )
         stream = self._process.stderr
         assert stream is not None
@@ -121,8 +130,11 @@ class TemporaryServer(PrefectServer):
             return
         what = "has not started" if readable else f"has not started within {limit_s:g} s"
         self._end_process(_STOP_S)
+        lines = [line.strip() for line in self._last_lines]
+        exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+        reason = exceptions[-1][:300] if exceptions else "it printed no reason"
         raise ConfigError(
-            f"Prefect's server {what} with {self._database}: {_reason_of(self._last_lines)}; the "
+            f"Prefect's server {what} with {self._database}: {reason}; the "
             "database may be damaged, or from another version of Prefect: set PREFECT_HOME to "
             "another directory to create a new one"
         )
@@ -512,27 +524,3 @@ def _drop_unusable_proxies(environ: MutableMapping[str, str], url: Setting | Non
                     f"({' '.join(str(error).split())}); unset it, or install what it needs"
                 ) from None
             del environ[name]
-
-
-def _server_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the server.
-
-    An empty entry of PYTHONPATH, which would mean the current directory, is removed.
-    """
-    environment = dict(environ)
-    if "PYTHONPATH" in environment:
-        environment["PYTHONPATH"] = os.pathsep.join(
-            part for part in environment["PYTHONPATH"].split(os.pathsep) if part
-        )
-    return environment | {
-        "PREFECT_API_URL": "",
-        "PREFECT_UI_ENABLED": "false",
-        "PYTHONSAFEPATH": "1",
-    }
-
-
-def _reason_of(lines: deque[str]) -> str:
-    """Return the last exception in the output of a server."""
-    pattern = re.compile(r"[\w.]+(Error|Exception|Exit)\b.*")
-    exceptions = [line.strip() for line in lines if pattern.match(line.strip())]
-    return exceptions[-1][:300] if exceptions else "it printed no reason"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -140,20 +140,17 @@ def _parse(model: type[BaseSettings], arguments: Sequence[str], program: str) ->
         )
         return CliApp.run(model, cli_args=list(arguments), cli_settings_source=source).model_dump()
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+        lines = []
+        for detail in error.errors():
+            names = [str(part) for part in detail["loc"] if not isinstance(part, int)]
+            option, message = "--" + ".".join(names).replace("_", "-"), detail["msg"]
+            if detail["type"] == "missing":
+                lines.append(f"{option} is required (see --help)")
+            elif detail["type"] == "path":
+                lines.append(f"{option} {message}")
+            else:
+                reason = f"{message[:1].lower()}{message[1:]}"
+                lines.append(f"{option}: {reason}; it was {detail['input']!r}")
+        raise ConfigError("\n".join(lines)) from None
     except SettingsError as error:
         raise ConfigError(str(error)) from None
-
-
-def _explain(detail: Mapping[str, object]) -> str:
-    location = detail["loc"]
-    assert isinstance(location, tuple)
-    option = "--" + ".".join(
-        str(part).replace("_", "-") for part in location if not isinstance(part, int)
-    )
-    if detail["type"] == "missing":
-        return f"{option} is required (see --help)"
-    if detail["type"] == "path":
-        return f"{option} {detail['msg']}"
-    message = str(detail["msg"])
-    return f"{option}: {message[:1].lower()}{message[1:]}; it was {detail['input']!r}"

@@ -66,11 +66,6 @@ def apply_policy(checked: CheckedChunk, policy: InputPolicy) -> InputChunk:
         chunk = _without(
             chunk, ~is_long_enough, f"at least {policy.min_length:,} are wanted", skips=True
         )
-    return _limit_lengths(chunk, policy)
-
-
-def _limit_lengths(chunk: InputChunk, policy: InputPolicy) -> InputChunk:
-    """Apply the policy on long sequences."""
     limit = VIRNUCPRO_RESIDUES if policy.long == "virnucpro" else policy.max_length
     if limit is None or policy.long == "whole":
         return chunk

@@ -311,7 +311,12 @@ def _refuse_files_among_sequences(items: Sequence[Any]) -> None:
                 f"record {place} is {_shown(item)}, a line of a FASTA file; give the path of the "
                 "file, or SeqIO.parse(path, 'fasta')"
             )
-        if len(item) < _MAX_PATH_CHARACTERS and _looks_like_a_file(item):
+        if len(item) >= _MAX_PATH_CHARACTERS:
+            continue
+        # Chains may be separated by slashes: MKV/MKL.
+        is_chains = item.isupper() and item.replace("/", "").isalpha()
+        has_suffix = suffix_of(Path(item)) in FASTA_SUFFIXES or SourceFormat.of(Path(item)).is_table
+        if has_suffix or ("/" in item and not is_chains):
             # Raises the error for a path that cannot be used.
             path = user_path(item, PathUse.INPUT)
             there_is = "there is such a file" if _names_files(path) else "there is no such file"
@@ -338,17 +343,6 @@ def _existing(text: str) -> Path | None:
     except ConfigError:
         return None
     return path if _names_files(path) else None
-
-
-def _looks_like_a_file(text: str) -> bool:
-    # Chains may be separated by slashes: MKV/MKL.
-    is_chains = text.isupper() and text.replace("/", "").isalpha()
-    path = Path(text)
-    return (
-        ("/" in text and not is_chains)
-        or suffix_of(path) in FASTA_SUFFIXES
-        or SourceFormat.of(path).is_table
-    )
 
 
 def _may_be_a_sequence(text: str) -> bool:
