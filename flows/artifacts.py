@@ -148,15 +148,14 @@ class _ShardTable:
             }
             for shard in status.shards
         ]
-        description = _headline(status)
         # The limit is for the requests only: a slow disk may take longer.
         async with asyncio.timeout(_REQUEST_LIMIT_S):
             if self._id is None:
                 self._id = await acreate_table_artifact(
-                    rows, key="vnp-shards", description=description
+                    rows, key="vnp-shards", description=_headline(status)
                 )
                 return
-            update = ArtifactUpdate(data=json.dumps(rows), description=description)
+            update = ArtifactUpdate(data=json.dumps(rows), description=_headline(status))
             async with get_client() as client:
                 await client.update_artifact(artifact_id=self._id, artifact=update)
 

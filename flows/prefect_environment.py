@@ -80,8 +80,22 @@ def read_user_settings(environ: Mapping[str, str], cwd: Path) -> UserSettings:
     """
     set_here = {name.upper(): value for name, value in environ.items()}
     places: list[tuple[str, Mapping[str, str]]] = [("the environment variable {name}", set_here)]
-    if dotenv := _read_dotenv(cwd / ".env"):
-        places.append((f"{{name}} in {cwd / '.env'}", dotenv))
+    if (path := cwd / ".env").is_file():
+        # Here, not above: few users have such a file.
+        from dotenv import dotenv_values
+
+        try:
+            dotenv = {name.upper(): value or "" for name, value in dotenv_values(path).items()}
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cannot read Prefect's settings from {path}: {error}; fix or remove the file"
+            ) from None
+        places.append(
+            (
+                f"{{name}} in {path}",
+                {name: value for name, value in dotenv.items() if name.startswith("PREFECT_")},
+            )
+        )
     for path, table in ((cwd / "prefect.toml", ()), (cwd / "pyproject.toml", ("tool", "prefect"))):
         if values := dict(_flattened("PREFECT", _table(_read_toml(path), table))):
             places.append((f"{path} (there {{name}} in TOML)", values))
@@ -229,24 +243,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         # As in Prefect. A home that cannot be used is reported elsewhere.
         return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read Prefect's settings from {path}: {error}; fix or remove the file"
-        ) from None
-
-
-def _read_dotenv(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    # Here, not above: few users have such a file.
-    from dotenv import dotenv_values
-
-    try:
-        return {
-            name.upper(): value or ""
-            for name, value in dotenv_values(path).items()
-            if name.upper().startswith("PREFECT_")
-        }
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read Prefect's settings from {path}: {error}; fix or remove the file"

@@ -145,26 +145,28 @@ class TemporaryServer(PrefectServer):
         Meanwhile requests wait at the socket. After several restarts the socket is closed, too, so
         that requests are refused at once.
         """
-        self._is_wanted.set()
-        threading.Thread(target=self._keep_up, args=[tell, limit_s], daemon=True).start()
 
-    def _keep_up(self, tell: Callable[[str], None], limit_s: float) -> None:
-        for _ in range(_MAX_RESTARTS):
+        def restart_when_lost() -> None:
+            for _ in range(_MAX_RESTARTS):
+                self._wait_until_lost()
+                if not self._is_wanted.is_set():
+                    return
+                tell(
+                    "note: the Prefect server of this run was lost and is restarted; the run "
+                    "continues"
+                )
+                try:
+                    self._end_process(0.0)
+                    self.start()
+                    self.wait(limit_s)
+                except (ConfigError, OSError):
+                    break
             self._wait_until_lost()
-            if not self._is_wanted.is_set():
-                return
-            tell(
-                "note: the Prefect server of this run was lost and is restarted; the run continues"
-            )
-            try:
-                self._end_process(0.0)
-                self.start()
-                self.wait(limit_s)
-            except (ConfigError, OSError):
-                break
-        self._wait_until_lost()
-        if self._is_wanted.is_set():
-            self.close()
+            if self._is_wanted.is_set():
+                self.close()
+
+        self._is_wanted.set()
+        threading.Thread(target=restart_when_lost, daemon=True).start()
 
     def _wait_until_lost(self) -> None:
         num_unanswered = 0

@@ -73,7 +73,11 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
             refuse_kind(path, kind)
         encoding = next((name for mark, name in _ENCODINGS if mark.match(start)), None)
         with _one_line_errors(path):
-            yield file if encoding is None else buffered(_recoded(file, encoding))
+            if encoding is None:
+                yield file
+            else:
+                texts = codecs.iterdecode(iter(lambda: file.read(BLOCK_BYTES), b""), encoding)
+                yield buffered(codecs.iterencode(texts, "utf-8"))
 
 
 def start_of(file: BinaryIO) -> bytes:
@@ -189,14 +193,6 @@ def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             f"{path}: this zip archive is encrypted; unpack it first, with `unzip {path}`"
         )
     return chosen
-
-
-def _recoded(file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """Convert text of another encoding to UTF-8."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    while block := file.read(BLOCK_BYTES):
-        yield decoder.decode(block).encode()
-    yield decoder.decode(b"", final=True).encode()
 
 
 def _require_same_stat(path: Path, before: os.stat_result) -> None:

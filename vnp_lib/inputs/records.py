@@ -311,8 +311,22 @@ def _find_faults(
             reason = _fault_of_id(sequence_id)
         else:
             reason = f"a record has no id (its header is {f'>{header}'!r}); write one after the '>'"
-        is_empty = not reason and not sequence
-        if reason := reason or _fault_of_sequence(sequence_id, text, sequence, alphabet):
+        if is_empty := not reason and not sequence:
+            reason = f"sequence {sequence_id!r} has no residues; remove the record"
+        if not reason and not (sequence.isascii() and alphabet.is_normal(sequence.encode())):
+            for position, character in enumerate(sequence, start=1):
+                if character not in alphabet.characters:
+                    reason = (
+                        f"sequence {sequence_id!r} has {character!r} at position {position}; "
+                        f"{alphabet.advise(character)}"
+                    )
+                    break
+        if not reason and _is_in_codes(text):
+            reason = (
+                f"sequence {sequence_id!r} is in three-letter codes ({sequence[:12]}...); write "
+                "one character per residue"
+            )
+        if reason:
             yield Fault(record=record, sequence_id=sequence_id, reason=reason, is_empty=is_empty)
 
 
@@ -329,32 +343,6 @@ def _fault_of_id(sequence_id: str) -> str:
             return (
                 f"the id {sequence_id!r} has the control character {character!r} in it; remove it"
             )
-    return ""
-
-
-def _fault_of_sequence(sequence_id: str, text: str, sequence: str, alphabet: Alphabet) -> str:
-    """Return why a sequence cannot be used, or "".
-
-    Args:
-        sequence_id: Its id.
-        text: The sequence as it is in the file.
-        sequence: The same, normalised.
-        alphabet: Alphabet of the sequence.
-    """
-    if not sequence:
-        return f"sequence {sequence_id!r} has no residues; remove the record"
-    if not (sequence.isascii() and alphabet.is_normal(sequence.encode())):
-        for position, character in enumerate(sequence, start=1):
-            if character not in alphabet.characters:
-                return (
-                    f"sequence {sequence_id!r} has {character!r} at position {position}; "
-                    f"{alphabet.advise(character)}"
-                )
-    if _is_in_codes(text):
-        return (
-            f"sequence {sequence_id!r} is in three-letter codes ({sequence[:12]}...); write one "
-            "character per residue"
-        )
     return ""
 
 

@@ -107,7 +107,18 @@ class InputScan:
                     "start again"
                 )
             if repeats.size:
-                raise _duplicate_ids_error(sources, policy, repeats, firsts)
+                pairs = np.column_stack([firsts, repeats])[:_NUM_SHOWN].tolist()
+                wanted = {ordinal for pair in pairs for ordinal in pair}
+                places = locate_records(sources, policy, wanted)
+                repeated = [
+                    f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}"
+                    for first, again in pairs
+                ]
+                shown = listed(repeated, _NUM_SHOWN, separator="; ", total=repeats.size)
+                raise FastaError(
+                    f"ids must be unique, but some occur twice ({shown}); rename or remove these "
+                    "records, or use --duplicate-ids rename or --duplicate-ids keep"
+                )
         representatives = self.representatives(dedup=policy.dedup)
         return ScanResult(
             sequences_sha256=self._sha256.hexdigest(),
@@ -131,22 +142,4 @@ def no_sequences_error(counts: InputCounts, policy: InputPolicy) -> FastaError:
     return FastaError(
         "no record has a frame without a stop codon: there is no protein to embed; give other "
         f"records, or {EMPTY_ADVICE}"
-    )
-
-
-def _duplicate_ids_error(
-    sources: Sequence[Source],
-    policy: InputPolicy,
-    repeats: NDArray[np.int64],
-    firsts: NDArray[np.int64],
-) -> FastaError:
-    pairs = list(zip(firsts[:_NUM_SHOWN].tolist(), repeats[:_NUM_SHOWN].tolist(), strict=True))
-    places = locate_records(sources, policy, {ordinal for pair in pairs for ordinal in pair})
-    repeated = [
-        f"{places[first][0]!r}: {places[first][1]} and {places[again][1]}" for first, again in pairs
-    ]
-    shown = listed(repeated, _NUM_SHOWN, separator="; ", total=repeats.size)
-    return FastaError(
-        f"ids must be unique, but some occur twice ({shown}); rename or remove these "
-        f"records, or use --duplicate-ids rename or --duplicate-ids keep"
     )

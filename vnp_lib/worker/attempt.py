@@ -373,18 +373,19 @@ class LivenessReporter:
 
     def watch(self, network: ESM2) -> None:
         """Report the layers of a network from now on."""
+
+        def on_layer(module: object, inputs: object) -> None:
+            now_s = self._clock()
+            if now_s - self._sent_at_s >= _SIGN_OF_LIFE_S:
+                self._sent_at_s = now_s
+                self._events.send(LayerStarted())
+
         for layer in network.layers:
-            layer.register_forward_pre_hook(lambda module, inputs: self._on_layer())
+            layer.register_forward_pre_hook(on_layer)
 
     def loading(self) -> None:
         """Report that a model is being loaded: no protein is accused of the time that takes."""
         self._events.send(ModelLoading())
-
-    def _on_layer(self) -> None:
-        now_s = self._clock()
-        if now_s - self._sent_at_s >= _SIGN_OF_LIFE_S:
-            self._sent_at_s = now_s
-            self._events.send(LayerStarted())
 
 
 def _batch_started(job: ShardJob, batch: PackedBatch) -> BatchStarted:

@@ -322,6 +322,7 @@ def _kill(worker: asyncio.subprocess.Process) -> None:
             os.killpg(worker.pid, signal.SIGKILL)
 
 
+@atexit.register
 def _stop_remaining_workers() -> None:
     """At exit, let worker processes that are saving use the rest of their grace; then kill them.
 
@@ -334,9 +335,6 @@ def _stop_remaining_workers() -> None:
         while _is_running(worker) and time.monotonic() - began_at_s < grace_s:
             time.sleep(_EXIT_POLL_S)
     kill_workers()
-
-
-atexit.register(_stop_remaining_workers)
 
 
 def _is_running(worker: asyncio.subprocess.Process) -> bool:
