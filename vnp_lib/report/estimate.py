@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult, group
 from rich.table import Table
-from rich.text import Text
 
 from vnp_lib.devices import resolve_devices
 from vnp_lib.errors import ConfigError, FastaError
@@ -152,7 +151,7 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
         if config.speed_of is not None:
             raise
         device_speed = None
-    found = _read(config)
+    found = _Input.read(config)
     devices = resolve_devices(config.devices, config.model)
     lengths = np.sort(found.lengths[found.is_computed])[::-1]
     num_shards = max(1, min(config.shards or len(devices), lengths.size))
@@ -192,9 +191,24 @@ def estimate_run(config: EstimateConfig) -> RunEstimate:
     )
 
 
-def render_estimate(seen: RunEstimate) -> RenderableType:
+@group()
+def render_estimate(seen: RunEstimate) -> RenderResult:
     """Render an estimate for a terminal."""
-    return Group(_Facts(tuple(_facts(seen))), "", _Bars(seen.lengths), "", *_verdict(seen))
+    yield _Facts(tuple(_facts(seen)))
+    yield ""
+    yield _Bars(seen.lengths)
+    yield ""
+    if seen.num_refused:
+        yield plain(f"{seen.num_refused:,} would be refused:", style="bold red")
+        yield from (plain(f"  {refusal}") for refusal in seen.refusals)
+        if seen.num_refused > len(seen.refusals):
+            yield plain(f"  and {seen.num_refused - len(seen.refusals):,} more")
+    if not seen.has_room:
+        yield plain("the disk has no room for this run", style="bold red")
+    if seen.can_begin:
+        yield plain(
+            "nothing would be refused, and the disk has room: the run can start", style="green"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -208,6 +222,38 @@ class _Input:
     left_out: tuple[str, ...]
     counts: InputCounts
 
+    @classmethod
+    def read(cls, config: EstimateConfig) -> _Input:
+        policy = InputPolicy.of(config)
+        scan, refused = InputScan(), _Refused()
+        lengths = [np.empty(0, dtype=np.int32)]
+        left_out: list[str] = []
+        with _saved_stdin(config) as stdin:
+            sources = find_sources(
+                config.fasta, stdin=stdin, refuse=refused.add_file, left_out=left_out
+            )
+            rename = make_id_renamer(sources, policy)
+            for source in sources:
+                places = RecordLocator(source)
+                for chunk in _usable_chunks(source, policy, refused, rename):
+                    scan.add(chunk)
+                    lengths.append(chunk.lengths)
+                    refused.add(places, chunk.refused)
+            if policy.duplicate_ids == "error":
+                repeats, firsts = scan.repeated_ids()
+                refused.add_repeats(sources, policy, repeats, firsts)
+        if not scan.num_sequences and not refused.count and not policy.allow_empty:
+            refused.add_file(no_sequences_error(scan.counts, policy))
+        representatives = scan.representatives(dedup=policy.dedup)
+        return cls(
+            lengths=np.concatenate(lengths),
+            is_computed=np.equal(representatives, np.arange(representatives.size)),
+            num_refused=refused.count,
+            refusals=tuple(refused.messages()),
+            left_out=tuple(left_out),
+            counts=scan.counts,
+        )
+
     @property
     def num_sequences(self) -> int:
         return self.lengths.size
@@ -219,38 +265,6 @@ class _Input:
     @property
     def computed_lengths(self) -> NDArray[np.int32]:
         return self.lengths[self.is_computed]
-
-
-def _read(config: EstimateConfig) -> _Input:
-    policy = InputPolicy.of(config)
-    scan, refused = InputScan(), _Refused()
-    lengths = [np.empty(0, dtype=np.int32)]
-    left_out: list[str] = []
-    with _saved_stdin(config) as stdin:
-        sources = find_sources(
-            config.fasta, stdin=stdin, refuse=refused.add_file, left_out=left_out
-        )
-        rename = make_id_renamer(sources, policy)
-        for source in sources:
-            places = RecordLocator(source)
-            for chunk in _usable_chunks(source, policy, refused, rename):
-                scan.add(chunk)
-                lengths.append(chunk.lengths)
-                refused.add(places, chunk.refused)
-        if policy.duplicate_ids == "error":
-            repeats, firsts = scan.repeated_ids()
-            refused.add_repeats(sources, policy, repeats, firsts)
-    if not scan.num_sequences and not refused.count and not policy.allow_empty:
-        refused.add_file(no_sequences_error(scan.counts, policy))
-    representatives = scan.representatives(dedup=policy.dedup)
-    return _Input(
-        lengths=np.concatenate(lengths),
-        is_computed=np.equal(representatives, np.arange(representatives.size)),
-        num_refused=refused.count,
-        refusals=tuple(refused.messages()),
-        left_out=tuple(left_out),
-        counts=scan.counts,
-    )
 
 
 @contextmanager
@@ -450,17 +464,3 @@ class _Bars:
         width = max(1, min(_MAX_BAR_WIDTH, options.max_width - text_width))
         for span, count, share in lines:
             yield plain(f"{span}{bar(share, options, width=width)}{count}")
-
-
-def _verdict(seen: RunEstimate) -> Iterator[Text]:
-    if seen.num_refused:
-        yield plain(f"{seen.num_refused:,} would be refused:", style="bold red")
-        yield from (plain(f"  {refusal}") for refusal in seen.refusals)
-        if seen.num_refused > len(seen.refusals):
-            yield plain(f"  and {seen.num_refused - len(seen.refusals):,} more")
-    if not seen.has_room:
-        yield plain("the disk has no room for this run", style="bold red")
-    if seen.can_begin:
-        yield plain(
-            "nothing would be refused, and the disk has room: the run can start", style="green"
-        )

@@ -48,18 +48,6 @@ def write_report(
     return paths.report
 
 
-def render_report(
-    plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
-) -> str:
-    """Return the page as HTML.
-
-    Raises:
-        StorageError: If Matplotlib cannot be used.
-    """
-    with _quiet_matplotlib():
-        return _render(plan, paths, clock=clock)
-
-
 @contextmanager
 def _quiet_matplotlib() -> Iterator[None]:
     """Suppress Matplotlib's messages about caches, fonts and settings: they help no reader."""
@@ -73,7 +61,15 @@ def _quiet_matplotlib() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _render(plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime]) -> str:
+@_quiet_matplotlib()
+def render_report(
+    plan: RunPlan, paths: RunPaths, *, clock: Callable[[], datetime] = utc_now
+) -> str:
+    """Return the page as HTML.
+
+    Raises:
+        StorageError: If Matplotlib cannot be used.
+    """
     try:
         # Matplotlib takes a second to import. It raises OSError if its cache has no directory, and
         # ValueError if MPLBACKEND does not exist.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult, group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -217,9 +217,40 @@ def read_status(
     )
 
 
-def render_status(status: RunStatus) -> RenderableType:
+@group()
+def render_status(status: RunStatus) -> RenderResult:
     """Render a status for a terminal."""
-    return Group(*_headline(status), _Shards(status), *_totals(status))
+    yield plain(
+        f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences",
+        style="bold",
+    )
+    if status.running is None:
+        yield plain("not running")
+    else:
+        yield plain(f"running: {status.running}", style="green")
+    if changes := describe_input(status.input, RunPaths(status.run_dir)):
+        yield plain(f"input: {changes}", style="yellow" if status.input.is_altered else "")
+    yield _Shards(status)
+    line = (
+        f"{status.num_done:,} of {status.num_computed:,} distinct sequences "
+        f"({status.percent:.1f} %)"
+    )
+    if status.tokens_per_s:
+        line += f", {status.tokens_per_s:,.0f} tokens/s"
+    if status.eta_s is not None:
+        line += f", about {format_duration(status.eta_s)} left"
+    yield plain(line, style="bold")
+    if status.num_quarantined:
+        yield plain(f"in quarantine: {status.num_quarantined:,}", style="yellow")
+    yield plain(f"dataset: {status.dataset}")
+    if status.software:
+        yield plain(f"computed by: {status.software}")
+    for note in status.notes:
+        yield plain(f"note: {note}", style="yellow")
+    yield plain(
+        "counts are as of the newest checkpoints; `vnp verify` validates everything",
+        style="dim",
+    )
 
 
 def watch(read: Callable[[], RunStatus], *, interval_s: float, console: Console) -> None:
@@ -337,19 +368,6 @@ def _dataset(plan: RunPlan, paths: RunPaths) -> str:
     return f"{'partial' if metadata['num_missing'] else 'complete'}: {rows}{precision}"
 
 
-def _headline(status: RunStatus) -> Iterator[Text]:
-    yield plain(
-        f"{status.run_dir}: {status.model}, {status.dtype}, {status.num_sequences:,} sequences",
-        style="bold",
-    )
-    if status.running is None:
-        yield plain("not running")
-    else:
-        yield plain(f"running: {status.running}", style="green")
-    if changes := describe_input(status.input, RunPaths(status.run_dir)):
-        yield plain(f"input: {changes}", style="yellow" if status.input.is_altered else "")
-
-
 _STYLES = {ShardPhase.RUNNING: "green", ShardPhase.FAILED: "bold red", ShardPhase.STOPPED: "yellow"}
 
 
@@ -436,29 +454,6 @@ def _row(shard: ShardRow, now: datetime) -> Iterator[Text]:
     yield plain(shard.device or "")
     yield plain(
         f"{failure.kind}, {format_age(failure.at, now)}: {failure.explanation}" if failure else ""
-    )
-
-
-def _totals(status: RunStatus) -> Iterator[Text]:
-    line = (
-        f"{status.num_done:,} of {status.num_computed:,} distinct sequences "
-        f"({status.percent:.1f} %)"
-    )
-    if status.tokens_per_s:
-        line += f", {status.tokens_per_s:,.0f} tokens/s"
-    if status.eta_s is not None:
-        line += f", about {format_duration(status.eta_s)} left"
-    yield plain(line, style="bold")
-    if status.num_quarantined:
-        yield plain(f"in quarantine: {status.num_quarantined:,}", style="yellow")
-    yield plain(f"dataset: {status.dataset}")
-    if status.software:
-        yield plain(f"computed by: {status.software}")
-    for note in status.notes:
-        yield plain(f"note: {note}", style="yellow")
-    yield plain(
-        "counts are as of the newest checkpoints; `vnp verify` validates everything",
-        style="dim",
     )
 
 

@@ -57,31 +57,29 @@ class RunReport:
             yield f"running: {self.running}"
         yield from self.damage
         yield from self.notes
-        yield self._resume()
-        problems = "problem" if len(self.damage) == 1 else "problems"
-        yield f"{len(self.damage) or 'no'} {problems} found"
-
-    def _resume(self) -> str:
+        count = sum(self.to_compute.values())
         if self.num_sequences is None:
-            return (
+            yield (
                 "the same command as before rewrites the plan, and then computes what is not in an "
                 "intact checkpoint"
             )
-        count = sum(self.to_compute.values())
-        if count:
+        elif count:
             shards = ", ".join(
                 f"shard {rank}: {number:,}" for rank, number in self.to_compute.items()
             )
-            return f"the next run computes {count:,} of {self.num_sequences:,} sequences ({shards})"
-        if self.has_dataset:
-            return (
+            yield f"the next run computes {count:,} of {self.num_sequences:,} sequences ({shards})"
+        elif self.has_dataset:
+            yield (
                 f"the dataset is complete: the next run computes none of {self.num_sequences:,} "
                 "sequences"
             )
-        return (
-            f"the next run computes none of {self.num_sequences:,} sequences; it assembles the "
-            "dataset"
-        )
+        else:
+            yield (
+                f"the next run computes none of {self.num_sequences:,} sequences; it assembles the "
+                "dataset"
+            )
+        problems = "problem" if len(self.damage) == 1 else "problems"
+        yield f"{len(self.damage) or 'no'} {problems} found"
 
 
 def verify_run(run_dir: Path) -> RunReport:
@@ -99,7 +97,25 @@ def verify_run(run_dir: Path) -> RunReport:
     try:
         plan = load_plan(paths)
     except (StorageError, OSError) as error:
-        return _without_plan(paths, running, str(error))
+        from vnp_lib.checkpoint import load_checkpoint
+
+        # The checkpoints are validated by their own markers only.
+        found = sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt"))
+        reasons = [
+            reason
+            for path in found
+            if (reason := failure_reason(load_checkpoint, path, fingerprint=None))
+        ]
+        return RunReport(
+            run_dir=run_dir,
+            running=running,
+            damage=(
+                str(error),
+                *reasons,
+                *(verify_dataset(run_dir) if paths.success.exists() else ()),
+            ),
+            num_checkpoints=len(found) - len(reasons),
+        )
     return _with_plan(paths, running, plan)
 
 
@@ -111,7 +127,7 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
     quarantined = frozenset(sequence.ordinal for sequence in sequences or ())
     coverage = Coverage.of(plan, is_done, [each for each in quarantined if not is_done[each]])
     left = {rank: coverage.progress(rank).num_left for rank in range(plan.num_shards)}
-    dataset = _dataset(paths, plan, coverage.is_quarantined)
+    dataset = _DatasetState.of(paths, plan, coverage.is_quarantined)
     damage = [
         f"{damaged.path}: {damaged.reason}"
         for damaged in survey.damaged
@@ -143,28 +159,6 @@ def _with_plan(paths: RunPaths, running: LockHolder | None, plan: RunPlan) -> Ru
         num_sequences=plan.num_computed,
         to_compute={rank: count for rank, count in left.items() if count},
         has_dataset=dataset.is_complete,
-    )
-
-
-def _without_plan(paths: RunPaths, running: LockHolder | None, damage: str) -> RunReport:
-    """Validate the checkpoints by their own markers only."""
-    from vnp_lib.checkpoint import load_checkpoint
-
-    found = sorted(paths.checkpoints_dir.glob("shard_*/batch_*.pt"))
-    reasons = [
-        reason
-        for path in found
-        if (reason := failure_reason(load_checkpoint, path, fingerprint=None))
-    ]
-    return RunReport(
-        run_dir=paths.run_dir,
-        running=running,
-        damage=(
-            damage,
-            *reasons,
-            *(verify_dataset(paths.run_dir) if paths.success.exists() else ()),
-        ),
-        num_checkpoints=len(found) - len(reasons),
     )
 
 
@@ -216,24 +210,22 @@ class _DatasetState:
     notes: tuple[str, ...] = ()
     is_complete: bool = False
 
-
-def _dataset(paths: RunPaths, plan: RunPlan, is_quarantined: NDArray[np.bool_]) -> _DatasetState:
-    if not paths.success.exists():
-        return _DatasetState(notes=("there is no dataset yet",))
-    again = "the next run assembles it again"
-    if damage := verify_dataset(paths.run_dir):
-        return _DatasetState(damage=(*damage, f"{paths.embeddings_dir} is damaged; {again}"))
-    dataset = open_dataset(paths.run_dir)
-    metadata = dataset.metadata
-    if metadata["fingerprint"] != plan.fingerprint:
-        return _DatasetState(damage=(f"{paths.embeddings_dir} belongs to another run; {again}",))
-    lack = ""
-    if metadata["num_missing"]:
-        lack = f" and lacks {metadata['num_missing']:,}; the next run completes it"
-    elif metadata["num_quarantined"] != int(is_quarantined.sum()):
-        lack = f", but the quarantine has changed since; {again}"
-    elif metadata["store_dtype"] != plan.store_dtype:
-        lack = f", but in {metadata['store_dtype']} instead of {plan.store_dtype}; {again}"
-    return _DatasetState(
-        notes=(f"the dataset has {len(dataset):,} rows{lack}",), is_complete=not lack
-    )
+    @classmethod
+    def of(cls, paths: RunPaths, plan: RunPlan, is_quarantined: NDArray[np.bool_]) -> _DatasetState:
+        if not paths.success.exists():
+            return cls(notes=("there is no dataset yet",))
+        again = "the next run assembles it again"
+        if damage := verify_dataset(paths.run_dir):
+            return cls(damage=(*damage, f"{paths.embeddings_dir} is damaged; {again}"))
+        dataset = open_dataset(paths.run_dir)
+        metadata = dataset.metadata
+        if metadata["fingerprint"] != plan.fingerprint:
+            return cls(damage=(f"{paths.embeddings_dir} belongs to another run; {again}",))
+        lack = ""
+        if metadata["num_missing"]:
+            lack = f" and lacks {metadata['num_missing']:,}; the next run completes it"
+        elif metadata["num_quarantined"] != int(is_quarantined.sum()):
+            lack = f", but the quarantine has changed since; {again}"
+        elif metadata["store_dtype"] != plan.store_dtype:
+            lack = f", but in {metadata['store_dtype']} instead of {plan.store_dtype}; {again}"
+        return cls(notes=(f"the dataset has {len(dataset):,} rows{lack}",), is_complete=not lack)

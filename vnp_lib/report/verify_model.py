@@ -7,16 +7,15 @@ dtype and on the device of a run, with all sequences packed into one batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult, group
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from vnp_lib.config import ModelName
@@ -241,12 +240,9 @@ def _our_states(
     ).cpu()
 
 
-def render_model_report(report: ModelReport) -> RenderableType:
+@group()
+def render_model_report(report: ModelReport) -> RenderResult:
     """Render the comparison for a terminal."""
-    return Group(*_headline(report), _Layers(report), *_verdict(report))
-
-
-def _headline(report: ModelReport) -> Iterator[Text]:
     where = "the CPU" if report.device == "cpu" else f"GPU {report.device}"
     yield plain(
         f"{report.model} in {report.dtype} on {where}, compared with fair-esm in float32 on the "
@@ -263,6 +259,18 @@ def _headline(report: ModelReport) -> Iterator[Text]:
     }[report.is_official]
     residues = sum(map(len, SEQUENCES.values()))
     yield plain(f"{len(SEQUENCES)} sequences, {residues:,} residues")
+    yield _Layers(report)
+    yield plain(f"lowest cosine of a mean embedding: {report.lowest_mean_cosine:.6f}", style="bold")
+    yield plain(f"allowed in {report.dtype}: {report.tolerance.describe()}", style="dim")
+    if report.is_close:
+        yield plain("close enough: equivalent to fair-esm's model", style="green")
+    elif report.first_apart is None:
+        yield plain(
+            "too far apart: every layer is within tolerance, the mean embeddings are not",
+            style="bold red",
+        )
+    else:
+        yield plain(f"too far apart: layer {report.first_apart} is the first", style="bold red")
 
 
 class _Layers:
@@ -300,20 +308,6 @@ class _Layers:
                 f"lowest cosine of a residue {each.lowest_cosine:.6f}"
                 + ("" if each.is_within(self._report.tolerance) else "; too far")
             )
-
-
-def _verdict(report: ModelReport) -> Iterator[Text]:
-    yield plain(f"lowest cosine of a mean embedding: {report.lowest_mean_cosine:.6f}", style="bold")
-    yield plain(f"allowed in {report.dtype}: {report.tolerance.describe()}", style="dim")
-    if report.is_close:
-        yield plain("close enough: equivalent to fair-esm's model", style="green")
-    elif report.first_apart is None:
-        yield plain(
-            "too far apart: every layer is within tolerance, the mean embeddings are not",
-            style="bold red",
-        )
-    else:
-        yield plain(f"too far apart: layer {report.first_apart} is the first", style="bold red")
 
 
 def _finite(value: Any) -> Any:
