@@ -101,11 +101,22 @@ def run_flow(
 
     The end of the flow counts, not whether Prefect could record it.
     """
+    from flows.embed import embed
     from flows.lost_server import Ending, is_lost_server
 
     ending = Ending()
+
+    async def embed_to_its_end() -> tuple[State[Any], Any]:
+        with ending.recording():
+            exiting = asyncio.create_task(_exit_without_prefect(config, server, ending, started_at))
+            try:
+                outcome = await cast("Awaitable[State[Any]]", embed(config, return_state=True))
+            finally:
+                exiting.cancel()
+        return outcome, await outcome.aresult(raise_on_failure=False)
+
     try:
-        return asyncio.run(_embed_to_its_end(config, server, ending, started_at))
+        return asyncio.run(embed_to_its_end())
     except Exception as error:
         if not is_lost_server(error):
             raise
@@ -115,20 +126,6 @@ def run_flow(
             ) from error
         _tell(_lost(server))
         return ending.state, ending.state.data
-
-
-async def _embed_to_its_end(
-    config: EmbedConfig, server: PrefectServer, ending: Any, started_at: float
-) -> tuple[State[Any], Any]:
-    from flows.embed import embed
-
-    with ending.recording():
-        exiting = asyncio.create_task(_exit_without_prefect(config, server, ending, started_at))
-        try:
-            outcome = await cast("Awaitable[State[Any]]", embed(config, return_state=True))
-        finally:
-            exiting.cancel()
-    return outcome, await outcome.aresult(raise_on_failure=False)
 
 
 async def _exit_without_prefect(

@@ -100,7 +100,15 @@ class StopFlag:
         self._is_set = False
 
     def install(self) -> None:
-        signal.signal(signal.SIGTERM, self._on_signal)
+        def on_signal(signum: int, frame: FrameType | None) -> None:
+            # The thread that reads the pipe may not have run yet.
+            if _has_stop_request():
+                self._requests.restart()
+            if self._requests.on_signal() == Request.EXIT_NOW:
+                os._exit(ExitCode.STOPPED)
+            self._is_set = True
+
+        signal.signal(signal.SIGTERM, on_signal)
         self.is_installed = True
 
     def set(self) -> None:
@@ -110,14 +118,6 @@ class StopFlag:
 
     def is_set(self) -> bool:
         return self._is_set
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        # The thread that reads the pipe may not have run yet.
-        if _has_stop_request():
-            self._requests.restart()
-        if self._requests.on_signal() == Request.EXIT_NOW:
-            os._exit(ExitCode.STOPPED)
-        self._is_set = True
 
 
 class Events(Protocol):
