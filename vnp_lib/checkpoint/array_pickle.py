@@ -74,7 +74,12 @@ def require_plain_arrays(data: bytes) -> None:
     Raises:
         ValueError: It builds something else; the message says what.
     """
-    _Reader().read(data)
+    reader = _Reader()
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            reader.execute(opcode.name, argument)
+    except (IndexError, KeyError) as error:
+        raise ValueError("its pickle takes what is not there") from error
 
 
 class _Reader:
@@ -82,14 +87,7 @@ class _Reader:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def read(self, data: bytes) -> None:
-        try:
-            for opcode, argument, _ in pickletools.genops(data):
-                self._do(opcode.name, argument)
-        except (IndexError, KeyError) as error:
-            raise ValueError("its pickle takes what is not there") from error
-
-    def _do(self, name: str, argument: Any) -> None:
+    def execute(self, name: str, argument: Any) -> None:
         stack = self._stack
         match name:
             case "MARK":

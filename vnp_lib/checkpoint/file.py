@@ -256,14 +256,6 @@ def _parse(file: BinaryIO, *, may_be_integers: bool) -> CheckpointContent:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"failed to load: {error}") from error
-    content = _as_content(loaded)
-    _check_content(content, max_bytes=size_bytes, may_be_integers=may_be_integers)
-    if not _is_finite(content.embeddings):
-        raise CheckpointError("it holds values that are not finite")
-    return content
-
-
-def _as_content(loaded: Any) -> CheckpointContent:
     if type(loaded) is not dict:
         raise CheckpointError(f"it holds a {type(loaded).__name__}, not a dict")
     if missing := [key for key in _KEYS if key not in loaded]:
@@ -274,36 +266,18 @@ def _as_content(loaded: Any) -> CheckpointContent:
         )
     if isinstance(loaded["embeddings"], np.ndarray):
         loaded["embeddings"] = tensor_of(loaded["embeddings"])
-    return CheckpointContent(**loaded)
+    content = CheckpointContent(**loaded)
+    _check_content(content, max_bytes=size_bytes, may_be_integers=may_be_integers)
+    if not _is_finite(content.embeddings):
+        raise CheckpointError("it holds values that are not finite")
+    return content
 
 
 def _check_content(
     content: CheckpointContent, *, max_bytes: int | None = None, may_be_integers: bool = False
 ) -> None:
     """Check what holds for every checkpoint, when it is written and when it is read."""
-    _check_embeddings(content, max_bytes=max_bytes, may_be_integers=may_be_integers)
     embeddings, sequence_ids, metadata = content
-    if type(sequence_ids) is not list or not all(isinstance(id_, str) for id_ in sequence_ids):
-        raise CheckpointError("sequence_ids is no list of strings")
-    rows = (
-        _num_rows(metadata["offsets"], embeddings.numel())
-        if content.is_ragged
-        else embeddings.shape[0]
-    )
-    if len(sequence_ids) != rows:
-        raise CheckpointError(f"shape mismatch: {rows} rows, {len(sequence_ids)} sequence_ids")
-    if type(metadata) is not dict:
-        raise CheckpointError("metadata is no dict")
-    if "ordinals" in metadata:
-        parse_ordinals(metadata["ordinals"], rows=rows)
-    if type(metadata.get("fingerprint", "")) is not str:
-        raise CheckpointError("fingerprint is no string")
-
-
-def _check_embeddings(
-    content: CheckpointContent, *, max_bytes: int | None, may_be_integers: bool
-) -> None:
-    embeddings = content.embeddings
     if (
         type(embeddings) is not Tensor
         or embeddings.layout != torch.strided
@@ -319,6 +293,21 @@ def _check_embeddings(
         )
     if not embeddings.is_contiguous() or (max_bytes is not None and embeddings.nbytes > max_bytes):
         raise CheckpointError("embeddings claims more than the file holds")
+    if type(sequence_ids) is not list or not all(isinstance(id_, str) for id_ in sequence_ids):
+        raise CheckpointError("sequence_ids is no list of strings")
+    rows = (
+        _num_rows(metadata["offsets"], embeddings.numel())
+        if content.is_ragged
+        else embeddings.shape[0]
+    )
+    if len(sequence_ids) != rows:
+        raise CheckpointError(f"shape mismatch: {rows} rows, {len(sequence_ids)} sequence_ids")
+    if type(metadata) is not dict:
+        raise CheckpointError("metadata is no dict")
+    if "ordinals" in metadata:
+        parse_ordinals(metadata["ordinals"], rows=rows)
+    if type(metadata.get("fingerprint", "")) is not str:
+        raise CheckpointError("fingerprint is no string")
 
 
 def _num_rows(offsets: Any, num_values: int) -> int:

@@ -480,7 +480,15 @@ class CheckpointManifest:
         return state
 
     def _write(self, state: dict[str, Any]) -> None:
-        _shorten(list(state["shards"].values()))
+        # Each shard lists no more than its share: the file is written again at each checkpoint.
+        shards = list(state["shards"].values())
+        most_listed = max(1, MAX_CHECKPOINTS_LISTED_IN_ALL // len(shards))
+        for shard in shards:
+            shard["checkpoints"] = shard["checkpoints"][-most_listed:]
+        if sum(len(shard["failures"]) for shard in shards) > MAX_FAILURES_KEPT_IN_ALL:
+            most_kept = max(1, MAX_FAILURES_KEPT_IN_ALL // len(shards) // 2)
+            for shard in shards:
+                shard["failures"] = _newest_failures(shard["failures"], most_kept)
         write_sealed_json(self.path, state, replace=True)
 
     def _current_shards(self) -> dict[int, ShardRecord]:
@@ -609,18 +617,6 @@ def _shards_by_rank(state: dict[str, Any]) -> dict[int, ShardRecord]:
         int(rank): ShardRecord.from_json(state["shards"][rank])
         for rank in sorted(state["shards"], key=int)
     }
-
-
-def _shorten(shards: list[dict[str, Any]]) -> None:
-    """Limit what each shard lists to its share: the file is written again at each checkpoint."""
-    most_listed = max(1, MAX_CHECKPOINTS_LISTED_IN_ALL // len(shards))
-    for shard in shards:
-        shard["checkpoints"] = shard["checkpoints"][-most_listed:]
-    if sum(len(shard["failures"]) for shard in shards) > MAX_FAILURES_KEPT_IN_ALL:
-        for shard in shards:
-            shard["failures"] = _newest_failures(
-                shard["failures"], max(1, MAX_FAILURES_KEPT_IN_ALL // len(shards) // 2)
-            )
 
 
 def _newest_failures(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:

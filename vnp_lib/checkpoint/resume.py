@@ -118,7 +118,12 @@ def _usable_checkpoints(
     for path in paths:
         try:
             content = read_content(path, fingerprint=None, may_be_bare=True)
-            _require_same_shape(content, usable[0][1] if usable else content)
+            first = usable[0][1] if usable else content
+            if (content.width, content.dtype) != (first.width, first.dtype):
+                raise CheckpointError(
+                    f"rows of {content.width} {content.dtype}; "
+                    f"those before it have {first.width} {first.dtype}"
+                )
         except CheckpointError as error:
             damaged.append(Damage.of(path, error))
             logger.warning("%s cannot be used: %s", path, error)
@@ -133,14 +138,6 @@ def _usable_checkpoints(
                 )
             usable.append((path, content))
     return usable, damaged
-
-
-def _require_same_shape(content: CheckpointContent, first: CheckpointContent) -> None:
-    if (content.width, content.dtype) != (first.width, first.dtype):
-        raise CheckpointError(
-            f"rows of {content.width} {content.dtype}; "
-            f"those before it have {first.width} {first.dtype}"
-        )
 
 
 def _reconcile(

@@ -106,7 +106,7 @@ class CommittedRows:
                 for rank, shard_dir in _shard_directories(self._checkpoints_dir)
                 for path in _synced_paths(shard_dir)
             ]
-            stamps = {path: _stamp(path) for _, path in paths}
+            stamps = {path: _Stamp.of(path) for _, path in paths}
             if any(stamps.get(path) != stamp for path, stamp in self._stamps.items()):
                 self._stamps.clear()
                 self._is_done[:] = False
@@ -257,16 +257,16 @@ class _Stamp(NamedTuple):
     changed_ns: int  # the newest of the times
     values: tuple[int, ...]  # inode, size and times of both files
 
-
-def _stamp(path: Path) -> _Stamp | None:
-    """Return the stamp of a checkpoint, or None if it or its marker is missing."""
-    try:
-        files = [os.stat(each) for each in (path, marker_path(path))]
-    except OSError:
-        return None
-    times_ns = [time for each in files for time in (each.st_mtime_ns, each.st_ctime_ns)]
-    sizes = [value for each in files for value in (each.st_ino, each.st_size)]
-    return _Stamp(changed_ns=max(times_ns), values=(*times_ns, *sizes))
+    @classmethod
+    def of(cls, path: Path) -> Self | None:
+        """Return the stamp of a checkpoint, or None if it or its marker is missing."""
+        try:
+            files = [os.stat(each) for each in (path, marker_path(path))]
+        except OSError:
+            return None
+        times_ns = [time for each in files for time in (each.st_mtime_ns, each.st_ctime_ns)]
+        sizes = [value for each in files for value in (each.st_ino, each.st_size)]
+        return cls(changed_ns=max(times_ns), values=(*times_ns, *sizes))
 
 
 def _survey_shard(shard_dir: Path, rank: int, fingerprint: str, *, verify_digests: bool) -> Survey:

@@ -89,6 +89,14 @@ _ROW_GROUP_BYTES = 4 * 1024**2
 _NUM_SHOWN = 10
 # The keys of the identity that are in the metadata of every part.
 _ABOUT = ("model", "layer", "pooling", "dtype")
+# The columns of every part; those of the outputs follow.
+_FIELDS = (
+    pa.field("ordinal", pa.int64(), nullable=False),
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("description", pa.string(), nullable=False),
+    pa.field("length", pa.int32(), nullable=False),
+    pa.field("original_length", pa.int32(), nullable=False),
+)
 _PARTS = "part-*.parquet"
 _TEMPORARY_PREFIX = ".tmp-"
 
@@ -442,7 +450,12 @@ def _write_part(
     columns = columns_of(
         division.layout, values, plan.lengths[ordinals], is_large=division.is_large
     )
-    table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=_schema(plan, division))
+    about = {name: str(plan.identity[name]) for name in _ABOUT}
+    schema = pa.schema(
+        [*_FIELDS, *fields_of(division.layout, plan.store_dtype, is_large=division.is_large)],
+        metadata=about | {"fingerprint": plan.fingerprint, "software": division.software},
+    )
+    table = pa.table([pa.array(ordinals), *table.columns, *columns], schema=schema)
     path = paths.new_dataset / f"part-{part:05d}.parquet"
     row_bytes = division.layout.widths(plan.lengths[ordinals]) * VALUE_BYTES
     # Row groups of 4 MB; a larger row is a group of its own.
@@ -503,21 +516,6 @@ def _not_finite(
 
 def _named(plan: RunPlan, ordinal: np.int64) -> str:
     return f"{plan.ids(np.array([ordinal]))[0]!r} (ordinal {ordinal})"
-
-
-def _schema(plan: RunPlan, division: Division) -> pa.Schema:
-    about = {name: str(plan.identity[name]) for name in _ABOUT}
-    return pa.schema(
-        [
-            pa.field("ordinal", pa.int64(), nullable=False),
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("description", pa.string(), nullable=False),
-            pa.field("length", pa.int32(), nullable=False),
-            pa.field("original_length", pa.int32(), nullable=False),
-            *fields_of(division.layout, plan.store_dtype, is_large=division.is_large),
-        ],
-        metadata=about | {"fingerprint": plan.fingerprint, "software": division.software},
-    )
 
 
 def _summary(paths: RunPaths) -> DatasetSummary:

@@ -231,14 +231,15 @@ _KINDS: dict[str, type[WorkerEvent]] = {
 }
 
 
-def _field_types(kind: type[WorkerEvent]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    types = {field.name: hints[field.name] for field in fields(kind)}
-    # A float without a fraction may be an integer in JSON.
-    return {name: int | float if hint is float else hint for name, hint in types.items()}
-
-
-_FIELD_TYPES = {name: _field_types(kind) for name, kind in _KINDS.items()}
+_FIELD_TYPES: dict[str, dict[str, Any]] = {
+    name: {
+        # A float without a fraction may be an integer in JSON.
+        field.name: int | float if hints[field.name] is float else hints[field.name]
+        for field in fields(kind)
+    }
+    for name, kind in _KINDS.items()
+    for hints in [get_type_hints(kind)]
+}
 
 
 class EventStream:

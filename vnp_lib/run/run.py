@@ -150,6 +150,14 @@ class Run:
         num_workers = min(sum(each == "cpu" for each in self.devices), self.plan.num_shards)
         if num_threads is None and num_workers > 1:
             num_threads = max(1, num_cores() // num_workers)
+        token_budget = self.manifest.token_budget(rank, device) or self.plan.token_budget
+        # To compute one by one: those that a worker crashed on come first, and the rest of their
+        # batches follow.
+        suspects: list[int | None] = []
+        if self.config.on_poison == "quarantine":
+            accused = [each for each in failures if each.accuses_batch and not each.is_silence]
+            suspects += [failure.ordinal for failure in reversed(accused)]
+            suspects += self.manifest.suspects()
         return ShardJob(
             run_dir=self.paths.run_dir.resolve(),
             rank=rank,
@@ -163,8 +171,8 @@ class Run:
             is_deterministic=self.config.deterministic,
             checkpoint_seq_threshold=runtime.checkpoint_seq_threshold,
             checkpoint_time_threshold=runtime.checkpoint_time_threshold,
-            token_budget=self.manifest.token_budget(rank, device) or self.plan.token_budget,
-            suspects=self._suspects(failures),
+            token_budget=token_budget,
+            suspects=tuple(dict.fromkeys(each for each in suspects if each is not None)),
             deferred=deferred,
             is_careful=bool(failures) and failures[-1].accuses_batch,
             quarantines=self.config.on_poison == "quarantine",
@@ -175,23 +183,6 @@ class Run:
         """Scale the token budget of later attempts on a shard on a device."""
         tokens = self.manifest.token_budget(rank, device) or self.plan.token_budget
         self.manifest.remember_token_budget(rank, device, max(1, int(tokens * scale)))
-
-    def _suspects(self, failures: list[Failure]) -> tuple[int, ...]:
-        """Return the ordinals to compute one by one: those that a worker crashed on come first.
-
-        The rest of their batches follow.
-        """
-        if self.config.on_poison != "quarantine":
-            return ()
-        accused = [
-            failure.ordinal
-            for failure in reversed(failures)
-            if failure.accuses_batch and not failure.is_silence
-        ]
-        ordinals = [
-            ordinal for ordinal in accused if ordinal is not None
-        ] + self.manifest.suspects()
-        return tuple(dict.fromkeys(ordinals))
 
     @cached_property
     def _committed(self) -> CommittedRows:
