@@ -243,6 +243,56 @@ class _Records:
     sequences: list[str]
     representatives: NDArray[np.int64]  # position of the first identical sequence, (N,)
 
+    @classmethod
+    def read(cls, paths: Sequence[Path], settings: _Settings) -> _Records:
+        """Read files, and validate their records."""
+        policy = InputPolicy(
+            id_column=settings.id_column,
+            sequence_column=settings.sequence_column,
+            allow_empty=settings.allow_empty,
+        )
+        left_out: list[str] = []
+        sources = find_sources(paths, stdin=STDIN, left_out=left_out)
+        for description in left_out:
+            logger.warning(description)
+        scan = InputScan()
+        ids: list[str] = []
+        descriptions: list[str] = []
+        sequences: list[str] = []
+        for chunk in chain.from_iterable(read_records(source, policy) for source in sources):
+            scan.add(chunk)
+            ids += chunk.usable.ids
+            descriptions += chunk.usable.descriptions
+            sequences += chunk.usable.sequences
+        representatives = scan.finish(sources, policy).representatives
+        return cls(
+            ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives
+        )
+
+    @classmethod
+    def in_memory(cls, records: RecordsInMemory, settings: _Settings) -> _Records:
+        """Validate records in memory."""
+        if not records.ids and settings.allow_empty:
+            return cls(
+                ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64)
+            )
+        chunk = chunk_from_memory(records.ids, records.sequences)
+        texts = replace(chunk.usable, descriptions=records.descriptions)
+        scan = InputScan()
+        scan.add(chunk)
+        repeats, firsts = scan.repeated_ids()
+        if repeats.size:
+            raise FastaError(
+                f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and "
+                f"{repeats[0]}; give each sequence an id of its own"
+            )
+        return cls(
+            ids=texts.ids,
+            descriptions=texts.descriptions,
+            sequences=texts.sequences,
+            representatives=scan.representatives(dedup=True),
+        )
+
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Residues of each sequence, (N,)."""
@@ -303,54 +353,6 @@ def _device_number(device: str) -> str:
     return number or str(torch.cuda.current_device())
 
 
-def _read_files(paths: Sequence[Path], settings: _Settings) -> _Records:
-    policy = InputPolicy(
-        id_column=settings.id_column,
-        sequence_column=settings.sequence_column,
-        allow_empty=settings.allow_empty,
-    )
-    left_out: list[str] = []
-    sources = find_sources(paths, stdin=STDIN, left_out=left_out)
-    for description in left_out:
-        logger.warning(description)
-    scan = InputScan()
-    ids: list[str] = []
-    descriptions: list[str] = []
-    sequences: list[str] = []
-    for chunk in chain.from_iterable(read_records(source, policy) for source in sources):
-        scan.add(chunk)
-        ids += chunk.usable.ids
-        descriptions += chunk.usable.descriptions
-        sequences += chunk.usable.sequences
-    representatives = scan.finish(sources, policy).representatives
-    return _Records(
-        ids=ids, descriptions=descriptions, sequences=sequences, representatives=representatives
-    )
-
-
-def _validate_records(records: RecordsInMemory, settings: _Settings) -> _Records:
-    if not records.ids and settings.allow_empty:
-        return _Records(
-            ids=[], descriptions=[], sequences=[], representatives=np.empty(0, dtype=np.int64)
-        )
-    chunk = chunk_from_memory(records.ids, records.sequences)
-    texts = replace(chunk.usable, descriptions=records.descriptions)
-    scan = InputScan()
-    scan.add(chunk)
-    repeats, firsts = scan.repeated_ids()
-    if repeats.size:
-        raise FastaError(
-            f"the id {texts.ids[repeats[0]]!r} occurs twice, at records {firsts[0]} and "
-            f"{repeats[0]}; give each sequence an id of its own"
-        )
-    return _Records(
-        ids=texts.ids,
-        descriptions=texts.descriptions,
-        sequences=texts.sequences,
-        representatives=scan.representatives(dedup=True),
-    )
-
-
 def _embed(
     proteins: list[Path] | RecordsInMemory, run_dir: Path | None, settings: _Settings
 ) -> Outputs:
@@ -359,9 +361,9 @@ def _embed(
     with nullcontext() if settings.device == "cpu" else torch.cuda.device(int(settings.device)):
         if not isinstance(proteins, RecordsInMemory):
             if run_dir is None:
-                return _embed_in_memory(_read_files(proteins, settings), settings)
+                return _embed_in_memory(_Records.read(proteins, settings), settings)
             return _embed_into(run_dir, proteins, settings)
-        records = _validate_records(proteins, settings)
+        records = _Records.in_memory(proteins, settings)
         if run_dir is None:
             return _embed_in_memory(records, settings)
         with _written_as_fasta(records) as path:

@@ -45,7 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A reader of standard output that exits early (`| head`) is no error; a full disk there is one.
     """
     with standard_streams():
-        code = _run_command(arguments)
+        parser = _parser()
+        try:
+            options, others = parser.parse_known_args(arguments)
+            options.others = others
+            if others and options.command is not plan:
+                parser.error(f"unrecognized arguments: {' '.join(others)}")
+            if "run_dir" in options and not options.run_dir.is_dir():
+                fault = "it is a file" if options.run_dir.exists() else "there is no such directory"
+                raise ConfigError(f"{options.run_dir} is not a run directory: {fault}")
+            code = int(options.command(options))
+        except InputError as unusable:
+            print(unusable, file=sys.stderr)
+            code = ExitCode.UNUSABLE_INPUT
         if error := output_error():
             print(
                 f"standard output cannot be written: {getattr(error, 'strerror', None) or error}",
@@ -53,22 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return code or ExitCode.FAILED
         return code
-
-
-def _run_command(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
-    try:
-        options, others = parser.parse_known_args(arguments)
-        options.others = others
-        if others and options.command is not plan:
-            parser.error(f"unrecognized arguments: {' '.join(others)}")
-        if "run_dir" in options and not options.run_dir.is_dir():
-            fault = "it is a file" if options.run_dir.exists() else "there is no such directory"
-            raise ConfigError(f"{options.run_dir} is not a run directory: {fault}")
-        return int(options.command(options))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return ExitCode.UNUSABLE_INPUT
 
 
 def verify(options: argparse.Namespace) -> ExitCode:

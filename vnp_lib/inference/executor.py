@@ -222,9 +222,7 @@ class BatchExecutor:
             fitting = _select_or_none(batch, fits)
             is_finite = np.ones(0, dtype=bool)
             if fitting is not None:
-                is_finite = self._recompute_non_finite(fitting, rows)
-                if not is_finite.all():
-                    rows = self._select_rows(fitting, rows, is_finite)
+                is_finite, rows = self._recompute_non_finite(fitting, rows)
             return EmbeddedBatch(
                 batch_idx=batch.batch_idx,
                 batch=_select_or_none(batch, _nested_mask(fits, is_finite)),
@@ -253,8 +251,10 @@ class BatchExecutor:
                 f"{self._device} has no finite row, or no memory, for a harmless sequence"
             )
 
-    def _recompute_non_finite(self, batch: PackedBatch, rows: Tensor) -> NDArray[np.bool_]:
-        """Compute rows that are not finite again, in place; return which are finite now, (B,)."""
+    def _recompute_non_finite(
+        self, batch: PackedBatch, rows: Tensor
+    ) -> tuple[NDArray[np.bool_], Tensor]:
+        """Compute non-finite rows again. Return which are finite now, (B,), and only their rows."""
         if self._layout.is_fixed:
             is_finite = torch.isfinite(rows).all(dim=1).numpy()
         else:
@@ -262,7 +262,7 @@ class BatchExecutor:
             is_finite = np.logical_and.reduceat(torch.isfinite(rows).numpy(), starts)
         bad = np.flatnonzero(~is_finite).tolist()
         if not bad:
-            return is_finite
+            return is_finite, rows
         logger.warning(
             "%d rows of batch %d are not finite: computed again", len(bad), batch.batch_idx
         )
@@ -271,12 +271,12 @@ class BatchExecutor:
             alone = batch.select(np.arange(batch.num_sequences) == row)
             views[row].copy_(self._recompute(alone).flatten())
             is_finite[row] = torch.isfinite(views[row]).all()
-        return is_finite
-
-    def _select_rows(self, batch: PackedBatch, rows: Tensor, keep: NDArray[np.bool_]) -> Tensor:
+        if is_finite.all():
+            return is_finite, rows
+        keep = is_finite
         if not self._layout.is_fixed:
             keep = np.repeat(keep, self._layout.widths(batch.lengths))
-        return rows[torch.from_numpy(keep)]
+        return is_finite, rows[torch.from_numpy(keep)]
 
     def _compute_pieces(self, batch: PackedBatch) -> Iterator[tuple[PackedBatch, Tensor | None]]:
         """Compute a batch in pieces that fit into memory.

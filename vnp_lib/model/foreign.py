@@ -21,10 +21,15 @@ def representations_of(model: Any, batch: PackedBatch) -> Mapping[int, Tensor]:
     A batch that was padded is passed to `forward(input_ids, repr_layers)`, if the model has such a
     method, and any other to `forward_packed(input_ids, cu_seqlens, max_seqlen, repr_layers)`.
     """
-    layers = [_last_layer(model)]
+    owners = (getattr(model, "architecture", None), model)
+    counts = (getattr(owner, "num_layers", None) for owner in owners)
+    layers = [next((each for each in counts if isinstance(each, int)), _LAYERS_OF_ESM2_3B)]
     has_packed = callable(getattr(model, "forward_packed", None))
     if not has_packed or (batch.is_padded and _has_forward(model)):
-        is_token, input_ids = _padded(batch)
+        places = torch.arange(batch.max_seqlen, device=batch.input_ids.device)
+        is_token = places < batch.cu_seqlens.diff()[:, None]  # (B, L)
+        input_ids = batch.input_ids.new_full(is_token.shape, PAD)
+        input_ids[is_token] = batch.input_ids
         padded: Mapping[int, Tensor] = _call_with_layers(model.forward, (input_ids,), layers)[
             "representations"
         ]
@@ -36,14 +41,6 @@ def representations_of(model: Any, batch: PackedBatch) -> Mapping[int, Tensor]:
     return packed
 
 
-def _last_layer(model: Any) -> int:
-    for owner in (getattr(model, "architecture", None), model):
-        num_layers = getattr(owner, "num_layers", None)
-        if isinstance(num_layers, int):
-            return num_layers
-    return _LAYERS_OF_ESM2_3B
-
-
 def _has_forward(model: Any) -> bool:
     """Whether the model has a padded pass that takes the layers."""
     # The method of `nn.Module` only raises an error.
@@ -52,17 +49,6 @@ def _has_forward(model: Any) -> bool:
         return False
     signature = inspect.signature(model.forward)
     return _binds(signature, None, repr_layers=[]) or _binds(signature, None, [])
-
-
-def _padded(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Return where the padded batch has tokens, bool (B, L), and the batch, (B, L)."""
-    places = torch.arange(batch.max_seqlen, device=batch.input_ids.device)
-    is_token = places < batch.cu_seqlens.diff()[:, None]
-    input_ids = torch.full(
-        is_token.shape, PAD, dtype=batch.input_ids.dtype, device=batch.input_ids.device
-    )
-    input_ids[is_token] = batch.input_ids
-    return is_token, input_ids
 
 
 def _call_with_layers(

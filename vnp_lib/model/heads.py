@@ -5,7 +5,7 @@ The parameters of a head are read only if it is requested.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -239,7 +239,15 @@ def _language_model_tensors(weights: Weights) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {name: (dim,) for name in _IN_FAIR_ESM}
     shapes |= {"dense_weight": (dim, dim), "bias": (NUM_LOGITS,)}
     if weights.path is None:
-        return dict(_random_language_model(shapes))
+        # From the seed of the random weights, which this does not change.
+        generator = torch.Generator().manual_seed(RANDOM_SEED)
+        drawn = {
+            name: torch.rand(shape, generator=generator).mul_(2).sub_(1)
+            for name, shape in shapes.items()
+        }
+        drawn["norm_weight"].mul_(0.2).add_(1)
+        drawn["dense_weight"].mul_(3**0.5 * dim**-0.5)
+        return drawn
     tensors = read_tensors(weights.path)
     found = {name: tensors[theirs] for name, theirs in _IN_FAIR_ESM.items() if theirs in tensors}
     if wrong := [name for name in shapes if name not in found or found[name].shape != shapes[name]]:
@@ -250,13 +258,3 @@ def _language_model_tensors(weights: Weights) -> dict[str, Tensor]:
         )
     require_finite({_IN_FAIR_ESM[name]: tensor for name, tensor in found.items()}, weights.path)
     return found
-
-
-def _random_language_model(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Draw a head from the seed of the random weights, without changing these."""
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
-    for name, shape in shapes.items():
-        noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-        if name == "norm_weight":
-            noise.mul_(0.2).add_(1)
-        yield name, noise.mul_(3**0.5 * shape[-1] ** -0.5) if name == "dense_weight" else noise

@@ -100,7 +100,18 @@ def locate_weights(path: Path) -> Path:
                 f"cannot read the weights at {path} (No such file or directory): "
                 f"{_advice_for_absent(given)}"
             )
-        return _file_in(path) if path.is_dir() else path
+        if not path.is_dir():
+            return path
+        directory = _snapshot(path) if (path / "snapshots").is_dir() else path
+        for name in (_INDEX, _SAFETENSORS):
+            if os.path.lexists(directory / name):
+                return directory / name
+        if pickled := sorted(directory.glob("*.bin")):
+            raise _cannot_read_pickles(pickled[0])
+        raise WeightsError(
+            f"cannot read the weights at {path} (it is a directory without {_SAFETENSORS}): "
+            f"{_advice_for_directory(directory)}"
+        )
 
 
 def files_of(located: Path) -> tuple[Path, ...]:
@@ -138,7 +149,10 @@ def read_tensors(located: Path) -> dict[str, Tensor]:
             _require_no_substitute(file)
             if file.suffix == ".bin":
                 raise _cannot_read_pickles(file)
-            tensors |= _read_safetensors(file) if _is_safetensors(file) else _read_fair_esm(file)
+            # Files in the hub's cache have no suffix.
+            with file.open("rb") as opened:
+                is_safetensors = opened.read(9)[8:] == b"{" or file.suffix == ".safetensors"
+            tensors |= _read_safetensors(file) if is_safetensors else _read_fair_esm(file)
     return tensors
 
 
@@ -171,19 +185,6 @@ def _name_in_fair_esm(name: str) -> str:
     ):
         name = name.replace(old, new)
     return name
-
-
-def _file_in(path: Path) -> Path:
-    directory = _snapshot(path) if (path / "snapshots").is_dir() else path
-    for name in (_INDEX, _SAFETENSORS):
-        if os.path.lexists(directory / name):
-            return directory / name
-    if pickled := sorted(directory.glob("*.bin")):
-        raise _cannot_read_pickles(pickled[0])
-    raise WeightsError(
-        f"cannot read the weights at {path} (it is a directory without {_SAFETENSORS}): "
-        f"{_advice_for_directory(directory)}"
-    )
 
 
 def _advice_for_absent(given: Path) -> str:
@@ -271,12 +272,6 @@ def _require_no_substitute(path: Path) -> None:
         raise ValueError(f"it is text, {line[:60]!r}, which a server may have sent instead")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise ValueError(f"it is cut short, at {size:,} bytes")
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Decide by the content, since files in the hub's cache have no suffix, or by the suffix."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from http.client import HTTPException
@@ -313,7 +312,20 @@ def random_tensors(
     for name, shape in _fair_esm_shapes(architecture).items():
         # Uniform, since a normal draw's last bits depend on the CPU's vector width.
         noise = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-        yield name, _scaled_parameter(name, noise, architecture)
+        if "layer_norm" in name:
+            noise.mul_(0.2)
+            if name.endswith("weight"):
+                noise.add_(1)
+        elif name.endswith("bias"):
+            noise.mul_(0.1)
+        elif name.startswith("embed_tokens"):
+            # The variance is 1.
+            noise.mul_(sqrt(3))
+        else:
+            ends_a_branch = name.endswith(("out_proj.weight", "fc2.weight"))
+            variance = 1 / (2 * architecture.num_layers) if ends_a_branch else 1
+            noise.mul_(sqrt(3 * variance / shape[1]))
+        yield name, noise
 
 
 def save_weights(path: Path, model: str, state: Mapping[str, Tensor]) -> None:
@@ -355,20 +367,6 @@ def _fair_esm_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{kind}": shape for name, own in modules.items() for kind, shape in own.items()}
 
 
-def _scaled_parameter(name: str, noise: Tensor, architecture: Architecture) -> Tensor:
-    """Scale noise from [-1, 1) to a suitable range for the parameter."""
-    if "layer_norm" in name:
-        return noise.mul_(0.2).add_(1) if name.endswith("weight") else noise.mul_(0.2)
-    if name.endswith("bias"):
-        return noise.mul_(0.1)
-    if name.startswith("embed_tokens"):
-        # The variance is 1.
-        return noise.mul_(sqrt(3))
-    ends_a_branch = name.endswith(("out_proj.weight", "fc2.weight"))
-    variance = 1 / (2 * architecture.num_layers) if ends_a_branch else 1
-    return noise.mul_(sqrt(3 * variance / noise.shape[1]))
-
-
 def published_path(model: str) -> Path:
     """Return where fair-esm's own file of a model is found or downloaded: torch.hub's cache."""
     return Path(torch.hub.get_dir(), "checkpoints", f"{model}.pt").absolute()
@@ -404,26 +402,19 @@ def _url(model: str) -> str:
 
 
 def _download(url: str, path: Path, *, what: str) -> None:
+    # torch.hub opens its connection without a timeout, and would wait for ever if nothing answers.
+    default_s = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30.0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(30.0):
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:
         raise WeightsError(
             f"the {what} are not at {path} and could not be downloaded from {url} ({error}): "
             "put the file there, or give the path of the weights"
         ) from error
-
-
-@contextmanager
-def _socket_timeout(timeout_s: float) -> Iterator[None]:
-    # torch.hub opens its connection without a timeout, and would wait for ever if nothing answers.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout_s)
-    try:
-        yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(default_s)
 
 
 def _checked_state(path: Path, weights: Weights) -> dict[str, Tensor]:
