@@ -87,8 +87,11 @@ MUTANTS = (
     Mutant(
         name="failed-checkpoint-announced",
         module="inference.runner",
-        before="        if not written.cancelled() and written.exception() is None:\n",
-        after="        if True:\n",
+        before=(
+            "        if not written.cancelled() and written.exception() is None:\n"
+            "            self._on_checkpoint(number, num_rows, written.result())\n"
+        ),
+        after="        self._on_checkpoint(number, num_rows, 1.0)\n",
         caught_by=(f"{_INFERENCE}::test_only_a_durable_checkpoint_is_announced",),
     ),
     Mutant(
