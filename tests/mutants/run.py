@@ -203,8 +203,12 @@ MUTANTS = (
     Mutant(
         name="dataset-of-a-dead-writer-not-synced",
         module="run.assembly",
-        before="        fsync_directory(paths.embeddings_dir)\n    except OSError",
-        after="    except OSError",
+        before=(
+            "        make_directory(paths.embeddings_dir)\n"
+            "        fsync_directory(paths.embeddings_dir)\n"
+            "    except OSError"
+        ),
+        after="        make_directory(paths.embeddings_dir)\n    except OSError",
         caught_by=(f"{_ASSEMBLY_TESTS}::test_an_existing_dataset_is_synced_before_it_is_accepted",),
     ),
     Mutant(
