@@ -207,6 +207,7 @@ def test_a_worker_that_hangs_at_a_batch_is_killed(job, sabotage):
     assert "after 'computing' (--runtime.silence-limit-s)" in failure.message
 
 
+@pytest.mark.soak
 def test_a_slow_pass_is_not_silent(job, sabotage):
     """It takes longer than the limit, but each layer is a sign of life."""
     sabotage("""
@@ -242,6 +243,7 @@ def test_slow_checks_are_not_silent_while_they_read(job, sabotage):
     assert time.monotonic() - before > 5.0
 
 
+@pytest.mark.soak
 def test_a_worker_waits_for_the_lock_up_to_the_limit(job):
     """Its holder hangs, and is named in the failure."""
     lock = FileLock(RunPaths(job.parents[2]).shard_lock(0), purpose="hang")
@@ -254,6 +256,7 @@ def test_a_worker_waits_for_the_lock_up_to_the_limit(job):
     assert "--runtime.startup-limit-s" in failure.message
 
 
+@pytest.mark.soak
 def test_a_stopped_worker_is_not_silent(job):
     """SIGSTOP for longer than the limit, as a gang scheduler sends it, is logged."""
     seen = Counter()
