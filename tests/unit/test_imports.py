@@ -143,4 +143,5 @@ def test_a_worker_imports_neither_prefect_nor_plots() -> None:
         "esm",
         "torch._dynamo",
         "torch._inductor",
+        "pydantic_settings",
     }

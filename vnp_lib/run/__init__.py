@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from vnp_lib.run.assembly import DatasetSummary, assemble
-from vnp_lib.run.directory import (
-    attach_run,
-    check_model,
-    nearest_existing,
-    open_run,
-    validate_config,
-)
-from vnp_lib.run.events import (
-    AttemptDone,
-    AttemptFailed,
-    AttemptStarted,
-    AttemptStopped,
-    BatchComputed,
-    BatchStarted,
-    CheckpointSaved,
-    DeviceProbing,
-    Event,
-    EventReader,
-    EventStream,
-    ExactRowComputed,
-    LayerStarted,
-    LogMessage,
-    ModelLoaded,
-    ModelLoading,
-    SavingStarted,
-    SequenceQuarantined,
-    TokenBudgetChanged,
-    UnknownEvent,
-    WaitingForShard,
-    WorkerEvent,
-)
-from vnp_lib.run.history import Attempt, AttemptHistory, CheckpointEntry, Ending, read_attempts
-from vnp_lib.run.job import ShardJob
-from vnp_lib.run.metrics import Histogram, RunMetrics
-from vnp_lib.run.record import RunRecord
-from vnp_lib.run.resolve import layout_from_config, planned_token_budget
-from vnp_lib.run.resume import Coverage, PendingWork, ShardProgress, find_pending_work
-from vnp_lib.run.run import RANDOM_WEIGHTS, Run
-from vnp_lib.run.validation import failure_reason, read_checkpoints
+from typing import TYPE_CHECKING
+
+from vnp_lib.lazy import lazy_face
+
+if TYPE_CHECKING:
+    from vnp_lib.run.assembly import DatasetSummary, assemble
+    from vnp_lib.run.directory import (
+        attach_run,
+        check_model,
+        nearest_existing,
+        open_run,
+        validate_config,
+    )
+    from vnp_lib.run.events import (
+        AttemptDone,
+        AttemptFailed,
+        AttemptStarted,
+        AttemptStopped,
+        BatchComputed,
+        BatchStarted,
+        CheckpointSaved,
+        DeviceProbing,
+        Event,
+        EventReader,
+        EventStream,
+        ExactRowComputed,
+        LayerStarted,
+        LogMessage,
+        ModelLoaded,
+        ModelLoading,
+        SavingStarted,
+        SequenceQuarantined,
+        TokenBudgetChanged,
+        UnknownEvent,
+        WaitingForShard,
+        WorkerEvent,
+    )
+    from vnp_lib.run.history import Attempt, AttemptHistory, CheckpointEntry, Ending, read_attempts
+    from vnp_lib.run.job import ShardJob
+    from vnp_lib.run.metrics import Histogram, RunMetrics
+    from vnp_lib.run.record import RunRecord
+    from vnp_lib.run.resolve import layout_from_config, planned_token_budget
+    from vnp_lib.run.resume import Coverage, PendingWork, ShardProgress, find_pending_work
+    from vnp_lib.run.run import RANDOM_WEIGHTS, Run
+    from vnp_lib.run.validation import failure_reason, read_checkpoints
 
 __all__ = [
     "RANDOM_WEIGHTS",
@@ -93,3 +98,57 @@ __all__ = [
     "read_checkpoints",
     "validate_config",
 ]
+
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "Attempt": "vnp_lib.run.history",
+        "AttemptDone": "vnp_lib.run.events",
+        "AttemptFailed": "vnp_lib.run.events",
+        "AttemptHistory": "vnp_lib.run.history",
+        "AttemptStarted": "vnp_lib.run.events",
+        "AttemptStopped": "vnp_lib.run.events",
+        "BatchComputed": "vnp_lib.run.events",
+        "BatchStarted": "vnp_lib.run.events",
+        "CheckpointEntry": "vnp_lib.run.history",
+        "CheckpointSaved": "vnp_lib.run.events",
+        "Coverage": "vnp_lib.run.resume",
+        "DatasetSummary": "vnp_lib.run.assembly",
+        "DeviceProbing": "vnp_lib.run.events",
+        "Ending": "vnp_lib.run.history",
+        "Event": "vnp_lib.run.events",
+        "EventReader": "vnp_lib.run.events",
+        "EventStream": "vnp_lib.run.events",
+        "ExactRowComputed": "vnp_lib.run.events",
+        "Histogram": "vnp_lib.run.metrics",
+        "LayerStarted": "vnp_lib.run.events",
+        "LogMessage": "vnp_lib.run.events",
+        "ModelLoaded": "vnp_lib.run.events",
+        "ModelLoading": "vnp_lib.run.events",
+        "PendingWork": "vnp_lib.run.resume",
+        "RANDOM_WEIGHTS": "vnp_lib.run.run",
+        "Run": "vnp_lib.run.run",
+        "RunMetrics": "vnp_lib.run.metrics",
+        "RunRecord": "vnp_lib.run.record",
+        "SavingStarted": "vnp_lib.run.events",
+        "SequenceQuarantined": "vnp_lib.run.events",
+        "ShardJob": "vnp_lib.run.job",
+        "ShardProgress": "vnp_lib.run.resume",
+        "TokenBudgetChanged": "vnp_lib.run.events",
+        "UnknownEvent": "vnp_lib.run.events",
+        "WaitingForShard": "vnp_lib.run.events",
+        "WorkerEvent": "vnp_lib.run.events",
+        "assemble": "vnp_lib.run.assembly",
+        "attach_run": "vnp_lib.run.directory",
+        "check_model": "vnp_lib.run.directory",
+        "failure_reason": "vnp_lib.run.validation",
+        "find_pending_work": "vnp_lib.run.resume",
+        "layout_from_config": "vnp_lib.run.resolve",
+        "nearest_existing": "vnp_lib.run.directory",
+        "open_run": "vnp_lib.run.directory",
+        "planned_token_budget": "vnp_lib.run.resolve",
+        "read_attempts": "vnp_lib.run.history",
+        "read_checkpoints": "vnp_lib.run.validation",
+        "validate_config": "vnp_lib.run.directory",
+    },
+)
